@@ -1,0 +1,97 @@
+"""Every exception agentmerge raises on purpose, drawn as one tree.
+
+    AgentmergeError                 exit code 1
+    ├── UserError                   exit code 2: the user can mend it
+    │   ├── ConfigError             a config file or option (carries every fault found)
+    │   ├── RecipeError             a merge recipe that cannot be read
+    │   ├── ParentError             models that cannot be merged with each other
+    │   ├── TaskError               a task that cannot be scored
+    │   ├── PromptError             a prompt file with a missing or unknown variable
+    │   ├── NotFound                a run, generation or candidate that does not exist
+    │   └── LeaseHeld               another process works on this search
+    ├── RunFailed                   a search that cannot go on
+    │   ├── WorkerLost              a worker process died; the candidate is tried again
+    │   └── LedgerError             the results database cannot be written
+    ├── CandidateFailed             one bad candidate: recorded as data, never ends a run
+    │   └── RecipeRejected          refused before any worker saw it
+    └── ModelReplyError             a chat model failed: costs a generation's advice
+
+A message says what, which value, and what to do. It knows nothing of how messages are shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class AgentmergeError(Exception):
+    """Base of everything raised on purpose; ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UserError(AgentmergeError):
+    """Something the user gave is wrong and the user can mend it."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """One or more faults in a config; ``faults`` holds one sentence each."""
+
+    def __init__(self, faults: str | Sequence[str]) -> None:
+        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class RecipeError(UserError):
+    """A merge recipe cannot be read."""
+
+
+class ParentError(UserError):
+    """The parents cannot be merged with each other."""
+
+
+class TaskError(UserError):
+    """A task cannot be loaded or scored."""
+
+
+class PromptError(UserError):
+    """A prompt file names a variable that does not exist, or leaves out one it needs."""
+
+
+class NotFound(UserError):
+    """A run, a generation or a candidate that does not exist."""
+
+
+class LeaseHeld(UserError):
+    """Another live process works on this search."""
+
+
+class RunFailed(AgentmergeError):
+    """The search cannot go on; what was saved stays saved."""
+
+
+class WorkerLost(RunFailed):
+    """A worker died while it held a candidate."""
+
+
+class LedgerError(RunFailed):
+    """The results database cannot be read or written."""
+
+
+class CandidateFailed(AgentmergeError):
+    """A candidate that could not be merged or scored; becomes a recorded result."""
+
+
+class RecipeRejected(CandidateFailed):
+    """A recipe refused by rule before any worker saw it."""
+
+
+class ModelReplyError(AgentmergeError):
+    """A chat model failed or never gave a valid reply; ``tokens_in/out`` is what it cost."""
+
+    def __init__(self, message: str, *, tokens_in: int = 0, tokens_out: int = 0) -> None:
+        super().__init__(message)
+        self.tokens_in = tokens_in
+        self.tokens_out = tokens_out
