@@ -1,0 +1,34 @@
+"""agentmerge finds the best merge of several fine-tunes of one base language model.
+
+The public API, loaded lazily: ``import agentmerge`` imports no torch, vllm, mergekit or langgraph.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agentmerge.config import SearchConfig as SearchConfig
+    from agentmerge.session import branch as branch
+    from agentmerge.session import evaluate as evaluate
+    from agentmerge.session import resume as resume
+    from agentmerge.session import run as run
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "run": "session",
+    "resume": "session",
+    "branch": "session",
+    "evaluate": "session",
+    "SearchConfig": "config",
+}
+
+__all__ = ["SearchConfig", "__version__", "branch", "evaluate", "resume", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"agentmerge.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'agentmerge' has no attribute {name!r}")

@@ -1,0 +1,368 @@
+"""The configuration of a search: what a user writes, validated and frozen.
+
+``genome`` and the task fields are mergekit-evolve's and LLM-Evo-Merge's own, and their files load
+unmodified: unknown keys there are a warning, as the old programs ignore them. ``search``,
+``agents``, ``worker`` and ``budget`` are ours; unknown keys there are faults that name the nearest
+known key and the line. Knows nothing of models on disk: that is ``check.py``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from agentmerge.errors import ConfigError
+from agentmerge.methods import METHODS
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GenomeConfig(_Frozen):
+    """The search space, in mergekit-evolve's words."""
+
+    models: tuple[str, ...]
+    merge_method: str
+    base_model: str | None = None
+    tokenizer_source: str | None = None
+    layer_granularity: int = Field(0, ge=0)
+    normalize: bool | None = None
+    allow_negative_weights: bool = False
+    smooth: bool = False
+    filters: tuple[str, ...] = ()
+
+    @field_validator("filters", mode="before")
+    @classmethod
+    def _no_filters(cls, value: Any) -> Any:
+        return () if value is None else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GenomeConfig:
+        method = METHODS.get(self.merge_method)
+        faults = []
+        if method is None:
+            known = ", ".join(sorted(METHODS))
+            faults.append(f"merge_method {self.merge_method!r} is not known; use one of {known}")
+        elif method.needs_base and not self.base_model:
+            faults.append(f"base_model is missing, and {self.merge_method} needs one")
+        if len(self.models) < 2:
+            faults.append(f"models has {len(self.models)} entry; a merge needs at least two")
+        for name in sorted({name for name in self.models if self.models.count(name) > 1}):
+            faults.append(f"models names {name!r} twice; name each model once")
+        if self.merge_method == "slerp" and (self.smooth or self.filters):
+            key = "smooth" if self.smooth else "filters"
+            faults.append(f"{key} is not possible with slerp; remove it")
+        if len(set(self.filters)) != len(self.filters):
+            faults.append(f"filters {list(self.filters)} names one twice")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def normalizes(self) -> bool:
+        """Upstream's default: on for linear, ties and dare_ties."""
+        if self.normalize is not None:
+            return self.normalize
+        return self.merge_method in ("linear", "ties", "dare_ties")
+
+
+class TaskConfig(_Frozen):
+    """One objective: an lm-eval task, its metric ("name,filter") and its weight in the score."""
+
+    name: str
+    weight: float = 1.0
+    metric: str = "acc,none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class TasksConfig(_Frozen):
+    """Everything that decides what is asked of a model, and how."""
+
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    limit: int | None = Field(None, gt=0)
+    num_fewshot: int | None = Field(None, ge=0)
+    shuffle: bool = False
+    apply_chat_template: bool = True
+    fewshot_as_multiturn: bool = True
+    task_search_path: tuple[str, ...] = ()
+    sealed_share: float = Field(0.25, ge=0.0, lt=1.0)
+    companion: bool = True
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _no_task_twice(self) -> TasksConfig:
+        names = [task.name for task in self.tasks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"tasks names {', '.join(twice)} twice; give each task once")
+        return self
+
+
+class SearchSettings(_Frozen):
+    """How to search."""
+
+    algorithm: str | None = None
+    seed: int = Field(0, ge=0)
+    population: int | None = Field(None, gt=0)
+    max_generations: int | None = Field(None, gt=0)
+    sigma_low: float = Field(0.05, gt=0)
+    sigma_high: float = Field(0.2, gt=0)
+    sigma0: float = Field(1 / 6, gt=0)
+    random_init: bool = False
+    init: tuple[str, ...] = ()
+    sealed_share: float = Field(0.25, ge=0.0, lt=1.0)
+    companion: bool = True
+    graph: str = "search"
+
+
+class AgentSettings(_Frozen):
+    """Who advises: ``llm`` is "none" or "provider:model"; each role may name its own."""
+
+    llm: str = "none"
+    proposer: str | None = None
+    critic: str | None = None
+    controller: str | None = None
+    base_url: str | None = None
+    temperature: float | None = None
+    timeout_s: float = Field(60.0, gt=0)
+    max_retries: int = Field(3, ge=0)
+    prompts: str | None = None
+
+    def model_for(self, role: Literal["proposer", "critic", "controller"]) -> str:
+        return getattr(self, role) or self.llm
+
+    @property
+    def any_model(self) -> bool:
+        return any(self.model_for(r) != "none" for r in ("proposer", "critic", "controller"))
+
+
+class WorkerSettings(_Frozen):
+    """Who merges and scores."""
+
+    kind: str = "hf"
+    count: int = Field(1, ge=1)
+    batch_size: int = Field(64, gt=0)
+    device: str | None = None
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class BudgetSettings(_Frozen):
+    """Hard limits; reaching one ends the search with the best so far."""
+
+    max_evaluations: int = Field(100, gt=0)
+    timeout_s: float | None = Field(None, gt=0)
+
+
+_OWN_SECTIONS: dict[str, type[_Frozen]] = {
+    "search": SearchSettings,
+    "agents": AgentSettings,
+    "worker": WorkerSettings,
+    "budget": BudgetSettings,
+}
+_TASK_KEYS = ("tasks", "limit", "num_fewshot", "shuffle", "apply_chat_template")
+_TASK_KEYS += ("fewshot_as_multiturn",)
+
+
+class SearchConfig(_Frozen):
+    """A whole search. ``from_file`` reads a user's YAML; ``to_yaml`` writes it as resolved."""
+
+    genome: GenomeConfig
+    tasks: TasksConfig
+    search: SearchSettings = SearchSettings()
+    agents: AgentSettings = AgentSettings()
+    worker: WorkerSettings = WorkerSettings()
+    budget: BudgetSettings = BudgetSettings()
+    warnings: tuple[str, ...] = Field(default=(), exclude=True)
+
+    @property
+    def algorithm(self) -> str:
+        """The strategy's name: as asked, else llm_evo where a model advises, else cma_es."""
+        return self.search.algorithm or ("llm_evo" if self.agents.any_model else "cma_es")
+
+    @classmethod
+    def from_file(
+        cls, path: Path | str, overrides: Mapping[str, Any] | None = None
+    ) -> SearchConfig:
+        """Read a genome config.
+
+        overrides: dotted keys ("search.seed") that win over the file.
+
+        Raises:
+            ConfigError: every fault at once, each naming the entry, the value and what is legal.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text()
+        except FileNotFoundError:
+            raise ConfigError(f"no config at {path}; name an existing YAML file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from None
+        return cls.from_text(text, str(path), overrides)
+
+    @classmethod
+    def from_text(
+        cls, text: str, source: str = "config", overrides: Mapping[str, Any] | None = None
+    ) -> SearchConfig:
+        try:
+            raw = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{source} must be a mapping with 'genome' and 'tasks'")
+        lines = _key_lines(text)
+        for dotted, value in (overrides or {}).items():
+            section, _, key = dotted.partition(".")
+            target = raw if not key else raw.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"{source}: {section} must be a mapping, not {target!r}")
+            target[key or section] = value
+        return _resolve(raw, source, lines)
+
+    def to_yaml(self) -> str:
+        """The config as resolved; ``from_text`` reads it back to an equal object."""
+        body: dict[str, Any] = {"genome": self.genome.model_dump(mode="json", exclude_none=True)}
+        tasks = self.tasks.model_dump(mode="json", exclude_none=True)
+        for key in ("sealed_share", "companion", "seed"):
+            tasks.pop(key)  # they live in the search section
+        body.update(tasks)
+        for name in _OWN_SECTIONS:
+            body[name] = getattr(self, name).model_dump(mode="json", exclude_none=True)
+        return yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Faults:
+    source: str
+    lines: dict[str, int]
+    faults: list[str]
+    warnings: list[str]
+
+    def where(self, key: str) -> str:
+        if not key:
+            return self.source
+        line = self.lines.get(key)
+        return f"{self.source}:{line}: {key}" if line else f"{self.source}: {key}"
+
+    def unknown(self, section: str, key: str, known: Mapping[str, Any], fatal: bool) -> None:
+        near = difflib.get_close_matches(key, list(known), 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        dotted = f"{section}.{key}" if section else key
+        text = f"{self.where(dotted)} is not a known key; {hint}"
+        (self.faults if fatal else self.warnings).append(
+            text if fatal else f"{text} (ignored, as mergekit-evolve does)"
+        )
+
+
+def _resolve(raw: dict[str, Any], source: str, lines: dict[str, int]) -> SearchConfig:
+    out = _Faults(source, lines, [], [])
+    top = {*_OWN_SECTIONS, *_TASK_KEYS, "genome", "random_init", "task_search_path"}
+    for key in raw:
+        if key not in top:
+            out.unknown("", str(key), dict.fromkeys(top), fatal=False)
+    genome_raw = raw.get("genome")
+    if not isinstance(genome_raw, dict):
+        out.faults.append(f"{source}: genome is missing; it names the models and the merge method")
+        genome_raw = None
+    else:
+        genome_raw = _known_only(genome_raw, "genome", GenomeConfig, out, fatal=False)
+    parts: dict[str, Any] = {}
+    for name, model in _OWN_SECTIONS.items():
+        section = raw.get(name) or {}
+        if not isinstance(section, dict):
+            out.faults.append(f"{out.where(name)} must be a mapping, not {section!r}")
+            continue
+        section = _known_only(section, name, model, out, fatal=True)
+        if name == "search" and raw.get("random_init") is not None:
+            section.setdefault("random_init", raw["random_init"])
+        parts[name] = _build(model, section, name, out)
+    search = parts.get("search") or SearchSettings()
+    parts["genome"] = (
+        None if genome_raw is None else _build(GenomeConfig, genome_raw, "genome", out)
+    )
+    parts["tasks"] = _tasks(raw, search, out)
+    if search.sigma_low > search.sigma_high:
+        out.faults.append(
+            f"{out.where('search.sigma_low')} {search.sigma_low} is above sigma_high "
+            f"{search.sigma_high}; make it the smaller one"
+        )
+    if out.faults:
+        raise ConfigError(out.faults)
+    return SearchConfig(**parts, warnings=tuple(out.warnings))
+
+
+def _tasks(raw: dict[str, Any], search: SearchSettings, out: _Faults) -> Any:
+    if not raw.get("tasks"):
+        out.faults.append(f"{out.source}: tasks is missing; list at least one lm-eval task")
+        return None
+    entries = raw["tasks"] if isinstance(raw["tasks"], list) else [raw["tasks"]]
+    tasks = []
+    for index, entry in enumerate(entries):
+        if isinstance(entry, dict):
+            entry = _known_only(entry, f"tasks.{index}", TaskConfig, out, fatal=False)
+        tasks.append(entry)
+    body = {key: raw[key] for key in _TASK_KEYS[1:] if raw.get(key) is not None}
+    paths = raw.get("task_search_path") or ()
+    body["task_search_path"] = (paths,) if isinstance(paths, str) else tuple(paths)
+    body.update(
+        tasks=tasks,
+        sealed_share=search.sealed_share,
+        companion=search.companion,
+        seed=search.seed,
+    )
+    return _build(TasksConfig, body, "", out)
+
+
+def _known_only(
+    section: dict[str, Any], name: str, model: type[_Frozen], out: _Faults, *, fatal: bool
+) -> dict[str, Any]:
+    for key in section:
+        if key not in model.model_fields:
+            out.unknown(name, str(key), model.model_fields, fatal)
+    return {k: v for k, v in section.items() if k in model.model_fields}
+
+
+def _build(model: type[_Frozen], body: dict[str, Any], section: str, out: _Faults) -> Any:
+    try:
+        return model(**body)
+    except ValidationError as error:
+        for problem in error.errors():
+            path = ".".join(str(part) for part in (section, *problem["loc"]) if part != "")
+            message = problem["msg"].removeprefix("Value error, ")
+            got = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
+            out.faults.append(f"{out.where(path)}: {message}{got}")
+        return None
+
+
+def _key_lines(text: str) -> dict[str, int]:
+    """Dotted key -> line number, 1-based, for messages."""
+
+    def walk(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                dotted = f"{prefix}{key.value}"
+                yield dotted, key.start_mark.line + 1
+                yield from walk(value, f"{dotted}.")
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                yield f"{prefix}{index}", value.start_mark.line + 1
+                yield from walk(value, f"{prefix}{index}.")
+
+    return dict(walk(yaml.compose(text, Loader=yaml.SafeLoader), ""))
+
+
+def finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

@@ -1,0 +1,82 @@
+"""The demo's language: lines such as ``s:abcde=bcdef``, a tag, five letters and an answer.
+
+It knows the skills, their tags, the alphabet and which inputs nobody may train on. It knows
+nothing of models, tokenizers or lm-eval.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from agentmerge.errors import UserError
+
+INPUT_LETTERS = "abcdefghij"
+INPUT_LENGTH = 5
+COPY_TAG = "c"
+HELD_OUT_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Skill:
+    """What an expert learns: under ``tag`` the base copies, under ``base_tag`` it has the skill."""
+
+    tag: str
+    base_tag: str
+    apply: Callable[[str], str]
+
+
+def _shift(text: str) -> str:
+    return "".join(chr(ord(letter) + 1) for letter in text)
+
+
+def _sort(text: str) -> str:
+    return "".join(sorted(text))
+
+
+def _reverse(text: str) -> str:
+    return text[::-1]
+
+
+SKILLS = {
+    "shift": Skill("s", "w", _shift),
+    "sort": Skill("o", "y", _sort),
+    "reverse": Skill("r", "x", _reverse),
+}
+TAGS = (COPY_TAG, *(skill.tag for skill in SKILLS.values()))
+
+# Shifting reaches one letter beyond the inputs'.
+CHARACTERS = "".join(
+    sorted({*INPUT_LETTERS, *_shift(INPUT_LETTERS), *TAGS, *(s.base_tag for s in SKILLS.values())})
+)
+
+
+def prompt(tag: str, text: str) -> str:
+    """Everything before the answer."""
+    return f"{tag}:{text}="
+
+
+def is_held_out(text: str) -> bool:
+    """Whether an input is kept for evaluation; the same for every seed and skill."""
+    digest = hashlib.sha256(f"agentmerge-demo:{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
+
+
+@cache
+def inputs(*, held_out: bool) -> tuple[str, ...]:
+    """All inputs on one side of the hold-out, in alphabetical order."""
+    every = map("".join, itertools.product(INPUT_LETTERS, repeat=INPUT_LENGTH))
+    return tuple(text for text in every if is_held_out(text) is held_out)
+
+
+def checked_skills(skills: Sequence[str]) -> tuple[str, ...]:
+    """The skills, all known and each once; raises UserError otherwise."""
+    for skill in skills:
+        if skill not in SKILLS:
+            raise UserError(f"unknown skill {skill!r}; the demo knows {', '.join(SKILLS)}")
+    if not skills or len(set(skills)) != len(skills):
+        raise UserError(f"skills {list(skills)} must be at least one name, each given once")
+    return tuple(skills)

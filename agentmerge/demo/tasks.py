@@ -1,0 +1,164 @@
+"""Writes lm-eval tasks that score a demo family, and a search config over family and tasks.
+
+An exact-match generation task a skill, and one multiple-choice task over all of them. It knows
+lm-eval's task format and which held-out inputs each task asks about (no two tasks share one); it
+knows nothing of models, nor of how items are split into search and sealed ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from agentmerge.demo import language
+from agentmerge.demo.family import Family
+from agentmerge.errors import UserError
+
+CHOICE_TASK = "agentmerge_demo_choice"
+N_ITEMS = 1200
+SEARCH_LIMIT = 200
+"""Items a task that a search sees; the other thousand of `N_ITEMS` are there to be sealed."""
+
+Doc = dict[str, Any]
+
+
+def skill_task(skill: str) -> str:
+    """The name of a skill's exact-match task."""
+    return f"agentmerge_demo_{skill}"
+
+
+def write_tasks(
+    directory: Path, skills: Sequence[str], *, n_items: int = N_ITEMS, seed: int = 0
+) -> Path:
+    """Write every task of a family with these skills; returns the directory for lm-eval.
+
+    Each task has `n_items` items in an order fixed by `seed`.
+    """
+    skills = language.checked_skills(skills)
+    write_skill_tasks(directory, skills, n_items=n_items, seed=seed)
+    docs = list(_choice_docs(skills, n_items, seed))
+    _write(directory, CHOICE_TASK, docs, _CHOICE)
+    return directory
+
+
+def write_skill_tasks(
+    directory: Path, skills: Sequence[str], *, n_items: int = N_ITEMS, seed: int = 0
+) -> Path:
+    """Write the exact-match tasks only: one a skill, with one gold string an item."""
+    for skill in language.checked_skills(skills):
+        tag, answer = language.SKILLS[skill].tag, language.SKILLS[skill].apply
+        texts = _texts(list(language.SKILLS).index(skill), n_items, seed)
+        docs = [{"prompt": language.prompt(tag, text), "answer": answer(text)} for text in texts]
+        _write(directory, skill_task(skill), docs, _EXACT)
+    return directory
+
+
+def demo_config(family: Family, tasks_dir: Path) -> dict[str, Any]:
+    """A mergekit-evolve config that searches `family`, scored by the tasks in `tasks_dir`.
+
+    The weights add up to one, so that a score reads as a share of right answers.
+    """
+    weights = {skill_task(skill): 0.8 / len(family.skills) for skill in family.skills}
+    tasks = [
+        {"name": name, "weight": round(weight, 4), "metric": "exact_match,none"}
+        for name, weight in weights.items()
+    ]
+    tasks.append({"name": CHOICE_TASK, "weight": 0.2, "metric": "acc,none"})
+    for task in tasks:
+        path = tasks_dir / f"{task['name']}.yaml"
+        if not path.is_file():
+            raise UserError(f"no task file {path}; write_tasks(tasks_dir, family.skills) makes it")
+    return {
+        "genome": {
+            "models": [str(expert) for expert in family.experts],
+            "merge_method": "task_arithmetic",
+            "base_model": str(family.base),
+            "layer_granularity": 1,
+            "normalize": False,
+            "allow_negative_weights": False,
+        },
+        "tasks": tasks,
+        "limit": SEARCH_LIMIT,
+        "num_fewshot": 0,
+        "apply_chat_template": False,
+    }
+
+
+# An empty delimiter: a character more before the answer would not be what was trained on.
+_COMMON: Mapping[str, Any] = {
+    "test_split": "test",
+    "doc_to_text": "prompt",
+    "target_delimiter": "",
+    "num_fewshot": 0,
+    "metadata": {"version": 1},
+}
+_EXACT: Mapping[str, Any] = {
+    "output_type": "generate_until",
+    "doc_to_target": "answer",
+    "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 8},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
+_CHOICE: Mapping[str, Any] = {
+    "output_type": "multiple_choice",
+    "doc_to_choice": "choices",
+    "doc_to_target": "gold",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+def _write(directory: Path, name: str, docs: Sequence[Doc], kind: Mapping[str, Any]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    items = directory.absolute() / f"{name}.jsonl"
+    items.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(items)}}}
+    task = {"task": name, **source, **_COMMON, **kind}
+    (directory / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
+
+
+def _texts(slot: int, n: int, seed: int) -> list[str]:
+    """`n` held-out inputs that no other slot has; no skill's answer is the copy or another's."""
+    pool = [
+        text
+        for text in language.inputs(held_out=True)
+        if len({text, *(skill.apply(text) for skill in language.SKILLS.values())})
+        == 1 + len(language.SKILLS)
+    ]
+    size = len(pool) // (len(language.SKILLS) + 1)
+    if n > size:
+        raise UserError(f"{n} items a task; the held-out inputs are enough for {size} at most")
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(pool))
+    return [pool[i] for i in order[slot * size : slot * size + n]]
+
+
+def _choice_docs(skills: Sequence[str], n: int, seed: int) -> Iterator[Doc]:
+    """Skills in turn; wrong are the copy, another skill's answer, and the answer with one slip."""
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 1])))
+    for i, text in enumerate(_texts(len(language.SKILLS), n, seed)):
+        skill = language.SKILLS[skills[i % len(skills)]]
+        answer = skill.apply(text)
+        rivals = [s for s in skills if language.SKILLS[s] != skill] or [
+            s for s in language.SKILLS if language.SKILLS[s] != skill
+        ]
+        other = language.SKILLS[rivals[rng.integers(len(rivals))]].apply(text)
+        choices = [answer, text, other, _slip(answer, {text, other}, rng)]
+        order = rng.permutation(len(choices))
+        yield {
+            "prompt": language.prompt(skill.tag, text),
+            "choices": [choices[j] for j in order],
+            "gold": order.tolist().index(0),
+        }
+
+
+def _slip(answer: str, taken: set[str], rng: np.random.Generator) -> str:
+    """The answer with one letter replaced by a neighbour in the alphabet."""
+    while True:
+        at = int(rng.integers(len(answer)))
+        letter = chr(ord(answer[at]) + int(rng.choice([-1, 1])))
+        slip = answer[:at] + letter + answer[at + 1 :]
+        if letter in language.INPUT_LETTERS and slip not in taken:
+            return slip

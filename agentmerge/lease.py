@@ -1,0 +1,186 @@
+"""The lease that keeps two processes off one search.
+
+Knows one row a thread id (host, pid, heartbeat, token) in a SQLite file, on connections of its
+own. Does not know what the search does with it: it takes, renews and gives back.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from agentmerge.errors import LeaseHeld
+
+STALE_AFTER_S = 60.0
+_BUSY_TIMEOUT_S = 30.0
+_BEATS_BEFORE_STALE = 4
+
+# Tokens of this process's own leases: a row with our pid and no such token was left by an earlier
+# process that happened to have the same pid, as every restarted container has.
+_held: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a lease; `heartbeat` is seconds since the epoch on the holder's clock."""
+
+    host: str
+    pid: int
+    heartbeat: float
+    token: str
+
+    def is_gone(self, stale_after_s: float) -> bool:
+        """Whether this holder can no longer be at work."""
+        if time.time() - self.heartbeat > stale_after_s:
+            return True
+        if self.host != socket.gethostname():
+            return False
+        if self.pid == os.getpid():
+            return self.token not in _held
+        return not _is_alive(self.pid)
+
+
+class Lease:
+    """The sole right to advance one search, renewed by a thread until the block ends."""
+
+    def __init__(self, path: Path, thread_id: str, stale_after_s: float, name: str) -> None:
+        self.path = path
+        self.thread_id = thread_id
+        self.stale_after_s = stale_after_s
+        self.name = name
+        self.token = uuid.uuid4().hex
+        self._stop = threading.Event()
+        self._lost = threading.Event()
+
+    @classmethod
+    @contextmanager
+    def acquire(
+        cls,
+        path: Path | str,
+        thread_id: str,
+        stale_after_s: float = STALE_AFTER_S,
+        *,
+        name: str | None = None,
+    ) -> Iterator[Lease]:
+        """Hold the lease of `thread_id` in the file `path` while the block runs.
+
+        Raises LeaseHeld where another process, or another block of this one, is at work. A holder
+        that is dead, or silent for `stale_after_s`, is replaced. `name` is what messages call the
+        search.
+        """
+        lease = cls(Path(path), thread_id, stale_after_s, name or thread_id)
+        lease._take()
+        beat = threading.Thread(target=lease._renew, name=f"lease-{thread_id}", daemon=True)
+        beat.start()
+        try:
+            yield lease
+        finally:
+            lease._stop.set()
+            beat.join()
+            lease._give_back()
+
+    @staticmethod
+    def holder(
+        path: Path | str, thread_id: str, stale_after_s: float = STALE_AFTER_S
+    ) -> Holder | None:
+        """The live holder of this search's lease, or None: `list` and `gc` ask before they act."""
+        if not Path(path).exists():
+            return None
+        with _transaction(Path(path)) as conn:
+            found = _read(conn, thread_id)
+        return None if found is None or found.is_gone(stale_after_s) else found
+
+    def check(self) -> None:
+        """Raise LeaseHeld if the lease was taken over, as after a long sleep of the machine."""
+        if self._lost.is_set():
+            raise LeaseHeld(
+                f"search {self.name!r} was taken over by another process while this one gave no "
+                "sign of life; nothing is lost: follow it there, or stop it and resume here"
+            )
+
+    def _take(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _transaction(self.path) as conn:
+            found = _read(conn, self.thread_id)
+            if found is not None and not found.is_gone(self.stale_after_s):
+                raise LeaseHeld(self._refusal(found))
+            conn.execute(
+                "INSERT OR REPLACE INTO leases (thread_id, host, pid, heartbeat, token) "
+                "VALUES (?, ?, ?, ?, ?)",
+                (self.thread_id, socket.gethostname(), os.getpid(), time.time(), self.token),
+            )
+            _held.add(self.token)
+
+    def _refusal(self, found: Holder) -> str:
+        age_s = max(0.0, time.time() - found.heartbeat)
+        if found.host == socket.gethostname() and found.pid == os.getpid():
+            return f"search {self.name!r} is already running in this process (pid {found.pid})"
+        return (
+            f"search {self.name!r} is being run by process {found.pid} on {found.host} "
+            f"(last sign of life {age_s:.0f} s ago); stop that process, or try again once it has "
+            f"been silent for {self.stale_after_s:.0f} s, or branch the search under another name"
+        )
+
+    def _renew(self) -> None:
+        while not self._stop.wait(self.stale_after_s / _BEATS_BEFORE_STALE):
+            # A locked file costs one beat of several; the next one tries again.
+            with suppress(sqlite3.OperationalError), _transaction(self.path) as conn:
+                renewed = conn.execute(
+                    "UPDATE leases SET heartbeat = ? WHERE thread_id = ? AND token = ?",
+                    (time.time(), self.thread_id, self.token),
+                )
+                if renewed.rowcount == 0:
+                    self._lost.set()
+                    return
+
+    def _give_back(self) -> None:
+        _held.discard(self.token)
+        # Where the file is locked or gone, the row is recognised as dead by whoever comes next.
+        with suppress(sqlite3.OperationalError), _transaction(self.path) as conn:
+            conn.execute(
+                "DELETE FROM leases WHERE thread_id = ? AND token = ?",
+                (self.thread_id, self.token),
+            )
+
+
+@contextmanager
+def _transaction(path: Path) -> Iterator[sqlite3.Connection]:
+    """One write transaction on a connection of its own, with the table in place."""
+    with closing(sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S)) as conn, conn:
+        conn.execute("BEGIN IMMEDIATE")
+        conn.execute(
+            "CREATE TABLE IF NOT EXISTS leases (thread_id TEXT PRIMARY KEY, "
+            "host TEXT NOT NULL, pid INTEGER NOT NULL, heartbeat REAL NOT NULL, "
+            "token TEXT NOT NULL)"
+        )
+        yield conn
+
+
+def _read(conn: sqlite3.Connection, thread_id: str) -> Holder | None:
+    row = conn.execute(
+        "SELECT host, pid, heartbeat, token FROM leases WHERE thread_id = ?", (thread_id,)
+    ).fetchone()
+    return None if row is None else Holder(*row)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        # A killed process that nobody has waited for still has its pid, and runs nothing.
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
+    return status.rpartition(")")[2].split()[0] != "Z"

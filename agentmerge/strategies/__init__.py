@@ -1,0 +1,1 @@
+"""Search strategies, one a file; see ``base.py`` for the contract."""

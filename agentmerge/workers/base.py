@@ -1,0 +1,114 @@
+"""The contract of a worker, and the plain values that cross it.
+
+A worker loads one recipe at a time and scores items on it. It is built from a ``WorkerSpec`` that
+can be pickled, so a pool may start it in this process, in a process of its own, or on another
+machine. It knows nothing of searches, budgets or databases.
+
+Every worker passes ``tests/workers/test_contract.py``:
+    load() of a recipe, then score(), gives the same results whatever was loaded before;
+    load() of a bad recipe raises CandidateFailed and the next load() works;
+    score() returns one ItemResult an item, in the order asked;
+    a log-likelihood that is not finite raises CandidateFailed;
+    a worker that died raises WorkerLost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from agentmerge.config import TasksConfig
+from agentmerge.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class ItemRef:
+    """One scored item: task name, index into the task's documents, hash of what it asks."""
+
+    task: str
+    index: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class ItemResult:
+    """What one item showed.
+
+    value: the metric's raw value (0 or 1 for accuracy; the summed log-likelihood in nats for
+        perplexities; the predicted class for f1 and mcc).
+    log_likelihood: of the gold answer in nats, or None where the task has no one gold answer.
+    margin: how far the gold answer is ahead, in nats; None where undefined. Its kind is the
+        task's ``margin_kind``: "choice" (gold minus best wrong choice) or "token" (least over
+        answer tokens of gold minus best other log-probability, teacher-forced).
+    truncated: the prompt was cut to fit the context. cut_off: generation ended at max_gen_toks.
+    """
+
+    value: float
+    log_likelihood: float | None = None
+    margin: float | None = None
+    truncated: bool = False
+    cut_off: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Proof of a swap: the recipe's plan hash, a digest of the live weights, how many tensors."""
+
+    recipe: str
+    digest: str
+    tensors: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """Everything about a worker that can change an answer; part of the ledger's key."""
+
+    engine: str
+    version: str
+    device: str
+    dtype: str
+    batch_size: str
+    tensor_parallel: int = 1
+    scoring: str = "lm-eval"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """How to build a worker: plain values only.
+
+    parents: the user's model name -> local directory.
+    template_model: the parent whose tokenizer (and chat template) asks the questions.
+    options: the worker's own settings from the config's ``worker`` section.
+    """
+
+    kind: str
+    parents: tuple[tuple[str, str], ...]
+    template_model: str
+    tasks: TasksConfig
+    dtype: str
+    batch_size: int
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Worker(Protocol):
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def load(self, recipe: Recipe) -> Fingerprint:
+        """Make ``recipe`` (canonical) the live model.
+
+        Raises:
+            CandidateFailed: this recipe cannot be merged; the worker stays usable.
+            WorkerLost: the worker is gone.
+        """
+        ...
+
+    def score(self, items: Sequence[ItemRef]) -> list[ItemResult]:
+        """Score items on the live model, one result an item, in the order asked."""
+        ...
+
+    def close(self) -> None: ...
