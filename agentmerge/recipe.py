@@ -397,32 +397,33 @@ def _pushed_down(
 def _scaled(sources: list[Source], signed: bool) -> list[Source]:
     """Divide each filter's weights by their largest; by its sign too where sums are divided by."""
     weights = [dict(source.parameters)["weight"] for source in sources if source.parameters]
-    if len({(w.filters, tuple(len(v) for _, v in w.entries)) for w in weights}) != 1:
+    filters = max((weight.filters for weight in weights), key=len)
+    if any(weight.filters not in (filters, (None,)) for weight in weights):
         return sources  # sources filter differently: no common scale to take out
+    spread = [dict(w.entries) for w in weights]
     scales = []
-    for index in range(len(weights[0].entries)):
-        largest = max((v for w in weights for v in w.entries[index][1]), key=abs)
-        scale = largest if signed else abs(largest)
-        scales.append(scale or 1.0)
+    for name in filters:
+        largest = max((v for row in spread for v in row.get(name, row.get(None, ()))), key=abs)
+        scales.append((largest if signed else abs(largest)) or 1.0)
+    divided = iter(
+        Setting(
+            tuple(
+                (name, tuple(v / scale for v in row.get(name, row.get(None, ()))))
+                for name, scale in zip(filters, scales, strict=True)
+            )
+        )
+        for row in spread
+    )
     return [
         replace(
             source,
             parameters=tuple(
-                (name, _divided(setting, scales) if name == "weight" else setting)
+                (name, _round_setting(next(divided)) if name == "weight" else setting)
                 for name, setting in source.parameters
             ),
         )
         for source in sources
     ]
-
-
-def _divided(setting: Setting, scales: list[float]) -> Setting:
-    return Setting(
-        tuple(
-            (name, tuple(round12(v / scale) for v in values))
-            for (name, values), scale in zip(setting.entries, scales, strict=True)
-        )
-    )
 
 
 def _joined(first: Slice, second: Slice) -> Slice | None:

@@ -5,8 +5,8 @@
 It keeps no state between calls and reads no clock, so resuming, branching and replaying are exact
 by construction, and any strategy can take over a search that another began. ``history`` is ordered
 by (generation, slot), never by who finished first, and holds the seed population (generation 0).
-Vectors are in the unit box; ``space`` alone knows real ranges. ``rng_for(slot, purpose)`` gives an
-independent generator derived from (run seed, generation, slot, purpose).
+Vectors are in the unit box; ``space`` alone knows real ranges. ``rng_for(generation, slot,
+purpose)`` gives an independent generator derived from the run's seed and those three.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from agentmerge.genome import SearchSpace
 #: Purpose codes of random generators; part of every stored search, so never renumber.
 PURPOSES = {"sample": 0, "mutate": 1, "cma": 2, "seed": 3, "items": 4}
 
-RngFor = Callable[[int, str], np.random.Generator]
+RngFor = Callable[[int, int, str], np.random.Generator]
 
 
-def rng_factory(seed: int, generation: int) -> RngFor:
-    """``rng_for`` of one generation: Generator(PCG64(SeedSequence([seed, gen, slot, code])))."""
+def rng_factory(seed: int) -> RngFor:
+    """``rng_for`` of one run: Generator(PCG64(SeedSequence([seed, generation, slot, code])))."""
 
-    def rng_for(slot: int, purpose: str) -> np.random.Generator:
+    def rng_for(generation: int, slot: int, purpose: str) -> np.random.Generator:
         entropy = [seed, generation, slot, PURPOSES[purpose]]
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 
@@ -83,7 +83,13 @@ class Strategy(Protocol):
         guidance: Guidance | None,
         count: int,
         rng_for: RngFor,
-    ) -> list[Proposal]: ...
+    ) -> list[Proposal]:
+        """At most ``count`` candidates of the next generation, in slot order.
+
+        An empty history asks for the draws that join the seed population (parents, uniform
+        merges and warm starts are there already); a strategy that needs none returns [].
+        """
+        ...
 
     def population(self, dimensions: int) -> int:
         """How many candidates a generation has unless the user says otherwise."""
@@ -93,3 +99,14 @@ class Strategy(Protocol):
 def default_population(dimensions: int) -> int:
     """4 + round(3 ln d), as CMA-ES and LLM-Evo-Merge have it."""
     return 4 + round(3 * float(np.log(max(dimensions, 1))))
+
+
+def next_generation(history: Sequence[Observation]) -> int:
+    """The generation that is being proposed: one after the last in ``history``, 0 if empty."""
+    return history[-1].generation + 1 if history else 0
+
+
+def fittest(history: Sequence[Observation], count: int) -> list[Observation]:
+    """The best scored observations that have a vector, best first; ties go to the earlier."""
+    scored = [o for o in history if o.vector is not None and o.score is not None]
+    return sorted(scored, key=lambda o: (-(o.score or 0.0), o.generation, o.slot))[:count]

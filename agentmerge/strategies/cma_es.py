@@ -1,0 +1,115 @@
+"""CMA-ES (Hansen, arXiv 1604.00772) through the package ``cma``, rebuilt from history each time.
+
+Every call replays the whole search: the same asks with the same injected random numbers, then the
+scores that came back. Only full populations of the present size are told, failures as worse than
+the worst; a generation that the budget cut short is asked and not told. Starts at the best point
+that was known before its first own generation.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from agentmerge.agents.schemas import Guidance
+from agentmerge.genome import SearchSpace
+from agentmerge.strategies.base import (
+    Observation,
+    Proposal,
+    RngFor,
+    default_population,
+    fittest,
+    next_generation,
+)
+
+SIGMA0 = 1 / 6
+
+
+class CmaEs:
+    name = "cma_es"
+
+    def __init__(self, sigma0: float = SIGMA0) -> None:
+        self.sigma0 = sigma0
+
+    def propose(
+        self,
+        space: SearchSpace,
+        history: Sequence[Observation],
+        guidance: Guidance | None,
+        count: int,
+        rng_for: RngFor,
+    ) -> list[Proposal]:
+        generation = next_generation(history)
+        if generation == 0 or count == 0:
+            return []
+        extra = []
+        if guidance and guidance.source == "model" and guidance.mean is not None and count > 2:
+            extra = [Proposal(tuple(guidance.mean), "agent")]  # beside CMA-ES, never instead of it
+        size = max(self.population(space.dimensions), 2)
+        points = self._replay(space, history, generation, size, rng_for)
+        own = [Proposal(point, self.name) for point in points]
+        return (own + extra)[:count] if count > len(own) else own[:count]
+
+    def population(self, dimensions: int) -> int:
+        return default_population(dimensions)
+
+    def _replay(
+        self,
+        space: SearchSpace,
+        history: Sequence[Observation],
+        generation: int,
+        size: int,
+        rng_for: RngFor,
+    ) -> list[tuple[float, ...]]:
+        told: dict[int, list[Observation]] = {}
+        for o in history:
+            if o.operator == self.name:
+                told.setdefault(o.generation, []).append(o)
+        first = min(told, default=generation)
+        start = fittest([o for o in history if o.generation < first], 1)
+        x0 = start[0].vector if start and start[0].vector else (0.5,) * space.dimensions
+        engine, feed = _engine(x0, self.sigma0, size)
+        for past, population in sorted(told.items()):
+            feed(rng_for(past, 0, "cma"))
+            asked = engine.ask()
+            if len(population) == size and any(o.score is not None for o in population):
+                engine.tell(asked, _costs(population))
+        feed(rng_for(generation, 0, "cma"))
+        return [tuple(float(x) for x in point[: space.dimensions]) for point in engine.ask()]
+
+
+def _engine(x0: tuple[float, ...], sigma0: float, size: int) -> tuple[Any, Any]:
+    """A CMA-ES whose normal numbers come from the generator last fed to it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import cma
+
+    current: list[np.random.Generator] = []
+    # cma has no one-dimensional mode: a second coordinate that nothing reads stands in.
+    start = list(x0) if len(x0) > 1 else [*x0, 0.5]
+    inside = np.clip(start, 1e-3, 1 - 1e-3)  # cma refuses a start on the boundary
+    engine = cma.CMAEvolutionStrategy(
+        inside,
+        sigma0,
+        {
+            "bounds": [0.0, 1.0],
+            "popsize": size,
+            "seed": np.nan,  # leaves numpy's global generator alone
+            "randn": lambda *shape: current[-1].standard_normal(shape),
+            "verbose": -9,
+            "maxiter": np.inf,
+        },
+    )
+    return engine, current.append
+
+
+def _costs(population: Sequence[Observation]) -> list[float]:
+    known = [-o.score for o in population if o.score is not None]
+    penalty = max(known) + (max(known) - min(known)) + 1e-9
+    return [penalty if o.score is None else -o.score for o in population]
+
+
+STRATEGY = CmaEs()
