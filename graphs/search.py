@@ -1,0 +1,100 @@
+"""The search as a LangGraph state machine: topology only; each node calls one thing.
+
+    seed -> evaluate (one Send a candidate) -> select -> critic -> controller -> proposer
+                 ^                               |                                   |
+                 |_______________________________|___________________________________|
+                                                 `-> finish
+
+``runtime.context`` is an ``agentmerge.session.Context``; its ``search`` holds the open ledger,
+worker pool, strategy and agents. The graph is exported uncompiled and without a saver.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from langgraph.graph import END, START, StateGraph
+from langgraph.runtime import Runtime
+from langgraph.types import Command, RetryPolicy, Send
+
+from agentmerge.errors import WorkerLost
+from agentmerge.session import Context
+from agentmerge.state import Assignment, SearchState
+
+Next = Literal["evaluate", "select"]
+
+
+def seed(state: SearchState, runtime: Runtime[Context]) -> Command[Next]:
+    """Generation 0: parents, uniform merges, warm starts, the strategy's first draws."""
+    search = runtime.context.search
+    generation = search.seed()
+    return Command(
+        update=search.first_state(generation), goto=_dispatch(search.open_slots(generation))
+    )
+
+
+def evaluate(state: Assignment, runtime: Runtime[Context]) -> None:
+    """Score one candidate; what it costs is in the ledger before this returns."""
+    runtime.context.search.evaluate(state["generation"], state["slot"])
+
+
+def select(
+    state: SearchState, runtime: Runtime[Context]
+) -> Command[Literal["evaluate", "critic", "finish"]]:
+    """Update the incumbent; decide whether to score what is left, go on, or stop."""
+    outcome = runtime.context.search.select(state["generation"])
+    if outcome.stop_reason:
+        return Command(update=outcome.update(), goto="finish")
+    return Command(update=outcome.update(), goto=_dispatch(outcome.open_slots, done="critic"))
+
+
+def critic(state: SearchState, runtime: Runtime[Context]) -> Command[Literal["controller"]]:
+    """Explain what the last generation showed."""
+    runtime.context.search.advise("critic", state["generation"])
+    return Command(goto="controller")
+
+
+def controller(state: SearchState, runtime: Runtime[Context]) -> Command[Literal["proposer"]]:
+    """Decide how far to step."""
+    runtime.context.search.advise("controller", state["generation"])
+    return Command(goto="proposer")
+
+
+def proposer(state: SearchState, runtime: Runtime[Context]) -> Command[Next]:
+    """Suggest where to look; the strategy turns all advice into the next generation."""
+    search = runtime.context.search
+    search.advise("proposer", state["generation"])
+    generation = search.propose(state["generation"])
+    return Command(
+        update={"generation": generation}, goto=_dispatch(search.open_slots(generation))
+    )
+
+
+def finish(state: SearchState, runtime: Runtime[Context]) -> SearchState:
+    """Choose among the best few, confirm on sealed items, write recipe and report."""
+    return runtime.context.search.finish(state["stop_reason"])
+
+
+def _dispatch(
+    slots: list[tuple[int, int]], done: Literal["select", "critic"] = "select"
+) -> list[Send] | str:
+    sends = [Send("evaluate", Assignment(generation=g, slot=s)) for g, s in slots]
+    return sends or done
+
+
+def build() -> StateGraph[SearchState, Context]:
+    """The uncompiled graph."""
+    graph = StateGraph(SearchState, context_schema=Context)
+    graph.add_node("seed", seed)
+    graph.add_node(
+        "evaluate", evaluate, retry_policy=RetryPolicy(retry_on=WorkerLost, max_attempts=2)
+    )
+    for node in (select, critic, controller, proposer, finish):
+        graph.add_node(node.__name__, node)
+    graph.add_edge(START, "seed")
+    graph.add_edge("evaluate", "select")
+    graph.add_edge("finish", END)
+    return graph
+
+
+graph = build()
