@@ -74,7 +74,8 @@ CREATE TABLE results (
 CREATE TABLE model_calls (
     run_id TEXT NOT NULL, generation INTEGER NOT NULL, role TEXT NOT NULL,
     prompt_hash TEXT NOT NULL, attempt INTEGER NOT NULL, model TEXT NOT NULL,
-    messages TEXT NOT NULL, reply TEXT, error TEXT, tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL,
+    messages TEXT NOT NULL, reply TEXT, error TEXT,
+    tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL,
     latency_s REAL NOT NULL, created REAL NOT NULL,
     PRIMARY KEY (run_id, generation, role, prompt_hash, attempt)
 ) WITHOUT ROWID;

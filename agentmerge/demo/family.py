@@ -33,6 +33,8 @@ FAMILY_VERSION = 1
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 VOCABULARY = (PAD, BOS, EOS, UNK, "\n", ":", "=", *language.CHARACTERS)
 BATCH = 64
+BASE_STEPS, BASE_RATE = 600, 2e-3
+EXPERT_STEPS, EXPERT_RATE = 120, 5e-4
 MARKER = "family.json"
 
 Progress = Callable[[str], None]
@@ -72,11 +74,12 @@ def make_family(
     tell = on_progress or (lambda _: None)
     with _one_thread():
         base = _new_model(seed)
-        _train(base, _base_mixture(), "base", 600, 2e-3, seed, tell)
+        _train(base, _base_mixture(), "base", BASE_STEPS, BASE_RATE, seed, tell)
         _save(base, family.base)
         for skill, path in zip(skills, family.experts, strict=True):
             expert = copy.deepcopy(base)
-            _train(expert, _expert_mixture(skill), path.name, 120, 5e-4, seed, tell)
+            mixture = _expert_mixture(skill)
+            _train(expert, mixture, path.name, EXPERT_STEPS, EXPERT_RATE, seed, tell)
             _save(expert, path)
     return family
 
@@ -137,6 +140,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _stream(seed: int, purpose: str) -> np.random.Generator:
+    """Random numbers of their own for each purpose: an expert is the same in every family."""
+    words = np.random.SeedSequence([seed, *purpose.encode()])
+    return np.random.Generator(np.random.PCG64(words))
+
+
 def _new_model(seed: int) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -157,13 +166,13 @@ def _new_model(seed: int) -> Any:
         dtype="float32",
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(int(_stream(seed, "weights").integers(2**63)))
         return LlamaForCausalLM(config)
 
 
 def _base_mixture() -> Mixture:
     known = {s.base_tag: (0.2, s.apply) for s in language.SKILLS.values()}
-    return known | {tag: (0.1, str) for tag in language.TAGS}
+    return known | dict.fromkeys(language.TAGS, (0.1, str))
 
 
 def _expert_mixture(skill: str) -> Mixture:
@@ -199,9 +208,8 @@ def _train(
     import torch
     from torch.nn.functional import cross_entropy
 
-    words = [seed, *name.encode()]
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
-    tokens = _encode(sample_lines(mixture, steps * BATCH, rng)).view(steps, BATCH, -1)
+    lines = sample_lines(mixture, steps * BATCH, _stream(seed, name))
+    tokens = _encode(lines).view(steps, BATCH, -1)
     n_answer = language.INPUT_LENGTH + 1  # the answer's letters and the end of the line
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98))
     warm_up = max(1, steps // 20)
@@ -214,9 +222,9 @@ def _train(
         logits = model(batch[:, :-1], logits_to_keep=n_answer, use_cache=False).logits
         loss = cross_entropy(logits.flatten(0, 1), batch[:, -n_answer:].flatten())
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        if (step + 1) % 60 == 0:
+        if (step + 1) % 60 == 0 or step + 1 == steps:
             tell(f"training {name}: step {step + 1} of {steps}, loss {loss.item():.3f}")
     model.eval()
 

@@ -136,16 +136,19 @@ def _texts(slot: int, n: int, seed: int) -> list[str]:
 
 
 def _choice_docs(skills: Sequence[str], n: int, seed: int) -> Iterator[Doc]:
-    """Skills in turn; wrong are the copy, another skill's answer, and the answer with one slip."""
+    """Skills in turn; the wrong choices are three answers with one letter from elsewhere.
+
+    It comes from the copy, from another skill's answer, and from beside it in the alphabet. Whole
+    wrong answers would be too easy: uniform merges that fail on exact match still refuse them all.
+    """
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 1])))
     for i, text in enumerate(_texts(len(language.SKILLS), n, seed)):
         skill = language.SKILLS[skills[i % len(skills)]]
         answer = skill.apply(text)
-        rivals = [s for s in skills if language.SKILLS[s] != skill] or [
-            s for s in language.SKILLS if language.SKILLS[s] != skill
-        ]
-        other = language.SKILLS[rivals[rng.integers(len(rivals))]].apply(text)
-        choices = [answer, text, other, _slip(answer, {text, other}, rng)]
+        others = [s.apply(text) for s in language.SKILLS.values() if s != skill]
+        choices = [answer]
+        for rival in (text, others[rng.integers(len(others))], _neighbours(answer, rng)):
+            choices.append(_slip(answer, rival, choices, rng))
         order = rng.permutation(len(choices))
         yield {
             "prompt": language.prompt(skill.tag, text),
@@ -154,11 +157,18 @@ def _choice_docs(skills: Sequence[str], n: int, seed: int) -> Iterator[Doc]:
         }
 
 
-def _slip(answer: str, taken: set[str], rng: np.random.Generator) -> str:
-    """The answer with one letter replaced by a neighbour in the alphabet."""
-    while True:
-        at = int(rng.integers(len(answer)))
-        letter = chr(ord(answer[at]) + int(rng.choice([-1, 1])))
-        slip = answer[:at] + letter + answer[at + 1 :]
-        if letter in language.INPUT_LETTERS and slip not in taken:
-            return slip
+def _neighbours(answer: str, rng: np.random.Generator) -> str:
+    """Each letter moved one up or down the alphabet, within the letters that inputs have."""
+    moves = rng.choice([-1, 1], size=len(answer))
+    low, high = ord(language.INPUT_LETTERS[0]), ord(language.INPUT_LETTERS[-1])
+    return "".join(
+        chr(ord(c) + (int(m) if low <= ord(c) + m <= high else -int(m)))
+        for c, m in zip(answer, moves, strict=True)
+    )
+
+
+def _slip(answer: str, rival: str, taken: Sequence[str], rng: np.random.Generator) -> str:
+    """The answer with one letter of its rival's; a copy that differs from those already taken."""
+    slips = [answer[:i] + rival[i] + answer[i + 1 :] for i in range(len(answer))]
+    fresh = [slip for slip in slips if slip not in taken]
+    return fresh[rng.integers(len(fresh))]

@@ -1,0 +1,1 @@
+"""The three agents: they read the history and write a typed Guidance; strategies decide."""

@@ -1,0 +1,49 @@
+"""The critic: says what the last generation showed.
+
+Knows its prompt, its reply and how to do without a model: plain statistics of the history.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from agentmerge.agents.history import HistoryView, observations, variables
+from agentmerge.agents.prompts import Message, Prompts
+from agentmerge.agents.schemas import CriticReply, Guidance, json_schema, parse_reply
+
+MAX_CRITIQUE = 1_500
+
+
+def messages(view: HistoryView, prompts: Prompts, guidance: Guidance) -> list[Message]:
+    """The critic speaks first: `guidance` has nothing for it yet."""
+    return prompts.critic.render(**variables(view))
+
+
+def schema(view: HistoryView) -> dict[str, Any]:
+    return json_schema(CriticReply, view.bounds)
+
+
+def parse(text: str, view: HistoryView) -> CriticReply:
+    """Raises ModelReplyError."""
+    return parse_reply(text, CriticReply, view.bounds)
+
+
+def by_model(reply: CriticReply, guidance: Guidance) -> Guidance:
+    """The guidance with the model's critique in it."""
+    lines = [reply.summary, *(f"- {finding}" for finding in reply.findings if finding)]
+    return replace(guidance, critique=_bounded(lines), source="model")
+
+
+def by_rules(view: HistoryView, guidance: Guidance) -> Guidance:
+    """The guidance with the statistics as critique."""
+    return replace(guidance, critique=_bounded(observations(view)))
+
+
+def _bounded(lines: list[str]) -> str:
+    kept: list[str] = []
+    for line in lines:
+        if kept and sum(len(k) + 1 for k in kept) + len(line) > MAX_CRITIQUE:
+            break
+        kept.append(line)
+    return "\n".join(kept)

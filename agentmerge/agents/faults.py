@@ -1,0 +1,81 @@
+"""What a failed model call was, and whether another try may help.
+
+Reads any provider's exceptions by what they have in common (a status, headers, a class name), so
+that no client needs to be imported. What it says of them is safe to show and to store.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+
+_MAY_PASS = frozenset({408, 409, 429, 500, 502, 503, 504, 529})
+_LOST_CONNECTION = frozenset({"APIConnectionError", "TransportError", "RequestException"})
+_MAX_RETRY_AFTER_S = 30.0
+_MAX_REASON = 200
+
+
+def status_of(error: Exception) -> int | None:
+    """The HTTP status, where there was one."""
+    response = getattr(error, "response", None)
+    status = getattr(error, "status_code", None) or getattr(response, "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, (TimeoutError, ConnectionError)) or bool(names & _LOST_CONNECTION)
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed later; an exhausted quota never does."""
+    if getattr(error, "code", None) == "insufficient_quota":
+        return False
+    status = status_of(error)
+    return status in _MAY_PASS if status is not None else _is_lost_connection(error)
+
+
+def retry_after_s(error: Exception) -> float | None:
+    """What the server asks for, capped; None where it does not say."""
+    headers: Mapping[str, str] = getattr(getattr(error, "response", None), "headers", None) or {}
+    asked = headers.get("retry-after")
+    if asked is None:
+        return None
+    try:
+        seconds = float(asked)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(asked).timestamp() - time.time()
+        except ValueError:
+            return None
+    return min(max(seconds, 0.0), _MAX_RETRY_AFTER_S)
+
+
+def reason(error: Exception) -> str:
+    """The rest of a sentence that begins with the model's name."""
+    status = status_of(error)
+    body = getattr(error, "body", None)
+    said = body.get("message") if isinstance(body, dict) else None
+    said = f" ({redact(said)[:_MAX_REASON]})" if isinstance(said, str) else ""
+    if status in (401, 403):
+        return f"refused the key: HTTP {status}{said}; check the key's environment variable"
+    if status is not None:
+        return f"answered HTTP {status}{said}"
+    if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
+        return "did not answer in time"
+    if _is_lost_connection(error):
+        return f"could not be reached, or cut the connection ({type(error).__name__})"
+    return f"gave an answer that is no chat completion ({type(error).__name__})"
+
+
+def redact(text: str) -> str:
+    """The text without anything that may be a key: values of key variables, sk-..., user:pass@."""
+    for name, value in os.environ.items():
+        if re.search(r"KEY|TOKEN|SECRET|PASSWORD", name) and len(value) >= 8:
+            text = text.replace(value, "[redacted]")
+    text = re.sub(r"\bsk-[\w*.\-]+", "[redacted]", text)
+    text = re.sub(r"(?i)\bbearer\s+\S+", "[redacted]", text)
+    return re.sub(r"://[^/@\s]+@", "://[redacted]@", text)

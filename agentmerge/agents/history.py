@@ -1,0 +1,292 @@
+"""What the agents see of a search: one bounded table, in words and integers.
+
+Knows how to show a history (least to most fit, unit box as integers 0..100, real ranges stated) and
+the plain statistics of one. Knows no model and no prompt. Nothing here reads a clock.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from agentmerge.agents.schemas import SCALE, Bounds, clean_text, percent
+from agentmerge.genome import Axis, SearchSpace, short_name
+from agentmerge.strategies.base import Observation, fittest
+
+BEST_SHOWN = 8
+ELITES = 4
+#: Most integers of genomes in one prompt: a wide space shows fewer rows.
+MAX_INTEGERS = 6_000
+MIN_ROWS = 6
+_MIN_FOR_CORRELATION = 6
+_RIVALS = ("parent", "uniform", "scale")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskView:
+    """One objective as the models are told of it; `weight` is its share of the score."""
+
+    name: str
+    weight: float
+    metric: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryView:
+    """Everything an agent may know. `entries` is the whole history, ordered by (generation, slot).
+
+    sigma: the step of the last generation, None where the strategy has none.
+    budget_left: evaluations.
+    """
+
+    space: SearchSpace
+    tasks: tuple[TaskView, ...]
+    entries: tuple[Observation, ...]
+    sigma: float | None
+    sigma_low: float
+    sigma_high: float
+    improved_last: bool
+    budget_left: int
+
+    @property
+    def generation(self) -> int:
+        return self.entries[-1].generation if self.entries else 0
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return self.space.axes
+
+    @property
+    def bounds(self) -> Bounds:
+        low, high = sorted((self.sigma_low, self.sigma_high))
+        return Bounds(self.space.dimensions, low, high)
+
+    @property
+    def best(self) -> Observation | None:
+        scored = [entry for entry in self.entries if entry.score is not None]
+        return max(scored, key=lambda entry: entry.score or 0.0, default=None)
+
+    @property
+    def rivals(self) -> tuple[Observation, ...]:
+        """The parents and the uniform merges: what a searched merge has to beat."""
+        return tuple(entry for entry in self.entries if entry.operator in _RIVALS)
+
+    @property
+    def last(self) -> tuple[Observation, ...]:
+        """The last generation."""
+        return tuple(entry for entry in self.entries if entry.generation == self.generation)
+
+
+def variables(view: HistoryView) -> dict[str, str]:
+    """The prompt variables that every role has (prompts.COMMON)."""
+    return {
+        "models": _models(view),
+        "method": _method(view),
+        "axes": _axes(view),
+        "dimensions": str(view.space.dimensions),
+        "tasks": "\n".join(_task(task) for task in view.tasks),
+        "rivals": "\n".join(_rival(entry) for entry in view.rivals) or "none scored yet",
+        "generation": str(view.generation),
+        "history": _history(view),
+        "failures": _failures(view),
+        "statistics": "\n".join(f"- {line}" for line in observations(view)),
+        "sigma": "none yet" if view.sigma is None else f"{view.sigma:g}",
+        "sigma_low": f"{view.bounds.sigma_low:g}",
+        "sigma_high": f"{view.bounds.sigma_high:g}",
+        "improved_last": "yes" if view.improved_last else "no",
+        "best_score": _score(view.best),
+        "budget_left": str(view.budget_left),
+    }
+
+
+def integers(vector: Sequence[float]) -> list[int]:
+    """A unit-box vector as agents read it."""
+    return [percent(value) for value in vector]
+
+
+def shown(view: HistoryView) -> list[Observation]:
+    """The rows of the table, least to most fit: the best few and the last generation."""
+    rows = max(MIN_ROWS, MAX_INTEGERS // max(view.space.dimensions, 1))
+    best = fittest(view.entries, min(BEST_SHOWN, rows))
+    others = [entry for entry in fittest(view.last, len(view.last)) if entry not in best]
+    chosen = best + others[: rows - len(best)]
+    return fittest(chosen, len(chosen))[::-1]
+
+
+def observations(view: HistoryView) -> list[str]:
+    """Statistics of the history as sentences: all that the rule-based critic has to say."""
+    lines = [_progress(view)]
+    lines += [line for task in view.tasks if (line := _task_standing(view, task))]
+    scored = [e for e in view.entries if e.score is not None and e.vector is not None]
+    if len(scored) >= _MIN_FOR_CORRELATION:
+        lines.append(_correlations(view, scored))
+    if len(scored) >= ELITES:
+        lines += _elites(view)
+    if (line := _moved(view)) is not None:
+        lines.append(line)
+    failed = [entry for entry in view.last if entry.score is None]
+    if failed:
+        lines.append(f"{len(failed)} of {len(view.last)} candidates of the last generation failed.")
+    return lines
+
+
+def _models(view: HistoryView) -> str:
+    base = view.space.genome.base_model
+    lines = [f"- {short_name(model)}" for model in view.space.genome.models]
+    if base and base not in view.space.genome.models:
+        lines.append(f"- {short_name(base)} (the base)")
+    return "\n".join(lines)
+
+
+def _method(view: HistoryView) -> str:
+    if view.space.is_slerp:
+        return "slerp"
+    scale = (
+        "normalize is on: only the ratios of a group's weights matter, not their scale"
+        if view.space.genome.normalizes
+        else "normalize is off: weights count as they are"
+    )
+    return f"{view.space.genome.merge_method} ({scale})"
+
+
+def _axes(view: HistoryView) -> str:
+    return "\n".join(
+        f"{index}. {axis.name}: 0 is {axis.low:g}, {SCALE} is {axis.high:g}"
+        for index, axis in enumerate(view.axes)
+    )
+
+
+def _task(task: TaskView) -> str:
+    direction = "higher" if task.higher_is_better else "lower"
+    return f"- {task.name}: {task.metric}, {direction} is better, weight {task.weight:g}"
+
+
+def _score(entry: Observation | None) -> str:
+    return "none" if entry is None or entry.score is None else f"{entry.score:.4f}"
+
+
+def _by_task(entry: Observation) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in entry.tasks) or "-"
+
+
+def _rival(entry: Observation) -> str:
+    name = " ".join(part for part in (entry.operator, entry.label) if part)
+    return f"- {name}: score {_score(entry)} | {_by_task(entry)}"
+
+
+def _history(view: HistoryView) -> str:
+    return "\n".join(
+        f"score {_score(entry)} | {_by_task(entry)} | generation {entry.generation}, "
+        f"{entry.operator} | {integers(entry.vector or ())}"
+        for entry in shown(view)
+    )
+
+
+def _failures(view: HistoryView) -> str:
+    failed = [entry for entry in view.entries if entry.score is None][-3:]
+    return (
+        "\n".join(
+            f"generation {entry.generation}, slot {entry.slot}: {clean_text(entry.failure, 120)}"
+            + ("" if entry.vector is None else f" | {integers(entry.vector)}")
+            for entry in failed
+        )
+        or "none"
+    )
+
+
+def _progress(view: HistoryView) -> str:
+    best = view.best
+    if best is None:
+        return "No candidate has been scored yet."
+    verdict = "improved on" if view.improved_last else "did not improve on"
+    last = [entry.score for entry in view.last if entry.score is not None]
+    line = f"Best score {_score(best)} (generation {best.generation}, {best.operator})"
+    if last:
+        line += (
+            f"; generation {view.generation} {verdict} what came before: "
+            f"best {max(last):.4f}, median {statistics.median(last):.4f}"
+        )
+    return line + "."
+
+
+def _task_standing(view: HistoryView, task: TaskView) -> str | None:
+    """The best candidate on one task beside the parents, in the task's own direction."""
+
+    def value(entry: Observation) -> float | None:
+        return dict(entry.tasks).get(task.name)
+
+    sign = 1.0 if task.higher_is_better else -1.0
+    best = None if view.best is None else value(view.best)
+    parents = [e for e in view.rivals if e.operator == "parent" and value(e) is not None]
+    if best is None or not parents:
+        return None
+    champion = max(parents, key=lambda e: sign * (value(e) or 0.0))
+    reach = value(champion) or 0.0
+    gap = sign * (best - reach)
+    relation = "level with" if abs(gap) < 5e-4 else "ahead of" if gap > 0 else "behind"
+    name = champion.label or "the best parent"
+    return (
+        f"{task.name}: the best candidate has {best:.4f}, {relation} the best parent there "
+        f"({name}, {reach:.4f})."
+    )
+
+
+def correlations(entries: Sequence[Observation], dimensions: int) -> list[float]:
+    """Pearson's r of each axis with the score; 0 where an axis or the score never varied."""
+    scores = [entry.score or 0.0 for entry in entries]
+    found = []
+    for axis in range(dimensions):
+        values = [entry.vector[axis] for entry in entries if entry.vector is not None]
+        try:
+            found.append(statistics.correlation(values, scores))
+        except statistics.StatisticsError:
+            found.append(0.0)
+    return found
+
+
+def _correlations(view: HistoryView, scored: Sequence[Observation]) -> str:
+    noise = 2 / math.sqrt(len(scored))
+    by_axis = correlations(scored, view.space.dimensions)
+    clear = sorted(
+        (index for index, r in enumerate(by_axis) if abs(r) > noise),
+        key=lambda index: -abs(by_axis[index]),
+    )[:ELITES]
+    if not clear:
+        return f"No axis correlates with the score beyond noise ({len(scored)} candidates)."
+    named = ", ".join(f"{view.axes[i].name} (r {by_axis[i]:+.2f})" for i in clear)
+    return f"Axes that go with the score over {len(scored)} candidates: {named}."
+
+
+def _elites(view: HistoryView) -> list[str]:
+    elites = [integers(entry.vector or ()) for entry in fittest(view.entries, ELITES)]
+    by_axis = list(zip(*elites, strict=True))
+    at_edge = [
+        f"{axis.name} at {values[0]}"
+        for axis, values in zip(view.axes, by_axis, strict=True)
+        if len(set(values)) == 1 and values[0] in (0, SCALE)
+    ]
+    spread = statistics.fmean(max(values) - min(values) for values in by_axis)
+    lines = [f"The best {len(elites)} differ by {spread:.0f} of {SCALE} an axis on average."]
+    if at_edge:
+        lines.append(f"They all press against a bound: {', '.join(at_edge[:ELITES])}.")
+    return lines
+
+
+def _moved(view: HistoryView) -> str | None:
+    """How the last generation's best differs from the best before it."""
+    before = fittest([e for e in view.entries if e.generation < view.generation], 1)
+    after = fittest(view.last, 1)
+    if not before or not after:
+        return None
+    old, new = integers(before[0].vector or ()), integers(after[0].vector or ())
+    steps = sorted(range(len(new)), key=lambda i: -abs(new[i] - old[i]))[:ELITES]
+    moved = ", ".join(f"{view.axes[i].name} {old[i]}→{new[i]}" for i in steps if new[i] != old[i])
+    if not moved:
+        return None
+    return (
+        f"From the best before it ({_score(before[0])}) to the last generation's best "
+        f"({_score(after[0])}) the widest moves are: {moved}."
+    )

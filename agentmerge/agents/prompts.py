@@ -1,0 +1,178 @@
+"""Prompt files: found, checked for their variables, and filled in.
+
+Knows where prompts live and which variables each role has. Does not know what the variables hold
+(history.py) nor who is asked (models.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from agentmerge.errors import PromptError
+
+Message = dict[str, str]
+
+#: Variables every role has: the search, its history so far and what the steps were.
+COMMON = frozenset(
+    {
+        "models",
+        "method",
+        "axes",
+        "dimensions",
+        "tasks",
+        "rivals",
+        "generation",
+        "history",
+        "failures",
+        "statistics",
+        "sigma",
+        "sigma_low",
+        "sigma_high",
+        "improved_last",
+        "best_score",
+        "budget_left",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Variables:
+    """The variables of one prompt: those it must use, and all it may use."""
+
+    required: frozenset[str]
+    allowed: frozenset[str]
+
+
+VARIABLES: Mapping[str, Variables] = {
+    "critic": Variables(frozenset({"history"}), COMMON),
+    "controller": Variables(
+        frozenset({"history", "sigma_low", "sigma_high"}), COMMON | {"critique"}
+    ),
+    "proposer": Variables(
+        frozenset({"history", "axes", "dimensions"}),
+        COMMON | {"critique", "next_sigma", "max_candidates"},
+    ),
+}
+
+_VARIABLE = re.compile(r"\{\{\s*([A-Za-z_][A-Za-z0-9_]*)\s*\}\}")
+_SPLIT = re.compile(r"^---[ \t]*$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One role's prompt. A line `---` parts the instructions (system) from the request (user)."""
+
+    role: str
+    path: Path
+    text: str
+
+    @property
+    def sha(self) -> str:
+        """Hash of the file's text, kept with every call."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @property
+    def variables(self) -> frozenset[str]:
+        return frozenset(_VARIABLE.findall(self.text))
+
+    def check(self) -> Prompt:
+        """This prompt, or a PromptError that names the file and the variable."""
+        known = VARIABLES[self.role]
+        for name in sorted(self.variables - known.allowed):
+            near = difflib.get_close_matches(name, known.allowed, n=1)
+            hint = f"did you mean {{{{{near[0]}}}}}?" if near else _one_of(known.allowed)
+            raise PromptError(f"{self.path}: unknown variable {{{{{name}}}}}; {hint}")
+        for name in sorted(known.required - self.variables):
+            raise PromptError(
+                f"{self.path}: variable {{{{{name}}}}} is missing; the {self.role} cannot do "
+                "without it, so put it where the model should read it"
+            )
+        stray = _VARIABLE.sub("", self.text).find("{{")
+        if stray >= 0:
+            raise PromptError(
+                f"{self.path}: '{{{{' without a variable name and '}}}}'; write {{{{name}}}}, "
+                + _one_of(known.allowed)
+            )
+        return self
+
+    def render(self, **values: str) -> list[Message]:
+        """The messages, with every variable filled in once: a value is never expanded again."""
+        missing = sorted(self.variables - values.keys())
+        if missing:
+            raise PromptError(f"{self.path}: no value for {{{{{missing[0]}}}}}")
+        parts = _SPLIT.split(self.text, maxsplit=1)
+        roles = ("system", "user") if len(parts) == 2 else ("user",)
+        return [
+            {"role": role, "content": _VARIABLE.sub(lambda m: values[m[1]], part).strip()}
+            for role, part in zip(roles, parts, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The prompts of a run."""
+
+    proposer: Prompt
+    critic: Prompt
+    controller: Prompt
+
+
+def load_prompts(override_dir: Path | str | None = None) -> Prompts:
+    """Every role's prompt, checked; a file in `override_dir` replaces ours of the same name.
+
+    Raises PromptError for a missing folder, a file that no role reads, or a bad variable.
+    """
+    override = None if override_dir is None else Path(override_dir)
+    if override is not None:
+        _check_folder(override)
+    found = {}
+    for role in VARIABLES:
+        path = bundled_dir() / f"{role}.md"
+        if override is not None and (override / path.name).is_file():
+            path = override / path.name
+        found[role] = Prompt(role, path, _read(path)).check()
+    return Prompts(**found)
+
+
+def bundled_dir() -> Path:
+    """Our own prompts: in the wheel beside this package's code, in a checkout at its root."""
+    package = Path(__file__).parents[1]
+    bundled = package / "_bundled" / "prompts"
+    return bundled if bundled.is_dir() else package.parent / "prompts"
+
+
+def prompt_hash(messages: Sequence[Message]) -> str:
+    """Names what a model was asked: equal messages, equal hash."""
+    plain = json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=True)
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise PromptError(f"prompts folder {folder} does not exist; make it, or leave it out")
+    names = {path.stem for path in folder.glob("*.md")}
+    if not names & VARIABLES.keys():
+        raise PromptError(
+            f"prompts folder {folder} has none of {', '.join(f'{r}.md' for r in VARIABLES)}"
+        )
+    for name in sorted(names - VARIABLES.keys()):
+        near = difflib.get_close_matches(name, VARIABLES, n=1)
+        if near:
+            raise PromptError(f"{folder / name}.md is read by nobody; did you mean {near[0]}.md?")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"cannot read prompt {path}: {error}") from error
+
+
+def _one_of(names: frozenset[str]) -> str:
+    return "use one of " + ", ".join(sorted(names))

@@ -1,0 +1,70 @@
+"""The proposer: says where the next generation should look.
+
+Knows its prompt, its reply (integers 0..100, turned into the unit box here) and how to do without
+a model: the mean of the four best, weighted by score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from agentmerge.agents.history import ELITES, HistoryView, variables
+from agentmerge.agents.prompts import Message, Prompts
+from agentmerge.agents.schemas import (
+    MAX_CANDIDATES,
+    Guidance,
+    ProposerReply,
+    json_schema,
+    parse_reply,
+    unit,
+)
+from agentmerge.strategies.base import fittest
+
+
+def messages(view: HistoryView, prompts: Prompts, guidance: Guidance) -> list[Message]:
+    """`guidance` holds the critic's words and the controller's step."""
+    return prompts.proposer.render(
+        critique=guidance.critique or "none",
+        next_sigma="not set" if guidance.sigma is None else f"{guidance.sigma:g}",
+        max_candidates=str(MAX_CANDIDATES),
+        **variables(view),
+    )
+
+
+def schema(view: HistoryView) -> dict[str, Any]:
+    return json_schema(ProposerReply, view.bounds)
+
+
+def parse(text: str, view: HistoryView) -> ProposerReply:
+    """Raises ModelReplyError."""
+    return parse_reply(text, ProposerReply, view.bounds)
+
+
+def by_model(reply: ProposerReply, guidance: Guidance) -> Guidance:
+    return replace(
+        guidance,
+        mean=tuple(unit(value) for value in reply.mean_genome),
+        candidates=tuple(tuple(unit(value) for value in c) for c in reply.candidates),
+        expected_score=reply.expected_score,
+        thought=reply.thought,
+        source="model",
+    )
+
+
+def by_rules(view: HistoryView, guidance: Guidance) -> Guidance:
+    """The four best, each weighted by how far its score is above the worst one seen."""
+    elites = fittest(view.entries, ELITES)
+    if not elites:
+        return replace(guidance, thought="Nothing has been scored yet: no mean to propose.")
+    floor = min(entry.score for entry in view.entries if entry.score is not None)
+    weights = [(entry.score or 0.0) - floor for entry in elites]
+    if sum(weights) <= 0:
+        weights = [1.0] * len(elites)
+    columns = zip(*(entry.vector or () for entry in elites), strict=True)
+    mean = tuple(
+        sum(w * value for w, value in zip(weights, column, strict=True)) / sum(weights)
+        for column in columns
+    )
+    thought = f"The score-weighted mean of the best {len(elites)}."
+    return replace(guidance, mean=mean, thought=thought)

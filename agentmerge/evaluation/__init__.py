@@ -1,0 +1,1 @@
+"""Tasks, protocol, scoring and statistics: what is asked of a merge, and what the answers say."""

@@ -1,0 +1,195 @@
+"""Puts a TaskSet together: loads, renders, names, splits and checks every objective's tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agentmerge.config import TaskConfig, TasksConfig
+from agentmerge.errors import TaskError
+from agentmerge.evaluation import metrics
+from agentmerge.evaluation.loading import Loaded, load_tasks, quiet
+from agentmerge.evaluation.protocol import protocol, protocol_hash, tokenizer_identity
+from agentmerge.evaluation.rendering import (
+    Asked,
+    Render,
+    chat_renderer,
+    documents,
+    item_key,
+    render,
+)
+from agentmerge.evaluation.tasks import (
+    Objective,
+    ScoredTask,
+    TaskSet,
+    choose_documents,
+    split,
+)
+from agentmerge.workers.base import ItemRef
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What all tasks of a config share."""
+
+    config: TasksConfig
+    tokenizer: str
+    template: str | None
+    chat: Render | None
+    context: int | None
+
+
+def build(
+    config: TasksConfig,
+    tokenizer: Any,
+    template_source: str,
+    context: int | None,
+    check_built_ins: bool,
+) -> TaskSet:
+    """See ``tasks.build_tasks``."""
+    loaded = load_tasks(config, check_built_ins=check_built_ins)
+    notes: list[str] = []
+    setting = _setting(config, tokenizer, template_source, context, loaded, notes)
+    tasks, objectives = [], []
+    asked, records, aggregations = {}, {}, {}
+    with quiet():
+        for entry, found in zip(config.tasks, loaded, strict=True):
+            metric, filter_name = metrics.parse_metric(entry.metric, entry.name)
+            leaves, by_size = _leaves(entry, found, metric, filter_name, notes)
+            built = []
+            for leaf in leaves:
+                scored, request, record, note = _scored(leaf, entry, metric, filter_name, setting)
+                built.append(scored)
+                asked[scored.name], records[scored.name] = request, record
+                aggregations[scored.name] = metrics.aggregation(leaf, metric)
+                notes += [note] if note else []
+            higher = {task.higher_is_better for task in built}
+            if len(higher) > 1:
+                raise TaskError(
+                    f"the tasks of group {entry.name!r} do not agree whether a higher "
+                    f"{metric} is better; name its tasks one by one"
+                )
+            names = tuple(task.name for task in built)
+            objectives.append(
+                Objective(entry.name, entry.weight, higher.pop(), names, by_size)
+            )
+            tasks += built
+    return TaskSet(tuple(tasks), tuple(objectives), tuple(notes), aggregations, asked, records)
+
+
+def _setting(
+    config: TasksConfig,
+    tokenizer: Any,
+    source: str,
+    context: int | None,
+    loaded: Sequence[Loaded],
+    notes: list[str],
+) -> _Setting:
+    identity = tokenizer_identity(tokenizer)
+    talks = any(
+        task.OUTPUT_TYPE != "loglikelihood_rolling" for found in loaded for task in found.tasks
+    )
+    if not (config.apply_chat_template and talks):
+        return _Setting(config, identity, None, None, context)
+    if not getattr(tokenizer, "chat_template", None):
+        # On by default, as in mergekit-evolve; but that default must not keep base models out.
+        if "apply_chat_template" in config.model_fields_set:
+            raise TaskError(
+                f"apply_chat_template is on, and {source!r} has no chat template; "
+                "set apply_chat_template: false, or add a parent that has one"
+            )
+        notes.append(f"no chat template is applied: {source!r} has none")
+        return _Setting(config, identity, None, None, context)
+    template = tokenizer.get_chat_template()
+    return _Setting(config, identity, template, chat_renderer(tokenizer), context)
+
+
+def _leaves(
+    entry: TaskConfig, found: Loaded, metric: str, filter_name: str, notes: list[str]
+) -> tuple[list[Any], bool]:
+    """(leaf tasks that carry the metric, whether a group weights them by size)."""
+    if found.group is None:
+        return list(found.tasks), False
+    if not found.group.has_aggregation:
+        names = ", ".join(task.task_name for task in found.tasks)
+        raise TaskError(
+            f"group {entry.name!r} has no aggregate of its own; name its tasks instead: {names}, "
+            "or give it an aggregate_metric_list"
+        )
+    rules = [rule for rule in found.group.aggregate_metric_list if rule.metric == metric]
+    rules = [rule for rule in rules if not rule.filter_list or filter_name in rule.filter_list]
+    if not rules:
+        legal = ", ".join(
+            f"{rule.metric},{name}"
+            for rule in found.group.aggregate_metric_list
+            for name in rule.filter_list or ["<filter>"]
+        )
+        raise TaskError(
+            f"metric {entry.metric!r} does not exist in group {entry.name!r}; it has: {legal}"
+        )
+    having = [
+        task
+        for task in found.tasks
+        if metric in task.aggregation() and filter_name in {f.name for f in task._filters}
+    ]
+    if not having:
+        raise TaskError(f"no task of group {entry.name!r} has the metric {entry.metric!r}")
+    if len(having) < len(found.tasks):
+        left = ", ".join(t.task_name for t in found.tasks if t not in having)
+        notes.append(f"group {entry.name!r}: {left} left out, without {entry.metric}")
+    return having, bool(rules[0].weight_by_size)
+
+
+def _scored(
+    task: Any, entry: TaskConfig, metric: str, filter_name: str, setting: _Setting
+) -> tuple[ScoredTask, Asked, dict[str, Any], str | None]:
+    config, name = setting.config, str(task.task_name)
+    rolling = task.OUTPUT_TYPE == "loglikelihood_rolling"
+    chosen = choose_documents(len(documents(task)), config, name)
+    if not chosen.search:
+        raise TaskError(f"task {name!r} has no documents")
+    chat = None if rolling else setting.chat
+    requests = render(
+        task, [*chosen.search, *chosen.beyond], chat, config.fewshot_as_multiturn
+    )
+    rebuild = metrics.check_metric(task, metric, filter_name, requests[chosen.search[0]])
+    refs = {n: ItemRef(name, n, item_key(task, asked)) for n, asked in requests.items()}
+    items, search, sealed, note = split(
+        [refs[n] for n in chosen.search], [refs[n] for n in chosen.beyond], config
+    )
+    statics = () if rebuild == "plain" else tuple(
+        metrics.static_part(task, metric, filter_name, rebuild, requests[ref.index])
+        for ref in items
+    )  # fmt: skip
+    kind = metrics.margin_kind(task, config.companion)
+    record = protocol(
+        task,
+        metric,
+        filter_name,
+        template=None if rolling else setting.template,
+        as_multiturn=config.fewshot_as_multiturn,
+        tokenizer=setting.tokenizer,
+        context=setting.context,
+        companion=kind == "token",
+    )
+    higher = task.higher_is_better().get(metric)
+    scored = ScoredTask(
+        name=name,
+        weight=entry.weight,
+        metric=metric,
+        filter=filter_name,
+        higher_is_better=True if higher is None else bool(higher),
+        output_type=str(task.OUTPUT_TYPE),
+        margin_kind=kind,
+        protocol_hash=protocol_hash(record),
+        items=items,
+        search=search,
+        sealed=sealed,
+        rebuild=rebuild,
+        statics=statics,
+        objective=entry.name,
+    )
+    kept = {ref.index: requests[ref.index] for ref in items}
+    asked = Asked(task, metric, filter_name, kept, kind == "token", chat is not None)
+    return scored, asked, record, note

@@ -1,0 +1,193 @@
+"""Which metrics come back from stored values, and how a document's answers become one value.
+
+lm-eval's own filters and ``process_results`` decide what a document is worth; this module only
+knows what shape that has. Imports lm-eval where it is used, and no torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from agentmerge.errors import TaskError
+from agentmerge.evaluation.tasks import MarginKind, Rebuild
+
+#: A response to try a task's own code on, by the type of its requests.
+_TRIAL = {"loglikelihood": (-1.0, False), "loglikelihood_rolling": -1.0, "generate_until": ""}
+
+
+def filtered(task: Any, filter_name: str, instances: Sequence[Any], answers: Sequence[Any]) -> Any:
+    """Each instance's answers through the task's own filter.
+
+    instances: requests of any number of documents. answers: a list of responses each (more than
+    one where the task repeats a request). The instances themselves are left as they are.
+    """
+    copies = []
+    for instance, answer in zip(instances, answers, strict=True):
+        copied = copy.copy(instance)
+        copied.resps, copied.filtered_resps = answer, {}
+        copies.append(copied)
+    ensemble = next(e for e in task._filters if e.name == filter_name)
+    ensemble.apply(copies)
+    return [copied.filtered_resps[filter_name] for copied in copies]
+
+
+def trial(task: Any, filter_name: str, instances: Sequence[Any]) -> dict[str, Any]:
+    """What ``process_results`` says of a dull answer to one document."""
+    answers = []
+    for i, instance in enumerate(instances):
+        answer = _TRIAL[instance.request_type]
+        if isinstance(answer, tuple):
+            answer = (-1.0 - i, False)
+        answers.append([answer] * (instance.repeats or 1))
+    result = task.process_results(
+        instances[0].doc, filtered(task, filter_name, instances, answers)
+    )
+    return dict(result)
+
+
+def parse_metric(text: str, task_name: str) -> tuple[str, str]:
+    """"acc,none" -> (metric, filter), as lm-eval's results are keyed."""
+    metric, comma, filter_name = text.rpartition(",")
+    if not comma:
+        raise TaskError(
+            f"metric {text!r} of task {task_name!r} has no filter; write {text + ',none'!r}"
+        )
+    return metric.strip(), filter_name.strip()
+
+
+def check_metric(task: Any, metric: str, filter_name: str, instances: Sequence[Any]) -> Rebuild:
+    """How ``metric`` is rebuilt from stored values.
+
+    Raises:
+        TaskError: no such metric or filter, naming the legal ones, or one that needs more of an
+            answer than a number.
+    """
+    filters = [ensemble.name for ensemble in task._filters]
+    known = [name for name in task.aggregation() if name != "bypass"]
+    probe: dict[str, Any] | None = None
+    try:
+        probe = trial(task, filter_name if filter_name in filters else filters[0], instances)
+    except Exception:  # the task's own code does not take an empty answer; real ones will tell
+        pass
+    known += [name for name in probe or {} if name not in known]
+    if metric not in known or filter_name not in filters:
+        legal = ", ".join(f"{name},{f}" for name in known for f in filters)
+        raise TaskError(
+            f"metric '{metric},{filter_name}' does not exist in task {task.task_name!r}; "
+            f"it has: {legal}"
+        )
+    rule = _rule(task, metric)
+    if rule is not None and (probe is None or metric not in probe or _fits(rule, probe[metric])):
+        return rule
+    raise TaskError(
+        f"metric {metric!r} of task {task.task_name!r} needs whole answers, not a number an item, "
+        "so it cannot be kept item by item; choose another metric"
+    )
+
+
+def _rule(task: Any, metric: str) -> Rebuild | None:
+    from lm_eval.api import metrics
+
+    function = aggregation(task, metric)
+    if function in (metrics.weighted_perplexity, metrics.bits_per_byte):
+        return "weighted"
+    if function in (metrics.f1_score, metrics.matthews_corrcoef):
+        return "class"
+    whole = (metrics.brier_score, metrics.bleu, metrics.chrf, metrics.chrfpp, metrics.ter)
+    return None if function in (*whole, metrics.bypass_agg) else "plain"
+
+
+def _fits(rule: Rebuild, value: Any) -> bool:
+    if rule == "plain":
+        return isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
+    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real)
+
+
+def aggregation(task: Any, metric: str) -> Callable[[list[Any]], Any]:
+    """lm-eval's function; the mean where the task names none, as lm-eval has it."""
+    from lm_eval.api.metrics import mean
+
+    found: Callable[[list[Any]], Any] = task.aggregation().get(metric, mean)
+    return found
+
+
+def static_part(task: Any, metric: str, filter_name: str, rule: Rebuild, instances: Any) -> float:
+    """The half of a document's value that no model changes: its words or bytes, or its class."""
+    value = trial(task, filter_name, instances)[metric]
+    return float(value[1] if rule == "weighted" else value[0])
+
+
+def stored_value(rule: Rebuild, value: Any, task_name: str, metric: str) -> float:
+    """The number that is kept of a document's value."""
+    if not _fits(rule, value):
+        raise TaskError(
+            f"metric {metric!r} of task {task_name!r} gave {value!r}, which is not a number; "
+            "choose another metric"
+        )
+    return float(value if rule == "plain" else value[0] if rule == "weighted" else value[1])
+
+
+def margin_kind(task: Any, companion: bool) -> MarginKind | None:
+    """Choice margins are free; token margins cost a companion request, where there is one gold."""
+    if callable(task.get_config("process_results")) and task.OUTPUT_TYPE == "multiple_choice":
+        return None  # its own code may count several choices as right
+    if task.OUTPUT_TYPE == "multiple_choice":
+        return "choice"
+    return "token" if task.OUTPUT_TYPE == "generate_until" and companion else None
+
+
+def gold_choices(task: Any, doc: Any) -> tuple[int, ...]:
+    """The right choices of a document; empty where its label is outside the choices."""
+    choices = task.doc_to_choice(doc)
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    marks = gold if isinstance(gold, list) else [gold]
+    found = []
+    for mark in marks:
+        if isinstance(mark, str):
+            mark = choices.index(mark) if mark in choices else -1
+        if not 0 <= mark < len(choices):
+            return ()
+        found.append(int(mark))
+    return tuple(found)
+
+
+def choice_scales(task: Any, doc: Any, metric: str) -> tuple[float, ...]:
+    """What each choice's log-likelihood is divided by under this metric."""
+    choices = task.doc_to_choice(doc)
+    if metric == "acc_norm":
+        return tuple(float(len(choice)) for choice in choices)
+    if metric == "acc_bytes":
+        return tuple(float(len(choice.encode())) for choice in choices)
+    return (1.0,) * len(choices)
+
+
+def choice_margin(
+    log_likelihoods: Sequence[float],
+    gold: Sequence[int],
+    scales: Sequence[float],
+    mutual: bool = False,
+) -> tuple[float | None, float | None]:
+    """(log-likelihood of the gold choice, margin: best gold minus best wrong choice).
+
+    mutual: subtract each choice's unconditional log-likelihood, which the second half holds.
+    """
+    count = len(scales)
+    if not gold:
+        return None, None
+    lls = log_likelihoods[:count]
+    compared = [ll / scale for ll, scale in zip(lls, scales, strict=True)]
+    if mutual:
+        compared = [a - b for a, b in zip(lls, log_likelihoods[count:], strict=True)]
+    wrong = [value for i, value in enumerate(compared) if i not in gold]
+    best = max(compared[i] for i in gold)
+    margin = best - max(wrong) if wrong else None
+    return (lls[gold[0]] if len(gold) == 1 else None), margin
+
+

@@ -1,0 +1,103 @@
+"""Renders a task's documents into lm-eval requests, once a run, and names each item by content.
+
+A document's request does not depend on which others are asked: few-shot examples are drawn as in
+lm-eval's own full run, in document order. Knows tokenizers only as what renders a chat template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from agentmerge.errors import TaskError
+from agentmerge.evaluation.loading import FEWSHOT_SEED
+
+Render = Callable[..., str]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A leaf task, ready to be put to a model: document number -> its requests, in order."""
+
+    task: Any
+    metric: str
+    filter: str
+    requests: dict[int, tuple[Any, ...]]
+    companion: bool
+    after_template: bool
+
+
+def documents(task: Any) -> Any:
+    """The documents lm-eval scores; as it made them once, where it keeps them."""
+    return task.task_docs if hasattr(task, "task_docs") else task.eval_docs
+
+
+def render(
+    task: Any, wanted: Sequence[int], chat: Render | None, as_multiturn: bool
+) -> dict[int, tuple[Any, ...]]:
+    """The requests of some documents, by lm-eval's own ``build_all_requests``.
+
+    Raises:
+        TaskError: a document or the chat template does not render.
+    """
+    docs = documents(task)
+    numbers = sorted(set(wanted))
+    if task.get_config("num_fewshot"):
+        numbers = list(range(numbers[-1] + 1))  # each draw moves the sampler on for the next
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    task.doc_iterator = lambda **_: ((number, docs[number]) for number in numbers)
+    try:
+        task.build_all_requests(
+            apply_chat_template=chat is not None,
+            fewshot_as_multiturn=as_multiturn,
+            chat_template=chat,
+        )
+    except Exception as error:  # documents, task code and templates are all the user's
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise TaskError(f"task {task.task_name!r} cannot be rendered: {reason}") from error
+    finally:
+        del task.doc_iterator
+    found: dict[int, list[Any]] = {number: [] for number in wanted}
+    for instance in task.instances:
+        if instance.doc_id in found:
+            found[instance.doc_id].append(instance)
+    task._instances = None
+    return {
+        number: tuple(sorted(instances, key=lambda instance: int(instance.idx)))
+        for number, instances in found.items()
+    }
+
+
+def item_key(task: Any, instances: Sequence[Any]) -> str:
+    """SHA-256, 16 hex digits, of what an item asks and of what is right; never its number."""
+    doc = instances[0].doc
+    asked: list[Any] = [
+        [i.request_type, *(arg for arg in i.args if isinstance(arg, str))] for i in instances
+    ]
+    if callable(task.get_config("process_results")):
+        asked.append(doc)  # its own code may read any field
+    try:
+        asked.append(task.doc_to_target(doc))
+        if task.OUTPUT_TYPE == "multiple_choice":
+            asked += [task.doc_to_choice(doc), task.doc_to_text(doc)]
+    except Exception:  # tasks written in Python need not have these
+        asked.append(doc)
+    text = json.dumps(asked, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def chat_renderer(tokenizer: Any) -> Render:
+    """lm-eval's own rendering of a chat with this tokenizer's template."""
+    from lm_eval.models.huggingface import HFLM
+
+    holder = SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
+
+    def render_chat(chat_history: Any, add_generation_prompt: bool = True) -> str:
+        text: str = HFLM.apply_chat_template(holder, chat_history, add_generation_prompt)
+        return text
+
+    return render_chat

@@ -1,0 +1,297 @@
+"""What every candidate is asked: objectives, their tasks and items, and how values become a score.
+
+A task's items are in one fixed order, the same for every candidate, and each is either a search
+item or a sealed one. Knows lm-eval's rules of aggregation by name only; finding and rendering the
+tasks is ``loading.py`` and ``rendering.py``, asking a model is ``scoring.py``. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from agentmerge.config import TasksConfig
+from agentmerge.errors import CandidateFailed, TaskError
+from agentmerge.workers.base import ItemRef, ItemResult, WorkerSpec
+
+if TYPE_CHECKING:
+    from agentmerge.evaluation.rendering import Asked
+
+#: With fewer sealed items than this a confirmation says nothing, so sealing is off.
+MIN_SEALED = 20
+
+Part = Literal["search", "sealed"]
+MarginKind = Literal["choice", "token"]
+Rebuild = Literal["plain", "weighted", "class"]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTask:
+    """One lm-eval task (a leaf, never a group) with the items that are asked.
+
+    search, sealed: positions in ``items``; together all of them, disjoint.
+    protocol_hash: everything about how it is asked that is not an item.
+    rebuild: how the metric comes back from stored values: "plain" (values), "weighted"
+        (log-likelihoods, with the counts of words or bytes in ``statics``), "class" (predicted
+        classes, with the gold ones in ``statics``).
+    objective: the entry of the config it belongs to; its own name unless that is a group.
+    """
+
+    name: str
+    weight: float
+    metric: str
+    filter: str
+    higher_is_better: bool
+    output_type: str
+    margin_kind: MarginKind | None
+    protocol_hash: str
+    items: tuple[ItemRef, ...]
+    search: tuple[int, ...]
+    sealed: tuple[int, ...] = ()
+    rebuild: Rebuild = "plain"
+    statics: tuple[float, ...] = ()
+    objective: str = ""
+
+    def part(self, part: Part) -> tuple[ItemRef, ...]:
+        return tuple(self.items[i] for i in (self.search if part == "search" else self.sealed))
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """One entry of the config: a task, or a group of leaf tasks and how lm-eval averages them."""
+
+    name: str
+    weight: float
+    higher_is_better: bool
+    leaves: tuple[str, ...]
+    by_size: bool = False
+
+    @property
+    def signed_weight(self) -> float:
+        """Lower-is-better metrics with a positive weight count against; a negative one stands."""
+        return self.weight if self.higher_is_better or self.weight < 0 else -self.weight
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """value: weighted sum, higher is better. tasks: (objective, metric), unweighted."""
+
+    value: float
+    tasks: tuple[tuple[str, float], ...]
+
+
+def _mean(values: Sequence[Any]) -> float:
+    return sum(values) / len(values)
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """All objectives of a search.
+
+    notes: what a reader of the results must know (sealing off, no chat template, ...).
+    aggregations: leaf task -> lm-eval's own aggregation function; a plain mean where it is absent.
+    asked: leaf task -> the rendered requests; empty where nothing is asked of a real model.
+    protocols: leaf task -> what its ``protocol_hash`` is the hash of, for the record.
+    """
+
+    tasks: tuple[ScoredTask, ...]
+    objectives: tuple[Objective, ...]
+    notes: tuple[str, ...] = ()
+    aggregations: Mapping[str, Callable[[list[Any]], Any]] = field(default_factory=dict, repr=False)
+    asked: Mapping[str, Asked] = field(default_factory=dict, repr=False)
+    protocols: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
+
+    def task(self, name: str) -> ScoredTask:
+        for task in self.tasks:
+            if task.name == name:
+                return task
+        raise TaskError(f"no task {name!r} here; there are {', '.join(t.name for t in self.tasks)}")
+
+    def refs(self, part: Part = "search") -> tuple[ItemRef, ...]:
+        """Every item of a part, task by task, in the fixed order."""
+        return tuple(ref for task in self.tasks for ref in task.part(part))
+
+    def aggregate(
+        self, task: ScoredTask, results: Sequence[ItemResult], items: Sequence[ItemRef] | None = None
+    ) -> float:
+        """The task's metric from stored values alone, by lm-eval's own aggregation.
+
+        items: which item each result belongs to; by default the search items, in order.
+
+        Raises:
+            CandidateFailed: the metric is not finite.
+        """
+        items = task.part("search") if items is None else items
+        if len(items) != len(results) or not results:
+            raise ValueError(f"{task.name}: {len(results)} results for {len(items)} items")
+        # lm-eval adds up in the order of the documents: so do we, to the last bit.
+        order = sorted(range(len(items)), key=lambda i: items[i].index)
+        values: list[Any] = [results[i].value for i in order]
+        if task.rebuild != "plain":
+            place = {ref: i for i, ref in enumerate(task.items)}
+            statics = [task.statics[place[items[i]]] for i in order]
+            if task.rebuild == "weighted":
+                values = [(v, int(s)) for v, s in zip(values, statics, strict=True)]
+            else:
+                values = [(int(s), int(v)) for v, s in zip(values, statics, strict=True)]
+        try:
+            metric = float(self.aggregations.get(task.name, _mean)(values))
+        except OverflowError:  # a perplexity beyond any float
+            metric = math.inf
+        if not math.isfinite(metric):
+            raise CandidateFailed(f"{task.metric} of task {task.name!r} is {metric}")
+        return metric
+
+    def combine(
+        self, leaves: Mapping[str, float], sizes: Mapping[str, int] | None = None
+    ) -> dict[str, float]:
+        """Metrics of leaf tasks -> metrics of objectives; groups by lm-eval's rule.
+
+        sizes: items a leaf, for groups weighted by size; by default those of the search part.
+        """
+        scores = {}
+        for objective in self.objectives:
+            share = {
+                name: (sizes[name] if sizes else len(self.task(name).search))
+                if objective.by_size
+                else 1
+                for name in objective.leaves
+            }
+            total = sum(leaves[name] * share[name] for name in objective.leaves)
+            scores[objective.name] = total / sum(share.values())
+        return scores
+
+    def objective(self, task_scores: Mapping[str, float]) -> float:
+        """The weighted sum of the objectives' metrics, higher is better."""
+        return sum(o.signed_weight * task_scores[o.name] for o in self.objectives)
+
+    def score(self, results: Mapping[ItemRef, ItemResult], part: Part = "search") -> Score:
+        """Everything above in one: items' results -> score.
+
+        Raises:
+            KeyError: an item of the part has no result.
+            CandidateFailed: a metric is not finite.
+        """
+        leaves, sizes = {}, {}
+        for task in self.tasks:
+            items = task.part(part)
+            if not items:
+                raise ValueError(f"task {task.name!r} has no {part} items")
+            leaves[task.name] = self.aggregate(task, [results[ref] for ref in items], items)
+            sizes[task.name] = len(items)
+        scores = self.combine(leaves, sizes)
+        return Score(self.objective(scores), tuple(scores.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which documents are asked: ``search`` in order, and ``beyond`` that may be sealed."""
+
+    search: tuple[int, ...]
+    beyond: tuple[int, ...]
+
+
+def choose_documents(count: int, config: TasksConfig, task: str) -> Choice:
+    """Document numbers, in the fixed order (seeded where ``shuffle`` is on).
+
+    With a limit, search items are the first ``limit``, and sealed ones are drawn by seed from all
+    that lie beyond: as many as the limit, or as ``sealed_share`` of the whole would be if that is
+    more. (Drawn, not the next ones, because files are often sorted by subject.) Without a limit,
+    ``beyond`` is empty and the split is by hash: see ``split``.
+    """
+    words = [config.seed, *hashlib.sha256(task.encode()).digest()[:8]]
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
+    order = rng.permutation(count).tolist() if config.shuffle else list(range(count))
+    if config.limit is None or not config.sealed_share:
+        return Choice(tuple(order[: config.limit]), ())
+    share = config.sealed_share
+    wanted = max(config.limit, round(config.limit * share / (1 - share)))
+    rest = order[config.limit :]
+    drawn = sorted(rng.permutation(len(rest))[:wanted].tolist())
+    return Choice(tuple(order[: config.limit]), tuple(rest[i] for i in drawn))
+
+
+def split(
+    search: Sequence[ItemRef], beyond: Sequence[ItemRef], config: TasksConfig
+) -> tuple[tuple[ItemRef, ...], tuple[int, ...], tuple[int, ...], str | None]:
+    """(items, search positions, sealed positions, note).
+
+    An item that asks the same as a search item is never sealed. The note says why sealing is off
+    where it was wanted.
+    """
+    if config.limit is not None:
+        known = {ref.key for ref in search}
+        sealed = [ref for ref in beyond if ref.key not in known]
+        kept = list(search)
+    else:
+        sealed = [ref for ref in search if _share_of(ref.key) < config.sealed_share]
+        kept = [ref for ref in search if _share_of(ref.key) >= config.sealed_share]
+    if len(sealed) < MIN_SEALED or not kept:
+        note = None
+        if config.sealed_share:
+            name = search[0].task
+            note = f"task {name!r}: no sealed items, since only {len(sealed)} could be set aside"
+        items = tuple(search)
+        return items, tuple(range(len(items))), (), note
+    if config.limit is not None:
+        items = (*kept, *sealed)
+        return items, tuple(range(len(kept))), tuple(range(len(kept), len(items))), None
+    chosen = set(sealed)
+    items = tuple(search)
+    places = range(len(items))
+    return (
+        items,
+        tuple(i for i in places if items[i] not in chosen),
+        tuple(i for i in places if items[i] in chosen),
+        None,
+    )
+
+
+def _share_of(key: str) -> float:
+    """A number in [0, 1) that depends on the item alone."""
+    digest = hashlib.sha256(f"sealed:{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def build_tasks(
+    config: TasksConfig,
+    tokenizer: Any,
+    *,
+    template_source: str,
+    context: int | None = None,
+    check_built_ins: bool = True,
+) -> TaskSet:
+    """Load, render and split every task of a config. Reads data, no model.
+
+    tokenizer: of the parent that asks; its chat template is used where the config wants one.
+    template_source: that parent's name, for messages.
+    context: tokens the models can read, part of the protocol; None: unknown.
+    check_built_ins: look for lm-eval's own tasks of the same name (0.7 s); a second process that
+        builds what a first one has checked may leave it out.
+
+    Raises:
+        TaskError: a task, metric or filter that does not exist or cannot be scored.
+    """
+    from agentmerge.evaluation.building import build
+
+    return build(config, tokenizer, template_source, context, check_built_ins)
+
+
+def tasks_for(spec: WorkerSpec, *, check_built_ins: bool = True) -> TaskSet:
+    """``build_tasks`` as a worker of this spec asks them: its template parent's tokenizer,
+    template and context length. Session and workers use this, so their keys agree."""
+    from agentmerge.evaluation.live import context_length, tokenizer_of
+
+    tokenizer = tokenizer_of(spec)
+    return build_tasks(
+        spec.tasks,
+        tokenizer,
+        template_source=spec.template_model,
+        context=context_length(spec, tokenizer),
+        check_built_ins=check_built_ins,
+    )

@@ -1,0 +1,369 @@
+"""The merge methods, as pure functions on one tensor: the readable ones, which faster ones equal.
+
+A kernel takes the base's tensor (None for linear), the other sources as ``Operand``s, the shared
+parameters, and the dtype of the result. It knows no names, files or recipes, and changes no input.
+
+Formulas are mergekit 0.1.5's. What differs is precision: values are taken as stored, computed one
+width wider (float16 and bfloat16 in float32, float32 in float64) and rounded once, so a result is
+at least as near to the formula's exact value as mergekit's, which rounds after every operation.
+
+Rules at the edges; no finite input makes a kernel raise:
+    end points: where the formula leaves one source at factor 1 (one weight that is not zero, at
+        density 1, times lambda; slerp at t 0 or 1), the result is that source bit for bit;
+    nothing added: all weights zero, all densities zero, or lambda zero give the base bit for bit
+        (linear has no base: zeros);
+    density: 1 or more keeps everything and rescales nothing; 0 or less keeps nothing; in ties any
+        other keeps int(density * elements) elements, and at least one; among equal magnitudes the
+        first ones in memory; dare_ties keeps what the mask says, which may be nothing;
+    rescale: kept values are multiplied so that their L1 norm is what it was before, unless
+        either norm is below 1e-7;
+    normalize: ties and dare_ties divide each element by the sum of the weights that agree with its
+        sign; linear and task_arithmetic by the sum of all. A sum that cancels (at most 1e-6 of the
+        sum of absolute weights) is not divided by;
+    slerp: vectors shorter than 1e-8 count as they are, without being brought to length one; an
+        absolute cosine above 0.9995 is interpolated linearly.
+
+The random mask of dare_ties keeps element ``i`` (row-major in the whole stored tensor) where
+``h(i) / 2**32 < density``. With k0, k1 the first two little-endian 32-bit words of
+SHA-256("{key}\\n{i >> 32}") and all arithmetic modulo 2**32:
+    h = (i + k0);  h ^= h >> 16;  h *= 0x21f0aaad;  h ^= k1;
+    h ^= h >> 15;  h *= 0x735a2d97;  h ^= h >> 15
+(the "lowbias32" hash of C. Wellons' hash prospector, with a second key). So a mask depends on
+the key alone, grows with density without losing an element, and is the same on every device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from agentmerge.recipe import CANCEL_SHARE
+
+#: Elements worked on at a time: few enough that the wide intermediates stay in the cache.
+BLOCK = 1 << 16
+
+_NORM_FLOOR = 1e-7
+_SLERP_LINEAR_COSINE = 0.9995
+_SLERP_SHORT = 1e-8
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A source that is not the base, and its own parameters; ``key`` seeds its random mask."""
+
+    tensor: torch.Tensor
+    weight: float = 0.0
+    density: float = 1.0
+    key: str = ""
+
+
+class Kernel(Protocol):
+    """One merge method on one tensor; returns a fresh tensor of dtype ``out``."""
+
+    def __call__(
+        self,
+        base: torch.Tensor | None,
+        operands: Sequence[Operand],
+        shared: Mapping[str, float],
+        out: torch.dtype,
+    ) -> torch.Tensor: ...
+
+
+def linear(
+    base: torch.Tensor | None,
+    operands: Sequence[Operand],
+    shared: Mapping[str, float],
+    out: torch.dtype,
+) -> torch.Tensor:
+    """The weighted sum; with ``normalize``, the weighted mean."""
+    live, factors = _scaled(operands, shared)
+    if factors == [1.0]:
+        return _copy(live[0].tensor, out)
+    if not live:
+        return _empty(operands[0].tensor, out).zero_()
+    result = _empty(live[0].tensor, out)
+    working = _working_dtype([operand.tensor for operand in live])
+    flat = [operand.tensor.reshape(-1) for operand in live]
+    for block in _blocks(result.numel()):
+        total = flat[0][block].to(working, copy=True).mul_(factors[0])
+        for tensor, factor in zip(flat[1:], factors[1:], strict=True):
+            total.add_(tensor[block], alpha=factor)
+        result.view(-1)[block] = total
+    return result
+
+
+def slerp(
+    base: torch.Tensor | None,
+    operands: Sequence[Operand],
+    shared: Mapping[str, float],
+    out: torch.dtype,
+) -> torch.Tensor:
+    """From the base at t 0 to the one operand at t 1 along the arc between their directions."""
+    start, end, t = _present(base), operands[0].tensor, shared["t"]
+    if t in (0.0, 1.0):
+        return _copy(end if t else start, out)
+    a, b = start.reshape(-1), end.reshape(-1)
+    cosine = _cosine(a, b)
+    to_a, to_b = 1.0 - t, t
+    if abs(cosine) <= _SLERP_LINEAR_COSINE:
+        angle = math.acos(cosine)
+        to_a = math.sin((1.0 - t) * angle) / math.sin(angle)
+        to_b = math.sin(t * angle) / math.sin(angle)
+    result, working = _empty(start, out), _working_dtype([start, end])
+    for block in _blocks(result.numel()):
+        total = a[block].to(working, copy=True).mul_(to_a)
+        result.view(-1)[block] = total.add_(b[block], alpha=to_b)
+    return result
+
+
+def task_arithmetic(
+    base: torch.Tensor | None,
+    operands: Sequence[Operand],
+    shared: Mapping[str, float],
+    out: torch.dtype,
+) -> torch.Tensor:
+    """The base plus the weighted sum of the task vectors (operand minus base)."""
+    base = _present(base)
+    live, factors = _scaled(operands, shared)
+    factors = [factor * shared["lambda"] for factor in factors]
+    if factors == [1.0]:
+        return _copy(live[0].tensor, out)
+    if not any(factors):
+        return _copy(base, out)
+    result = _empty(base, out)
+    working = _working_dtype([base, *(operand.tensor for operand in live)])
+    ground, flat = base.reshape(-1), [operand.tensor.reshape(-1) for operand in live]
+    for block in _blocks(result.numel()):
+        origin = ground[block].to(working)
+        total = torch.zeros_like(origin)
+        for tensor, factor in zip(flat, factors, strict=True):
+            total.add_(tensor[block].to(working).sub(origin), alpha=factor)
+        result.view(-1)[block] = total.add_(origin)
+    return result
+
+
+def ties(
+    base: torch.Tensor | None,
+    operands: Sequence[Operand],
+    shared: Mapping[str, float],
+    out: torch.dtype,
+) -> torch.Tensor:
+    """Task vectors trimmed to their largest elements, then summed where they agree in sign."""
+    base = _present(base)
+    masks = [magnitude_mask(base, operand.tensor, operand.density) for operand in operands]
+    return sign_consensus(base, operands, masks, shared, out)
+
+
+def dare_ties(
+    base: torch.Tensor | None,
+    operands: Sequence[Operand],
+    shared: Mapping[str, float],
+    out: torch.dtype,
+) -> torch.Tensor:
+    """Task vectors with elements dropped at random, then summed where they agree in sign."""
+    base = _present(base)
+    masks = [
+        random_mask(operand.key, base.numel(), operand.density, base.device) for operand in operands
+    ]
+    return sign_consensus(base, operands, masks, shared, out)
+
+
+KERNELS: dict[str, Kernel] = {
+    "linear": linear,
+    "slerp": slerp,
+    "task_arithmetic": task_arithmetic,
+    "ties": ties,
+    "dare_ties": dare_ties,
+}
+
+
+def sign_consensus(
+    base: torch.Tensor,
+    operands: Sequence[Operand],
+    masks: Sequence[torch.Tensor | None],
+    shared: Mapping[str, float],
+    out: torch.dtype,
+) -> torch.Tensor:
+    """The base plus the masked, weighted task vectors, each element from those of its sign.
+
+    masks: one flat boolean tensor an operand, None where all of it is kept. The sign of an element
+    is that of the weighted sum (zero counts as positive).
+    """
+    pairs = [
+        (operand, mask)
+        for operand, mask in zip(operands, masks, strict=True)
+        if operand.weight and operand.density > 0
+    ]
+    normalize, amount = bool(shared["normalize"]), shared["lambda"]
+    if not pairs or not amount:
+        return _copy(base, out)
+    if len(pairs) == 1 and pairs[0][1] is None:
+        factor = amount * (1.0 if normalize else pairs[0][0].weight)
+        if factor == 1.0:
+            return _copy(pairs[0][0].tensor, out)
+    result = _empty(base, out)
+    working = _working_dtype([base, *(operand.tensor for operand, _ in pairs)])
+    ground, flat = base.reshape(-1), [operand.tensor.reshape(-1) for operand, _ in pairs]
+    factors = [
+        operand.weight * (_rescaling(ground, tensor, mask, working) if shared["rescale"] else 1.0)
+        for tensor, (operand, mask) in zip(flat, pairs, strict=True)
+    ]
+    weights = torch.tensor(
+        [[operand.weight] for operand, _ in pairs], dtype=working, device=base.device
+    )
+    one = torch.ones((), dtype=working, device=base.device)
+    for block in _blocks(result.numel()):
+        origin = ground[block].to(working)
+        deltas = origin.new_empty((len(pairs), origin.numel()))
+        for row, tensor, (_, mask), factor in zip(deltas, flat, pairs, factors, strict=True):
+            torch.sub(tensor[block].to(working), origin, out=row).mul_(factor)
+            if mask is not None:
+                row.mul_(mask[block])
+        sign = torch.copysign(one, deltas.sum(0))
+        deltas.mul_(sign)  # now an element agrees where it is positive
+        total = deltas.clamp(min=0).sum(0).mul_(sign)
+        if normalize:
+            total.div_(_divisor(weights * (deltas > 0)))
+        result.view(-1)[block] = total.mul_(amount).add_(origin)
+    return result
+
+
+def magnitude_mask(base: torch.Tensor, tensor: torch.Tensor, density: float) -> torch.Tensor | None:
+    """Where the task vector is among its ``density`` largest elements; flat, None for all.
+
+    Magnitudes are compared as the difference in float32 (float64 for float64 parents).
+    """
+    count = tensor.numel()
+    if density >= 1 or count == 0:
+        return None
+    if density <= 0:
+        return torch.zeros(count, dtype=torch.bool, device=tensor.device)
+    keep = max(1, int(density * count))
+    working = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    size = tensor.reshape(-1).to(working).sub(base.reshape(-1)).abs_()
+    smallest = _kth_largest(size, keep)
+    mask = size > smallest
+    short = keep - int(mask.sum())
+    equal = torch.nonzero(size == smallest).reshape(-1)[:short]
+    mask[equal] = True
+    return mask
+
+
+def random_mask(
+    key: str, count: int, density: float, device: torch.device | str = "cpu"
+) -> torch.Tensor | None:
+    """The keyed mask of the module's head over ``count`` elements; flat, None for all of them."""
+    if density >= 1:
+        return None
+    mask = torch.zeros(count, dtype=torch.bool, device=device)
+    # Torch has no unsigned comparison: flipping the top bit turns it into the signed one.
+    limit = min(math.ceil(density * 2**32), 2**32) - 1 - 2**31
+    if density <= 0:
+        return mask
+    counter = torch.arange(min(BLOCK, count), dtype=torch.int32, device=device)
+    for block in _blocks(count):
+        words = hashlib.sha256(f"{key}\n{block.start >> 32}".encode()).digest()
+        k0, k1 = (int.from_bytes(words[at : at + 4], "little") for at in (0, 4))
+        start = (block.start + k0) & 0xFFFFFFFF
+        h = counter[: block.stop - block.start] + _signed(start)
+        h ^= (h >> 16) & 0xFFFF
+        h *= 0x21F0AAAD
+        h ^= _signed(k1)
+        h ^= (h >> 15) & 0x1FFFF
+        h *= 0x735A2D97
+        h ^= (h >> 15) & 0x1FFFF
+        h ^= _signed(1 << 31)
+        torch.le(h, limit, out=mask[block])
+    return mask
+
+
+def _scaled(
+    operands: Sequence[Operand], shared: Mapping[str, float]
+) -> tuple[list[Operand], list[float]]:
+    """The operands whose weight is not zero, and their weights, brought to sum 1 if asked."""
+    live = [operand for operand in operands if operand.weight]
+    weights = [operand.weight for operand in live]
+    if not shared["normalize"] or not live:
+        return live, weights
+    total = math.fsum(weights)
+    if abs(total) <= CANCEL_SHARE * math.fsum(map(abs, weights)):
+        return live, weights
+    return live, [weight / total for weight in weights]
+
+
+def _divisor(agreeing_weights: torch.Tensor) -> torch.Tensor:
+    """Each column's sum, or 1 where it is nothing."""
+    total = agreeing_weights.sum(0)
+    nothing = total.abs() <= CANCEL_SHARE * agreeing_weights.abs().sum(0)
+    return total.mul_(~nothing).add_(nothing)
+
+
+def _rescaling(
+    ground: torch.Tensor, tensor: torch.Tensor, mask: torch.Tensor | None, working: torch.dtype
+) -> float:
+    """What brings the masked task vector back to its L1 norm."""
+    if mask is None:
+        return 1.0
+    before = after = 0.0
+    for block in _blocks(ground.numel()):
+        size = tensor[block].to(working).sub(ground[block]).abs_()
+        before += float(size.sum(dtype=torch.float64))
+        after += float(size.mul_(mask[block]).sum(dtype=torch.float64))
+    return 1.0 if before < _NORM_FLOOR or after < _NORM_FLOOR else before / after
+
+
+def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    # Plain float64 sums: nothing a stored float32 can hold overflows or cancels them to noise.
+    squares_a = squares_b = product = 0.0
+    for block in _blocks(a.numel()):
+        x, y = a[block].double(), b[block].double()
+        squares_a += float(x.dot(x))
+        squares_b += float(y.dot(y))
+        product += float(x.dot(y))
+    length_a, length_b = math.sqrt(squares_a), math.sqrt(squares_b)
+    for length in (length_a, length_b):
+        product /= length if length > _SLERP_SHORT else 1.0
+    return min(max(product, -1.0), 1.0)
+
+
+def _kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
+    at = values.numel() - k
+    if values.device.type == "cpu":  # numpy's selection is ten times faster than torch's
+        return torch.tensor(np.partition(values.numpy(), at)[at], dtype=values.dtype)
+    return torch.kthvalue(values, at + 1).values
+
+
+def _blocks(count: int) -> Iterator[slice]:
+    for start in range(0, count, BLOCK):
+        yield slice(start, min(start + BLOCK, count))
+
+
+def _working_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
+    """One width wider than the widest is stored."""
+    narrow = all(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
+    return torch.float32 if narrow else torch.float64
+
+
+def _empty(like: torch.Tensor, out: torch.dtype) -> torch.Tensor:
+    """Contiguous, whatever the strides of ``like``."""
+    return torch.empty(like.shape, dtype=out, device=like.device)
+
+
+def _copy(tensor: torch.Tensor, out: torch.dtype) -> torch.Tensor:
+    return tensor.to(out, copy=True)
+
+
+def _present(base: torch.Tensor | None) -> torch.Tensor:
+    if base is None:
+        raise TypeError("this merge method needs a base tensor")
+    return base
+
+
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word

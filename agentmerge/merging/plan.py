@@ -1,0 +1,155 @@
+"""What a recipe makes of every tensor of a layout, settled before any weight is read.
+
+It knows recipes and layouts. It knows no weights, no torch, and not how a method is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+
+from agentmerge.errors import RecipeRejected
+from agentmerge.merging.headers import DTYPES
+from agentmerge.merging.layout import (
+    Layout,
+    TensorSpec,
+    at_layer,
+    layout_faults,
+    read_layout,
+)
+from agentmerge.methods import METHODS
+from agentmerge.recipe import Effective, Recipe
+
+__all__ = [
+    "Layout",
+    "MergePlan",
+    "TensorPlan",
+    "TensorSpec",
+    "layout_faults",
+    "plan",
+    "read_layout",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """How one tensor is made.
+
+    inputs: (model, the name of the tensor it gives) of each of ``effective.sources``, in order.
+    dtype: of the result, as torch calls it.
+    """
+
+    spec: TensorSpec
+    effective: Effective
+    inputs: tuple[tuple[str, str], ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Every tensor of a merge, in the layout's order; ``merge_seed`` draws the random masks."""
+
+    tensors: tuple[TensorPlan, ...]
+    merge_seed: int | None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over all that decides the merged weights, except the parents'; 16 hex digits."""
+        body = [
+            (
+                item.spec.name,
+                item.spec.shape,
+                item.dtype,
+                item.effective.method,
+                item.effective.base_model,
+                item.inputs,
+                [own for _, _, own in item.effective.sources],
+                item.effective.shared,
+            )
+            for item in self.tensors
+        ]
+        text = json.dumps([self.merge_seed, body], separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def plan(recipe: Recipe, layout: Layout, *, dtype: str | None = None) -> MergePlan:
+    """The plan of ``recipe``, which must be canonical (``Recipe.canonical``).
+
+    dtype: of the merged tensors where the recipe names none; by default each tensor's stored one.
+
+    Raises:
+        RecipeRejected: a model, layer or dtype that is not there, sources that a method cannot
+            merge, weights that cancel.
+        ValueError: the recipe is not canonical, which is a caller's mistake.
+    """
+    if any(source.layer_range is None for piece in recipe.slices for source in piece.sources):
+        raise ValueError("the recipe is not canonical; call recipe.canonical(num_layers) first")
+    _check_sources(recipe, layout)
+    wanted = _checked_dtype(recipe.out_dtype or recipe.dtype or dtype)
+    tensors = []
+    for spec in layout.tensors:
+        effective = recipe.effective(spec.name, spec.layer, after=spec.after)
+        inputs = tuple(
+            (model, _input_name(spec, layer, layout)) for model, layer, _ in effective.sources
+        )
+        tensors.append(TensorPlan(spec, effective, inputs, wanted or spec.dtype))
+    return MergePlan(tuple(tensors), recipe.merge_seed)
+
+
+def _check_sources(recipe: Recipe, layout: Layout) -> None:
+    unknown = [name for name in recipe.models if name not in layout.parents]
+    if unknown:
+        known = ", ".join(map(repr, layout.parents))
+        raise RecipeRejected(f"the recipe names {unknown[0]!r}; the models are {known}")
+    made = 0
+    for index, piece in enumerate(recipe.slices):
+        names = [source.model for source in piece.sources]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise RecipeRejected(f"slice {index} names {twice!r} twice; name each model once")
+        for source in piece.sources:
+            start, end = source.layer_range or (0, 0)
+            if end > layout.num_layers:
+                raise RecipeRejected(
+                    f"slice {index} reads layers {start} to {end} of {source.model!r}, which has "
+                    f"{layout.num_layers}"
+                )
+        base = piece.base_model or recipe.base_model
+        if recipe.merge_method == "slerp" and (len(names) != 2 or base not in names):
+            raise RecipeRejected(
+                f"slice {index} gives slerp {names} with base_model {base!r}; it needs two models, "
+                "one of them the base_model"
+            )
+        if METHODS[recipe.merge_method].needs_base and base not in names:
+            raise RecipeRejected(f"slice {index} has no source for its base_model {base!r}")
+        first = piece.sources[0].layer_range or (0, 0)
+        made += first[1] - first[0]
+    if made != layout.num_layers:
+        raise RecipeRejected(
+            f"the recipe makes {made} layers, and the models have {layout.num_layers}"
+        )
+
+
+def _checked_dtype(name: str | None) -> str | None:
+    if name is None:
+        return None
+    short = name.removeprefix("torch.")
+    if short not in DTYPES.values():
+        raise RecipeRejected(f"dtype {name!r} is not one of {', '.join(DTYPES.values())}")
+    return short
+
+
+def _input_name(spec: TensorSpec, layer: int | None, layout: Layout) -> str:
+    """What the tensor is called in the layer it is taken from."""
+    if layer is None or layer == spec.layer:
+        return spec.name
+    name = at_layer(spec.name, layer)
+    given = layout.by_name.get(name)
+    if given is None or given.shape != spec.shape:
+        raise RecipeRejected(
+            f"layer {layer} has no tensor like {spec.name!r} of shape {list(spec.shape)}, so it "
+            f"cannot become layer {spec.layer}"
+        )
+    return name

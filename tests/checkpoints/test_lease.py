@@ -1,0 +1,143 @@
+"""One search, one process: a live holder is respected, a dead one is replaced."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+
+import pytest
+
+from agentmerge.errors import LeaseHeld
+from agentmerge.lease import Lease
+
+HOLD = """
+import sys, time
+from agentmerge.lease import Lease
+with Lease.acquire(sys.argv[1], "t", name="fox"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "runs" / "checkpoints.sqlite"
+
+
+@pytest.fixture
+def holder(path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def rewrite(path, **columns):
+    with closing(sqlite3.connect(path)) as conn, conn:
+        for column, value in columns.items():
+            conn.execute(f"UPDATE leases SET {column} = ?", (value,))
+
+
+def test_taken_and_given_back(path):
+    assert Lease.holder(path, "t") is None
+    with Lease.acquire(path, "t"):
+        assert Lease.holder(path, "t").pid == os.getpid()
+    assert Lease.holder(path, "t") is None
+    with Lease.acquire(path, "t"):
+        pass
+
+
+def test_other_searches_are_free(path):
+    with Lease.acquire(path, "t"), Lease.acquire(path, "u"):
+        pass
+
+
+def test_given_back_when_the_block_raises(path):
+    with pytest.raises(RuntimeError), Lease.acquire(path, "t"):
+        raise RuntimeError
+    assert Lease.holder(path, "t") is None
+
+
+def test_twice_in_one_process_is_refused(path):
+    with (
+        Lease.acquire(path, "t", name="fox"),
+        pytest.raises(LeaseHeld, match="'fox' is already running in this process"),
+        Lease.acquire(path, "t", name="fox"),
+    ):
+        pass
+
+
+def test_a_live_process_is_named_with_what_to_do(path, holder):
+    with pytest.raises(LeaseHeld) as refused, Lease.acquire(path, "t", name="fox"):
+        pass
+    message = str(refused.value)
+    assert f"process {holder.pid} on {os.uname().nodename}" in message
+    assert "'fox'" in message
+    assert "stop that process" in message
+    assert refused.value.exit_code == 2
+
+
+def test_a_killed_process_is_replaced_at_once(path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    started = time.monotonic()
+    with Lease.acquire(path, "t"):
+        assert time.monotonic() - started < 5
+
+
+def test_a_killed_process_that_nobody_waited_for_is_replaced_too(path, holder):
+    os.kill(holder.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while Lease.holder(path, "t") is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with Lease.acquire(path, "t"):
+        pass
+
+
+def test_another_host_is_believed_until_it_is_silent(path):
+    with Lease.acquire(path, "t"):
+        rewrite(path, host="elsewhere", token="theirs")
+    with pytest.raises(LeaseHeld, match="on elsewhere"), Lease.acquire(path, "t"):
+        pass
+    rewrite(path, heartbeat=time.time() - 61)
+    with Lease.acquire(path, "t"):
+        pass
+
+
+def test_a_row_of_our_own_pid_from_an_earlier_life_is_replaced(path):
+    with Lease.acquire(path, "t"):
+        rewrite(path, token="from before the container restarted")
+        with Lease.acquire(path, "t"):
+            pass
+
+
+def test_the_heartbeat_keeps_a_short_lease(path):
+    with Lease.acquire(path, "t", stale_after_s=0.4):
+        rewrite(path, host="elsewhere")
+        time.sleep(1.0)
+        with pytest.raises(LeaseHeld), Lease.acquire(path, "t", stale_after_s=0.4):
+            pass
+
+
+def test_a_lease_taken_over_is_noticed(path):
+    with Lease.acquire(path, "t", stale_after_s=0.2, name="fox") as lease:
+        lease.check()
+        rewrite(path, token="theirs")
+        time.sleep(0.4)
+        with pytest.raises(LeaseHeld, match="'fox' was taken over"):
+            lease.check()
+    with closing(sqlite3.connect(path)) as conn:
+        assert conn.execute("SELECT token FROM leases").fetchall() == [("theirs",)]
+
+
+def test_shares_the_file_with_the_saver(path):
+    from agentmerge.checkpoints import open_saver
+
+    with open_saver(path) as saver, Lease.acquire(path, "t"):
+        saver.prune(["t"])
+        assert Lease.holder(path, "t") is not None
