@@ -1,0 +1,185 @@
+"""How the answer is chosen and confirmed: repeated splits among the best few, then sealed items.
+
+The best-seen of many candidates is often the luckiest (SEARCH: 100 candidates on 250 items
+overstate by about 3 points). So the few best compete on many random halves of the search items,
+and the one that wins most halves is the answer (after arXiv 2605.05973). It then goes once to the
+sealed items, beside every parent and the best cheap rival, and differences are paired by item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from agentmerge.errors import CandidateFailed
+from agentmerge.evaluation.statistics import paired_difference
+from agentmerge.ledger import Candidate
+from agentmerge.strategies.base import rng_factory
+from agentmerge.workers.base import ItemRef, ItemResult
+
+if TYPE_CHECKING:
+    from agentmerge.steps import Search
+
+SHORTLIST = 5
+SPLITS = 200
+RIVALS = ("uniform", "scale")
+
+Results = dict[ItemRef, ItemResult]
+
+
+def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """The closing table as plain data: answer, parents, best rival, differences, verdict."""
+    scored = [c for c in candidates if c.score is not None and c.twin is None and not c.prior]
+    ranked = sorted(scored, key=lambda c: (-(c.score or 0.0), c.generation, c.slot))
+    answer, votes = choose(search, ranked[:SHORTLIST])
+    parents = [c for c in scored if c.operator == "parent"]
+    rivals = [c for c in ranked if c.operator in RIVALS]
+    best_rival = rivals[0] if rivals else None
+    others = [*parents, *([best_rival] if best_rival else [])]
+    sealed = bool(search.taskset.refs("sealed"))
+    rows = {}
+    for candidate in dict.fromkeys([answer, *others]):
+        rows[candidate.generation, candidate.slot] = _row(search, candidate, sealed)
+    part: Literal["search", "sealed"] = "sealed" if sealed else "search"
+    mine = _contributions(search, search_results(search, answer, part), part)
+    differences = []
+    for other in others:
+        if other is answer:
+            continue
+        theirs = _contributions(search, search_results(search, other, part), part)
+        if mine is None or theirs is None:
+            continue
+        seed = search.config.search.seed
+        mean, low, high = paired_difference(mine, theirs, seed)
+        differences.append(
+            {"against": name_of(other), "operator": other.operator, "mean": mean, "low": low,
+             "high": high}
+        )  # fmt: skip
+    card = {
+        "answer": rows[answer.generation, answer.slot] | {"votes": votes, "splits": SPLITS},
+        "parents": [rows[c.generation, c.slot] for c in parents],
+        "best_rival": rows[best_rival.generation, best_rival.slot] if best_rival else None,
+        "sealed": sealed,
+        "differences": differences,
+        "notes": list(search.taskset.notes),
+    }
+    return card | {"verdict": verdict(answer, best_rival, differences, part)}
+
+
+def search_results(
+    search: Search, candidate: Candidate, part: Literal["search", "sealed"]
+) -> Results:
+    if part == "sealed":
+        return search.confirm(candidate)
+    return search.item_results(candidate.recipe_hash)
+
+
+def choose(search: Search, shortlist: Sequence[Candidate]) -> tuple[Candidate, int]:
+    """The candidate that wins most random halves of the search items, and how many it won.
+
+    A tie goes to the better search score. Halves are drawn task by task, so every half asks the
+    same mix; the draws are the same for every candidate.
+    """
+    if len(shortlist) < 2:
+        return shortlist[0], SPLITS
+    known = [search.item_results(candidate.recipe_hash) for candidate in shortlist]
+    rng = rng_factory(search.config.search.seed)(0, 0, "items")
+    votes = [0] * len(shortlist)
+    for _ in range(SPLITS):
+        half: dict[str, list[ItemRef]] = {}
+        for task in search.taskset.tasks:
+            items = task.part("search")
+            picks = rng.permutation(len(items))[: max(1, len(items) // 2)]
+            half[task.name] = [items[i] for i in picks]
+        scores = [_score(search, results, half) for results in known]
+        votes[int(np.argmax(scores))] += 1
+    winner = int(np.argmax(votes))
+    return shortlist[winner], votes[winner]
+
+
+def name_of(candidate: Candidate) -> str:
+    return candidate.label or f"{candidate.operator} {candidate.generation}.{candidate.slot}"
+
+
+def verdict(
+    answer: Candidate,
+    rival: Candidate | None,
+    differences: Sequence[dict[str, Any]],
+    part: Literal["search", "sealed"],
+) -> str:
+    """One honest sentence about what the search was worth."""
+    where = "sealed" if part == "sealed" else "search"
+    if answer.operator == "parent":
+        return f"No merge beat the parent {name_of(answer)}: use it as it is."
+    if answer.operator in RIVALS:
+        return f"Nothing beat the cheap {name_of(answer)} merge: there was nothing to gain."
+    found = [d for d in differences if rival is not None and d["against"] == name_of(rival)]
+    if not found:
+        return "There was no cheap rival to compare with."
+    mean, low, high = found[0]["mean"], found[0]["low"], found[0]["high"]
+    span = f"{mean:+.3f} ({low:+.3f} to {high:+.3f}, 95 %)"
+    if low > 0:
+        return f"The searched merge beats the best cheap rival on {where} items by {span}."
+    if high < 0:
+        return f"The searched merge is worse than the best cheap rival on {where} items: {span}."
+    return f"The searched merge and the best cheap rival cannot be told apart on {where}: {span}."
+
+
+def _row(search: Search, candidate: Candidate, sealed: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "candidate": [candidate.generation, candidate.slot],
+        "name": name_of(candidate),
+        "operator": candidate.operator,
+        "recipe_hash": candidate.recipe_hash,
+        "score": candidate.score,
+        "tasks": dict(candidate.tasks),
+        "truncated": candidate.truncated,
+        "cut_off": candidate.cut_off,
+    }
+    if sealed:
+        try:
+            score = search.taskset.score(search.confirm(candidate), "sealed")
+            row |= {"sealed_score": score.value, "sealed_tasks": dict(score.tasks)}
+        except CandidateFailed as error:
+            row |= {"sealed_score": None, "sealed_failure": str(error)}
+    return row
+
+
+def _score(search: Search, results: Results, half: dict[str, list[ItemRef]]) -> float:
+    """The objective on some items of each task; minus infinity where a metric is not finite."""
+    taskset = search.taskset
+    try:
+        leaves = {
+            task.name: taskset.aggregate(
+                task, [results[ref] for ref in half[task.name]], half[task.name]
+            )
+            for task in taskset.tasks
+        }
+    except CandidateFailed:
+        return float("-inf")
+    sizes = {name: len(items) for name, items in half.items()}
+    return taskset.objective(taskset.combine(leaves, sizes))
+
+
+def _contributions(
+    search: Search, results: Results, part: Literal["search", "sealed"]
+) -> list[float] | None:
+    """Each item's share of the score, scaled so that their mean is the score; None if undefined.
+
+    Defined where every metric is a plain mean over items.
+    """
+    taskset = search.taskset
+    if any(task.rebuild != "plain" for task in taskset.tasks):
+        return None
+    count = len(taskset.refs(part))
+    shares = []
+    for objective in taskset.objectives:
+        sizes = {name: len(taskset.task(name).part(part)) for name in objective.leaves}
+        for name in objective.leaves:
+            items = taskset.task(name).part(part)
+            leaf = sizes[name] / sum(sizes.values()) if objective.by_size else 1 / len(sizes)
+            scale = objective.signed_weight * leaf * count / len(items)
+            shares += [scale * results[ref].value for ref in items]
+    return shares

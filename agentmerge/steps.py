@@ -1,0 +1,492 @@
+"""What the nodes of the state machine do, one method a node.
+
+``Search`` holds everything a search needs while it runs (ledger, space, tasks, pool, strategy,
+agents) and no progress of its own: every method reads the ledger and writes the ledger, so that a
+node may run again after a crash and repeat or lose nothing. Knows no LangGraph and prints nothing;
+what happens is told through ``emit``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from agentmerge.agents import controller, critic, proposer
+from agentmerge.agents.history import HistoryView, TaskView
+from agentmerge.agents.models import AgentModel
+from agentmerge.agents.prompts import Prompts, prompt_hash
+from agentmerge.agents.schemas import Guidance
+from agentmerge.config import SearchConfig
+from agentmerge.errors import CandidateFailed, ModelReplyError, RecipeRejected
+from agentmerge.evaluation.tasks import Score, TaskSet
+from agentmerge.final import final_card
+from agentmerge.genome import SearchSpace
+from agentmerge.ledger import Candidate, Ledger, ResultKey
+from agentmerge.recipe import Recipe
+from agentmerge.state import GRAPH_VERSION, SearchState
+from agentmerge.strategies.base import Observation, Proposal, Strategy, rng_factory
+from agentmerge.strategies.llm_evo import improved
+from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult
+
+Role = Literal["critic", "controller", "proposer"]
+Emit = Callable[[dict[str, Any]], None]
+
+_AGENTS: dict[Role, Any] = {"critic": critic, "controller": controller, "proposer": proposer}
+
+#: Generations in a row without one new merge after which the space counts as exhausted.
+BARREN_GENERATIONS = 3
+
+
+class Evaluator(Protocol):
+    """The worker pool, as a search sees it."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def evaluate(
+        self, recipe: Recipe, items: Sequence[ItemRef]
+    ) -> tuple[Fingerprint, list[ItemResult], float]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What ``select`` found. open_slots: candidates of this generation still to be scored."""
+
+    best: Candidate | None
+    stop_reason: str = ""
+    open_slots: list[tuple[int, int]] = field(default_factory=list)
+
+    def update(self) -> SearchState:
+        best = self.best
+        return SearchState(
+            best=[best.generation, best.slot] if best else None,
+            best_score=best.score if best else None,
+            stop_reason=self.stop_reason,
+        )
+
+
+@dataclass
+class Search:
+    """A search with its doors open; see the module's head.
+
+    identities: model name -> content fingerprint. check: raises RecipeRejected for a recipe that
+    cannot be merged, from headers alone. deadline: ``time.monotonic`` value, or None.
+    stopping: set by the first Ctrl-C; candidates that have not begun are left open.
+    """
+
+    config: SearchConfig
+    run_id: str
+    run_dir: Path
+    settings_hash: str
+    ledger: Ledger
+    space: SearchSpace
+    taskset: TaskSet
+    pool: Evaluator
+    strategy: Strategy
+    identities: Mapping[str, str]
+    check: Callable[[Recipe], object]
+    models: Mapping[Role, AgentModel]
+    prompts: Prompts
+    emit: Emit
+    deadline: float | None = None
+    stopping: Callable[[], bool] = lambda: False
+
+    # --- nodes ------------------------------------------------------------------------------
+
+    def seed(self) -> int:
+        """Write generation 0, unless this search has a past (a branch, or this node ran before).
+
+        A branch whose settings make old scores incomparable starts a generation of its own: the
+        cheap rivals and the old incumbent, scored again.
+        """
+        past = self.ledger.candidates(self.run_id)
+        if not past:
+            self._add(0, self._seed_population())
+            return 0
+        last = past[-1].generation
+        if all(candidate.prior for candidate in past):
+            known = [c for c in past if c.score is not None and c.operator != "parent"]
+            best = max(known, key=lambda c: c.score or 0.0, default=None)
+            again = [] if best is None else [self._again(best)]
+            self._add(last + 1, [*self._rivals(), *again])
+            return last + 1
+        return last
+
+    def first_state(self, generation: int) -> SearchState:
+        return SearchState(
+            run_id=self.run_id,
+            graph_version=GRAPH_VERSION,
+            settings_hash=self.settings_hash,
+            generation=generation,
+            status="running",
+            stop_reason="",
+        )
+
+    def open_slots(self, generation: int) -> list[tuple[int, int]]:
+        return [
+            (c.generation, c.slot)
+            for c in self.ledger.candidates(self.run_id, generation)
+            if c.state == "open"
+        ]
+
+    def evaluate(self, generation: int, slot: int) -> None:
+        """Score one candidate and commit what it cost; a bad candidate becomes a failed row."""
+        candidate = self.ledger.candidate(self.run_id, generation, slot)
+        if candidate.state != "open" or self.stopping() or self._late():
+            return
+        self.emit({"event": "evaluate", "generation": generation, "slot": slot})
+        recipe = Recipe.parse(self.ledger.recipe(candidate.recipe_hash))
+        try:
+            score, paid, seconds, fingerprint = self._scored(recipe, candidate.recipe_hash)
+        except CandidateFailed as error:
+            self.ledger.save_evaluation(
+                self.run_id, (generation, slot), score=None, failure=str(error)
+            )
+        else:
+            results = [result for _, _, _, row in paid for result in row]
+            self.ledger.save_evaluation(
+                self.run_id,
+                (generation, slot),
+                score=score.value,
+                tasks=score.tasks,
+                reused=not paid,
+                counts=(sum(r.truncated for r in results), sum(r.cut_off for r in results)),
+                seconds=seconds,
+                fingerprint=fingerprint,
+                results=paid,
+            )
+        self.emit(self._candidate_event(self.ledger.candidate(self.run_id, generation, slot)))
+
+    def select(self, generation: int) -> Outcome:
+        """Find the incumbent, save its recipe, and decide what comes next."""
+        candidates = self.ledger.candidates(self.run_id)
+        best = incumbent(candidates)
+        if best is not None:
+            self._write_best(best)
+        if self._late():
+            return Outcome(best, "timeout")
+        still_open = [
+            (c.generation, c.slot)
+            for c in candidates
+            if c.generation == generation and c.state == "open"
+        ]
+        if still_open:
+            return Outcome(best, open_slots=still_open)
+        self.emit(
+            {
+                "event": "generation",
+                "generation": generation,
+                "evaluations": evaluations(candidates),
+                "best": None if best is None else best.score,
+            }
+        )
+        limit = self.config.search.max_generations
+        reason = ""
+        if evaluations(candidates) >= self.config.budget.max_evaluations:
+            reason = "budget"
+        elif limit is not None and generation >= limit:
+            reason = "generations"
+        elif generation and best is None:
+            reason = "every candidate failed"
+        elif _barren(candidates, generation):
+            reason = "nothing new"
+        return Outcome(best, reason)
+
+    def advise(self, role: Role, generation: int) -> None:
+        """Ask one agent and keep its word; without a model, or where it fails, its rules speak."""
+        if any(word["role"] == role for word in self.ledger.advice(self.run_id, generation)):
+            return
+        agent = _AGENTS[role]
+        view = self._view(generation)
+        guidance = self._guidance(generation)
+        failure = ""
+        advised = agent.by_rules(view, guidance)
+        if role in self.models:
+            try:
+                advised = self._asked(role, agent, view, guidance)
+            except ModelReplyError as error:
+                failure = str(error)
+        self.ledger.save_advice(
+            self.run_id, generation, role, {"guidance": advised.to_json(), "failure": failure}
+        )
+        self.emit(
+            {
+                "event": "advice",
+                "role": role,
+                "generation": generation,
+                "source": advised.source,
+                "failure": failure,
+                "words": advised.thought if role == "proposer" else advised.critique,
+            }
+        )
+
+    def propose(self, generation: int) -> int:
+        """Let the strategy write the next generation; returns its number."""
+        candidates = self.ledger.candidates(self.run_id)
+        if candidates[-1].generation > generation:
+            return generation + 1  # this node ran before
+        left = self.config.budget.max_evaluations - evaluations(candidates)
+        count = min(self.population, left)
+        history = self.ledger.history(self.run_id)
+        proposals = self.strategy.propose(
+            self.space, history, self._guidance(generation), count, self._rng()
+        )
+        self._add(generation + 1, proposals)
+        return generation + 1
+
+    def finish(self, stop_reason: str) -> SearchState:
+        """Choose the answer, confirm it on sealed items, write recipe and card."""
+        candidates = self.ledger.candidates(self.run_id)
+        card: dict[str, Any] = {}
+        if incumbent(candidates) is not None:
+            card = final_card(self, candidates)
+            self._write_best(self.ledger.candidate(self.run_id, *card["answer"]["candidate"]))
+        self.ledger.update_run(
+            self.run_id, status="done", stop_reason=stop_reason, result=card or None
+        )
+        self.emit({"event": "done", "reason": stop_reason, "card": card})
+        return SearchState(status="done", stop_reason=stop_reason)
+
+    # --- scoring ----------------------------------------------------------------------------
+
+    def item_results(
+        self, recipe_hash: str, part: Literal["search", "sealed"] = "search"
+    ) -> dict[ItemRef, ItemResult]:
+        """What the ledger knows of a recipe's items, without paying for anything."""
+        found = {}
+        for task in self.taskset.tasks:
+            known = self.ledger.results(self._key(recipe_hash, task.protocol_hash))
+            found.update({ref: known[ref.key] for ref in task.part(part) if ref.key in known})
+        return found
+
+    def confirm(self, candidate: Candidate) -> dict[ItemRef, ItemResult]:
+        """Sealed items' results of a candidate, paid for once and kept."""
+        results = self.item_results(candidate.recipe_hash, "sealed")
+        missing = [ref for ref in self.taskset.refs("sealed") if ref not in results]
+        if missing:
+            recipe = Recipe.parse(self.ledger.recipe(candidate.recipe_hash))
+            fingerprint, rows, seconds = self.pool.evaluate(recipe, missing)
+            fresh = dict(zip(missing, rows, strict=True))
+            for task in self.taskset.tasks:
+                refs = [ref for ref in task.part("sealed") if ref in fresh]
+                self.ledger.save_results(
+                    self._key(candidate.recipe_hash, task.protocol_hash),
+                    task.name,
+                    refs,
+                    [fresh[ref] for ref in refs],
+                    fingerprint.digest,
+                    seconds,
+                )
+            results |= self.item_results(candidate.recipe_hash, "sealed")
+        return results
+
+    def _scored(
+        self, recipe: Recipe, recipe_hash: str
+    ) -> tuple[Score, list[tuple[ResultKey, str, list[ItemRef], list[ItemResult]]], float, str]:
+        """(score, what was paid for, seconds, fingerprint); asks only what the ledger lacks."""
+        results = self.item_results(recipe_hash)
+        missing = [ref for ref in self.taskset.refs() if ref not in results]
+        seconds, fingerprint, paid = 0.0, "", []
+        if missing:
+            proof, rows, seconds = self.pool.evaluate(recipe, missing)
+            fingerprint = proof.digest
+            fresh = dict(zip(missing, rows, strict=True))
+            for task in self.taskset.tasks:
+                refs = [ref for ref in task.part("search") if ref in fresh]
+                key = self._key(recipe_hash, task.protocol_hash)
+                # Rounded as the ledger stores them, so that a resume sees the very same numbers.
+                paid.append((key, task.name, refs, [fresh[ref] for ref in refs]))
+            results |= fresh
+        return self.taskset.score(results), paid, seconds, fingerprint
+
+    def _key(self, recipe_hash: str, protocol_hash: str) -> ResultKey:
+        return ResultKey(recipe_hash, self.pool.info, protocol_hash)
+
+    # --- proposing --------------------------------------------------------------------------
+
+    @property
+    def population(self) -> int:
+        return self.config.search.population or self.strategy.population(self.space.dimensions)
+
+    def _rng(self) -> Any:
+        return rng_factory(self.config.search.seed)
+
+    def _rivals(self) -> list[Proposal]:
+        """Parents, the uniform merge, a five-point uniform scale."""
+        found = [
+            _proposal(point, recipe, "parent", label)
+            for label, recipe, point in self.space.parents()
+        ]
+        recipe, point = self.space.uniform()
+        found.append(_proposal(point, recipe, "uniform", "uniform"))
+        found += [
+            _proposal(point, recipe, "scale", label)
+            for label, recipe, point in self.space.scale_points()
+        ]
+        return found
+
+    def _seed_population(self) -> list[Proposal]:
+        seeds = self._rivals()
+        for path in self.config.search.init:
+            recipe = Recipe.parse(Path(path)).canonical(self.space.num_layers)
+            seeds.append(_proposal(self.space.vector(recipe), recipe, "init", Path(path).name))
+        left = self.config.budget.max_evaluations - len(seeds)
+        draws = self.strategy.propose(
+            self.space, [], None, max(0, min(self.population, left)), self._rng()
+        )
+        return [*seeds, *draws][: self.config.budget.max_evaluations]
+
+    def _again(self, candidate: Candidate) -> Proposal:
+        text = self.ledger.recipe(candidate.recipe_hash)
+        return Proposal(candidate.vector, "incumbent", None if candidate.vector else text)
+
+    def _add(self, generation: int, proposals: Sequence[Proposal]) -> None:
+        rows = []
+        for proposal in proposals:
+            failure = ""
+            try:
+                if proposal.recipe is not None:
+                    recipe = Recipe.parse(proposal.recipe).canonical(self.space.num_layers)
+                else:
+                    recipe = self.space.recipe(proposal.vector or ())
+                text, recipe_hash = recipe.to_yaml(), recipe.hash(self.identities)
+                self.check(recipe)
+            except RecipeRejected as error:
+                failure = str(error)
+                text, recipe_hash = proposal.recipe or "", f"refused-{generation}-{len(rows)}"
+            rows.append((proposal, recipe_hash, text, failure))
+        self.ledger.add_candidates(self.run_id, generation, rows)
+
+    # --- advice -----------------------------------------------------------------------------
+
+    def _guidance(self, generation: int) -> Guidance:
+        """What the agents said of this generation so far, the latest speaker's being complete."""
+        words = {w["role"]: w for w in self.ledger.advice(self.run_id, generation)}
+        for role in ("proposer", "controller", "critic"):
+            if role in words:
+                return Guidance.from_json(words[role]["guidance"])
+        return Guidance()
+
+    def _asked(self, role: Role, agent: Any, view: HistoryView, guidance: Guidance) -> Guidance:
+        """The model's word; a call that was paid for before is read, not made again.
+
+        Raises:
+            ModelReplyError: no valid reply (kept with its cost, and raised again on replay).
+        """
+        messages = agent.messages(view, self.prompts, guidance)
+        key = (self.run_id, view.generation, role, prompt_hash(messages))
+        known = self.ledger.call(*key)
+        if known is None:
+            model = self.models[role]
+            cost: dict[str, Any]
+            try:
+                reply = model.ask(
+                    messages, agent.schema(view), lambda text: agent.parse(text, view)
+                )
+                known = (reply.raw_text, None)
+                cost = {
+                    "tokens_in": reply.tokens_in,
+                    "tokens_out": reply.tokens_out,
+                    "latency_s": reply.latency_s,
+                }
+            except ModelReplyError as error:
+                known = (None, str(error))
+                cost = {
+                    "tokens_in": error.tokens_in,
+                    "tokens_out": error.tokens_out,
+                    "latency_s": 0.0,
+                }
+            self.ledger.save_call(
+                *key,
+                attempt=0,
+                model=model.name,
+                messages=messages,
+                reply=known[0],
+                error=known[1],
+                **cost,
+            )
+        text, failure = known
+        if text is None:
+            raise ModelReplyError(failure or "no reply")
+        return agent.by_model(agent.parse(text, view), guidance)  # type: ignore[no-any-return]
+
+    def _view(self, generation: int) -> HistoryView:
+        history = self.ledger.history(self.run_id)
+        before = self._guidance(generation - 1) if generation else None
+        candidates = self.ledger.candidates(self.run_id)
+        settings = self.config.search
+        return HistoryView(
+            space=self.space,
+            tasks=tuple(
+                TaskView(o.name, o.weight, self._metric(o.name), o.higher_is_better)
+                for o in self.taskset.objectives
+            ),
+            entries=tuple(history),
+            sigma=None if before is None else before.sigma,
+            sigma_low=settings.sigma_low,
+            sigma_high=settings.sigma_high,
+            improved_last=improved(history) if history else False,
+            budget_left=self.config.budget.max_evaluations - evaluations(candidates),
+        )
+
+    def _metric(self, name: str) -> str:
+        return next((t.metric for t in self.config.tasks.tasks if t.name == name), "")
+
+    # --- small things -----------------------------------------------------------------------
+
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def _write_best(self, best: Candidate) -> None:
+        """best.yml, replaced in one step: it is whole at every moment."""
+        path = self.run_dir / "best.yml"
+        draft = path.with_suffix(".tmp")
+        draft.write_text(self.ledger.recipe(best.recipe_hash))
+        draft.replace(path)
+
+    def _candidate_event(self, candidate: Candidate) -> dict[str, Any]:
+        return {
+            "event": "candidate",
+            "generation": candidate.generation,
+            "slot": candidate.slot,
+            "operator": candidate.operator,
+            "label": candidate.label,
+            "score": candidate.score,
+            "tasks": dict(candidate.tasks),
+            "failure": candidate.failure,
+            "reused": candidate.reused,
+            "seconds": candidate.seconds,
+        }
+
+
+def incumbent(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The best candidate scored under the present settings; ties go to the earlier."""
+    scored = [c for c in candidates if c.score is not None and not c.prior and c.twin is None]
+    return min(scored, key=lambda c: (-(c.score or 0.0), c.generation, c.slot), default=None)
+
+
+def evaluations(candidates: Sequence[Candidate]) -> int:
+    """How much of the budget is used: every distinct merge of this search, failed ones too.
+
+    A merge that another search paid for counts as well, so that a search does not depend on what
+    else is in the ledger; a twin does not. Candidates still open are not counted.
+    """
+    return sum(c.state in ("scored", "failed") and not c.prior for c in candidates)
+
+
+def _barren(candidates: Sequence[Candidate], generation: int) -> bool:
+    recent = [c for c in candidates if c.generation > generation - BARREN_GENERATIONS]
+    return generation >= BARREN_GENERATIONS and all(c.state == "twin" for c in recent)
+
+
+def _proposal(
+    point: tuple[float, ...] | None, recipe: Recipe, operator: str, label: str
+) -> Proposal:
+    return Proposal(point, operator, None if point else recipe.to_yaml(), label)
+
+
+def failed(history: Sequence[Observation]) -> int:
+    return sum(observation.score is None for observation in history)
