@@ -297,7 +297,6 @@ class Search:
             for task in self.taskset.tasks:
                 refs = [ref for ref in task.part("search") if ref in fresh]
                 key = self._key(recipe_hash, task.protocol_hash)
-                # Rounded as the ledger stores them, so that a resume sees the very same numbers.
                 paid.append((key, task.name, refs, [fresh[ref] for ref in refs]))
             results |= fresh
         return self.taskset.score(results), paid, seconds, fingerprint

@@ -1,0 +1,296 @@
+"""lm-eval's own Hugging Face model class around a live model whose weights change under it.
+
+It keeps what does not depend on weights (tokenised requests) and nothing that does. Knows batches
+and tokens; what an answer is worth is ``scoring.py``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+    resolve_max_length,
+)
+
+from agentmerge.errors import CandidateFailed, TaskError
+from agentmerge.evaluation.loading import quiet
+from agentmerge.workers.base import WorkerSpec
+
+#: A tokenised request, as lm-eval passes it around: (texts, context tokens, continuation tokens).
+Encoded = tuple[tuple[str, str], list[int], list[int]]
+
+#: The seed of torch's generator before sampled generation, as ``simple_evaluate`` has it.
+TORCH_SEED = 1234
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """What ends a generation, as lm-eval works it out of a request's settings."""
+
+    until: tuple[str, ...]
+    max_new: int
+    sampled: bool
+
+
+def parent_path(spec: WorkerSpec, name: str) -> Path:
+    return Path(dict(spec.parents)[name])
+
+
+def tokenizer_of(spec: WorkerSpec) -> Any:
+    """The tokenizer that asks the questions."""
+    path = parent_path(spec, spec.template_model)
+    with quiet():
+        return transformers.AutoTokenizer.from_pretrained(
+            str(path), trust_remote_code=spec.trust_remote_code
+        )
+
+
+def context_length(spec: WorkerSpec, tokenizer: Any) -> int:
+    """Tokens a prompt and its answer may have: ``worker.options.max_length``, else the model's."""
+    asked = spec.options.get("max_length")
+    if asked is not None:
+        return int(asked)
+    config = transformers.AutoConfig.from_pretrained(
+        str(parent_path(spec, spec.template_model)), trust_remote_code=spec.trust_remote_code
+    )
+    return int(resolve_max_length(config, tokenizer))
+
+
+class _RefuseNaN(transformers.LogitsProcessor):  # type: ignore[misc]
+    """Argmax over NaN picks a token, and the answer would look like any other."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if torch.isnan(scores).any():
+            raise CandidateFailed("the model's logits are not numbers (NaN) while it generates")
+        return scores
+
+
+class LiveLM(HFLM):  # type: ignore[misc]
+    """HFLM on a model that is already built, without progress bars, tokenising each text once.
+
+    model: a causal language model in eval mode. batch_size: requests a forward pass.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, max_length: int) -> None:
+        self._ids: dict[tuple[str, bool | None], list[int]] = {}
+        self._padded: dict[Any, Any] = {}
+        self._captured: list[Encoded] | None = None
+        self._rows: list[str] = []
+        self._cut_off: dict[tuple[str, Stopping], bool] = {}
+        with quiet():
+            super().__init__(
+                pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
+            )
+
+    # --- tokens, once ---------------------------------------------------------------------------
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        key = (string, add_special_tokens)
+        if key not in self._ids:
+            self._ids[key] = super().tok_encode(string, add_special_tokens, **kwargs)
+        ids = self._ids[key]
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(self, strings: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        self._rows = list(strings)
+        key = (tuple(strings), args, tuple(sorted(kwargs.items())))
+        if key not in self._padded:
+            self._padded[key] = super().tok_batch_encode(list(strings), *args, **kwargs)
+        return self._padded[key]
+
+    def encode(self, instances: Sequence[Any]) -> list[Encoded]:
+        """lm-eval's tokens of (context, continuation) requests, unscored.
+
+        Raises:
+            TaskError: a continuation without a token, or longer than the context.
+        """
+        self._captured = []
+        try:
+            TemplateLM.loglikelihood(self, list(instances), disable_tqdm=True)
+            encoded = self._captured
+        except IndexError:
+            encoded = [(("", ""), [], [])]
+        finally:
+            self._captured = None
+        for texts, context, continuation in encoded:
+            if not context or not 0 < len(continuation) <= self.max_length:
+                raise TaskError(
+                    f"an answer has {len(continuation)} tokens, and 1 to {self.max_length} "
+                    f"are possible: {texts[1][:80]!r}"
+                )
+        return encoded
+
+    def cut(self, context: Sequence[int], continuation: Sequence[int]) -> bool:
+        """Whether lm-eval drops the beginning of this request."""
+        return len(context) + len(continuation) > self.max_length + 1
+
+    def prompt_cut(self, context: str, max_new: int) -> bool:
+        """Whether a prompt leaves no room for its answer, so that its beginning is dropped.
+
+        Raises:
+            TaskError: the answer alone fills the context.
+        """
+        if max_new >= self.max_length:
+            raise TaskError(
+                f"max_gen_toks {max_new} leaves no room in a context of {self.max_length} tokens; "
+                "lower it in the task's generation_kwargs"
+            )
+        return len(self.tok_encode(context)) > self.max_length - max_new
+
+    # --- answers --------------------------------------------------------------------------------
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> Any:
+        if self._captured is not None:
+            self._captured = list(requests)
+            return []
+        return super()._loglikelihood_tokens(requests, True, override_bs)
+
+    def answer(self, requests: Sequence[Encoded]) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether greedy decoding gives it) of each continuation."""
+        return list(self._loglikelihood_tokens(list(requests)))
+
+    def rolling(self, instances: Sequence[Any]) -> list[float]:
+        """Log-likelihood of whole texts, in windows of the context."""
+        return list(self.loglikelihood_rolling(list(instances), disable_tqdm=True))
+
+    def stopping(self, generation_kwargs: dict[str, Any]) -> Stopping:
+        kwargs: Any = normalize_gen_kwargs(generation_kwargs, self.max_gen_toks)
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        until = handle_stop_sequences(list(kwargs["until"]), eos=eos)
+        return Stopping(tuple(until), kwargs["max_gen_toks"], bool(kwargs["do_sample"]))
+
+    def generate(self, instances: Sequence[Any]) -> list[tuple[str, bool]]:
+        """(text up to the first stop, whether it ran into max_gen_toks) of each request."""
+        self._cut_off = {}
+        stops = [self.stopping(instance.args[1]) for instance in instances]
+        with _sampling(any(stop.sampled for stop in stops)), _no_warnings():
+            texts = self.generate_until(list(instances), disable_tqdm=True)
+        return [
+            (text, self._cut_off[instance.args[0], stop])
+            for text, instance, stop in zip(texts, instances, stops, strict=True)
+        ]
+
+    def _model_generate(
+        self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> Any:
+        generation_kwargs.setdefault(
+            "logits_processor", transformers.LogitsProcessorList([_RefuseNaN()])
+        )
+        sampled = bool(generation_kwargs.get("do_sample"))
+        out = super()._model_generate(context, max_length, stop, **generation_kwargs)
+        width = context.shape[1]
+        stopping = Stopping(tuple(stop), max_length - width, sampled)
+        ends = self.model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        for text, row in zip(self._rows, out[:, width:].tolist(), strict=True):
+            whole = len(row) >= stopping.max_new and ends.isdisjoint(row)
+            if whole:
+                said = self.tok_decode(row, skip_special_tokens=False)
+                whole = not any(term and term in said for term in stop)
+            key = (text, stopping)
+            self._cut_off[key] = self._cut_off.get(key, False) or whole
+        return out
+
+    # --- the companion request ------------------------------------------------------------------
+
+    def gold_tokens(
+        self, context: str, gold: str, max_new: int
+    ) -> tuple[list[int], list[int]] | None:
+        """(context, gold) as tokens, the context as generation sees it; None if gold is no
+        possible continuation of it (no tokens, too many, or a merge across the seam)."""
+        head = self.tok_encode(context)
+        whole = self.tok_encode(context + gold)
+        tail = whole[len(head) :]
+        if whole[: len(head)] != head:
+            tail = self.tok_encode(gold, add_special_tokens=False)
+        if not 0 < len(tail) <= max_new:
+            return None
+        return head[-(self.max_length - max_new) :], tail
+
+    def said(self, tokens: Sequence[int], stopping: Stopping) -> str:
+        """The text lm-eval makes of generated tokens."""
+        text: str = postprocess_generated_text(
+            self.tok_decode(list(tokens)), list(stopping.until), None
+        )
+        return text
+
+    def teacher_forced(
+        self, requests: Sequence[tuple[list[int], list[int]]]
+    ) -> list[tuple[float, float]]:
+        """(log-likelihood, margin) of each gold answer after its context, in nats.
+
+        The margin is the least, over the answer's tokens, of gold minus best other logit.
+        """
+        order = sorted(range(len(requests)), key=lambda i: -sum(map(len, requests[i])))
+        found: list[tuple[float, float]] = [(0.0, 0.0)] * len(requests)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            answers = self._forced([requests[i] for i in batch])
+            for i, answer in zip(batch, answers, strict=True):
+                found[i] = answer
+        return found
+
+    def _forced(
+        self, requests: Sequence[tuple[list[int], list[int]]]
+    ) -> list[tuple[float, float]]:
+        lengths = [len(context) + len(gold) - 1 for context, gold in requests]
+        rows = torch.zeros((len(requests), max(lengths)), dtype=torch.long)
+        spans = max(len(gold) for _, gold in requests)
+        places = torch.zeros((len(requests), spans), dtype=torch.long)
+        golds = torch.zeros((len(requests), spans), dtype=torch.long)
+        real = torch.zeros((len(requests), spans), dtype=torch.bool)
+        for i, (context, gold) in enumerate(requests):
+            rows[i, : lengths[i]] = torch.tensor((context + gold)[:-1])
+            places[i, : len(gold)] = torch.arange(len(context) - 1, lengths[i])
+            golds[i, : len(gold)] = torch.tensor(gold)
+            real[i, : len(gold)] = True
+        with torch.no_grad():
+            logits = self._model_call(rows.to(self.device))
+            at = places.to(self.device).unsqueeze(-1).expand(-1, -1, logits.shape[-1])
+            logits = logits.gather(1, at).float()
+            index = golds.to(self.device).unsqueeze(-1)
+            own = logits.gather(-1, index).squeeze(-1)
+            lls = own - logits.logsumexp(-1)
+            others = logits.scatter(-1, index, -torch.inf).amax(-1)
+            inside = real.to(self.device)
+            total = torch.where(inside, lls, 0.0).sum(-1)
+            margins = torch.where(inside, own - others, torch.inf).amin(-1)
+        return list(zip(total.tolist(), margins.tolist(), strict=True))
+
+
+@contextmanager
+def _sampling(sampled: bool) -> Iterator[None]:
+    """Sampled answers from lm-eval's own seed; the caller's generators are left as they were."""
+    if not sampled:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(TORCH_SEED)
+        yield
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,257 @@
+"""Puts items to a live model and turns its answers into item results.
+
+Values come from lm-eval's own model class, filters and ``process_results``, so that they equal
+``lm_eval.simple_evaluate`` on the same weights, item for item. Requests are tokenised once; no
+answer is kept from one call to the next. Knows nothing of merging.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from agentmerge.errors import CandidateFailed, TaskError
+from agentmerge.evaluation import metrics
+from agentmerge.evaluation.rendering import Asked
+from agentmerge.evaluation.tasks import ScoredTask, TaskSet
+from agentmerge.workers.base import ItemRef, ItemResult
+
+
+class ScoringModel(Protocol):
+    """What scoring asks of an engine; ``live.LiveLM`` says what each answer is."""
+
+    def encode(self, instances: Sequence[Any]) -> list[Any]: ...
+    def cut(self, context: Sequence[int], continuation: Sequence[int]) -> bool: ...
+    def prompt_cut(self, context: str, max_new: int) -> bool: ...
+    def answer(self, requests: Sequence[Any]) -> list[tuple[float, bool]]: ...
+    def rolling(self, instances: Sequence[Any]) -> list[float]: ...
+    def generate(self, instances: Sequence[Any]) -> list[tuple[str, bool]]: ...
+    def stopping(self, generation_kwargs: dict[str, Any]) -> Any: ...
+    def said(self, tokens: Sequence[int], stopping: Any) -> str: ...
+    def gold_tokens(
+        self, context: str, gold: str, max_new: int
+    ) -> tuple[list[int], list[int]] | None: ...
+    def teacher_forced(
+        self, requests: Sequence[tuple[list[int], list[int]]]
+    ) -> list[tuple[float, float]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """An item, tokenised, with everything about it that no model changes."""
+
+    task: ScoredTask
+    asked: Asked
+    instances: tuple[Any, ...]
+    encoded: tuple[Any, ...] = ()
+    truncated: bool = False
+    gold: tuple[int, ...] = ()
+    scales: tuple[float, ...] = ()
+    companion: tuple[list[int], list[int]] | None = None
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What the model said to one item: a list of responses for each of its requests."""
+
+    responses: list[list[Any]]
+    cut_off: bool = False
+    forced: tuple[float, float] | None = None
+
+
+class ItemScorer:
+    """Scores items of a TaskSet on whatever weights ``lm`` has at the time.
+
+    Raises (on use):
+        CandidateFailed: a log-likelihood or a value is not finite.
+        TaskError: an item that this task set does not hold, or that cannot be tokenised.
+    """
+
+    def __init__(self, lm: ScoringModel, taskset: TaskSet) -> None:
+        self._lm = lm
+        self._taskset = taskset
+        self._known = {ref: task for task in taskset.tasks for ref in task.items}
+        self._prepared: dict[ItemRef, _Prepared] = {}
+
+    def score(self, refs: Sequence[ItemRef]) -> list[ItemResult]:
+        """One result an item, in the order asked.
+
+        All requests of one type go to the engine in one call, task by task in document order:
+        the batches are those of ``simple_evaluate`` on the same documents.
+        """
+        place = {task.name: i for i, task in enumerate(self._taskset.tasks)}
+        for ref in refs:
+            if ref not in self._known:
+                raise TaskError(
+                    f"item {ref.index} of task {ref.task!r} ({ref.key}) is not asked here; "
+                    "the task's file or data has changed since"
+                )
+        wanted = sorted(set(refs), key=lambda ref: (place[ref.task], ref.index))
+        items = {ref: self._prepare(ref) for ref in wanted}
+        answers = self._ask(items)
+        results: dict[ItemRef, ItemResult] = {}
+        for task in self._taskset.tasks:
+            own = {ref: item for ref, item in items.items() if ref.task == task.name}
+            if own:
+                results.update(_judged(own, answers))
+        return [results[ref] for ref in refs]
+
+    def _prepare(self, ref: ItemRef) -> _Prepared:
+        if ref not in self._prepared:
+            task = self._known[ref]
+            asked = self._taskset.asked[ref.task]
+            instances = asked.requests[ref.index]
+            kind = instances[0].request_type
+            if kind == "loglikelihood":
+                item = self._with_tokens(task, asked, instances)
+            elif kind == "generate_until":
+                item = self._with_gold(task, asked, instances)
+            else:
+                item = _Prepared(task, asked, instances)
+            self._prepared[ref] = item
+        return self._prepared[ref]
+
+    def _with_tokens(self, task: ScoredTask, asked: Asked, instances: Any) -> _Prepared:
+        encoded = self._lm.encode(instances)
+        truncated = any(self._lm.cut(context, more) for _, context, more in encoded)
+        gold: tuple[int, ...] = ()
+        scales: tuple[float, ...] = ()
+        if task.margin_kind == "choice":
+            doc = instances[0].doc
+            gold = metrics.gold_choices(asked.task, doc)
+            scales = metrics.choice_scales(asked.task, doc, task.metric)
+        return _Prepared(task, asked, instances, tuple(encoded), truncated, gold, scales)
+
+    def _with_gold(self, task: ScoredTask, asked: Asked, instances: Any) -> _Prepared:
+        context, kwargs = instances[0].args[:2]
+        stopping = self._lm.stopping(kwargs)
+        truncated = self._lm.prompt_cut(context, stopping.max_new)
+        companion = None
+        if asked.companion and len(instances) == 1:
+            for gold in _gold_texts(asked, instances[0].doc):
+                tokens = self._lm.gold_tokens(context, gold, stopping.max_new)
+                if tokens and _accepted(asked, instances, self._lm.said(tokens[1], stopping)):
+                    companion = tokens
+                    break
+        return _Prepared(task, asked, instances, truncated=truncated, companion=companion)
+
+    def _ask(self, items: dict[ItemRef, _Prepared]) -> dict[ItemRef, _Answer]:
+        """Every request of every item, by type."""
+        answers = {ref: _Answer([[] for _ in item.instances]) for ref, item in items.items()}
+        places = [
+            (ref, item, i, repeat)
+            for ref, item in items.items()
+            for i, instance in enumerate(item.instances)
+            for repeat in range(instance.repeats or 1)
+        ]
+        by_type: dict[str, list[tuple[ItemRef, _Prepared, int]]] = {}
+        for ref, item, i, _ in places:
+            by_type.setdefault(item.instances[i].request_type, []).append((ref, item, i))
+        for kind, requests in by_type.items():
+            instances = [item.instances[i] for _, item, i in requests]
+            said: Iterable[Any]
+            if kind == "loglikelihood":
+                said = self._lm.answer([item.encoded[i] for _, item, i in requests])
+            elif kind == "loglikelihood_rolling":
+                said = self._lm.rolling(instances)
+            else:
+                pairs = self._lm.generate(instances)
+                for (ref, _, _), (_, cut_off) in zip(requests, pairs, strict=True):
+                    answers[ref].cut_off |= cut_off
+                said = [text for text, _ in pairs]
+            for (ref, _, i), response in zip(requests, said, strict=True):
+                answers[ref].responses[i].append(response)
+        forced = [(ref, item.companion) for ref, item in items.items() if item.companion]
+        margins = self._lm.teacher_forced([tokens for _, tokens in forced]) if forced else []
+        for (ref, _), margin in zip(forced, margins, strict=True):
+            answers[ref].forced = margin
+        return answers
+
+
+def _judged(
+    items: dict[ItemRef, _Prepared], answers: dict[ItemRef, _Answer]
+) -> dict[ItemRef, ItemResult]:
+    """Items of one task -> results, by the task's own filter and ``process_results``."""
+    first = next(iter(items.values()))
+    asked = first.asked
+    instances = [instance for item in items.values() for instance in item.instances]
+    responses = [r for ref in items for r in answers[ref].responses]
+    if first.task.output_type != "generate_until":
+        _refuse_infinite(items, answers)
+    kept = iter(metrics.filtered(asked.task, asked.filter, instances, responses))
+    results = {}
+    for ref, item in items.items():
+        answer = answers[ref]
+        filtered = [next(kept) for _ in item.instances]
+        found = asked.task.process_results(item.instances[0].doc, filtered)
+        if asked.metric not in found:
+            raise TaskError(
+                f"task {ref.task!r} gave no {asked.metric!r} for document {ref.index}; "
+                "choose a metric that every document has"
+            )
+        value = metrics.stored_value(
+            item.task.rebuild, found[asked.metric], ref.task, asked.metric
+        )
+        if not math.isfinite(value):
+            raise CandidateFailed(f"{asked.metric} of document {ref.index}, {ref.task}: {value}")
+        log_likelihood, margin = _evidence(item, answer)
+        for number in (log_likelihood, margin):
+            if number is not None and not math.isfinite(number):
+                raise CandidateFailed(
+                    f"the gold answer's log-likelihood is not finite ({log_likelihood}, margin "
+                    f"{margin}) for document {ref.index} of task {ref.task!r}"
+                )
+        results[ref] = ItemResult(value, log_likelihood, margin, item.truncated, answer.cut_off)
+    return results
+
+
+def _evidence(item: _Prepared, answer: _Answer) -> tuple[float | None, float | None]:
+    """(log-likelihood of the gold answer, margin), None where there is no such thing."""
+    kind = item.task.output_type
+    if item.task.margin_kind == "choice":
+        lls = [responses[0][0] for responses in answer.responses]
+        mutual = item.task.metric == "acc_mutual_info"
+        return metrics.choice_margin(lls, item.gold, item.scales, mutual)
+    if kind == "loglikelihood":
+        return answer.responses[0][0][0], None
+    if kind == "loglikelihood_rolling":
+        return answer.responses[0][0], None
+    return answer.forced or (None, None)
+
+
+def _refuse_infinite(items: dict[ItemRef, _Prepared], answers: dict[ItemRef, _Answer]) -> None:
+    for ref in items:
+        for responses in answers[ref].responses:
+            for response in responses:
+                number = response[0] if isinstance(response, tuple) else response
+                if not math.isfinite(number):
+                    raise CandidateFailed(
+                        f"log-likelihood {number} for document {ref.index} of task {ref.task!r}"
+                    )
+
+
+def _gold_texts(asked: Asked, doc: Any) -> list[str]:
+    """The one declared gold answer, as a model might begin it; none where there are several."""
+    task = asked.task
+    gold = task.doc_to_target(doc)
+    if isinstance(gold, list):
+        gold = gold[0] if len(gold) == 1 else None
+    elif isinstance(gold, int) and task.get_config("doc_to_choice") is not None:
+        gold = task.doc_to_choice(doc)[gold]
+    if gold is None or gold == "":
+        return []
+    delimiter = "" if asked.after_template else task.get_config("target_delimiter") or ""
+    return list(dict.fromkeys([f"{delimiter}{gold}", str(gold)]))
+
+
+def _accepted(asked: Asked, instances: Sequence[Any], text: str) -> bool:
+    """Whether the task's own filter and metric call this answer right."""
+    responses = [[text] * (instance.repeats or 1) for instance in instances]
+    try:
+        kept = metrics.filtered(asked.task, asked.filter, instances, responses)
+        value = asked.task.process_results(instances[0].doc, kept)[asked.metric]
+        return bool(value == 1)
+    except Exception:  # the task's own code; real answers will tell
+        return False
