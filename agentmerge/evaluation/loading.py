@@ -238,14 +238,17 @@ def quiet() -> Iterator[None]:
     """lm-eval and its friends without progress bars, log lines and warnings."""
     import lm_eval.api.task as task_module
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars
-    from datasets.utils import enable_progress_bars as enable
+    from datasets.utils import enable_progress_bars as enable_data_bars
+    from transformers.utils import logging as transformers_logging
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
     levels = [logger.level for logger in loggers]
-    had_bars = not are_progress_bars_disabled()
+    data_bars = not are_progress_bars_disabled()
+    model_bars = transformers_logging.is_progress_bar_enabled()
     bar = task_module.tqdm
     task_module.tqdm = lambda iterable, **_: iterable
     disable_progress_bars()
+    transformers_logging.disable_progress_bar()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
@@ -254,7 +257,9 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         task_module.tqdm = bar
-        if had_bars:
-            enable()
+        if data_bars:
+            enable_data_bars()
+        if model_bars:
+            transformers_logging.enable_progress_bar()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

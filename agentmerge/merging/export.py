@@ -14,7 +14,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,9 +28,10 @@ from agentmerge.merging.headers import (
     content_fingerprint,
     read_config,
     read_headers,
+    text_config,
 )
 from agentmerge.merging.parents import digest, merged_tensor
-from agentmerge.merging.plan import TensorPlan, plan, read_layout
+from agentmerge.merging.plan import MergePlan, TensorPlan, plan, read_layout
 from agentmerge.recipe import Recipe
 
 SHARD_SIZE_BYTES = 2_000_000_000
@@ -105,8 +106,7 @@ def export_checkpoint(
     """Write ``recipe``'s merge to ``out_dir``, which appears whole or not at all.
 
     The weights are, bit for bit, what a ``Family`` of the same ``paths``, ``dtype`` and ``device``
-    merges.
-    Memory: one tensor of each parent and the merged one, whatever the models' size.
+    merges. Memory: one tensor of each parent and the merged one, whatever the models' size.
 
     paths: the family's model names -> local directories, as the search had them.
     template_model: whose config, tokenizer, chat template and generation config go with it.
@@ -118,8 +118,6 @@ def export_checkpoint(
         CandidateFailed: the recipe is refused, or the merge is not finite.
     """
     out_dir = out_dir.expanduser().absolute()
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f"{out_dir} is already there; name a new or an empty directory")
     if template_model not in paths:
         raise UserError(f"template model {template_model!r} is not one of {', '.join(paths)}")
     template_text = _template_text(recipe)
@@ -128,17 +126,23 @@ def export_checkpoint(
     merge_plan = plan(canonical, layout, dtype=dtype)
     shards = _shards(merge_plan.tensors, shard_size_bytes)
     size_bytes = sum(map(_size_bytes, merge_plan.tensors))
-    config = _config_of(read_config(paths[template_model]), _main_dtype(merge_plan.tensors))
-    if not {"dtype", "torch_dtype"} & config.keys():
-        config["torch_dtype"] = _main_dtype(merge_plan.tensors)
-    with _directory_at_once(out_dir) as scratch:
-        _write_side_files(scratch, canonical, paths[template_model], template_text, card, out_dir)
-        _write_json(scratch / "config.json", config)
+    config = _config_of(read_config(paths[template_model]), merge_plan, layout.tied)
+    if dtype is not None and not (canonical.out_dtype or canonical.dtype):
+        canonical = replace(canonical, out_dtype=dtype)  # the recipe as written says all there is
+    with directory_at_once(out_dir) as scratch:
         free_bytes = shutil.disk_usage(scratch).free
         if free_bytes < size_bytes:
             raise UserError(
                 f"{out_dir} needs {size_bytes / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free"
             )
+        copy_side_files(paths[template_model], scratch)
+        if template_text is not None:
+            _write(scratch / "chat_template.jinja", template_text)
+        _write(scratch / "mergekit_config.yml", canonical.to_yaml())
+        _write(
+            scratch / "README.md", default_card(out_dir.name, canonical) if card is None else card
+        )
+        _write_json(scratch / "config.json", config)
         with ParentFiles({name: paths[name] for name in recipe.models}, device) as source:
             fingerprint = digest(_written(scratch, shards, merge_plan.merge_seed, source))
         _write_index(scratch, shards)
@@ -210,31 +214,23 @@ def _write_index(directory: Path, shards: Sequence[Sequence[TensorPlan]]) -> Non
     _write_json(directory / "model.safetensors.index.json", index)
 
 
-def _write_side_files(
-    directory: Path,
-    recipe: Recipe,
-    template: Path,
-    template_text: str | None,
-    card: str | None,
-    out_dir: Path,
-) -> None:
+def copy_side_files(template: Path, directory: Path) -> None:
+    """Tokenizer, chat template, generation config and, where the config names any, Python files."""
     patterns = [*_COPIED, *(["*.py"] if "auto_map" in read_config(template) else [])]
     for file in sorted({file for pattern in patterns for file in template.glob(pattern)}):
         if file.is_dir():
-            shutil.copytree(file, directory / file.name)
-        elif not file.name.endswith(".safetensors"):
+            shutil.copytree(file, directory / file.name, dirs_exist_ok=True)
+        else:
             shutil.copyfile(file, directory / file.name)
-    if template_text is not None:
-        (directory / "chat_template.jinja").write_text(template_text, encoding="utf-8")
-    recipe_text = recipe.to_yaml()
-    (directory / "mergekit_config.yml").write_text(recipe_text, encoding="utf-8")
-    if card is None:
-        card = (
-            "---\nlibrary_name: transformers\ntags:\n- mergekit\n- merge\n---\n"
-            f"# {out_dir.name}\n\nA merge by {recipe.merge_method}, made with agentmerge:\n\n"
-            f"```yaml\n{recipe_text}```\n"
-        )
-    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def default_card(title: str, recipe: Recipe) -> str:
+    """The README of a merge that has no other: what it is, and its recipe."""
+    return (
+        "---\nlibrary_name: transformers\ntags:\n- mergekit\n- merge\n---\n"
+        f"# {title}\n\nA merge by {recipe.merge_method}, made with agentmerge:\n\n"
+        f"```yaml\n{recipe.to_yaml()}```\n"
+    )
 
 
 def _template_text(recipe: Recipe) -> str | None:
@@ -250,16 +246,23 @@ def _template_text(recipe: Recipe) -> str | None:
     return asked
 
 
-def _config_of(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The template's config, saying the merge's dtype wherever it says one."""
-    result: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype"):
-            result[key] = dtype
-        elif key == "text_config" and isinstance(value, Mapping):
-            result[key] = _config_of(value, dtype)
-        else:
-            result[key] = value
+def _config_of(config: Mapping[str, Any], merge_plan: MergePlan, tied: bool) -> dict[str, Any]:
+    """The template's config, with the merge's own dtype and tying."""
+    dtype = _main_dtype(merge_plan.tensors)
+    result = _with_dtype(config, dtype)
+    if not {"dtype", "torch_dtype"} & result.keys():
+        result["torch_dtype"] = dtype
+    if "tie_word_embeddings" not in {**text_config(result), **result}:
+        result["tie_word_embeddings"] = tied
+    return result
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    result = dict(config)
+    for key in {"dtype", "torch_dtype"} & result.keys():
+        result[key] = dtype
+    if isinstance(config.get("text_config"), Mapping):
+        result["text_config"] = _with_dtype(config["text_config"], dtype)
     return result
 
 
@@ -279,12 +282,22 @@ def _itemsize(dtype: str) -> int:
 
 
 def _write_json(file: Path, body: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(file, json.dumps(body, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def _directory_at_once(target: Path) -> Iterator[Path]:
-    """A scratch directory beside ``target`` that becomes ``target`` when all went well."""
+def directory_at_once(target: Path) -> Iterator[Path]:
+    """A scratch directory beside ``target`` that becomes ``target`` when all went well.
+
+    Raises:
+        UserError: ``target`` holds something, or cannot be written.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is already there; name a new or an empty directory")
     scratch = target.parent / f".{target.name}-{uuid.uuid4().hex[:8]}"
     try:
         scratch.mkdir(parents=True)

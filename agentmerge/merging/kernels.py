@@ -237,7 +237,7 @@ def sign_consensus(
 def magnitude_mask(base: torch.Tensor, tensor: torch.Tensor, density: float) -> torch.Tensor | None:
     """Where the task vector is among its ``density`` largest elements; flat, None for all.
 
-    Magnitudes are compared as the difference in float32 (float64 for float64 parents).
+    Elements that are zero are left out: keeping them would change nothing.
     """
     count = tensor.numel()
     if density >= 1 or count == 0:
@@ -246,12 +246,15 @@ def magnitude_mask(base: torch.Tensor, tensor: torch.Tensor, density: float) -> 
         return torch.zeros(count, dtype=torch.bool, device=tensor.device)
     keep = max(1, int(density * count))
     working = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    # Narrow, since selecting is what takes the time; rounding keeps the order up to equality.
     size = tensor.reshape(-1).to(working).sub(base.reshape(-1)).abs_()
     smallest = _kth_largest(size, keep)
     mask = size > smallest
-    short = keep - int(mask.sum())
-    equal = torch.nonzero(size == smallest).reshape(-1)[:short]
-    mask[equal] = True
+    if float(smallest) > 0:  # where it is zero, what is left to keep adds nothing
+        equal = torch.nonzero(size == smallest).reshape(-1)
+        exact = (tensor.reshape(-1)[equal].double() - base.reshape(-1)[equal].double()).abs()
+        order = torch.argsort(exact, descending=True, stable=True)
+        mask[equal[order[: keep - int(mask.sum())]]] = True
     return mask
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from agentmerge.errors import CandidateFailed, UserError
+from agentmerge.errors import CandidateFailed
+from agentmerge.merging.export import copy_side_files, default_card, directory_at_once
 from agentmerge.recipe import CANCEL_SHARE, Recipe
 
 
@@ -24,6 +25,8 @@ def mergekit_merge(
     paths: Mapping[str, Path],
     out_dir: Path,
     *,
+    template_model: str,
+    card: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Merge by mergekit into ``out_dir``, as its command line would.
@@ -32,30 +35,40 @@ def mergekit_merge(
     operation, so its weights differ from ours in the last bits (dare_ties: in what is dropped).
 
     paths: the recipe's model names -> local directories.
+    template_model, card: as in ``export_checkpoint`` (mergekit would take the base's tokenizer).
 
     Raises:
-        UserError: ``out_dir`` holds something.
+        UserError: ``out_dir`` holds something, or cannot be written.
         CandidateFailed: mergekit could not merge, with its reason.
     """
     from mergekit.config import MergeConfiguration
     from mergekit.io.tasks import LoaderCache
     from mergekit.merge import MergeOptions, run_merge
 
-    if out_dir.exists() and any(out_dir.iterdir()):
-        raise UserError(f"{out_dir} is already there; name a new or an empty directory")
+    out_dir = out_dir.expanduser().absolute()
     places = {name: str(Path(path).absolute()) for name, path in paths.items()}
     body = _relocated(recipe.to_dict(), places)
     seed = body.pop("merge_seed", None)
-    options = MergeOptions(random_seed=seed, quiet=True, trust_remote_code=trust_remote_code)
-    with _generators_kept():
+    options = MergeOptions(
+        random_seed=seed,
+        quiet=True,
+        copy_tokenizer=False,
+        write_model_card=False,
+        trust_remote_code=trust_remote_code,
+    )
+    with directory_at_once(out_dir) as scratch, _generators_kept():
         try:
             config = MergeConfiguration.model_validate(body)
-            run_merge(config, str(out_dir), options=options, config_source=recipe.to_yaml())
+            run_merge(config, str(scratch), options=options)
         except Exception as error:  # mergekit raises plain RuntimeError and ValueError
             raise CandidateFailed(f"mergekit could not merge this recipe: {error}") from error
         finally:
             LoaderCache().flush_all()
             LoaderCache().loaders.clear()
+        copy_side_files(paths[template_model], scratch)
+        (scratch / "mergekit_config.yml").write_text(recipe.to_yaml(), encoding="utf-8")
+        card = default_card(out_dir.name, recipe) if card is None else card
+        (scratch / "README.md").write_text(card, encoding="utf-8")
 
 
 def float64_reference(
@@ -83,7 +96,7 @@ def float64_reference(
     origin = _given(base)
     deltas = [tensor - origin for tensor in exact]
     if method == "task_arithmetic":
-        total = sum((w * d for w, d in zip(weights, deltas, strict=True)), torch.zeros_like(origin))
+        total = _weighted_sum(weights, deltas)
         total = total / _sum_or_one(weights) if shared["normalize"] else total
         return origin + shared["lambda"] * total
     if method == "ties":
@@ -132,6 +145,13 @@ def _largest(delta: torch.Tensor, density: float) -> torch.Tensor:
         order = torch.argsort(delta.abs().reshape(-1), descending=True, stable=True)
         mask[order[: max(1, int(density * count))]] = 1
     return mask.reshape(delta.shape)
+
+
+def _weighted_sum(weights: Sequence[float], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    total = torch.zeros_like(tensors[0])
+    for weight, tensor in zip(weights, tensors, strict=True):
+        total += weight * tensor
+    return total
 
 
 def _sum_or_one(weights: Sequence[float]) -> float:

@@ -124,7 +124,7 @@ def write_task(
     return path
 
 
-def metric_list(*names: str, higher: bool | None = None) -> list[dict[str, Any]]:
+def metric_list(*names: str) -> list[dict[str, Any]]:
     return [{"metric": name} for name in names]
 
 
@@ -153,7 +153,7 @@ def write_tasks(directory: Path, parent: Path, count: int = 60) -> Path:
     )  # fmt: skip
     binary = [{"q": q, "gold": int(rng.random() < 0.5)} for q in asked]
     write_task(
-        directory, "tiny_binary", binary, "multiple_choice", doc_to_choice=["yes", "no"],
+        directory, "tiny_binary", binary, "multiple_choice", doc_to_choice=["b", "t"],
         doc_to_target="gold", metric_list=metric_list("acc", "f1", "mcc"),
     )  # fmt: skip
     write_task(

@@ -1,0 +1,82 @@
+"""``agentmerge explain``: the values a recipe really has, after mergekit's precedence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from agentmerge.errors import UserError
+from agentmerge.genome import short_name
+from agentmerge.recipe import Effective, Recipe, length
+
+#: Stand-ins where no model says what its tensors are called.
+_KINDS = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight")
+
+
+def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> dict[str, Any]:
+    """{hash, canonical, rows}: rows are a head and one line for each group of equal tensors.
+
+    Raises:
+        UserError: the depth is unknown: the recipe has no layer ranges and no model was named.
+    """
+    depth, names = _tensors(recipe, model, layers)
+    canonical = recipe.canonical(depth)
+    groups: list[tuple[str, str, Effective]] = []
+    for name, layer, after in names:
+        effective = canonical.effective(name, layer, after=after)
+        where = "after the layers" if after else "before the layers"
+        place = where if layer is None else f"layer {layer}"
+        groups.append((place, name, effective))
+    rows = [["where", "tensors", "source", "values"]]
+    for place, name, effective in _grouped(groups):
+        for model_name, _, own in effective.sources:
+            values = ", ".join(f"{key} {value:g}" for key, value in own) or "base"
+            if effective.method == "slerp":
+                t = dict(effective.shared)["t"]
+                values = f"t {t:g} away" if model_name == effective.base_model else f"t {t:g}"
+            rows.append([place, name, short_name(model_name), values])
+            place = name = ""
+    return {
+        "hash": canonical.hash(),
+        "canonical": canonical.to_dict(),
+        "rows": rows,
+    }
+
+
+def _tensors(
+    recipe: Recipe, model: Path | None, layers: int | None
+) -> tuple[int, list[tuple[str, int | None, bool]]]:
+    if model is not None:
+        from agentmerge.merging.layout import read_layout
+
+        layout = read_layout({str(model): model}, None)
+        return layout.num_layers, [(t.name, t.layer, t.after) for t in layout.tensors]
+    depth = layers or sum(length(piece) for piece in recipe.slices)
+    if not depth:
+        raise UserError(
+            "the recipe does not say how deep the models are; add --model DIR or --layers N"
+        )
+    names: list[tuple[str, int | None, bool]] = [("model.embed_tokens.weight", None, False)]
+    for layer in range(depth):
+        names += [(f"model.layers.{layer}.{kind}", layer, False) for kind in _KINDS]
+    return depth, [*names, ("model.norm.weight", None, True)]
+
+
+def _grouped(
+    groups: list[tuple[str, str, Effective]],
+) -> list[tuple[str, str, Effective]]:
+    """Neighbouring tensors of one place with the same values become one line."""
+    found: list[tuple[str, list[str], Effective]] = []
+    for place, name, effective in groups:
+        if found and found[-1][0] == place and _values(found[-1][2]) == _values(effective):
+            found[-1][1].append(name)
+        else:
+            found.append((place, [name], effective))
+    return [
+        (place, names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more", effective)
+        for place, names, effective in found
+    ]
+
+
+def _values(effective: Effective) -> Any:
+    return [(model, own) for model, _, own in effective.sources], effective.shared

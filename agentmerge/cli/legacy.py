@@ -1,0 +1,111 @@
+"""Options of mergekit-evolve and LLM-Evo-Merge: mapped, noticed or refused.
+
+Their command lines work after the program's name. Knows what each option meant there and which of
+ours it is; knows nothing of how a search runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agentmerge.errors import UserError
+
+
+@dataclass(frozen=True)
+class Legacy:
+    """The old programs' options as given; None where an option was not."""
+
+    storage_path: Path | None = None
+    strategy: str | None = None
+    vllm: bool | None = None
+    in_memory: bool | None = None
+    num_gpus: int | None = None
+    merge_cuda: bool | None = None
+    allow_crimes: bool | None = None
+    random_seed: int | None = None
+    max_generation: int | None = None
+    max_fevals: int | None = None
+    max_retries: int | None = None
+    api_key: str | None = None
+    llm_model: str | None = None
+    sigma0: float | None = None
+    save_final_model: bool | None = None
+    reshard: bool | None = None
+    force_population_size: int | None = None
+    load_in_8bit: bool | None = None
+    load_in_4bit: bool | None = None
+    i_understand: bool | None = None
+
+
+@dataclass
+class Mapped:
+    """overrides: dotted config keys. notices: one line each for what no longer means anything."""
+
+    overrides: dict[str, Any] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+
+def map_options(old: Legacy) -> Mapped:
+    """Ours for theirs.
+
+    Raises:
+        UserError: an option that must not be honoured (a key on the command line, quantised
+            evaluation).
+    """
+    if old.api_key is not None:
+        raise UserError(
+            "--api-key would leave the key in your shell history and process list; export "
+            "OPENAI_API_KEY=... instead (and OPENAI_BASE_URL for another server)"
+        )
+    for bits, given in ((8, old.load_in_8bit), (4, old.load_in_4bit)):
+        if given:
+            raise UserError(
+                f"--load-in-{bits}bit scores a quantised copy that is not the merge you get; "
+                "leave it out, or lower --batch-size if memory is short"
+            )
+    if old.strategy is not None and old.strategy not in ("pool", "buffered", "serial"):
+        raise UserError(
+            f"--strategy {old.strategy!r} must be pool, buffered or serial (how evaluations are "
+            "scheduled); the search algorithm is --search"
+        )
+    out = Mapped()
+    renamed = {
+        "search.seed": old.random_seed,
+        "search.max_generations": old.max_generation,
+        "budget.max_evaluations": old.max_fevals,
+        "agents.max_retries": old.max_retries,
+        "search.sigma0": old.sigma0,
+        "search.population": old.force_population_size,
+        "agents.llm": _llm(old.llm_model),
+    }
+    out.overrides = {key: value for key, value in renamed.items() if value is not None}
+    if old.in_memory is False:
+        out.overrides["worker.kind"] = "disk"
+    if old.vllm:
+        out.notices.append(
+            "--vllm: the vLLM worker is not in this version; scoring with the hf worker"
+        )
+    if old.strategy in ("buffered", "serial"):
+        out.notices.append(
+            f"--strategy {old.strategy}: one worker takes candidates from a queue here, which no "
+            "strategy changes"
+        )
+    if old.num_gpus is not None and old.num_gpus > 1:
+        out.notices.append(f"--num-gpus {old.num_gpus}: this version scores on one device")
+    if old.merge_cuda is not None:
+        out.notices.append("--merge-cuda: the merge runs where the model is scored")
+    if old.reshard is not None:
+        out.notices.append("--reshard: parents stay resident, so nothing is resharded")
+    if old.allow_crimes:
+        out.notices.append(
+            "--allow-crimes: architectures cannot be mixed; the models are checked as ever"
+        )
+    return out
+
+
+def _llm(name: str | None) -> str | None:
+    if name is None or ":" in name or name == "none":
+        return name
+    return f"openai:{name}"

@@ -1,0 +1,189 @@
+"""How events and results look on a terminal. The only module besides ``app`` that prints."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from agentmerge.genome import short_name
+
+
+class Progress:
+    """Turns a search's events into lines on stderr: one a generation, one a failure."""
+
+    def __init__(self, budget: int, quiet: bool = False) -> None:
+        self.budget = budget
+        self.quiet = quiet
+        self.began = time.monotonic()
+        self.scored = 0
+        self.best: float | None = None
+        self.best_parent: float | None = None
+        self.drained = False
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "candidate":
+            self._candidate(event)
+        elif kind == "generation":
+            self._generation(event)
+        elif kind == "advice" and event["failure"]:
+            self.say(f"  {event['role']}: {event['failure']}; its rules advise instead")
+        elif kind == "advice" and event["source"] == "model" and event["words"]:
+            self.say(f"  {event['role']}: {event['words'].splitlines()[0][:160]}")
+
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    def _candidate(self, event: dict[str, Any]) -> None:
+        self.scored += not event["reused"]
+        score = event["score"]
+        if score is None:
+            self.say(f"  candidate {event['generation']}.{event['slot']}: {event['failure']}")
+            return
+        if event["operator"] == "parent":
+            self.best_parent = max(
+                score, self.best_parent if self.best_parent is not None else score
+            )
+        self.best = max(score, self.best if self.best is not None else score)
+        if sys.stderr.isatty() and not self.quiet:
+            print(
+                f"\r  generation {event['generation']}, candidate {event['slot']}: {score:.4f} "
+                f"(best {self.best:.4f})\x1b[K\r",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _generation(self, event: dict[str, Any]) -> None:
+        done = event["evaluations"]
+        best = "none" if event["best"] is None else f"{event['best']:.4f}"
+        parent = "" if self.best_parent is None else f" (best parent {self.best_parent:.4f})"
+        line = f"generation {event['generation']:>3}   {done:>4} of {self.budget} evaluations   "
+        left = self.budget - done
+        if self.scored and left > 0:
+            seconds = (time.monotonic() - self.began) / self.scored * left
+            parent += f"   about {duration(seconds)} left"
+        self.say(f"{line}best {best}{parent}")
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell; the first row is the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+        if number == 0:
+            lines.append("  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def card_text(card: Mapping[str, Any]) -> str:
+    """The closing table and what it means, for someone who has never merged a model."""
+    answer = card["answer"]
+    tasks = list(answer["tasks"])
+    sealed = card["sealed"]
+    head = ["", *(["sealed"] if sealed else []), "search", *tasks]
+    rows = [head]
+
+    def add(row: Mapping[str, Any], name: str) -> None:
+        rows.append(
+            [
+                name,
+                *([number(row.get("sealed_score"))] if sealed else []),
+                number(row["score"]),
+                *(number(row["tasks"].get(task)) for task in tasks),
+            ]
+        )
+
+    for parent in card["parents"]:
+        add(parent, f"parent {short_name(parent['name'])}")
+    rival = card["best_rival"]
+    if rival:
+        add(rival, f"best cheap merge ({rival['name']})")
+    add(answer, "this search's answer")
+    lines = [table(rows), ""]
+    if sealed:
+        lines.append(
+            "search: weighted score on the items the search saw; sealed: on items it never saw."
+        )
+    if answer["truncated"] or answer["cut_off"]:
+        lines.append(
+            f"{answer['truncated']} prompts were cut to fit and {answer['cut_off']} answers ended "
+            "at the token limit."
+        )
+    lines += [f"note: {note}" for note in card["notes"]]
+    lines.append(card["verdict"])
+    return "\n".join(lines)
+
+
+def summary_text(summary: Mapping[str, Any]) -> str:
+    spent = summary["evaluations"]
+    lines = [
+        f"{summary['name']}: {summary['status']}"
+        + (f" ({summary['stop_reason']})" if summary["stop_reason"] else ""),
+        f"search {summary['search']}, seed {summary['seed']}, "
+        f"{summary['generations']} generations, {spent['total']} evaluations "
+        f"({spent['reused']} reused, {spent['failed']} failed)",
+    ]
+    if summary["parent"]:
+        origin = summary["parent"]
+        lines.append(f"branched from {origin['run']} at generation {origin['generation']}")
+    agents = summary["agents"]
+    if agents["calls"]:
+        lines.append(
+            f"agents: {agents['calls']} calls, {agents['failures']} failed, "
+            f"{agents['tokens_in']} tokens in, {agents['tokens_out']} out"
+        )
+    if summary["final"]:
+        lines += ["", card_text(summary["final"])]
+    elif summary["best"]:
+        tasks = list(summary["best"]["tasks"])
+        rows = [["", "score", *tasks]]
+        for row in [*summary["parents"], summary["best"]]:
+            name = "best so far" if row is summary["best"] else short_name(row["label"])
+            cells = [number(row["tasks"].get(task)) for task in tasks]
+            rows.append([name, number(row["score"]), *cells])
+        lines += ["", table(rows)]
+    return "\n".join(lines)
+
+
+def plan_text(plan: Any) -> str:
+    seconds = plan.seconds_per_candidate
+    time_text = "unknown (this ledger has not run these settings)"
+    if seconds is not None:
+        time_text = (
+            f"about {duration(seconds * plan.max_evaluations)} ({seconds:.2f} s a candidate)"
+        )
+    rows = [
+        ["plan", ""],
+        ["dimensions", f"{plan.dimensions} ({plan.freedoms} change the merge)"],
+        ["search", plan.algorithm],
+        ["population", str(plan.population)],
+        ["evaluations", f"at most {plan.max_evaluations}"],
+        ["items", f"{plan.items} to search on, {plan.sealed_items} sealed"],
+        ["memory", f"about {plan.memory_bytes / 1e9:.2f} GB for parents and the live model"],
+        ["time", time_text],
+    ]
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{name.ljust(width)}  {value}" for name, value in rows[1:]]
+    lines += [f"note: {line}" for line in (*plan.warnings, *plan.notes)]
+    return "\n".join(["no faults found", *lines])

@@ -1,0 +1,1 @@
+"""What a run has to show: summaries and trackers. Reads the ledger, changes nothing."""
