@@ -54,8 +54,8 @@ def paired_score_difference(
         sum of the tasks' means.
 
     Items are drawn anew within each task, both candidates' values together (Efron's percentile
-    interval, 95 %). Resampling cannot see what no item showed: so each task adds the rule of
-    three on both sides, 3/n of the largest value seen, as far as none of its items differ.
+    interval, 95 %). Resampling cannot see what no item showed: a task in which no item differs
+    adds the rule of three on both sides, 3/n times the largest value (at least 1).
 
     Raises:
         ValueError: no tasks, no items, or unequal numbers of them.
@@ -72,8 +72,7 @@ def paired_score_difference(
         difference = np.asarray(a, float) - np.asarray(b, float)
         mean += weight * float(difference.mean())
         if not difference.any():
-            span = max(1.0, *map(abs, a)) if any(value not in (0, 1) for value in a) else 1.0
-            blind += abs(weight) * min(1.0, 3 / len(a)) * span
+            blind += abs(weight) * min(1.0, 3 / len(a)) * max(1.0, *map(abs, a))
             continue
         draws += weight * _resampled_means(difference, rng)
     low, high = np.quantile(draws, [0.025, 0.975])

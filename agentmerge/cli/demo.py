@@ -1,0 +1,58 @@
+"""``agentmerge demo``: a real family made on this machine, searched, and what that gained."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SKILLS = ("shift", "sort")
+INTRO = """\
+Two small models were trained from one base: one learned to shift letters, one to sort them.
+The search looks for the merge of the two that does both. No language model advises it here
+(--llm none): the three agents work by rules, on real statistics of the history."""
+
+
+def run_demo(directory: Path, max_evaluations: int, seed: int, as_json: bool, quiet: bool) -> int:
+    """Make the family (or take it from the cache), search it, and print the closing table."""
+    from agentmerge import session
+    from agentmerge.cli.app import _print, _signals
+    from agentmerge.cli.render import Progress, card_text
+    from agentmerge.config import SearchConfig
+    from agentmerge.demo.family import cached_family
+    from agentmerge.demo.tasks import demo_config, write_tasks
+    from agentmerge.report.summary import run_summary
+
+    progress = Progress(max_evaluations, quiet)
+    progress.say(INTRO)
+    family = cached_family(SKILLS, 0, on_progress=progress.say)
+    directory = directory.absolute()
+    tasks = write_tasks(directory / "tasks", SKILLS)
+    body: dict[str, Any] = demo_config(family, tasks)
+    body["task_search_path"] = [str(tasks)]
+    body["budget"] = {"max_evaluations": max_evaluations}
+    body["search"] = {"seed": seed}
+    config_path = directory / "config.yml"
+    config_path.write_text(yaml.safe_dump(body, sort_keys=False))
+    config = SearchConfig.from_file(config_path)
+    drain = session.Drain()
+    _signals(drain, quiet)
+    row = session.run(config, runs_dir=directory, emit=progress, drain=drain)
+    with session.opened(directory) as ledger:
+        summary = run_summary(ledger, row)
+    if row.result is None:
+        progress.say(f"saved; go on with: agentmerge resume {row.name} --runs-dir {directory}")
+        _print(summary, as_json, "stopped before the search was done")
+        return 0
+    _print(summary, as_json, "\n" + card_text(row.result))
+    here = f"--runs-dir {directory}"
+    print(
+        f"\nNext:  agentmerge show {row.name} {here}\n"
+        f"       agentmerge best {row.name} {here}\n"
+        f"       agentmerge export {row.name} --to merged {here}\n"
+        f"The config was {config_path}",
+        file=sys.stderr,
+    )
+    return 0

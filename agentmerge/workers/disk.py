@@ -1,0 +1,117 @@
+"""The old way: write the merge to disk, score it in a fresh process, delete it.
+
+Slow and simple: the child loads the checkpoint as anyone would, so this is also the oracle for
+workers that swap weights in place. The parent process holds no model.
+
+Options (``worker.options``): those of the hf worker, and ``storage`` (where checkpoints go until
+they are scored; by default the system's temporary directory).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agentmerge.errors import AgentmergeError, RunFailed, WorkerLost
+from agentmerge.evaluation.tasks import TaskSet, tasks_for
+from agentmerge.merging.export import export_checkpoint
+from agentmerge.merging.plan import plan, read_layout
+from agentmerge.recipe import Recipe
+from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
+
+
+class DiskWorker:
+    """See the module's head; the contract is ``workers/base.py``."""
+
+    def __init__(self, spec: WorkerSpec, taskset: TaskSet | None = None) -> None:
+        self._spec = spec
+        self._paths = {name: Path(path) for name, path in spec.parents}
+        self._base = spec.options.get("base")
+        self._layout = read_layout(self._paths, self._base)
+        self._info = self.describe(spec)
+        self._scratch = tempfile.TemporaryDirectory(
+            prefix="agentmerge-disk-", dir=spec.options.get("storage")
+        )
+        self._loaded: tuple[Path, Fingerprint] | None = None
+
+    @staticmethod
+    def tasks(spec: WorkerSpec) -> TaskSet:
+        return tasks_for(spec)
+
+    @staticmethod
+    def describe(spec: WorkerSpec) -> EngineInfo:
+        from agentmerge.workers.hf import describe
+
+        return describe("disk", spec)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def load(self, recipe: Recipe) -> Fingerprint:
+        self._delete()
+        planned = plan(recipe, self._layout, dtype=self._spec.dtype)
+        target = Path(self._scratch.name) / "candidate"
+        exported = export_checkpoint(
+            recipe,
+            self._paths,
+            target,
+            template_model=self._spec.template_model,
+            base=self._base,
+            dtype=self._spec.dtype,
+        )
+        fingerprint = Fingerprint(planned.digest, exported.digest, exported.tensors)
+        self._loaded = (target, fingerprint)
+        return fingerprint
+
+    def score(self, items: Sequence[ItemRef]) -> list[ItemResult]:
+        if self._loaded is None:
+            raise RunFailed("nothing is loaded: load() a recipe before score()")
+        path, fingerprint = self._loaded
+        answer = Path(self._scratch.name) / "answer.pickle"
+        answer.unlink(missing_ok=True)
+        task = {
+            "spec": self._spec,
+            "path": path,
+            "digest": fingerprint.digest,
+            "items": tuple(items),
+            "answer": answer,
+            "threads": torch.get_num_threads(),
+        }
+        here = str(Path(__file__).parents[2])
+        paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
+        done = subprocess.run(
+            [sys.executable, "-m", "agentmerge.workers.disk_eval"],
+            input=pickle.dumps(task),
+            capture_output=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            start_new_session=True,  # Ctrl-C drains the search, not its workers
+        )
+        if done.returncode != 0 or not answer.exists():
+            said = done.stderr.decode(errors="replace").strip().splitlines()[-3:]
+            raise WorkerLost(
+                f"the evaluation process died (exit code {done.returncode}): {' / '.join(said)}"
+            )
+        found: Any = pickle.loads(answer.read_bytes())
+        if isinstance(found, AgentmergeError):
+            raise found
+        results: list[ItemResult] = found
+        return results
+
+    def close(self) -> None:
+        self._loaded = None
+        self._scratch.cleanup()
+
+    def _delete(self) -> None:
+        if self._loaded is not None:
+            shutil.rmtree(self._loaded[0], ignore_errors=True)
+            self._loaded = None

@@ -1,0 +1,49 @@
+"""The fresh process of the disk worker: loads a checkpoint, proves it, scores items, ends.
+
+Reads one pickled task from standard input and leaves the results, or the error that the user or
+the candidate is to blame for, in a file; a crash leaves none.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def evaluate(task: dict[str, Any]) -> Any:
+    import torch
+
+    from agentmerge.errors import AgentmergeError, RunFailed
+    from agentmerge.evaluation.tasks import tasks_for
+    from agentmerge.merging.parents import digest
+    from agentmerge.workers.hf import open_model, scorer
+
+    spec = task["spec"]
+    torch.set_num_threads(int(spec.options.get("threads", task["threads"])))
+    try:
+        model = open_model(spec, task["path"])
+        live = digest(model.named_parameters())
+        if live != task["digest"]:
+            raise RunFailed(
+                f"the checkpoint's weights ({live}) are not the merged ones ({task['digest']}): "
+                "transformers loads this model otherwise than its files say"
+            )
+        taskset = tasks_for(spec, check_built_ins=False)
+        return scorer(spec, model, taskset).score(task["items"])
+    except AgentmergeError as error:
+        return error
+
+
+def main() -> None:
+    task = pickle.loads(sys.stdin.buffer.read())
+    answer: Path = task["answer"]
+    scratch = answer.with_suffix(".part")
+    scratch.write_bytes(pickle.dumps(evaluate(task)))
+    os.replace(scratch, answer)
+
+
+if __name__ == "__main__":
+    main()

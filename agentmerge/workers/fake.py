@@ -1,0 +1,221 @@
+"""A worker without a model: item results as a smooth function of a recipe's weights.
+
+Supported API, for tests, strategies and plugins: a search on it takes milliseconds a candidate and
+is deterministic everywhere. It knows recipes and items; it imports no torch.
+
+Every task has its own optimum, away from 0.5 and different by depth, so that tasks pull apart.
+The nearer a merge is to it, the more items it answers; an item's margin also leans its own way, as
+real ones do.
+
+Options (``worker.options``):
+    base: the parent that counts as nobody's expert (no optimum of its own).
+    delay_s: how long a score takes.
+    fail_when: recipe hashes, or "max_weight>0.95" (also min_weight, mean_weight, and "<"): these
+        candidates fail.
+    die_at: the worker is lost at its n-th load(); with ``die_hard``, the whole process is.
+    documents: items a task has before limits and sealing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import operator
+import os
+import re
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from agentmerge.config import TasksConfig
+from agentmerge.errors import CandidateFailed, RunFailed, UserError, WorkerLost
+from agentmerge.evaluation.tasks import (
+    Objective,
+    ScoredTask,
+    TaskSet,
+    choose_documents,
+    split,
+)
+from agentmerge.methods import METHODS, SUM_NORMALIZED
+from agentmerge.recipe import Recipe, length
+from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
+
+_KINDS = ("self_attn", "mlp")
+_WIDTH, _GAIN, _LEAN = 0.35, 8.0, 1.5
+
+
+def fake_tasks(config: TasksConfig, documents: int = 400) -> TaskSet:
+    """A task set of invented items under the names of ``config``; nothing is loaded."""
+    tasks, notes = [], []
+    for entry in config.tasks:
+        refs = [ItemRef(entry.name, i, _key("item", entry.name, i)) for i in range(documents)]
+        chosen = choose_documents(documents, config, entry.name)
+        items, search, sealed, note = split(
+            [refs[n] for n in chosen.search], [refs[n] for n in chosen.beyond], config
+        )
+        notes += [note] if note else []
+        metric, _, filter_name = entry.metric.partition(",")
+        tasks.append(
+            ScoredTask(
+                name=entry.name,
+                weight=entry.weight,
+                metric=metric,
+                filter=filter_name or "none",
+                higher_is_better=True,
+                output_type="multiple_choice",
+                margin_kind="choice",
+                protocol_hash=_key("protocol", entry.name, entry.metric),
+                items=items,
+                search=search,
+                sealed=sealed,
+                objective=entry.name,
+            )
+        )
+    objectives = tuple(Objective(t.name, t.weight, True, (t.name,)) for t in tasks)
+    return TaskSet(tuple(tasks), objectives, tuple(notes))
+
+
+class FakeWorker:
+    """See the module's head; the contract is ``workers/base.py``."""
+
+    def __init__(self, spec: WorkerSpec, taskset: TaskSet | None = None) -> None:
+        options = spec.options
+        self._parents = [name for name, _ in spec.parents if name != options.get("base")]
+        self._delay_s = float(options.get("delay_s", 0.0))
+        self._fails = _predicate(options.get("fail_when", ()))
+        self._die_at = int(options.get("die_at", 0))
+        self._die_hard = bool(options.get("die_hard", False))
+        self._loads = 0
+        self._live: np.ndarray | None = None
+        self._info = self.describe(spec)
+
+    @staticmethod
+    def tasks(spec: WorkerSpec) -> TaskSet:
+        return fake_tasks(spec.tasks, int(spec.options.get("documents", 400)))
+
+    @staticmethod
+    def describe(spec: WorkerSpec) -> EngineInfo:
+        return EngineInfo("fake", "1", "cpu", spec.dtype, str(spec.batch_size), scoring="fake")
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def load(self, recipe: Recipe) -> Fingerprint:
+        self._live = None
+        self._loads += 1
+        if self._loads == self._die_at:
+            if self._die_hard:
+                os._exit(9)
+            raise WorkerLost(f"the fake worker died at load {self._loads}, as it was told to")
+        point = _point(recipe, self._parents)
+        if self._fails(recipe, point):
+            raise CandidateFailed("the fake worker fails this candidate, as it was told to")
+        if not np.isfinite(point).all():
+            raise CandidateFailed("the recipe's weights are not finite")
+        self._live = point
+        digest = hashlib.sha256(point.tobytes()).hexdigest()[:16]
+        return Fingerprint(recipe.hash(), digest, point.size)
+
+    def score(self, items: Sequence[ItemRef]) -> list[ItemResult]:
+        if self._live is None:
+            raise RunFailed("nothing is loaded: load() a recipe before score()")
+        if self._delay_s:
+            time.sleep(self._delay_s)
+        return [_result(item, self._live, tuple(self._parents)) for item in items]
+
+    def close(self) -> None:
+        self._live = None
+
+
+def _point(recipe: Recipe, parents: Sequence[str]) -> np.ndarray:
+    """Effective weights, shape (layers, kinds, parents).
+
+    Raises:
+        RecipeRejected: by the recipe's own rules.
+    """
+    layers = sum(length(piece) for piece in recipe.slices)
+    place = {name: i for i, name in enumerate(parents)}
+    point = np.zeros((layers, len(_KINDS), len(parents)))
+    needs_base = METHODS[recipe.merge_method].needs_base
+    for layer in range(layers):
+        for k, kind in enumerate(_KINDS):
+            effective = recipe.effective(f"model.layers.{layer}.{kind}.weight", layer)
+            shared = dict(effective.shared)
+            weights = {}
+            for model, _, own in effective.sources:
+                if recipe.merge_method == "slerp":
+                    share = shared["t"]
+                    weights[model] = 1 - share if model == effective.base_model else share
+                elif own and not (needs_base and model == effective.base_model):
+                    values = dict(own)
+                    weights[model] = values["weight"] * math.sqrt(values.get("density", 1.0))
+            total = sum(weights.values())
+            if shared.get("normalize") and recipe.merge_method in SUM_NORMALIZED and total:
+                weights = {model: weight / total for model, weight in weights.items()}
+            for model, weight in weights.items():
+                if model in place:
+                    point[layer, k, place[model]] = weight * shared.get("lambda", 1.0)
+    return point
+
+
+def _result(item: ItemRef, point: np.ndarray, parents: tuple[str, ...]) -> ItemResult:
+    away = point - _optimum(item.task, parents, *point.shape[:2])
+    quality = math.exp(-float((away**2).mean()) / (2 * _WIDTH**2))
+    threshold, lean = _item(item.key, point.shape)
+    margin = _GAIN * (quality - threshold) + _LEAN * float((lean * away).mean())
+    return ItemResult(float(margin > 0), -float(np.logaddexp(0.0, -margin)), margin)
+
+
+@lru_cache(maxsize=64)
+def _optimum(task: str, parents: tuple[str, ...], layers: int, kinds: int) -> np.ndarray:
+    best = np.empty((layers, kinds, len(parents)))
+    depth = np.linspace(0, 1, layers) if layers > 1 else np.zeros(1)
+    for p, parent in enumerate(parents):
+        for k in range(kinds):
+            rng = _rng(_key("optimum", task, parent, k))
+            level = rng.uniform(0.15, 0.35) if rng.random() < 0.5 else rng.uniform(0.65, 0.9)
+            swing = rng.uniform(-0.25, 0.25)
+            best[:, k, p] = np.clip(level + swing * (depth - 0.5), 0.05, 0.95)
+    return best
+
+
+@lru_cache(maxsize=100_000)
+def _item(key: str, shape: tuple[int, ...]) -> tuple[float, np.ndarray]:
+    rng = _rng(key)
+    return float(rng.uniform(0.0, 1.02)), rng.normal(size=shape)
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def _rng(key: str) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(int(key, 16)))
+
+
+class _predicate:  # noqa: N801  (used as a function)
+    """``fail_when`` -> (recipe, point) -> whether it fails."""
+
+    _FIGURES = {"max_weight": np.max, "min_weight": np.min, "mean_weight": np.mean}  # noqa: RUF012
+    _SIGNS = {">": operator.gt, "<": operator.lt}  # noqa: RUF012
+
+    def __init__(self, asked: str | Sequence[str]) -> None:
+        self._hashes = frozenset(() if isinstance(asked, str) else asked)
+        self._test = None
+        if isinstance(asked, str) and asked:
+            match = re.fullmatch(r"(\w+)\s*([<>])\s*(-?[\d.]+)", asked.strip())
+            if match is None or match[1] not in self._FIGURES:
+                raise UserError(
+                    f"fail_when {asked!r} is not understood; write e.g. 'max_weight>0.95' "
+                    f"({', '.join(self._FIGURES)}), or a list of recipe hashes"
+                )
+            self._test = (self._FIGURES[match[1]], self._SIGNS[match[2]], float(match[3]))
+
+    def __call__(self, recipe: Recipe, point: np.ndarray) -> bool:
+        if self._test is not None:
+            figure, sign, bound = self._test
+            return bool(sign(figure(point), bound))
+        return recipe.hash() in self._hashes

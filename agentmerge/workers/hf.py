@@ -1,0 +1,163 @@
+"""Merges in memory and scores with plain transformers: parents resident, one live model.
+
+Every load writes each tensor of the merge into the live model in place, and proves it: every
+expected name exactly once, all finite, and a digest of the live weights that equals the digest of
+what was merged. Buffers are never touched. Knows nothing of searches.
+
+Options (``worker.options``): ``max_length`` (context in tokens), ``attn_implementation``,
+``threads`` (torch's, in whatever thread calls), ``base`` (the parent others are compared with).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from agentmerge.errors import CandidateFailed, ParentError, RunFailed, WorkerLost
+from agentmerge.evaluation.live import LiveLM, context_length, parent_path, tokenizer_of
+from agentmerge.evaluation.loading import quiet
+from agentmerge.evaluation.scoring import ItemScorer
+from agentmerge.evaluation.tasks import TaskSet, tasks_for
+from agentmerge.merging.parents import Family, digest
+from agentmerge.recipe import Recipe
+from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
+
+
+class HfWorker:
+    """See the module's head; the contract is ``workers/base.py``.
+
+    Raises:
+        ParentError: the parents cannot be merged, or transformers names their weights otherwise.
+    """
+
+    def __init__(self, spec: WorkerSpec, taskset: TaskSet | None = None) -> None:
+        self._spec = spec
+        self._info = self.describe(spec)
+        self._family = Family.open(
+            {name: Path(path) for name, path in spec.parents},
+            base=spec.options.get("base"),
+            dtype=spec.dtype,
+            device=spec.device,
+        )
+        self._model = open_model(spec, parent_path(spec, spec.template_model))
+        self._live = dict(self._model.named_parameters())
+        _check_names(set(self._live), set(self._family.layout.by_name))
+        self._scorer = scorer(spec, self._model, taskset or tasks_for(spec))
+        self._ready = False
+
+    @staticmethod
+    def tasks(spec: WorkerSpec) -> TaskSet:
+        return tasks_for(spec)
+
+    @staticmethod
+    def describe(spec: WorkerSpec) -> EngineInfo:
+        return describe("hf", spec)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def load(self, recipe: Recipe) -> Fingerprint:
+        self._ready = False
+        with _guarded(self._spec), torch.no_grad():
+            plan = self._family.plan(recipe)
+            written: set[str] = set()
+            merged = digest(self._written(recipe, written))
+            if missing := self._live.keys() - written:
+                raise RunFailed(f"the merge left {len(missing)} tensors out: {sorted(missing)[:3]}")
+            live = digest(self._live.items())
+        if live != merged:
+            raise RunFailed(
+                f"the live weights ({live}) are not the merged ones ({merged}): memory is faulty "
+                "or something else writes to the model"
+            )
+        self._ready = True
+        return Fingerprint(plan.digest, live, len(written))
+
+    def _written(self, recipe: Recipe, written: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each merged tensor, after it was copied into the live model."""
+        for name, tensor in self._family.merge(recipe):
+            if name in written or name not in self._live:
+                raise RunFailed(f"the merge gave {name!r} twice, or the model has no such tensor")
+            target = self._live[name]
+            if tensor.shape != target.shape:
+                raise RunFailed(f"{name!r} has shape {tuple(tensor.shape)}, not {target.shape}")
+            if tensor.dtype != target.dtype:
+                tensor = tensor.to(target.dtype)
+                if not torch.isfinite(tensor).all():
+                    raise CandidateFailed(f"{name!r} is not finite in {target.dtype}")
+            target.copy_(tensor)
+            written.add(name)
+            yield name, tensor
+
+    def score(self, items: Sequence[ItemRef]) -> list[ItemResult]:
+        if not self._ready:
+            raise RunFailed("nothing is loaded: load() a recipe before score()")
+        with _guarded(self._spec):
+            return self._scorer.score(items)
+
+    def close(self) -> None:
+        self._ready = False
+        self._live = {}
+        del self._scorer, self._model, self._family
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def open_model(spec: WorkerSpec, path: Path) -> Any:
+    """A causal language model in eval mode, on the spec's device and at its dtype."""
+    extra = {}
+    if "attn_implementation" in spec.options:
+        extra["attn_implementation"] = spec.options["attn_implementation"]
+    with quiet():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=spec.dtype, trust_remote_code=spec.trust_remote_code, **extra
+        )
+        return model.to(spec.device).eval()
+
+
+def scorer(spec: WorkerSpec, model: Any, taskset: TaskSet) -> ItemScorer:
+    tokenizer = tokenizer_of(spec)
+    lm = LiveLM(model, tokenizer, spec.batch_size, context_length(spec, tokenizer))
+    return ItemScorer(lm, taskset)
+
+
+def describe(engine: str, spec: WorkerSpec) -> EngineInfo:
+    device = spec.device
+    if device.startswith("cuda"):
+        device = torch.cuda.get_device_name(device)
+    versions = f"transformers {version('transformers')}, torch {torch.__version__}"
+    if "attn_implementation" in spec.options:
+        versions += f", {spec.options['attn_implementation']}"
+    return EngineInfo(engine, versions, device, spec.dtype, str(spec.batch_size))
+
+
+def _check_names(live: set[str], files: set[str]) -> None:
+    if live == files:
+        return
+    only_live, only_files = sorted(live - files), sorted(files - live)
+    raise ParentError(
+        "transformers names this model's weights otherwise than its files do, so they cannot be "
+        f"swapped in place: {len(only_files)} only in the files (e.g. {only_files[:2]}), "
+        f"{len(only_live)} only in the model (e.g. {only_live[:2]}); use worker.kind: disk"
+    )
+
+
+@contextmanager
+def _guarded(spec: WorkerSpec) -> Iterator[None]:
+    """The asked number of threads; out of memory as a lost worker that says what to lower."""
+    if "threads" in spec.options:
+        torch.set_num_threads(int(spec.options["threads"]))
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise WorkerLost(
+            f"out of memory on {spec.device}: {error}; lower worker.batch_size "
+            f"(now {spec.batch_size}) or the tasks' context"
+        ) from error

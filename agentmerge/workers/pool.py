@@ -1,0 +1,234 @@
+"""Hands candidates to free workers, one at a time each; safe to call from many threads.
+
+A worker is built when it is first needed. One lives in this process, several in a process each.
+A worker that is lost is built anew and its candidate tried once more. The pool knows no search,
+no budget and no database.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from agentmerge import plugins
+from agentmerge.errors import AgentmergeError, RunFailed, WorkerLost
+from agentmerge.recipe import Recipe
+from agentmerge.workers.base import (
+    EngineInfo,
+    Fingerprint,
+    ItemRef,
+    ItemResult,
+    Worker,
+    WorkerSpec,
+)
+
+if TYPE_CHECKING:
+    from agentmerge.evaluation.tasks import TaskSet
+
+Make = Callable[..., Worker]
+
+
+def worker_class(spec: WorkerSpec) -> Any:
+    """The class of ``spec.kind``: called with (spec, taskset or None); ``tasks(spec)`` gives the
+    TaskSet it asks, and ``describe(spec)`` its EngineInfo without building it."""
+    return plugins.load("agentmerge.workers", spec.kind)
+
+
+class Pool:
+    """Workers of one spec.
+
+    make: builds a worker from a spec (and a task set); by default by ``spec.kind``. For several
+        workers it must be picklable.
+    taskset: what is asked, where the caller has built it already; worker processes build it anew.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        count: int = 1,
+        make: Make | None = None,
+        taskset: TaskSet | None = None,
+    ) -> None:
+        self.spec = spec
+        self._make = make
+        self._taskset = taskset
+        self._apart = count > 1
+        self._free: list[Worker | None] = [None] * count
+        self._size = count
+        self._change = threading.Condition()
+        self._stopped = False
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the workers are, without building one."""
+        found: EngineInfo = worker_class(self.spec).describe(self.spec)
+        return found
+
+    def evaluate(
+        self, recipe: Recipe, refs: Sequence[ItemRef]
+    ) -> tuple[Fingerprint, list[ItemResult], float]:
+        """(fingerprint, results in the order of ``refs``, seconds), once a worker is free.
+
+        Raises:
+            CandidateFailed: the recipe's fault; the pool goes on.
+            WorkerLost: two workers were lost over it.
+            RunFailed: the pool was stopped before this candidate was begun.
+        """
+        worker = self._take()
+        try:
+            for again in (True, False):
+                start = time.monotonic()
+                try:
+                    if worker is None:
+                        worker = self._build()
+                    fingerprint = worker.load(recipe)
+                    results = worker.score(refs)
+                    return fingerprint, results, time.monotonic() - start
+                except WorkerLost:
+                    lost, worker = worker, None
+                    _close_quietly(lost)
+                    if not again:
+                        raise
+            raise AssertionError("unreachable")
+        finally:
+            with self._change:
+                self._free.append(worker)
+                self._change.notify()
+
+    def stop(self) -> None:
+        """Let running evaluations end and begin no other."""
+        with self._change:
+            self._stopped = True
+            self._change.notify_all()
+
+    def close(self) -> None:
+        """Stop, wait for running evaluations, and close every worker; safe to call twice."""
+        self.stop()
+        with self._change:
+            self._change.wait_for(lambda: len(self._free) == self._size)
+            for worker in self._free:
+                _close_quietly(worker)
+            self._free = [None] * self._size
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _take(self) -> Worker | None:
+        with self._change:
+            self._change.wait_for(lambda: self._free or self._stopped)
+            if self._stopped:
+                raise RunFailed("the worker pool is stopped; this candidate was not begun")
+            built = next((i for i, worker in enumerate(self._free) if worker is not None), 0)
+            return self._free.pop(built)
+
+    def _build(self) -> Worker:
+        if self._apart:
+            return _WorkerProcess(self.spec, self._make)
+        make = self._make or worker_class(self.spec)
+        return make(self.spec, self._taskset)
+
+
+def _close_quietly(worker: Worker | None) -> None:
+    if worker is not None:
+        try:
+            worker.close()
+        except AgentmergeError:
+            pass  # it is gone already
+
+
+class _WorkerProcess:
+    """A worker in a process of its own, with the contract of ``base.Worker``."""
+
+    def __init__(self, spec: WorkerSpec, make: Make | None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, spec, make), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._info: EngineInfo = self._receive()
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def load(self, recipe: Recipe) -> Fingerprint:
+        found: Fingerprint = self._call("load", recipe)
+        return found
+
+    def score(self, items: Sequence[ItemRef]) -> list[ItemResult]:
+        found: list[ItemResult] = self._call("score", tuple(items))
+        return found
+
+    def close(self) -> None:
+        try:
+            self._pipe.send(("close", None))
+        except OSError:
+            pass  # it died before
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join(10)
+        self._pipe.close()
+
+    def _call(self, name: str, argument: Any) -> Any:
+        try:
+            self._pipe.send((name, argument))
+        except OSError:
+            raise self._lost() from None
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            good, value = self._pipe.recv()
+        except (EOFError, OSError):
+            raise self._lost() from None
+        if not good:
+            raise value
+        return value
+
+    def _lost(self) -> WorkerLost:
+        self._process.join(5)
+        return WorkerLost(
+            f"worker process {self._process.pid} died (exit code {self._process.exitcode}); "
+            "if it was killed for memory, lower worker.count or worker.batch_size"
+        )
+
+
+def _serve(pipe: Any, spec: WorkerSpec, make: Make | None) -> None:
+    """The other side of ``_WorkerProcess``: answers calls until told to close."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C drains the search, not its workers
+    try:
+        worker = (make or worker_class(spec))(spec, None)
+        pipe.send((True, worker.info))
+        while True:
+            name, argument = pipe.recv()
+            if name == "close":
+                worker.close()
+                return
+            try:
+                reply = (True, getattr(worker, name)(argument))
+            except AgentmergeError as error:
+                reply = (False, _portable(error))
+            pipe.send(reply)
+    except (EOFError, OSError):
+        return  # the search is gone
+    except BaseException as error:
+        lost = error if isinstance(error, AgentmergeError) else WorkerLost(traceback.format_exc())
+        pipe.send((False, _portable(lost)))
+
+
+def _portable(error: AgentmergeError) -> AgentmergeError:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # a plugin's own exception
+        return WorkerLost(str(error))
+    return error
