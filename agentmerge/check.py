@@ -104,9 +104,7 @@ def prepare(config: SearchConfig, *, allow_benchmarks: bool = False) -> Prepared
         except UserError as error:
             faults.append(str(error))
     if config.worker.kind == "fake":
-        if faults:
-            raise ConfigError(faults)
-        return _prepare_fake(config)
+        return _prepare_fake(config, faults)
     paths, layout = _parents(config, faults)
     space = None
     if layout is not None:
@@ -233,7 +231,9 @@ def _parents(config: SearchConfig, faults: list[str]) -> tuple[dict[str, Path], 
         return paths, None
 
 
-def _spec(config: SearchConfig, paths: Mapping[str, Path], dtype: str) -> WorkerSpec:
+def _spec(
+    config: SearchConfig, paths: Mapping[str, Path], dtype: str, device: str | None = None
+) -> WorkerSpec:
     return WorkerSpec(
         kind=config.worker.kind,
         parents=tuple((name, str(path)) for name, path in paths.items()),
@@ -241,7 +241,7 @@ def _spec(config: SearchConfig, paths: Mapping[str, Path], dtype: str) -> Worker
         tasks=config.tasks,
         dtype=dtype,
         batch_size=config.worker.batch_size,
-        device=config.worker.device or _device(),
+        device=device or config.worker.device or _device(),
         trust_remote_code=config.worker.trust_remote_code,
         options=dict(config.worker.options),
     )
@@ -275,24 +275,22 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _prepare_fake(config: SearchConfig) -> Prepared:
-    """A search on FakeWorker: no model is read, so layers come from the worker's options."""
-    from agentmerge.workers.fake import fake_tasks
+def _prepare_fake(config: SearchConfig, faults: list[str]) -> Prepared:
+    """A search on FakeWorker: no model is read, so the depth is an option of the worker."""
+    if faults:
+        raise ConfigError(faults)
+    from agentmerge.workers.fake import FakeWorker
 
-    names = [
-        *config.genome.models,
-        *([config.genome.base_model] if config.genome.base_model else []),
-    ]
-    options = config.worker.options
-    space = SearchSpace(
-        config.genome, int(options.get("num_layers", 4)), "float32", config.search.seed
-    )
-    spec = _spec(config, {name: Path(name) for name in names}, "float32")
+    names = list(config.genome.models)
+    if config.genome.base_model and config.genome.base_model not in names:
+        names.append(config.genome.base_model)
+    depth = int(config.worker.options.get("num_layers", 4))
+    spec = _spec(config, {name: Path(name) for name in names}, "float32", device="cpu")
     return Prepared(
         config,
         spec,
-        space,
-        fake_tasks(config.tasks),
+        SearchSpace(config.genome, depth, "float32", config.search.seed),
+        FakeWorker.tasks(spec),
         {name: f"fake:{name}" for name in names},
         lambda recipe: recipe.effective("model.layers.0.weight", 0),
     )

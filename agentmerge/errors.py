@@ -14,6 +14,7 @@
     │   └── LedgerError             the results database cannot be written
     ├── CandidateFailed             one bad candidate: recorded as data, never ends a run
     │   └── RecipeRejected          refused before any worker saw it
+    ├── NotBegun                    the search was told to stop before this candidate's turn
     └── ModelReplyError             a chat model failed: costs a generation's advice
 
 A message says what, which value, and what to do. It knows nothing of how messages are shown.
@@ -86,6 +87,10 @@ class CandidateFailed(AgentmergeError):
 
 class RecipeRejected(CandidateFailed):
     """A recipe refused by rule before any worker saw it."""
+
+
+class NotBegun(AgentmergeError):
+    """A candidate's turn came after the search was told to stop; it stays open."""
 
 
 class ModelReplyError(AgentmergeError):

@@ -29,11 +29,11 @@ def export_run(
     runs_dir: Path | str = "runs",
     engine: str = "agentmerge",
     verify: bool = True,
-    replace: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a run's answer to ``to``: {path, score, disk_score, equal, differing_items, warning}.
 
-    engine: "agentmerge" or "mergekit". replace: remove what is there. ``equal`` is None where
+    engine: "agentmerge" or "mergekit". overwrite: remove what is there. ``equal`` is None where
     ``verify`` is off.
 
     Raises:
@@ -49,7 +49,7 @@ def export_run(
         if config.worker.kind == "fake":
             raise UserError(f"run {name!r} searched on the fake worker: it has no model to export")
         recipe = Recipe.parse(found["recipe"])
-        if replace and to.exists():
+        if overwrite and to.exists():
             shutil.rmtree(to)
         warning = _write(prepared, recipe, to, engine, _card(row, found))
         report: dict[str, Any] = {
@@ -95,33 +95,13 @@ def _write(prepared: Prepared, recipe: Recipe, to: Path, engine: str, card: str)
         return ""
     from agentmerge.merging.reference import mergekit_merge
 
-    if to.exists() and any(to.iterdir()):
-        raise UserError(f"{to} is not empty; name a new folder")
-    mergekit_merge(_with_paths(recipe, prepared.paths), to)
+    mergekit_merge(
+        recipe, prepared.paths, to, template_model=prepared.spec.template_model, card=card
+    )
     warning = "written by mergekit: rounding may differ from what the search scored"
     if recipe.merge_seed is not None:
         warning = "written by mergekit: its random masks are not the ones the search scored"
     return warning
-
-
-def _with_paths(recipe: Recipe, paths: dict[str, Path]) -> Recipe:
-    """The recipe with absolute folders for models, as mergekit needs them."""
-
-    def local(name: str | None) -> str | None:
-        return None if name is None else str(paths[name].absolute())
-
-    slices = tuple(
-        replace(
-            piece,
-            base_model=local(piece.base_model),
-            sources=tuple(
-                replace(source, model=str(paths[source.model].absolute()))
-                for source in piece.sources
-            ),
-        )
-        for piece in recipe.slices
-    )
-    return replace(recipe, slices=slices, base_model=local(recipe.base_model))
 
 
 def _verified(

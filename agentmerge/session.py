@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -383,7 +384,7 @@ def _search(
 def _pool(prepared: Prepared, stack: ExitStack) -> Any:
     from agentmerge.workers.pool import Pool
 
-    pool = Pool(prepared.spec, count=prepared.config.worker.count)
+    pool = Pool(prepared.spec, count=prepared.config.worker.count, taskset=prepared.taskset)
     stack.callback(pool.close)
     return pool
 
@@ -429,10 +430,9 @@ def load_graph(name: str) -> Any:
     if not path.is_file():
         raise UserError(f"no graph at {path}; give a name from graphs/ or path.py:build")
     spec = importlib.util.spec_from_file_location(f"agentmerge_graph_{path.stem}", path)
-    assert spec and spec.loader
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} cannot be loaded as Python")
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules[spec.name] = module  # annotations of nodes are looked up there
     spec.loader.exec_module(module)
     build: Callable[[], Any] | None = getattr(module, function or "build", None)

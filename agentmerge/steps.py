@@ -20,7 +20,7 @@ from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompts, prompt_hash
 from agentmerge.agents.schemas import Guidance
 from agentmerge.config import SearchConfig
-from agentmerge.errors import CandidateFailed, ModelReplyError, RecipeRejected
+from agentmerge.errors import CandidateFailed, ModelReplyError, NotBegun, RecipeRejected
 from agentmerge.evaluation.tasks import Score, TaskSet
 from agentmerge.final import final_card
 from agentmerge.genome import SearchSpace
@@ -47,7 +47,7 @@ class Evaluator(Protocol):
     def info(self) -> EngineInfo: ...
 
     def evaluate(
-        self, recipe: Recipe, items: Sequence[ItemRef]
+        self, recipe: Recipe, refs: Sequence[ItemRef], wanted: Callable[[], bool] = ...
     ) -> tuple[Fingerprint, list[ItemResult], float]: ...
 
 
@@ -135,12 +135,14 @@ class Search:
     def evaluate(self, generation: int, slot: int) -> None:
         """Score one candidate and commit what it cost; a bad candidate becomes a failed row."""
         candidate = self.ledger.candidate(self.run_id, generation, slot)
-        if candidate.state != "open" or self.stopping() or self._late():
+        if candidate.state != "open" or not self._wanted():
             return
         self.emit({"event": "evaluate", "generation": generation, "slot": slot})
         recipe = Recipe.parse(self.ledger.recipe(candidate.recipe_hash))
         try:
             score, paid, seconds, fingerprint = self._scored(recipe, candidate.recipe_hash)
+        except NotBegun:
+            return  # left open: whoever goes on with this search scores it
         except CandidateFailed as error:
             self.ledger.save_evaluation(
                 self.run_id, (generation, slot), score=None, failure=str(error)
@@ -291,7 +293,7 @@ class Search:
         missing = [ref for ref in self.taskset.refs() if ref not in results]
         seconds, fingerprint, paid = 0.0, "", []
         if missing:
-            proof, rows, seconds = self.pool.evaluate(recipe, missing)
+            proof, rows, seconds = self.pool.evaluate(recipe, missing, self._wanted)
             fingerprint = proof.digest
             fresh = dict(zip(missing, rows, strict=True))
             for task in self.taskset.tasks:
@@ -435,6 +437,9 @@ class Search:
         return next((t.metric for t in self.config.tasks.tasks if t.name == name), "")
 
     # --- small things -----------------------------------------------------------------------
+
+    def _wanted(self) -> bool:
+        return not self.stopping() and not self._late()
 
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline

@@ -314,7 +314,7 @@ def _old_outputs(name: str, runs_dir: Path, storage: Path, final_model: bool) ->
     storage.mkdir(parents=True, exist_ok=True)
     (storage / "best_config.yaml").write_text((runs_dir / name / "best.yml").read_text())
     if final_model:
-        exporting.export_run(name, storage / "final_model", runs_dir=runs_dir, replace=True)
+        exporting.export_run(name, storage / "final_model", runs_dir=runs_dir, overwrite=True)
 
 
 @app.command()

@@ -71,9 +71,7 @@ def build(
                     f"{metric} is better; name its tasks one by one"
                 )
             names = tuple(task.name for task in built)
-            objectives.append(
-                Objective(entry.name, entry.weight, higher.pop(), names, by_size)
-            )
+            objectives.append(Objective(entry.name, entry.weight, higher.pop(), names, by_size))
             tasks += built
     return TaskSet(tuple(tasks), tuple(objectives), tuple(notes), aggregations, asked, records)
 
@@ -150,9 +148,7 @@ def _scored(
     if not chosen.search:
         raise TaskError(f"task {name!r} has no documents")
     chat = None if rolling else setting.chat
-    requests = render(
-        task, [*chosen.search, *chosen.beyond], chat, config.fewshot_as_multiturn
-    )
+    requests = render(task, [*chosen.search, *chosen.beyond], chat, config.fewshot_as_multiturn)
     rebuild = metrics.check_metric(task, metric, filter_name, requests[chosen.search[0]])
     refs = {n: ItemRef(name, n, item_key(task, asked)) for n, asked in requests.items()}
     items, search, sealed, note = split(

@@ -33,6 +33,7 @@ Encoded = tuple[tuple[str, str], list[int], list[int]]
 
 #: The seed of torch's generator before sampled generation, as ``simple_evaluate`` has it.
 TORCH_SEED = 1234
+_KEPT_BATCHES = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,8 @@ class LiveLM(HFLM):  # type: ignore[misc]
         self._rows = list(strings)
         key = (tuple(strings), args, tuple(sorted(kwargs.items())))
         if key not in self._padded:
+            if len(self._padded) > _KEPT_BATCHES:  # subsets of items make ever new batches
+                self._padded.clear()
             self._padded[key] = super().tok_batch_encode(list(strings), *args, **kwargs)
         return self._padded[key]
 
@@ -140,7 +143,7 @@ class LiveLM(HFLM):  # type: ignore[misc]
 
     def cut(self, context: Sequence[int], continuation: Sequence[int]) -> bool:
         """Whether lm-eval drops the beginning of this request."""
-        return len(context) + len(continuation) > self.max_length + 1
+        return len(context) + len(continuation) > int(self.max_length) + 1
 
     def prompt_cut(self, context: str, max_new: int) -> bool:
         """Whether a prompt leaves no room for its answer, so that its beginning is dropped.
@@ -153,7 +156,7 @@ class LiveLM(HFLM):  # type: ignore[misc]
                 f"max_gen_toks {max_new} leaves no room in a context of {self.max_length} tokens; "
                 "lower it in the task's generation_kwargs"
             )
-        return len(self.tok_encode(context)) > self.max_length - max_new
+        return len(self.tok_encode(context)) > int(self.max_length) - max_new
 
     # --- answers --------------------------------------------------------------------------------
 
@@ -250,9 +253,7 @@ class LiveLM(HFLM):  # type: ignore[misc]
                 found[i] = answer
         return found
 
-    def _forced(
-        self, requests: Sequence[tuple[list[int], list[int]]]
-    ) -> list[tuple[float, float]]:
+    def _forced(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, float]]:
         lengths = [len(context) + len(gold) - 1 for context, gold in requests]
         rows = torch.zeros((len(requests), max(lengths)), dtype=torch.long)
         spans = max(len(gold) for _, gold in requests)

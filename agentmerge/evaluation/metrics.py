@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import numbers
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from agentmerge.errors import TaskError
@@ -42,14 +43,12 @@ def trial(task: Any, filter_name: str, instances: Sequence[Any]) -> dict[str, An
         if isinstance(answer, tuple):
             answer = (-1.0 - i, False)
         answers.append([answer] * (instance.repeats or 1))
-    result = task.process_results(
-        instances[0].doc, filtered(task, filter_name, instances, answers)
-    )
+    result = task.process_results(instances[0].doc, filtered(task, filter_name, instances, answers))
     return dict(result)
 
 
 def parse_metric(text: str, task_name: str) -> tuple[str, str]:
-    """"acc,none" -> (metric, filter), as lm-eval's results are keyed."""
+    """The metric and the filter of "acc,none", which is how lm-eval keys its results."""
     metric, comma, filter_name = text.rpartition(",")
     if not comma:
         raise TaskError(
@@ -68,10 +67,8 @@ def check_metric(task: Any, metric: str, filter_name: str, instances: Sequence[A
     filters = [ensemble.name for ensemble in task._filters]
     known = [name for name in task.aggregation() if name != "bypass"]
     probe: dict[str, Any] | None = None
-    try:
+    with suppress(Exception):  # code that takes no empty answer: the real ones will tell
         probe = trial(task, filter_name if filter_name in filters else filters[0], instances)
-    except Exception:  # the task's own code does not take an empty answer; real ones will tell
-        pass
     known += [name for name in probe or {} if name not in known]
     if metric not in known or filter_name not in filters:
         legal = ", ".join(f"{name},{f}" for name in known for f in filters)
@@ -189,5 +186,3 @@ def choice_margin(
     best = max(compared[i] for i in gold)
     margin = best - max(wrong) if wrong else None
     return (lls[gold[0]] if len(gold) == 1 else None), margin
-
-

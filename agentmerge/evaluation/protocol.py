@@ -19,10 +19,9 @@ from typing import Any
 from agentmerge.evaluation.loading import FEWSHOT_SEED
 
 #: Names and places of documents, and labels that no model sees.
-_NOT_ASKED = frozenset(
-    "task task_alias tag group dataset_path dataset_name dataset_kwargs custom_dataset "
-    "training_split validation_split test_split fewshot_split split metadata".split()
-)
+_NOT_ASKED = frozenset(("task", "task_alias", "tag", "metadata", "custom_dataset", "split"))
+_NOT_ASKED |= {"dataset_path", "dataset_name", "dataset_kwargs"}
+_NOT_ASKED |= {"training_split", "validation_split", "test_split", "fewshot_split"}
 
 
 def protocol(

@@ -191,9 +191,7 @@ def _judged(
                 f"task {ref.task!r} gave no {asked.metric!r} for document {ref.index}; "
                 "choose a metric that every document has"
             )
-        value = metrics.stored_value(
-            item.task.rebuild, found[asked.metric], ref.task, asked.metric
-        )
+        value = metrics.stored_value(item.task.rebuild, found[asked.metric], ref.task, asked.metric)
         if not math.isfinite(value):
             raise CandidateFailed(f"{asked.metric} of document {ref.index}, {ref.task}: {value}")
         log_likelihood, margin = _evidence(item, answer)

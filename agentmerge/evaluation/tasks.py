@@ -85,7 +85,7 @@ class Score:
     tasks: tuple[tuple[str, float], ...]
 
 
-def _mean(values: Sequence[Any]) -> float:
+def _mean(values: list[Any]) -> Any:
     return sum(values) / len(values)
 
 
@@ -117,7 +117,10 @@ class TaskSet:
         return tuple(ref for task in self.tasks for ref in task.part(part))
 
     def aggregate(
-        self, task: ScoredTask, results: Sequence[ItemResult], items: Sequence[ItemRef] | None = None
+        self,
+        task: ScoredTask,
+        results: Sequence[ItemResult],
+        items: Sequence[ItemRef] | None = None,
     ) -> float:
         """The task's metric from stored values alone, by lm-eval's own aggregation.
 
@@ -140,7 +143,8 @@ class TaskSet:
             else:
                 values = [(int(s), int(v)) for v, s in zip(values, statics, strict=True)]
         try:
-            metric = float(self.aggregations.get(task.name, _mean)(values))
+            combine: Callable[[list[Any]], Any] = self.aggregations.get(task.name, _mean)
+            metric = float(combine(values))
         except OverflowError:  # a perplexity beyond any float
             metric = math.inf
         if not math.isfinite(metric):

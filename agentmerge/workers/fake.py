@@ -24,8 +24,9 @@ import operator
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -113,8 +114,8 @@ class FakeWorker:
         point = _point(recipe, self._parents)
         if self._fails(recipe, point):
             raise CandidateFailed("the fake worker fails this candidate, as it was told to")
-        if not np.isfinite(point).all():
-            raise CandidateFailed("the recipe's weights are not finite")
+        if not (np.abs(point) < np.finfo(np.float32).max).all():
+            raise CandidateFailed("the merge is not finite; the weights are too large")
         self._live = point
         digest = hashlib.sha256(point.tobytes()).hexdigest()[:16]
         return Fingerprint(recipe.hash(), digest, point.size)
@@ -196,26 +197,24 @@ def _rng(key: str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(int(key, 16)))
 
 
-class _predicate:  # noqa: N801  (used as a function)
-    """``fail_when`` -> (recipe, point) -> whether it fails."""
+_FIGURES: dict[str, Callable[[np.ndarray], Any]] = {
+    "max_weight": np.max,
+    "min_weight": np.min,
+    "mean_weight": np.mean,
+}
 
-    _FIGURES = {"max_weight": np.max, "min_weight": np.min, "mean_weight": np.mean}  # noqa: RUF012
-    _SIGNS = {">": operator.gt, "<": operator.lt}  # noqa: RUF012
 
-    def __init__(self, asked: str | Sequence[str]) -> None:
-        self._hashes = frozenset(() if isinstance(asked, str) else asked)
-        self._test = None
-        if isinstance(asked, str) and asked:
-            match = re.fullmatch(r"(\w+)\s*([<>])\s*(-?[\d.]+)", asked.strip())
-            if match is None or match[1] not in self._FIGURES:
-                raise UserError(
-                    f"fail_when {asked!r} is not understood; write e.g. 'max_weight>0.95' "
-                    f"({', '.join(self._FIGURES)}), or a list of recipe hashes"
-                )
-            self._test = (self._FIGURES[match[1]], self._SIGNS[match[2]], float(match[3]))
-
-    def __call__(self, recipe: Recipe, point: np.ndarray) -> bool:
-        if self._test is not None:
-            figure, sign, bound = self._test
-            return bool(sign(figure(point), bound))
-        return recipe.hash() in self._hashes
+def _predicate(asked: str | Sequence[str]) -> Callable[[Recipe, np.ndarray], bool]:
+    """``fail_when`` -> whether a recipe, with its weights, fails."""
+    if not isinstance(asked, str):
+        hashes = frozenset(asked)
+        return lambda recipe, _: bool(hashes) and recipe.hash() in hashes
+    match = re.fullmatch(r"(\w+)\s*([<>])\s*(-?[\d.]+)", asked.strip())
+    if match is None or match[1] not in _FIGURES:
+        raise UserError(
+            f"fail_when {asked!r} is not understood; write e.g. 'max_weight>0.95' "
+            f"({', '.join(_FIGURES)}), or a list of recipe hashes"
+        )
+    figure, bound = _FIGURES[match[1]], float(match[3])
+    compare = operator.gt if match[2] == ">" else operator.lt
+    return lambda _, point: bool(compare(figure(point), bound))

@@ -14,10 +14,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from agentmerge import plugins
-from agentmerge.errors import AgentmergeError, RunFailed, WorkerLost
+from agentmerge.errors import AgentmergeError, NotBegun, RunFailed, WorkerLost
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import (
     EngineInfo,
@@ -71,17 +72,25 @@ class Pool:
         return found
 
     def evaluate(
-        self, recipe: Recipe, refs: Sequence[ItemRef]
+        self,
+        recipe: Recipe,
+        refs: Sequence[ItemRef],
+        wanted: Callable[[], bool] = lambda: True,
     ) -> tuple[Fingerprint, list[ItemResult], float]:
         """(fingerprint, results in the order of ``refs``, seconds), once a worker is free.
 
+        wanted: asked when the candidate's turn comes, which may be long after the call.
+
         Raises:
+            NotBegun: it was no longer wanted.
             CandidateFailed: the recipe's fault; the pool goes on.
             WorkerLost: two workers were lost over it.
             RunFailed: the pool was stopped before this candidate was begun.
         """
         worker = self._take()
         try:
+            if not wanted():
+                raise NotBegun("the search was told to stop before this candidate's turn")
             for again in (True, False):
                 start = time.monotonic()
                 try:
@@ -139,10 +148,8 @@ class Pool:
 
 def _close_quietly(worker: Worker | None) -> None:
     if worker is not None:
-        try:
+        with suppress(AgentmergeError):  # it is gone already
             worker.close()
-        except AgentmergeError:
-            pass  # it is gone already
 
 
 class _WorkerProcess:
@@ -169,10 +176,8 @@ class _WorkerProcess:
         return found
 
     def close(self) -> None:
-        try:
+        with suppress(OSError):  # it died before
             self._pipe.send(("close", None))
-        except OSError:
-            pass  # it died before
         self._process.join(10)
         if self._process.is_alive():
             self._process.terminate()

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from transformers import AutoModelForCausalLM
+
 from agentmerge.evaluation.live import LiveLM, context_length, tokenizer_of
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.workers.base import ItemRef, ItemResult, WorkerSpec
-from transformers import AutoModelForCausalLM
 
 NAMES = list(tiny.METRICS)
 
@@ -34,9 +34,7 @@ def simple(spec: WorkerSpec, dtype: str = "float32", **arguments: Any) -> dict[s
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
-    manager = TaskManager(
-        include_path=list(spec.tasks.task_search_path), include_defaults=False
-    )
+    manager = TaskManager(include_path=list(spec.tasks.task_search_path), include_defaults=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = simple_evaluate(
@@ -103,9 +101,7 @@ def test_every_output_type_in_float32(parent: Path, tasks_dir: Path) -> None:
         assert len(values) > 1, task.name
 
 
-def test_bfloat16_in_identical_batches(
-    tmp_path: Path, tasks_dir: Path, parent: Path
-) -> None:
+def test_bfloat16_in_identical_batches(tmp_path: Path, tasks_dir: Path, parent: Path) -> None:
     model = tiny.write_model(tmp_path / "bf16", seed=5, near=parent, dtype="bfloat16")
     names = ["tiny_choice=acc,none", "tiny_cloze=acc,none", "tiny_text", "tiny_answer"]
     spec = tiny.spec({"a": model}, tiny.tasks_config(tasks_dir, *names))
@@ -147,5 +143,3 @@ def test_a_document_asks_the_same_whatever_the_limit(parent: Path, tasks_dir: Pa
         some = tasks_for(tiny.spec({"a": parent}, config), check_built_ins=False)
         assert some.tasks[0].items
         assert all(keys[ref.index] == ref.key for ref in some.tasks[0].items)
-
-

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from agentmerge.evaluation.statistics import (
     Interval,
     paired_difference,

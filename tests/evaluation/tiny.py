@@ -14,12 +14,17 @@ from typing import Any
 
 import torch
 import yaml
-from agentmerge.config import TasksConfig
-from agentmerge.workers.base import WorkerSpec
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from agentmerge.config import TasksConfig
+from agentmerge.workers.base import WorkerSpec
 
 LETTERS = "abcdefghij"
 TOKENS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789:=[]#?,. \n"]

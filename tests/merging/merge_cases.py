@@ -1,0 +1,139 @@
+"""What the merging tests share: families, recipes, and the measure of nearness."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+LAYERS = 2
+
+
+def make_family(root: Path, tied: bool, dtype: torch.dtype) -> dict[str, Path]:
+    """base, a and b, two layers each; the experts differ from the base everywhere."""
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=24,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        paths = {}
+        for name in ("base", "a", "b"):
+            weights = {
+                key: (value.detach().float() + (name != "base") * 0.02 * torch.randn(value.shape))
+                for key, value in model.named_parameters()
+            }
+            paths[name] = root / name
+            paths[name].mkdir(parents=True)
+            save_file(
+                {key: value.to(dtype) for key, value in weights.items()},
+                paths[name] / "model.safetensors",
+                metadata={"format": "pt"},
+            )
+            config.save_pretrained(paths[name])
+    model.generation_config.save_pretrained(paths["a"])
+    _tokenizer().save_pretrained(paths["a"])
+    return paths
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"w{i}": i for i in range(24)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), unk_token="w0"
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return tokenizer
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    """Change ``config.json``; a value of ``...`` removes the key."""
+    file = directory / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def edit_weights(directory: Path, **changes: Any) -> None:
+    """Change tensors; a value of None removes one. Dots are written as double underscores."""
+    weights = load_all(directory)
+    for name, value in changes.items():
+        if value is None:
+            del weights[name.replace("__", ".")]
+        else:
+            weights[name.replace("__", ".")] = value
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_all(directory: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        weights |= {name: tensor.clone() for name, tensor in load_file(file).items()}
+    return weights
+
+
+@contextmanager
+def masks_given(masks: list[torch.Tensor]) -> Iterator[None]:
+    """Inside, mergekit's random masks are these, in order: its own formula on our masks."""
+    original, left = torch.bernoulli, list(masks)
+
+    def next_mask(probabilities: torch.Tensor) -> torch.Tensor:
+        mask = left.pop(0).reshape(probabilities.shape).to(probabilities.dtype)
+        assert abs(float(probabilities.reshape(-1)[0])) <= 1
+        return mask
+
+    torch.bernoulli = next_mask  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.bernoulli = original
+    assert not left, "mergekit asked for fewer masks"
+
+
+def assert_at_least_as_near(
+    ours: torch.Tensor,
+    theirs: torch.Tensor,
+    exact: torch.Tensor,
+    *,
+    slack: torch.Tensor,
+    excluded: torch.Tensor | None = None,
+    what: str = "",
+) -> None:
+    """Every element of ``ours`` is no farther from ``exact`` than mergekit's, within ``slack``."""
+    ours_off, theirs_off = (ours.double() - exact).abs(), (theirs.double() - exact).abs()
+    worse = ours_off > theirs_off + slack
+    if excluded is not None:
+        worse &= ~excluded
+    assert not worse.any(), (
+        f"{what}: {int(worse.sum())} of {worse.numel()} elements are farther, by up to "
+        f"{float((ours_off - theirs_off)[worse].max()):.3g}"
+    )
+
+
+def near_a_threshold(
+    base: torch.Tensor, tensor: torch.Tensor, density: float, rounding: float
+) -> torch.Tensor:
+    """Elements whose magnitude is so near to the cut that rounding decides about them."""
+    size = (tensor.double() - base.double()).abs()
+    if density >= 1 or density <= 0 or not size.numel():
+        return torch.zeros_like(size, dtype=torch.bool)
+    keep = max(1, int(density * size.numel()))
+    cut = size.reshape(-1).sort(descending=True).values[keep - 1]
+    return (size - cut).abs() <= rounding * cut
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    return float(torch.finfo(dtype).eps)

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))  # the tiny family
+
+
+@pytest.fixture(scope="session")
+def _one_thread() -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def parents(tmp_path_factory: pytest.TempPathFactory, _one_thread: None) -> dict[str, Path]:
+    """A base and two experts near it."""
+    import tiny
+
+    root = tmp_path_factory.mktemp("family")
+    base = tiny.write_model(root / "base", seed=3)
+    return {
+        "base": base,
+        "b": tiny.write_model(root / "b", seed=4, near=base),
+        "c": tiny.write_model(root / "c", seed=5, near=base),
+    }
+
+
+@pytest.fixture(scope="session")
+def tasks_dir(tmp_path_factory: pytest.TempPathFactory, parents: dict[str, Path]) -> Path:
+    import tiny
+
+    return tiny.write_tasks(tmp_path_factory.mktemp("tasks"), parents["base"])

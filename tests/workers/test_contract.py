@@ -1,0 +1,161 @@
+"""What every worker promises (``workers/base.py``), on every worker that ships."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from agentmerge.errors import CandidateFailed, ParentError, RunFailed, WorkerLost
+from agentmerge.recipe import Recipe
+from agentmerge.workers.base import ItemRef, ItemResult, Worker, WorkerSpec
+from agentmerge.workers.pool import worker_class
+
+KINDS = ["fake", "hf", "disk"]
+NAMES = ["tiny_choice", "tiny_cloze=acc,none", "tiny_text", "tiny_answer"]
+
+
+def recipe(b: float, c: float, method: str = "task_arithmetic", **more: Any) -> Recipe:
+    models = [
+        {"model": "b", "parameters": {"weight": b, **more}},
+        {"model": "c", "parameters": {"weight": c, **more}},
+    ]
+    body = {"merge_method": method, "base_model": "base", "models": models}
+    return Recipe.parse(body).canonical(2)
+
+
+A, B = recipe(0.9, 0.2), recipe(0.1, 1.4)
+
+
+def same(ours: list[ItemResult], theirs: list[ItemResult]) -> bool:
+    return repr(ours) == repr(theirs)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def spec(
+    request: pytest.FixtureRequest, parents: dict[str, Path], tasks_dir: Path
+) -> WorkerSpec:
+    config = tiny.tasks_config(tasks_dir, *NAMES, limit=30)
+    return tiny.spec(parents, config, kind=request.param, options={"base": "base"})
+
+
+@pytest.fixture(scope="module")
+def refs(spec: WorkerSpec) -> tuple[ItemRef, ...]:
+    return worker_class(spec).tasks(spec).refs()
+
+
+@pytest.fixture(scope="module")
+def worker(spec: WorkerSpec) -> Iterator[Worker]:
+    made: Worker = worker_class(spec)(spec)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def first(worker: Worker, refs: tuple[ItemRef, ...]) -> tuple[Any, list[ItemResult]]:
+    return worker.load(A), worker.score(refs)
+
+
+def test_results_do_not_depend_on_what_was_loaded_before(
+    worker: Worker, refs: tuple[ItemRef, ...], first: tuple[Any, list[ItemResult]]
+) -> None:
+    fingerprint, results = first
+    assert len(results) == len(refs)
+    assert len({result.value for result in results}) > 1
+    other = worker.load(B)
+    assert other.digest != fingerprint.digest
+    assert other.recipe != fingerprint.recipe
+    assert not same(worker.score(refs), results)
+    assert worker.load(A) == fingerprint
+    turned = worker.score(refs[::-1])  # the same items in another order: the same answers
+    assert same(turned[::-1], results)
+
+
+def test_a_bad_recipe_is_the_candidates_fault(
+    worker: Worker, refs: tuple[ItemRef, ...], first: tuple[Any, list[ItemResult]]
+) -> None:
+    with pytest.raises(CandidateFailed):
+        worker.load(recipe(1e308, 1e308))
+    with pytest.raises(RunFailed, match="load"):  # never the answers of what is half there
+        worker.score(refs)
+    assert worker.load(A) == first[0]
+
+
+def test_info_is_known_before_a_worker_is_built(worker: Worker, spec: WorkerSpec) -> None:
+    assert isinstance(worker, Worker)
+    assert worker.info == worker_class(spec).describe(spec)
+    assert worker.info.engine == spec.kind
+    assert worker.info.batch_size == "16"
+
+
+def test_scoring_before_loading_is_refused(spec: WorkerSpec, refs: tuple[ItemRef, ...]) -> None:
+    fresh = worker_class(spec)(spec)
+    with pytest.raises(RunFailed, match="load"):
+        fresh.score(refs)
+    fresh.close()
+
+
+@pytest.mark.parametrize("kind", ["hf", "disk"])
+def test_a_parent_with_nan_is_named(
+    kind: str, parents: dict[str, Path], tasks_dir: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tiny.write_model(tmp_path / "broken", seed=9, near=parents["base"])
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][3] = math.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    config = tiny.tasks_config(tasks_dir, "tiny_cloze")
+    spec = tiny.spec(parents | {"c": broken}, config, kind=kind)
+    with pytest.raises((ParentError, CandidateFailed), match="finite"):
+        worker_class(spec)(spec).load(A)
+
+
+@pytest.mark.parametrize("kind", ["hf", "disk"])
+def test_a_log_likelihood_that_is_no_number_fails_the_candidate(
+    kind: str, parents: dict[str, Path], tasks_dir: Path
+) -> None:
+    """Weights are finite, and what they compute is not."""
+    config = tiny.tasks_config(tasks_dir, "tiny_cloze", "tiny_answer", limit=4)
+    spec = tiny.spec(parents, config, kind=kind)
+    worker = worker_class(spec)(spec)
+    refs = worker.tasks(spec).refs()
+    assert worker.load(recipe(1e37, 1e37)).tensors == 20
+    with pytest.raises(CandidateFailed, match="log-likelihood"):
+        worker.score(refs[:4])
+    if kind == "hf":
+        with pytest.raises(CandidateFailed, match="NaN"):
+            worker.score(refs[4:])
+    worker.close()
+
+
+def test_disk_and_hf_agree(parents: dict[str, Path], tasks_dir: Path) -> None:
+    """The oracle: a checkpoint that a fresh process loads as anyone would. DARE included."""
+    config = tiny.tasks_config(tasks_dir, *NAMES, limit=30)
+    dare = recipe(0.7, 0.6, "dare_ties", density=0.5)
+    found = []
+    for kind in ("hf", "disk"):
+        spec = tiny.spec(parents, config, kind=kind)
+        worker = worker_class(spec)(spec)
+        fingerprint = worker.load(dare)
+        found.append((fingerprint, worker.score(worker.tasks(spec).refs())))
+        worker.close()
+    assert found[0][0] == found[1][0]
+    assert same(found[0][1], found[1][1])
+
+
+def test_a_lost_worker_says_so(parents: dict[str, Path], tasks_dir: Path) -> None:
+    config = tiny.tasks_config(tasks_dir, "tiny_cloze", limit=4)
+    fake = tiny.spec(parents, config, kind="fake", options={"die_at": 1})
+    with pytest.raises(WorkerLost, match="died at load 1"):
+        worker_class(fake)(fake).load(A)
+    disk = tiny.spec(parents, config, kind="disk", options={"threads": "none"})
+    worker = worker_class(disk)(disk)
+    worker.load(A)
+    with pytest.raises(WorkerLost, match=r"exit code 1.*ValueError"):
+        worker.score(worker.tasks(disk).refs())
+    worker.close()
