@@ -20,6 +20,7 @@ from agentmerge.genome import SearchSpace
 from agentmerge.ledger import Ledger
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import WorkerSpec
+from agentmerge.workers.pool import worker_class
 
 #: Benchmarks that are not objectives unless the user insists (LLM-Evo-Merge's and upstream's list).
 BENCHMARK_PREFIXES = (
@@ -58,13 +59,15 @@ class Prepared:
                 task.name: {
                     "search": len(task.search),
                     "sealed": len(task.sealed),
-                    "hash": _items_hash(task.items),
+                    "search_hash": _items_hash(task.part("search")),
+                    "sealed_hash": _items_hash(task.part("sealed")),
                 }
                 for task in self.taskset.tasks
             },
             "num_layers": self.space.num_layers,
             "dtype": self.space.dtype,
             "notes": list(self.taskset.notes),
+            "engine": asdict(worker_class(self.spec).describe(self.spec)),
         }
 
 

@@ -177,9 +177,8 @@ def branch(
         prepared = prepare(config, allow_benchmarks=True)
         row = _new_row(ledger, prepared, name or f"{parent.name}-b{at}", (parent.id, at))
         ledger.add_run(row)
-        prior = _answers(row.facts) != _answers(parent.facts) or _asks(config) != _asks(
-            SearchConfig.from_text(parent.config, parent.name)
-        )
+        before = SearchConfig.from_text(parent.config, parent.name)
+        prior = _answers(row.facts, config) != _answers(parent.facts, before)
         ledger.copy_past(parent.id, row.id, at, prior=prior)
         _write_run_dir(runs_dir / row.name, config)
         return _drive(prepared, row, runs_dir, ledger, emit, drain, models)
@@ -255,8 +254,9 @@ def changed_facts(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             found.append(f"the items of task {task!r} changed")
     if new["dtype"] != old["dtype"]:
         found.append(f"the dtype changed from {old['dtype']} to {new['dtype']}")
-    if "engine" in old and "engine" in new and old["engine"] != new["engine"]:
-        found.append(f"the engine changed from {old['engine']} to {new['engine']}")
+    for key, value in old["engine"].items():
+        if new["engine"].get(key) != value:
+            found.append(f"the engine's {key} changed from {value} to {new['engine'].get(key)}")
     return found
 
 
@@ -488,14 +488,11 @@ def _write_run_dir(path: Path, config: SearchConfig) -> None:
     (path / "config.yml").write_text(config.to_yaml())
 
 
-def _answers(facts: Mapping[str, Any]) -> Any:
-    return {key: facts[key] for key in ("identities", "protocols", "items", "dtype")}
-
-
-def _asks(config: SearchConfig) -> Any:
-    """What of a config changes a score: objectives' weights, and who scores."""
-    weights = [(task.name, task.weight) for task in config.tasks.tasks]
-    return weights, config.worker.kind, config.worker.batch_size, config.worker.device
+def _answers(prepared_facts: Mapping[str, Any], config: SearchConfig) -> Any:
+    """What decides a candidate's score: where it differs, old scores cannot be compared."""
+    kept = {key: prepared_facts[key] for key in ("identities", "protocols", "dtype", "engine")}
+    items = {task: found["search_hash"] for task, found in prepared_facts["items"].items()}
+    return kept, items, [(task.name, task.weight) for task in config.tasks.tasks]
 
 
 def _open(candidate: Any) -> bool:

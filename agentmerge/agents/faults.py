@@ -6,11 +6,14 @@ that no client needs to be imported. What it says of them is safe to show and to
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
+
+from agentmerge.agents.schemas import clean_text
 
 _MAY_PASS = frozenset({408, 409, 429, 500, 502, 503, 504, 529})
 _LOST_CONNECTION = frozenset({"APIConnectionError", "TransportError", "RequestException"})
@@ -51,6 +54,8 @@ def retry_after_s(error: Exception) -> float | None:
             seconds = parsedate_to_datetime(asked).timestamp() - time.time()
         except ValueError:
             return None
+    if math.isnan(seconds):
+        return None
     return min(max(seconds, 0.0), _MAX_RETRY_AFTER_S)
 
 
@@ -59,7 +64,7 @@ def reason(error: Exception) -> str:
     status = status_of(error)
     body = getattr(error, "body", None)
     said = body.get("message") if isinstance(body, dict) else None
-    said = f" ({redact(said)[:_MAX_REASON]})" if isinstance(said, str) else ""
+    said = f" ({clean_text(redact(said), _MAX_REASON)})" if isinstance(said, str) else ""
     if status in (401, 403):
         return f"refused the key: HTTP {status}{said}; check the key's environment variable"
     if status is not None:

@@ -93,11 +93,13 @@ def resolve_model(
         # Without stream_usage a streamed reply has no token counts once there is a base URL.
         options |= {"stream_usage": True, "use_responses_api": False}
     try:
-        return init_chat_model(model, model_provider=provider, **options)
+        chat: BaseChatModel = init_chat_model(model, model_provider=provider, **options)
     except ImportError as error:
         fault = f"its package is not installed: {error}"
     except Exception as error:
         fault = str(error)
+    else:
+        return chat
     raise UserError(f"cannot use {spec!r} as a model: {redact(fault)}")
 
 
@@ -297,7 +299,7 @@ def _repair(text: str, error: str, schema: dict[str, Any]) -> list[Message]:
 
 
 def _within(limit_s: float, call: Callable[[], R]) -> R:
-    """The call's result, or TimeoutError: a client's own timeout lets a slow drip go on for ever."""
+    """The call's result, or TimeoutError; a client's own timeout does not end a slow drip."""
     outcome: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
     context = contextvars.copy_context()
 

@@ -111,12 +111,12 @@ class ProposerReply(_Reply):
     @field_validator("mean_genome")
     @classmethod
     def _genome(cls, value: list[float], info: ValidationInfo) -> list[float]:
-        return _checked_genome(value, info.context.dimensions)
+        return _checked_genome(value, _bounds(info).dimensions)
 
     @field_validator("candidates")
     @classmethod
     def _genomes(cls, value: list[list[float]], info: ValidationInfo) -> list[list[float]]:
-        return [_checked_genome(g, info.context.dimensions) for g in value[:MAX_CANDIDATES]]
+        return [_checked_genome(g, _bounds(info).dimensions) for g in value[:MAX_CANDIDATES]]
 
     @field_validator("expected_score")
     @classmethod
@@ -160,7 +160,7 @@ class ControllerReply(_Reply):
     @field_validator("sigma")
     @classmethod
     def _within(cls, value: float, info: ValidationInfo) -> float:
-        bounds: Bounds = info.context
+        bounds = _bounds(info)
         slack = 0.01 * bounds.sigma_high
         if not bounds.sigma_low - slack <= value <= bounds.sigma_high + slack:
             raise ValueError(
@@ -177,7 +177,7 @@ def json_schema(reply: type[_Reply], bounds: Bounds) -> dict[str, Any]:
     """The reply's JSON schema as a plain dict that strict servers accept.
 
     Every property is required and no other is allowed: what OpenAI's strict mode asks for. What
-    the strict dialects do not all know (lengths of text, exclusive bounds) is left to `parse_reply`.
+    strict dialects do not all know (lengths of text) is left to `parse_reply`.
     """
     genome = {
         "type": "array",
@@ -236,12 +236,17 @@ def percent(value: float) -> int:
 
 
 def clean_text(text: str, limit: int) -> str:
-    """Safe to store and to print: no control characters or lone surrogates, `limit` long at most."""
+    """Safe to store and to print: no control characters or lone surrogates, cut at `limit`."""
     kept = "".join(
         c for c in text if c == "\n" or unicodedata.category(c) not in {"Cc", "Cf", "Cs"}
     )
     kept = kept.strip()
     return kept if len(kept) <= limit else kept[: limit - 1].rstrip() + "…"
+
+
+def _bounds(info: ValidationInfo) -> Bounds:
+    assert isinstance(info.context, Bounds), "replies are validated by parse_reply"
+    return info.context
 
 
 def _checked_genome(value: list[float], dimensions: int) -> list[float]:

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,8 @@ class DiskWorker:
         self._base = spec.options.get("base")
         self._layout = read_layout(self._paths, self._base)
         self._info = self.describe(spec)
-        self._scratch = tempfile.TemporaryDirectory(
-            prefix="agentmerge-disk-", dir=spec.options.get("storage")
-        )
+        self._scratch = Path(tempfile.mkdtemp("", "agentmerge-disk-", spec.options.get("storage")))
+        self._remove = weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
         self._loaded: tuple[Path, Fingerprint] | None = None
 
     @staticmethod
@@ -60,7 +60,7 @@ class DiskWorker:
     def load(self, recipe: Recipe) -> Fingerprint:
         self._delete()
         planned = plan(recipe, self._layout, dtype=self._spec.dtype)
-        target = Path(self._scratch.name) / "candidate"
+        target = self._scratch / "candidate"
         exported = export_checkpoint(
             recipe,
             self._paths,
@@ -77,7 +77,7 @@ class DiskWorker:
         if self._loaded is None:
             raise RunFailed("nothing is loaded: load() a recipe before score()")
         path, fingerprint = self._loaded
-        answer = Path(self._scratch.name) / "answer.pickle"
+        answer = self._scratch / "answer.pickle"
         answer.unlink(missing_ok=True)
         task = {
             "spec": self._spec,
@@ -109,7 +109,7 @@ class DiskWorker:
 
     def close(self) -> None:
         self._loaded = None
-        self._scratch.cleanup()
+        self._remove()
 
     def _delete(self) -> None:
         if self._loaded is not None:

@@ -97,14 +97,21 @@ def write_model(
 
 
 def greedy(path: Path, prompts: Sequence[str], steps: int) -> list[str]:
-    """What a model says after each prompt, up to a line end."""
+    """What a model says after each prompt, up to a line end, as lm-eval reads it."""
+    said = raw(path, prompts, steps)
+    for token in TOKENS[:4]:
+        said = [text.replace(token, "") for text in said]
+    return [text.split("\n")[0] for text in said]
+
+
+def raw(path: Path, prompts: Sequence[str], steps: int) -> list[str]:
+    """The same with special tokens."""
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     ids = tokenizer()(list(prompts), return_tensors="pt")["input_ids"]
     with torch.no_grad():
         for _ in range(steps):
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-    said = [tokenizer().decode(row[-steps:], skip_special_tokens=True) for row in ids]
-    return [text.split("\n")[0] for text in said]
+    return [tokenizer().decode(row[-steps:]) for row in ids]
 
 
 def write_task(

@@ -254,6 +254,9 @@ def test_slerp_is_at_least_as_near_as_mergekit(
 @given(cases(), st.integers(0, 3))
 def test_end_points_are_that_parent_bit_for_bit(case: dict[str, Any], which: int) -> None:
     which %= len(case["experts"])
+    extremes = torch.tensor([1e-30, -0.0, 1e30]).to(case["dtype"])
+    case["base"] = torch.cat([case["base"], torch.ones(3).to(case["dtype"])])
+    case["experts"] = [torch.cat([expert, extremes]) for expert in case["experts"]]
     case["shared"]["lambda"] = 1.0
     case["weights"] = [float(index == which) for index in range(len(case["experts"]))]
     case["densities"][which] = 1.0
@@ -264,12 +267,24 @@ def test_end_points_are_that_parent_bit_for_bit(case: dict[str, Any], which: int
 @pytest.mark.parametrize("normalize", [False, True])
 def test_linear_and_slerp_end_points(dtype: torch.dtype, normalize: bool) -> None:
     base, experts = parents(1, 3, 50, dtype, 1.0)
+    for index, tensor in enumerate((base, *experts)):
+        tensor[index] = -0.0
     for which in range(3):
         operands = [Operand(x, float(i == which)) for i, x in enumerate(experts)]
         result = KERNELS["linear"](None, operands, {"normalize": float(normalize)}, dtype)
         assert same_bits(result, experts[which])
     for t, parent in ((0.0, base), (1.0, experts[0])):
         assert same_bits(KERNELS["slerp"](base, [Operand(experts[0])], {"t": t}, dtype), parent)
+
+
+@pytest.mark.parametrize("method", TASK_VECTOR_METHODS)
+def test_lambda_belongs_to_the_end_point(method: str) -> None:
+    base, experts = torch.ones(2), torch.tensor([1e-30, 5.0])
+    shared = {"normalize": 0.0, "lambda": 0.5, "rescale": 0.0}
+    for weight, want in ((1.0, [0.5, 3.0]), (2.0, [1e-30, 5.0])):
+        operand = Operand(experts, weight)
+        result = KERNELS[method](base, [operand], shared, torch.float32)
+        assert torch.equal(result, torch.tensor(want))
 
 
 @bounded
@@ -317,6 +332,23 @@ def test_weights_that_cancel_in_ties_are_not_divided_by() -> None:
     operands = [Operand(plus, 0.1), Operand(plus, 0.2), Operand(minus, -0.3)]
     result = KERNELS["ties"](base, operands, shared, torch.float32)
     torch.testing.assert_close(result, torch.full((4,), 0.3))
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
+def test_a_sum_of_weights_that_cancels_is_not_divided_by(method: str) -> None:
+    base, expert = torch.zeros(2), torch.ones(2)
+    operands = [Operand(expert, 0.1), Operand(expert, 0.2), Operand(-expert, -0.3)]
+    shared = {"normalize": 1.0, "lambda": 1.0}
+    result = KERNELS[method](base, operands, shared, torch.float32)
+    torch.testing.assert_close(result, torch.full((2,), 0.6))
+
+
+@pytest.mark.parametrize("normalize", [0.0, 1.0])
+def test_a_sign_tie_counts_as_positive(normalize: float) -> None:
+    operands = [Operand(torch.tensor([-0.5, 0.5]), 1.0), Operand(torch.tensor([0.5, -0.5]), 1.0)]
+    shared = {"normalize": normalize, "lambda": 1.0, "rescale": 0.0}
+    result = KERNELS["ties"](torch.zeros(2), operands, shared, torch.float32)
+    assert result.tolist() == [0.5, 0.5]
 
 
 def test_a_small_weight_that_agrees_alone_is_divided_by() -> None:

@@ -1,0 +1,39 @@
+"""Tries an installed wheel: its prompts and graphs are inside it, and a search on it ends.
+
+Run by `make wheel` with the interpreter the wheel is installed for, from outside the checkout.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import agentmerge
+from agentmerge.agents.prompts import bundled_dir, load_prompts
+from agentmerge.session import graphs_dir, load_graph
+
+CONFIG = """\
+genome:
+  models: [one, two]
+  base_model: base
+  merge_method: task_arithmetic
+tasks: [a, b]
+worker: {kind: fake}
+budget: {max_evaluations: 12}
+"""
+
+home = Path(agentmerge.__file__).parent
+assert home.is_relative_to(sys.prefix), f"agentmerge comes from {home}, not from the wheel"
+for found in (bundled_dir(), graphs_dir()):
+    assert found.is_relative_to(home), f"{found} is not inside the wheel"
+load_prompts()
+load_graph("search")
+
+program = str(Path(sys.executable).parent / "agentmerge")
+with tempfile.TemporaryDirectory() as folder:
+    Path(folder, "config.yml").write_text(CONFIG)
+    for line in ("check config.yml", "run config.yml --name try -q", "best try", "show try"):
+        subprocess.run([program, *line.split()], cwd=folder, check=True)
+print(f"the wheel works: prompts in {bundled_dir().name}/, graphs in {graphs_dir().name}/")

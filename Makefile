@@ -1,0 +1,75 @@
+# Everything here works in a fresh checkout: each target installs what it needs into $(VENV),
+# and installs nothing while pyproject.toml and constraints.txt are unchanged.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install -q
+USER_STAMP := $(VENV)/.agentmerge-installed
+DEV_STAMP := $(VENV)/.agentmerge-installed-dev
+
+# Tests read local data only, and print no warnings about tokenizers and forks.
+TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+	LANGGRAPH_CLI_NO_ANALYTICS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev demo test test-all lint format wheel clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+install: $(USER_STAMP)  ## Install agentmerge into .venv
+
+install-dev: $(DEV_STAMP)  ## Install agentmerge and what its tests need into .venv
+
+demo: $(USER_STAMP)  ## Make a small model family here and find its best merge (about 3 minutes)
+	$(VENV)/bin/agentmerge demo
+
+test: $(DEV_STAMP)  ## Run the tests, without the slow ones
+	$(TEST_ENV) $(PY) -m pytest -m "not slow"
+
+test-all: $(DEV_STAMP)  ## Run every test
+	$(TEST_ENV) $(PY) -m pytest
+
+lint: $(DEV_STAMP)  ## Check style, types and the direction of imports
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: $(DEV_STAMP)  ## Sort imports and format the code
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+
+# The wheel goes alone into an environment of its own, which borrows every dependency from
+# $(VENV): what is tested is what a user installs, not the checkout.
+wheel: $(DEV_STAMP)  ## Build the wheel and try it in an environment of its own
+	rm -rf build/wheel build/wheel-venv
+	$(PY) -m build --wheel --no-isolation --outdir build/wheel >build/wheel.log 2>&1 \
+		|| { cat build/wheel.log; exit 1; }
+	$(PY) -m venv --without-pip build/wheel-venv
+	$(PY) -m pip --python build/wheel-venv/bin/python install -q --no-deps build/wheel/*.whl
+	.ci/borrow-packages $(PY) build/wheel-venv/bin/python
+	cd build && env -u PYTHONPATH $(TEST_ENV) wheel-venv/bin/agentmerge --version
+	cd build && env -u PYTHONPATH $(TEST_ENV) wheel-venv/bin/python ../.ci/try_wheel.py
+
+clean:  ## Remove what was built; .venv and runs stay
+	rm -rf build dist
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: the same release then comes as a CPU build where one is offered.
+$(USER_STAMP): pyproject.toml constraints.txt | $(PY)
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null
+	@echo "installing into $(VENV) (one to three minutes, once)"
+	@$(PIP) -c constraints.txt torch
+	@$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(DEV_STAMP): $(USER_STAMP)
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,68 @@
+"""Searches on the fake worker, driven in this process or in one that can be killed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from agentmerge.config import SearchConfig
+from agentmerge.ledger import Ledger
+from agentmerge.report.summary import trace
+from agentmerge.session import LEDGER
+
+BODY = {
+    "genome": {
+        "models": ["north", "south"],
+        "base_model": "base",
+        "merge_method": "task_arithmetic",
+        "layer_granularity": 2,
+    },
+    "tasks": [
+        {"name": "one", "metric": "acc,none"},
+        {"name": "two", "metric": "acc,none", "weight": 0.5},
+    ],
+    "limit": 60,
+    "search": {"algorithm": "cma_es", "seed": 7, "population": 5},
+    "budget": {"max_evaluations": 34},
+    "worker": {"kind": "fake", "options": {"base": "base"}},
+}
+
+
+def config_text(**sections: dict) -> str:
+    """BODY with some keys of some sections replaced."""
+    body = {key: dict(value) if isinstance(value, dict) else value for key, value in BODY.items()}
+    for section, values in sections.items():
+        body.setdefault(section, {}).update(values)
+    return yaml.safe_dump(body)
+
+
+def config(**sections: dict) -> SearchConfig:
+    return SearchConfig.from_text(config_text(**sections))
+
+
+def trace_of(runs_dir: Path, name: str) -> dict:
+    with Ledger(runs_dir / LEDGER) as ledger:
+        return trace(ledger, ledger.run(name))
+
+
+def command(*arguments: str | Path, **environment: str) -> subprocess.Popen:
+    """The command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "agentmerge", *map(str, arguments)],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yml"
+    path.write_text(config_text())
+    return path

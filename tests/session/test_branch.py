@@ -1,0 +1,89 @@
+"""A branch shares the past of a search and leaves it untouched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agentmerge import session
+from agentmerge.errors import NotFound
+from agentmerge.ledger import Ledger
+from agentmerge.maintenance import prune_checkpoints
+from tests.session.conftest import config, trace_of
+
+
+@pytest.fixture
+def trunk(tmp_path: Path) -> Path:
+    session.run(config(), name="trunk", runs_dir=tmp_path)
+    return tmp_path
+
+
+def candidates(runs: Path, name: str) -> list:
+    with Ledger(runs / session.LEDGER) as ledger:
+        return ledger.candidates(ledger.run(name).id)
+
+
+def test_a_branch_without_changes_repeats_the_search(trunk: Path) -> None:
+    before = trace_of(trunk, "trunk")
+    row = session.branch("trunk", at=2, name="same", runs_dir=trunk)
+    assert trace_of(trunk, "same")["candidates"] == before["candidates"]
+    assert trace_of(trunk, "trunk") == before
+    with Ledger(trunk / session.LEDGER) as ledger:
+        assert row.parent_run == ledger.run("trunk").id
+    assert row.parent_generation == 2
+    later = [c for c in candidates(trunk, "same") if c.generation > 2]
+    assert later
+    assert all(c.reused for c in later), "the ledger has these merges"
+
+
+def test_a_branch_may_change_the_search(trunk: Path) -> None:
+    overrides = {"search.algorithm": "random", "search.seed": 99}
+    session.branch("trunk", at=1, name="other", runs_dir=trunk, overrides=overrides)
+    mine, old = candidates(trunk, "other"), candidates(trunk, "trunk")
+    assert [c.recipe_hash for c in mine if c.generation <= 1] == [
+        c.recipe_hash for c in old if c.generation <= 1
+    ]
+    assert {c.operator for c in mine if c.generation > 1} == {"random"}
+
+
+def test_a_branch_that_asks_other_questions_scores_the_best_again(trunk: Path) -> None:
+    session.branch("trunk", at=2, name="wide", runs_dir=trunk, overrides={"limit": 90})
+    mine = candidates(trunk, "wide")
+    past = [c for c in mine if c.generation <= 2]
+    again = [c for c in mine if c.generation == 3]
+    assert all(c.prior for c in past)
+    assert not any(c.prior for c in again)
+    assert {"parent", "uniform", "scale", "incumbent"} == {c.operator for c in again}
+    best = max((c for c in past if c.operator != "parent"), key=lambda c: c.score or 0)
+    assert best.recipe_hash in {c.recipe_hash for c in again}
+
+
+def test_a_generation_that_does_not_exist_names_those_that_do(trunk: Path) -> None:
+    with pytest.raises(NotFound, match=r"no finished generation 44; it has 0 to \d+"):
+        session.branch("trunk", at=44, runs_dir=trunk)
+
+
+def test_pruned_checkpoints_do_not_break_branches(trunk: Path) -> None:
+    report = prune_checkpoints(trunk, dry_run=True)
+    assert report["checkpoints"] > 0
+    assert prune_checkpoints(trunk, dry_run=False)["freed_bytes"] > 0
+    assert prune_checkpoints(trunk, dry_run=True)["checkpoints"] == 0
+    assert session.branch("trunk", at=1, name="late", runs_dir=trunk).status == "done"
+    assert session.resume("trunk", runs_dir=trunk).status == "done"
+
+
+def test_a_killed_search_can_be_branched(tmp_path: Path) -> None:
+    drain = session.Drain()
+
+    def stop_in_generation_two(event: dict) -> None:
+        if event["event"] == "candidate" and event["generation"] == 2:
+            drain.request()
+
+    row = session.run(
+        config(), name="cut", runs_dir=tmp_path, emit=stop_in_generation_two, drain=drain
+    )
+    assert row.status == "interrupted"
+    with pytest.raises(NotFound, match="0 to 1"):
+        session.branch("cut", at=2, runs_dir=tmp_path)
+    assert session.branch("cut", at=1, name="on", runs_dir=tmp_path).status == "done"

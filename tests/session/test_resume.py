@@ -1,0 +1,199 @@
+"""A search that was killed or interrupted ends as one that was not."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from agentmerge import session
+from agentmerge.errors import LeaseHeld, RunFailed, UserError
+from agentmerge.lease import Lease
+from agentmerge.ledger import Ledger
+from tests.session.conftest import command, config, config_text, trace_of
+
+KILLS = 20
+
+
+def events(log: Path) -> list[dict]:
+    """What the log holds so far; a line that a kill cut in two is left out."""
+    found = []
+    for line in log.read_text().splitlines() if log.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def kill_after(process, log: Path, count: int, delay_s: float) -> bool:
+    """SIGKILL once the log has ``count`` more lines; False if the process ended before that."""
+    start = len(events(log))
+    while len(events(log)) < start + count:
+        if process.poll() is not None:
+            return False
+        time.sleep(0.002)
+    time.sleep(delay_s)
+    process.kill()
+    process.communicate()
+    return True
+
+
+def test_killed_twenty_times_ends_as_if_never_killed(tmp_path: Path) -> None:
+    text = config_text(
+        worker={"options": {"base": "base", "delay_s": 0.03}}, budget={"max_evaluations": 70}
+    )
+    path = tmp_path / "config.yml"
+    path.write_text(text)
+    session.run(config(budget={"max_evaluations": 70}), name="calm", runs_dir=tmp_path / "calm")
+    runs, rng = tmp_path / "runs", random.Random(5)
+    log = runs / "rough" / "log.jsonl"
+    kills = 0
+    process = command("run", path, "--name", "rough", "--runs-dir", runs, "-q")
+    while kills < KILLS and kill_after(process, log, rng.randint(2, 9), rng.random() * 0.05):
+        kills += 1
+        process = command("resume", "rough", "--runs-dir", runs, "-q")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert kills == KILLS
+    assert trace_of(runs, "rough") == trace_of(tmp_path / "calm", "calm")
+    scored = Counter((e["generation"], e["slot"]) for e in events(log) if e["event"] == "candidate")
+    assert max(scored.values()) == 1, "an evaluation that was committed was paid for again"
+
+
+def test_first_interrupt_saves_and_says_how_to_resume(tmp_path: Path) -> None:
+    path = tmp_path / "config.yml"
+    path.write_text(config_text(worker={"options": {"base": "base", "delay_s": 0.2}}))
+    session.run(config(), name="calm", runs_dir=tmp_path / "calm")
+    runs = tmp_path / "runs"
+    process = command("run", path, "--name", "stopped", "--runs-dir", runs)
+    log = runs / "stopped" / "log.jsonl"
+    while sum(e["event"] == "candidate" for e in events(log)) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "agentmerge resume stopped" in err
+    assert time.monotonic() - began < 5, "waited for more than the running evaluation"
+    with Ledger(runs / session.LEDGER) as ledger:
+        row = ledger.run("stopped")
+        left = [c for c in ledger.candidates(row.id) if c.state == "open"]
+    assert row.status == "interrupted"
+    assert left
+    assert session.resume("stopped", runs_dir=runs).status == "done"
+    assert trace_of(runs, "stopped") == trace_of(tmp_path / "calm", "calm")
+
+
+def test_second_interrupt_stops_at_once_and_loses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "config.yml"
+    path.write_text(config_text(worker={"options": {"base": "base", "delay_s": 5.0}}))
+    runs = tmp_path / "runs"
+    process = command("run", path, "--name", "hasty", "--runs-dir", runs)
+    log = runs / "hasty" / "log.jsonl"
+    while not any(e["event"] == "evaluate" for e in events(log)):
+        time.sleep(0.01)
+    time.sleep(0.5)  # the event is told when a candidate queues; its score takes five seconds
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert time.monotonic() - began < 3
+    assert "Traceback" not in err
+
+
+def test_resume_of_a_finished_search_goes_on_with_a_larger_budget(tmp_path: Path) -> None:
+    session.run(config(budget={"max_evaluations": 20}), name="a", runs_dir=tmp_path)
+    row = session.resume("a", runs_dir=tmp_path, overrides={"budget.max_evaluations": 34})
+    assert (row.status, row.stop_reason) == ("done", "budget")
+    with Ledger(tmp_path / session.LEDGER) as ledger:
+        states = Counter(c.state for c in ledger.candidates(row.id))
+    assert states["scored"] == 34
+    assert "max_evaluations: 34" in (tmp_path / "a" / "config.yml").read_text()
+
+
+def test_resume_of_a_finished_search_changes_nothing(tmp_path: Path) -> None:
+    session.run(config(), name="a", runs_dir=tmp_path)
+    before = trace_of(tmp_path, "a")
+    assert session.resume("a", runs_dir=tmp_path).status == "done"
+    assert trace_of(tmp_path, "a") == before
+
+
+def test_resume_refuses_what_is_another_search(tmp_path: Path) -> None:
+    session.run(config(budget={"max_evaluations": 12}), name="a", runs_dir=tmp_path)
+    with pytest.raises(UserError, match="agentmerge branch a"):
+        session.resume("a", runs_dir=tmp_path, overrides={"search.seed": 8})
+
+
+def test_resume_notices_a_changed_task(tmp_path: Path) -> None:
+    row = session.run(config(budget={"max_evaluations": 12}), name="a", runs_dir=tmp_path)
+    with Ledger(tmp_path / session.LEDGER) as ledger:
+        facts = row.facts | {"protocols": row.facts["protocols"] | {"one": "another"}}
+        ledger.update_run(row.id, facts=facts)
+    with pytest.raises(UserError, match="the definition of task 'one' changed"):
+        session.resume("a", runs_dir=tmp_path)
+
+
+def test_two_processes_cannot_drive_one_search(tmp_path: Path) -> None:
+    row = session.run(config(budget={"max_evaluations": 12}), name="a", runs_dir=tmp_path)
+    checkpoints = tmp_path / session.CHECKPOINTS
+    with Lease.acquire(checkpoints, row.id), pytest.raises(LeaseHeld, match="already running"):
+        session.resume("a", runs_dir=tmp_path)
+
+
+def test_timeout_ends_the_search_with_the_best_so_far(tmp_path: Path) -> None:
+    slow = config(
+        worker={"options": {"base": "base", "delay_s": 0.05}}, budget={"timeout_s": 0.6}
+    )
+    row = session.run(slow, name="a", runs_dir=tmp_path)
+    assert (row.status, row.stop_reason) == ("done", "timeout")
+    assert (tmp_path / "a" / "best.yml").is_file()
+    assert row.result is not None
+    later = session.resume("a", runs_dir=tmp_path, overrides={"budget.timeout_s": 600.0})
+    assert later.stop_reason == "budget"
+    session.run(config(), name="calm", runs_dir=tmp_path / "calm")
+    mine, calm = trace_of(tmp_path, "a"), trace_of(tmp_path / "calm", "calm")
+    assert mine["candidates"] == calm["candidates"]
+
+
+def test_a_graph_that_ends_without_finishing_fails_loudly(tmp_path: Path) -> None:
+    graph = tmp_path / "broken.py"
+    graph.write_text(
+        "from langgraph.graph import END, START, StateGraph\n"
+        "from agentmerge.session import Context\n"
+        "from agentmerge.state import SearchState\n"
+        "def build():\n"
+        "    graph = StateGraph(SearchState, context_schema=Context)\n"
+        "    graph.add_node('seed', lambda state: {'generation': 0})\n"
+        "    graph.add_edge(START, 'seed')\n"
+        "    graph.add_edge('seed', END)\n"
+        "    return graph\n"
+    )
+    with pytest.raises(RunFailed, match="ended without finishing"):
+        session.run(config(search={"graph": f"{graph}:build"}), name="a", runs_dir=tmp_path)
+    with pytest.raises(RunFailed, match="no next step"):
+        session.resume("a", runs_dir=tmp_path)
+
+
+def test_a_lost_worker_is_replaced_and_nothing_is_lost(tmp_path: Path) -> None:
+    session.run(config(), name="calm", runs_dir=tmp_path / "calm")
+    dying = config(worker={"options": {"base": "base", "die_at": 9}})
+    session.run(dying, name="a", runs_dir=tmp_path)
+    assert trace_of(tmp_path, "a") == trace_of(tmp_path / "calm", "calm")
+
+
+def test_failed_candidates_are_data(tmp_path: Path) -> None:
+    failing = config(worker={"options": {"base": "base", "fail_when": "max_weight>0.9"}})
+    row = session.run(failing, name="a", runs_dir=tmp_path)
+    with Ledger(tmp_path / session.LEDGER) as ledger:
+        failed = [c for c in ledger.candidates(row.id) if c.state == "failed"]
+    assert row.status == "done"
+    assert failed
+    assert all("told to" in c.failure for c in failed if c.twin is None)

@@ -1,0 +1,164 @@
+"""The swap into a live model, and its proof."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from test_contract import A, B, recipe, same
+
+from agentmerge.errors import CandidateFailed, ParentError, RunFailed
+from agentmerge.recipe import Recipe
+from agentmerge.workers.base import WorkerSpec
+from agentmerge.workers.hf import HfWorker
+
+
+@pytest.fixture(scope="module")
+def spec(parents: dict[str, Path], tasks_dir: Path) -> WorkerSpec:
+    config = tiny.tasks_config(tasks_dir, "tiny_choice", "tiny_answer", limit=20)
+    return tiny.spec(parents, config)
+
+
+@pytest.fixture(scope="module")
+def worker(spec: WorkerSpec) -> Iterator[HfWorker]:
+    made = HfWorker(spec)
+    yield made
+    made.close()
+
+
+def test_a_parents_recipe_makes_that_parent(worker: HfWorker, parents: dict[str, Path]) -> None:
+    worker.load(A)
+    worker.load(Recipe.of_model("b", 2).canonical(2))
+    weights = load_file(parents["b"] / "model.safetensors")
+    assert weights.keys() == worker._live.keys()
+    for name, value in weights.items():
+        assert torch.equal(worker._live[name], value), name
+
+
+def test_buffers_and_the_tied_head(worker: HfWorker) -> None:
+    buffers = {name: value.clone() for name, value in worker._model.named_buffers()}
+    assert buffers
+    worker.load(B)
+    for name, value in worker._model.named_buffers():
+        assert torch.equal(value, buffers[name])
+    head, embedding = worker._model.lm_head.weight, worker._model.model.embed_tokens.weight
+    assert head is embedding
+    assert not worker._model.training
+
+
+@pytest.mark.parametrize("fault", ["missing", "twice", "renamed", "reshaped"])
+def test_a_wrong_tensor_list_never_reaches_a_score(
+    worker: HfWorker, spec: WorkerSpec, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge = worker._family.merge
+
+    def faulty(asked: Recipe) -> Iterator[tuple[str, Any]]:
+        for name, tensor in merge(asked):
+            if name != "model.norm.weight":
+                yield name, tensor
+            elif fault == "twice":
+                yield name, tensor
+                yield name, tensor
+            elif fault == "renamed":
+                yield "model.other.weight", tensor
+            elif fault == "reshaped":
+                yield name, tensor[:1]
+
+    worker.load(A)
+    monkeypatch.setattr(worker._family, "merge", faulty)
+    with pytest.raises(RunFailed):
+        worker.load(B)
+    with pytest.raises(RunFailed, match="load"):
+        worker.score(worker.tasks(spec).refs())
+    monkeypatch.undo()
+    worker.load(B)
+
+
+def test_memory_that_does_not_hold_what_was_written(
+    worker: HfWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agentmerge.workers import hf
+
+    digests = iter(["0" * 16, "1" * 16])
+    consume = hf.digest
+
+    def unequal(tensors: Any) -> str:
+        consume(tensors)
+        return next(digests)
+
+    monkeypatch.setattr(hf, "digest", unequal)
+    with pytest.raises(RunFailed, match="not the merged ones"):
+        worker.load(A)
+
+
+def test_an_exception_in_the_middle_leaves_nothing_behind(
+    worker: HfWorker, spec: WorkerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refs = worker.tasks(spec).refs()
+    worker.load(A)
+    right = worker.score(refs)
+    merge = worker._family.merge
+
+    def breaks(asked: Recipe) -> Iterator[tuple[str, Any]]:
+        for i, item in enumerate(merge(asked)):
+            if i == 9:
+                raise CandidateFailed("in the middle")
+            yield item
+
+    monkeypatch.setattr(worker._family, "merge", breaks)
+    with pytest.raises(CandidateFailed, match="middle"):
+        worker.load(B)
+    monkeypatch.undo()
+    worker.load(A)
+    assert same(worker.score(refs), right)
+
+
+def test_untied_heads_and_bfloat16(tmp_path: Path, tasks_dir: Path) -> None:
+    shape: dict[str, Any] = {"tie_word_embeddings": False, "dtype": "bfloat16"}
+    base = tiny.write_model(tmp_path / "base", seed=1, **shape)
+    family = {"base": base}
+    for name, seed in (("b", 2), ("c", 3)):
+        family[name] = tiny.write_model(tmp_path / name, seed=seed, near=base, **shape)
+    config = tiny.tasks_config(tasks_dir, "tiny_choice", limit=10)
+    worker = HfWorker(tiny.spec(family, config, dtype="bfloat16"))
+    assert worker.load(A).tensors == 21
+    head, embedding = worker._live["lm_head.weight"], worker._live["model.embed_tokens.weight"]
+    assert head.dtype is torch.bfloat16
+    assert not torch.equal(head, embedding)
+    worker.score(worker.tasks(worker._spec).refs())
+
+
+def test_names_that_transformers_does_not_use(tmp_path: Path, tasks_dir: Path) -> None:
+    """A file whose names lack the prefix loads in transformers, but cannot be swapped in place."""
+    family = {}
+    for name, seed in (("base", 1), ("b", 2), ("c", 3)):
+        path = tiny.write_model(tmp_path / name, seed=seed)
+        weights = load_file(path / "model.safetensors")
+        short = {key.removeprefix("model."): value for key, value in weights.items()}
+        save_file(short, path / "model.safetensors", metadata={"format": "pt"})
+        family[name] = path
+    with pytest.raises(ParentError, match=r"norm\.weight.*use worker\.kind: disk"):
+        HfWorker(tiny.spec(family, tiny.tasks_config(tasks_dir, "tiny_choice")))
+
+
+def test_two_hundred_swaps_in_flat_memory(worker: HfWorker, spec: WorkerSpec) -> None:
+    refs = worker.tasks(spec).refs()
+
+    def resident_mib() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+    def swaps(count: int) -> None:
+        for i in range(count):
+            worker.load(recipe(0.1 + 0.001 * i, 0.5))
+            if i % 10 == 0:
+                worker.score(refs)
+
+    swaps(50)
+    before = resident_mib()
+    swaps(200)
+    assert resident_mib() - before < 8

@@ -1,0 +1,118 @@
+"""Queueing, retries and stopping, on the fake worker."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_contract import recipe
+
+from agentmerge.config import TasksConfig
+from agentmerge.errors import CandidateFailed, RunFailed, UserError, WorkerLost
+from agentmerge.workers.base import WorkerSpec
+from agentmerge.workers.fake import FakeWorker
+from agentmerge.workers.pool import Pool
+
+TASKS = TasksConfig(tasks=({"name": "code"}, {"name": "reading"}), limit=20)
+REFS = FakeWorker.tasks(WorkerSpec("fake", (), "base", TASKS, "float32", 8)).refs()
+
+
+def spec(**options: Any) -> WorkerSpec:
+    parents = (("base", "/x"), ("b", "/y"), ("c", "/z"))
+    return WorkerSpec("fake", parents, "base", TASKS, "float32", 8, options=options)
+
+
+def expected(b: float, c: float) -> Any:
+    worker = FakeWorker(spec())
+    return worker.load(recipe(b, c)), worker.score(REFS)
+
+
+def test_one_worker_serves_many_threads_one_at_a_time() -> None:
+    points = [(0.1 * i, 0.5) for i in range(12)]
+    with Pool(spec(delay_s=0.01)) as pool, ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda p: pool.evaluate(recipe(*p), REFS), points))
+    for point, (fingerprint, results, seconds) in zip(points, found, strict=True):
+        assert (fingerprint, results) == expected(*point)
+        assert seconds >= 0.01
+
+
+def test_nothing_is_built_before_it_is_needed() -> None:
+    made = []
+
+    def make(given: WorkerSpec, taskset: Any) -> FakeWorker:
+        made.append(given)
+        return FakeWorker(given, taskset)
+
+    pool = Pool(spec(), make=make)
+    assert pool.info == FakeWorker.describe(spec())
+    assert made == []
+    pool.evaluate(recipe(0.2, 0.3), REFS)
+    pool.evaluate(recipe(0.2, 0.4), REFS)
+    assert made == [spec()]
+    pool.close()
+    pool.close()
+
+
+def test_a_failed_candidate_is_its_own_fault() -> None:
+    with Pool(spec(fail_when="max_weight>0.95")) as pool:
+        with pytest.raises(CandidateFailed):
+            pool.evaluate(recipe(0.99, 0.1), REFS)
+        assert pool.evaluate(recipe(0.5, 0.1), REFS)[:2] == expected(0.5, 0.1)
+
+
+def test_a_lost_worker_is_rebuilt_and_the_candidate_tried_again() -> None:
+    with Pool(spec(die_at=2)) as pool:
+        pool.evaluate(recipe(0.1, 0.1), REFS)
+        assert pool.evaluate(recipe(0.5, 0.1), REFS)[:2] == expected(0.5, 0.1)
+    with Pool(spec(die_at=1)) as pool:
+        with pytest.raises(WorkerLost):
+            pool.evaluate(recipe(0.5, 0.1), REFS)
+        with pytest.raises(WorkerLost):  # the place in the pool is free again
+            pool.evaluate(recipe(0.5, 0.1), REFS)
+
+
+def test_stop_lets_running_evaluations_end() -> None:
+    pool = Pool(spec(delay_s=0.3))
+    with ThreadPoolExecutor(3) as threads:
+        running = [threads.submit(pool.evaluate, recipe(0.1 * i, 0.5), REFS) for i in range(3)]
+        time.sleep(0.1)
+        pool.stop()
+        ended = [task.exception() for task in running]
+    assert [error is None for error in ended].count(True) == 1
+    assert sum(isinstance(error, RunFailed) for error in ended) == 2
+    with pytest.raises(RunFailed, match="not begun"):
+        pool.evaluate(recipe(0.1, 0.5), REFS)
+    pool.close()
+
+
+def test_processes_of_their_own(tmp_path: Path) -> None:
+    """Two workers: in parallel, faults carried over, a killed process replaced."""
+    with Pool(spec(delay_s=0.2, fail_when="max_weight>0.95"), count=2) as pool:
+        assert threading.active_count() < 10
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(lambda c: pool.evaluate(recipe(0.1, c), REFS), (0.1, 0.2)))
+            start = time.monotonic()
+            points = [(0.5, 0.1 * i) for i in range(4)]
+            found = list(threads.map(lambda p: pool.evaluate(recipe(*p), REFS), points))
+            assert time.monotonic() - start < 0.75  # four of 0.2 s, two at a time
+        for point, (fingerprint, results, _) in zip(points, found, strict=True):
+            assert (fingerprint, results) == expected(*point)
+        with pytest.raises(CandidateFailed, match="as it was told to"):
+            pool.evaluate(recipe(0.99, 0.1), REFS)
+        for worker in pool._free:
+            assert worker is not None
+            worker._process.kill()  # type: ignore[attr-defined]
+        assert pool.evaluate(recipe(0.5, 0.1), REFS)[:2] == expected(0.5, 0.1)
+
+
+def test_a_process_that_keeps_dying_is_said() -> None:
+    hard = Pool(spec(die_at=1, die_hard=True), count=2)
+    with hard as pool, pytest.raises(WorkerLost, match=r"exit code 9\)"):
+        pool.evaluate(recipe(0.5, 0.1), REFS)
+    wrong = Pool(spec(fail_when="nonsense"), count=2)
+    with wrong as pool, pytest.raises(UserError, match="is not understood"):
+        pool.evaluate(recipe(0.5, 0.1), REFS)
