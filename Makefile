@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install -q
+PIP := $(PY) -m pip install -qq
 USER_STAMP := $(VENV)/.agentmerge-installed
 DEV_STAMP := $(VENV)/.agentmerge-installed-dev
 
@@ -49,7 +49,7 @@ wheel: $(DEV_STAMP)  ## Build the wheel and try it in an environment of its own
 	$(PY) -m build --wheel --no-isolation --outdir build/wheel >build/wheel.log 2>&1 \
 		|| { cat build/wheel.log; exit 1; }
 	$(PY) -m venv --without-pip build/wheel-venv
-	$(PY) -m pip --python build/wheel-venv/bin/python install -q --no-deps build/wheel/*.whl
+	$(PY) -m pip --python build/wheel-venv/bin/python install -qq --no-deps build/wheel/*.whl
 	.ci/borrow-packages $(PY) build/wheel-venv/bin/python
 	cd build && env -u PYTHONPATH $(TEST_ENV) wheel-venv/bin/agentmerge --version
 	cd build && env -u PYTHONPATH $(TEST_ENV) wheel-venv/bin/python ../.ci/try_wheel.py

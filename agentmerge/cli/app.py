@@ -64,8 +64,6 @@ WandbEntity = Annotated[str | None, typer.Option("--wandb-entity")]
 
 def run_app(arguments: list[str]) -> int:
     """The exit code of a command line: 0, 2 for the user's mistake, 1 for a run that failed."""
-    import click
-
     from agentmerge.errors import AgentmergeError
 
     try:
@@ -73,18 +71,19 @@ def run_app(arguments: list[str]) -> int:
         return result if isinstance(result, int) else 0
     except AgentmergeError as error:
         return _red(str(error), error.exit_code)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message(), file=sys.stderr)
-        return 2
-    except click.ClickException as error:
-        return _red(error.format_message(), 2)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        return _red("stopped", 130)
-    except BrokenPipeError:
+    except (typer.Abort, KeyboardInterrupt):
+        return _red("stopped; everything scored is saved", 130)
+    except BrokenPipeError:  # `agentmerge ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        return _red(f"{_first_line(error)} (details in {_crash_file()})", 1)
+        usage = getattr(error, "format_message", None)  # typer's and click's own errors have it
+        if usage is None:
+            return _red(f"{_first_line(error)} (details in {_crash_file()})", 1)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(usage(), file=sys.stderr)
+            return 2
+        return _red(f"{usage()} (agentmerge COMMAND --help lists the options)", 2)
 
 
 def _first_line(error: Exception) -> str:
@@ -565,7 +564,7 @@ def explain(
     from agentmerge.recipe import Recipe
 
     found = explain_recipe(Recipe.parse(recipe), model, layers)
-    _print(found, as_json, table(found["rows"]) + f"\nhash {found['hash']}")
+    _print(found, as_json, table(found["rows"], numbers=False) + f"\nhash {found['hash']}")
     return 0
 
 

@@ -77,13 +77,13 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell; the first row is the head."""
+def table(rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
+    """Columns padded to their widest cell, the first row the head; numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for number, row in enumerate(rows):
         cells = [
-            cell.ljust(w) if i == 0 else cell.rjust(w)
+            cell.rjust(w) if i and numbers else cell.ljust(w)
             for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())

@@ -177,7 +177,8 @@ def _optimum(task: str, parents: tuple[str, ...], layers: int, kinds: int) -> np
     for p, parent in enumerate(parents):
         for k in range(kinds):
             rng = _rng(_key("optimum", task, parent, k))
-            level = rng.uniform(0.15, 0.35) if rng.random() < 0.5 else rng.uniform(0.65, 0.9)
+            # Parents take sides in turn, so that no uniform merge is ever near the best.
+            level = rng.uniform(0.15, 0.35) if p % 2 else rng.uniform(0.65, 0.9)
             swing = rng.uniform(-0.25, 0.25)
             best[:, k, p] = np.clip(level + swing * (depth - 0.5), 0.05, 0.95)
     return best
