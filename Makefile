@@ -46,6 +46,7 @@ format: $(DEV_STAMP)  ## Sort imports and format the code
 # $(VENV): what is tested is what a user installs, not the checkout.
 wheel: $(DEV_STAMP)  ## Build the wheel and try it in an environment of its own
 	rm -rf build/wheel build/wheel-venv
+	mkdir -p build
 	$(PY) -m build --wheel --no-isolation --outdir build/wheel >build/wheel.log 2>&1 \
 		|| { cat build/wheel.log; exit 1; }
 	$(PY) -m venv --without-pip build/wheel-venv

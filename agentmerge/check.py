@@ -7,7 +7,7 @@ also says what it would cost. Knows no search state.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,12 @@ class Plan:
         return asdict(self)
 
 
-def prepare(config: SearchConfig, *, allow_benchmarks: bool = False) -> Prepared:
+def prepare(
+    config: SearchConfig, *, allow_benchmarks: bool = False, also: Sequence[str] = ()
+) -> Prepared:
     """Resolve models, tasks, strategy and worker.
+
+    also: models beside the genome's that recipes may name.
 
     Raises:
         ConfigError: every fault found, one sentence each.
@@ -108,7 +112,7 @@ def prepare(config: SearchConfig, *, allow_benchmarks: bool = False) -> Prepared
             faults.append(str(error))
     if config.worker.kind == "fake":
         return _prepare_fake(config, faults)
-    paths, layout = _parents(config, faults)
+    paths, layout = _parents(config, also, faults)
     space = None
     if layout is not None:
         try:
@@ -212,13 +216,16 @@ def layout_bytes(layout: Any, dtype: str) -> int:
     return total
 
 
-def _parents(config: SearchConfig, faults: list[str]) -> tuple[dict[str, Path], Any]:
+def _parents(
+    config: SearchConfig, also: Sequence[str], faults: list[str]
+) -> tuple[dict[str, Path], Any]:
     from agentmerge.merging.headers import resolve_model
     from agentmerge.merging.layout import read_layout
 
     names = list(config.genome.models)
     if config.genome.base_model and config.genome.base_model not in names:
         names.append(config.genome.base_model)
+    names += [name for name in also if name not in names]
     paths: dict[str, Path] = {}
     for name in names:
         try:

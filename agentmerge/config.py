@@ -173,8 +173,14 @@ _OWN_SECTIONS: dict[str, type[_Frozen]] = {
     "worker": WorkerSettings,
     "budget": BudgetSettings,
 }
-_TASK_KEYS = ("tasks", "limit", "num_fewshot", "shuffle", "apply_chat_template")
-_TASK_KEYS += ("fewshot_as_multiturn",)
+_TASK_KEYS = (
+    "tasks",
+    "limit",
+    "num_fewshot",
+    "shuffle",
+    "apply_chat_template",
+    "fewshot_as_multiturn",
+)
 
 
 class SearchConfig(_Frozen):

@@ -8,7 +8,7 @@ sealed items, beside every parent and the best cheap rival, and differences are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -63,7 +63,7 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any
         "best_rival": rows[best_rival.generation, best_rival.slot] if best_rival else None,
         "sealed": sealed,
         "differences": differences,
-        "notes": list(search.taskset.notes),
+        "notes": [*search.taskset.notes, *_unfair(rows.values())],
     }
     return card | {"verdict": verdict(answer, best_rival, differences, part)}
 
@@ -145,6 +145,17 @@ def _row(search: Search, candidate: Candidate, sealed: bool) -> dict[str, Any]:
         except CandidateFailed as error:
             row |= {"sealed_score": None, "sealed_failure": str(error)}
     return row
+
+
+def _unfair(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """A published ten-point gain was parents' answers being cut off more often: say so."""
+    found = []
+    for key, what in (("truncated", "prompts cut to fit"), ("cut_off", "answers cut off")):
+        counts = {row["name"]: row[key] for row in rows}
+        if len(set(counts.values())) > 1:
+            each = ", ".join(f"{name} {count}" for name, count in counts.items())
+            found.append(f"{what} differ between the compared models ({each}); compare with care")
+    return found
 
 
 def _score(search: Search, results: Results, half: dict[str, list[ItemRef]]) -> float:

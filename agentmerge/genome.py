@@ -163,7 +163,7 @@ class SearchSpace:
             points = [("density", d) for d in DENSITY_POINTS]
         else:
             points = []  # normalize takes the scale out: every point would be the uniform merge
-        found = []
+        found: list[tuple[str, Recipe, tuple[float, ...] | None]] = []
         for parameter, value in points:
             levels = {"weight": 1.0 / len(self.models), "density": 1.0, "t": 0.5, parameter: value}
             found.append((f"uniform {parameter} {value:g}", *self._everywhere(**levels)))

@@ -33,7 +33,7 @@ from agentmerge.workers.base import EngineInfo, ItemRef, ItemResult
 migrations = Migrations("agentmerge")
 
 
-@migrations()
+@migrations()  # type: ignore[untyped-decorator]
 def m001_first(db: Any) -> None:
     for statement in _SCHEMA.split(";"):
         if statement.strip():
@@ -242,10 +242,13 @@ class Ledger:
     def _runs(self, tail: str, *values: Any) -> list[RunRow]:
         columns = ", ".join(RunRow.__dataclass_fields__)
         rows = self._rows(f"SELECT {columns} FROM runs {tail}", *values)
-        return [
-            RunRow(*row[:-2], json.loads(row[-2]), None if row[-1] is None else json.loads(row[-1]))
-            for row in rows
-        ]
+        found = []
+        for row in rows:
+            body = dict(zip(RunRow.__dataclass_fields__, row, strict=True))
+            body["facts"] = json.loads(body["facts"])
+            body["result"] = None if body["result"] is None else json.loads(body["result"])
+            found.append(RunRow(**body))
+        return found
 
     def update_run(self, run_id: str, **fields: Any) -> None:
         packed = {k: json.dumps(v) if k in ("facts", "result") else v for k, v in fields.items()}
@@ -294,7 +297,8 @@ class Ledger:
         self, run_id: str, generation: int | None = None, up_to: int | None = None
     ) -> list[Candidate]:
         """Candidates ordered by (generation, slot); a twin carries its first one's result."""
-        where, values = "", [run_id]
+        where = ""
+        values: list[Any] = [run_id]
         if generation is not None:
             where, values = "AND c.generation = ?", [run_id, generation]
         elif up_to is not None:
@@ -499,7 +503,7 @@ class Ledger:
             prompt_hash,
             attempt,
         )
-        return rows[0] if rows else None  # type: ignore[return-value]
+        return (rows[0][0], rows[0][1]) if rows else None
 
     def call_totals(self, run_id: str) -> dict[str, Any]:
         """What the agents cost: {calls, failures, tokens_in, tokens_out, cost_usd}."""

@@ -190,16 +190,10 @@ def evaluate(
     """Score any recipe under a config's tasks: {score, tasks, recipe_hash, reused, items}.
 
     Raises:
-        UserError: the recipe names models that the config does not.
+        ConfigError: its models cannot be merged with the config's.
         CandidateFailed: it cannot be merged or scored.
     """
-    prepared = prepare(config, allow_benchmarks=True)
-    known = dict(prepared.spec.parents)
-    strangers = sorted(set(recipe.models) - set(known))
-    if strangers:
-        raise UserError(
-            f"the recipe names {strangers}, which the config does not; add them to genome.models"
-        )
+    prepared = prepare(config, allow_benchmarks=True, also=recipe.models)
     canonical = recipe.canonical(prepared.space.num_layers)
     prepared.check(canonical)
     recipe_hash = canonical.hash(prepared.identities)
@@ -400,7 +394,7 @@ def _models(config: SearchConfig, ready: Mapping[Role, Any] | None) -> dict[Role
     from agentmerge.agents.models import AgentModel
 
     settings = config.agents
-    options = {"timeout_s": settings.timeout_s, "max_retries": settings.max_retries}
+    options: dict[str, Any] = {"timeout_s": settings.timeout_s, "max_retries": settings.max_retries}
     shared: dict[str, AgentModel] = {}
     found: dict[Role, Any] = {}
     roles: tuple[Role, ...] = ("critic", "controller", "proposer")

@@ -68,6 +68,17 @@ class Outcome:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A candidate's score, what it paid for, and (truncated prompts, cut-off generations)."""
+
+    score: Score
+    paid: list[tuple[ResultKey, str, list[ItemRef], list[ItemResult]]]
+    counts: tuple[int, int]
+    seconds: float
+    fingerprint: str
+
+
 @dataclass
 class Search:
     """A search with its doors open; see the module's head.
@@ -140,7 +151,7 @@ class Search:
         self.emit({"event": "evaluate", "generation": generation, "slot": slot})
         recipe = Recipe.parse(self.ledger.recipe(candidate.recipe_hash))
         try:
-            score, paid, seconds, fingerprint = self._scored(recipe, candidate.recipe_hash)
+            scored = self._scored(recipe, candidate.recipe_hash)
         except NotBegun:
             return  # left open: whoever goes on with this search scores it
         except CandidateFailed as error:
@@ -148,17 +159,16 @@ class Search:
                 self.run_id, (generation, slot), score=None, failure=str(error)
             )
         else:
-            results = [result for _, _, _, row in paid for result in row]
             self.ledger.save_evaluation(
                 self.run_id,
                 (generation, slot),
-                score=score.value,
-                tasks=score.tasks,
-                reused=not paid,
-                counts=(sum(r.truncated for r in results), sum(r.cut_off for r in results)),
-                seconds=seconds,
-                fingerprint=fingerprint,
-                results=paid,
+                score=scored.score.value,
+                tasks=scored.score.tasks,
+                reused=not scored.paid,
+                counts=scored.counts,
+                seconds=scored.seconds,
+                fingerprint=scored.fingerprint,
+                results=scored.paid,
             )
         self.emit(self._candidate_event(self.ledger.candidate(self.run_id, generation, slot)))
 
@@ -285,10 +295,8 @@ class Search:
             results |= self.item_results(candidate.recipe_hash, "sealed")
         return results
 
-    def _scored(
-        self, recipe: Recipe, recipe_hash: str
-    ) -> tuple[Score, list[tuple[ResultKey, str, list[ItemRef], list[ItemResult]]], float, str]:
-        """(score, what was paid for, seconds, fingerprint); asks only what the ledger lacks."""
+    def _scored(self, recipe: Recipe, recipe_hash: str) -> Scored:
+        """Score a recipe on the search items, asking only what the ledger lacks."""
         results = self.item_results(recipe_hash)
         missing = [ref for ref in self.taskset.refs() if ref not in results]
         seconds, fingerprint, paid = 0.0, "", []
@@ -301,7 +309,11 @@ class Search:
                 key = self._key(recipe_hash, task.protocol_hash)
                 paid.append((key, task.name, refs, [fresh[ref] for ref in refs]))
             results |= fresh
-        return self.taskset.score(results), paid, seconds, fingerprint
+        counts = (
+            sum(result.truncated for result in results.values()),
+            sum(result.cut_off for result in results.values()),
+        )
+        return Scored(self.taskset.score(results), paid, counts, seconds, fingerprint)
 
     def _key(self, recipe_hash: str, protocol_hash: str) -> ResultKey:
         return ResultKey(recipe_hash, self.pool.info, protocol_hash)
@@ -345,7 +357,7 @@ class Search:
         return Proposal(candidate.vector, "incumbent", None if candidate.vector else text)
 
     def _add(self, generation: int, proposals: Sequence[Proposal]) -> None:
-        rows = []
+        rows: list[tuple[Proposal, str, str, str]] = []
         for proposal in proposals:
             failure = ""
             try:

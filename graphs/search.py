@@ -11,7 +11,7 @@ worker pool, strategy and agents. The graph is exported uncompiled and without a
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
@@ -65,9 +65,7 @@ def proposer(state: SearchState, runtime: Runtime[Context]) -> Command[Next]:
     search = runtime.context.search
     search.advise("proposer", state["generation"])
     generation = search.propose(state["generation"])
-    return Command(
-        update={"generation": generation}, goto=_dispatch(search.open_slots(generation))
-    )
+    return Command(update={"generation": generation}, goto=_dispatch(search.open_slots(generation)))
 
 
 def finish(state: SearchState, runtime: Runtime[Context]) -> SearchState:
@@ -75,9 +73,8 @@ def finish(state: SearchState, runtime: Runtime[Context]) -> SearchState:
     return runtime.context.search.finish(state["stop_reason"])
 
 
-def _dispatch(
-    slots: list[tuple[int, int]], done: Literal["select", "critic"] = "select"
-) -> list[Send] | str:
+def _dispatch(slots: list[tuple[int, int]], done: Literal["select", "critic"] = "select") -> Any:
+    """One ``evaluate`` a candidate that is still open, or straight on where there is none."""
     sends = [Send("evaluate", Assignment(generation=g, slot=s)) for g, s in slots]
     return sends or done
 

@@ -125,11 +125,6 @@ def card_text(card: Mapping[str, Any]) -> str:
         lines.append(
             "search: weighted score on the items the search saw; sealed: on items it never saw."
         )
-    if answer["truncated"] or answer["cut_off"]:
-        lines.append(
-            f"{answer['truncated']} prompts were cut to fit and {answer['cut_off']} answers ended "
-            "at the token limit."
-        )
     lines += [f"note: {note}" for note in card["notes"]]
     lines.append(card["verdict"])
     return "\n".join(lines)

@@ -67,7 +67,7 @@ def _mean(
     elites = fittest(last, ELITES) or fittest(history, ELITES)
     if not elites:
         return (0.5,) * space.dimensions
-    return tuple(float(x) for x in np.mean([o.vector for o in elites], axis=0))
+    return tuple(float(x) for x in np.mean([o.vector or () for o in elites], axis=0))
 
 
 def _sigma(history: Sequence[Observation]) -> float:

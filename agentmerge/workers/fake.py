@@ -178,7 +178,7 @@ def _optimum(task: str, parents: tuple[str, ...], layers: int, kinds: int) -> np
         for k in range(kinds):
             rng = _rng(_key("optimum", task, parent, k))
             # Parents take sides in turn, so that no uniform merge is ever near the best.
-            level = rng.uniform(0.15, 0.35) if p % 2 else rng.uniform(0.65, 0.9)
+            level = rng.uniform(0.05, 0.4) if p % 2 else rng.uniform(0.6, 0.95)
             swing = rng.uniform(-0.25, 0.25)
             best[:, k, p] = np.clip(level + swing * (depth - 0.5), 0.05, 0.95)
     return best

@@ -137,3 +137,45 @@ def near_a_threshold(
 
 def rounding_of(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps)
+
+
+def recipes(method: str) -> dict[str, str]:
+    """Recipes of two layers that use all that mergekit's YAML can say of a method."""
+    if method == "slerp":
+        head = "merge_method: slerp\nbase_model: a\n"
+        both = "[{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]"
+        return {
+            "smooth": head + "models: [{model: a}, {model: b}]\nparameters: {t: [0.2, 0.9]}",
+            "filters": head + "models: [{model: a}, {model: b}]\nparameters: "
+            "{t: [{filter: mlp, value: 0.3}, {filter: norm, value: 1}, {value: [0.1, 0.6]}]}",
+            "slices": head + f"slices:\n- sources: {both}\n  parameters: {{t: 0.7}}\n"
+            f"- sources: {both.replace('[0, 1]', '[1, 2]')}\n  parameters: {{t: 0.0}}",
+        }
+    base = "" if method == "linear" else "base_model: base\n"
+    head = f"merge_method: {method}\n{base}"
+    density = "" if method in ("linear", "task_arithmetic") else "density: 0.4, "
+    return {
+        "smooth": head + "models:\n"
+        f"- {{model: a, parameters: {{{density}weight: [0.3, 0.9]}}}}\n"
+        f"- {{model: b, parameters: {{{density}weight: [0.8, -0.2, 0.5]}}}}\n"
+        "parameters: {normalize: true, int8_mask: true}",
+        "filters": head + "models:\n"
+        "- {model: a, parameters: {weight: "
+        f"[{{filter: self_attn, value: 0.2}}, {{value: 0.7}}]}}}}\n"
+        f"- {{model: b, parameters: {{{density}weight: [{{filter: mlp, value: [0.1, 0.9]}}, "
+        "{filter: embed, value: 0}, {value: 0.6}]}}\n"
+        "parameters: {normalize: false, lambda: 0.8, rescale: true, density: 0.7}",
+        "slices": head + "slices:\n"
+        "- sources:\n"
+        f"  - {{model: a, layer_range: [0, 1], parameters: {{{density}weight: 1.0}}}}\n"
+        f"  - {{model: b, layer_range: [1, 2], parameters: {{{density}weight: 0.35}}}}\n"
+        + ("  - {model: base, layer_range: [0, 1]}\n" if base else "")
+        + "- sources:\n"
+        f"  - {{model: b, layer_range: [1, 2], parameters: {{{density}weight: 0.25}}}}\n"
+        f"  - {{model: a, layer_range: [1, 2], parameters: {{{density}weight: 0.5}}}}\n"
+        + ("  - {model: base, layer_range: [1, 2]}\n" if base else "")
+        + "parameters: {normalize: 1.0}",
+    }
+
+
+METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_ties")

@@ -1,4 +1,4 @@
-"""The random masks of dare_ties: what they depend on, what they do not, and that they are random."""
+"""The masks of dare_ties: what they depend on, what they do not, and that they are random."""
 
 from __future__ import annotations
 

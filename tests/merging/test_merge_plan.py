@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -110,13 +108,13 @@ SLERP = "merge_method: slerp\nbase_model: {base}\nmodels: [{{model: a}}, {{model
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (TIES.replace("model: b", "model: c"), "names 'c'; the models are 'base', 'a', 'b'"),
+        (TIES.replace("{model: b", "{model: c"), "names 'c'; the models are 'base', 'a', 'b'"),
         (TIES.replace("base_model: base", "base_model: z"), "names 'z'"),
         (
             TIES.replace("{model: b, layer_range: [2, 4]", "{model: b, layer_range: [3, 5]"),
             "layers 3 to 5 of 'b', which has 4",
         ),
-        (TIES.replace("model: b", "model: a"), "names 'a' twice"),
+        (TIES.replace("{model: b", "{model: a"), "names 'a' twice"),
         (TIES.replace("base_model: base", "base_model: base\ndtype: int8"), "dtype 'int8'"),
         (SLERP.format(base="base", other="b"), "one of them the base_model"),
         (SLERP.format(base="a", other="a"), "names 'a' twice"),
@@ -151,9 +149,7 @@ slices:
         planned(text, replace(layout, tensors=specs))
 
 
-def test_a_recipe_that_is_not_canonical_is_the_callers_mistake(
-    family_of: Callable[..., dict[str, Path]],
-) -> None:
+def test_a_recipe_that_is_not_canonical_is_the_callers_mistake() -> None:
     recipe = Recipe.parse("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]")
     with pytest.raises(ValueError, match="not canonical"):
         plan(recipe, layout_of())

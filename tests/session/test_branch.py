@@ -75,13 +75,14 @@ def test_pruned_checkpoints_do_not_break_branches(trunk: Path) -> None:
 
 def test_a_killed_search_can_be_branched(tmp_path: Path) -> None:
     drain = session.Drain()
+    slow = config(worker={"options": {"base": "base", "delay_s": 0.05}})
 
     def stop_in_generation_two(event: dict) -> None:
         if event["event"] == "candidate" and event["generation"] == 2:
             drain.request()
 
     row = session.run(
-        config(), name="cut", runs_dir=tmp_path, emit=stop_in_generation_two, drain=drain
+        slow, name="cut", runs_dir=tmp_path, emit=stop_in_generation_two, drain=drain
     )
     assert row.status == "interrupted"
     with pytest.raises(NotFound, match="0 to 1"):
