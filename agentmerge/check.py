@@ -253,7 +253,7 @@ def _spec(
         batch_size=config.worker.batch_size,
         device=device or config.worker.device or _device(),
         trust_remote_code=config.worker.trust_remote_code,
-        options=dict(config.worker.options),
+        options={"base": config.genome.base_model} | config.worker.options,
     )
 
 

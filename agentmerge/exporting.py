@@ -111,11 +111,14 @@ def _verified(
     from agentmerge.workers.pool import Pool
 
     name = str(to.absolute())
-    base = replace(prepared.spec, parents=((name, name),), template_model=name)
+    options = prepared.spec.options | {"base": None}
+    alone = replace(
+        prepared.spec, parents=((name, name),), template_model=name, options=options
+    )
     whole = Recipe.of_model(name, prepared.space.num_layers, prepared.space.dtype)
     refs = prepared.taskset.refs()
     with ExitStack() as stack:
-        pool = Pool(base, count=1)
+        pool = Pool(alone, count=1)
         stack.callback(pool.close)
         _, rows, _ = pool.evaluate(whole.canonical(prepared.space.num_layers), refs)
         results = dict(zip(refs, rows, strict=True))

@@ -142,21 +142,32 @@ def _models(view: HistoryView) -> str:
 
 
 def _method(view: HistoryView) -> str:
+    genome = view.space.genome
     if view.space.is_slerp:
-        return "slerp"
-    scale = (
-        "normalize is on: only the ratios of a group's weights matter, not their scale"
-        if view.space.genome.normalizes
-        else "normalize is off: weights count as they are"
-    )
-    return f"{view.space.genome.merge_method} ({scale})"
+        pair = [short_name(model) for model in view.space.models]
+        return "slerp" if len(pair) > 2 else f"slerp; {pair[0]} is the base, {pair[1]} the partner"
+    text = genome.merge_method
+    if genome.normalizes:
+        text += "; normalize is on: only the ratios of a group's weights matter, not their scale"
+    else:
+        text += "; normalize is off: weights count as they are"
+    if genome.smooth:
+        text += "; smooth is on: values are set at knots and interpolated over the layers between"
+    return text
 
 
 def _axes(view: HistoryView) -> str:
-    return "\n".join(
-        f"{index}. {axis.name}: 0 is {axis.low:g}, {SCALE} is {axis.high:g}"
-        for index, axis in enumerate(view.axes)
-    )
+    return "\n".join(f"{i}. {axis.name}: {_ends(view, axis)}" for i, axis in enumerate(view.axes))
+
+
+def _ends(view: HistoryView, axis: Axis) -> str:
+    """What the ends of 0..100 stand for; slerp's choice of models is no number."""
+    names = ", ".join(short_name(model) for model in view.space.models)
+    if axis.parameter == "base":
+        return f"equal parts of 0 to {SCALE} pick one of {names}"
+    if axis.parameter == "partner":
+        return f"equal parts of 0 to {SCALE} pick one of {names} that is not the base"
+    return f"0 is {axis.low:g}, {SCALE} is {axis.high:g}"
 
 
 def _task(task: TaskView) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 SKILLS = ("shift", "sort")
+#: Three sealed items a search item: enough to tell 2 points apart.
+SEALED_SHARE = 0.75
 INTRO = """\
 Two small models were trained from one base: one learned to shift letters, one to sort them.
 The search looks for the merge of the two that does both. No language model advises it here
@@ -33,7 +35,8 @@ def run_demo(directory: Path, max_evaluations: int, seed: int, as_json: bool, qu
     body: dict[str, Any] = demo_config(family, tasks)
     body["task_search_path"] = [str(tasks)]
     body["budget"] = {"max_evaluations": max_evaluations}
-    body["search"] = {"seed": seed}
+    body["search"] = {"seed": seed, "sealed_share": SEALED_SHARE}
+    body["worker"] = {"batch_size": 200, "options": {"threads": 1}}
     config_path = directory / "config.yml"
     config_path.write_text(yaml.safe_dump(body, sort_keys=False))
     config = SearchConfig.from_file(config_path)

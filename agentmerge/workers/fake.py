@@ -3,9 +3,9 @@
 Supported API, for tests, strategies and plugins: a search on it takes milliseconds a candidate and
 is deterministic everywhere. It knows recipes and items; it imports no torch.
 
-Every task has its own optimum, away from 0.5 and different by depth, so that tasks pull apart.
-The nearer a merge is to it, the more items it answers; an item's margin also leans its own way, as
-real ones do.
+Every task has its own optimum, different by depth; parents take sides in turn, so that a uniform
+merge is never the best. The nearer a merge is to the optimum, the more items it answers; an item's
+margin also leans its own way, as real ones do.
 
 Options (``worker.options``):
     base: the parent that counts as nobody's expert (no optimum of its own).
