@@ -90,6 +90,9 @@ def _write(prepared: Prepared, recipe: Recipe, to: Path, engine: str, card: str)
             prepared.paths,
             to,
             template_model=prepared.spec.template_model,
+            base=prepared.config.genome.base_model,
+            dtype=prepared.spec.dtype,
+            device=prepared.spec.device,
             card=card,
         )
         return ""

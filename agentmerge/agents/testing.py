@@ -60,7 +60,7 @@ Reply = Content | Fault | Callable[[Body], "Content | Fault"]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a client sent."""
+    """What a client sent; header names are lower case."""
 
     path: str
     headers: dict[str, str]
@@ -152,7 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
         body = json.loads(self.rfile.read(length))
-        reply = self.server.script.answer(Request(self.path, dict(self.headers), body))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        reply = self.server.script.answer(Request(self.path, headers, body))
         if isinstance(reply, tuple):
             self._error(*reply)
         elif isinstance(reply, Fault):

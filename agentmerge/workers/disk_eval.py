@@ -19,12 +19,13 @@ def evaluate(task: dict[str, Any]) -> Any:
     from agentmerge.errors import AgentmergeError, RunFailed
     from agentmerge.evaluation.tasks import tasks_for
     from agentmerge.merging.parents import digest
-    from agentmerge.workers.hf import open_model, scorer
+    from agentmerge.workers.hf import open_model, scorer, threads_for
 
     spec = task["spec"]
-    torch.set_num_threads(int(spec.options.get("threads", task["threads"])))
+    torch.set_num_threads(task["threads"])
     try:
         model = open_model(spec, task["path"])
+        torch.set_num_threads(threads_for(spec, model))
         live = digest(model.named_parameters())
         if live != task["digest"]:
             raise RunFailed(

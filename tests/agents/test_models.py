@@ -65,7 +65,7 @@ def test_a_good_reply_with_its_cost(ask):
         assert body["response_format"]["json_schema"]["schema"] == controller.schema(ask.view)
         assert body["response_format"]["json_schema"]["strict"] is True
         assert "tools" not in body
-        assert server.requests[0].headers["Authorization"] == f"Bearer {CANARY}"
+        assert server.requests[0].headers["authorization"] == f"Bearer {CANARY}"
         assert CANARY not in str(body)
 
 
