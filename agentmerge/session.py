@@ -282,12 +282,13 @@ def _drive(
 
     drain = drain or Drain()
     with ExitStack() as stack:
-        stack.enter_context(Lease.acquire(runs_dir / CHECKPOINTS, row.id, name=row.name))
+        lease = stack.enter_context(Lease.acquire(runs_dir / CHECKPOINTS, row.id, name=row.name))
         saver = stack.enter_context(open_saver(runs_dir / CHECKPOINTS))
         log = stack.enter_context((runs_dir / row.name / "log.jsonl").open("a"))
         tell = _telling(emit or _silent, log)
         search = _search(prepared, row, runs_dir, ledger, tell, stack, models)
         search.stopping = lambda: drain.requested
+        search.still_mine = lease.check
         search.emit({"event": "start", "run": row.name, "status": row.status})
         graph = load_graph(prepared.config.search.graph).compile(checkpointer=saver)
         budget = prepared.config.budget.max_evaluations

@@ -86,6 +86,7 @@ class Search:
     identities: model name -> content fingerprint. check: raises RecipeRejected for a recipe that
     cannot be merged, from headers alone. deadline: ``time.monotonic`` value, or None.
     stopping: set by the first Ctrl-C; candidates that have not begun are left open.
+    still_mine: raises LeaseHeld where another process took the search over.
     """
 
     config: SearchConfig
@@ -104,6 +105,7 @@ class Search:
     emit: Emit
     deadline: float | None = None
     stopping: Callable[[], bool] = lambda: False
+    still_mine: Callable[[], None] = lambda: None
 
     # --- nodes ------------------------------------------------------------------------------
 
@@ -174,6 +176,7 @@ class Search:
 
     def select(self, generation: int) -> Outcome:
         """Find the incumbent, save its recipe, and decide what comes next."""
+        self.still_mine()
         candidates = self.ledger.candidates(self.run_id)
         best = incumbent(candidates)
         if best is not None:

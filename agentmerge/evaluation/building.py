@@ -25,6 +25,7 @@ from agentmerge.evaluation.tasks import (
     TaskSet,
     choose_documents,
     split,
+    stand_in,
 )
 from agentmerge.workers.base import ItemRef
 
@@ -73,6 +74,8 @@ def build(
             names = tuple(task.name for task in built)
             objectives.append(Objective(entry.name, entry.weight, higher.pop(), names, by_size))
             tasks += built
+    tasks, more = stand_in(tasks)
+    notes += more
     return TaskSet(tuple(tasks), tuple(objectives), tuple(notes), aggregations, asked, records)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -34,7 +34,8 @@ Rebuild = Literal["plain", "weighted", "class"]
 class ScoredTask:
     """One lm-eval task (a leaf, never a group) with the items that are asked.
 
-    search, sealed: positions in ``items``; together all of them, disjoint.
+    search, sealed: positions in ``items``; together all of them, and disjoint. Where other tasks
+        are sealed and this one has too few items for it, its search items stand for both.
     protocol_hash: everything about how it is asked that is not an item.
     rebuild: how the metric comes back from stored values: "plain" (values), "weighted"
         (log-likelihoods, with the counts of words or bytes in ``statics``), "class" (predicted
@@ -254,6 +255,21 @@ def split(
         tuple(i for i in places if items[i] in chosen),
         None,
     )
+
+
+def stand_in(tasks: Sequence[ScoredTask]) -> tuple[list[ScoredTask], list[str]]:
+    """(tasks, notes): among sealed tasks, one without sealed items is confirmed on its search ones.
+
+    So a sealed score covers the same tasks as a search score.
+    """
+    if not any(task.sealed for task in tasks):
+        return list(tasks), []
+    notes = [
+        f"task {task.name!r} is confirmed on its search items: too few can be set aside"
+        for task in tasks
+        if not task.sealed
+    ]
+    return [task if task.sealed else replace(task, sealed=task.search) for task in tasks], notes
 
 
 def _share_of(key: str) -> float:

@@ -38,6 +38,7 @@ from agentmerge.evaluation.tasks import (
     TaskSet,
     choose_documents,
     split,
+    stand_in,
 )
 from agentmerge.methods import METHODS, SUM_NORMALIZED
 from agentmerge.recipe import Recipe, length
@@ -74,6 +75,8 @@ def fake_tasks(config: TasksConfig, documents: int = 400) -> TaskSet:
                 objective=entry.name,
             )
         )
+    tasks, more = stand_in(tasks)
+    notes += more
     objectives = tuple(Objective(t.name, t.weight, True, (t.name,)) for t in tasks)
     return TaskSet(tuple(tasks), objectives, tuple(notes))
 

@@ -8,6 +8,7 @@ no budget and no database.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import signal
 import threading
@@ -15,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from agentmerge import plugins
@@ -65,7 +67,7 @@ class Pool:
         self._change = threading.Condition()
         self._stopped = False
 
-    @property
+    @cached_property
     def info(self) -> EngineInfo:
         """What the workers are, without building one."""
         found: EngineInfo = worker_class(self.spec).describe(self.spec)
@@ -141,7 +143,7 @@ class Pool:
 
     def _build(self) -> Worker:
         if self._apart:
-            return _WorkerProcess(self.spec, self._make)
+            return _WorkerProcess(self.spec, self._make, self._size)
         make = self._make or worker_class(self.spec)
         return make(self.spec, self._taskset)
 
@@ -155,10 +157,12 @@ def _close_quietly(worker: Worker | None) -> None:
 class _WorkerProcess:
     """A worker in a process of its own, with the contract of ``base.Worker``."""
 
-    def __init__(self, spec: WorkerSpec, make: Make | None) -> None:
+    def __init__(self, spec: WorkerSpec, make: Make | None, count: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, spec, make), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, spec, make, count), daemon=True
+        )
         self._process.start()
         theirs.close()
         self._info: EngineInfo = self._receive()
@@ -208,9 +212,13 @@ class _WorkerProcess:
         )
 
 
-def _serve(pipe: Any, spec: WorkerSpec, make: Make | None) -> None:
-    """The other side of ``_WorkerProcess``: answers calls until told to close."""
+def _serve(pipe: Any, spec: WorkerSpec, make: Make | None, count: int) -> None:
+    """The other side of ``_WorkerProcess``: answers calls until told to close.
+
+    count: how many such processes share the machine's cores.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C drains the search, not its workers
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     try:
         worker = (make or worker_class(spec))(spec, None)
         pipe.send((True, worker.info))

@@ -290,6 +290,19 @@ def test_too_few_items_turn_sealing_off_and_say_so(tmp_path: Path) -> None:
         assert len(taskset.refs()) == changes.get("limit", len(QA))
 
 
+def test_a_small_task_among_sealed_ones_is_confirmed_on_its_search_items(tmp_path: Path) -> None:
+    qa(tmp_path, "small", QA[:32])
+    config = exact(tmp_path, limit=30)
+    entries = (*config.tasks, config.tasks[0].model_copy(update={"name": "small"}))
+    taskset = built(config.model_copy(update={"tasks": entries}))
+    large, small = taskset.tasks
+    assert not set(large.search) & set(large.sealed)
+    assert small.search == small.sealed == tuple(range(30))
+    assert any("'small' is confirmed on its search items" in note for note in taskset.notes)
+    results = {ref: ItemResult(float(ref.task == "small")) for ref in taskset.refs("sealed")}
+    assert taskset.score(results, "sealed").tasks == (("mine", 0.0), ("small", 1.0))
+
+
 def test_shuffle_is_seeded(tmp_path: Path) -> None:
     first = numbers(built(exact(tmp_path, shuffle=True, limit=25)))
     assert first == numbers(built(exact(tmp_path, shuffle=True, limit=25)))
