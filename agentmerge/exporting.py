@@ -115,9 +115,7 @@ def _verified(
 
     name = str(to.absolute())
     options = prepared.spec.options | {"base": None}
-    alone = replace(
-        prepared.spec, parents=((name, name),), template_model=name, options=options
-    )
+    alone = replace(prepared.spec, parents=((name, name),), template_model=name, options=options)
     whole = Recipe.of_model(name, prepared.space.num_layers, prepared.space.dtype)
     refs = prepared.taskset.refs()
     with ExitStack() as stack:

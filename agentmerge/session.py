@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sqlite3
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 from agentmerge import plugins
 from agentmerge.check import Prepared, prepare
 from agentmerge.config import SearchConfig
-from agentmerge.errors import CandidateFailed, NotFound, RunFailed, UserError
+from agentmerge.errors import CandidateFailed, NotBegun, NotFound, RunFailed, UserError
 from agentmerge.ledger import Ledger, ResultKey, RunRow
 from agentmerge.recipe import Recipe
 from agentmerge.state import GRAPH_VERSION, SearchState
@@ -97,6 +98,7 @@ def run(
         RunFailed: the search cannot go on; what was scored is saved.
     """
     prepared = prepare(config, allow_benchmarks=allow_benchmarks)
+    _check_resources(config, models)
     runs_dir = Path(runs_dir)
     with Ledger(runs_dir / LEDGER) as ledger:
         row = _new_row(ledger, prepared, name)
@@ -175,6 +177,7 @@ def branch(
         seed = {"search.seed": parent.seed}
         config = SearchConfig.from_text(parent.config, parent.name, seed | dict(overrides or {}))
         prepared = prepare(config, allow_benchmarks=True)
+        _check_resources(config, models)
         row = _new_row(ledger, prepared, name or f"{parent.name}-b{at}", (parent.id, at))
         ledger.add_run(row)
         before = SearchConfig.from_text(parent.config, parent.name)
@@ -304,8 +307,13 @@ def _drive(
         context = Context(run=row.id, runs_dir=str(runs_dir))
         try:
             graph.invoke(begin, thread, context=context, durability="sync", control=drain.control)
-        except GraphDrained:
-            pass
+        except (GraphDrained, NotBegun):
+            pass  # told to stop: the last step is saved, or was not begun
+        except sqlite3.Error as error:
+            raise RunFailed(
+                f"{runs_dir / CHECKPOINTS} cannot be written: {error}; free the disk or end the "
+                f"other writer, then agentmerge resume {row.name}"
+            ) from error
         except BaseException:
             ledger.update_run(row.id, status="interrupted")
             raise
@@ -414,6 +422,15 @@ def _models(config: SearchConfig, ready: Mapping[Role, Any] | None) -> dict[Role
     return found
 
 
+def _check_resources(config: SearchConfig, ready: Mapping[Role, Any] | None) -> None:
+    """Models, prompts and graph exist: found out before a run is written down."""
+    from agentmerge.agents.prompts import load_prompts
+
+    _models(config, ready)
+    load_prompts(config.agents.prompts)
+    load_graph(config.search.graph)
+
+
 def load_graph(name: str) -> Any:
     """The uncompiled graph: ``search``, another file in graphs/, or ``path.py:build``.
 
@@ -499,11 +516,12 @@ def _silent(event: dict[str, Any]) -> None:
 
 
 def _telling(emit: Emit, log: Any) -> Emit:
-    """Tell the listener, and keep a line in the run's log."""
+    """Tell the listener, and keep a line in the run's log (which no search depends on)."""
 
     def tell(event: dict[str, Any]) -> None:
-        log.write(json.dumps({"time": round(time.time(), 3)} | event) + "\n")
-        log.flush()
+        with suppress(OSError):
+            log.write(json.dumps({"time": round(time.time(), 3)} | event) + "\n")
+            log.flush()
         emit(event)
 
     return tell

@@ -283,7 +283,9 @@ class Search:
         missing = [ref for ref in self.taskset.refs("sealed") if ref not in results]
         if missing:
             recipe = Recipe.parse(self.ledger.recipe(candidate.recipe_hash))
-            fingerprint, rows, seconds = self.pool.evaluate(recipe, missing)
+            fingerprint, rows, seconds = self.pool.evaluate(
+                recipe, missing, lambda: not self.stopping()
+            )
             fresh = dict(zip(missing, rows, strict=True))
             for task in self.taskset.tasks:
                 refs = [ref for ref in task.part("sealed") if ref in fresh]

@@ -19,14 +19,8 @@ from agentmerge.evaluation.rendering import (
     item_key,
     render,
 )
-from agentmerge.evaluation.tasks import (
-    Objective,
-    ScoredTask,
-    TaskSet,
-    choose_documents,
-    split,
-    stand_in,
-)
+from agentmerge.evaluation.splitting import choose_documents, split, stand_in
+from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 from agentmerge.workers.base import ItemRef
 
 

@@ -32,14 +32,8 @@ import numpy as np
 
 from agentmerge.config import TasksConfig
 from agentmerge.errors import CandidateFailed, RunFailed, UserError, WorkerLost
-from agentmerge.evaluation.tasks import (
-    Objective,
-    ScoredTask,
-    TaskSet,
-    choose_documents,
-    split,
-    stand_in,
-)
+from agentmerge.evaluation.splitting import choose_documents, split, stand_in
+from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 from agentmerge.methods import METHODS, SUM_NORMALIZED
 from agentmerge.recipe import Recipe, length
 from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec

@@ -12,8 +12,8 @@ import yaml
 
 from agentmerge.config import TasksConfig
 from agentmerge.errors import CandidateFailed, TaskError
-from agentmerge.evaluation import tasks as tasks_module
-from agentmerge.evaluation.tasks import MIN_SEALED, TaskSet, build_tasks
+from agentmerge.evaluation.splitting import MIN_SEALED, choose_documents
+from agentmerge.evaluation.tasks import TaskSet, build_tasks
 from agentmerge.workers.base import ItemResult
 
 
@@ -344,7 +344,7 @@ def test_perplexities_need_no_template(tasks_dir: Path) -> None:
 
 def test_document_choice_is_one_function(tmp_path: Path) -> None:
     config = exact(tmp_path, limit=200, sealed_share=0.25)
-    chosen = tasks_module.choose_documents(1200, config, "t")
+    chosen = choose_documents(1200, config, "t")
     assert len(chosen.search) == len(chosen.beyond) == 200
-    wide = tasks_module.choose_documents(1200, config.model_copy(update={"sealed_share": 0.6}), "t")
+    wide = choose_documents(1200, config.model_copy(update={"sealed_share": 0.6}), "t")
     assert len(wide.beyond) == 300

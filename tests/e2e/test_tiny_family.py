@@ -1,0 +1,180 @@
+"""The whole path on real parts: a trained family, lm-eval tasks, a checkpoint that scores alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from agentmerge import session
+from agentmerge.check import prepare
+from agentmerge.cli.app import run_app
+from agentmerge.config import SearchConfig
+from agentmerge.demo.family import Family
+from agentmerge.demo.tasks import demo_config, skill_task, write_tasks
+from agentmerge.errors import UserError
+from agentmerge.exporting import export_run
+from agentmerge.ledger import Ledger
+from agentmerge.recipe import Recipe
+from tests.session.conftest import trace_of
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("tasks"), ("shift", "sort"), n_items=200)
+
+
+def body_of(family: Family, tasks: Path, **genome: object) -> dict:
+    body = demo_config(family, tasks)
+    body["genome"] |= genome
+    body |= {
+        "limit": 30,
+        "task_search_path": [str(tasks)],
+        "budget": {"max_evaluations": 14},
+        "search": {"seed": 3, "algorithm": "random", "population": 4},
+        "worker": {"batch_size": 64, "options": {"threads": 1}},
+    }
+    return body
+
+
+def config_of(family: Family, tasks: Path, **genome: object) -> SearchConfig:
+    return SearchConfig.from_text(yaml.safe_dump(body_of(family, tasks, **genome)))
+
+
+@pytest.mark.parametrize(
+    "genome",
+    [
+        {"merge_method": "task_arithmetic"},
+        {"merge_method": "dare_ties", "normalize": True, "filters": ["self_attn", "mlp"]},
+        {"merge_method": "ties", "normalize": None, "smooth": True},
+        {"merge_method": "slerp"},
+        {"merge_method": "linear", "normalize": None, "layer_granularity": 2},
+    ],
+    ids=lambda genome: genome["merge_method"],
+)
+def test_search_export_and_score_from_disk(
+    family: Family, tasks: Path, tmp_path: Path, genome: dict
+) -> None:
+    config = config_of(family, tasks, **genome)
+    row = session.run(config, name="a", runs_dir=tmp_path)
+    assert row.status == "done"
+    report = export_run("a", tmp_path / "merged", runs_dir=tmp_path)
+    assert report["equal"] is True
+    assert report["differing_items"] == 0
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert model.config.tie_word_embeddings
+    assert tokenizer("s:abcde=").input_ids
+    saved = Recipe.parse(tmp_path / "merged" / "mergekit_config.yml")
+    best = Recipe.parse(tmp_path / "a" / "best.yml")
+    assert saved.canonical(4).hash() == best.canonical(4).hash()
+
+
+def test_parents_score_what_they_are_known_for(
+    family: Family, tasks: Path, tmp_path: Path
+) -> None:
+    session.run(config_of(family, tasks), name="a", runs_dir=tmp_path)
+    with Ledger(tmp_path / session.LEDGER) as ledger:
+        found = ledger.candidates(ledger.run("a").id, 0)
+    parents = {c.label.rsplit("/", 1)[-1]: dict(c.tasks) for c in found if c.operator == "parent"}
+    assert parents["expert-shift"][skill_task("shift")] > 0.9
+    assert parents["expert-shift"][skill_task("sort")] < 0.2
+    assert parents["expert-sort"][skill_task("sort")] > 0.9
+    assert parents["base"][skill_task("shift")] < 0.2
+
+
+def test_evaluate_any_recipe_and_pay_once(family: Family, tasks: Path, tmp_path: Path) -> None:
+    config = config_of(family, tasks)
+    recipe = Recipe.parse(
+        {
+            "merge_method": "linear",
+            "models": [
+                {"model": str(expert), "parameters": {"weight": 0.5}} for expert in family.experts
+            ],
+        }
+    )
+    first = session.evaluate(recipe, config, runs_dir=tmp_path)
+    second = session.evaluate(recipe, config, runs_dir=tmp_path)
+    assert not first["reused"]
+    assert second["reused"]
+    assert second["score"] == first["score"]
+    assert first["items"] == 90
+
+
+def test_a_second_search_on_the_same_merges_costs_nothing(
+    family: Family, tasks: Path, tmp_path: Path
+) -> None:
+    config = config_of(family, tasks)
+    session.run(config, name="a", runs_dir=tmp_path)
+    session.run(config, name="b", runs_dir=tmp_path)
+    first, second = trace_of(tmp_path, "a"), trace_of(tmp_path, "b")
+    assert first["candidates"] == second["candidates"]
+    with Ledger(tmp_path / session.LEDGER) as ledger:
+        assert all(c.reused for c in ledger.candidates(ledger.run("b").id) if c.state == "scored")
+
+
+def test_a_changed_task_file_is_noticed_on_resume(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = write_tasks(tmp_path / "tasks", ("shift", "sort"), n_items=200)
+    session.run(config_of(family, own), name="a", runs_dir=tmp_path)
+    path = own / f"{skill_task('sort')}.yaml"
+    path.write_text(path.read_text().replace("max_gen_toks: 8", "max_gen_toks: 4"))
+    with pytest.raises(UserError, match="definition of task 'agentmerge_demo_sort' changed"):
+        session.resume("a", runs_dir=tmp_path, overrides={"budget.max_evaluations": 20})
+    assert run_app(["resume", "a", "--runs-dir", str(tmp_path)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_old_outputs_stand_where_they_used_to(
+    family: Family, tasks: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.yml"
+    body = body_of(family, tasks)
+    path.write_text(yaml.safe_dump({k: body[k] for k in body if k not in ("search", "budget")}))
+    storage = tmp_path / "storage"
+    arguments = ["run", str(path), "--storage-path", str(storage), "--runs-dir", str(tmp_path)]
+    arguments += ["--max-fevals", "10", "--random-seed", "1", "--strategy", "pool", "--in-memory"]
+    assert run_app(arguments) == 0
+    assert Recipe.parse(storage / "best_config.yaml").merge_method == "task_arithmetic"
+    assert (storage / "final_model" / "model.safetensors").is_file()
+
+
+def test_check_reads_no_weights_and_says_the_plan(
+    family: Family, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(body_of(family, tasks)))
+    assert run_app(["check", str(path), "--runs-dir", str(tmp_path), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert plan["dimensions"] == plan["freedoms"] == 8
+    assert plan["items"] == 90
+    assert plan["seconds_per_candidate"] is None
+
+
+def test_check_finds_every_fault_at_once(
+    family: Family, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = body_of(family, tasks, layer_granularity=3)
+    body["genome"]["models"] = [*body["genome"]["models"], str(tmp_path / "nowhere")]
+    body["tasks"][0]["metric"] = "exact_macth,none"
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(body))
+    assert run_app(["check", str(path), "--json"]) == 2
+    faults = json.loads(capsys.readouterr().out)["faults"]
+    assert any("nowhere" in fault for fault in faults)
+    body["genome"]["models"].pop()
+    path.write_text(yaml.safe_dump(body))
+    assert run_app(["check", str(path), "--json"]) == 2
+    faults = json.loads(capsys.readouterr().out)["faults"]
+    assert any("layer_granularity 3" in fault for fault in faults)
+    assert any("exact_macth" in fault and "exact_match" in fault for fault in faults)
+
+
+def test_prepared_facts_are_stable(family: Family, tasks: Path) -> None:
+    config = config_of(family, tasks)
+    assert prepare(config).facts() == prepare(config).facts()
