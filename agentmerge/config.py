@@ -244,6 +244,8 @@ class SearchConfig(_Frozen):
         tasks = self.tasks.model_dump(mode="json", exclude_none=True)
         for key in ("sealed_share", "companion", "seed"):
             tasks.pop(key)  # they live in the search section
+        if "apply_chat_template" not in self.tasks.model_fields_set:
+            tasks.pop("apply_chat_template")  # unset: on where a parent has a template
         body.update(tasks)
         for name in _OWN_SECTIONS:
             body[name] = getattr(self, name).model_dump(mode="json", exclude_none=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from agentmerge.errors import CandidateFailed
-from agentmerge.evaluation.statistics import paired_difference
+from agentmerge.evaluation.statistics import Interval, paired_score_difference
 from agentmerge.ledger import Candidate
 from agentmerge.strategies.base import rng_factory
 from agentmerge.workers.base import ItemRef, ItemResult
@@ -43,20 +43,16 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any
     for candidate in dict.fromkeys([answer, *others]):
         rows[candidate.generation, candidate.slot] = _row(search, candidate, sealed)
     part: Literal["search", "sealed"] = "sealed" if sealed else "search"
-    mine = _contributions(search, search_results(search, answer, part), part)
-    differences = []
+    mine = search_results(search, answer, part)
+    differences: list[dict[str, Any]] = []
     for other in others:
         if other is answer:
             continue
-        theirs = _contributions(search, search_results(search, other, part), part)
-        if mine is None or theirs is None:
-            continue
-        seed = search.config.search.seed
-        mean, low, high = paired_difference(mine, theirs, seed)
-        differences.append(
-            {"against": name_of(other), "operator": other.operator, "mean": mean, "low": low,
-             "high": high}
-        )  # fmt: skip
+        found = _paired(search, mine, search_results(search, other, part), part)
+        if found is not None:
+            differences.append(
+                {"against": name_of(other), "operator": other.operator} | found._asdict()
+            )
     card = {
         "answer": rows[answer.generation, answer.slot] | {"votes": votes, "splits": SPLITS},
         "parents": [rows[c.generation, c.slot] for c in parents],
@@ -174,23 +170,24 @@ def _score(search: Search, results: Results, half: dict[str, list[ItemRef]]) -> 
     return taskset.objective(taskset.combine(leaves, sizes))
 
 
-def _contributions(
-    search: Search, results: Results, part: Literal["search", "sealed"]
-) -> list[float] | None:
-    """Each item's share of the score, scaled so that their mean is the score; None if undefined.
-
-    Defined where every metric is a plain mean over items.
-    """
+def _paired(
+    search: Search, mine: Results, theirs: Results, part: Literal["search", "sealed"]
+) -> Interval | None:
+    """How far one candidate's score is ahead, paired by item; None where a metric is no mean."""
     taskset = search.taskset
     if any(task.rebuild != "plain" for task in taskset.tasks):
         return None
-    count = len(taskset.refs(part))
-    shares = []
+    rows = []
     for objective in taskset.objectives:
-        sizes = {name: len(taskset.task(name).part(part)) for name in objective.leaves}
-        for name in objective.leaves:
-            items = taskset.task(name).part(part)
-            leaf = sizes[name] / sum(sizes.values()) if objective.by_size else 1 / len(sizes)
-            scale = objective.signed_weight * leaf * count / len(items)
-            shares += [scale * results[ref].value for ref in items]
-    return shares
+        parts = {name: taskset.task(name).part(part) for name in objective.leaves}
+        total = sum(map(len, parts.values()))
+        for items in parts.values():
+            share = len(items) / total if objective.by_size else 1 / len(parts)
+            rows.append(
+                (
+                    objective.signed_weight * share,
+                    [mine[ref].value for ref in items],
+                    [theirs[ref].value for ref in items],
+                )
+            )
+    return paired_score_difference(rows, search.config.search.seed)
