@@ -102,6 +102,7 @@ def prepare(
         ConfigError: every fault found, one sentence each.
     """
     faults = [] if allow_benchmarks else benchmark_faults(config)
+    faults += _tokenizer_faults(config)
     for group, name in (
         ("agentmerge.strategies", config.algorithm),
         ("agentmerge.workers", config.worker.kind),
@@ -186,6 +187,21 @@ def benchmark_faults(config: SearchConfig) -> list[str]:
     ]
 
 
+def _tokenizer_faults(config: SearchConfig) -> list[str]:
+    """Parents share one vocabulary here, so a source only says whose tokenizer is kept."""
+    source = config.genome.tokenizer_source
+    known = [
+        *config.genome.models,
+        *([config.genome.base_model] if config.genome.base_model else []),
+    ]
+    if source in (None, "union", "base", *known):
+        return []
+    return [
+        f"genome.tokenizer_source {source!r} is not possible; use union, base, or one of the "
+        f"models: {', '.join(known)}"
+    ]
+
+
 def init_faults(config: SearchConfig) -> list[str]:
     """Warm-start recipes that cannot be read, or that name other models."""
     known = {*config.genome.models, config.genome.base_model}
@@ -258,7 +274,13 @@ def _spec(
 
 
 def _template_model(config: SearchConfig, paths: Mapping[str, Path]) -> str:
-    """The first expert that has a chat template, else the base, else the first expert."""
+    """Whose tokenizer asks: ``tokenizer_source`` where it names a parent, else the first expert
+    that has a chat template, else the base, else the first expert."""
+    source = config.genome.tokenizer_source
+    if source == "base":
+        source = config.genome.base_model
+    if source in paths:
+        return str(source)
     names = list(config.genome.models)
     if config.genome.base_model and config.genome.base_model not in names:
         names.append(config.genome.base_model)

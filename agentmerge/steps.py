@@ -29,6 +29,7 @@ from agentmerge.recipe import Recipe
 from agentmerge.state import GRAPH_VERSION, SearchState
 from agentmerge.strategies.base import Observation, Proposal, Strategy, rng_factory
 from agentmerge.strategies.llm_evo import improved
+from agentmerge.strategies.random import random_vectors
 from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult
 
 Role = Literal["critic", "controller", "proposer"]
@@ -355,6 +356,9 @@ class Search:
         draws = self.strategy.propose(
             self.space, [], None, max(0, min(self.population, left)), self._rng()
         )
+        if self.config.search.random_init and not draws:
+            points = random_vectors(self.space, 0, max(0, min(self.population, left)), self._rng())
+            draws = [Proposal(point, "random") for point in points]
         return [*seeds, *draws][: self.config.budget.max_evaluations]
 
     def _again(self, candidate: Candidate) -> Proposal:

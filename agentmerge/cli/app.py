@@ -52,8 +52,9 @@ TrustCode = Annotated[bool | None, typer.Option("--trust-remote-code/--no-trust-
 AllowBench = Annotated[
     bool,
     typer.Option(
-        "--allow-benchmark-tasks",
-        "--i-understand-the-depths-of-the-evils-i-am-unleashing",
+        "--allow-benchmark-tasks/--no-allow-benchmark-tasks",
+        "--i-understand-the-depths-of-the-evils-i-am-unleashing"
+        "/--no-i-understand-the-depths-of-the-evils-i-am-unleashing",
         help="Allow public benchmarks as objectives.",
     ),
 ]
@@ -414,11 +415,15 @@ def branch(
     batch_size: BatchSize = None,
     limit: Limit = None,
     trust_remote_code: TrustCode = None,
+    wandb: Wandb = False,
+    wandb_project: WandbProject = None,
+    wandb_entity: WandbEntity = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
     """Start a new search from a generation of another one, with any setting changed."""
     from agentmerge import session
+    from agentmerge.cli.trackers import tracked
     from agentmerge.config import SearchConfig
 
     given = _overrides(
@@ -444,9 +449,10 @@ def branch(
     settings = SearchConfig.from_text(row.config, name, given)
 
     def start(emit: Any, drain: Any) -> Any:
-        return session.branch(
-            name, at=at, name=new, runs_dir=runs_dir, overrides=given, emit=emit, drain=drain
-        )
+        with tracked(emit, settings, wandb, wandb_project, wandb_entity, new) as tell:
+            return session.branch(
+                name, at=at, name=new, runs_dir=runs_dir, overrides=given, emit=tell, drain=drain
+            )
 
     return _driven(start, settings, runs_dir, as_json, quiet)
 

@@ -36,7 +36,6 @@ class Legacy:
     force_population_size: int | None = None
     load_in_8bit: bool | None = None
     load_in_4bit: bool | None = None
-    i_understand: bool | None = None
 
 
 @dataclass
@@ -83,6 +82,10 @@ def map_options(old: Legacy) -> Mapped:
     out.overrides = {key: value for key, value in renamed.items() if value is not None}
     if old.in_memory is False:
         out.overrides["worker.kind"] = "disk"
+    if old.storage_path is not None and old.llm_model is None:
+        out.notices.append(
+            "no --llm-model: rules advise the search (LLM-Evo-Merge asked gpt-4o by default)"
+        )
     if old.vllm:
         out.notices.append(
             "--vllm: the vLLM worker is not in this version; scoring with the hf worker"

@@ -24,7 +24,9 @@ class Progress:
 
     def __call__(self, event: dict[str, Any]) -> None:
         kind = event["event"]
-        if kind == "candidate":
+        if kind == "start":
+            self.began = time.monotonic()
+        elif kind == "candidate":
             self._candidate(event)
         elif kind == "generation":
             self._generation(event)

@@ -74,9 +74,7 @@ def test_search_export_and_score_from_disk(
     assert saved.canonical(4).hash() == best.canonical(4).hash()
 
 
-def test_parents_score_what_they_are_known_for(
-    family: Family, tasks: Path, tmp_path: Path
-) -> None:
+def test_parents_score_what_they_are_known_for(family: Family, tasks: Path, tmp_path: Path) -> None:
     session.run(config_of(family, tasks), name="a", runs_dir=tmp_path)
     with Ledger(tmp_path / session.LEDGER) as ledger:
         found = ledger.candidates(ledger.run("a").id, 0)

@@ -81,9 +81,7 @@ def test_a_killed_search_can_be_branched(tmp_path: Path) -> None:
         if event["event"] == "candidate" and event["generation"] == 2:
             drain.request()
 
-    row = session.run(
-        slow, name="cut", runs_dir=tmp_path, emit=stop_in_generation_two, drain=drain
-    )
+    row = session.run(slow, name="cut", runs_dir=tmp_path, emit=stop_in_generation_two, drain=drain)
     assert row.status == "interrupted"
     with pytest.raises(NotFound, match="0 to 1"):
         session.branch("cut", at=2, runs_dir=tmp_path)

@@ -58,7 +58,7 @@ def test_killed_twenty_times_ends_as_if_never_killed(tmp_path: Path) -> None:
     while kills < KILLS and kill_after(process, log, rng.randint(2, 9), rng.random() * 0.05):
         kills += 1
         process = command("resume", "rough", "--runs-dir", runs, "-q")
-    out, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert kills == KILLS
     assert trace_of(runs, "rough") == trace_of(tmp_path / "calm", "calm")
@@ -77,7 +77,7 @@ def test_first_interrupt_saves_and_says_how_to_resume(tmp_path: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     began = time.monotonic()
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "agentmerge resume stopped" in err
     assert time.monotonic() - began < 5, "waited for more than the running evaluation"
@@ -149,9 +149,7 @@ def test_two_processes_cannot_drive_one_search(tmp_path: Path) -> None:
 
 
 def test_timeout_ends_the_search_with_the_best_so_far(tmp_path: Path) -> None:
-    slow = config(
-        worker={"options": {"base": "base", "delay_s": 0.05}}, budget={"timeout_s": 0.6}
-    )
+    slow = config(worker={"options": {"base": "base", "delay_s": 0.05}}, budget={"timeout_s": 0.6})
     row = session.run(slow, name="a", runs_dir=tmp_path)
     assert (row.status, row.stop_reason) == ("done", "timeout")
     assert (tmp_path / "a" / "best.yml").is_file()
