@@ -1,4 +1,4 @@
-"""What every test shares: no network, and one tiny model family, trained once a machine."""
+"""What every test shares: no network, one tiny model family, and a config that needs no model."""
 
 from __future__ import annotations
 
@@ -17,3 +17,23 @@ from agentmerge.demo.family import Family, cached_family
 def family() -> Family:
     """A base and two experts (shift, sort), from the cache or trained in under a minute."""
     return cached_family(("shift", "sort"), 0)
+
+
+@pytest.fixture(scope="session")
+def fake_config() -> str:
+    """A config's text: a search on the fake worker, over in under a second."""
+    return """\
+genome:
+  models: [north, south]
+  base_model: base
+  merge_method: task_arithmetic
+  layer_granularity: 2
+tasks:
+  - name: one
+  - name: two
+    weight: 0.5
+limit: 40
+search: {algorithm: cma_es, seed: 3, population: 5}
+worker: {kind: fake}
+budget: {max_evaluations: 19}
+"""

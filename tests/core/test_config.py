@@ -1,0 +1,76 @@
+"""Users' configs load unmodified; every fault is found at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agentmerge.config import SearchConfig
+from agentmerge.errors import ConfigError
+
+DATA = Path(__file__).parents[1] / "data"
+GENOME = "genome:\n  models: [a, b]\n  merge_method: linear\n"
+BASE = GENOME + "tasks: [x]\n"
+
+
+def faults(text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        SearchConfig.from_text(text, "c.yml")
+    return caught.value.faults
+
+
+def test_the_reference_config_loads_unmodified() -> None:
+    config = SearchConfig.from_file(DATA / "evolve-config.yml")
+    assert config.warnings == ()
+    assert config.genome.filters == ("self_attn", "mlp")
+    assert [task.weight for task in config.tasks.tasks] == [1.0, -0.1, 1.0]
+    assert config.tasks.tasks[2].metric == "acc,none"
+    assert config.algorithm == "cma_es"
+    assert SearchConfig.from_text(config.to_yaml()) == config
+
+
+def test_an_unset_chat_template_stays_unset() -> None:
+    again = SearchConfig.from_text(SearchConfig.from_text(BASE).to_yaml())
+    assert "apply_chat_template" not in again.tasks.model_fields_set
+
+
+def test_unknown_keys_in_our_sections_name_the_nearest_and_the_line() -> None:
+    assert faults(BASE + "search:\n  sead: 3\n") == [
+        "c.yml:6: search.sead is not a known key; did you mean 'seed'?"
+    ]
+
+
+def test_unknown_keys_in_theirs_are_a_warning() -> None:
+    config = SearchConfig.from_text(GENOME + "  fitlers: []\ntasks: [x]\nnum_gpus: 2\n")
+    assert len(config.warnings) == 2
+    assert "did you mean 'filters'" in " ".join(config.warnings)
+
+
+def test_all_faults_at_once() -> None:
+    found = faults(
+        "genome:\n  models: [a]\n  merge_method: tis\n"
+        "tasks: [x, x]\nbudget: {max_evaluations: none}\nworker: {kinds: hf}\n"
+        "search: {sigma_low: 0.5, sigma_high: 0.1}\n"
+    )
+    text = "\n".join(found)
+    for part in ("'tis' is not known", "at least two", "x twice", "max_evaluations", "'kind'"):
+        assert part in text
+    assert "sigma_low 0.5 is above sigma_high 0.1" in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a", "- 1", "genome: 3\ntasks: [x]", GENOME, "genome: {}\ntasks: [x]", "genome: [\n"],
+)
+def test_nonsense_is_a_sentence(text: str) -> None:
+    assert all(fault.startswith("c.yml") for fault in faults(text))
+
+
+def test_task_vector_methods_need_a_base() -> None:
+    text = BASE.replace("linear", "ties")
+    assert "ties needs one" in faults(text)[0]
+
+
+def test_llm_evo_is_the_default_where_a_model_is_named() -> None:
+    assert SearchConfig.from_text(BASE + "agents: {critic: 'openai:x'}\n").algorithm == "llm_evo"
