@@ -102,7 +102,7 @@ def prepare(
         ConfigError: every fault found, one sentence each.
     """
     faults = [] if allow_benchmarks else benchmark_faults(config)
-    faults += _tokenizer_faults(config)
+    faults += _tokenizer_faults(config) + init_faults(config)
     for group, name in (
         ("agentmerge.strategies", config.algorithm),
         ("agentmerge.workers", config.worker.kind),
@@ -132,7 +132,6 @@ def prepare(
             taskset = tasks_for(spec)
         except AgentmergeError as error:
             faults += str(error).splitlines()
-    faults += init_faults(config)
     if faults or layout is None or space is None or taskset is None or spec is None:
         raise ConfigError(faults)
     from agentmerge.merging.headers import content_fingerprint
