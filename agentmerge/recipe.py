@@ -29,6 +29,9 @@ from agentmerge.methods import INERT_PARAMS, METHODS, SUM_NORMALIZED, method_nam
 #: Below this share of the sum of absolute weights, a sum of weights counts as cancelled.
 CANCEL_SHARE = 1e-6
 
+#: Parameters that are on or off.
+SWITCHES = frozenset({"normalize", "rescale"})
+
 
 def round12(value: float) -> float:
     """``value`` at 12 significant digits; minus zero becomes zero."""
@@ -64,7 +67,8 @@ class Setting:
                     raise RecipeError(f"{where}: {item!r} has no 'value'; write {{filter, value}}")
                 name = item.get("filter")
                 name = None if name in (None, "*") else str(name)
-                entries.append((name, _numbers(item["value"], where)))
+                if name not in dict(entries):  # the first that matches wins
+                    entries.append((name, _numbers(item["value"], where)))
                 if name is None:
                     break  # nothing after an entry without a filter can match
             return cls(tuple(entries))
@@ -95,7 +99,8 @@ class Setting:
         """This setting, with ``fallback`` for the tensors that no entry matches."""
         if fallback is None or any(name is None for name, _ in self.entries):
             return self
-        return Setting(self.entries + fallback.entries)
+        mine = set(self.filters)  # a later entry with the same filter never matches
+        return Setting(self.entries + tuple(e for e in fallback.entries if e[0] not in mine))
 
     def map(self, function: Any) -> Setting:
         return Setting(tuple((n, tuple(function(v) for v in values)) for n, values in self.entries))
@@ -103,6 +108,11 @@ class Setting:
     @property
     def filters(self) -> tuple[str | None, ...]:
         return tuple(name for name, _ in self.entries)
+
+    @property
+    def is_scalar(self) -> bool:
+        """The same value for every tensor."""
+        return self.filters == (None,) and len(self.entries[0][1]) == 1
 
 
 Parameters = tuple[tuple[str, Setting], ...]
@@ -161,6 +171,9 @@ class Recipe:
             raise RecipeError("recipes with 'modules:' are not supported; use 'slices:'")
         if bool(raw.get("models")) == bool(raw.get("slices")):
             raise RecipeError("a recipe needs either 'models:' or 'slices:', and not both")
+        for key in ("models", "slices"):
+            if not isinstance(raw.get(key) or [], list):
+                raise RecipeError(f"{key} must be a list, not {raw[key]!r}")
         if raw.get("slices"):
             slices = tuple(_slice(item, f"slices[{i}]") for i, item in enumerate(raw["slices"]))
         else:
@@ -168,6 +181,8 @@ class Recipe:
             slices = (Slice(tuple(replace(source, layer_range=None) for source in sources)),)
         base = raw.get("base_model")
         seed = raw.get("merge_seed")
+        if seed is not None and type(seed) is not int:
+            raise RecipeError(f"merge_seed {seed!r} must be a whole number")
         tokenizer = raw.get("tokenizer_source")
         if tokenizer is None and isinstance(raw.get("tokenizer"), dict):
             tokenizer = raw["tokenizer"].get("source")
@@ -180,7 +195,7 @@ class Recipe:
             out_dtype=raw.get("out_dtype"),
             tokenizer_source=None if tokenizer is None else str(tokenizer),
             chat_template=raw.get("chat_template"),
-            merge_seed=None if seed is None else int(seed),
+            merge_seed=seed,
         )
 
     @classmethod
@@ -235,9 +250,12 @@ class Recipe:
             RecipeRejected: weights that cancel under ``normalize``, or layers that do not add up.
         """
         method = METHODS[self.merge_method]
-        slices = []
-        for piece in self.slices:
-            slices.append(_canonical_slice(self, piece, num_layers))
+        slices = [_canonical_slice(self, piece, num_layers) for piece in self.slices]
+        bases = {piece.base_model or self.base_model for piece in slices}
+        base_model = self.base_model if method.needs_base else None
+        if method.needs_base and len(bases) == 1:
+            base_model = bases.pop()  # said once, for the whole merge
+            slices = [replace(piece, base_model=None) for piece in slices]
         merged = slices[:1]
         for piece in slices[1:]:
             joined = _joined(merged[-1], piece)
@@ -250,17 +268,17 @@ class Recipe:
                 "recipes that change the depth are not supported"
             )
         shared = []
-        for name, default in method.shared_params:
-            value = _round_setting(dict(self.parameters).get(name, Setting.scalar(default)))
-            if name == "normalize":
-                value = value.map(lambda v: float(bool(v)))
-            if value != Setting.scalar(default) or name == "normalize":
+        for name, value in _shared_settings(method.shared_params, self.parameters):
+            default = Setting.scalar(dict(method.shared_params)[name])
+            if value != default or name == "normalize":
                 shared.append((name, value))
+        if "normalize" not in dict(shared) and "normalize" in dict(method.shared_params):
+            shared.append(("normalize", Setting.scalar(float(method.default_normalize))))
         seeded = method.random and not single
         return replace(
             self,
             slices=tuple(merged),
-            base_model=self.base_model if method.needs_base else None,
+            base_model=base_model,
             parameters=tuple(sorted(shared)) if method.name != "slerp" else (),
             merge_seed=(self.merge_seed or 0) if seeded else None,
         )
@@ -364,15 +382,45 @@ def _canonical_slice(recipe: Recipe, piece: Slice, num_layers: int) -> Slice:
     if method.needs_base and base is not None and base not in {s.model for s in sources}:
         sources.append(Source(base, sources[0].layer_range))
     if method.name == "slerp":
-        t = dict(piece.parameters).get("t") or dict(recipe.parameters).get("t")
-        return Slice(
-            tuple(sources),
-            base,
-            (("t", _round_setting(t or Setting.scalar(0.5))),),
-        )
-    if recipe.shared("normalize", piece):
+        t = Setting.scalar(0.5)
+        for scope in (recipe.parameters, piece.parameters):
+            if "t" in dict(scope):
+                t = dict(scope)["t"].then(t)
+        return Slice(tuple(sources), base, (("t", _round_setting(t)),))
+    if _always_normalizes(recipe, piece):
         sources = _scaled(sources, signed=method.name in SUM_NORMALIZED)
-    return Slice(tuple(sources), piece.base_model if method.needs_base else None)
+    return Slice(
+        tuple(replace(s, parameters=_rounded(s.parameters)) for s in sources),
+        piece.base_model if method.needs_base else None,
+        _shared_settings(method.shared_params, piece.parameters),
+    )
+
+
+def _shared_settings(known: tuple[tuple[str, float], ...], given: Parameters) -> Parameters:
+    """What ``given`` says of the parameters of the whole merge, in canonical form."""
+    found = []
+    for name, _ in known:
+        setting = dict(given).get(name)
+        if setting is not None:
+            if name in SWITCHES:
+                setting = setting.map(lambda v: float(bool(v)))
+            found.append((name, _round_setting(setting)))
+    return tuple(found)
+
+
+def _always_normalizes(recipe: Recipe, piece: Slice) -> bool:
+    """Whether only ratios of weights matter, for every tensor of the slice."""
+    if "normalize" not in dict(METHODS[recipe.merge_method].shared_params):
+        return False
+    scopes = (piece.parameters, recipe.parameters)
+    given = [s for scope in scopes if (s := dict(scope).get("normalize")) is not None]
+    if given:
+        return given[0].is_scalar and bool(given[0].entries[0][1][0])
+    return METHODS[recipe.merge_method].default_normalize
+
+
+def _rounded(parameters: Parameters) -> Parameters:
+    return tuple((name, _round_setting(setting)) for name, setting in parameters)
 
 
 def _pushed_down(
@@ -391,7 +439,7 @@ def _pushed_down(
         setting = setting.then(Setting.scalar(default))
     if name == "density":
         setting = setting.map(lambda v: min(max(v, 0.0), 1.0))
-    return [(name, _round_setting(setting))]
+    return [(name, setting)]
 
 
 def _scaled(sources: list[Source], signed: bool) -> list[Source]:
@@ -418,7 +466,7 @@ def _scaled(sources: list[Source], signed: bool) -> list[Source]:
         replace(
             source,
             parameters=tuple(
-                (name, _round_setting(next(divided)) if name == "weight" else setting)
+                (name, next(divided) if name == "weight" else setting)
                 for name, setting in source.parameters
             ),
         )
@@ -488,6 +536,8 @@ def _load(text: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         raw = yaml.safe_load(text.read_text() if isinstance(text, Path) else text)
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {source}") from None
+    except OSError as error:
+        raise RecipeError(f"{source} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
@@ -498,7 +548,7 @@ def _load(text: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _slice(raw: Any, where: str) -> Slice:
-    if not isinstance(raw, dict) or not raw.get("sources"):
+    if not isinstance(raw, dict) or not isinstance(raw.get("sources"), list) or not raw["sources"]:
         raise RecipeError(f"{where} needs a list of 'sources'")
     sources = tuple(
         _source(item, f"{where}.sources[{i}]", ranged=True) for i, item in enumerate(raw["sources"])
@@ -518,9 +568,10 @@ def _source(raw: Any, where: str, ranged: bool = False) -> Source:
     if ranged and layers is None:
         raise RecipeError(f"{where} needs a 'layer_range' [start, end]")
     if layers is not None:
-        if len(layers) != 2 or not 0 <= int(layers[0]) < int(layers[1]):
+        whole = isinstance(layers, (list, tuple)) and [type(x) for x in layers] == [int, int]
+        if not whole or not 0 <= layers[0] < layers[1]:
             raise RecipeError(f"{where}.layer_range {layers} must be [start, end], start < end")
-        layers = (int(layers[0]), int(layers[1]))
+        layers = (layers[0], layers[1])
     return Source(
         _model_name(raw["model"], f"{where}.model"),
         layers,
@@ -558,6 +609,8 @@ def _numbers(raw: Any, where: str) -> tuple[float, ...]:
             number = float(value)
         except (TypeError, ValueError):
             raise RecipeError(f"{where}: {value!r} is not a number") from None
+        except OverflowError:
+            raise RecipeError(f"{where}: {value!r} is too large") from None
         if not math.isfinite(number):
             raise RecipeError(f"{where}: {value!r} is not finite")
         numbers.append(number)
@@ -573,7 +626,7 @@ def _plain(values: tuple[float, ...]) -> Any:
 def _parameters_yaml(parameters: Parameters) -> dict[str, Any]:
     return {
         name: bool(setting.entries[0][1][0])
-        if name in ("normalize", "rescale") and setting.filters == (None,)
+        if name in SWITCHES and setting.is_scalar
         else setting.to_yaml()
         for name, setting in parameters
     }
