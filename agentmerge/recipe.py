@@ -444,9 +444,11 @@ def _pushed_down(
 
 def _scaled(sources: list[Source], signed: bool) -> list[Source]:
     """Divide each filter's weights by their largest; by its sign too where sums are divided by."""
-    weights = [dict(source.parameters)["weight"] for source in sources if source.parameters]
+    weights = [
+        _collapsed(dict(source.parameters)["weight"]) for source in sources if source.parameters
+    ]
     filters = max((weight.filters for weight in weights), key=len)
-    if any(weight.filters not in (filters, (None,)) for weight in weights):
+    if any(not _within(weight.filters, filters) for weight in weights):
         return sources  # sources filter differently: no common scale to take out
     spread = [dict(w.entries) for w in weights]
     scales = []
@@ -472,6 +474,12 @@ def _scaled(sources: list[Source], signed: bool) -> list[Source]:
         )
         for source in sources
     ]
+
+
+def _within(some: tuple[str | None, ...], all_: tuple[str | None, ...]) -> bool:
+    """Whether filters are some of others, in the same order, with the same fallback."""
+    rest = iter(all_)
+    return all(name in rest for name in some) and some[-1] == all_[-1]
 
 
 def _joined(first: Slice, second: Slice) -> Slice | None:
@@ -510,9 +518,15 @@ def _round_setting(setting: Setting) -> Setting:
         entries.append((name, rounded[:1] if len(set(rounded)) == 1 else rounded))
         if name is None:
             break
-    if len({values for _, values in entries}) == 1 and entries[-1][0] is None:
-        entries = [(None, entries[-1][1])]  # every filter says the same
-    return Setting(tuple(entries))
+    return _collapsed(Setting(tuple(entries)))
+
+
+def _collapsed(setting: Setting) -> Setting:
+    """One value where every filter says the same."""
+    last = setting.entries[-1]
+    if last[0] is None and all(values == last[1] for _, values in setting.entries):
+        return Setting((last,))
+    return setting
 
 
 def _renamed(value: Any, identities: Mapping[str, str]) -> Any:
