@@ -141,7 +141,7 @@ def test_a_full_disk_loses_nothing_saved(tmp_path: Path) -> None:
         pages = ledger._conn.execute("PRAGMA page_count").fetchone()[0]
         ledger._conn.execute(f"PRAGMA max_page_count = {pages}")
         items = [ItemRef("task", i, f"{i:016x}") for i in range(5000)]
-        with pytest.raises(LedgerError, match="full.*free the disk"):
+        with pytest.raises(LedgerError, match=r"full.*free the disk"):
             ledger.save_results(replace(KEY, recipe_hash="b"), "task", items, results(5000))
         assert len(ledger.results(KEY)) == 8
 
@@ -203,5 +203,5 @@ def test_a_call_that_was_paid_for_is_there(ledger: Ledger) -> None:
 
 def test_an_unknown_run_names_those_there_are(ledger: Ledger) -> None:
     ledger.add_run(row())
-    with pytest.raises(NotFound, match="no run called 'x'.*name"):
+    with pytest.raises(NotFound, match=r"no run called .x..*name"):
         ledger.run("x")
