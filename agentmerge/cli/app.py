@@ -179,7 +179,8 @@ def _driven(start: Any, config: Any, runs_dir: Path, as_json: bool, quiet: bool)
     _print(summary, as_json, summary_text(summary))
     folder = runs_dir / row.name
     if row.status != "done":
-        progress.say(f"saved; go on with: agentmerge resume {row.name}")
+        where = "" if runs_dir == Path("runs") else f" --runs-dir {runs_dir}"
+        progress.say(f"saved; go on with: agentmerge resume {row.name}{where}")
         return 0
     progress.say(f"best recipe: {folder / 'best.yml'}")
     return 0

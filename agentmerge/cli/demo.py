@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,17 @@ INTRO = """\
 Two small models were trained from one base: one learned to shift letters, one to sort them.
 The search looks for the merge of the two that does both. No language model advises it here
 (--llm none): the three agents work by rules, on real statistics of the history."""
+
+
+def _short(path: Path) -> Path:
+    """The path as it is reached from here."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _program() -> str:
+    """What to type: the bare name where the shell finds it, else the path this was started by."""
+    return "agentmerge" if shutil.which("agentmerge") else str(_short(Path(sys.argv[0]).absolute()))
 
 
 def run_demo(directory: Path, max_evaluations: int, seed: int, as_json: bool, quiet: bool) -> int:
@@ -50,12 +62,12 @@ def run_demo(directory: Path, max_evaluations: int, seed: int, as_json: bool, qu
         _print(summary, as_json, "stopped before the search was done")
         return 0
     _print(summary, as_json, "\n" + card_text(row.result))
-    here = f"--runs-dir {directory}"
-    print(
-        f"\nNext:  agentmerge show {row.name} {here}\n"
-        f"       agentmerge best {row.name} {here}\n"
-        f"       agentmerge export {row.name} --to merged {here}\n"
-        f"The config was {config_path}",
-        file=sys.stderr,
+    here = f"--runs-dir {_short(directory)}"
+    program = _program()
+    progress.say(
+        f"\nNext:  {program} show {row.name} {here}\n"
+        f"       {program} best {row.name} {here}\n"
+        f"       {program} export {row.name} --to merged {here}\n"
+        f"The config was {_short(config_path)}"
     )
     return 0
