@@ -150,6 +150,39 @@ def prepare(
     )
 
 
+def anchored(config: SearchConfig) -> SearchConfig:
+    """The config with local folders and files absolute, so that it means the same from anywhere.
+
+    mergekit, too, takes a relative ``a/b`` for a hub id; hub ids stay as they are.
+    """
+
+    def absolute(name: str) -> str:
+        path = Path(name).expanduser()
+        return str(path.absolute()) if path.exists() and not path.is_absolute() else name
+
+    genome = config.genome
+    base, source = genome.base_model, genome.tokenizer_source
+    return config.model_copy(
+        update={
+            "genome": genome.model_copy(
+                update={
+                    "models": tuple(absolute(model) for model in genome.models),
+                    "base_model": base and absolute(base),
+                    "tokenizer_source": source
+                    if source in (None, "union", "base")
+                    else absolute(source),
+                }
+            ),
+            "tasks": config.tasks.model_copy(
+                update={"task_search_path": tuple(map(absolute, config.tasks.task_search_path))}
+            ),
+            "search": config.search.model_copy(
+                update={"init": tuple(map(absolute, config.search.init))}
+            ),
+        }
+    )
+
+
 def plan_of(prepared: Prepared, ledger: Ledger | None, settings_hash: str) -> Plan:
     """The plan of a prepared search; time only where this ledger has run the same settings."""
     config = prepared.config

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmerge import plugins
-from agentmerge.check import Prepared, prepare
+from agentmerge.check import Prepared, anchored, prepare
 from agentmerge.config import SearchConfig
 from agentmerge.errors import CandidateFailed, NotBegun, NotFound, RunFailed, UserError
 from agentmerge.ledger import Ledger, ResultKey, RunRow
@@ -97,6 +97,7 @@ def run(
         ConfigError: every fault in the config, models and tasks.
         RunFailed: the search cannot go on; what was scored is saved.
     """
+    config = anchored(config)
     prepared = prepare(config, allow_benchmarks=allow_benchmarks)
     _check_resources(config, models)
     runs_dir = Path(runs_dir)

@@ -173,6 +173,22 @@ def test_check_finds_every_fault_at_once(
     assert any("exact_macth" in fault and "exact_match" in fault for fault in faults)
 
 
+def test_relative_paths_mean_the_same_from_anywhere(
+    family: Family, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = family.base.parent
+    body = body_of(family, tasks, base_model="base")
+    body["genome"]["models"] = [expert.name for expert in family.experts]
+    monkeypatch.chdir(home)
+    row = session.run(
+        SearchConfig.from_text(yaml.safe_dump(body)), name="a", runs_dir=tmp_path / "runs"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert str(home) in (tmp_path / "runs" / "a" / "best.yml").read_text()
+    more = {"budget.max_evaluations": 16}
+    assert session.resume("a", runs_dir="runs", overrides=more).status == row.status == "done"
+
+
 def test_prepared_facts_are_stable(family: Family, tasks: Path) -> None:
     config = config_of(family, tasks)
     assert prepare(config).facts() == prepare(config).facts()
