@@ -7,14 +7,20 @@ also says what it would cost. Knows no search state.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from agentmerge import plugins
 from agentmerge.config import SearchConfig
-from agentmerge.errors import AgentmergeError, ConfigError, ParentError, UserError
+from agentmerge.errors import (
+    AgentmergeError,
+    ConfigError,
+    ParentError,
+    RecipeRejected,
+    UserError,
+)
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.genome import SearchSpace
 from agentmerge.ledger import Ledger
@@ -92,30 +98,48 @@ class Plan:
 
 
 def prepare(
-    config: SearchConfig, *, allow_benchmarks: bool = False, also: Sequence[str] = ()
+    config: SearchConfig,
+    *,
+    allow_benchmarks: bool = False,
+    also: Sequence[str] = (),
+    fresh: bool = False,
+    tasks: bool = True,
 ) -> Prepared:
     """Resolve models, tasks, strategy and worker.
 
-    also: models beside the genome's that recipes may name.
+    also: models beside the genome's that recipes may name. fresh: a search begins, so its warm
+    starts are looked at too. tasks: leave them out where nothing is scored.
 
     Raises:
         ConfigError: every fault found, one sentence each.
     """
     faults = [] if allow_benchmarks else benchmark_faults(config)
-    faults += _tokenizer_faults(config) + init_faults(config)
-    for group, name in (
-        ("agentmerge.strategies", config.algorithm),
-        ("agentmerge.workers", config.worker.kind),
-    ):
-        try:
-            plugins.load(group, name)
-        except UserError as error:
-            faults.append(str(error))
+    faults += _tokenizer_faults(config) + _plugin_faults(config) + _device_faults(config)
+    if fresh:
+        faults += init_faults(config)
     if config.worker.kind == "fake":
-        return _prepare_fake(config, faults)
+        prepared = _prepare_fake(config, faults)
+    else:
+        prepared = _prepare_real(config, also, tasks, faults)
+    if fresh:
+        faults = [*_depth_faults(config, prepared.space)]
+        if faults:
+            raise ConfigError(faults)
+    return prepared
+
+
+def _prepare_real(
+    config: SearchConfig, also: Sequence[str], tasks: bool, faults: list[str]
+) -> Prepared:
+    from agentmerge.merging.headers import content_fingerprint
+    from agentmerge.merging.plan import plan
+
     paths, layout = _parents(config, also, faults)
+    identities = {name: content_fingerprint(path) for name, path in paths.items()} if layout else {}
+    faults += _twin_faults(identities)
     space = None
     if layout is not None:
+        faults += _filter_faults(config, layout)
         try:
             space = SearchSpace(
                 config.genome,
@@ -125,29 +149,39 @@ def prepare(
             )
         except ConfigError as error:
             faults += error.faults
-    taskset, spec = None, None
+    taskset, spec = TaskSet((), ()), None
     if paths:
         spec = _spec(config, paths, config.worker.dtype or (layout.dtype if layout else "float32"))
-        try:
-            taskset = tasks_for(spec)
-        except AgentmergeError as error:
-            faults += str(error).splitlines()
-    if faults or layout is None or space is None or taskset is None or spec is None:
+        if tasks:
+            taskset = _tasks(spec, faults)
+    if faults or layout is None or space is None or spec is None:
         raise ConfigError(faults)
-    from agentmerge.merging.headers import content_fingerprint
-    from agentmerge.merging.plan import plan
-
-    size = layout_bytes(layout, space.dtype)
     return Prepared(
         config,
         spec,
         space,
         taskset,
-        {name: content_fingerprint(path) for name, path in paths.items()},
+        identities,
         lambda recipe: plan(recipe, layout),
         parent_bytes=layout_bytes(layout, layout.dtype) * len(paths),
-        model_bytes=size,
+        model_bytes=layout_bytes(layout, space.dtype),
     )
+
+
+def _tasks(spec: WorkerSpec, faults: list[str]) -> TaskSet:
+    """Every task built; where that fails, each is tried alone, so that all faults are found."""
+    try:
+        return tasks_for(spec)
+    except AgentmergeError as error:
+        found = str(error).splitlines()
+    for task in spec.tasks.tasks if len(spec.tasks.tasks) > 1 else ():
+        alone = replace(spec, tasks=spec.tasks.model_copy(update={"tasks": (task,)}))
+        try:
+            tasks_for(alone)
+        except AgentmergeError as error:
+            found += str(error).splitlines()
+    faults += dict.fromkeys(found)
+    return TaskSet((), ())
 
 
 def anchored(config: SearchConfig) -> SearchConfig:
@@ -161,6 +195,7 @@ def anchored(config: SearchConfig) -> SearchConfig:
         return str(path.absolute()) if path.exists() and not path.is_absolute() else name
 
     genome = config.genome
+    graph_file, colon, function = config.search.graph.partition(":")
     base, source = genome.base_model, genome.tokenizer_source
     return config.model_copy(
         update={
@@ -177,7 +212,15 @@ def anchored(config: SearchConfig) -> SearchConfig:
                 update={"task_search_path": tuple(map(absolute, config.tasks.task_search_path))}
             ),
             "search": config.search.model_copy(
-                update={"init": tuple(map(absolute, config.search.init))}
+                update={
+                    "init": tuple(map(absolute, config.search.init)),
+                    "graph": absolute(graph_file) + colon + function
+                    if graph_file.endswith(".py")
+                    else config.search.graph,
+                }
+            ),
+            "agents": config.agents.model_copy(
+                update={"prompts": config.agents.prompts and absolute(config.agents.prompts)}
             ),
         }
     )
@@ -234,6 +277,55 @@ def _tokenizer_faults(config: SearchConfig) -> list[str]:
     ]
 
 
+def _plugin_faults(config: SearchConfig) -> list[str]:
+    faults = []
+    for group, name in (
+        ("agentmerge.strategies", config.algorithm),
+        ("agentmerge.workers", config.worker.kind),
+    ):
+        try:
+            plugins.load(group, name)
+        except UserError as error:
+            faults.append(str(error))
+    return faults
+
+
+def _device_faults(config: SearchConfig) -> list[str]:
+    device = config.worker.device
+    if device is None or device == "cpu":
+        return []
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        return [f"worker.device {device!r} is not a device; use cpu or cuda"]
+    if kind == "cuda" and not torch.cuda.is_available():
+        return [f"worker.device {device!r} is not on this machine; use cpu"]
+    return []
+
+
+def _twin_faults(identities: Mapping[str, str]) -> list[str]:
+    """One model under two names: weights between them would do nothing."""
+    first: dict[str, str] = {}
+    faults = []
+    for name, identity in identities.items():
+        other = first.setdefault(identity, name)
+        if other != name:
+            faults.append(f"{other!r} and {name!r} are the same model; name each model once")
+    return faults
+
+
+def _filter_faults(config: SearchConfig, layout: Any) -> list[str]:
+    names = [tensor.name for tensor in layout.tensors]
+    return [
+        f"genome.filters: {text!r} is in the name of no tensor of these models, so it would do "
+        f"nothing; names look like {names[len(names) // 2]!r}"
+        for text in config.genome.filters
+        if not any(text in name for name in names)
+    ]
+
+
 def init_faults(config: SearchConfig) -> list[str]:
     """Warm-start recipes that cannot be read, or that name other models."""
     known = {*config.genome.models, config.genome.base_model}
@@ -251,6 +343,15 @@ def init_faults(config: SearchConfig) -> list[str]:
                 f"only use {sorted(str(k) for k in known if k)}"
             )
     return faults
+
+
+def _depth_faults(config: SearchConfig, space: SearchSpace) -> Iterator[str]:
+    """Warm starts that these models cannot make."""
+    for path in config.search.init:
+        try:
+            Recipe.parse(Path(path)).canonical(space.num_layers)
+        except RecipeRejected as error:
+            yield f"--init {path}: {error}"
 
 
 def layout_bytes(layout: Any, dtype: str) -> int:
@@ -280,10 +381,11 @@ def _parents(
             paths[name] = resolve_model(name, trust_remote_code=config.worker.trust_remote_code)
         except ParentError as error:
             faults.append(str(error))
-    if len(paths) < len(names):
+    base = config.genome.base_model if config.genome.base_model in paths else None
+    if not paths:
         return {}, None
     try:
-        return paths, read_layout(paths, config.genome.base_model)
+        return paths, read_layout(paths, base)
     except ParentError as error:
         faults += str(error).splitlines()
         return paths, None
@@ -318,9 +420,9 @@ def _template_model(config: SearchConfig, paths: Mapping[str, Path]) -> str:
         names.append(config.genome.base_model)
     if config.tasks.apply_chat_template:
         for name in names:
-            if has_chat_template(paths[name]):
+            if name in paths and has_chat_template(paths[name]):
                 return name
-    return names[0]
+    return next(name for name in names if name in paths)
 
 
 def has_chat_template(path: Path) -> bool:
@@ -348,7 +450,9 @@ def _prepare_fake(config: SearchConfig, faults: list[str]) -> Prepared:
     names = list(config.genome.models)
     if config.genome.base_model and config.genome.base_model not in names:
         names.append(config.genome.base_model)
-    depth = int(config.worker.options.get("num_layers", 4))
+    depth = config.worker.options.get("num_layers", 4)
+    if type(depth) is not int or depth < 1:
+        raise ConfigError(f"worker.options.num_layers {depth!r} must be a whole number above 0")
     spec = _spec(config, {name: Path(name) for name in names}, "float32", device="cpu")
     return Prepared(
         config,

@@ -23,7 +23,7 @@ from agentmerge.methods import METHODS
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class GenomeConfig(_Frozen):
@@ -60,6 +60,8 @@ class GenomeConfig(_Frozen):
         if self.merge_method == "slerp" and (self.smooth or self.filters):
             key = "smooth" if self.smooth else "filters"
             faults.append(f"{key} is not possible with slerp; remove it")
+        if "" in self.filters:
+            faults.append("filters holds an empty text, which is in every name; remove it")
         if len(set(self.filters)) != len(self.filters):
             faults.append(f"filters {list(self.filters)} names one twice")
         if faults:
@@ -107,6 +109,8 @@ class TasksConfig(_Frozen):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"tasks names {', '.join(twice)} twice; give each task once")
+        if not any(task.weight for task in self.tasks):
+            raise ValueError("every task has weight 0, so every merge would score 0")
         return self
 
 
@@ -114,7 +118,7 @@ class SearchSettings(_Frozen):
     """How to search."""
 
     algorithm: str | None = None
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     population: int | None = Field(None, gt=0)
     max_generations: int | None = Field(None, gt=0)
     sigma_low: float = Field(0.05, gt=0)
@@ -155,7 +159,7 @@ class WorkerSettings(_Frozen):
     count: int = Field(1, ge=1)
     batch_size: int = Field(64, gt=0)
     device: str | None = None
-    dtype: str | None = None
+    dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
     trust_remote_code: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -229,10 +233,15 @@ class SearchConfig(_Frozen):
             raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{source} must be a mapping with 'genome' and 'tasks'")
-        lines = _key_lines(text)
+        try:
+            lines = _key_lines(text)
+        except RecursionError:
+            raise ConfigError(f"{source} has an alias (*name) that contains itself") from None
         for dotted, value in (overrides or {}).items():
             section, _, key = dotted.partition(".")
-            target = raw if not key else raw.setdefault(section, {})
+            if key and raw.get(section) is None:
+                raw[section] = {}
+            target = raw[section] if key else raw
             if not isinstance(target, dict):
                 raise ConfigError(f"{source}: {section} must be a mapping, not {target!r}")
             target[key or section] = value
@@ -324,7 +333,7 @@ def _tasks(raw: dict[str, Any], search: SearchSettings, out: _Faults) -> Any:
         tasks.append(entry)
     body = {key: raw[key] for key in _TASK_KEYS[1:] if raw.get(key) is not None}
     paths = raw.get("task_search_path") or ()
-    body["task_search_path"] = (paths,) if isinstance(paths, str) else tuple(paths)
+    body["task_search_path"] = (paths,) if isinstance(paths, str) else paths
     body.update(
         tasks=tasks,
         sealed_share=search.sealed_share,
@@ -347,7 +356,10 @@ def _build(model: type[_Frozen], body: dict[str, Any], section: str, out: _Fault
     try:
         return model(**body)
     except ValidationError as error:
-        for problem in error.errors():
+        problems = error.errors()
+        for problem in problems:
+            if problem["type"] == "too_short" and len(problems) > 1:
+                continue  # what was left after faulty entries were dropped
             path = ".".join(str(part) for part in (section, *problem["loc"]) if part != "")
             message = problem["msg"].removeprefix("Value error, ")
             got = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"

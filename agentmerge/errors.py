@@ -86,7 +86,9 @@ class CandidateFailed(AgentmergeError):
 
 
 class RecipeRejected(CandidateFailed):
-    """A recipe refused by rule before any worker saw it."""
+    """A recipe refused by rule before any worker saw it; on the command line, a mistake."""
+
+    exit_code = 2
 
 
 class NotBegun(AgentmergeError):

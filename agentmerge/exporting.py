@@ -45,7 +45,7 @@ def export_run(
         row = ledger.run(name)
         found = best_recipe(ledger, row)
         config = SearchConfig.from_text(row.config, row.name)
-        prepared = prepare(config, allow_benchmarks=True)
+        prepared = prepare(config, allow_benchmarks=True, tasks=verify)
         if config.worker.kind == "fake":
             raise UserError(f"run {name!r} searched on the fake worker: it has no model to export")
         recipe = Recipe.parse(found["recipe"])

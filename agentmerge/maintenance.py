@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from agentmerge.session import CHECKPOINTS, LEDGER, existing_runs, opened
+from agentmerge.session import CHECKPOINTS, LEDGER, existing_runs, opened, readable
 
 #: Distribution -> the least version this code was written against.
 NEEDED = {
@@ -43,9 +43,10 @@ def prune_checkpoints(runs_dir: Path | str, *, dry_run: bool) -> dict[str, Any]:
     path = runs_dir / CHECKPOINTS
     with opened(runs_dir) as ledger:
         rows = ledger.runs()
-    busy = [row.name for row in rows if Lease.holder(path, row.id) is not None]
+    with readable(path, "NAME"):
+        busy = [row.name for row in rows if Lease.holder(path, row.id) is not None]
     idle = [row.id for row in rows if row.name not in busy]
-    with open_saver(path) as saver:
+    with readable(path, "NAME"), open_saver(path) as saver:
         found = saver.prunable(idle)
         freed = found.payload_bytes
         if not dry_run and found.checkpoints:
@@ -72,7 +73,8 @@ def diagnose(runs_dir: Path | str) -> list[dict[str, Any]]:
     ]
     for name, least in NEEDED.items():
         found.append(_package(name, least))
-    found += [_vllm(), _device(), _disk(Path(runs_dir)), _database(Path(runs_dir))]
+    found += [_vllm(), _device(), _disk(Path(runs_dir))]
+    found += [_database(Path(runs_dir)), _checkpoints(Path(runs_dir))]
     for key in KEYS:
         state = "set" if os.environ.get(key) else "not set (needed only for that service)"
         found.append(_finding(key, True, state))
@@ -137,3 +139,17 @@ def _database(runs_dir: Path) -> dict[str, Any]:
             return _finding("results", True, f"{len(ledger.runs())} searches in {path}")
     except LedgerError as error:
         return _finding("results", False, str(error), f"move {path} away")
+
+
+def _checkpoints(runs_dir: Path) -> dict[str, Any]:
+    from agentmerge.checkpoints import open_saver
+    from agentmerge.errors import AgentmergeError
+
+    path = runs_dir / CHECKPOINTS
+    if not path.is_file():
+        return _finding("checkpoints", True, f"none yet in {runs_dir}")
+    try:
+        with readable(path, "NAME"), open_saver(path) as saver:
+            return _finding("checkpoints", True, f"{saver.size_bytes() / 1e6:.1f} MB in {path}")
+    except AgentmergeError as error:
+        return _finding("checkpoints", False, str(error), f"delete {path}: no result is in it")

@@ -62,9 +62,10 @@ def load(group: str, name: str) -> Any:
     if name not in found:
         near = difflib.get_close_matches(name, found, 1, 0.6)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        kind = group.rpartition(".")[2].removesuffix("s")
+        kind = group.rpartition(".")[2]
         raise UserError(
-            f"unknown {kind} {name!r}; {hint}known: {', '.join(found) or 'none installed'}"
+            f"{name!r} is not one of the {kind}; {hint}"
+            f"known: {', '.join(found) or 'none installed'}"
         )
     try:
         return found[name].load()

@@ -443,26 +443,29 @@ def _pushed_down(
 
 
 def _scaled(sources: list[Source], signed: bool) -> list[Source]:
-    """Divide each filter's weights by their largest; by its sign too where sums are divided by."""
+    """Divide weights by their largest: filter by filter where sources filter alike, else all by
+    one. ``signed``: by its sign too, where sums are divided by."""
     weights = [
         _collapsed(dict(source.parameters)["weight"]) for source in sources if source.parameters
     ]
     filters = max((weight.filters for weight in weights), key=len)
-    if any(not _within(weight.filters, filters) for weight in weights):
-        return sources  # sources filter differently: no common scale to take out
-    spread = [dict(w.entries) for w in weights]
-    scales = []
-    for name in filters:
-        largest = max((v for row in spread for v in row.get(name, row.get(None, ()))), key=abs)
-        scales.append((largest if signed else abs(largest)) or 1.0)
+    alike = all(weight.filters in (filters, (None,)) for weight in weights)
+    if alike:  # one value for everything stands for the same value under each filter
+        weights = [w if w.filters == filters else _spread(w, filters) for w in weights]
+        columns = [[v for w in weights for v in w.entries[i][1]] for i in range(len(filters))]
+    else:
+        columns = [[v for w in weights for _, values in w.entries for v in values]] * max(
+            len(w.entries) for w in weights
+        )
+    scales = [_scale(column, signed) for column in columns]
     divided = iter(
         Setting(
             tuple(
-                (name, tuple(v / scale for v in row.get(name, row.get(None, ()))))
-                for name, scale in zip(filters, scales, strict=True)
+                (name, tuple(v / scale for v in values))
+                for (name, values), scale in zip(weight.entries, scales, strict=False)
             )
         )
-        for row in spread
+        for weight in weights
     )
     return [
         replace(
@@ -476,10 +479,13 @@ def _scaled(sources: list[Source], signed: bool) -> list[Source]:
     ]
 
 
-def _within(some: tuple[str | None, ...], all_: tuple[str | None, ...]) -> bool:
-    """Whether filters are some of others, in the same order, with the same fallback."""
-    rest = iter(all_)
-    return all(name in rest for name in some) and some[-1] == all_[-1]
+def _spread(setting: Setting, filters: tuple[str | None, ...]) -> Setting:
+    return Setting(tuple((name, setting.entries[0][1]) for name in filters))
+
+
+def _scale(values: list[float], signed: bool) -> float:
+    largest = max(values, key=abs)
+    return (largest if signed else abs(largest)) or 1.0
 
 
 def _joined(first: Slice, second: Slice) -> Slice | None:

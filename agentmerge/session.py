@@ -98,13 +98,14 @@ def run(
         RunFailed: the search cannot go on; what was scored is saved.
     """
     config = anchored(config)
-    prepared = prepare(config, allow_benchmarks=allow_benchmarks)
-    _check_resources(config, models)
+    if Path(runs_dir).exists() and not Path(runs_dir).is_dir():
+        raise UserError(f"--runs-dir {runs_dir} is a file; name a folder")
+    prepared = prepare(config, allow_benchmarks=allow_benchmarks, fresh=True)
+    check_resources(config, models)
     runs_dir = Path(runs_dir)
     with Ledger(runs_dir / LEDGER) as ledger:
         row = _new_row(ledger, prepared, name)
         ledger.add_run(row)
-        _write_run_dir(runs_dir / row.name, config)
         return _drive(prepared, row, runs_dir, ledger, emit, drain, models)
 
 
@@ -141,10 +142,6 @@ def resume(
                 f"{'; '.join(changes)} since {row.name!r} began: old and new scores cannot be "
                 f"compared; put it back, or `agentmerge branch {row.name}` to score the best again"
             )
-        if overrides:
-            ledger.update_run(row.id, config=config.to_yaml())
-            _write_run_dir(runs_dir / row.name, config)
-            row = ledger.run(row.id)
         return _drive(prepared, row, runs_dir, ledger, emit, drain, models)
 
 
@@ -178,13 +175,12 @@ def branch(
         seed = {"search.seed": parent.seed}
         config = SearchConfig.from_text(parent.config, parent.name, seed | dict(overrides or {}))
         prepared = prepare(config, allow_benchmarks=True)
-        _check_resources(config, models)
+        check_resources(config, models)
         row = _new_row(ledger, prepared, name or f"{parent.name}-b{at}", (parent.id, at))
         ledger.add_run(row)
         before = SearchConfig.from_text(parent.config, parent.name)
         prior = _answers(row.facts, config) != _answers(parent.facts, before)
         ledger.copy_past(parent.id, row.id, at, prior=prior)
-        _write_run_dir(runs_dir / row.name, config)
         return _drive(prepared, row, runs_dir, ledger, emit, drain, models)
 
 
@@ -285,15 +281,18 @@ def _drive(
     from agentmerge.lease import Lease
 
     drain = drain or Drain()
-    with ExitStack() as stack:
+    with ExitStack() as stack, readable(runs_dir / CHECKPOINTS, row.name):
         lease = stack.enter_context(Lease.acquire(runs_dir / CHECKPOINTS, row.id, name=row.name))
         saver = stack.enter_context(open_saver(runs_dir / CHECKPOINTS))
+        _write_run_dir(runs_dir / row.name, prepared.config)
+        ledger.update_run(row.id, config=prepared.config.to_yaml())
         log = stack.enter_context((runs_dir / row.name / "log.jsonl").open("a"))
         tell = _telling(emit or _silent, log)
         search = _search(prepared, row, runs_dir, ledger, tell, stack, models)
         search.stopping = lambda: drain.requested
         search.still_mine = lease.check
-        search.emit({"event": "start", "run": row.name, "status": row.status})
+        advisers = sorted({model.name for model in search.models.values()})
+        search.emit({"event": "start", "run": row.name, "status": row.status, "advisers": advisers})
         graph = load_graph(prepared.config.search.graph).compile(checkpointer=saver)
         budget = prepared.config.budget.max_evaluations
         thread: Any = {
@@ -310,11 +309,6 @@ def _drive(
             graph.invoke(begin, thread, context=context, durability="sync", control=drain.control)
         except (GraphDrained, NotBegun):
             pass  # told to stop: the last step is saved, or was not begun
-        except sqlite3.Error as error:
-            raise RunFailed(
-                f"{runs_dir / CHECKPOINTS} cannot be written: {error}; free the disk or end the "
-                f"other writer, then agentmerge resume {row.name}"
-            ) from error
         except BaseException:
             ledger.update_run(row.id, status="interrupted")
             raise
@@ -325,6 +319,18 @@ def _drive(
                 raise RunFailed(f"search {row.name!r} ended without finishing; see its log.jsonl")
             ledger.update_run(row.id, status="interrupted")
     return ledger.run(row.id)
+
+
+@contextmanager
+def readable(checkpoints: Path, name: str) -> Iterator[None]:
+    """A checkpoint file that fails as a sentence: the ledger still holds the whole search."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise RunFailed(
+            f"{checkpoints} cannot be used: {error}; free the disk or end the other writer (or, if "
+            f"it is damaged, delete it: no result is in it), then agentmerge resume {name}"
+        ) from error
 
 
 def _first_input(graph: Any, thread: Any, row: RunRow, prepared: Prepared) -> Any:
@@ -423,7 +429,7 @@ def _models(config: SearchConfig, ready: Mapping[Role, Any] | None) -> dict[Role
     return found
 
 
-def _check_resources(config: SearchConfig, ready: Mapping[Role, Any] | None) -> None:
+def check_resources(config: SearchConfig, ready: Mapping[Role, Any] | None = None) -> None:
     """Models, prompts and graph exist: found out before a run is written down."""
     from agentmerge.agents.prompts import load_prompts
 

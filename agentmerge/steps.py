@@ -125,7 +125,8 @@ class Search:
             known = [c for c in past if c.score is not None and c.operator != "parent"]
             best = max(known, key=lambda c: c.score or 0.0, default=None)
             again = [] if best is None else [self._again(best)]
-            self._add(last + 1, [*self._rivals(), *again])
+            budget = self.config.budget.max_evaluations
+            self._add(last + 1, [*again, *self._rivals()][:budget])
             return last + 1
         return last
 
@@ -351,7 +352,11 @@ class Search:
         seeds = self._rivals()
         for path in self.config.search.init:
             recipe = Recipe.parse(Path(path)).canonical(self.space.num_layers)
-            seeds.append(_proposal(self.space.vector(recipe), recipe, "init", Path(path).name))
+            try:
+                point = self.space.vector(recipe)
+            except RecipeRejected:
+                point = None  # outside the space, and perhaps refused: `_add` says why
+            seeds.append(_proposal(point, recipe, "init", Path(path).name))
         left = self.config.budget.max_evaluations - len(seeds)
         draws = self.strategy.propose(
             self.space, [], None, max(0, min(self.population, left)), self._rng()

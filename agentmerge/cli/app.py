@@ -182,6 +182,9 @@ def _driven(start: Any, config: Any, runs_dir: Path, as_json: bool, quiet: bool)
         where = "" if runs_dir == Path("runs") else f" --runs-dir {runs_dir}"
         progress.say(f"saved; go on with: agentmerge resume {row.name}{where}")
         return 0
+    if summary["best"] is None:
+        why = next((c["failure"] for c in summary["failures"]), f"it stopped by {row.stop_reason}")
+        return _red(f"nothing was scored: {why}", 1)
     progress.say(f"best recipe: {folder / 'best.yml'}")
     return 0
 
@@ -222,7 +225,7 @@ def run(
     ] = None,
     vllm: Annotated[bool | None, typer.Option("--vllm/--no-vllm")] = None,
     in_memory: Annotated[bool | None, typer.Option("--in-memory/--no-in-memory")] = None,
-    num_gpus: Annotated[int | None, typer.Option()] = None,
+    num_gpus: Annotated[int | None, typer.Option(min=1)] = None,
     merge_cuda: Annotated[bool | None, typer.Option("--merge-cuda/--no-merge-cuda")] = None,
     allow_crimes: Annotated[bool | None, typer.Option("--allow-crimes/--no-allow-crimes")] = None,
     random_seed: Annotated[int | None, typer.Option()] = None,
@@ -288,8 +291,10 @@ def run(
         trust_remote_code=trust_remote_code,
     )
     settings = SearchConfig.from_file(config, mapped.overrides | given)
-    for line in (*settings.warnings, *mapped.notices):
+    for line in () if quiet else (*settings.warnings, *mapped.notices):
         print(f"note: {line}", file=sys.stderr)
+    final_model = save_final_model is not False
+    _check_storage(storage_path, final_model and settings.worker.kind == "fake")
 
     def start(emit: Any, drain: Any) -> Any:
         with tracked(emit, settings, wandb, wandb_project, wandb_entity, name) as tell:
@@ -301,21 +306,38 @@ def run(
                 drain=drain,
                 allow_benchmarks=allow_benchmark_tasks,
             )
-        if storage_path is not None and row.result is not None:
-            _old_outputs(row.name, runs_dir, storage_path, save_final_model is not False)
+        _old_outputs(row, runs_dir, storage_path, final_model)
         return row
 
     return _driven(start, settings, runs_dir, as_json, quiet)
 
 
-def _old_outputs(name: str, runs_dir: Path, storage: Path, final_model: bool) -> None:
-    """What the old programs left in --storage-path."""
+def _check_storage(storage: Path | None, modelless: bool) -> None:
+    """Found out before the search is paid for."""
+    from agentmerge.errors import UserError
+
+    if storage is None:
+        return
+    if modelless:
+        raise UserError("the fake worker has no model to save; add --no-save-final-model")
+    try:
+        storage.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--storage-path {storage} cannot be made: {error.strerror}") from None
+    if not os.access(storage, os.W_OK):
+        raise UserError(f"--storage-path {storage} cannot be written")
+
+
+def _old_outputs(row: Any, runs_dir: Path, storage: Path | None, final_model: bool) -> None:
+    """What the old programs left in --storage-path; the model only once the search is done."""
     from agentmerge import exporting
 
-    storage.mkdir(parents=True, exist_ok=True)
-    (storage / "best_config.yaml").write_text((runs_dir / name / "best.yml").read_text())
-    if final_model:
-        exporting.export_run(name, storage / "final_model", runs_dir=runs_dir, overwrite=True)
+    best = runs_dir / row.name / "best.yml"
+    if storage is None or not best.is_file():
+        return
+    (storage / "best_config.yaml").write_text(best.read_text())
+    if final_model and row.status == "done":
+        exporting.export_run(row.name, storage / "final_model", runs_dir=runs_dir, overwrite=True)
 
 
 @app.command()
@@ -333,11 +355,11 @@ def check(
     as_json: Json = False,
 ) -> int:
     """Find every fault before a search starts, and show what it would do. Reads no weights."""
-    from agentmerge.check import plan_of, prepare
+    from agentmerge.check import anchored, plan_of, prepare
     from agentmerge.config import SearchConfig
     from agentmerge.errors import ConfigError
     from agentmerge.ledger import Ledger
-    from agentmerge.session import LEDGER, settings_hash
+    from agentmerge.session import LEDGER, check_resources, settings_hash
 
     given = _overrides(
         search=search,
@@ -350,7 +372,9 @@ def check(
     )
     try:
         settings = SearchConfig.from_file(config, given)
-        prepared = prepare(settings, allow_benchmarks=allow_benchmark_tasks)
+        settings = anchored(settings)
+        prepared = prepare(settings, allow_benchmarks=allow_benchmark_tasks, fresh=True)
+        check_resources(settings)
     except ConfigError as error:
         if as_json:
             _print({"ok": False, "faults": error.faults}, True)
@@ -374,6 +398,12 @@ def resume(
     max_evaluations: MaxEvaluations = None,
     max_generations: MaxGenerations = None,
     timeout: Timeout = None,
+    storage_path: Annotated[
+        Path | None, typer.Option(help="Also write best_config.yaml and final_model here.")
+    ] = None,
+    save_final_model: Annotated[
+        bool, typer.Option("--save-final-model/--no-save-final-model")
+    ] = True,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
@@ -387,9 +417,12 @@ def resume(
     with session.opened(runs_dir) as ledger:
         row = ledger.run(name)
     settings = SearchConfig.from_text(row.config, name, given)
+    _check_storage(storage_path, save_final_model and settings.worker.kind == "fake")
 
     def start(emit: Any, drain: Any) -> Any:
-        return session.resume(name, runs_dir=runs_dir, overrides=given, emit=emit, drain=drain)
+        row = session.resume(name, runs_dir=runs_dir, overrides=given, emit=emit, drain=drain)
+        _old_outputs(row, runs_dir, storage_path, save_final_model)
+        return row
 
     return _driven(start, settings, runs_dir, as_json, quiet)
 
@@ -562,7 +595,9 @@ def explain(
     model: Annotated[
         Path | None, typer.Option("--model", help="A local model whose tensors to explain.")
     ] = None,
-    layers: Annotated[int | None, typer.Option("--layers", help="Layers, without a model.")] = None,
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="Layers, without a model.")
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Show the values that a recipe really has, layer by layer and tensor by tensor."""

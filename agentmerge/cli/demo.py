@@ -14,8 +14,7 @@ SKILLS = ("shift", "sort")
 SEALED_SHARE = 0.75
 INTRO = """\
 Two small models were trained from one base: one learned to shift letters, one to sort them.
-The search looks for the merge of the two that does both. No language model advises it here
-(--llm none): the three agents work by rules, on real statistics of the history."""
+The search looks for the merge of the two that does both."""
 
 
 def _short(path: Path) -> Path:

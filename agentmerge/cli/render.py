@@ -26,6 +26,13 @@ class Progress:
         kind = event["event"]
         if kind == "start":
             self.began = time.monotonic()
+            advisers = ", ".join(event["advisers"])
+            self.say(
+                f"{event['run']}: advised by {advisers}"
+                if advisers
+                else f"{event['run']}: no language model advises (--llm none); the agents work "
+                "by rules, on statistics of the history"
+            )
         elif kind == "candidate":
             self._candidate(event)
         elif kind == "generation":

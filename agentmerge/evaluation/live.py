@@ -24,7 +24,7 @@ from lm_eval.models.utils import (
     resolve_max_length,
 )
 
-from agentmerge.errors import CandidateFailed, TaskError
+from agentmerge.errors import CandidateFailed, ParentError, TaskError
 from agentmerge.evaluation.loading import quiet
 from agentmerge.workers.base import WorkerSpec
 
@@ -52,10 +52,17 @@ def parent_path(spec: WorkerSpec, name: str) -> Path:
 def tokenizer_of(spec: WorkerSpec) -> Any:
     """The tokenizer that asks the questions."""
     path = parent_path(spec, spec.template_model)
-    with quiet():
-        return transformers.AutoTokenizer.from_pretrained(
-            str(path), trust_remote_code=spec.trust_remote_code
-        )
+    try:
+        with quiet():
+            return transformers.AutoTokenizer.from_pretrained(
+                str(path), trust_remote_code=spec.trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ParentError(
+            f"{spec.template_model!r} has no tokenizer that can be read ({reason[0]}); put its "
+            "tokenizer files beside its weights"
+        ) from error
 
 
 def context_length(spec: WorkerSpec, tokenizer: Any) -> int:

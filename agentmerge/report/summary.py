@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from agentmerge.errors import NotFound
+from agentmerge.lease import Lease
 from agentmerge.ledger import Candidate, Ledger, RunRow
+from agentmerge.session import CHECKPOINTS
 from agentmerge.steps import evaluations, incumbent
+
+#: Failed candidates that a summary lists; the ledger has them all.
+MAX_FAILURES = 10
 
 
 def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
@@ -20,7 +25,7 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
     return {
         "name": row.name,
         "id": row.id,
-        "status": row.status,
+        "status": _status(ledger, row),
         "stop_reason": row.stop_reason,
         "seed": row.seed,
         "search": row.algorithm,
@@ -38,8 +43,21 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
             if c.operator in ("parent", "uniform") and c.score is not None
         ],
         "agents": ledger.call_totals(row.id),
+        "failures": [
+            {"candidate": [c.generation, c.slot], "failure": c.failure}
+            for c in own
+            if c.state == "failed"
+        ][:MAX_FAILURES],
         "final": row.result,
     }
+
+
+def _status(ledger: Ledger, row: RunRow) -> str:
+    """As saved; but a search that nobody drives any more does not run."""
+    if row.status not in ("new", "running"):
+        return row.status
+    driven = Lease.holder(ledger.path.with_name(CHECKPOINTS), row.id) is not None
+    return "running" if driven else "interrupted"
 
 
 def candidate_summary(candidate: Candidate) -> dict[str, Any]:

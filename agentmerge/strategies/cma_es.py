@@ -3,7 +3,8 @@
 Every call replays the whole search: the same asks with the same injected random numbers, then the
 scores that came back. Only full populations of the present size are told, failures as worse than
 the worst; a generation that the budget cut short is asked and not told. Starts at the best point
-that was known before its first own generation.
+that was known before its first own generation. A user's population is the one that is asked for;
+advice from agents is not used here (``llm_evo`` is the strategy that follows it).
 """
 
 from __future__ import annotations
@@ -45,13 +46,9 @@ class CmaEs:
         generation = next_generation(history)
         if generation == 0 or count == 0:
             return []
-        extra = []
-        if guidance and guidance.source == "model" and guidance.mean is not None and count > 2:
-            extra = [Proposal(tuple(guidance.mean), "agent")]  # beside CMA-ES, never instead of it
-        size = max(self.population(space.dimensions), 2)
+        size = max(_size(history, count, self.name), 2)
         points = self._replay(space, history, generation, size, rng_for)
-        own = [Proposal(point, self.name) for point in points]
-        return (own + extra)[:count] if count > len(own) else own[:count]
+        return [Proposal(point, self.name) for point in points[:count]]
 
     def population(self, dimensions: int) -> int:
         return default_population(dimensions)
@@ -64,11 +61,9 @@ class CmaEs:
         size: int,
         rng_for: RngFor,
     ) -> list[tuple[float, ...]]:
-        told: dict[int, list[Observation]] = {}
-        for o in history:
-            if o.operator == self.name:
-                told.setdefault(o.generation, []).append(o)
-        first = min(told, default=generation)
+        own = _populations(history, self.name)
+        first = min((g for g, found in own.items() if len(found) == size), default=generation)
+        told = {g: found for g, found in own.items() if g >= first}
         start = fittest([o for o in history if o.generation < first], 1)
         x0 = start[0].vector if start and start[0].vector else (0.5,) * space.dimensions
         engine, feed = _engine(x0, self.sigma0, size)
@@ -79,6 +74,20 @@ class CmaEs:
                 engine.tell(asked, _costs(population))
         feed(rng_for(generation, 0, "cma"))
         return [tuple(float(x) for x in point[: space.dimensions]) for point in engine.ask()]
+
+
+def _populations(history: Sequence[Observation], name: str) -> dict[int, list[Observation]]:
+    found: dict[int, list[Observation]] = {}
+    for observation in history:
+        if observation.operator == name:
+            found.setdefault(observation.generation, []).append(observation)
+    return found
+
+
+def _size(history: Sequence[Observation], count: int, name: str) -> int:
+    """The population: as many as are asked for, unless that is what a budget's end cut it to."""
+    before = [len(found) for found in _populations(history, name).values()]
+    return before[-1] if before and count < before[-1] else count
 
 
 def _engine(x0: tuple[float, ...], sigma0: float, size: int) -> tuple[Any, Any]:

@@ -91,7 +91,12 @@ class FakeWorker:
 
     @staticmethod
     def tasks(spec: WorkerSpec) -> TaskSet:
-        return fake_tasks(spec.tasks, int(spec.options.get("documents", 400)))
+        documents = spec.options.get("documents", 400)
+        if type(documents) is not int or documents < 1:
+            raise UserError(
+                f"worker.options.documents {documents!r} must be a whole number above 0"
+            )
+        return fake_tasks(spec.tasks, documents)
 
     @staticmethod
     def describe(spec: WorkerSpec) -> EngineInfo:

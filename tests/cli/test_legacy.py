@@ -219,17 +219,16 @@ def test_a_key_in_the_environment_reaches_the_server_and_no_file(
         assert not path.is_file() or b"sk-canary-2" not in path.read_bytes(), path
 
 
-def test_a_final_model_that_cannot_be_made_does_not_cost_the_recipe(
+def test_a_final_model_that_cannot_be_made_is_said_before_the_search(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The old default exports; the fake worker has no model: said, and best_config.yaml stays."""
-    storage = tmp_path / "storage"
-    arguments = ["--runs-dir", tmp_path / "runs", "--storage-path", storage, "-q"]
+    """The old default exports, and the fake worker has no model: said with the way out."""
+    runs = tmp_path / "runs"
+    arguments = ["--runs-dir", runs, "--storage-path", tmp_path / "storage", "-q"]
     code, _, err = call(capsys, "run", config_file, *arguments)
     assert code == 2
-    assert "no model to export" in err
-    best = yaml.safe_load((storage / "best_config.yaml").read_text())
-    assert best["merge_method"] == "task_arithmetic"
+    assert "--no-save-final-model" in err
+    assert not (runs / "run-1").exists()
 
 
 @pytest.mark.parametrize(

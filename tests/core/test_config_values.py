@@ -21,12 +21,6 @@ def faults(text: str, overrides: dict[str, Any] | None = None) -> list[str]:
     return caught.value.faults
 
 
-#: Faults of config.py: an entry whose test passes must be taken out (strict).
-TODO = {
-    "infinite sigma": "gt=0 lets infinity through; ask for allow_inf_nan=False",
-    "search path": "tuple(3) raises TypeError",
-}
-
 WRONG = {
     "limit": ("limit: -1", "c.yml:6: limit: Input should be greater than 0 (got -1)"),
     "few-shot": ("num_fewshot: many", "c.yml:6: num_fewshot: Input should be a valid integer"),
@@ -49,22 +43,13 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name, marks=[pytest.mark.xfail(reason=TODO[name], strict=True)] if name in TODO else []
-        )
-        for name in WRONG
-    ],
-)
+@pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_value_is_a_fault_with_its_place(name: str) -> None:
     text, words = WRONG[name]
     found = faults(BASE + text + "\n")
     assert any(words in fault for fault in found), found
 
 
-@pytest.mark.xfail(reason="a weight may be NaN or infinite (config.py, TaskConfig)", strict=True)
 @pytest.mark.parametrize("number", [".nan", ".inf", "-.inf"])
 def test_a_tasks_weight_is_a_finite_number(number: str) -> None:
     found = faults(GENOME + f"tasks:\n  - {{name: x, weight: {number}}}\n")

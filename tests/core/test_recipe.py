@@ -251,9 +251,9 @@ shares = st.floats(0.05, 1.0).map(lambda v: round(v, 3))
 
 
 @st.composite
-def one_setting(draw: st.DrawFn, numbers: st.SearchStrategy[float]) -> Any:
+def one_setting(draw: st.DrawFn, numbers: st.SearchStrategy[float], names: list[str]) -> Any:
     plain = st.one_of(numbers, st.lists(numbers, min_size=1, max_size=4))
-    filters = st.lists(st.sampled_from(["mlp", "self_attn", "q_proj"]), unique=True, max_size=2)
+    filters = st.lists(st.sampled_from(names), unique=True, max_size=2)
     chosen = draw(filters)
     if not chosen:
         return draw(plain)
@@ -262,8 +262,12 @@ def one_setting(draw: st.DrawFn, numbers: st.SearchStrategy[float]) -> Any:
 
 
 @st.composite
-def recipes(draw: st.DrawFn, *, joined: bool = True) -> dict[str, Any]:
-    """Any recipe of two or three experts with every required value somewhere."""
+def recipes(draw: st.DrawFn, *, nested: bool = True) -> dict[str, Any]:
+    """Any recipe of two or three experts with every required value somewhere.
+
+    nested: some filters match a part of what another matches.
+    """
+    names = ["mlp", "self_attn", *(["q_proj"] if nested else [])]
     method = draw(st.sampled_from(["linear", "task_arithmetic", "ties", "dare_ties"]))
     models = ["a", "b", "c"][: draw(st.integers(2, 3))]
     cuts = draw(st.sampled_from([(0, 4), (0, 2, 4), (0, 1, 4), (0, 1, 2, 3, 4)]))
@@ -272,9 +276,9 @@ def recipes(draw: st.DrawFn, *, joined: bool = True) -> dict[str, Any]:
     def parameters() -> dict[str, Any]:
         body = {}
         if draw(st.booleans()):
-            body["weight"] = draw(one_setting(values))
+            body["weight"] = draw(one_setting(values, names))
         if with_density and draw(st.booleans()):
-            body["density"] = draw(one_setting(shares))
+            body["density"] = draw(one_setting(shares, names))
         return body
 
     slices = []
@@ -334,6 +338,27 @@ def test_table_survives_its_canonical_form(name: str) -> None:
         assert_same_values(TABLE[name])  # the canonical form is what mergekit is asked of
         return
     recipe = Recipe.parse(TABLE[name])
+    canonical = recipe.canonical(LAYERS)
+    assert canonical.canonical(LAYERS) == canonical
+    assert_same_merge(canonical, recipe)
+
+
+def test_a_filter_within_anothers_keeps_its_value_under_normalize() -> None:
+    """model.layers.0.self_attn.q_proj is "q_proj" to one source and "self_attn" to the other."""
+    body = sliced(
+        piece(
+            source("a", weight=[{"filter": "self_attn", "value": 0.5}, {"value": 1.0}]),
+            source(
+                "b",
+                weight=[
+                    {"filter": "q_proj", "value": 1.0},
+                    {"filter": "self_attn", "value": 0.25},
+                    {"value": 0.75},
+                ],
+            ),
+        )
+    )
+    recipe = Recipe.parse(body)
     canonical = recipe.canonical(LAYERS)
     assert canonical.canonical(LAYERS) == canonical
     assert_same_merge(canonical, recipe)
