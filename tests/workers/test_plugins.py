@@ -19,7 +19,7 @@ def test_built_ins_load_by_name() -> None:
 
 
 def test_unknown_names_are_answered_with_the_known() -> None:
-    with pytest.raises(UserError, match="unknown worker 'fakes'; did you mean 'fake'"):
+    with pytest.raises(UserError, match="'fakes' is not one of the workers; did you mean 'fake'"):
         plugins.load("agentmerge.workers", "fakes")
     with pytest.raises(UserError, match="known: none installed"):
         plugins.load("agentmerge.models", "x")
