@@ -4,11 +4,11 @@
 comes back to itself, bit for bit in canonical form. Strategies see only the unit box; real ranges
 are here. Knows no weights and no scores.
 
-Bounds. A weight is in [0, 1] where only ratios matter (``normalize``) and for linear; in
-[0, ``TASK_VECTOR_UPPER``] for task-vector methods without ``normalize``, since the best uniform
-weight is often above 1 divided by the number of experts and can pass 1. ``allow_negative_weights``
-mirrors the range. The other parameters have the table's bounds (``methods.py``): on a straight or a
-logarithmic scale, or as equal parts of the axis where they are whole numbers. della's epsilon is
+Bounds are the table's (``methods.py``). A weight is in [0, 1] where only ratios matter
+(``normalize``) and for linear; in [0, 1.5] for task-vector methods without ``normalize``, since the
+best uniform weight is often above 1 divided by the number of experts and can pass 1.
+``allow_negative_weights`` mirrors the range. Other parameters lie on a straight or a logarithmic
+scale, or as equal parts of the axis where they are whole numbers. della's epsilon is
 searched as a share of the largest one its density allows, so that every point is a legal recipe.
 slerp has t in [0, 1] a group, and with more than two models also which two (base, partner); a
 method that puts one model onto a base has an axis for which one, where there are several.
@@ -28,7 +28,6 @@ from agentmerge.errors import ConfigError, RecipeRejected
 from agentmerge.methods import EPSILON_REACH, METHODS, SUM_NORMALIZED, Kind, Method, Parameter
 from agentmerge.recipe import Parameters, Recipe, Setting, Slice, Source, round12
 
-TASK_VECTOR_UPPER = 1.5
 SCALE_POINTS = (0.4, 0.55, 0.7, 0.85, 1.0)
 DENSITY_POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SLERP_POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -223,21 +222,12 @@ class SearchSpace:
         return self._whole(tuple(pieces)).canonical(self.num_layers)
 
     def _weight_axes(self) -> list[Axis]:
-        genome = self.genome
-        method = METHODS[genome.merge_method]
-        upper = 1.0
-        if method.needs_base and not genome.normalizes:
-            upper = TASK_VECTOR_UPPER
-        lower = -upper if genome.allow_negative_weights else 0.0
         axes = []
         for group in range(self.groups):
             for model in self.models:
                 for filter_ in self.filters:
-                    for parameter in method.source:
-                        axis = self._axis(parameter, group, model, filter_)
-                        if parameter.name == "weight":
-                            axis = replace(axis, low=lower, high=upper)
-                        axes.append(axis)
+                    for parameter in self.method.source:
+                        axes.append(self._axis(parameter, group, model, filter_))
             if self.picks_partner:
                 name = f"{self.layers_text(group)} partner"
                 axes.append(Axis(name, "partner", group, None, None, 0.0, 1.0))
@@ -252,6 +242,9 @@ class SearchSpace:
         what = "epsilon share" if parameter.name == "epsilon" else parameter.name
         name = " ".join(x for x in (self.layers_text(group), who, filter_, what) if x)
         low, high = parameter.low, parameter.high
+        if parameter.name == "weight":
+            high = 1.0 if self.genome.normalizes else high
+            low = -high if self.genome.allow_negative_weights else 0.0
         return Axis(name, parameter.name, group, model, filter_, low, high, parameter.kind)
 
     def _slerp_axes(self) -> list[Axis]:

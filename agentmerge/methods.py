@@ -24,7 +24,8 @@ class Parameter:
     """One parameter of a merge method.
 
     default: None where a recipe must say it.
-    low, high: the bounds of its axis; of della's epsilon as a share of the largest legal one.
+    low, high: the bounds of its axis (a weight's high is 1 where only ratios count); of della's
+        epsilon as a share of the largest legal one.
     kind: float; log (a float searched on a logarithmic scale); int and bool, whole numbers.
     searched: an axis of every search; the others are axes where ``genome.evolve`` names them.
     """
@@ -121,7 +122,10 @@ class Method:
         }
 
 
-_WEIGHT = Parameter("weight", "How much of the model, or of its task vector, goes in.", None)
+_WEIGHT = Parameter("weight", "How much of the model goes in.", None)
+_TASK_WEIGHT = Parameter(
+    "weight", "How much of the task vector goes in; to 1 where normalized.", None, high=1.5
+)
 _DENSITY = Parameter("density", "The share of the task vector's elements that is kept.", 1.0)
 _GAMMA = Parameter(
     "gamma",
@@ -180,7 +184,7 @@ METHODS: dict[str, Method] = {
         Method(
             "task_arithmetic",
             "The base plus the weighted sum of the task vectors.",
-            (_WEIGHT,),
+            (_TASK_WEIGHT,),
             _task_vectors(False, None),
             "required",
             "2212.04089",
@@ -188,7 +192,7 @@ METHODS: dict[str, Method] = {
         Method(
             "ties",
             "Task vectors trimmed to their largest elements, summed where they agree in sign.",
-            (_WEIGHT, _DENSITY),
+            (_TASK_WEIGHT, _DENSITY),
             _task_vectors(True, False),
             "required",
             "2306.01708",
@@ -196,7 +200,7 @@ METHODS: dict[str, Method] = {
         Method(
             "dare_ties",
             "Task vectors with elements dropped at random, summed where they agree in sign.",
-            (_WEIGHT, _DENSITY),
+            (_TASK_WEIGHT, _DENSITY),
             _task_vectors(False, True),
             "required",
             _DARE,
@@ -205,7 +209,7 @@ METHODS: dict[str, Method] = {
         Method(
             "dare_linear",
             "Task vectors with elements dropped at random, summed.",
-            (_WEIGHT, _DENSITY),
+            (_TASK_WEIGHT, _DENSITY),
             _task_vectors(False, True),
             "required",
             _DARE,
@@ -214,7 +218,7 @@ METHODS: dict[str, Method] = {
         Method(
             "breadcrumbs",
             "Task vectors without their smallest elements and their largest outliers, summed.",
-            (_WEIGHT, _DENSITY, _GAMMA),
+            (_TASK_WEIGHT, _DENSITY, _GAMMA),
             _task_vectors(False, False),
             "required",
             _CRUMBS,
@@ -222,7 +226,7 @@ METHODS: dict[str, Method] = {
         Method(
             "breadcrumbs_ties",
             "As breadcrumbs, summed where they agree in sign.",
-            (_WEIGHT, _DENSITY, _GAMMA),
+            (_TASK_WEIGHT, _DENSITY, _GAMMA),
             _task_vectors(False, False),
             "required",
             _CRUMBS,
@@ -230,7 +234,7 @@ METHODS: dict[str, Method] = {
         Method(
             "della",
             "Elements dropped at random, a row's smallest most often, summed where signs agree.",
-            (_WEIGHT, _DENSITY, _EPSILON),
+            (_TASK_WEIGHT, _DENSITY, _EPSILON),
             _task_vectors(True, True),
             "required",
             _DELLA,
@@ -239,7 +243,7 @@ METHODS: dict[str, Method] = {
         Method(
             "della_linear",
             "As della, without the agreement in sign.",
-            (_WEIGHT, _DENSITY, _EPSILON),
+            (_TASK_WEIGHT, _DENSITY, _EPSILON),
             _task_vectors(False, True),
             "required",
             _DELLA,

@@ -20,12 +20,15 @@ from merge_cases import (
 )
 from mergekit import merge_methods
 from mergekit.merge_methods.base import TensorGroup
+from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 
+from agentmerge.config import GenomeConfig
 from agentmerge.errors import CandidateFailed
+from agentmerge.genome import SearchSpace
 from agentmerge.merging.engines import KERNELS
 from agentmerge.merging.export import export_checkpoint
 from agentmerge.merging.kernels import Operand
-from agentmerge.merging.parents import Family, digest
+from agentmerge.merging.parents import Family, digest, mask_key
 from agentmerge.merging.reference import float64_reference, mergekit_merge
 from agentmerge.merging.sparse import MASKS, della_probabilities
 from agentmerge.methods import EPSILON_REACH, METHODS
@@ -484,3 +487,44 @@ def test_whole_models_and_export(
         recipe, paths, tmp_path / "out", template_model="a", base="base", dtype=None
     )
     assert done.digest == digest(ours_.items())
+
+
+@pytest.mark.parametrize("point", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("method", ["dare_linear", "della", "della_linear"])
+def test_points_of_a_space_of_random_methods_in_mergekit(
+    family_of: Callable[..., dict[str, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    point: float,
+) -> None:
+    """mergekit takes every epsilon of the axis, and on our masks makes what we make."""
+    paths = family_of(tied=False, dtype=torch.bfloat16)
+    family = Family.open(paths, base="base")
+    genome = GenomeConfig(
+        models=("a", "b"), merge_method=method, base_model="base", filters=("mlp",)
+    )
+    space = SearchSpace(genome, LAYERS, dtype="float32", merge_seed=3)
+    epsilon = {"epsilon": point, "density": 0.3 + 0.4 * point, "weight": 0.6}
+    recipe = space.recipe([axis.unit(epsilon[axis.parameter]) for axis in space.axes])
+    items = {item.spec.name: item for item in family.plan(recipe).tensors}
+    original = GeneralizedTaskArithmeticMerge.merge_group
+
+    def on_our_masks(self: Any, group: Any, /, **parameters: Any) -> torch.Tensor:
+        item, masks = items[group.metadata.name], []
+        base = family.tensor("base", item.spec.name)
+        for (model, name), (_, _, own) in zip(item.inputs, item.effective.sources, strict=True):
+            if model != "base":
+                key = mask_key(3, family.identities[model], name)
+                operand = Operand(family.tensor(model, name), key=key, **dict(own))
+                masks.append(MASKS[method][0](base, operand))
+        with masks_given(masks):
+            return original(self, group, **parameters)
+
+    monkeypatch.setattr(GeneralizedTaskArithmeticMerge, "merge_group", on_our_masks)
+    mergekit_merge(recipe, paths, tmp_path / "theirs", template_model="a")
+    theirs = load_all(tmp_path / "theirs")
+    for name, tensor in family.merge(recipe):
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
+    done = export_checkpoint(recipe, paths, tmp_path / "out", template_model="a", base="base")
+    assert done.digest == digest(family.merge(recipe))
