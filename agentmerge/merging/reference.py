@@ -31,8 +31,8 @@ def mergekit_merge(
 ) -> None:
     """Merge by mergekit into ``out_dir``, as its command line would.
 
-    Its dare_ties draws masks of its own from ``merge_seed``, not ours, and it rounds after every
-    operation, so its weights differ from ours in the last bits (dare_ties: in what is dropped).
+    Its DARE and DELLA draw masks of their own from ``merge_seed``, not ours, and it rounds after
+    every operation, so its weights differ from ours in the last bits (theirs: in what is dropped).
 
     paths: the recipe's model names -> local directories.
     template_model, card: as in ``export_checkpoint`` (mergekit would take the base's tokenizer).

@@ -70,8 +70,10 @@ def della_probabilities(base: torch.Tensor, operand: Operand) -> torch.Tensor:
     shape, working = base.shape, _working_dtype([base, operand.tensor])
     size = operand.tensor.to(working).sub(base.to(working)).abs_()
     size = size.reshape(1, -1) if size.ndim < 2 else size.transpose(1, -1)
-    ranks = size.argsort(dim=-1, stable=True).argsort(dim=-1).double()
-    last = size.shape[-1] - 1
+    order, last = size.argsort(dim=-1, stable=True), size.shape[-1] - 1
+    steps = torch.arange(last + 1, dtype=torch.float64, device=size.device).expand(order.shape)
+    ranks = torch.empty(order.shape, dtype=torch.float64, device=size.device)
+    ranks.scatter_(-1, order, steps)
     place = ranks.div_(last) if last else torch.full_like(ranks, 0.5)
     spread = place.mul_(2 * operand.epsilon).add_(operand.density - operand.epsilon)
     return (spread if len(shape) < 2 else spread.transpose(1, -1)).reshape(shape)
