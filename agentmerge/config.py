@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from agentmerge.errors import ConfigError
-from agentmerge.methods import METHODS
+from agentmerge.methods import METHODS, Method, Parameter
 
 
 class _Frozen(BaseModel):
@@ -38,6 +38,7 @@ class GenomeConfig(_Frozen):
     allow_negative_weights: bool = False
     smooth: bool = False
     filters: tuple[str, ...] = ()
+    evolve: tuple[str, ...] = ()
 
     @field_validator("filters", mode="before")
     @classmethod
@@ -53,7 +54,9 @@ class GenomeConfig(_Frozen):
             faults.append(f"merge_method {self.merge_method!r} is not known; use one of {known}")
         elif method.needs_base and not self.base_model:
             faults.append(f"base_model is missing, and {self.merge_method} needs one")
-        if len(self.models) < 2:
+        faults += self._method_faults(method) if method else []
+        onto_base = method is not None and method.most == 1 and self.base_model not in self.models
+        if len(self.models) < (1 if onto_base else 2):
             faults.append(f"models has {len(self.models)} entry; a merge needs at least two")
         for name in sorted({name for name in self.models if self.models.count(name) > 1}):
             faults.append(f"models names {name!r} twice; name each model once")
@@ -68,12 +71,58 @@ class GenomeConfig(_Frozen):
             raise ValueError("; ".join(faults))
         return self
 
+    def _method_faults(self, method: Method) -> Iterator[str]:
+        """What the method cannot do with these models and settings."""
+        name, experts = method.name, self.experts
+        count = str(len(experts))
+        if method.sets_apart(self.base_model):
+            count += " besides the base"
+        if method.most is not None and method.most > 1 and len(experts) != method.most:
+            yield f"models has {count}, and {name} merges exactly {method.most}"
+        elif len(experts) < method.least and self.models:
+            yield f"models has {count}, and {name} needs at least {method.least}"
+        if self.normalize is not None and method.normalize_param is None and name != "slerp":
+            yield f"normalize is not possible with {name}; remove it"
+        possible = {p.name: p for p in method.shared if p.name != method.normalize_param}
+        for asked in self.evolve:
+            if asked not in possible or name == "slerp":
+                known = ", ".join(possible) if possible and name != "slerp" else "nothing"
+                yield f"evolve names {asked!r}, and {name} can evolve {known}"
+        if name != "slerp" and not method.source and not self.evolved and len(experts) < 2:
+            yield f"{name} of one model has nothing to search; add a model to models"
+        stepped = [p.name for p in self.evolved if p.whole]
+        if self.smooth and (stepped or (method.most == 1 and len(experts) > 1)):
+            what = f"{stepped[0]}, a whole number" if stepped else "a choice between models"
+            yield f"smooth is not possible with {name}: {what}, cannot be interpolated; remove it"
+        if self.filters and not method.source and not self.evolved and name != "slerp":
+            yield f"filters is not possible with {name}; remove it"
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The models that a method merges: not the base where it sets that apart."""
+        method = METHODS[self.merge_method]
+        if method.sets_apart(self.base_model):
+            return tuple(model for model in self.models if model != self.base_model)
+        return self.models
+
+    @property
+    def evolved(self) -> tuple[Parameter, ...]:
+        """The parameters of the whole merge that are searched; slerp's has rules of its own."""
+        shared = () if self.merge_method == "slerp" else METHODS[self.merge_method].shared
+        switches = ("normalize", "normalize_weights")
+        return tuple(
+            p for p in shared if p.name not in switches and (p.searched or p.name in self.evolve)
+        )
+
     @property
     def normalizes(self) -> bool:
-        """Upstream's default: on for linear, ties and dare_ties."""
+        """Upstream's default: on for linear, ties and dare_ties; for others, mergekit's own."""
         if self.normalize is not None:
             return self.normalize
-        return self.merge_method in ("linear", "ties", "dare_ties")
+        if self.merge_method == "dare_ties":
+            return True
+        method = METHODS[self.merge_method]
+        return method.ratios_only({name: value or 0.0 for name, value in method.shared_params})
 
 
 class TaskConfig(_Frozen):

@@ -4,34 +4,45 @@
 comes back to itself, bit for bit in canonical form. Strategies see only the unit box; real ranges
 are here. Knows no weights and no scores.
 
-Bounds. A weight is in [0, 1] where only ratios matter (``normalize``) and for linear; in
-[0, ``TASK_VECTOR_UPPER``] for task-vector methods without ``normalize``, since the best uniform
-weight is often above 1 divided by the number of experts and can pass 1. ``allow_negative_weights``
-mirrors the range. Density is in [0, 1]. slerp has t in [0, 1] a group, and with more than two
-models also which two (base, partner).
+Bounds are the table's (``methods.py``). A weight is in [0, 1] where only ratios matter
+(``normalize``) and for linear; in [0, 1.5] for task-vector methods without ``normalize``, since the
+best uniform weight is often above 1 divided by the number of experts and can pass 1.
+``allow_negative_weights`` mirrors the range. Other parameters lie on a straight or a logarithmic
+scale, or as equal parts of the axis where they are whole numbers. della's epsilon is
+searched as a share of the largest one its density allows, so that every point is a legal recipe.
+slerp has t in [0, 1] a group, and with more than two models also which two (base, partner); a
+method that puts one model onto a base has an axis for which one, where there are several.
+Parameters of a whole merge, searched by a method's default or by ``genome.evolve``, have an axis a
+group and filter, after those of the models.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from agentmerge.config import GenomeConfig
 from agentmerge.errors import ConfigError, RecipeRejected
-from agentmerge.methods import METHODS, SUM_NORMALIZED
-from agentmerge.recipe import Recipe, Setting, Slice, Source, round12
+from agentmerge.methods import EPSILON_REACH, METHODS, SUM_NORMALIZED, Kind, Method, Parameter
+from agentmerge.recipe import Parameters, Recipe, Setting, Slice, Source, round12
 
-TASK_VECTOR_UPPER = 1.5
 SCALE_POINTS = (0.4, 0.55, 0.7, 0.85, 1.0)
 DENSITY_POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SLERP_POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
+#: How far past an end of its axis a value may lie and still be that end, for rounding's sake.
+_SLACK = 1e-9
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One coordinate: a parameter of one model in one layer group under one filter."""
+    """One coordinate: a parameter of one model in one layer group under one filter.
+
+    model: None for a parameter of the whole merge. kind: as ``methods.Parameter``'s; epsilon's
+    value is a share of the largest one its density allows.
+    """
 
     name: str
     parameter: str
@@ -40,11 +51,24 @@ class Axis:
     filter: str | None
     low: float
     high: float
+    kind: Kind = "float"
 
     def value(self, unit: float) -> float:
+        if self.kind in ("int", "bool"):
+            return self.low + _index(unit, int(self.high - self.low) + 1)
+        if self.parameter == "epsilon":
+            return unit  # rounded once the density has made an epsilon of it
+        if self.kind == "log":
+            return round12(self.low * (self.high / self.low) ** unit)
         return round12(self.low + unit * (self.high - self.low))
 
     def unit(self, value: float) -> float:
+        if self.kind in ("int", "bool"):
+            return (value - self.low + 0.5) / (self.high - self.low + 1)
+        if self.kind == "log":
+            if value <= 0:
+                return -1.0
+            return _inside(math.log(value / self.low) / math.log(self.high / self.low))
         return (value - self.low) / (self.high - self.low)
 
 
@@ -82,17 +106,29 @@ class SearchSpace:
     @property
     def models(self) -> tuple[str, ...]:
         """The models that have axes: a task-vector method's base has no task vector."""
-        if METHODS[self.genome.merge_method].needs_base:
-            return tuple(m for m in self.genome.models if m != self.genome.base_model)
-        return self.genome.models
+        return self.genome.experts
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.genome.merge_method]
 
     @property
     def is_slerp(self) -> bool:
         return self.genome.merge_method == "slerp"
 
+    @property
+    def picks_partner(self) -> bool:
+        """One model a group goes onto the base, and there are several to choose from."""
+        return self.method.most == 1 and len(self.models) > 1
+
+    @cached_property
+    def shared(self) -> tuple[Parameter, ...]:
+        """The parameters of the whole merge that have axes."""
+        return self.genome.evolved
+
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
-        """In the order group, model, filter, parameter."""
+        """In the order group, model, filter, parameter; the whole merge's own after the models."""
         return tuple(self._slerp_axes() if self.is_slerp else self._weight_axes())
 
     @property
@@ -101,8 +137,12 @@ class SearchSpace:
 
     @property
     def freedoms(self) -> int:
-        """Dimensions that change the merge: ``normalize`` makes one scale a filter redundant."""
-        if self.is_slerp or not self.genome.normalizes:
+        """Dimensions that change the merge: ``normalize`` makes one scale a filter redundant.
+
+        So does a lambda that is searched beside the weights.
+        """
+        scaled = self.genome.normalizes or any(p.name == "lambda" for p in self.shared)
+        if self.is_slerp or not self.method.source or not scaled:
             return self.dimensions
         return self.dimensions - len(self.filters) * (1 if self.genome.smooth else self.groups)
 
@@ -146,26 +186,28 @@ class SearchSpace:
     def uniform(self) -> tuple[Recipe, tuple[float, ...] | None]:
         """Every model with the same share, all of every task vector kept."""
         share = 1.0 / len(self.models)
-        if self.is_slerp and len(self.models) > 2:
+        if (self.is_slerp and len(self.models) > 2) or self.picks_partner:
             weight = (("weight", Setting.scalar(share)),)
             sources = tuple(Source(m, (0, self.num_layers), weight) for m in self.models)
             recipe = Recipe("linear", (Slice(sources),), dtype=self.dtype)
             return recipe.canonical(self.num_layers), None
-        return self._everywhere(weight=share, density=1.0, t=0.5)
+        return self._everywhere(weight=share)
 
     def scale_points(self) -> list[tuple[str, Recipe, tuple[float, ...] | None]]:
         """Five uniform merges along the method's one natural scale: weight, density or t."""
         if self.is_slerp:
             points = [("t", t) for t in SLERP_POINTS] if len(self.models) == 2 else []
-        elif not self.genome.normalizes:
+        elif self.method.source and not self.genome.normalizes:
             points = [("weight", w) for w in SCALE_POINTS]
+        elif any(axis.parameter == "select_topk" for axis in self.axes):
+            points = [("select_topk", d) for d in DENSITY_POINTS]
         elif any(axis.parameter == "density" for axis in self.axes):
             points = [("density", d) for d in DENSITY_POINTS]
         else:
             points = []  # normalize takes the scale out: every point would be the uniform merge
         found: list[tuple[str, Recipe, tuple[float, ...] | None]] = []
         for parameter, value in points:
-            levels = {"weight": 1.0 / len(self.models), "density": 1.0, "t": 0.5, parameter: value}
+            levels = {"weight": 1.0 / len(self.models), parameter: value}
             found.append((f"uniform {parameter} {value:g}", *self._everywhere(**levels)))
         return found
 
@@ -180,22 +222,30 @@ class SearchSpace:
         return self._whole(tuple(pieces)).canonical(self.num_layers)
 
     def _weight_axes(self) -> list[Axis]:
-        genome = self.genome
-        method = METHODS[genome.merge_method]
-        upper = 1.0
-        if method.needs_base and not genome.normalizes:
-            upper = TASK_VECTOR_UPPER
-        lower = -upper if genome.allow_negative_weights else 0.0
         axes = []
         for group in range(self.groups):
             for model in self.models:
                 for filter_ in self.filters:
-                    for parameter, _ in method.source_params:
-                        low, high = (lower, upper) if parameter == "weight" else (0.0, 1.0)
-                        where = f"{self.layers_text(group)} {short_name(model)}"
-                        name = " ".join(x for x in (where, filter_, parameter) if x)
-                        axes.append(Axis(name, parameter, group, model, filter_, low, high))
+                    for parameter in self.method.source:
+                        axes.append(self._axis(parameter, group, model, filter_))
+            if self.picks_partner:
+                name = f"{self.layers_text(group)} partner"
+                axes.append(Axis(name, "partner", group, None, None, 0.0, 1.0))
+            for filter_ in self.filters:
+                axes += [self._axis(parameter, group, None, filter_) for parameter in self.shared]
         return axes
+
+    def _axis(
+        self, parameter: Parameter, group: int, model: str | None, filter_: str | None
+    ) -> Axis:
+        who = None if model is None else short_name(model)
+        what = "epsilon share" if parameter.name == "epsilon" else parameter.name
+        name = " ".join(x for x in (self.layers_text(group), who, filter_, what) if x)
+        low, high = parameter.low, parameter.high
+        if parameter.name == "weight":
+            high = 1.0 if self.genome.normalizes else high
+            low = -high if self.genome.allow_negative_weights else 0.0
+        return Axis(name, parameter.name, group, model, filter_, low, high, parameter.kind)
 
     def _slerp_axes(self) -> list[Axis]:
         parameters = ["t"] if len(self.models) == 2 else ["base", "partner", "t"]
@@ -217,13 +267,13 @@ class SearchSpace:
 
     def _whole(self, slices: tuple[Slice, ...]) -> Recipe:
         genome = self.genome
-        method = METHODS[genome.merge_method]
-        normalize = Setting.scalar(float(genome.normalizes))
+        method = self.method
+        switch, value = method.normalize_param, Setting.scalar(float(genome.normalizes))
         return Recipe(
             genome.merge_method,
             slices,
-            genome.base_model if method.needs_base else None,
-            () if self.is_slerp else (("normalize", normalize),),
+            genome.base_model if method.base != "ignored" else None,
+            () if switch is None else ((switch, value),),
             self.dtype,
             tokenizer_source=genome.tokenizer_source,
             merge_seed=self.merge_seed if method.random else None,
@@ -232,46 +282,54 @@ class SearchSpace:
     def _assemble(self, values: list[float]) -> Recipe:
         if self.is_slerp:
             return self._whole(tuple(self._slerp_pieces(values)))
-        by_place: dict[tuple[int, str | None, str], list[tuple[str | None, float]]] = {}
+        place: dict[tuple[int, str | None, str, str | None], float] = {}
         for axis, value in zip(self.axes, values, strict=True):
-            key = (axis.group, axis.model, axis.parameter)
-            by_place.setdefault(key, []).append((axis.filter, value))
-        method = METHODS[self.genome.merge_method]
-        names = [name for name, _ in method.source_params]
-        if self.genome.smooth:
-            sources = [
-                Source(
-                    model,
-                    (0, self.num_layers),
-                    tuple((p, self._knots(by_place, model, p)) for p in names),
-                )
-                for model in self.models
-            ]
-            return self._whole((Slice(tuple(sources)),))
+            place[axis.group, axis.model, axis.parameter, axis.filter] = value
+        for group, model, parameter, filter_ in list(place):
+            if parameter == "epsilon":
+                largest = _largest_epsilon(place[group, model, "density", filter_])
+                share = place[group, model, parameter, filter_]
+                place[group, model, parameter, filter_] = round12(share * largest)
+        spans = [tuple(range(self.groups))] if self.genome.smooth else list(self._each_group())
         slices = []
-        for group in range(self.groups):
-            sources = [
-                Source(
-                    model,
-                    self._range(group),
-                    tuple(
-                        (p, Setting(tuple((f, (v,)) for f, v in by_place[group, model, p])))
-                        for p in names
-                    ),
-                )
-                for model in self.models
-            ]
-            slices.append(Slice(tuple(sources)))
+        for groups in spans:
+            layers = (0, self.num_layers) if self.genome.smooth else self._range(groups[0])
+            models = self.models
+            if self.picks_partner:
+                models = (models[_index(place[groups[0], None, "partner", None], len(models))],)
+            own = tuple(
+                Source(model, layers, self._settings(place, groups, model, self.method.source))
+                for model in models
+            )
+            slices.append(
+                Slice(own, parameters=self._settings(place, groups, None, self.shared)),
+            )
         return self._whole(tuple(slices))
 
-    def _knots(
+    def _each_group(self) -> Iterator[tuple[int, ...]]:
+        for group in range(self.groups):
+            yield (group,)
+
+    def _settings(
         self,
-        by_place: dict[tuple[int, str | None, str], list[tuple[str | None, float]]],
-        model: str,
-        parameter: str,
-    ) -> Setting:
-        rows = [dict(by_place[group, model, parameter]) for group in range(self.groups)]
-        return Setting(tuple((f, tuple(row[f] for row in rows)) for f in self.filters))
+        place: Mapping[tuple[int, str | None, str, str | None], float],
+        groups: tuple[int, ...],
+        model: str | None,
+        parameters: tuple[Parameter, ...],
+    ) -> Parameters:
+        """One value a filter, or with ``smooth`` one knot a group."""
+        return tuple(
+            (
+                p.name,
+                Setting(
+                    tuple(
+                        (f, tuple(place[group, model, p.name, f] for group in groups))
+                        for f in self.filters
+                    )
+                ),
+            )
+            for p in parameters
+        )
 
     def _slerp_pieces(self, values: list[float]) -> list[Slice]:
         width = len(self.axes) // self.groups
@@ -295,22 +353,41 @@ class SearchSpace:
     def _values(self, recipe: Recipe) -> list[float] | None:
         if recipe.merge_method != self.genome.merge_method:
             return None
-        values = []
+        values: list[float] = []
         for axis in self.axes:
-            first, last = self._range(axis.group)
-            if self.genome.smooth:
-                first, last = 0, self.num_layers
-            setting = _setting(recipe, axis, first, last)
-            if setting is None:
+            value = self._partner(recipe, axis) if axis.parameter == "partner" else None
+            if axis.parameter != "partner":
+                value = self._read(recipe, axis)
+            if value is not None and axis.parameter == "epsilon":
+                density = self._read(recipe, replace(axis, parameter="density"))
+                largest = _largest_epsilon(density or 0.0)
+                value = _inside(value / largest) if largest else 0.0
+            if value is None:
                 return None
-            found = [v for f, v in setting.entries if f == axis.filter or f is None]
-            if not found:
-                return None
-            knots = found[0]
-            if self.genome.smooth and len(knots) not in (1, self.groups):
-                return None
-            values.append(knots[axis.group if len(knots) > 1 and self.genome.smooth else 0])
+            values.append(value)
         return values
+
+    def _read(self, recipe: Recipe, axis: Axis) -> float | None:
+        """The value that a recipe has for an axis's parameter, or None where it has none."""
+        first, last = self._range(axis.group)
+        if self.genome.smooth:
+            first, last = 0, self.num_layers
+        setting = _setting(recipe, axis, first, last)
+        found = [v for f, v in setting.entries if f in (axis.filter, None)] if setting else []
+        if not found:
+            return None
+        knots = found[0]
+        if self.genome.smooth and len(knots) not in (1, self.groups):
+            return None
+        return knots[axis.group if len(knots) > 1 and self.genome.smooth else 0]
+
+    def _partner(self, recipe: Recipe, axis: Axis) -> float | None:
+        piece = _covering(recipe, *self._range(axis.group))
+        base = self.genome.base_model
+        names = [s.model for s in piece.sources if s.model != base] if piece else []
+        if len(names) != 1 or names[0] not in self.models:
+            return None
+        return (self.models.index(names[0]) + 0.5) / len(self.models)
 
     def _slerp_values(self, recipe: Recipe) -> list[float] | None:
         if recipe.merge_method != "slerp":
@@ -340,17 +417,22 @@ class SearchSpace:
         """The point whose merge is this parent bit for bit, if the space holds one."""
         if self.is_slerp:
             return self._slerp_end_point(name)
-        needs_base = METHODS[self.genome.merge_method].needs_base
-        if name not in self.models and not (needs_base and name == self.genome.base_model):
+        is_base = name not in self.models and name == self.genome.base_model
+        if not (name in self.models or (is_base and self.method.needs_base)):
             return None
-        zero_sum = name not in self.models and self.genome.normalizes
-        if zero_sum and self.genome.merge_method in SUM_NORMALIZED:
+        if not self.method.source:
+            return self._nothing_added() if is_base else None
+        if is_base and self.genome.normalizes and self.method.name in SUM_NORMALIZED:
             return None  # all weights zero: nothing to divide by
-        point = []
-        for axis in self.axes:
-            value = 1.0 if axis.parameter == "density" or axis.model == name else 0.0
-            point.append(axis.unit(value))
-        return tuple(point)
+        return tuple(
+            axis.unit(float(axis.model == name)) if axis.parameter == "weight" else _neutral(axis)
+            for axis in self.axes
+        )
+
+    def _nothing_added(self) -> tuple[float, ...] | None:
+        if self.method.name != "sce":
+            return None
+        return (0.0,) * self.dimensions  # select_topk of nothing
 
     def _slerp_end_point(self, name: str) -> tuple[float, ...] | None:
         if name not in self.models:
@@ -361,13 +443,31 @@ class SearchSpace:
         return ((index + 0.5) / len(self.models), 0.5 / (len(self.models) - 1), 0.0) * self.groups
 
     def _everywhere(self, **levels: float) -> tuple[Recipe, tuple[float, ...]]:
-        point = tuple(axis.unit(levels[axis.parameter]) for axis in self.axes)
+        point = tuple(
+            axis.unit(levels[axis.parameter]) if axis.parameter in levels else _neutral(axis)
+            for axis in self.axes
+        )
         return self.recipe(point), point
 
 
 def short_name(model: str) -> str:
     """The last part of a model's name or path, for people and prompts."""
     return model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _neutral(axis: Axis) -> float:
+    """Where an axis leaves the others' values as they are, or else its middle."""
+    plain = {"density": 1.0, "lambda": 1.0, "gamma": 0.0, "epsilon": 0.0, "select_topk": 1.0}
+    return axis.unit(plain[axis.parameter]) if axis.parameter in plain else 0.5
+
+
+def _largest_epsilon(density: float) -> float:
+    return EPSILON_REACH * max(0.0, min(density, 1.0 - density))
+
+
+def _inside(unit: float) -> float:
+    """``unit``, or the end of [0, 1] that it passes by a rounding error."""
+    return min(max(unit, 0.0), 1.0) if -_SLACK <= unit <= 1.0 + _SLACK else unit
 
 
 def _index(unit: float, count: int) -> int:
@@ -384,6 +484,11 @@ def _covering(recipe: Recipe, first: int, last: int) -> Slice | None:
 
 def _setting(recipe: Recipe, axis: Axis, first: int, last: int) -> Setting | None:
     piece = _covering(recipe, first, last)
+    if axis.model is None and piece is not None:
+        default = dict(METHODS[recipe.merge_method].shared_params)[axis.parameter]
+        fallback = None if default is None else Setting.scalar(default)
+        scopes = dict(recipe.parameters) | dict(piece.parameters)
+        return scopes.get(axis.parameter, fallback)
     for source in piece.sources if piece else ():
         if source.model == axis.model:
             return dict(source.parameters).get(axis.parameter)

@@ -1,78 +1,381 @@
 """The table of merge methods: their parameters, defaults and bounds, as mergekit 0.1.5 has them.
 
-It knows names and numbers only. How a method is computed is ``merging/kernels.py``; which of its
-parameters a search moves is ``genome.py``.
+It knows names, numbers and one line of documentation each. How a method is computed is
+``merging/``; which of its parameters a search moves, and how, is ``genome.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from agentmerge.errors import RecipeError
+
+Kind = Literal["float", "log", "int", "bool"]
+
+#: The share of the largest epsilon that della's axis reaches. mergekit wants density plus and
+#: minus epsilon inside (0, 1), ends excluded, also after densities are rounded to 12 digits.
+EPSILON_REACH = 0.99
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a merge method.
+
+    default: None where a recipe must say it.
+    low, high: the bounds of its axis (a weight's high is 1 where only ratios count); of della's
+        epsilon as a share of the largest legal one.
+    kind: float; log (a float searched on a logarithmic scale); int and bool, whole numbers.
+    searched: an axis of every search; the others are axes where ``genome.evolve`` names them.
+    """
+
+    name: str
+    doc: str
+    default: float | None
+    low: float = 0.0
+    high: float = 1.0
+    kind: Kind = "float"
+    searched: bool = True
+
+    @property
+    def whole(self) -> bool:
+        return self.kind in ("int", "bool")
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
     """One merge method.
 
-    source_params: parameters each source carries, with their defaults (None: required).
-    shared_params: parameters of the whole merge, with their defaults.
-    needs_base: the method works on task vectors (source minus base).
-    paper: where the formula comes from.
+    source: parameters each source carries. shared: parameters of the whole merge or of a slice.
+    base: "required" and "optional" (where the recipe names one) set the base apart, as the model
+        that the others are compared with; "ignored" has none, or treats it like any other.
+    random: draws masks from the merge seed.
+    engine: "agentmerge", or "mergekit" where mergekit's own function computes it.
+    least, most: how many sources a slice may have besides a base that is set apart.
     """
 
     name: str
-    source_params: tuple[tuple[str, float | None], ...]
-    shared_params: tuple[tuple[str, float], ...]
-    needs_base: bool
-    random: bool
+    doc: str
+    source: tuple[Parameter, ...]
+    shared: tuple[Parameter, ...]
+    base: Literal["required", "optional", "ignored"]
     paper: str
+    random: bool = False
+    engine: Literal["agentmerge", "mergekit"] = "agentmerge"
+    least: int = 1
+    most: int | None = None
 
     @property
-    def default_normalize(self) -> bool:
-        return bool(dict(self.shared_params).get("normalize", 0.0))
+    def source_params(self) -> tuple[tuple[str, float | None], ...]:
+        return tuple((parameter.name, parameter.default) for parameter in self.source)
+
+    @property
+    def shared_params(self) -> tuple[tuple[str, float | None], ...]:
+        return tuple((parameter.name, parameter.default) for parameter in self.shared)
+
+    @property
+    def needs_base(self) -> bool:
+        return self.base == "required"
+
+    def sets_apart(self, base_model: str | None) -> bool:
+        """Whether ``base_model`` is what the sources are compared with, and has no parameters."""
+        return base_model is not None and self.base != "ignored"
+
+    @property
+    def normalize_param(self) -> str | None:
+        """What the parameter that divides by the sum of the weights is called, if there is one."""
+        names = [p.name for p in self.shared if p.name in ("normalize", "normalize_weights")]
+        return names[0] if names else None
+
+    def ratios_only(self, shared: Mapping[str, float]) -> bool:
+        """Whether these shared parameters leave only the ratio of the weights to matter."""
+        if self.normalize_param is None:
+            return self.name == "nuslerp"
+        return bool(shared[self.normalize_param])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row of ``agentmerge methods --json``."""
+
+        def row(parameter: Parameter, scope: str) -> dict[str, Any]:
+            return {
+                "name": parameter.name,
+                "scope": scope,
+                "kind": parameter.kind,
+                "default": parameter.default,
+                "low": parameter.low,
+                "high": parameter.high,
+                "searched": parameter.searched,
+                "doc": parameter.doc,
+            }
+
+        return {
+            "name": self.name,
+            "doc": self.doc,
+            "base_model": self.base,
+            "models": {"least": self.least, "most": self.most},
+            "engine": self.engine,
+            "random": self.random,
+            "paper": self.paper,
+            "parameters": [row(p, "source") for p in self.source]
+            + [row(p, "shared") for p in self.shared],
+        }
 
 
-_TASK_VECTOR = (("weight", None), ("density", 1.0))
+_WEIGHT = Parameter("weight", "How much of the model goes in.", None)
+_TASK_WEIGHT = Parameter(
+    "weight", "How much of the task vector goes in; to 1 where normalized.", None, high=1.5
+)
+_DENSITY = Parameter("density", "The share of the task vector's elements that is kept.", 1.0)
+_GAMMA = Parameter(
+    "gamma",
+    "The share of elements, the largest, that is dropped as outliers; less where the density "
+    "needs them.",
+    0.01,
+    high=0.1,
+)
+_EPSILON = Parameter(
+    "epsilon",
+    "How far the probability of keeping an element departs from the density: minus this for a "
+    "row's smallest, plus this for its largest. The axis is the share of the largest legal value.",
+    0.15,
+)
+
+
+def _switch(name: str, doc: str, default: bool) -> Parameter:
+    return Parameter(name, doc, float(default), kind="bool", searched=False)
+
+
+def _normalize(default: bool, name: str = "normalize") -> Parameter:
+    return _switch(name, "Divide by the sum of the weights, so that only ratios count.", default)
+
+
+def _task_vectors(normalize: bool, rescale: bool | None) -> tuple[Parameter, ...]:
+    scale = Parameter(
+        "lambda", "What the merged task vector is multiplied by.", 1.0, high=2.0, searched=False
+    )
+    if rescale is None:
+        return (_normalize(normalize), scale)
+    again = _switch("rescale", "Bring what is kept back to the L1 norm it had.", rescale)
+    return (_normalize(normalize), scale, again)
+
+
+_DARE, _CRUMBS, _DELLA = "2311.03099", "2312.06795", "2406.11617"
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("linear", (("weight", None),), (("normalize", 1.0),), False, False, "2203.05482"),
-        Method("slerp", (), (("t", 0.5),), False, False, "https://en.wikipedia.org/wiki/Slerp"),
+        Method(
+            "linear",
+            "The weighted sum of the models.",
+            (_WEIGHT,),
+            (_normalize(True),),
+            "ignored",
+            "2203.05482",
+        ),
+        Method(
+            "slerp",
+            "Two models, along the arc between their directions.",
+            (),
+            (Parameter("t", "Where on the arc: 0 is the base, 1 the other model.", 0.5),),
+            "ignored",
+            "https://en.wikipedia.org/wiki/Slerp",
+        ),
         Method(
             "task_arithmetic",
-            _TASK_VECTOR[:1],
-            (("normalize", 0.0), ("lambda", 1.0)),
-            True,
-            False,
+            "The base plus the weighted sum of the task vectors.",
+            (_TASK_WEIGHT,),
+            _task_vectors(False, None),
+            "required",
             "2212.04089",
         ),
         Method(
             "ties",
-            _TASK_VECTOR,
-            (("normalize", 1.0), ("lambda", 1.0), ("rescale", 0.0)),
-            True,
-            False,
+            "Task vectors trimmed to their largest elements, summed where they agree in sign.",
+            (_TASK_WEIGHT, _DENSITY),
+            _task_vectors(True, False),
+            "required",
             "2306.01708",
         ),
         Method(
             "dare_ties",
-            _TASK_VECTOR,
-            (("normalize", 0.0), ("lambda", 1.0), ("rescale", 1.0)),
-            True,
-            True,
-            "2311.03099",
+            "Task vectors with elements dropped at random, summed where they agree in sign.",
+            (_TASK_WEIGHT, _DENSITY),
+            _task_vectors(False, True),
+            "required",
+            _DARE,
+            random=True,
+        ),
+        Method(
+            "dare_linear",
+            "Task vectors with elements dropped at random, summed.",
+            (_TASK_WEIGHT, _DENSITY),
+            _task_vectors(False, True),
+            "required",
+            _DARE,
+            random=True,
+        ),
+        Method(
+            "breadcrumbs",
+            "Task vectors without their smallest elements and their largest outliers, summed.",
+            (_TASK_WEIGHT, _DENSITY, _GAMMA),
+            _task_vectors(False, False),
+            "required",
+            _CRUMBS,
+        ),
+        Method(
+            "breadcrumbs_ties",
+            "As breadcrumbs, summed where they agree in sign.",
+            (_TASK_WEIGHT, _DENSITY, _GAMMA),
+            _task_vectors(False, False),
+            "required",
+            _CRUMBS,
+        ),
+        Method(
+            "della",
+            "Elements dropped at random, a row's smallest most often, summed where signs agree.",
+            (_TASK_WEIGHT, _DENSITY, _EPSILON),
+            _task_vectors(True, True),
+            "required",
+            _DELLA,
+            random=True,
+        ),
+        Method(
+            "della_linear",
+            "As della, without the agreement in sign.",
+            (_TASK_WEIGHT, _DENSITY, _EPSILON),
+            _task_vectors(False, True),
+            "required",
+            _DELLA,
+            random=True,
+        ),
+        Method(
+            "sce",
+            "Elements that vary most between the models, weighted by their energy, signs agreed.",
+            (),
+            (Parameter("select_topk", "The share of elements kept, by their variance.", 1.0),),
+            "required",
+            "2408.07990",
+            engine="mergekit",
+        ),
+        Method(
+            "nuslerp",
+            "Two models or task vectors, along the arc between their directions.",
+            (_WEIGHT,),
+            (
+                _switch("nuslerp_flatten", "Treat a tensor as one vector, not by rows.", True),
+                _switch("nuslerp_row_wise", "Columns in place of rows, if not flattened.", False),
+            ),
+            "optional",
+            "https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md",
+            engine="mergekit",
+            least=2,
+            most=2,
+        ),
+        Method(
+            "multislerp",
+            "The weighted mean of several models or task vectors on the sphere.",
+            (_WEIGHT,),
+            (
+                _normalize(True, "normalize_weights"),
+                Parameter(
+                    "eps",
+                    "What keeps divisions by lengths finite.",
+                    1e-8,
+                    1e-10,
+                    1e-2,
+                    "log",
+                    searched=False,
+                ),
+            ),
+            "optional",
+            "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+            engine="mergekit",
+        ),
+        Method(
+            "karcher",
+            "The Karcher mean of the models' directions, all with the same share.",
+            (),
+            (
+                Parameter("max_iter", "The most steps towards the mean.", 10.0, 1.0, 20.0, "int"),
+                Parameter("tol", "The step at which to stop.", 1e-5, 1e-8, 1e-2, "log"),
+            ),
+            "ignored",
+            "2603.04972",
+            engine="mergekit",
+        ),
+        Method(
+            "model_stock",
+            "From the base towards the mean of the models, by the angle between task vectors.",
+            (),
+            (
+                Parameter(
+                    "filter_wise", "One angle a row in place of one a tensor.", 0.0, kind="bool"
+                ),
+            ),
+            "required",
+            "2403.19522",
+            engine="mergekit",
+            least=2,
+        ),
+        Method(
+            "arcee_fusion",
+            "The base, with the elements of one model that matter most put in their place.",
+            (),
+            (),
+            "required",
+            "https://www.arcee.ai/blog/meet-mergekit-v0-1-arcee-fusion-expanded-model-support-"
+            "multi-gpu-acceleration",
+            engine="mergekit",
+            most=1,
+        ),
+        Method(
+            "nearswap",
+            "The base, moved to one model where the two are nearer than t.",
+            (),
+            (
+                Parameter(
+                    "t",
+                    "The distance, in units of the weights, within which the model replaces the "
+                    "base; beyond it its share falls as t over the distance.",
+                    None,
+                    1e-6,
+                    1e-1,
+                    "log",
+                ),
+            ),
+            "required",
+            "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+            engine="mergekit",
+            most=1,
         ),
     )
 }
 
-#: Methods in which only the ratio of weights matters once ``normalize`` is on, and in which a sum
+#: Methods in which only the ratio of weights matters once they are normalized, and in which a sum
 #: of weights that cancels leaves nothing to divide by.
-SUM_NORMALIZED = frozenset({"linear", "task_arithmetic"})
+SUM_NORMALIZED = frozenset(
+    {
+        "linear",
+        "task_arithmetic",
+        "dare_linear",
+        "breadcrumbs",
+        "della_linear",
+        "nuslerp",
+        "multislerp",
+    }
+)
 
 #: Parameters that mergekit accepts and that change nothing in the merged weights.
 INERT_PARAMS = frozenset({"int8_mask"})
+
+#: Parameters that are written as true and false.
+SWITCHES = frozenset(
+    parameter.name
+    for method in METHODS.values()
+    for parameter in method.shared
+    if parameter.kind == "bool"
+)
 
 
 def method_named(name: str) -> Method:

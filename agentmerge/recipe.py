@@ -5,10 +5,11 @@ the tensor's name) and its gradients (values interpolated over a slice's layers)
 files, and nothing of how a method is computed.
 
 Canonical form, so that one merge has one hash and is never paid for twice: every source of every
-slice carries its own parameters; values are rounded to 12 significant digits; parameters that
-change nothing (``int8_mask``, a parameter of another method) are gone; with ``normalize`` the
-weights of each filter are divided by their largest, since only ratios matter; neighbouring slices
-that say the same are one.
+slice carries its own parameters; a shared parameter is written once where it is the same
+everywhere, else in its slices, and nowhere where it is the default; values are rounded to 12
+significant digits; parameters that change nothing (``int8_mask``, a parameter of another method,
+della's epsilon at density 1) are gone or zero; with ``normalize`` the weights of each filter are
+divided by their largest, since only ratios matter; neighbouring slices that say the same are one.
 """
 
 from __future__ import annotations
@@ -24,13 +25,18 @@ from typing import Any
 import yaml
 
 from agentmerge.errors import RecipeError, RecipeRejected
-from agentmerge.methods import INERT_PARAMS, METHODS, SUM_NORMALIZED, method_named
+from agentmerge.methods import (
+    INERT_PARAMS,
+    METHODS,
+    SUM_NORMALIZED,
+    SWITCHES,
+    Method,
+    Parameter,
+    method_named,
+)
 
 #: Below this share of the sum of absolute weights, a sum of weights counts as cancelled.
 CANCEL_SHARE = 1e-6
-
-#: Parameters that are on or off.
-SWITCHES = frozenset({"normalize", "rescale"})
 
 
 def round12(value: float) -> float:
@@ -241,7 +247,10 @@ class Recipe:
             value = None if setting is None else setting.at(tensor, t)
             if value is not None:
                 return value
-        return dict(METHODS[self.merge_method].shared_params)[name]
+        default = dict(METHODS[self.merge_method].shared_params)[name]
+        if default is None:
+            raise RecipeRejected(f"{self.merge_method} has no {name!r} for {tensor or 'a slice'!r}")
+        return default
 
     def canonical(self, num_layers: int) -> Recipe:
         """The one form of this merge (see the module's head); idempotent.
@@ -252,8 +261,8 @@ class Recipe:
         method = METHODS[self.merge_method]
         slices = [_canonical_slice(self, piece, num_layers) for piece in self.slices]
         bases = {piece.base_model or self.base_model for piece in slices}
-        base_model = self.base_model if method.needs_base else None
-        if method.needs_base and len(bases) == 1:
+        base_model = self.base_model if method.sets_apart(self.base_model) else None
+        if len(bases) == 1 and method.name != "slerp" and method.sets_apart(next(iter(bases))):
             base_model = bases.pop()  # said once, for the whole merge
             slices = [replace(piece, base_model=None) for piece in slices]
         merged = slices[:1]
@@ -267,19 +276,15 @@ class Recipe:
                 f"the recipe's slices make {depth} layers and the models have {num_layers}; "
                 "recipes that change the depth are not supported"
             )
-        shared = []
-        for name, value in _shared_settings(method.shared_params, self.parameters):
-            default = Setting.scalar(dict(method.shared_params)[name])
-            if value != default or name == "normalize":
-                shared.append((name, value))
-        if "normalize" not in dict(shared) and "normalize" in dict(method.shared_params):
-            shared.append(("normalize", Setting.scalar(float(method.default_normalize))))
+        shared: Parameters = ()
+        if method.name != "slerp":
+            shared, merged = _hoisted(method, merged)
         seeded = method.random and not single
         return replace(
             self,
             slices=tuple(merged),
             base_model=base_model,
-            parameters=tuple(sorted(shared)) if method.name != "slerp" else (),
+            parameters=shared,
             merge_seed=(self.merge_seed or 0) if seeded else None,
         )
 
@@ -316,7 +321,7 @@ class Recipe:
         for source in piece.sources:
             start = source.layer_range[0] if source.layer_range else 0
             own: list[tuple[str, float]] = []
-            if not (method.needs_base and source.model == base):
+            if not (method.sets_apart(base) and source.model == base):
                 for name, default in method.source_params:
                     value = _first_value(
                         (source.parameters, piece.parameters, self.parameters), name, tensor, t
@@ -329,6 +334,7 @@ class Recipe:
             sources.append((source.model, where, tuple(own)))
         result = Effective(self.merge_method, base, tuple(sources), shared)
         _refuse_cancelled(result, tensor)
+        _refuse_illegal(method, result, tensor)
         return result
 
     def _place(self, layer: int | None, after: bool) -> tuple[Slice, int]:
@@ -355,15 +361,38 @@ def length(piece: Slice) -> int:
 
 
 def _refuse_cancelled(effective: Effective, tensor: str) -> None:
-    if effective.method not in SUM_NORMALIZED or not dict(effective.shared)["normalize"]:
+    method = METHODS[effective.method]
+    if method.name not in SUM_NORMALIZED or not method.ratios_only(dict(effective.shared)):
         return
     weights = [dict(own)["weight"] for _, _, own in effective.sources if own]
     size = math.fsum(abs(weight) for weight in weights)
     if abs(math.fsum(weights)) <= CANCEL_SHARE * size:
+        switch = method.normalize_param
         raise RecipeRejected(
-            f"the weights {weights} for {tensor!r} add up to nothing, and normalize divides by "
-            "their sum; change a weight or set normalize: false"
+            f"the weights {weights} for {tensor!r} add up to nothing, and "
+            f"{switch or method.name} divides by their sum; change a weight"
+            + (f" or set {switch}: false" if switch else "")
         )
+
+
+def _refuse_illegal(method: Method, effective: Effective, tensor: str) -> None:
+    """What mergekit's own function would raise for."""
+    for name, value in effective.shared if method.engine == "mergekit" else ():
+        parameter = next(p for p in method.shared if p.name == name)
+        if parameter.whole and (value < 0 or value != int(value)):
+            raise RecipeRejected(
+                f"{name} {value:g} for {tensor!r} is not a whole number; write one value a slice"
+            )
+    for model, _, own in effective.sources:
+        values = dict(own)
+        if "epsilon" not in values or not 0 < values["density"] < 1:
+            continue
+        density, epsilon = values["density"], values["epsilon"]
+        if epsilon < 0 or density + epsilon >= 1 or density - epsilon <= 0:
+            raise RecipeRejected(
+                f"epsilon {epsilon:g} of {model!r} for {tensor!r} takes density {density:g} out of "
+                f"(0, 1); use one from 0 to below {min(density, 1 - density):g}"
+            )
 
 
 def _canonical_slice(recipe: Recipe, piece: Slice, num_layers: int) -> Slice:
@@ -371,15 +400,16 @@ def _canonical_slice(recipe: Recipe, piece: Slice, num_layers: int) -> Slice:
     base = piece.base_model or recipe.base_model
     if method.needs_base and base is None:
         raise RecipeRejected(f"{method.name} needs a base_model")
+    apart = method.sets_apart(base)
     sources = []
     for source in piece.sources:
         own: list[tuple[str, Setting]] = []
-        if not (method.needs_base and source.model == base):
-            for name, default in method.source_params:
-                own += _pushed_down(recipe, piece, source, name, default)
+        if not (apart and source.model == base):
+            for parameter in method.source:
+                own.append((parameter.name, _pushed_down(recipe, piece, source, parameter)))
         layers = source.layer_range or (0, num_layers)
-        sources.append(Source(source.model, layers, tuple(own)))
-    if method.needs_base and base is not None and base not in {s.model for s in sources}:
+        sources.append(Source(source.model, layers, tuple(_without_unread(own))))
+    if apart and base is not None and base not in {s.model for s in sources}:
         sources.append(Source(base, sources[0].layer_range))
     if method.name == "slerp":
         t = Setting.scalar(0.5)
@@ -387,59 +417,96 @@ def _canonical_slice(recipe: Recipe, piece: Slice, num_layers: int) -> Slice:
             if "t" in dict(scope):
                 t = dict(scope)["t"].then(t)
         return Slice(tuple(sources), base, (("t", _round_setting(t)),))
-    if _always_normalizes(recipe, piece):
+    shared = _shared_settings(recipe, piece)
+    if _always_ratios(method, shared):
         sources = _scaled(sources, signed=method.name in SUM_NORMALIZED)
     return Slice(
         tuple(replace(s, parameters=_rounded(s.parameters)) for s in sources),
-        piece.base_model if method.needs_base else None,
-        _shared_settings(method.shared_params, piece.parameters),
+        piece.base_model if apart else None,
+        shared,
     )
 
 
-def _shared_settings(known: tuple[tuple[str, float], ...], given: Parameters) -> Parameters:
-    """What ``given`` says of the parameters of the whole merge, in canonical form."""
-    found = []
-    for name, _ in known:
-        setting = dict(given).get(name)
-        if setting is not None:
-            if name in SWITCHES:
-                setting = setting.map(lambda v: float(bool(v)))
-            found.append((name, _round_setting(setting)))
-    return tuple(found)
-
-
-def _always_normalizes(recipe: Recipe, piece: Slice) -> bool:
+def _always_ratios(method: Method, shared: Parameters) -> bool:
     """Whether only ratios of weights matter, for every tensor of the slice."""
-    if "normalize" not in dict(METHODS[recipe.merge_method].shared_params):
-        return False
-    scopes = (piece.parameters, recipe.parameters)
-    given = [s for scope in scopes if (s := dict(scope).get("normalize")) is not None]
-    if given:
-        return given[0].is_scalar and bool(given[0].entries[0][1][0])
-    return METHODS[recipe.merge_method].default_normalize
+    switch = method.normalize_param
+    if switch is None:
+        return method.ratios_only({})
+    setting = dict(shared)[switch]
+    return setting.is_scalar and bool(setting.entries[0][1][0])
 
 
 def _rounded(parameters: Parameters) -> Parameters:
     return tuple((name, _round_setting(setting)) for name, setting in parameters)
 
 
-def _pushed_down(
-    recipe: Recipe, piece: Slice, source: Source, name: str, default: float | None
-) -> list[tuple[str, Setting]]:
+def _pushed_down(recipe: Recipe, piece: Slice, source: Source, parameter: Parameter) -> Setting:
+    scopes = (source.parameters, piece.parameters, recipe.parameters)
+    setting = _resolved(scopes, parameter, repr(source.model))
+    if parameter.name in ("density", "gamma"):
+        setting = setting.map(lambda v: min(max(v, 0.0), 1.0))
+    return setting
+
+
+def _resolved(scopes: Iterable[Parameters], parameter: Parameter, where: str) -> Setting:
+    """A parameter's setting, each scope filling in for the tensors that those before leave out."""
     setting: Setting | None = None
-    for scope in (source.parameters, piece.parameters, recipe.parameters):
-        found = dict(scope).get(name)
+    for scope in scopes:
+        found = dict(scope).get(parameter.name)
         if found is not None:
             setting = found if setting is None else setting.then(found)
+    if parameter.default is not None:
+        default = Setting.scalar(parameter.default)
+        return default if setting is None else setting.then(default)
     if setting is None:
-        if default is None:
-            raise RecipeRejected(f"{source.model!r} has no {name!r}")
-        setting = Setting.scalar(default)
-    elif default is not None:
-        setting = setting.then(Setting.scalar(default))
-    if name == "density":
-        setting = setting.map(lambda v: min(max(v, 0.0), 1.0))
-    return [(name, setting)]
+        raise RecipeRejected(f"{where} has no {parameter.name!r}")
+    return setting
+
+
+def _without_unread(own: list[tuple[str, Setting]]) -> list[tuple[str, Setting]]:
+    """gamma and epsilon as zero where the density keeps all or nothing, and they are not read."""
+    density = dict(own).get("density")
+    if density is None or any(v not in ((0.0,), (1.0,)) for _, v in density.entries):
+        return own
+    return [
+        (name, Setting.scalar(0.0) if name in ("gamma", "epsilon") else setting)
+        for name, setting in own
+    ]
+
+
+def _shared_settings(recipe: Recipe, piece: Slice) -> Parameters:
+    """Every shared parameter as it holds in a slice, sorted by name."""
+    method = METHODS[recipe.merge_method]
+    found: dict[str, Setting] = {}
+    for parameter in method.shared:
+        setting = _resolved((piece.parameters, recipe.parameters), parameter, method.name)
+        if parameter.kind == "bool":
+            setting = setting.map(lambda v: float(bool(v)))
+        found[parameter.name] = _round_setting(setting)
+    if found.get("nuslerp_flatten") == Setting.scalar(1.0):
+        found["nuslerp_row_wise"] = Setting.scalar(0.0)  # not read then
+    return tuple(sorted(found.items()))
+
+
+def _hoisted(method: Method, slices: list[Slice]) -> tuple[Parameters, list[Slice]]:
+    """Shared parameters that all slices agree on, written once; defaults only for ``normalize``."""
+    spoken = [
+        {
+            name: setting
+            for name, setting in piece.parameters
+            if name == "normalize" or setting != _default(method, name)
+        }
+        for piece in slices
+    ]
+    common = {n: s for n, s in spoken[0].items() if all(row.get(n) == s for row in spoken)}
+    own = [tuple((n, s) for n, s in row.items() if n not in common) for row in spoken]
+    pairs = zip(slices, own, strict=True)
+    return tuple(common.items()), [replace(piece, parameters=rest) for piece, rest in pairs]
+
+
+def _default(method: Method, name: str) -> Setting | None:
+    value = dict(method.shared_params)[name]
+    return None if value is None else Setting.scalar(value)
 
 
 def _scaled(sources: list[Source], signed: bool) -> list[Source]:

@@ -146,14 +146,16 @@ def _method(view: HistoryView) -> str:
     if view.space.is_slerp:
         pair = [short_name(model) for model in view.space.models]
         return "slerp" if len(pair) > 2 else f"slerp; {pair[0]} is the base, {pair[1]} the partner"
-    text = genome.merge_method
-    if genome.normalizes:
+    text, method = genome.merge_method, view.space.method
+    if not method.source:
+        text += "; the models have no weights"
+    elif genome.normalizes:
         text += "; normalize is on: only the ratios of a group's weights matter, not their scale"
     else:
         text += "; normalize is off: weights count as they are"
     if genome.smooth:
         text += "; smooth is on: values are set at knots and interpolated over the layers between"
-    return text
+    return f"{text}. {method.doc}"
 
 
 def _axes(view: HistoryView) -> str:
@@ -167,7 +169,12 @@ def _ends(view: HistoryView, axis: Axis) -> str:
         return f"equal parts of 0 to {SCALE} pick one of {names}"
     if axis.parameter == "partner":
         return f"equal parts of 0 to {SCALE} pick one of {names} that is not the base"
-    return f"0 is {axis.low:g}, {SCALE} is {axis.high:g}"
+    if axis.kind == "bool":
+        return f"below {SCALE // 2} is off, above it on"
+    if axis.kind == "int":
+        return f"equal parts of 0 to {SCALE} are the whole numbers {axis.low:g} to {axis.high:g}"
+    scale = ", on a logarithmic scale" if axis.kind == "log" else ""
+    return f"0 is {axis.low:g}, {SCALE} is {axis.high:g}{scale}"
 
 
 def _task(task: TaskView) -> str:

@@ -611,6 +611,17 @@ def explain(
 
 
 @app.command()
+def methods(as_json: Json = False) -> int:
+    """List the merge methods: their parameters, ranges and defaults, who computes them, papers."""
+    from agentmerge.cli.render import methods_text
+    from agentmerge.methods import METHODS
+
+    found = [method.to_dict() for method in METHODS.values()]
+    _print(found, as_json, methods_text(found))
+    return 0
+
+
+@app.command()
 def gc(
     runs_dir: RunsDir = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,

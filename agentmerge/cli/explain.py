@@ -7,6 +7,7 @@ from typing import Any
 
 from agentmerge.errors import UserError
 from agentmerge.genome import short_name
+from agentmerge.methods import METHODS
 from agentmerge.recipe import Effective, Recipe, length
 
 #: Stand-ins where no model says what its tensors are called.
@@ -30,7 +31,12 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
     rows = [["where", "tensors", "source", "values"]]
     for place, name, effective in _grouped(groups):
         for model_name, _, own in effective.sources:
-            values = ", ".join(f"{key} {value:g}" for key, value in own) or "base"
+            apart = METHODS[effective.method].sets_apart(effective.base_model)
+            if apart and model_name == effective.base_model:
+                values = "base"
+            else:
+                found = own or effective.shared  # of a method without weights
+                values = ", ".join(f"{key} {value:g}" for key, value in found) or "the model"
             if effective.method == "slerp":
                 t = dict(effective.shared)["t"]
                 values = f"t {t:g} away" if model_name == effective.base_model else f"t {t:g}"

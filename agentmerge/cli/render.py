@@ -191,3 +191,48 @@ def plan_text(plan: Any) -> str:
     lines = [f"{name.ljust(width)}  {value}" for name, value in rows[1:]]
     lines += [f"note: {line}" for line in (*plan.warnings, *plan.notes)]
     return "\n".join(["no faults found", *lines])
+
+
+def methods_text(methods: Sequence[Mapping[str, Any]]) -> str:
+    """Each merge method in a paragraph: what it is, then a line a parameter."""
+    parts = []
+    for method in methods:
+        paper = str(method["paper"])
+        paper = paper if "://" in paper else f"arXiv {paper}"
+        facts = [f"computed by {method['engine']}", f"base_model {method['base_model']}"]
+        least, most = method["models"]["least"], method["models"]["most"]
+        if most:
+            facts.append(f"{most} {'model' if most == 1 else 'models'} a slice")
+        elif least > 1:
+            facts.append(f"{least} models or more")
+        facts += ["random masks"] if method["random"] else []
+        lines = [f"{method['name']}: {method['doc']}", f"  {'; '.join(facts)}; {paper}"]
+        rows = [_parameter_row(parameter) for parameter in method["parameters"]]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)] if rows else []
+        for *short, doc in rows:
+            cells = [cell.ljust(width) for cell, width in zip(short, widths, strict=True)]
+            lines.append(f"    {'  '.join(cells)}  {doc}")
+        parts.append("\n".join(lines))
+    parts.append(
+        "Parameters marked * are searched where genome.evolve names them (normalize: where "
+        "genome.normalize says); the others always."
+    )
+    return "\n\n".join(parts)
+
+
+def _parameter_row(parameter: Mapping[str, Any]) -> list[str]:
+    scope = "a model" if parameter["scope"] == "source" else "shared"
+    default = parameter["default"]
+    if parameter["kind"] == "bool":
+        span, default = "true or false", None if default is None else str(bool(default)).lower()
+    else:
+        span = f"{parameter['low']:g} to {parameter['high']:g}"
+        span += {"log": " (log)", "int": " (whole)"}.get(parameter["kind"], "")
+        default = None if default is None else f"{default:g}"
+    said = f"{span}, default {default}" if default is not None else span
+    return [
+        parameter["name"] + ("" if parameter["searched"] else "*"),
+        scope,
+        said,
+        parameter["doc"],
+    ]

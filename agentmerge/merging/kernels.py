@@ -23,7 +23,7 @@ Rules at the edges; no finite input makes a kernel raise:
     slerp: vectors shorter than 1e-8 count as they are, without being brought to length one; an
         absolute cosine above 0.9995 is interpolated linearly.
 
-The random mask of dare_ties keeps element ``i`` (row-major in the whole stored tensor) where
+The random mask of DARE keeps element ``i`` (row-major in the whole stored tensor) where
 ``h(i) / 2**32 < density``. With k0, k1 the first two little-endian 32-bit words of
 SHA-256("{key}\\n{i >> 32}") and all arithmetic modulo 2**32:
     h = (i + k0);  h ^= h >> 16;  h *= 0x21f0aaad;  h ^= k1;
@@ -61,6 +61,8 @@ class Operand:
     weight: float = 0.0
     density: float = 1.0
     key: str = ""
+    gamma: float = 0.0
+    epsilon: float = 0.0
 
 
 class Kernel(Protocol):
@@ -242,9 +244,13 @@ def magnitude_mask(base: torch.Tensor, tensor: torch.Tensor, density: float) -> 
     count = tensor.numel()
     if density >= 1 or count == 0:
         return None
-    if density <= 0:
-        return torch.zeros(count, dtype=torch.bool, device=tensor.device)
-    keep = max(1, int(density * count))
+    return largest_mask(base, tensor, max(1, int(density * count)) if density > 0 else 0)
+
+
+def largest_mask(base: torch.Tensor, tensor: torch.Tensor, keep: int) -> torch.Tensor:
+    """Where the task vector is among its ``keep`` largest elements, zeros left out; flat."""
+    if keep <= 0:
+        return torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
     working = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     # Narrow, since selecting is what takes the time; rounding keeps the order up to equality.
     size = tensor.reshape(-1).to(working).sub(base.reshape(-1)).abs_()
@@ -269,6 +275,15 @@ def random_mask(
     limit = min(math.ceil(density * 2**32), 2**32) - 1 - 2**31
     if density <= 0:
         return mask
+    for block, h in hashes(key, count, device):
+        torch.le(h, limit, out=mask[block])
+    return mask
+
+
+def hashes(
+    key: str, count: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The hash of the module's head of every element, block by block, less 2**31 (as int32)."""
     counter = torch.arange(min(BLOCK, count), dtype=torch.int32, device=device)
     for block in _blocks(count):
         words = hashlib.sha256(f"{key}\n{block.start >> 32}".encode()).digest()
@@ -282,8 +297,7 @@ def random_mask(
         h *= 0x735A2D97
         h ^= (h >> 15) & 0x1FFFF
         h ^= _signed(1 << 31)
-        torch.le(h, limit, out=mask[block])
-    return mask
+        yield block, h
 
 
 def _scaled(

@@ -18,8 +18,9 @@ import torch
 from safetensors import safe_open
 
 from agentmerge.errors import CandidateFailed, ParentError
+from agentmerge.merging.engines import KERNELS
 from agentmerge.merging.headers import content_fingerprint, read_headers
-from agentmerge.merging.kernels import KERNELS, Operand
+from agentmerge.merging.kernels import Operand
 from agentmerge.merging.plan import Layout, MergePlan, TensorPlan, plan, read_layout
 from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
@@ -123,7 +124,7 @@ def merged_tensor(item: TensorPlan, merge_seed: int | None, source: TensorSource
             continue
         values = dict(own)
         key = mask_key(merge_seed or 0, source.identities[model], name) if random else ""
-        operands.append(Operand(tensor, values.get("weight", 0.0), values.get("density", 1.0), key))
+        operands.append(Operand(tensor, key=key, **values))
     out = getattr(torch, item.dtype)
     result = KERNELS[effective.method](base, operands, dict(effective.shared), out)
     if not _is_finite(result):

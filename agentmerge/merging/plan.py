@@ -103,7 +103,7 @@ def _check_sources(recipe: Recipe, layout: Layout) -> None:
     if unknown:
         known = ", ".join(map(repr, layout.parents))
         raise RecipeRejected(f"the recipe names {unknown[0]!r}; the models are {known}")
-    made = 0
+    made, method = 0, METHODS[recipe.merge_method]
     for index, piece in enumerate(recipe.slices):
         names = [source.model for source in piece.sources]
         twice = next((name for name in names if names.count(name) > 1), None)
@@ -122,8 +122,16 @@ def _check_sources(recipe: Recipe, layout: Layout) -> None:
                 f"slice {index} gives slerp {names} with base_model {base!r}; it needs two models, "
                 "one of them the base_model"
             )
-        if METHODS[recipe.merge_method].needs_base and base not in names:
+        if method.sets_apart(base) and base not in names:
             raise RecipeRejected(f"slice {index} has no source for its base_model {base!r}")
+        others = len(names) - method.sets_apart(base)
+        # least 1 is not asked for: nothing besides the base is the base
+        if others < method.least > 1 or others > (method.most or others):
+            bound = f"exactly {method.most}" if method.most else f"at least {method.least}"
+            raise RecipeRejected(
+                f"slice {index} gives {method.name} {others} models besides a base; it merges "
+                f"{bound}"
+            )
         first = piece.sources[0].layer_range or (0, 0)
         made += first[1] - first[0]
     if made != layout.num_layers:

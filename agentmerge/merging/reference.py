@@ -31,8 +31,8 @@ def mergekit_merge(
 ) -> None:
     """Merge by mergekit into ``out_dir``, as its command line would.
 
-    Its dare_ties draws masks of its own from ``merge_seed``, not ours, and it rounds after every
-    operation, so its weights differ from ours in the last bits (dare_ties: in what is dropped).
+    Its DARE and DELLA draw masks of their own from ``merge_seed``, not ours, and it rounds after
+    every operation, so its weights differ from ours in the last bits (theirs: in what is dropped).
 
     paths: the recipe's model names -> local directories.
     template_model, card: as in ``export_checkpoint`` (mergekit would take the base's tokenizer).
@@ -78,12 +78,14 @@ def float64_reference(
     *,
     weights: Sequence[float] = (),
     densities: Sequence[float] = (),
+    gammas: Sequence[float] = (),
     shared: Mapping[str, float],
     masks: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """A method's formula, written plainly in float64; the rules at the edges are the kernels'.
 
-    masks: what dare_ties keeps of each tensor, of the tensor's shape; ignored by other methods.
+    masks: what the random methods keep of each tensor, of the tensor's shape; ignored by others.
+    Of the methods that mergekit computes for us there is no second formula here.
     """
     exact = [tensor.double() for tensor in tensors]
     if method == "slerp":
@@ -101,6 +103,9 @@ def float64_reference(
         return origin + shared["lambda"] * total
     if method == "ties":
         masks = [_largest(d, density) for d, density in zip(deltas, densities, strict=True)]
+    if method in ("breadcrumbs", "breadcrumbs_ties"):
+        rows = zip(deltas, densities, gammas, strict=True)
+        masks = [_between(delta, density, gamma) for delta, density, gamma in rows]
     if masks is None:
         raise TypeError(f"{method} needs masks")
     trimmed = []
@@ -110,6 +115,10 @@ def float64_reference(
             before, after = delta.abs().sum(), kept.abs().sum()
             kept = kept if before < 1e-7 or after < 1e-7 else kept * (before / after)
         trimmed.append(kept)
+    if method in ("dare_linear", "breadcrumbs", "della_linear"):
+        total = _weighted_sum(weights, trimmed)
+        total = total / _sum_or_one(weights) if shared["normalize"] else total
+        return origin + shared["lambda"] * total
     row = torch.tensor(weights, dtype=torch.float64).reshape(-1, *[1] * origin.ndim)
     weighted = torch.stack(trimmed) * row
     positive = weighted.sum(0) >= 0
@@ -144,6 +153,19 @@ def _largest(delta: torch.Tensor, density: float) -> torch.Tensor:
     if density > 0:
         order = torch.argsort(delta.abs().reshape(-1), descending=True, stable=True)
         mask[order[: max(1, int(density * count))]] = 1
+    return mask.reshape(delta.shape)
+
+
+def _between(delta: torch.Tensor, density: float, gamma: float) -> torch.Tensor:
+    """What breadcrumbs keeps: below the outliers, above the smallest."""
+    count = delta.numel()
+    if density >= 1:
+        return torch.ones_like(delta)
+    keep, outliers = int(density * count), int(gamma * count)
+    order = torch.argsort(delta.abs().reshape(-1), descending=True, stable=True)
+    start = min(outliers, count - keep)
+    mask = torch.zeros(count, dtype=delta.dtype)
+    mask[order[start : start + keep]] = 1
     return mask.reshape(delta.shape)
 
 

@@ -24,7 +24,7 @@ import operator
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -142,26 +142,34 @@ def _point(recipe: Recipe, parents: Sequence[str]) -> np.ndarray:
     layers = sum(length(piece) for piece in recipe.slices)
     place = {name: i for i, name in enumerate(parents)}
     point = np.zeros((layers, len(_KINDS), len(parents)))
-    needs_base = METHODS[recipe.merge_method].needs_base
+    method = METHODS[recipe.merge_method]
     for layer in range(layers):
         for k, kind in enumerate(_KINDS):
             effective = recipe.effective(f"model.layers.{layer}.{kind}.weight", layer)
-            shared = dict(effective.shared)
+            shared, base = dict(effective.shared), effective.base_model
             weights = {}
             for model, _, own in effective.sources:
                 if recipe.merge_method == "slerp":
                     share = shared["t"]
-                    weights[model] = 1 - share if model == effective.base_model else share
-                elif own and not (needs_base and model == effective.base_model):
+                    weights[model] = 1 - share if model == base else share
+                elif not (method.sets_apart(base) and model == base):
                     values = dict(own)
-                    weights[model] = values["weight"] * math.sqrt(values.get("density", 1.0))
+                    weight = values.get("weight", _evenly(shared) / len(effective.sources))
+                    weights[model] = weight * math.sqrt(values.get("density", 1.0))
             total = sum(weights.values())
-            if shared.get("normalize") and recipe.merge_method in SUM_NORMALIZED and total:
+            if method.name in SUM_NORMALIZED and method.ratios_only(shared) and total:
                 weights = {model: weight / total for model, weight in weights.items()}
             for model, weight in weights.items():
                 if model in place:
                     point[layer, k, place[model]] = weight * shared.get("lambda", 1.0)
     return point
+
+
+def _evenly(shared: Mapping[str, float]) -> float:
+    """How much of the models goes in where they have no weights: by a made-up rule."""
+    if "t" in shared:
+        return min(max(1 + math.log10(max(shared["t"], 1e-9)) / 6, 0.0), 1.0)
+    return shared.get("select_topk", 1.0) * (1.0 - 0.2 * shared.get("filter_wise", 0.0))
 
 
 def _result(item: ItemRef, point: np.ndarray, parents: tuple[str, ...]) -> ItemResult:

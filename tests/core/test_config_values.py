@@ -62,7 +62,7 @@ def test_a_tasks_weight_is_a_finite_number(number: str) -> None:
         ({"models": ["a"]}, "at least two"),
         ({"models": ["a", "a"]}, "names 'a' twice"),
         ({"models": "a"}, "genome.models"),
-        ({"merge_method": "nope"}, "use one of dare_ties, linear"),
+        ({"merge_method": "nope"}, "is not known; use one of "),
         ({"merge_method": "dare_ties"}, "base_model is missing"),
         ({"merge_method": "slerp", "smooth": True}, "smooth is not possible with slerp"),
         ({"merge_method": "slerp", "filters": ["mlp"]}, "filters is not possible with slerp"),

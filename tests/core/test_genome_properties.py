@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 
 from agentmerge.config import GenomeConfig
 from agentmerge.errors import ConfigError
-from agentmerge.genome import TASK_VECTOR_UPPER, SearchSpace
+from agentmerge.genome import SearchSpace
 from agentmerge.methods import METHODS, SUM_NORMALIZED
 from agentmerge.recipe import Recipe
+
+#: The documented upper bound of task-vector weights (docs/config.md).
+TASK_VECTOR_UPPER = 1.5
 
 KINDS = ("self_attn.q_proj", "mlp.up_proj", "input_layernorm")
 METHOD_NAMES = ("linear", "task_arithmetic", "ties", "dare_ties", "slerp")

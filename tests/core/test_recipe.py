@@ -509,7 +509,7 @@ REFUSED = {
     "no mapping": ("[1, 2]", "must be a mapping"),
     "nothing": ("", "must be a mapping"),
     "no YAML": ("a: [", "not YAML"),
-    "method": ("merge_method: breadcrumbs\nmodels: [{model: a}]", "'breadcrumbs' is not known"),
+    "method": ("merge_method: breadcrumb\nmodels: [{model: a}]", "'breadcrumb' is not known"),
     "no method": ("models: [{model: a}]", "is not known; use one of"),
     "neither models nor slices": ("merge_method: linear", "either 'models:' or 'slices:'"),
     "both": ("merge_method: linear\nmodels: [{model: a}]\nslices: [{}]", "and not both"),
