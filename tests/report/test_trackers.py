@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,11 @@ def test_wandb_offline_logs_scores_and_thoughts(
     assert run_app(arguments) == 0
     logs = list(tmp_path.rglob("*.wandb"))
     assert len(logs) == 1
-    body = logs[0].read_bytes()
-    for word in (b"merges", b"task/one", b"thought/critic", b"verdict"):
-        assert word in body
+    words = (b"merges", b"task/one", b"thought/critic", b"verdict")
+    deadline = time.monotonic() + 60  # W&B's own process may still be writing
+    while any(word not in logs[0].read_bytes() for word in words):
+        assert time.monotonic() < deadline, [w for w in words if w not in logs[0].read_bytes()]
+        time.sleep(0.1)
 
 
 def test_a_tracker_that_fails_is_said_once_and_stops_nothing(
