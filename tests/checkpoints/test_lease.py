@@ -54,7 +54,7 @@ def test_taken_and_given_back(path):
 
 def test_other_searches_are_free(path):
     with Lease.acquire(path, "t"), Lease.acquire(path, "u"):
-        pass
+        assert Lease.holder(path, "t").token != Lease.holder(path, "u").token
 
 
 def test_given_back_when_the_block_raises(path):
@@ -96,7 +96,7 @@ def test_a_killed_process_that_nobody_waited_for_is_replaced_too(path, holder):
     while Lease.holder(path, "t") is not None and time.monotonic() < deadline:
         time.sleep(0.01)
     with Lease.acquire(path, "t"):
-        pass
+        assert Lease.holder(path, "t").pid == os.getpid()
 
 
 def test_another_host_is_believed_until_it_is_silent(path):
@@ -112,8 +112,8 @@ def test_another_host_is_believed_until_it_is_silent(path):
 def test_a_row_of_our_own_pid_from_an_earlier_life_is_replaced(path):
     with Lease.acquire(path, "t"):
         rewrite(path, token="from before the container restarted")
-        with Lease.acquire(path, "t"):
-            pass
+        with Lease.acquire(path, "t") as lease:
+            assert Lease.holder(path, "t").token == lease.token
 
 
 def test_the_heartbeat_keeps_a_short_lease(path):
