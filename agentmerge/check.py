@@ -265,10 +265,7 @@ def benchmark_faults(config: SearchConfig) -> list[str]:
 def _tokenizer_faults(config: SearchConfig) -> list[str]:
     """Parents share one vocabulary here, so a source only says whose tokenizer is kept."""
     source = config.genome.tokenizer_source
-    known = [
-        *config.genome.models,
-        *([config.genome.base_model] if config.genome.base_model else []),
-    ]
+    known = config.genome.parents
     if source in (None, "union", "base", *known):
         return []
     return [
@@ -328,7 +325,7 @@ def _filter_faults(config: SearchConfig, layout: Any) -> list[str]:
 
 def init_faults(config: SearchConfig) -> list[str]:
     """Warm-start recipes that cannot be read, or that name other models."""
-    known = {*config.genome.models, config.genome.base_model}
+    known = set(config.genome.parents)
     faults = []
     for path in config.search.init:
         try:
@@ -340,7 +337,7 @@ def init_faults(config: SearchConfig) -> list[str]:
         if strangers:
             faults.append(
                 f"--init {path}: names {strangers}, which the genome does not; a warm start may "
-                f"only use {sorted(str(k) for k in known if k)}"
+                f"only use {sorted(known)}"
             )
     return faults
 
@@ -371,9 +368,7 @@ def _parents(
     from agentmerge.merging.headers import resolve_model
     from agentmerge.merging.layout import read_layout
 
-    names = list(config.genome.models)
-    if config.genome.base_model and config.genome.base_model not in names:
-        names.append(config.genome.base_model)
+    names = list(config.genome.parents)
     names += [name for name in also if name not in names]
     paths: dict[str, Path] = {}
     for name in names:
@@ -415,9 +410,7 @@ def _template_model(config: SearchConfig, paths: Mapping[str, Path]) -> str:
         source = config.genome.base_model
     if source in paths:
         return str(source)
-    names = list(config.genome.models)
-    if config.genome.base_model and config.genome.base_model not in names:
-        names.append(config.genome.base_model)
+    names = list(config.genome.parents)
     if config.tasks.apply_chat_template:
         for name in names:
             if name in paths and has_chat_template(paths[name]):
@@ -447,9 +440,7 @@ def _prepare_fake(config: SearchConfig, faults: list[str]) -> Prepared:
         raise ConfigError(faults)
     from agentmerge.workers.fake import FakeWorker
 
-    names = list(config.genome.models)
-    if config.genome.base_model and config.genome.base_model not in names:
-        names.append(config.genome.base_model)
+    names = list(config.genome.parents)
     depth = config.worker.options.get("num_layers", 4)
     if type(depth) is not int or depth < 1:
         raise ConfigError(f"worker.options.num_layers {depth!r} must be a whole number above 0")

@@ -9,7 +9,6 @@ known key and the line. Knows nothing of models on disk: that is ``check.py``.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +112,12 @@ class GenomeConfig(_Frozen):
         return tuple(
             p for p in shared if p.name not in switches and (p.searched or p.name in self.evolve)
         )
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Every model of the genome, the base last where it is not among ``models``."""
+        outside = self.base_model is not None and self.base_model not in self.models
+        return (*self.models, str(self.base_model)) if outside else self.models
 
     @property
     def normalizes(self) -> bool:
@@ -431,7 +436,3 @@ def _key_lines(text: str) -> dict[str, int]:
                 yield from walk(value, f"{prefix}{index}.")
 
     return dict(walk(yaml.compose(text, Loader=yaml.SafeLoader), ""))
-
-
-def finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)

@@ -25,11 +25,10 @@ from agentmerge import plugins
 from agentmerge.check import Prepared, anchored, prepare
 from agentmerge.config import SearchConfig
 from agentmerge.errors import CandidateFailed, NotBegun, NotFound, RunFailed, UserError
-from agentmerge.ledger import Ledger, ResultKey, RunRow
+from agentmerge.ledger import Ledger, RunRow
 from agentmerge.recipe import Recipe
 from agentmerge.state import GRAPH_VERSION, SearchState
-from agentmerge.steps import Emit, Role, Search
-from agentmerge.workers.base import ItemResult
+from agentmerge.steps import Emit, Role, Scoring, Search
 
 LEDGER = "agentmerge.sqlite"
 CHECKPOINTS = "checkpoints.sqlite"
@@ -117,12 +116,11 @@ def resume(
     emit: Emit | None = None,
     drain: Drain | None = None,
     models: Mapping[Role, Any] | None = None,
-    accept_changes: bool = False,
 ) -> RunRow:
     """Go on with a search where it stopped; ``overrides`` may raise limits (RESUMABLE).
 
     Raises:
-        UserError: a parent, a task or the items changed since, unless ``accept_changes``.
+        UserError: a parent, a task or the items changed since.
         RunFailed: the saved state cannot be continued.
     """
     runs_dir = existing_runs(runs_dir)
@@ -137,7 +135,7 @@ def resume(
         config = SearchConfig.from_text(row.config, row.name, overrides)
         prepared = prepare(config, allow_benchmarks=True)
         changes = changed_facts(row.facts, prepared.facts())
-        if changes and not accept_changes:
+        if changes:
             raise UserError(
                 f"{'; '.join(changes)} since {row.name!r} began: old and new scores cannot be "
                 f"compared; put it back, or `agentmerge branch {row.name}` to score the best again"
@@ -198,28 +196,16 @@ def evaluate(
     prepared.check(canonical)
     recipe_hash = canonical.hash(prepared.identities)
     with Ledger(Path(runs_dir) / LEDGER) as ledger, ExitStack() as stack:
-        pool = _pool(prepared, stack)
-        results: dict[Any, ItemResult] = {}
-        for task in prepared.taskset.tasks:
-            stored = ledger.results(ResultKey(recipe_hash, pool.info, task.protocol_hash))
-            results |= {r: stored[r.key] for r in task.part("search") if r.key in stored}
-        missing = [ref for ref in prepared.taskset.refs() if ref not in results]
-        if missing:
-            proof, rows, seconds = pool.evaluate(canonical, missing)
-            fresh = dict(zip(missing, rows, strict=True))
-            for task in prepared.taskset.tasks:
-                refs = [ref for ref in task.part("search") if ref in fresh]
-                key = ResultKey(recipe_hash, pool.info, task.protocol_hash)
-                row = [fresh[ref] for ref in refs]
-                ledger.save_results(key, task.name, refs, row, proof.digest, seconds)
-            results |= fresh
-        score = prepared.taskset.score(results)
+        scoring = Scoring(ledger, prepared.taskset, _pool(prepared, stack))
+        answers = scoring.ask(canonical, recipe_hash)
+        scoring.save(answers)
+        score = prepared.taskset.score(answers.results)
     return {
         "score": score.value,
         "tasks": dict(score.tasks),
         "recipe_hash": recipe_hash,
-        "reused": not missing,
-        "items": len(results),
+        "reused": not answers.paid,
+        "items": len(answers.results),
     }
 
 

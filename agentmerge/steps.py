@@ -21,13 +21,13 @@ from agentmerge.agents.prompts import Prompts, prompt_hash
 from agentmerge.agents.schemas import Guidance
 from agentmerge.config import SearchConfig
 from agentmerge.errors import CandidateFailed, ModelReplyError, NotBegun, RecipeRejected
-from agentmerge.evaluation.tasks import Score, TaskSet
+from agentmerge.evaluation.tasks import Part, TaskSet
 from agentmerge.final import final_card
 from agentmerge.genome import SearchSpace
 from agentmerge.ledger import Candidate, Ledger, ResultKey
 from agentmerge.recipe import Recipe
 from agentmerge.state import GRAPH_VERSION, SearchState
-from agentmerge.strategies.base import Observation, Proposal, Strategy, rng_factory
+from agentmerge.strategies.base import Proposal, Strategy, rng_factory
 from agentmerge.strategies.llm_evo import improved
 from agentmerge.strategies.random import random_vectors
 from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult
@@ -70,14 +70,67 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """A candidate's score, what it paid for, and (truncated prompts, cut-off generations)."""
+class Answers:
+    """Items' results, what of them was paid for just now (by task), and the proof of the swap."""
 
-    score: Score
+    results: dict[ItemRef, ItemResult]
     paid: list[tuple[ResultKey, str, list[ItemRef], list[ItemResult]]]
-    counts: tuple[int, int]
-    seconds: float
-    fingerprint: str
+    seconds: float = 0.0
+    fingerprint: str = ""
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(truncated prompts, cut-off generations)."""
+        found = self.results.values()
+        return sum(r.truncated for r in found), sum(r.cut_off for r in found)
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """The one way to items' results: from the ledger where they are, else from a worker."""
+
+    ledger: Ledger
+    taskset: TaskSet
+    pool: Evaluator
+
+    def known(self, recipe_hash: str, part: Part = "search") -> dict[ItemRef, ItemResult]:
+        found = {}
+        for task in self.taskset.tasks:
+            stored = self.ledger.results(self._key(recipe_hash, task.protocol_hash))
+            found.update({ref: stored[ref.key] for ref in task.part(part) if ref.key in stored})
+        return found
+
+    def ask(
+        self,
+        recipe: Recipe,
+        recipe_hash: str,
+        part: Part = "search",
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> Answers:
+        """Every item of a part, asking a worker only what the ledger lacks. Saves nothing.
+
+        Raises:
+            CandidateFailed, NotBegun, WorkerLost: as the pool does.
+        """
+        results = self.known(recipe_hash, part)
+        missing = [ref for ref in self.taskset.refs(part) if ref not in results]
+        if not missing:
+            return Answers(results, [])
+        proof, rows, seconds = self.pool.evaluate(recipe, missing, wanted)
+        fresh = dict(zip(missing, rows, strict=True))
+        paid = []
+        for task in self.taskset.tasks:
+            refs = [ref for ref in task.part(part) if ref in fresh]
+            key = self._key(recipe_hash, task.protocol_hash)
+            paid.append((key, task.name, refs, [fresh[ref] for ref in refs]))
+        return Answers(results | fresh, paid, seconds, proof.digest)
+
+    def save(self, answers: Answers) -> None:
+        for key, task, refs, rows in answers.paid:
+            self.ledger.save_results(key, task, refs, rows, answers.fingerprint, answers.seconds)
+
+    def _key(self, recipe_hash: str, protocol_hash: str) -> ResultKey:
+        return ResultKey(recipe_hash, self.pool.info, protocol_hash)
 
 
 @dataclass
@@ -155,7 +208,8 @@ class Search:
         self.emit({"event": "evaluate", "generation": generation, "slot": slot})
         recipe = Recipe.parse(self.ledger.recipe(candidate.recipe_hash))
         try:
-            scored = self._scored(recipe, candidate.recipe_hash)
+            answers = self.scoring.ask(recipe, candidate.recipe_hash, wanted=self._wanted)
+            score = self.taskset.score(answers.results)
         except NotBegun:
             return  # left open: whoever goes on with this search scores it
         except CandidateFailed as error:
@@ -166,13 +220,13 @@ class Search:
             self.ledger.save_evaluation(
                 self.run_id,
                 (generation, slot),
-                score=scored.score.value,
-                tasks=scored.score.tasks,
-                reused=not scored.paid,
-                counts=scored.counts,
-                seconds=scored.seconds,
-                fingerprint=scored.fingerprint,
-                results=scored.paid,
+                score=score.value,
+                tasks=score.tasks,
+                reused=not answers.paid,
+                counts=answers.counts,
+                seconds=answers.seconds,
+                fingerprint=answers.fingerprint,
+                results=answers.paid,
             )
         self.emit(self._candidate_event(self.ledger.candidate(self.run_id, generation, slot)))
 
@@ -269,61 +323,22 @@ class Search:
 
     # --- scoring ----------------------------------------------------------------------------
 
-    def item_results(
-        self, recipe_hash: str, part: Literal["search", "sealed"] = "search"
-    ) -> dict[ItemRef, ItemResult]:
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring(self.ledger, self.taskset, self.pool)
+
+    def item_results(self, recipe_hash: str, part: Part = "search") -> dict[ItemRef, ItemResult]:
         """What the ledger knows of a recipe's items, without paying for anything."""
-        found = {}
-        for task in self.taskset.tasks:
-            known = self.ledger.results(self._key(recipe_hash, task.protocol_hash))
-            found.update({ref: known[ref.key] for ref in task.part(part) if ref.key in known})
-        return found
+        return self.scoring.known(recipe_hash, part)
 
     def confirm(self, candidate: Candidate) -> dict[ItemRef, ItemResult]:
         """Sealed items' results of a candidate, paid for once and kept."""
-        results = self.item_results(candidate.recipe_hash, "sealed")
-        missing = [ref for ref in self.taskset.refs("sealed") if ref not in results]
-        if missing:
-            recipe = Recipe.parse(self.ledger.recipe(candidate.recipe_hash))
-            fingerprint, rows, seconds = self.pool.evaluate(
-                recipe, missing, lambda: not self.stopping()
-            )
-            fresh = dict(zip(missing, rows, strict=True))
-            for task in self.taskset.tasks:
-                refs = [ref for ref in task.part("sealed") if ref in fresh]
-                self.ledger.save_results(
-                    self._key(candidate.recipe_hash, task.protocol_hash),
-                    task.name,
-                    refs,
-                    [fresh[ref] for ref in refs],
-                    fingerprint.digest,
-                    seconds,
-                )
-            results |= self.item_results(candidate.recipe_hash, "sealed")
-        return results
-
-    def _scored(self, recipe: Recipe, recipe_hash: str) -> Scored:
-        """Score a recipe on the search items, asking only what the ledger lacks."""
-        results = self.item_results(recipe_hash)
-        missing = [ref for ref in self.taskset.refs() if ref not in results]
-        seconds, fingerprint, paid = 0.0, "", []
-        if missing:
-            proof, rows, seconds = self.pool.evaluate(recipe, missing, self._wanted)
-            fingerprint = proof.digest
-            fresh = dict(zip(missing, rows, strict=True))
-            for task in self.taskset.tasks:
-                refs = [ref for ref in task.part("search") if ref in fresh]
-                key = self._key(recipe_hash, task.protocol_hash)
-                paid.append((key, task.name, refs, [fresh[ref] for ref in refs]))
-            results |= fresh
-        counts = (
-            sum(result.truncated for result in results.values()),
-            sum(result.cut_off for result in results.values()),
+        recipe = Recipe.parse(self.ledger.recipe(candidate.recipe_hash))
+        answers = self.scoring.ask(
+            recipe, candidate.recipe_hash, "sealed", lambda: not self.stopping()
         )
-        return Scored(self.taskset.score(results), paid, counts, seconds, fingerprint)
-
-    def _key(self, recipe_hash: str, protocol_hash: str) -> ResultKey:
-        return ResultKey(recipe_hash, self.pool.info, protocol_hash)
+        self.scoring.save(answers)
+        return answers.results
 
     # --- proposing --------------------------------------------------------------------------
 
@@ -516,7 +531,3 @@ def _proposal(
     point: tuple[float, ...] | None, recipe: Recipe, operator: str, label: str
 ) -> Proposal:
     return Proposal(point, operator, None if point else recipe.to_yaml(), label)
-
-
-def failed(history: Sequence[Observation]) -> int:
-    return sum(observation.score is None for observation in history)

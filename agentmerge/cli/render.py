@@ -20,7 +20,6 @@ class Progress:
         self.scored = 0
         self.best: float | None = None
         self.best_parent: float | None = None
-        self.drained = False
 
     def __call__(self, event: dict[str, Any]) -> None:
         kind = event["event"]

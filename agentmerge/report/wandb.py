@@ -22,7 +22,6 @@ class WandbTracker:
             import wandb
         except ImportError:
             raise UserError("--wandb needs the package wandb: pip install wandb") from None
-        self._wandb = wandb
         self._best: float | None = None
         self._run = wandb.init(
             project=project or "agentmerge",
