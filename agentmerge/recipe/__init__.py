@@ -1,0 +1,279 @@
+"""One merge recipe: mergekit YAML in, canonical form and hash out.
+
+Knows mergekit's precedence of parameters (source, slice, whole merge), its filters (a substring of
+the tensor's name) and its gradients (values interpolated over a slice's layers). Knows no torch, no
+files, and nothing of how a method is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agentmerge.errors import RecipeError, RecipeRejected
+from agentmerge.methods import METHODS, SUM_NORMALIZED, Method, method_named
+from agentmerge.recipe.canonical import canonical
+from agentmerge.recipe.parts import Effective, Parameters, Setting, Slice, Source, length, round12
+from agentmerge.recipe.text import (
+    load_yaml,
+    parameters_yaml,
+    read_model_name,
+    read_parameters,
+    read_slice,
+    read_source,
+    slice_yaml,
+    source_yaml,
+)
+
+__all__ = [
+    "CANCEL_SHARE",
+    "Effective",
+    "Parameters",
+    "Recipe",
+    "Setting",
+    "Slice",
+    "Source",
+    "length",
+    "round12",
+]
+
+#: Below this share of the sum of absolute weights, a sum of weights counts as cancelled.
+CANCEL_SHARE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A parsed merge recipe. Models are named as the user named them."""
+
+    merge_method: str
+    slices: tuple[Slice, ...]
+    base_model: str | None = None
+    parameters: Parameters = ()
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer_source: str | None = None
+    chat_template: str | None = None
+    merge_seed: int | None = None
+
+    @classmethod
+    def parse(cls, text: str | Path | Mapping[str, Any]) -> Recipe:
+        """Read mergekit YAML (a path, a text, or the mapping itself).
+
+        Raises:
+            RecipeError: naming the part that cannot be read.
+        """
+        raw = load_yaml(text)
+        method = method_named(str(raw.get("merge_method", "")))
+        if raw.get("modules"):
+            raise RecipeError("recipes with 'modules:' are not supported; use 'slices:'")
+        if bool(raw.get("models")) == bool(raw.get("slices")):
+            raise RecipeError("a recipe needs either 'models:' or 'slices:', and not both")
+        for key in ("models", "slices"):
+            if not isinstance(raw.get(key) or [], list):
+                raise RecipeError(f"{key} must be a list, not {raw[key]!r}")
+        if raw.get("slices"):
+            rows = enumerate(raw["slices"])
+            slices = tuple(read_slice(item, f"slices[{i}]") for i, item in rows)
+        else:
+            sources = tuple(
+                read_source(item, f"models[{i}]") for i, item in enumerate(raw["models"])
+            )
+            slices = (Slice(tuple(replace(source, layer_range=None) for source in sources)),)
+        base = raw.get("base_model")
+        seed = raw.get("merge_seed")
+        if seed is not None and type(seed) is not int:
+            raise RecipeError(f"merge_seed {seed!r} must be a whole number")
+        tokenizer = raw.get("tokenizer_source")
+        if tokenizer is None and isinstance(raw.get("tokenizer"), dict):
+            tokenizer = raw["tokenizer"].get("source")
+        return cls(
+            merge_method=method.name,
+            slices=slices,
+            base_model=None if base is None else read_model_name(base, "base_model"),
+            parameters=read_parameters(raw.get("parameters"), "parameters"),
+            dtype=raw.get("dtype"),
+            out_dtype=raw.get("out_dtype"),
+            tokenizer_source=None if tokenizer is None else str(tokenizer),
+            chat_template=raw.get("chat_template"),
+            merge_seed=seed,
+        )
+
+    @classmethod
+    def of_model(cls, model: str, num_layers: int, dtype: str | None = None) -> Recipe:
+        """The merge that is ``model`` itself."""
+        source = Source(model, (0, num_layers), (("weight", Setting.scalar(1.0)),))
+        return cls("linear", (Slice((source,)),), dtype=dtype)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model the recipe reads, in order of first mention, the base last if only there."""
+        names = [source.model for piece in self.slices for source in piece.sources]
+        names += [piece.base_model for piece in self.slices if piece.base_model]
+        names += [self.base_model] if self.base_model else []
+        return tuple(dict.fromkeys(names))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as mergekit reads it (``merge_seed`` is ours; mergekit ignores it)."""
+        whole = len(self.slices) == 1 and all(
+            source.layer_range is None for source in self.slices[0].sources
+        )
+        body: dict[str, Any] = {"merge_method": self.merge_method}
+        for key in ("base_model", "dtype", "out_dtype", "tokenizer_source", "chat_template"):
+            if getattr(self, key) is not None:
+                body[key] = getattr(self, key)
+        if self.merge_seed is not None:
+            body["merge_seed"] = self.merge_seed
+        if self.parameters:
+            body["parameters"] = parameters_yaml(self.parameters)
+        if whole:
+            body["models"] = [source_yaml(source) for source in self.slices[0].sources]
+        else:
+            body["slices"] = [slice_yaml(piece) for piece in self.slices]
+        return body
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def shared(self, name: str, piece: Slice, tensor: str = "", t: float = 0.0) -> float:
+        """A parameter of the whole merge as it holds in ``piece``, or the method's default."""
+        for scope in (piece.parameters, self.parameters):
+            setting = dict(scope).get(name)
+            value = None if setting is None else setting.at(tensor, t)
+            if value is not None:
+                return value
+        default = dict(METHODS[self.merge_method].shared_params)[name]
+        if default is None:
+            raise RecipeRejected(f"{self.merge_method} has no {name!r} for {tensor or 'a slice'!r}")
+        return default
+
+    def canonical(self, num_layers: int) -> Recipe:
+        """The one form of this merge (see the module's head); idempotent.
+
+        Raises:
+            RecipeRejected: weights that cancel under ``normalize``, or layers that do not add up.
+        """
+        return canonical(self, num_layers)
+
+    def hash(self, identities: Mapping[str, str] | None = None) -> str:
+        """SHA-256 over the form, 16 hex digits; call it on the canonical form.
+
+        identities: model name -> content fingerprint, so that a moved model stays itself.
+        """
+        body = self.to_dict()
+        if identities:
+            body = _renamed(body, identities)
+        text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def effective(self, tensor: str, layer: int | None, *, after: bool = False) -> Effective:
+        """What ``tensor`` is made from, by mergekit's rules.
+
+        layer: the output layer the tensor belongs to, or None outside the layers; then ``after``
+            tells tensors behind the layers (final norm, head: last slice) from those before them
+            (embedding: first slice). Those take a gradient's first value, as in mergekit.
+
+        Raises:
+            RecipeRejected: a required parameter has no value, or weights cancel.
+        """
+        piece, offset = self._place(layer, after)
+        span = length(piece)
+        t = 0.0 if layer is None else (offset / (span - 1) if span > 1 else 1.0)
+        method = METHODS[self.merge_method]
+        base = piece.base_model or self.base_model
+        shared = tuple(
+            (name, self.shared(name, piece, tensor, t)) for name, _ in method.shared_params
+        )
+        sources = []
+        for source in piece.sources:
+            start = source.layer_range[0] if source.layer_range else 0
+            own: list[tuple[str, float]] = []
+            if not (method.sets_apart(base) and source.model == base):
+                for name, default in method.source_params:
+                    value = _first_value(
+                        (source.parameters, piece.parameters, self.parameters), name, tensor, t
+                    )
+                    value = default if value is None else value
+                    if value is None:
+                        raise RecipeRejected(f"{source.model!r} has no {name!r} for {tensor!r}")
+                    own.append((name, value))
+            where = None if layer is None else start + offset
+            sources.append((source.model, where, tuple(own)))
+        result = Effective(self.merge_method, base, tuple(sources), shared)
+        _refuse_cancelled(result, tensor)
+        _refuse_illegal(method, result, tensor)
+        return result
+
+    def _place(self, layer: int | None, after: bool) -> tuple[Slice, int]:
+        if layer is None:
+            return self.slices[-1 if after else 0], 0
+        start = 0
+        for piece in self.slices:
+            span = length(piece)
+            if layer < start + span or span == 0:
+                return piece, layer - start
+            start += span
+        raise RecipeRejected(f"the recipe has {start} layers, and layer {layer} was asked for")
+
+
+def _refuse_cancelled(effective: Effective, tensor: str) -> None:
+    method = METHODS[effective.method]
+    if method.name not in SUM_NORMALIZED or not method.ratios_only(dict(effective.shared)):
+        return
+    weights = [dict(own)["weight"] for _, _, own in effective.sources if own]
+    size = math.fsum(abs(weight) for weight in weights)
+    if abs(math.fsum(weights)) <= CANCEL_SHARE * size:
+        switch = method.normalize_param
+        raise RecipeRejected(
+            f"the weights {weights} for {tensor!r} add up to nothing, and "
+            f"{switch or method.name} divides by their sum; change a weight"
+            + (f" or set {switch}: false" if switch else "")
+        )
+
+
+def _refuse_illegal(method: Method, effective: Effective, tensor: str) -> None:
+    """What mergekit's own function would raise for."""
+    for name, value in effective.shared if method.engine == "mergekit" else ():
+        parameter = next(p for p in method.shared if p.name == name)
+        if parameter.whole and (value < 0 or value != int(value)):
+            raise RecipeRejected(
+                f"{name} {value:g} for {tensor!r} is not a whole number; write one value a slice"
+            )
+    for model, _, own in effective.sources:
+        values = dict(own)
+        if "epsilon" not in values or not 0 < values["density"] < 1:
+            continue
+        density, epsilon = values["density"], values["epsilon"]
+        if epsilon < 0 or density + epsilon >= 1 or density - epsilon <= 0:
+            raise RecipeRejected(
+                f"epsilon {epsilon:g} of {model!r} for {tensor!r} takes density {density:g} out of "
+                f"(0, 1); use one from 0 to below {min(density, 1 - density):g}"
+            )
+
+
+def _first_value(scopes: Iterable[Parameters], name: str, tensor: str, t: float) -> float | None:
+    for scope in scopes:
+        setting = dict(scope).get(name)
+        value = None if setting is None else setting.at(tensor, t)
+        if value is not None:
+            return value
+    return None
+
+
+def _renamed(value: Any, identities: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: identities.get(item, item)
+            if key in ("model", "base_model") and isinstance(item, str)
+            else _renamed(item, identities)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_renamed(item, identities) for item in value]
+    return value

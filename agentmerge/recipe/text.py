@@ -1,0 +1,114 @@
+"""A recipe's parts from mergekit YAML and back. Knows the form, not what the values mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agentmerge.errors import RecipeError
+from agentmerge.methods import INERT_PARAMS, SWITCHES
+from agentmerge.recipe.parts import Parameters, Setting, Slice, Source
+
+
+def load_yaml(text: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(text, Mapping):
+        return text
+    source = str(text) if isinstance(text, Path) else "the recipe"
+    try:
+        raw = yaml.safe_load(text.read_text() if isinstance(text, Path) else text)
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe at {source}") from None
+    except OSError as error:
+        raise RecipeError(f"{source} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            f"{source} must be a mapping with 'merge_method', not {type(raw).__name__}"
+        )
+    return raw
+
+
+def read_slice(raw: Any, where: str) -> Slice:
+    if not isinstance(raw, dict) or not isinstance(raw.get("sources"), list) or not raw["sources"]:
+        raise RecipeError(f"{where} needs a list of 'sources'")
+    sources = tuple(
+        read_source(item, f"{where}.sources[{i}]", ranged=True)
+        for i, item in enumerate(raw["sources"])
+    )
+    base = raw.get("base_model")
+    return Slice(
+        sources,
+        None if base is None else read_model_name(base, f"{where}.base_model"),
+        read_parameters(raw.get("parameters"), f"{where}.parameters"),
+    )
+
+
+def read_source(raw: Any, where: str, ranged: bool = False) -> Source:
+    if not isinstance(raw, dict) or "model" not in raw:
+        raise RecipeError(f"{where} needs a 'model'")
+    layers = raw.get("layer_range")
+    if ranged and layers is None:
+        raise RecipeError(f"{where} needs a 'layer_range' [start, end]")
+    if layers is not None:
+        whole = isinstance(layers, (list, tuple)) and [type(x) for x in layers] == [int, int]
+        if not whole or not 0 <= layers[0] < layers[1]:
+            raise RecipeError(f"{where}.layer_range {layers} must be [start, end], start < end")
+        layers = (layers[0], layers[1])
+    return Source(
+        read_model_name(raw["model"], f"{where}.model"),
+        layers,
+        read_parameters(raw.get("parameters"), f"{where}.parameters"),
+    )
+
+
+def read_model_name(raw: Any, where: str) -> str:
+    if isinstance(raw, dict):  # mergekit's long form: {model: {path, revision}, lora, ...}
+        inner = raw.get("model")
+        path = inner.get("path") if isinstance(inner, dict) else inner
+        if path and not raw.get("lora") and not raw.get("override_architecture"):
+            return str(path)
+        raise RecipeError(f"{where} {raw!r} is not supported; name the model by path or hub id")
+    return str(raw)
+
+
+def read_parameters(raw: Any, where: str) -> Parameters:
+    if raw is None:
+        return ()
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{where} must be a mapping, not {raw!r}")
+    return tuple(
+        (str(name), Setting.parse(value, f"{where}.{name}"))
+        for name, value in raw.items()
+        if name not in INERT_PARAMS
+    )
+
+
+def parameters_yaml(parameters: Parameters) -> dict[str, Any]:
+    return {
+        name: bool(setting.entries[0][1][0])
+        if name in SWITCHES and setting.is_scalar
+        else setting.to_yaml()
+        for name, setting in parameters
+    }
+
+
+def source_yaml(source: Source) -> dict[str, Any]:
+    body: dict[str, Any] = {"model": source.model}
+    if source.layer_range is not None:
+        body["layer_range"] = list(source.layer_range)
+    if source.parameters:
+        body["parameters"] = parameters_yaml(source.parameters)
+    return body
+
+
+def slice_yaml(piece: Slice) -> dict[str, Any]:
+    body: dict[str, Any] = {"sources": [source_yaml(source) for source in piece.sources]}
+    if piece.base_model is not None:
+        body["base_model"] = piece.base_model
+    if piece.parameters:
+        body["parameters"] = parameters_yaml(piece.parameters)
+    return body
