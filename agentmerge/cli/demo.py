@@ -31,8 +31,8 @@ def _program() -> str:
 def run_demo(directory: Path, max_evaluations: int, seed: int, as_json: bool, quiet: bool) -> int:
     """Make the family (or take it from the cache), search it, and print the closing table."""
     from agentmerge import session
-    from agentmerge.cli.app import _print, _signals
     from agentmerge.cli.render import Progress, card_text
+    from agentmerge.cli.terminal import show_result, signals
     from agentmerge.config import SearchConfig
     from agentmerge.demo.family import cached_family
     from agentmerge.demo.tasks import demo_config, write_tasks
@@ -52,15 +52,15 @@ def run_demo(directory: Path, max_evaluations: int, seed: int, as_json: bool, qu
     config_path.write_text(yaml.safe_dump(body, sort_keys=False))
     config = SearchConfig.from_file(config_path)
     drain = session.Drain()
-    _signals(drain, quiet)
+    signals(drain, quiet)
     row = session.run(config, runs_dir=directory, emit=progress, drain=drain)
     with session.opened(directory) as ledger:
         summary = run_summary(ledger, row)
     if row.result is None:
         progress.say(f"saved; go on with: agentmerge resume {row.name} --runs-dir {directory}")
-        _print(summary, as_json, "stopped before the search was done")
+        show_result(summary, as_json, "stopped before the search was done")
         return 0
-    _print(summary, as_json, "\n" + card_text(row.result))
+    show_result(summary, as_json, "\n" + card_text(row.result))
     here = f"--runs-dir {_short(directory)}"
     program = _program()
     progress.say(

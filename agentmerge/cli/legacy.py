@@ -6,10 +6,14 @@ ours it is; knows nothing of how a search runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from agentmerge.cli.options import expanded
 from agentmerge.errors import UserError
 
 
@@ -36,6 +40,43 @@ class Legacy:
     force_population_size: int | None = None
     load_in_8bit: bool | None = None
     load_in_4bit: bool | None = None
+
+
+def _switch(name: str) -> Any:
+    return Annotated[bool | None, typer.Option(f"--{name}/--no-{name}")]
+
+
+#: What typer shows of each field of Legacy.
+_OPTIONS: dict[str, Any] = {
+    "storage_path": Annotated[
+        Path | None, typer.Option(help="Also write best_config.yaml and final_model here.")
+    ],
+    "strategy": Annotated[
+        str | None, typer.Option("--strategy", "-s", help="pool, buffered or serial: scheduling.")
+    ],
+    "vllm": _switch("vllm"),
+    "in_memory": _switch("in-memory"),
+    "num_gpus": Annotated[int | None, typer.Option(min=1)],
+    "merge_cuda": _switch("merge-cuda"),
+    "allow_crimes": _switch("allow-crimes"),
+    "random_seed": Annotated[int | None, typer.Option()],
+    "max_generation": Annotated[int | None, typer.Option()],
+    "max_fevals": Annotated[int | None, typer.Option()],
+    "max_retries": Annotated[int | None, typer.Option()],
+    "api_key": Annotated[str | None, typer.Option(help="Refused: use OPENAI_API_KEY.")],
+    "llm_model": Annotated[str | None, typer.Option()],
+    "sigma0": Annotated[float | None, typer.Option()],
+    "save_final_model": _switch("save-final-model"),
+    "reshard": _switch("reshard"),
+    "force_population_size": Annotated[int | None, typer.Option()],
+    "load_in_8bit": _switch("load-in-8bit"),
+    "load_in_4bit": _switch("load-in-4bit"),
+}
+
+
+def old_options(command: Callable[..., int]) -> Callable[..., int]:
+    """Replaces a command's parameter ``old`` by the old programs' options."""
+    return expanded(command, "old", _OPTIONS, lambda used: Legacy(**used))
 
 
 @dataclass

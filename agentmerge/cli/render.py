@@ -1,4 +1,4 @@
-"""How events and results look on a terminal. The only module besides ``app`` that prints."""
+"""How events and results look on a terminal. Prints progress only."""
 
 from __future__ import annotations
 

@@ -1,0 +1,61 @@
+"""``demo``, ``doctor`` and ``gc``: trying agentmerge, and keeping it well."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from agentmerge.cli import options
+from agentmerge.cli.terminal import show_result
+
+
+def gc(
+    runs_dir: options.RunsDir = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: options.Json = False,
+) -> int:
+    """Prune old checkpoints: each search keeps its latest. Results and branches stay."""
+    from agentmerge.maintenance import prune_checkpoints
+
+    report = prune_checkpoints(runs_dir, dry_run=dry_run)
+    verb = "would free" if dry_run else "freed"
+    text = f"{verb} {report['freed_bytes'] / 1e6:.2f} MB in {report['checkpoints']} checkpoints"
+    if report["busy"]:
+        text += f"; running, left alone: {', '.join(report['busy'])}"
+    show_result(report, as_json, text)
+    return 0
+
+
+@options.settings("max_evaluations", "seed")
+def demo(
+    directory: Annotated[Path, typer.Option("--dir", help="Where to put the demo.")] = Path(
+        "runs/demo"
+    ),
+    *,
+    given: dict[str, Any],
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> int:
+    """Make a small real model family on this machine and search its best merge."""
+    from agentmerge.cli.demo import run_demo
+
+    return run_demo(
+        directory,
+        given.get("budget.max_evaluations", 100),
+        given.get("search.seed", 0),
+        as_json,
+        quiet,
+    )
+
+
+def doctor(runs_dir: options.RunsDir = Path("runs"), as_json: options.Json = False) -> int:
+    """Check versions, devices, disk and keys, and say what to do."""
+    from agentmerge.maintenance import diagnose
+
+    found = diagnose(runs_dir)
+    lines = [f"{'ok ' if f['ok'] else 'NOT'} {f['what']}: {f['detail']}" for f in found]
+    lines += [f"    {f['remedy']}" for f in found if not f["ok"] and f["remedy"]]
+    show_result(found, as_json, "\n".join(lines))
+    return 0 if all(f["ok"] for f in found) else 1

@@ -1,0 +1,103 @@
+"""``check``, ``evaluate``, ``explain`` and ``methods``: what configs and recipes are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from agentmerge.cli import options
+from agentmerge.cli.terminal import show_result
+
+
+@options.settings(
+    "task_search_path", "search", "worker", "llm", "limit", "max_evaluations", "population"
+)
+def check(
+    config: Annotated[Path, typer.Argument(help="A genome config.")],
+    runs_dir: options.RunsDir = Path("runs"),
+    *,
+    given: dict[str, Any],
+    allow_benchmark_tasks: options.AllowBench = False,
+    as_json: options.Json = False,
+) -> int:
+    """Find every fault before a search starts, and show what it would do. Reads no weights."""
+    from agentmerge.check import anchored, plan_of, prepare
+    from agentmerge.config import SearchConfig
+    from agentmerge.errors import ConfigError
+    from agentmerge.ledger import Ledger
+    from agentmerge.session import LEDGER, check_resources, settings_hash
+
+    try:
+        settings = SearchConfig.from_file(config, given)
+        settings = anchored(settings)
+        prepared = prepare(settings, allow_benchmarks=allow_benchmark_tasks, fresh=True)
+        check_resources(settings)
+    except ConfigError as error:
+        if as_json:
+            show_result({"ok": False, "faults": error.faults}, True)
+            return 2
+        raise
+    path = runs_dir / LEDGER
+    ledger = Ledger(path) if path.is_file() else None
+    plan = plan_of(prepared, ledger, settings_hash(prepared))
+    if ledger is not None:
+        ledger.close()
+    from agentmerge.cli.render import plan_text
+
+    show_result({"ok": True, "plan": plan.to_dict()}, as_json, plan_text(plan))
+    return 0
+
+
+@options.settings("worker", "task_search_path", "batch_size", "limit")
+def evaluate(
+    recipe: Annotated[Path, typer.Argument(help="Any mergekit recipe.")],
+    config: Annotated[Path, typer.Option("--config", help="Config with models and tasks.")],
+    runs_dir: options.RunsDir = Path("runs"),
+    *,
+    given: dict[str, Any],
+    as_json: options.Json = False,
+) -> int:
+    """Score a mergekit recipe under a config's tasks."""
+    from agentmerge import session
+    from agentmerge.cli.render import number, table
+    from agentmerge.config import SearchConfig
+    from agentmerge.recipe import Recipe
+
+    settings = SearchConfig.from_file(config, given)
+    found = session.evaluate(Recipe.parse(recipe), settings, runs_dir=runs_dir)
+    rows = [["task", "value"], *([t, number(v)] for t, v in found["tasks"].items())]
+    rows.append(["score", number(found["score"])])
+    show_result(found, as_json, table(rows))
+    return 0
+
+
+def explain(
+    recipe: Annotated[Path, typer.Argument(help="A mergekit recipe.")],
+    model: Annotated[
+        Path | None, typer.Option("--model", help="A local model whose tensors to explain.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="Layers, without a model.")
+    ] = None,
+    as_json: options.Json = False,
+) -> int:
+    """Show the values that a recipe really has, layer by layer and tensor by tensor."""
+    from agentmerge.cli.explain import explain_recipe
+    from agentmerge.cli.render import table
+    from agentmerge.recipe import Recipe
+
+    found = explain_recipe(Recipe.parse(recipe), model, layers)
+    show_result(found, as_json, table(found["rows"], numbers=False) + f"\nhash {found['hash']}")
+    return 0
+
+
+def methods(as_json: options.Json = False) -> int:
+    """List the merge methods: their parameters, ranges and defaults, who computes them, papers."""
+    from agentmerge.cli.render import methods_text
+    from agentmerge.methods import METHODS
+
+    found = [method.to_dict() for method in METHODS.values()]
+    show_result(found, as_json, methods_text(found))
+    return 0

@@ -1,0 +1,161 @@
+"""The options of the commands, each written once, and the config keys that they set.
+
+A command that takes settings has one parameter ``given`` and is wrapped in ``settings(...)``: typer
+then shows the named options, and the command gets those that were used, under their config keys.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Where searches and results live.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+AllowBench = Annotated[
+    bool,
+    typer.Option(
+        "--allow-benchmark-tasks/--no-allow-benchmark-tasks",
+        "--i-understand-the-depths-of-the-evils-i-am-unleashing"
+        "/--no-i-understand-the-depths-of-the-evils-i-am-unleashing",
+        help="Allow public benchmarks as objectives.",
+    ),
+]
+Wandb = Annotated[bool, typer.Option("--wandb/--no-wandb", help="Log to Weights & Biases.")]
+WandbProject = Annotated[str | None, typer.Option("--wandb-project")]
+WandbEntity = Annotated[str | None, typer.Option("--wandb-entity")]
+
+#: Option -> the config key that it sets, and what typer shows of it.
+SETTINGS: dict[str, tuple[str, Any]] = {
+    "search": (
+        "search.algorithm",
+        Annotated[str | None, typer.Option("--search", help="random, cma_es or llm_evo.")],
+    ),
+    "worker": (
+        "worker.kind",
+        Annotated[str | None, typer.Option("--worker", help="hf, disk or fake.")],
+    ),
+    "llm": (
+        "agents.llm",
+        Annotated[str | None, typer.Option("--llm", help='"none" or provider:model.')],
+    ),
+    "prompts": (
+        "agents.prompts",
+        Annotated[Path | None, typer.Option("--prompts", help="Folder of prompts to override.")],
+    ),
+    "graph": (
+        "search.graph",
+        Annotated[str | None, typer.Option("--graph", help="Graph name or path.py:build.")],
+    ),
+    "seed": (
+        "search.seed",
+        Annotated[int | None, typer.Option("--seed", help="All randomness derives from it.")],
+    ),
+    "max_generations": (
+        "search.max_generations",
+        Annotated[int | None, typer.Option("--max-generations")],
+    ),
+    "max_evaluations": (
+        "budget.max_evaluations",
+        Annotated[
+            int | None,
+            typer.Option("--max-evaluations", help="Distinct merges to score, seeds included."),
+        ],
+    ),
+    "timeout": (
+        "budget.timeout_s",
+        Annotated[float | None, typer.Option("--timeout", help="Seconds of wall clock.")],
+    ),
+    "population": (
+        "search.population",
+        Annotated[int | None, typer.Option("--population", help="Candidates a generation.")],
+    ),
+    "sigma_low": ("search.sigma_low", Annotated[float | None, typer.Option("--sigma-low")]),
+    "sigma_high": ("search.sigma_high", Annotated[float | None, typer.Option("--sigma-high")]),
+    "init": (
+        "search.init",
+        Annotated[
+            list[Path] | None, typer.Option("--init", help="A recipe to start from; repeatable.")
+        ],
+    ),
+    "task_search_path": (
+        "task_search_path",
+        Annotated[
+            list[Path] | None,
+            typer.Option("--task-search-path", help="Folder of lm-eval task files; repeatable."),
+        ],
+    ),
+    "batch_size": ("worker.batch_size", Annotated[int | None, typer.Option("--batch-size")]),
+    "limit": (
+        "limit",
+        Annotated[int | None, typer.Option("--limit", help="Search items a task.")],
+    ),
+    "trust_remote_code": (
+        "worker.trust_remote_code",
+        Annotated[bool | None, typer.Option("--trust-remote-code/--no-trust-remote-code")],
+    ),
+}
+
+#: What ``resume`` may raise, what ``branch`` may change, and what a new search may say.
+LIMITS = ("max_generations", "max_evaluations", "timeout")
+BRANCH = (
+    "search", "worker", "llm", "prompts", "graph", "seed", *LIMITS, "population", "sigma_low",
+    "sigma_high", "task_search_path", "batch_size", "limit", "trust_remote_code",
+)  # fmt: skip
+RUN = (*BRANCH, "init")
+
+
+def settings(*names: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Replaces a command's parameter ``given`` by these options of SETTINGS."""
+    options = {name: SETTINGS[name][1] for name in names}
+    return lambda command: expanded(command, "given", options, overrides)
+
+
+def expanded(
+    command: Callable[..., int],
+    parameter: str,
+    options: Mapping[str, Any],
+    collect: Callable[[dict[str, Any]], Any],
+) -> Callable[..., int]:
+    """The command with many options in place of one parameter, which is made of them.
+
+    options: name -> annotation for typer; each is None where it is not used.
+    """
+    hints = get_type_hints(command, include_extras=True)
+
+    @wraps(command)
+    def called(**values: Any) -> int:
+        used = {name: values.pop(name) for name in options}
+        return command(**{parameter: collect(used)}, **values)
+
+    shown: list[inspect.Parameter] = []
+    for name, own in inspect.signature(command).parameters.items():
+        if name == parameter:
+            shown += [
+                own.replace(name=option, default=None, annotation=annotation)
+                for option, annotation in options.items()
+            ]
+        else:
+            shown.append(own.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+    called.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    called.__annotations__ = {p.name: p.annotation for p in shown} | {"return": int}
+    return called
+
+
+def overrides(used: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that were given, under the config keys they set; paths are absolute."""
+    found: dict[str, Any] = {}
+    for name, value in used.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            value = [str(Path(item).absolute()) for item in value]
+        elif isinstance(value, Path):
+            value = str(value.absolute())
+        found[SETTINGS[name][0]] = value
+    return found

@@ -1,0 +1,77 @@
+"""``list``, ``show``, ``best`` and ``export``: what came of searches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agentmerge.cli import options
+from agentmerge.cli.terminal import show_result
+
+
+def list_runs(runs_dir: options.RunsDir = Path("runs"), as_json: options.Json = False) -> int:
+    """List the searches."""
+    from agentmerge.cli.render import number, table
+    from agentmerge.report.summary import run_summary
+    from agentmerge.session import opened
+
+    with opened(runs_dir) as ledger:
+        found = [run_summary(ledger, row) for row in ledger.runs()]
+    rows = [["name", "status", "search", "evaluations", "best"]]
+    rows += [
+        [
+            s["name"],
+            s["status"],
+            s["search"],
+            str(s["evaluations"]["total"]),
+            number(s["best"]["score"] if s["best"] else None),
+        ]
+        for s in found
+    ]
+    show_result(found, as_json, table(rows))
+    return 0
+
+
+def show(name: str, runs_dir: options.RunsDir = Path("runs"), as_json: options.Json = False) -> int:
+    """Show a search: where it stands, its best, its parents, what the agents cost."""
+    from agentmerge.cli.render import summary_text
+    from agentmerge.report.summary import run_summary
+    from agentmerge.session import opened
+
+    with opened(runs_dir) as ledger:
+        summary = run_summary(ledger, ledger.run(name))
+    show_result(summary, as_json, summary_text(summary))
+    return 0
+
+
+def best(name: str, runs_dir: options.RunsDir = Path("runs"), as_json: options.Json = False) -> int:
+    """Print the best recipe of a search as mergekit YAML."""
+    from agentmerge.report.summary import best_recipe
+    from agentmerge.session import opened
+
+    with opened(runs_dir) as ledger:
+        found = best_recipe(ledger, ledger.run(name))
+    show_result(found, as_json, found["recipe"].rstrip())
+    return 0
+
+
+def export(
+    name: str,
+    to: Annotated[Path, typer.Option("--to", help="Folder of the merged model.")],
+    runs_dir: options.RunsDir = Path("runs"),
+    with_: Annotated[
+        str, typer.Option("--with", help="agentmerge, or mergekit (may differ: masks, rounding).")
+    ] = "agentmerge",
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Score it once from disk.")
+    ] = True,
+    as_json: options.Json = False,
+) -> int:
+    """Write the best merge of a search as a checkpoint that transformers loads."""
+    from agentmerge import exporting
+
+    report = exporting.export_run(name, to, runs_dir=runs_dir, engine=with_, verify=verify)
+    show_result(report, as_json, exporting.report_text(report))
+    return 0 if report["equal"] is not False else 1

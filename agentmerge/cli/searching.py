@@ -1,0 +1,175 @@
+"""``run``, ``resume`` and ``branch``: start a search, drive it, and show how it ended."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from agentmerge.cli import options
+from agentmerge.cli.legacy import Legacy, map_options, old_options
+from agentmerge.cli.terminal import failed, show_result, signals
+
+
+@options.settings(*options.RUN)
+@old_options
+def run(
+    config: Annotated[Path, typer.Argument(help="A genome config, as mergekit-evolve reads it.")],
+    name: Annotated[str | None, typer.Option("--name", help="What to call this search.")] = None,
+    runs_dir: options.RunsDir = Path("runs"),
+    *,
+    given: dict[str, Any],
+    allow_benchmark_tasks: options.AllowBench = False,
+    wandb: options.Wandb = False,
+    wandb_project: options.WandbProject = None,
+    wandb_entity: options.WandbEntity = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    old: Legacy,
+) -> int:
+    """Search for the best merge of a config's models."""
+    from agentmerge import session
+    from agentmerge.cli.trackers import tracked
+    from agentmerge.config import SearchConfig
+
+    mapped = map_options(old)
+    settings = SearchConfig.from_file(config, mapped.overrides | given)
+    for line in () if quiet else (*settings.warnings, *mapped.notices):
+        print(f"note: {line}", file=sys.stderr)
+    final_model = old.save_final_model is not False
+    _check_storage(old.storage_path, final_model and settings.worker.kind == "fake")
+
+    def start(emit: Any, drain: Any) -> Any:
+        with tracked(emit, settings, wandb, wandb_project, wandb_entity, name) as tell:
+            row = session.run(
+                settings,
+                name=name,
+                runs_dir=runs_dir,
+                emit=tell,
+                drain=drain,
+                allow_benchmarks=allow_benchmark_tasks,
+            )
+        _old_outputs(row, runs_dir, old.storage_path, final_model)
+        return row
+
+    return _driven(start, settings, runs_dir, as_json, quiet)
+
+
+def _check_storage(storage: Path | None, modelless: bool) -> None:
+    """Found out before the search is paid for."""
+    from agentmerge.errors import UserError
+
+    if storage is None:
+        return
+    if modelless:
+        raise UserError("the fake worker has no model to save; add --no-save-final-model")
+    try:
+        storage.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--storage-path {storage} cannot be made: {error.strerror}") from None
+    if not os.access(storage, os.W_OK):
+        raise UserError(f"--storage-path {storage} cannot be written")
+
+
+def _old_outputs(row: Any, runs_dir: Path, storage: Path | None, final_model: bool) -> None:
+    """What the old programs left in --storage-path; the model only once the search is done."""
+    from agentmerge import exporting
+
+    best = runs_dir / row.name / "best.yml"
+    if storage is None or not best.is_file():
+        return
+    (storage / "best_config.yaml").write_text(best.read_text())
+    if final_model and row.status == "done":
+        exporting.export_run(row.name, storage / "final_model", runs_dir=runs_dir, overwrite=True)
+
+
+@options.settings(*options.LIMITS)
+def resume(
+    name: str,
+    runs_dir: options.RunsDir = Path("runs"),
+    *,
+    given: dict[str, Any],
+    storage_path: Annotated[
+        Path | None, typer.Option(help="Also write best_config.yaml and final_model here.")
+    ] = None,
+    save_final_model: Annotated[
+        bool, typer.Option("--save-final-model/--no-save-final-model")
+    ] = True,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> int:
+    """Go on with a search where it stopped; limits may be raised."""
+    from agentmerge import session
+    from agentmerge.config import SearchConfig
+
+    with session.opened(runs_dir) as ledger:
+        row = ledger.run(name)
+    settings = SearchConfig.from_text(row.config, name, given)
+    _check_storage(storage_path, save_final_model and settings.worker.kind == "fake")
+
+    def start(emit: Any, drain: Any) -> Any:
+        row = session.resume(name, runs_dir=runs_dir, overrides=given, emit=emit, drain=drain)
+        _old_outputs(row, runs_dir, storage_path, save_final_model)
+        return row
+
+    return _driven(start, settings, runs_dir, as_json, quiet)
+
+
+@options.settings(*options.BRANCH)
+def branch(
+    name: str,
+    at: Annotated[int, typer.Option("--at", help="The generation to start from.")],
+    new: Annotated[str | None, typer.Option("--as", help="What to call the new search.")] = None,
+    runs_dir: options.RunsDir = Path("runs"),
+    *,
+    given: dict[str, Any],
+    wandb: options.Wandb = False,
+    wandb_project: options.WandbProject = None,
+    wandb_entity: options.WandbEntity = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> int:
+    """Start a new search from a generation of another one, with any setting changed."""
+    from agentmerge import session
+    from agentmerge.cli.trackers import tracked
+    from agentmerge.config import SearchConfig
+
+    with session.opened(runs_dir) as ledger:
+        row = ledger.run(name)
+    settings = SearchConfig.from_text(row.config, name, given)
+
+    def start(emit: Any, drain: Any) -> Any:
+        with tracked(emit, settings, wandb, wandb_project, wandb_entity, new) as tell:
+            return session.branch(
+                name, at=at, name=new, runs_dir=runs_dir, overrides=given, emit=tell, drain=drain
+            )
+
+    return _driven(start, settings, runs_dir, as_json, quiet)
+
+
+def _driven(start: Any, config: Any, runs_dir: Path, as_json: bool, quiet: bool) -> int:
+    """Run ``start(emit, drain)`` with progress and signals, then show how it ended."""
+    from agentmerge.cli.render import Progress, summary_text
+    from agentmerge.report.summary import run_summary
+    from agentmerge.session import Drain, opened
+
+    progress = Progress(config.budget.max_evaluations if config else 0, quiet)
+    drain = Drain()
+    signals(drain, quiet)
+    row = start(progress, drain)
+    with opened(runs_dir) as ledger:
+        summary = run_summary(ledger, row)
+    show_result(summary, as_json, summary_text(summary))
+    folder = runs_dir / row.name
+    if row.status != "done":
+        where = "" if runs_dir == Path("runs") else f" --runs-dir {runs_dir}"
+        progress.say(f"saved; go on with: agentmerge resume {row.name}{where}")
+        return 0
+    if summary["best"] is None:
+        why = next((c["failure"] for c in summary["failures"]), f"it stopped by {row.stop_reason}")
+        return failed(f"nothing was scored: {why}", 1)
+    progress.say(f"best recipe: {folder / 'best.yml'}")
+    return 0
