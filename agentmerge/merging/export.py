@@ -13,25 +13,22 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from agentmerge.errors import UserError
 from agentmerge.merging.headers import (
     DTYPES,
-    content_fingerprint,
     read_config,
-    read_headers,
     text_config,
 )
 from agentmerge.merging.parents import digest, merged_tensor
 from agentmerge.merging.plan import MergePlan, TensorPlan, plan, read_layout
+from agentmerge.merging.weights import ParentFiles
 from agentmerge.recipe import Recipe
 
 SHARD_SIZE_BYTES = 2_000_000_000
@@ -63,34 +60,6 @@ class Exported:
     size_bytes: int
 
 
-class ParentFiles(AbstractContextManager["ParentFiles"]):
-    """Parents read tensor by tensor from their files; a ``TensorSource``, open inside ``with``."""
-
-    def __init__(self, paths: Mapping[str, Path], device: str = "cpu") -> None:
-        self.device = device
-        self.identities = {name: content_fingerprint(path) for name, path in paths.items()}
-        self._headers = {name: read_headers(path) for name, path in paths.items()}
-        self._open_files: dict[Path, Any] = {}
-        self._stack = ExitStack()
-
-    def tensor(self, model: str, name: str) -> torch.Tensor:
-        file = self._headers[model][name].file
-        if file not in self._open_files:
-            stream = self._stack.enter_context(safe_open(file, framework="pt"))
-            self._open_files[file] = stream
-        tensor: torch.Tensor = self._open_files[file].get_tensor(name)
-        return tensor.to(self.device)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._open_files.clear()
-        self._stack.close()
-
-
 def export_checkpoint(
     recipe: Recipe,
     paths: Mapping[str, Path],
@@ -115,6 +84,7 @@ def export_checkpoint(
     Raises:
         UserError: ``out_dir`` holds something, or cannot be written.
         ParentError: the parents cannot be merged.
+        RunFailed: a parent's file was removed or changed meanwhile.
         CandidateFailed: the recipe is refused, or the merge is not finite.
     """
     out_dir = out_dir.expanduser().absolute()
@@ -143,8 +113,9 @@ def export_checkpoint(
             scratch / "README.md", default_card(out_dir.name, canonical) if card is None else card
         )
         _write_json(scratch / "config.json", config)
-        with ParentFiles({name: paths[name] for name in recipe.models}, device) as source:
-            fingerprint = digest(_written(scratch, shards, merge_plan.merge_seed, source))
+        source = ParentFiles({name: paths[name] for name in recipe.models}, device)
+        fingerprint = digest(_written(scratch, shards, merge_plan.merge_seed, source))
+        source.verify()
         _write_index(scratch, shards)
     return Exported(out_dir, fingerprint, len(merge_plan.tensors), size_bytes)
 

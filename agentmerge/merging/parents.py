@@ -1,7 +1,7 @@
-"""A family of parents kept in memory, and the merges of it.
+"""A family of parents, and the merges of it.
 
-It knows weights: it loads every parent once, changes none of them, and makes a merge tensor by
-tensor. It knows nothing of live models, tasks or scores, and it writes no files.
+It knows weights: it reads every parent, changes none of them, and makes a merge tensor by tensor.
+It knows nothing of live models, tasks or scores, and it writes no files.
 """
 
 from __future__ import annotations
@@ -11,50 +11,37 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Literal
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from agentmerge.errors import CandidateFailed, ParentError
 from agentmerge.merging.engines import KERNELS
-from agentmerge.merging.headers import content_fingerprint, read_headers
 from agentmerge.merging.kernels import Operand
+from agentmerge.merging.placement import Placement, plan_memory
 from agentmerge.merging.plan import Layout, MergePlan, TensorPlan, plan, read_layout
+from agentmerge.merging.weights import ParentFiles, ParentSource, Resident, TensorSource
 from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
 
 _DIGEST_BLOCK = 1 << 16
 
 
-class TensorSource(Protocol):
-    """Where a merge reads its parents from: memory here, files in ``export``.
+class Family:
+    """Parents that can be merged with each other, and where their weights are. Built by ``open``.
 
-    ``identities`` maps each model's name to its content fingerprint.
+    placement: "device" or "host" (all in memory, on the device or copied there tensor by tensor),
+        or "stream" (read from the files for every merge). The bits of a merge are the same in all.
     """
 
-    @property
-    def identities(self) -> Mapping[str, str]: ...
-
-    def tensor(self, model: str, name: str) -> torch.Tensor:
-        """A parent's tensor, as stored; the caller must not change it."""
-        ...
-
-
-class Family:
-    """Parents resident on one device. Built by ``open``."""
-
     def __init__(
-        self,
-        layout: Layout,
-        identities: Mapping[str, str],
-        weights: Mapping[str, Mapping[str, torch.Tensor]],
-        dtype: str | None,
+        self, layout: Layout, source: ParentSource, placement: Placement, dtype: str | None
     ) -> None:
         self.layout = layout
-        self.identities = dict(identities)
-        self._weights = weights
+        self.placement = placement
+        self.identities = dict(source.identities)
+        self._source = source
         self._dtype = dtype
 
     @classmethod
@@ -65,24 +52,34 @@ class Family:
         base: str | None = None,
         dtype: str | None = None,
         device: str = "cpu",
+        placement: Placement | Literal["auto"] = "auto",
     ) -> Family:
-        """Load every parent once, at its stored dtype.
+        """Read every parent once; keep them in memory unless they are to be streamed.
 
         paths: the name that recipes use -> local directory. base: the one the others are compared
             with. dtype: of merged tensors where a recipe names none; by default as stored.
+        placement: "auto" takes the first of device, host and stream that fits beside one live
+            model in the memory that is free now.
 
         Raises:
             ParentError: the models cannot be merged with each other (every reason), or a model
                 holds a number that is not finite.
+            RunFailed: they do not fit, with how much is needed.
         """
         layout = read_layout(paths, base)
-        identities = {name: content_fingerprint(path) for name, path in paths.items()}
-        weights = {name: _load(name, path, layout, device) for name, path in paths.items()}
-        return cls(layout, identities, weights, dtype)
+        if placement == "auto":
+            placement = plan_memory(layout, dtype=dtype, device=device).placement
+        source: ParentSource = ParentFiles(paths, device)
+        if placement != "stream":
+            home = device if placement == "device" else "cpu"
+            source = Resident(ParentFiles(paths), layout, device=device, home=home)
+        for model in layout.parents:
+            _refuse_broken(model, layout, source)
+        return cls(layout, source, placement, dtype)
 
     def tensor(self, model: str, name: str) -> torch.Tensor:
         """A parent's own tensor, as stored; it must not be changed."""
-        return self._weights[model][name]
+        return self._source.tensor(model, name)
 
     def plan(self, recipe: Recipe) -> MergePlan:
         """How ``recipe`` (canonical) makes each tensor; errors are ``merging.plan.plan``'s."""
@@ -94,8 +91,15 @@ class Family:
         Raises:
             RecipeRejected: at the call, before anything is merged.
             CandidateFailed: at the tensor that holds a number that is not finite.
+            RunFailed: a file that the parents are streamed from is gone, or was changed.
         """
-        return merged_tensors(self.plan(recipe), self)
+        return self._verified(merged_tensors(self.plan(recipe), self))
+
+    def _verified(
+        self, tensors: Iterator[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from tensors
+        self._source.verify()
 
 
 def merged_tensors(
@@ -179,25 +183,15 @@ def _place_factors(device: str) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(noise, dtype="<i8") | 1).to(device)
 
 
-def _load(name: str, path: Path, layout: Layout, device: str) -> dict[str, torch.Tensor]:
-    wanted = set(layout.by_name)
-    by_file: dict[Path, list[str]] = {}
-    for tensor, header in read_headers(path).items():
-        if tensor in wanted:
-            by_file.setdefault(header.file, []).append(tensor)
-    weights = {}
-    for file, tensors in by_file.items():
-        with safe_open(file, framework="pt") as stream:
-            for tensor in tensors:
-                # Copied out of the mapped file: what happens to the file later changes nothing.
-                weights[tensor] = stream.get_tensor(tensor).to(device, copy=True)
-    broken = sorted(tensor for tensor, value in weights.items() if not _is_finite(value))
+def _refuse_broken(model: str, layout: Layout, source: TensorSource) -> None:
+    broken = sorted(
+        spec.name for spec in layout.tensors if not _is_finite(source.tensor(model, spec.name))
+    )
     if broken:
         raise ParentError(
-            f"{name}: {len(broken)} tensors hold numbers that are not finite, the first is "
+            f"{model}: {len(broken)} tensors hold numbers that are not finite, the first is "
             f"{broken[0]}; the model is broken"
         )
-    return weights
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

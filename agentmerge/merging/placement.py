@@ -1,0 +1,272 @@
+"""Where parents are kept while a search merges them, chosen by a forecast of peak memory.
+
+Arithmetic over a layout and the memory that is free: ``check``, ``doctor`` and the workers share
+it. It reads no weights and knows no torch. Three placements, in order of preference:
+    device: all parents in the device's memory;
+    host: all in this machine's memory, copied to the device tensor by tensor. On a CPU that is the
+        same thing, so only two are told apart there;
+    stream: none in memory; each tensor is mapped from its safetensors file when it is merged.
+One is taken where its forecast and a tenth more fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from agentmerge.errors import UserError
+from agentmerge.merging.layout import Layout, TensorSpec
+from agentmerge.merging.memory import Limit, device_limit, host_limit, resident_bytes
+from agentmerge.methods import METHODS
+
+Placement = Literal["device", "host", "stream"]
+PLACEMENTS: tuple[Placement, ...] = ("device", "host", "stream")
+
+#: How far from the forecast the peak may be.
+MARGIN = 0.1
+
+_WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+#: Blocks in flight of kernels and digests, whatever the tensor's size.
+_BLOCKS_BYTES = 4_000_000
+#: What a kernel needs beside its inputs and result: bytes an element, and those for each expert.
+#: An upper bound: sorting and selecting need more where many magnitudes are equal.
+_TEMPORARY: dict[str, tuple[float, float]] = {
+    "linear": (0, 0),
+    "slerp": (0, 0),
+    "task_arithmetic": (0, 0),
+    "dare_ties": (1, 1.2),
+    "dare_linear": (1, 1.2),
+}
+_TEMPORARY_SORTING = (34.0, 0.0)
+_TEMPORARY_MERGEKIT = (20.0, 20.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Bytes of one kind of memory that one worker needs at its peak.
+
+    scratch: what merging the largest tensor takes. runtime: interpreter and libraries.
+    """
+
+    parents: int
+    live: int
+    scratch: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        return self.parents + self.live + self.scratch + self.runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What one worker needs in one placement; ``device`` is None where it is the host."""
+
+    placement: Placement
+    host: Share
+    device: Share | None = None
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Every possible placement's forecast, what there is, and which one is taken.
+
+    chosen: None where nothing fits (or not what was asked for); ``reason`` then says so.
+    host, device: what the workers may use in all, with what this process has already.
+    token_bytes: what scoring adds for each token of a batch; not in the forecast.
+    """
+
+    forecasts: tuple[Forecast, ...]
+    workers: int
+    host: Limit
+    device: Limit | None
+    chosen: Placement | None
+    reason: str
+    token_bytes: int
+
+    @property
+    def placement(self) -> Placement:
+        """The one taken.
+
+        Raises:
+            UserError: none fits.
+        """
+        if self.chosen is None:
+            raise UserError(self.reason)
+        return self.chosen
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, with the totals of each forecast."""
+        body = asdict(self)
+        for row, forecast in zip(body["forecasts"], self.forecasts, strict=True):
+            row["host"]["total"] = forecast.host.total
+            if forecast.device is not None:
+                row["device"]["total"] = forecast.device.total
+        return body
+
+
+def plan_memory(
+    layout: Layout,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    method: str | None = None,
+    workers: int = 1,
+    possible: Sequence[Placement] = PLACEMENTS,
+    asked: Placement | Literal["auto"] = "auto",
+    memory_gb: float | None = None,
+    token_bytes: int = 0,
+) -> MemoryPlan:
+    """Forecast every placement, and choose.
+
+    dtype: of the live model; by default as stored. method: the merge method, for what its kernel
+        needs besides; where it is not known, nothing. workers: processes that each hold a family,
+        on the same device. possible: what the kind of worker can do. memory_gb: at most so much is
+        used in all, even if there is more.
+    """
+    cuda = device.startswith("cuda")
+    found = []
+    for placement in possible:
+        if placement != "host" or cuda:
+            found.append(_forecast(placement, layout, dtype, method, cuda))
+    forecasts = tuple(found)
+    host = _with_this_process(host_limit())
+    on_device = device_limit(device) if cuda else None
+    if memory_gb is not None:
+        given = Limit(int(memory_gb * 1e9), "worker.memory_gb")
+        if on_device is None:
+            host = min(host, given, key=lambda limit: limit.size_bytes)
+        else:
+            on_device = min(on_device, given, key=lambda limit: limit.size_bytes)
+    if asked == "host" and not cuda:
+        asked = "device"
+    shorts = {f.placement: _short(f, workers, host, on_device) for f in forecasts}
+    chosen, reason = _choice(shorts, asked, cuda)
+    return MemoryPlan(forecasts, workers, host, on_device, chosen, reason, token_bytes)
+
+
+def layout_bytes(layout: Layout, dtype: str | None = None) -> int:
+    """A model of this layout, in ``dtype`` or as stored."""
+    return sum(_size(spec, dtype) for spec in layout.tensors)
+
+
+def bytes_per_token(config: Mapping[str, Any], dtype: str) -> int:
+    """What scoring holds for each token of a batch: keys, values and logits (and their softmax in
+    float32). From a text model's config; what it does not say counts nothing."""
+    width = _WIDTHS.get(dtype, 2)
+    layers = config.get("num_hidden_layers") or 0
+    heads = config.get("num_attention_heads") or 1
+    key_heads = config.get("num_key_value_heads") or heads
+    head_size = config.get("head_dim") or (config.get("hidden_size") or 0) // heads
+    cache = 2 * layers * key_heads * head_size * width
+    return int(cache + (config.get("vocab_size") or 0) * (width + 4))
+
+
+def _forecast(
+    placement: Placement, layout: Layout, dtype: str | None, method: str | None, cuda: bool
+) -> Forecast:
+    count = len(layout.parents)
+    parents = layout_bytes(layout) * count
+    live = layout_bytes(layout, dtype)
+    runtime = resident_bytes()
+    inputs_move = placement == "stream" or (cuda and placement == "host")
+    scratch = _scratch(layout, dtype, method, count if inputs_move else 0)
+    if not cuda:
+        return Forecast(
+            placement, Share(0 if placement == "stream" else parents, live, scratch, runtime)
+        )
+    mapped = max((_size(spec, None) for spec in layout.tensors), default=0)
+    host = Share(
+        parents if placement == "host" else 0, 0, mapped if placement == "stream" else 0, runtime
+    )
+    on_device = Share(parents if placement == "device" else 0, live, scratch, 0)
+    return Forecast(placement, host, on_device)
+
+
+def _scratch(layout: Layout, dtype: str | None, method: str | None, inputs: int) -> int:
+    """The most that merging one tensor takes; inputs: parents' tensors that come and go with it."""
+    fixed, each = _temporary(method)
+    experts = max(1, len(layout.parents) - 1)
+    most = 0.0
+    for spec in layout.tensors:
+        temporary = math.prod(spec.shape) * (fixed + each * experts)
+        most = max(most, inputs * _size(spec, None) + _size(spec, dtype) + temporary)
+    return int(most) + _BLOCKS_BYTES
+
+
+def _temporary(method: str | None) -> tuple[float, float]:
+    if method is None:
+        return 0, 0
+    if METHODS[method].engine == "mergekit":
+        return _TEMPORARY_MERGEKIT
+    return _TEMPORARY.get(method, _TEMPORARY_SORTING)
+
+
+def _size(spec: TensorSpec, dtype: str | None) -> int:
+    return math.prod(spec.shape) * _WIDTHS[dtype or spec.dtype]
+
+
+def _with_this_process(limit: Limit) -> Limit:
+    """A forecast counts interpreter and libraries, which are there already."""
+    return Limit(limit.size_bytes + resident_bytes(), limit.source)
+
+
+def _short(
+    forecast: Forecast, workers: int, host: Limit, device: Limit | None
+) -> tuple[int, Limit] | None:
+    """What ``workers`` of these need, and the limit that this exceeds; None where it fits."""
+    # With several workers this process is one more, without a model.
+    here = forecast.host.runtime if workers > 1 else 0
+    needed = forecast.host.total * workers + here
+    if needed * (1 + MARGIN) - MARGIN * forecast.host.runtime > host.size_bytes:
+        return needed, host
+    if forecast.device is not None and device is not None:
+        needed = forecast.device.total * workers
+        if needed * (1 + MARGIN) > device.size_bytes:
+            return needed, device
+    return None
+
+
+def _choice(
+    shorts: Mapping[Placement, tuple[int, Limit] | None], asked: str, cuda: bool
+) -> tuple[Placement | None, str]:
+    for placement, short in shorts.items():
+        if short is None and asked in ("auto", placement):
+            why = [f"{_name(p, cuda)} {_said(s)}" for p, s in shorts.items() if s and p != asked]
+            if asked != "auto":
+                return placement, "as worker.placement says"
+            return placement, "; ".join(why) or "it fits"
+    lower = "worker.count, worker.dtype or the number of models"
+    if asked != "auto":
+        short = shorts.get(asked)  # type: ignore[call-overload]
+        if short is None:
+            return None, f"worker.placement: {asked} is not possible with this kind of worker"
+        return None, (
+            f"worker.placement: {asked} {_said(short)}; use auto, or lower {lower}, or free memory"
+        )
+    least = list(shorts.values())[-1]
+    assert least is not None  # else it had been taken
+    return None, (
+        f"not enough memory: even with the parents streamed from their files, a search "
+        f"{_said(least)}; lower {lower}, raise worker.memory_gb if it is set, or free memory"
+    )
+
+
+def _said(short: tuple[int, Limit] | None) -> str:
+    if short is None:
+        return "fits"
+    needed, limit = short
+    return (
+        f"needs {needed / 1e9:.2f} GB and a tenth to spare, and {limit.size_bytes / 1e9:.2f} GB "
+        f"are {_there(limit)}"
+    )
+
+
+def _there(limit: Limit) -> str:
+    return f"allowed by {limit.source}" if limit.source.startswith("worker.") else limit.source
+
+
+def _name(placement: Placement, cuda: bool) -> str:
+    return placement if cuda else {"device": "resident"}.get(placement, placement)

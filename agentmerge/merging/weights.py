@@ -1,0 +1,172 @@
+"""Where a family's weights are while it merges: in their files, or in memory.
+
+``ParentFiles`` maps one tensor at a time; ``Resident`` holds all of them. Both give the same bits.
+It knows files, devices and tensors; it knows no recipe, no method, and not which of the two fits.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from agentmerge.errors import RunFailed
+from agentmerge.merging.headers import (
+    TensorHeader,
+    content_fingerprint,
+    read_headers,
+    safetensors_files,
+)
+from agentmerge.merging.layout import Layout
+
+_Stamp = tuple[int, int, int]  # size in bytes, time of change in ns, inode
+
+
+class TensorSource(Protocol):
+    """Where a merge reads its parents from.
+
+    ``identities`` maps each model's name to its content fingerprint.
+    """
+
+    @property
+    def identities(self) -> Mapping[str, str]: ...
+
+    def tensor(self, model: str, name: str) -> torch.Tensor:
+        """A parent's tensor, as stored; the caller must not change it."""
+        ...
+
+
+class ParentSource(TensorSource, Protocol):
+    """A source that a family is made of."""
+
+    def verify(self) -> None:
+        """Raises RunFailed where what was read may not be what ``identities`` are of."""
+        ...
+
+
+class ParentFiles:
+    """Parents read tensor by tensor from their files.
+
+    A tensor is a mapping of its own bytes and nothing else, gone with the tensor: pages that are in
+    the system's cache are not copied, several processes share them, and no more address space is
+    taken than what is in use. Every read makes sure that the file is still the one that was
+    identified.
+
+    Raises:
+        ParentError: a model cannot be read.
+    """
+
+    def __init__(self, paths: Mapping[str, Path], device: str = "cpu") -> None:
+        self.device = device
+        # Before the contents are looked at: a change after this line is noticed.
+        self._stamps = {
+            file: _stamp(file.stat()) for path in paths.values() for file in safetensors_files(path)
+        }
+        self.identities = {name: content_fingerprint(path) for name, path in paths.items()}
+        self._headers = {name: read_headers(path) for name, path in paths.items()}
+
+    def tensor(self, model: str, name: str) -> torch.Tensor:
+        """As stored, on ``device``.
+
+        Raises:
+            RunFailed: the file is gone, or is another one than when this was opened.
+        """
+        return self._mapped(self._headers[model][name]).to(self.device)
+
+    def verify(self) -> None:
+        """Raises RunFailed where a file was removed or changed since this was opened."""
+        for file, stamp in self._stamps.items():
+            try:
+                found = _stamp(file.stat())
+            except OSError as error:
+                raise _gone(file, error) from None
+            if found != stamp:
+                raise _changed(file)
+
+    def _mapped(self, header: TensorHeader) -> torch.Tensor:
+        dtype = getattr(torch, header.dtype)
+        size_bytes = header.end - header.start
+        try:
+            descriptor = os.open(header.file, os.O_RDONLY)
+        except OSError as error:
+            raise _gone(header.file, error) from None
+        try:
+            if _stamp(os.fstat(descriptor)) != self._stamps[header.file]:
+                raise _changed(header.file)
+            if not size_bytes:
+                return torch.empty(header.shape, dtype=dtype)
+            lead = header.start % mmap.ALLOCATIONGRANULARITY
+            # Copy on write: whatever is done to the tensor, the file stays as it is.
+            view = mmap.mmap(
+                descriptor,
+                lead + size_bytes,
+                access=mmap.ACCESS_COPY,
+                offset=header.start - lead,
+            )
+        finally:
+            os.close(descriptor)
+        raw = torch.frombuffer(view, dtype=torch.uint8, offset=lead, count=size_bytes)
+        if header.start % dtype.itemsize:
+            raw = raw.clone()  # an old file, whose tensors are not aligned
+        return raw.view(dtype).reshape(header.shape)
+
+
+class Resident:
+    """Every tensor of a layout, copied once out of ``source``.
+
+    Where ``source`` reads files, what happens to them later changes nothing.
+
+    device: where tensors are given. home: where they are kept, ``device`` or "cpu"; from there they
+        are copied over one by one, out of page-locked memory where the system has enough of it.
+    """
+
+    def __init__(
+        self, source: ParentSource, layout: Layout, *, device: str = "cpu", home: str = "cpu"
+    ) -> None:
+        self.identities = dict(source.identities)
+        self._device = device
+        pinned = torch.device(home).type != torch.device(device).type
+        self._weights = {
+            model: {
+                spec.name: _kept(source.tensor(model, spec.name), home, pinned)
+                for spec in layout.tensors
+            }
+            for model in layout.parents
+        }
+        source.verify()
+
+    def tensor(self, model: str, name: str) -> torch.Tensor:
+        return self._weights[model][name].to(self._device, non_blocking=True)
+
+    def verify(self) -> None:
+        """Nothing to look at: files are no longer read."""
+
+
+def _kept(tensor: torch.Tensor, home: str, pinned: bool) -> torch.Tensor:
+    if pinned:
+        with suppress(RuntimeError):  # more than the system lets a process lock: slower, not wrong
+            return tensor.pin_memory()
+    return tensor.to(home, copy=True)
+
+
+def _stamp(found: os.stat_result) -> _Stamp:
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _gone(file: Path, error: OSError) -> RunFailed:
+    return RunFailed(
+        f"{file} was there when the search began and cannot be read now: {error.strerror}; put it "
+        "back and resume"
+    )
+
+
+def _changed(file: Path) -> RunFailed:
+    return RunFailed(
+        f"{file} was changed while merges were read from it, so they are not of the parents that "
+        "the search began with; put the old file back and resume"
+    )
