@@ -73,6 +73,17 @@ class Prepared:
             "num_layers": self.space.num_layers,
             "dtype": self.space.dtype,
             "notes": list(self.taskset.notes),
+            "objectives": [
+                {
+                    "name": o.name,
+                    "signed_weight": o.signed_weight,
+                    "higher_is_better": o.higher_is_better,
+                    "leaves": list(o.leaves),
+                    "by_size": o.by_size,
+                    "mean": all(self.taskset.task(n).rebuild == "plain" for n in o.leaves),
+                }
+                for o in self.taskset.objectives
+            ],
             "engine": asdict(worker_class(self.spec).describe(self.spec)),
         }
 

@@ -272,6 +272,9 @@ def _drive(
         saver = stack.enter_context(open_saver(runs_dir / CHECKPOINTS))
         _write_run_dir(runs_dir / row.name, prepared.config)
         ledger.update_run(row.id, config=prepared.config.to_yaml())
+        for task in prepared.taskset.tasks:
+            ledger.save_items(row.id, task.name, "search", task.part("search"))
+            ledger.save_items(row.id, task.name, "sealed", task.part("sealed"))
         log = stack.enter_context((runs_dir / row.name / "log.jsonl").open("a"))
         tell = _telling(emit or _silent, log)
         search = _search(prepared, row, runs_dir, ledger, tell, stack, models)
@@ -523,7 +526,7 @@ def _telling(emit: Emit, log: Any) -> Emit:
 @contextmanager
 def opened(runs_dir: Path | str) -> Iterator[Ledger]:
     """The ledger of a runs directory, for reading."""
-    with Ledger(existing_runs(runs_dir) / LEDGER) as ledger:
+    with Ledger(existing_runs(runs_dir) / LEDGER, read_only=True) as ledger:
         yield ledger
 
 

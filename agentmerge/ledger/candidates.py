@@ -1,0 +1,177 @@
+"""Candidates in the results database: proposals, their recipes, and what came of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from agentmerge.errors import NotFound
+from agentmerge.ledger.items import Items
+from agentmerge.ledger.rows import Candidate, ResultKey
+from agentmerge.strategies.base import Observation, Proposal
+from agentmerge.workers.base import ItemRef, ItemResult
+
+
+class Candidates(Items):
+    def add_candidates(
+        self,
+        run_id: str,
+        generation: int,
+        proposals: Sequence[tuple[Proposal, str, str, str]],
+    ) -> None:
+        """Write a generation's proposals: (proposal, recipe hash, recipe YAML, failure or "").
+
+        Writing the same generation again (a node that runs twice) changes nothing. A merge that
+        this run has already is a twin; one with a failure is refused before any worker sees it.
+        """
+        with self._writing() as conn:
+            for slot, (proposal, recipe_hash, yaml_text, failure) in enumerate(proposals):
+                conn.execute(
+                    "INSERT OR IGNORE INTO recipes VALUES (?, ?)", (recipe_hash, yaml_text)
+                )
+                twin = conn.execute(
+                    "SELECT generation, slot FROM candidates WHERE run_id = ? AND recipe_hash = ? "
+                    "AND (generation, slot) < (?, ?) AND twin_slot IS NULL AND prior = 0 "
+                    "ORDER BY generation, slot LIMIT 1",
+                    (run_id, recipe_hash, generation, slot),
+                ).fetchone()
+                state = "failed" if failure else ("twin" if twin else "open")
+                vector = None if proposal.vector is None else json.dumps(proposal.vector)
+                conn.execute(
+                    "INSERT OR IGNORE INTO candidates (run_id, generation, slot, operator, label, "
+                    "vector, recipe_hash, twin_generation, twin_slot, state, failure) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        run_id, generation, slot, proposal.operator, proposal.label, vector,
+                        recipe_hash, *(twin if twin and not failure else (None, None)), state,
+                        failure,
+                    ),
+                )  # fmt: skip
+
+    def candidates(
+        self, run_id: str, generation: int | None = None, up_to: int | None = None
+    ) -> list[Candidate]:
+        """Candidates ordered by (generation, slot); a twin carries its first one's result."""
+        where = ""
+        values: list[Any] = [run_id]
+        if generation is not None:
+            where, values = "AND c.generation = ?", [run_id, generation]
+        elif up_to is not None:
+            where, values = "AND c.generation <= ?", [run_id, up_to]
+        rows = self._rows(
+            "SELECT c.generation, c.slot, c.operator, c.label, c.vector, c.recipe_hash, c.state, "
+            "coalesce(t.score, c.score), coalesce(t.tasks, c.tasks), "
+            "coalesce(nullif(c.failure, ''), t.failure, ''), c.reused, c.twin_generation, "
+            "c.twin_slot, c.truncated, c.cut_off, c.seconds, c.prior FROM candidates c "
+            "LEFT JOIN candidates t ON t.run_id = c.run_id AND t.generation = c.twin_generation "
+            f"AND t.slot = c.twin_slot WHERE c.run_id = ? {where} ORDER BY c.generation, c.slot",
+            *values,
+        )
+        return [_candidate(row) for row in rows]
+
+    def candidate(self, run_id: str, generation: int, slot: int) -> Candidate:
+        for found in self.candidates(run_id, generation):
+            if found.slot == slot:
+                return found
+        raise NotFound(f"no candidate {generation}.{slot} in this run")
+
+    def history(self, run_id: str, up_to: int | None = None) -> list[Observation]:
+        """Everything that was scored or failed, ordered by (generation, slot)."""
+        found = self.candidates(run_id, up_to=up_to)
+        return [
+            c.observation()
+            for c in found
+            if c.state != "open" and (c.score is not None or c.failure)
+        ]
+
+    def recipe(self, recipe_hash: str) -> str:
+        rows = self._rows("SELECT yaml FROM recipes WHERE hash = ?", recipe_hash)
+        if not rows:
+            raise NotFound(f"no recipe {recipe_hash}")
+        return str(rows[0][0])
+
+    def save_evaluation(
+        self,
+        run_id: str,
+        candidate: tuple[int, int],
+        *,
+        score: float | None,
+        tasks: Sequence[tuple[str, float]] = (),
+        failure: str = "",
+        reused: bool = False,
+        counts: tuple[int, int] = (0, 0),
+        seconds: float = 0.0,
+        fingerprint: str = "",
+        results: Sequence[tuple[ResultKey, str, Sequence[ItemRef], Sequence[ItemResult]]] = (),
+    ) -> None:
+        """A candidate's score and the item results it paid for, in one transaction.
+
+        results: (key, task name, items, their results) for each task. counts: truncated prompts
+            and cut-off generations.
+        """
+        with self._writing() as conn:
+            for key, task, items, values in results:
+                self._insert_results(conn, key, task, items, values, fingerprint, seconds)
+            conn.execute(
+                "UPDATE candidates SET state = ?, score = ?, tasks = ?, failure = ?, reused = ?, "
+                "truncated = ?, cut_off = ?, seconds = ?, fingerprint = ? "
+                "WHERE run_id = ? AND generation = ? AND slot = ? AND state = 'open'",
+                (
+                    "failed" if failure else "scored", score, json.dumps(list(tasks)), failure,
+                    int(reused), *counts, seconds, fingerprint, run_id, *candidate,
+                ),
+            )  # fmt: skip
+
+    def copy_past(self, source: str, target: str, up_to: int, *, prior: bool) -> None:
+        """The past that a branch shares with the run it came from; ``prior``: other settings."""
+        columns = (
+            "generation, slot, operator, label, vector, recipe_hash, twin_generation, twin_slot, "
+            "state, score, tasks, failure, reused, truncated, cut_off, seconds, fingerprint"
+        )
+        with self._writing() as conn:
+            conn.execute(
+                f"INSERT OR IGNORE INTO candidates (run_id, prior, {columns}) SELECT ?, "
+                f"max(prior, ?), {columns} FROM candidates WHERE run_id = ? AND generation <= ?",
+                (target, int(prior), source, up_to),
+            )
+            conn.execute(
+                "INSERT OR IGNORE INTO advice SELECT ?, generation, role, body FROM advice "
+                "WHERE run_id = ? AND generation <= ?",
+                (target, source, up_to),
+            )
+
+    def seconds_per_candidate(self, settings_hash: str) -> float | None:
+        """The median time a candidate took in runs of the same settings, or None."""
+        rows = self._rows(
+            "SELECT c.seconds FROM candidates c JOIN runs r ON r.id = c.run_id "
+            "WHERE r.settings_hash = ? AND c.state = 'scored' AND c.reused = 0 "
+            "AND c.seconds > 0 LIMIT 1000",
+            settings_hash,
+        )
+        return float(np.median([row[0] for row in rows])) if rows else None
+
+
+def _candidate(row: tuple[Any, ...]) -> Candidate:
+    (generation, slot, operator, label, vector, recipe_hash, state, score, tasks, failure, reused,
+     twin_generation, twin_slot, truncated, cut_off, seconds, prior) = row  # fmt: skip
+    return Candidate(
+        generation,
+        slot,
+        operator,
+        label,
+        None if vector is None else tuple(json.loads(vector)),
+        recipe_hash,
+        state,
+        score,
+        tuple((name, value) for name, value in json.loads(tasks or "[]")),
+        failure,
+        bool(reused),
+        None if twin_slot is None else (twin_generation, twin_slot),
+        truncated,
+        cut_off,
+        seconds,
+        bool(prior),
+    )

@@ -1,0 +1,96 @@
+"""Item results: one packed block per (recipe, engine, protocol, item set)."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from hashlib import sha256
+
+from agentmerge.ledger.packing import pack, pack_keys, unpack, unpack_keys
+from agentmerge.ledger.rows import ResultKey
+from agentmerge.ledger.store import Store, hashed, intern
+from agentmerge.workers.base import ItemRef, ItemResult
+
+
+class Items(Store):
+    def save_results(
+        self,
+        key: ResultKey,
+        task: str,
+        items: Sequence[ItemRef],
+        results: Sequence[ItemResult],
+        fingerprint: str = "",
+        seconds: float = 0.0,
+    ) -> None:
+        with self._writing() as conn:
+            self._insert_results(conn, key, task, items, results, fingerprint, seconds)
+
+    def _insert_results(
+        self,
+        conn: sqlite3.Connection,
+        key: ResultKey,
+        task: str,
+        items: Sequence[ItemRef],
+        results: Sequence[ItemResult],
+        fingerprint: str,
+        seconds: float,
+    ) -> None:
+        if not items:
+            return
+        engine = json.dumps(asdict(key.engine), sort_keys=True)
+        engine_id = intern(conn, "engines", hashed(engine), {"info": engine})
+        protocol_id = intern(conn, "protocols", key.protocol_hash, {"task": task, "info": ""})
+        set_id = intern_items(conn, items)
+        conn.execute(
+            "INSERT OR IGNORE INTO results (recipe_hash, engine_id, protocol_id, item_set_id, "
+            "block, fingerprint, seconds, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                key.recipe_hash, engine_id, protocol_id, set_id, pack(results), fingerprint,
+                seconds, time.time(),
+            ),
+        )  # fmt: skip
+
+    def results(self, key: ResultKey) -> dict[str, ItemResult]:
+        """Item key -> result, over every block stored under ``key``."""
+        engine = hashed(json.dumps(asdict(key.engine), sort_keys=True))
+        rows = self._rows(
+            "SELECT s.keys, r.block FROM results r JOIN item_sets s ON s.id = r.item_set_id "
+            "JOIN engines e ON e.id = r.engine_id JOIN protocols p ON p.id = r.protocol_id "
+            "WHERE r.recipe_hash = ? AND e.hash = ? AND p.hash = ? ORDER BY r.id",
+            key.recipe_hash,
+            engine,
+            key.protocol_hash,
+        )
+        found: dict[str, ItemResult] = {}
+        for packed_keys, block in rows:
+            found.update(zip(unpack_keys(packed_keys), unpack(block), strict=True))
+        return found
+
+    def save_items(self, run_id: str, task: str, part: str, items: Sequence[ItemRef]) -> None:
+        """Which items of a task a search asks: ``part`` is "search" or "sealed"."""
+        if not items:
+            return
+        with self._writing() as conn:
+            conn.execute(
+                "INSERT OR IGNORE INTO run_items VALUES (?, ?, ?, ?)",
+                (run_id, task, part, intern_items(conn, items)),
+            )
+
+    def item_keys(self, run_id: str, part: str) -> dict[str, list[str]]:
+        """Task -> keys of the items that a search asked, in order; empty for older searches."""
+        rows = self._rows(
+            "SELECT i.task, s.keys FROM run_items i JOIN item_sets s ON s.id = i.item_set_id "
+            "WHERE i.run_id = ? AND i.part = ? ORDER BY i.task",
+            run_id,
+            part,
+        )
+        return {task: unpack_keys(keys) for task, keys in rows}
+
+
+def intern_items(conn: sqlite3.Connection, items: Sequence[ItemRef]) -> int:
+    keys = pack_keys([item.key for item in items])
+    body = {"count": len(items), "keys": keys}
+    return intern(conn, "item_sets", sha256(keys).hexdigest()[:32], body)

@@ -1,0 +1,69 @@
+"""Item results and item keys as bytes: about six an item, read back exactly as stored."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from agentmerge.workers.base import ItemResult
+
+#: Hex digits of an item key.
+KEY_DIGITS = 16
+
+
+def pack(results: Sequence[ItemResult]) -> bytes:
+    """Item results as bytes: count, then four length-prefixed zlib columns.
+
+    Values are float64 (a metric is stored exactly), log-likelihoods float32 (what torch summed),
+    margins float16 (three digits; they are clipped where they are used), flags one byte.
+    """
+    missing = float("nan")
+
+    def column(kind: str, values: list[Any]) -> bytes:
+        body = zlib.compress(np.asarray(values, dtype=kind).tobytes(), 6)
+        return len(body).to_bytes(4, "little") + body
+
+    return len(results).to_bytes(4, "little") + b"".join(
+        (
+            column("<f8", [r.value for r in results]),
+            column("<f4", [missing if r.log_likelihood is None else r.log_likelihood
+                           for r in results]),
+            column("<f2", [missing if r.margin is None else np.clip(r.margin, -6e4, 6e4)
+                           for r in results]),
+            column("u1", [r.truncated + 2 * r.cut_off for r in results]),
+        )
+    )  # fmt: skip
+
+
+def unpack(block: bytes) -> list[ItemResult]:
+    count = int.from_bytes(block[:4], "little")
+    place, columns = 4, []
+    for kind in ("<f8", "<f4", "<f2", "u1"):
+        size = int.from_bytes(block[place : place + 4], "little")
+        raw = zlib.decompress(block[place + 4 : place + 4 + size])
+        columns.append(np.frombuffer(raw, dtype=kind, count=count))
+        place += 4 + size
+    values, lls, margins, flags = columns
+    return [
+        ItemResult(
+            float(value),
+            None if np.isnan(ll) else float(ll),
+            None if np.isnan(margin) else float(margin),
+            bool(flag & 1),
+            bool(flag & 2),
+        )
+        for value, ll, margin, flag in zip(values, lls, margins, flags, strict=True)
+    ]
+
+
+def pack_keys(keys: Sequence[str]) -> bytes:
+    """Item keys (hex digits) as one compressed column."""
+    return zlib.compress(bytes.fromhex("".join(keys)))
+
+
+def unpack_keys(packed: bytes) -> list[str]:
+    raw = zlib.decompress(packed).hex()
+    return [raw[i : i + KEY_DIGITS] for i in range(0, len(raw), KEY_DIGITS)]

@@ -1,0 +1,112 @@
+"""One open database file: short transactions, reads, and errors that say what to do."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Self
+
+from sqlite_utils import Database
+
+from agentmerge.errors import LedgerError
+from agentmerge.ledger.schema import migrations
+
+
+class Store:
+    """Safe to share between threads.
+
+    read_only: for looking on while another process writes: nothing is created or locked, and a
+        file of an older version is brought up to date first.
+
+    Raises:
+        LedgerError: the file cannot be opened or written (disk full, locked, not a database).
+    """
+
+    def __init__(
+        self, path: Path | str, busy_timeout_s: float = 30.0, *, read_only: bool = False
+    ) -> None:
+        self.path = Path(path)
+        self._lock = threading.RLock()
+        self._timeout_s = busy_timeout_s
+        try:
+            if read_only:
+                self._conn = self._connect("?mode=ro")
+                if not migrations.pending(Database(self._conn)):
+                    return
+                self._conn.close()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._conn = self._connect("")
+            self._conn.execute("PRAGMA journal_mode=WAL")
+            self._conn.execute("PRAGMA synchronous=NORMAL")
+            if migrations.pending(Database(self._conn)):
+                with self._writing():
+                    migrations.apply(Database(self._conn, recursive_triggers=False))
+        except (sqlite3.Error, OSError) as error:
+            raise LedgerError(f"results database {self.path} cannot be opened: {error}") from error
+
+    def _connect(self, query: str) -> sqlite3.Connection:
+        return sqlite3.connect(
+            f"{self.path.absolute().as_uri()}{query}",
+            uri=True,
+            timeout=self._timeout_s,
+            check_same_thread=False,
+            isolation_level=None,
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            self._conn.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One short transaction: all of it is on disk when the block ends, or none."""
+        with self._lock:
+            try:
+                self._conn.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._conn
+                except BaseException:
+                    self._conn.rollback()
+                    raise
+                self._conn.commit()
+            except sqlite3.Error as error:
+                if self._conn.in_transaction:
+                    self._conn.rollback()
+                raise LedgerError(
+                    f"results database {self.path} cannot be written: {error}; free the disk or "
+                    "end the other writer, then resume"
+                ) from error
+
+    def _rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        with self._lock:
+            try:
+                return self._conn.execute(sql, values).fetchall()
+            except sqlite3.Error as error:
+                raise LedgerError(
+                    f"results database {self.path} cannot be read: {error}"
+                ) from error
+
+
+def intern(conn: sqlite3.Connection, table: str, key: str, body: Mapping[str, Any]) -> int:
+    """The id of the row of ``table`` whose hash is ``key``, written if it is not there."""
+    names = ", ".join(body)
+    marks = ", ".join("?" for _ in body)
+    conn.execute(
+        f"INSERT OR IGNORE INTO {table} (hash, {names}) VALUES (?, {marks})",
+        (key, *body.values()),
+    )
+    return int(conn.execute(f"SELECT id FROM {table} WHERE hash = ?", (key,)).fetchone()[0])
+
+
+def hashed(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:32]
