@@ -88,6 +88,11 @@ class Method:
         names = [p.name for p in self.shared if p.name in ("normalize", "normalize_weights")]
         return names[0] if names else None
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether a merge has a slope in its weights (and lambda), masks and signs held fixed."""
+        return self.engine == "agentmerge" and any(p.name == "weight" for p in self.source)
+
     def ratios_only(self, shared: Mapping[str, float]) -> bool:
         """Whether these shared parameters leave only the ratio of the weights to matter."""
         if self.normalize_param is None:

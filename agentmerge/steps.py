@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,13 +24,15 @@ from agentmerge.errors import CandidateFailed, ModelReplyError, NotBegun, Recipe
 from agentmerge.evaluation.tasks import Part, TaskSet
 from agentmerge.final import final_card
 from agentmerge.genome import SearchSpace
-from agentmerge.ledger import Candidate, Ledger, ResultKey
+from agentmerge.ledger import Candidate, GradientKey, Ledger, ResultKey
 from agentmerge.recipe import Recipe
+from agentmerge.slopes import SlopePool, Slopes
 from agentmerge.state import GRAPH_VERSION, SearchState
-from agentmerge.strategies.base import Proposal, Strategy, rng_factory
+from agentmerge.strategies.base import GRADIENT_COST, Proposal, Strategy, rng_factory
+from agentmerge.strategies.chain_rule import unit_gradient
 from agentmerge.strategies.llm_evo import improved
 from agentmerge.strategies.random import random_vectors
-from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult
+from agentmerge.workers.base import EngineInfo, Fingerprint, Gradient, ItemRef, ItemResult
 
 Role = Literal["critic", "controller", "proposer"]
 Emit = Callable[[dict[str, Any]], None]
@@ -41,7 +43,7 @@ _AGENTS: dict[Role, Any] = {"critic": critic, "controller": controller, "propose
 BARREN_GENERATIONS = 3
 
 
-class Evaluator(Protocol):
+class Evaluator(SlopePool, Protocol):
     """The worker pool, as a search sees it."""
 
     @property
@@ -210,6 +212,7 @@ class Search:
         try:
             answers = self.scoring.ask(recipe, candidate.recipe_hash, wanted=self._wanted)
             score = self.taskset.score(answers.results)
+            slope, more_seconds = self._slope(candidate, recipe)
         except NotBegun:
             return  # left open: whoever goes on with this search scores it
         except CandidateFailed as error:
@@ -224,9 +227,10 @@ class Search:
                 tasks=score.tasks,
                 reused=not answers.paid,
                 counts=answers.counts,
-                seconds=answers.seconds,
+                seconds=answers.seconds + more_seconds,
                 fingerprint=answers.fingerprint,
                 results=answers.paid,
+                slope=slope,
             )
         self.emit(self._candidate_event(self.ledger.candidate(self.run_id, generation, slot)))
 
@@ -305,7 +309,7 @@ class Search:
         proposals = self.strategy.propose(
             self.space, history, self._guidance(generation), count, self._rng()
         )
-        self._add(generation + 1, proposals)
+        self._add(generation + 1, _affordable(self._possible(proposals), left))
         return generation + 1
 
     def finish(self, stop_reason: str) -> SearchState:
@@ -326,6 +330,31 @@ class Search:
     @property
     def scoring(self) -> Scoring:
         return Scoring(self.ledger, self.taskset, self.pool)
+
+    @property
+    def slopes(self) -> Slopes:
+        return Slopes(self.ledger, self.taskset, self.pool, self.identities)
+
+    def _slope(
+        self, candidate: Candidate, recipe: Recipe
+    ) -> tuple[tuple[GradientKey, Gradient, tuple[float, ...]] | None, float]:
+        """A candidate's gradient with itself in the unit box, if it wants one, and the seconds.
+
+        One that fails is told and left out: the score stands without it.
+        """
+        if candidate.want != "gradient" or candidate.loss_kind is None:
+            return None, 0.0
+        slopes = self.slopes
+        try:
+            key, kept, seconds = slopes.ask(
+                recipe, candidate.recipe_hash, candidate.loss_kind, self._wanted
+            )
+        except CandidateFailed as error:
+            at = {"generation": candidate.generation, "slot": candidate.slot}
+            self.emit({"event": "no_gradient", "failure": str(error)} | at)
+            return None, 0.0
+        unit = unit_gradient(self.space, candidate.vector or (), slopes.named(kept))
+        return (key, kept, unit), seconds
 
     def item_results(self, recipe_hash: str, part: Part = "search") -> dict[ItemRef, ItemResult]:
         """What the ledger knows of a recipe's items, without paying for anything."""
@@ -379,7 +408,16 @@ class Search:
         if self.config.search.random_init and not draws:
             points = random_vectors(self.space, 0, max(0, min(self.population, left)), self._rng())
             draws = [Proposal(point, "random") for point in points]
-        return [*seeds, *draws][: self.config.budget.max_evaluations]
+        budget = self.config.budget.max_evaluations
+        return _affordable([*seeds, *self._possible(draws)], budget)
+
+    def _possible(self, proposals: Sequence[Proposal]) -> list[Proposal]:
+        """The same, asking for a score alone where no gradient can be had."""
+        possible = self.space.method.differentiable and self.slopes.possible
+        return [
+            p if p.want == "score" or (possible and p.vector) else replace(p, want="score")
+            for p in proposals
+        ]
 
     def _again(self, candidate: Candidate) -> Proposal:
         text = self.ledger.recipe(candidate.recipe_hash)
@@ -514,12 +552,26 @@ def incumbent(candidates: Sequence[Candidate]) -> Candidate | None:
 
 
 def evaluations(candidates: Sequence[Candidate]) -> int:
-    """How much of the budget is used: every distinct merge of this search, failed ones too.
+    """How much of the budget is used: every distinct merge of this search, failed ones too, and
+    every gradient as three.
 
     A merge that another search paid for counts as well, so that a search does not depend on what
     else is in the ledger; a twin does not. Candidates still open are not counted.
     """
-    return sum(c.state in ("scored", "failed") and not c.prior for c in candidates)
+    return sum(c.cost for c in candidates if c.state in ("scored", "failed") and not c.prior)
+
+
+def _affordable(proposals: Sequence[Proposal], left: int) -> list[Proposal]:
+    """As many as the budget allows, in order; a gradient that it does not is asked as a score."""
+    found: list[Proposal] = []
+    for proposal in proposals:
+        if proposal.want == "gradient" and left <= GRADIENT_COST:
+            proposal = replace(proposal, want="score")
+        left -= 1 + GRADIENT_COST * (proposal.want == "gradient")
+        if left < 0:
+            break
+        found.append(proposal)
+    return found
 
 
 def _barren(candidates: Sequence[Candidate], generation: int) -> bool:

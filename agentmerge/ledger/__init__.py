@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from agentmerge.ledger.candidates import Candidates
 from agentmerge.ledger.packing import KEY_DIGITS, pack, unpack
-from agentmerge.ledger.rows import Candidate, ResultKey, RunRow
+from agentmerge.ledger.rows import Candidate, GradientKey, ResultKey, RunRow
 from agentmerge.ledger.runs import Runs
 from agentmerge.ledger.words import Words
 
@@ -22,4 +22,13 @@ class Ledger(Runs, Candidates, Words):
     """One open results database; safe to share between threads and processes."""
 
 
-__all__ = ["KEY_DIGITS", "Candidate", "Ledger", "ResultKey", "RunRow", "pack", "unpack"]
+__all__ = [
+    "KEY_DIGITS",
+    "Candidate",
+    "GradientKey",
+    "Ledger",
+    "ResultKey",
+    "RunRow",
+    "pack",
+    "unpack",
+]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from agentmerge.errors import NotFound
+from agentmerge.ledger.gradients import Gradients, insert_gradient
 from agentmerge.ledger.items import Items
-from agentmerge.ledger.rows import Candidate, ResultKey
+from agentmerge.ledger.rows import Candidate, GradientKey, ResultKey
 from agentmerge.strategies.base import Observation, Proposal
-from agentmerge.workers.base import ItemRef, ItemResult
+from agentmerge.workers.base import Gradient, ItemRef, ItemResult
 
 
-class Candidates(Items):
+class Candidates(Items, Gradients):
     def add_candidates(
         self,
         run_id: str,
@@ -25,29 +27,30 @@ class Candidates(Items):
         """Write a generation's proposals: (proposal, recipe hash, recipe YAML, failure or "").
 
         Writing the same generation again (a node that runs twice) changes nothing. A merge that
-        this run has already is a twin; one with a failure is refused before any worker sees it.
+        this run has already is a twin; one with a failure is refused before any worker sees it. A
+        gradient of a merge whose score alone this run has is still open, and a twin by its score.
         """
         with self._writing() as conn:
             for slot, (proposal, recipe_hash, yaml_text, failure) in enumerate(proposals):
                 conn.execute(
                     "INSERT OR IGNORE INTO recipes VALUES (?, ?)", (recipe_hash, yaml_text)
                 )
-                twin = conn.execute(
-                    "SELECT generation, slot FROM candidates WHERE run_id = ? AND recipe_hash = ? "
-                    "AND (generation, slot) < (?, ?) AND twin_slot IS NULL AND prior = 0 "
-                    "ORDER BY generation, slot LIMIT 1",
-                    (run_id, recipe_hash, generation, slot),
-                ).fetchone()
-                state = "failed" if failure else ("twin" if twin else "open")
+                place = (run_id, recipe_hash, generation, slot)
+                loss = proposal.loss if proposal.want == "gradient" else None
+                twin = whole = _earlier(conn, place, "loss_kind = ? AND state <> 'twin'", loss)
+                if whole is None:
+                    twin = _earlier(conn, place, "twin_slot IS NULL")
+                    whole = twin if loss is None else None
+                state = "failed" if failure else ("twin" if whole else "open")
                 vector = None if proposal.vector is None else json.dumps(proposal.vector)
                 conn.execute(
                     "INSERT OR IGNORE INTO candidates (run_id, generation, slot, operator, label, "
-                    "vector, recipe_hash, twin_generation, twin_slot, state, failure) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "vector, recipe_hash, twin_generation, twin_slot, state, failure, want, "
+                    "loss_kind) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         run_id, generation, slot, proposal.operator, proposal.label, vector,
                         recipe_hash, *(twin if twin and not failure else (None, None)), state,
-                        failure,
+                        failure, proposal.want, loss,
                     ),
                 )  # fmt: skip
 
@@ -65,7 +68,10 @@ class Candidates(Items):
             "SELECT c.generation, c.slot, c.operator, c.label, c.vector, c.recipe_hash, c.state, "
             "coalesce(t.score, c.score), coalesce(t.tasks, c.tasks), "
             "coalesce(nullif(c.failure, ''), t.failure, ''), c.reused, c.twin_generation, "
-            "c.twin_slot, c.truncated, c.cut_off, c.seconds, c.prior FROM candidates c "
+            "c.twin_slot, c.truncated, c.cut_off, c.seconds, c.prior, c.want, c.loss_kind, "
+            "coalesce(c.loss, CASE c.loss_kind WHEN t.loss_kind THEN t.loss END), "
+            "coalesce(c.gradient, CASE c.loss_kind WHEN t.loss_kind THEN t.gradient END) "
+            "FROM candidates c "
             "LEFT JOIN candidates t ON t.run_id = c.run_id AND t.generation = c.twin_generation "
             f"AND t.slot = c.twin_slot WHERE c.run_id = ? {where} ORDER BY c.generation, c.slot",
             *values,
@@ -106,22 +112,28 @@ class Candidates(Items):
         seconds: float = 0.0,
         fingerprint: str = "",
         results: Sequence[tuple[ResultKey, str, Sequence[ItemRef], Sequence[ItemResult]]] = (),
+        slope: tuple[GradientKey, Gradient, Sequence[float]] | None = None,
     ) -> None:
-        """A candidate's score and the item results it paid for, in one transaction.
+        """A candidate's score and all that it paid for, in one transaction.
 
         results: (key, task name, items, their results) for each task. counts: truncated prompts
-            and cut-off generations.
+            and cut-off generations. seconds: of it all. slope: the gradient to keep, and itself in
+            the unit box.
         """
+        loss = None if slope is None else slope[1].loss
+        unit = None if slope is None else json.dumps(list(slope[2]))
         with self._writing() as conn:
             for key, task, items, values in results:
                 self._insert_results(conn, key, task, items, values, fingerprint, seconds)
+            if slope is not None:
+                insert_gradient(conn, slope[0], slope[1], seconds)
             conn.execute(
                 "UPDATE candidates SET state = ?, score = ?, tasks = ?, failure = ?, reused = ?, "
-                "truncated = ?, cut_off = ?, seconds = ?, fingerprint = ? "
+                "truncated = ?, cut_off = ?, seconds = ?, fingerprint = ?, loss = ?, gradient = ? "
                 "WHERE run_id = ? AND generation = ? AND slot = ? AND state = 'open'",
                 (
                     "failed" if failure else "scored", score, json.dumps(list(tasks)), failure,
-                    int(reused), *counts, seconds, fingerprint, run_id, *candidate,
+                    int(reused), *counts, seconds, fingerprint, loss, unit, run_id, *candidate,
                 ),
             )  # fmt: skip
 
@@ -129,7 +141,8 @@ class Candidates(Items):
         """The past that a branch shares with the run it came from; ``prior``: other settings."""
         columns = (
             "generation, slot, operator, label, vector, recipe_hash, twin_generation, twin_slot, "
-            "state, score, tasks, failure, reused, truncated, cut_off, seconds, fingerprint"
+            "state, score, tasks, failure, reused, truncated, cut_off, seconds, fingerprint, "
+            "want, loss_kind, loss, gradient"
         )
         with self._writing() as conn:
             conn.execute(
@@ -154,9 +167,23 @@ class Candidates(Items):
         return float(np.median([row[0] for row in rows])) if rows else None
 
 
+def _earlier(
+    conn: sqlite3.Connection, place: tuple[Any, ...], condition: str, *values: Any
+) -> tuple[int, int] | None:
+    """The first candidate before (run, recipe, generation, slot) that is the same merge."""
+    found: tuple[int, int] | None = conn.execute(
+        "SELECT generation, slot FROM candidates WHERE run_id = ? AND recipe_hash = ? "
+        f"AND (generation, slot) < (?, ?) AND prior = 0 AND {condition} "
+        "ORDER BY generation, slot LIMIT 1",
+        (*place, *values),
+    ).fetchone()
+    return found
+
+
 def _candidate(row: tuple[Any, ...]) -> Candidate:
     (generation, slot, operator, label, vector, recipe_hash, state, score, tasks, failure, reused,
-     twin_generation, twin_slot, truncated, cut_off, seconds, prior) = row  # fmt: skip
+     twin_generation, twin_slot, truncated, cut_off, seconds, prior, want, loss_kind, loss,
+     gradient) = row  # fmt: skip
     return Candidate(
         generation,
         slot,
@@ -174,4 +201,8 @@ def _candidate(row: tuple[Any, ...]) -> Candidate:
         cut_off,
         seconds,
         bool(prior),
+        want,
+        loss_kind,
+        loss,
+        None if gradient is None else tuple(json.loads(gradient)),
     )

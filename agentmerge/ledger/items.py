@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from hashlib import sha256
 
 from agentmerge.ledger.packing import pack, pack_keys, unpack, unpack_keys
 from agentmerge.ledger.rows import ResultKey
-from agentmerge.ledger.store import Store, hashed, intern
+from agentmerge.ledger.store import Store, engine_text, hashed, intern
 from agentmerge.workers.base import ItemRef, ItemResult
 
 
@@ -40,7 +38,7 @@ class Items(Store):
     ) -> None:
         if not items:
             return
-        engine = json.dumps(asdict(key.engine), sort_keys=True)
+        engine = engine_text(key.engine)
         engine_id = intern(conn, "engines", hashed(engine), {"info": engine})
         protocol_id = intern(conn, "protocols", key.protocol_hash, {"task": task, "info": ""})
         set_id = intern_items(conn, items)
@@ -55,7 +53,7 @@ class Items(Store):
 
     def results(self, key: ResultKey) -> dict[str, ItemResult]:
         """Item key -> result, over every block stored under ``key``."""
-        engine = hashed(json.dumps(asdict(key.engine), sort_keys=True))
+        engine = hashed(engine_text(key.engine))
         rows = self._rows(
             "SELECT s.keys, r.block FROM results r JOIN item_sets s ON s.id = r.item_set_id "
             "JOIN engines e ON e.id = r.engine_id JOIN protocols p ON p.id = r.protocol_id "

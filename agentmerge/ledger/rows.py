@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from agentmerge.strategies.base import Observation
-from agentmerge.workers.base import EngineInfo
+from agentmerge.strategies.base import GRADIENT_COST, Observation
+from agentmerge.workers.base import EngineInfo, Loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,9 @@ class Candidate:
     state: "open" (not scored yet), "scored", "failed" or "twin" (the same merge as an earlier
         candidate of this run; its score is the earlier one's and it cost nothing).
     prior: scored under other settings before a branch: known to strategies, never the best.
+    want, loss_kind: as the proposal's; a gradient of a merge that this run has scored already has
+        that one for its twin, and its own state.
+    loss, gradient: what the gradient is of, and the gradient in the unit box.
     """
 
     generation: int
@@ -34,6 +37,16 @@ class Candidate:
     cut_off: int = 0
     seconds: float | None = None
     prior: bool = False
+    want: Literal["score", "gradient"] = "score"
+    loss_kind: Loss | None = None
+    loss: float | None = None
+    gradient: tuple[float, ...] | None = None
+
+    @property
+    def cost(self) -> int:
+        """What it took of the budget, in scores, once it is scored or failed."""
+        differentiated = self.want == "gradient" and self.state == "scored"
+        return (self.twin is None) + GRADIENT_COST * differentiated
 
     def observation(self) -> Observation:
         return Observation(
@@ -46,6 +59,8 @@ class Candidate:
             self.recipe_hash,
             self.label,
             self.failure,
+            self.gradient,
+            self.loss,
         )
 
 
@@ -73,3 +88,12 @@ class ResultKey:
     recipe_hash: str
     engine: EngineInfo
     protocol_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class GradientKey:
+    """What a gradient belongs to; ``question``: a hash of the loss, the items and their weights."""
+
+    recipe_hash: str
+    engine: EngineInfo
+    question: str

@@ -76,6 +76,24 @@ def m002_items_of_a_run(db: Any) -> None:
     )
 
 
+@migrations()  # type: ignore[untyped-decorator]
+def m003_gradients(db: Any) -> None:
+    _run(
+        db,
+        """
+        ALTER TABLE candidates ADD COLUMN want TEXT NOT NULL DEFAULT 'score';
+        ALTER TABLE candidates ADD COLUMN loss_kind TEXT;
+        ALTER TABLE candidates ADD COLUMN loss REAL;
+        ALTER TABLE candidates ADD COLUMN gradient TEXT;
+        CREATE TABLE gradients (
+            id INTEGER PRIMARY KEY, recipe_hash TEXT NOT NULL, engine_id INTEGER NOT NULL,
+            question TEXT NOT NULL, block BLOB NOT NULL, seconds REAL NOT NULL,
+            created REAL NOT NULL, UNIQUE (recipe_hash, engine_id, question)
+        )
+        """,
+    )
+
+
 def _run(db: Any, statements: str) -> None:
     for statement in statements.split(";"):
         if statement.strip():

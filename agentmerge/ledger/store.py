@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +16,7 @@ from sqlite_utils import Database
 
 from agentmerge.errors import LedgerError
 from agentmerge.ledger.schema import migrations
+from agentmerge.workers.base import EngineInfo
 
 
 class Store:
@@ -110,3 +113,8 @@ def intern(conn: sqlite3.Connection, table: str, key: str, body: Mapping[str, An
 
 def hashed(text: str) -> str:
     return sha256(text.encode()).hexdigest()[:32]
+
+
+def engine_text(engine: EngineInfo) -> str:
+    """What an engine's row is the hash of."""
+    return json.dumps(asdict(engine), sort_keys=True)

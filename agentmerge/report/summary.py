@@ -85,6 +85,8 @@ def trace(ledger: Ledger, row: RunRow) -> dict[str, Any]:
                 "score": c.score,
                 "tasks": list(c.tasks),
                 "failure": c.failure,
+                "loss": c.loss,
+                "gradient": c.gradient,
             }
             for c in ledger.candidates(row.id)
         ],

@@ -19,9 +19,13 @@ import numpy as np
 
 from agentmerge.agents.schemas import Guidance
 from agentmerge.genome import SearchSpace
+from agentmerge.workers.base import Loss
 
 #: Purpose codes of random generators; part of every stored search, so never renumber.
 PURPOSES = {"sample": 0, "mutate": 1, "cma": 2, "seed": 3, "items": 4}
+
+#: What a gradient costs, in scores of as many items: one forward pass, and a backward pass of two.
+GRADIENT_COST = 3
 
 RngFor = Callable[[int, int, str], np.random.Generator]
 
@@ -44,7 +48,9 @@ class Proposal:
         the space. It stays with the candidate: a strategy is told what it asked.
     recipe: mergekit YAML, only where there is no vector.
     operator: who made it ("parent", "uniform", "scale", "init", "random", "llm_evo", "cma_es"...).
-    want: a score, or (for workers that can) a gradient.
+    want: a score, or a score and the gradient of ``loss`` over the search items. Where no gradient
+        can be had (the worker, the method or the tasks have none, or ``vector`` is None), the
+        score alone is asked for and paid.
     """
 
     vector: tuple[float, ...] | None
@@ -52,6 +58,7 @@ class Proposal:
     recipe: str | None = None
     label: str = ""
     want: Literal["score", "gradient"] = "score"
+    loss: Loss = "margin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,10 @@ class Observation:
 
     score: weighted sum of the tasks' metrics, higher is better (a task's weight may be negative).
     tasks: (task name, metric value), unweighted.
+    gradient: d loss / d coordinate of the unit box, one number an axis (0 for axes without a slope,
+        see ``chain_rule.differentiable_axes``), at this very point; None where none was asked for
+        or none came. Lower loss is better: step against it.
+    loss: what the gradient is of, in nats an item: the objective's own mix of tasks.
     """
 
     generation: int
@@ -71,6 +82,8 @@ class Observation:
     recipe_hash: str = ""
     label: str = ""
     failure: str = ""
+    gradient: tuple[float, ...] | None = None
+    loss: float | None = None
 
 
 class Strategy(Protocol):

@@ -8,7 +8,8 @@ Every worker passes ``tests/workers/test_contract.py``:
     load() of a recipe, then score(), gives the same results whatever was loaded before;
     load() of a bad recipe raises CandidateFailed and the next load() works;
     score() returns one ItemResult an item, in the order asked;
-    a log-likelihood that is not finite raises CandidateFailed;
+    gradient(), where there is one, leaves the recipe's weights live, bit for bit as load() does;
+    a log-likelihood or a loss that is not finite raises CandidateFailed;
     a worker that died raises WorkerLost.
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from agentmerge.config import TasksConfig
 from agentmerge.recipe import Recipe
@@ -58,6 +59,44 @@ class Fingerprint:
     recipe: str
     digest: str
     tensors: int
+
+
+#: What an item's gradient is of, in nats. "log_likelihood": minus the log-likelihood of the gold
+#: answer, summed over its tokens. "margin": log(1 + exp(-margin)), the cross-entropy of gold
+#: against its nearest rival; of a text without rivals, minus its log-likelihood a token.
+Loss = Literal["log_likelihood", "margin"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSlope:
+    """d loss / d every weight that made one tensor, masks and elected signs held as they were.
+
+    tensor, layer, after: as ``Recipe.effective`` has them. weights: (model, slope) of each source
+        with a weight, at the values that ``effective`` gives. scale: d loss / d lambda, 0 where the
+        method has none.
+    """
+
+    tensor: str
+    layer: int | None
+    after: bool
+    weights: tuple[tuple[str, float], ...]
+    scale: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """The slope of a loss in everything that weighs the parents of a merge, from one pass.
+
+    It is kept tensor by tensor, so that it can be read in any space that holds the recipe, however
+    fine (``strategies.chain_rule``).
+
+    loss: the weighted mean over the items. items: how many had a gold answer; the others count for
+        nothing.
+    """
+
+    loss: float
+    items: int
+    tensors: tuple[TensorSlope, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,3 +151,27 @@ class Worker(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Differentiator(Worker, Protocol):
+    """A worker that can also tell how its loss changes with a recipe's weights."""
+
+    def gradient(
+        self,
+        recipe: Recipe,
+        items: Sequence[ItemRef],
+        loss: Loss = "margin",
+        weights: Sequence[float] | None = None,
+    ) -> Gradient:
+        """Load ``recipe`` unless it is live, and take the loss's gradient in one pass over items.
+
+        weights: what each item's loss counts, by default the same; divided by the sum of their
+            absolute values. Negative: that item should get worse.
+
+        Raises:
+            CandidateFailed: the recipe cannot be merged, its method has no weights to take a
+                gradient of, no item has a gold answer, or the loss is not finite.
+            WorkerLost: the worker is gone.
+        """
+        ...

@@ -24,7 +24,7 @@ import operator
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -34,9 +34,18 @@ from agentmerge.config import TasksConfig
 from agentmerge.errors import CandidateFailed, RunFailed, UserError, WorkerLost
 from agentmerge.evaluation.splitting import choose_documents, split, stand_in
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
-from agentmerge.methods import METHODS, SUM_NORMALIZED
+from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe, length
-from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
+from agentmerge.workers.base import (
+    EngineInfo,
+    Fingerprint,
+    Gradient,
+    ItemRef,
+    ItemResult,
+    Loss,
+    TensorSlope,
+    WorkerSpec,
+)
 
 _KINDS = ("self_attn", "mlp")
 _WIDTH, _GAIN, _LEAN = 0.35, 8.0, 1.5
@@ -123,14 +132,44 @@ class FakeWorker:
         return Fingerprint(recipe.hash(), digest, point.size)
 
     def score(self, items: Sequence[ItemRef]) -> list[ItemResult]:
-        if self._live is None:
-            raise RunFailed("nothing is loaded: load() a recipe before score()")
+        point = _live(self._live)
         if self._delay_s:
             time.sleep(self._delay_s)
-        return [_result(item, self._live, tuple(self._parents)) for item in items]
+        return [_result(item, point, tuple(self._parents)) for item in items]
+
+    def gradient(
+        self,
+        recipe: Recipe,
+        items: Sequence[ItemRef],
+        loss: Loss = "margin",
+        weights: Sequence[float] | None = None,
+    ) -> Gradient:
+        """Both losses are the same here: a gold answer's log-likelihood is that of its margin."""
+        self.load(recipe)
+        if not METHODS[recipe.merge_method].differentiable:
+            raise CandidateFailed(f"{recipe.merge_method} has no weights to take a gradient of")
+        if not items:
+            raise CandidateFailed("no item has a gold answer to take a gradient of")
+        if self._delay_s:
+            time.sleep(self._delay_s)
+        point, parents = _live(self._live), tuple(self._parents)
+        shares = np.ones(len(items)) if weights is None else np.asarray(weights, dtype=float)
+        shares = shares / np.abs(shares).sum()
+        total, slope = 0.0, np.zeros_like(point)
+        for item, share in zip(items, shares, strict=True):
+            margin, lean = _margin(item, point, parents)
+            total += share * float(np.logaddexp(0.0, -margin))
+            slope -= share * lean / (1.0 + math.exp(min(margin, 700.0)))
+        return Gradient(total, len(items), tuple(_slopes(recipe, slope, self._parents)))
 
     def close(self) -> None:
         self._live = None
+
+
+def _live(point: np.ndarray | None) -> np.ndarray:
+    if point is None:
+        raise RunFailed("nothing is loaded: load() a recipe before score()")
+    return point
 
 
 def _point(recipe: Recipe, parents: Sequence[str]) -> np.ndarray:
@@ -145,7 +184,7 @@ def _point(recipe: Recipe, parents: Sequence[str]) -> np.ndarray:
     method = METHODS[recipe.merge_method]
     for layer in range(layers):
         for k, kind in enumerate(_KINDS):
-            effective = recipe.effective(f"model.layers.{layer}.{kind}.weight", layer)
+            effective = recipe.effective(_tensor(layer, kind), layer)
             shared, base = dict(effective.shared), effective.base_model
             weights = {}
             for model, _, own in effective.sources:
@@ -157,12 +196,44 @@ def _point(recipe: Recipe, parents: Sequence[str]) -> np.ndarray:
                     weight = values.get("weight", _evenly(shared) / len(effective.sources))
                     weights[model] = weight * math.sqrt(values.get("density", 1.0))
             total = sum(weights.values())
-            if method.name in SUM_NORMALIZED and method.ratios_only(shared) and total:
+            if method.ratios_only(shared) and total:
                 weights = {model: weight / total for model, weight in weights.items()}
             for model, weight in weights.items():
                 if model in place:
                     point[layer, k, place[model]] = weight * shared.get("lambda", 1.0)
     return point
+
+
+def _slopes(recipe: Recipe, slope: np.ndarray, parents: Sequence[str]) -> Iterator[TensorSlope]:
+    """The slope in effective weights (as ``_point`` has them) -> in the recipe's own."""
+    place = {name: i for i, name in enumerate(parents)}
+    for layer in range(slope.shape[0]):
+        for k, kind in enumerate(_KINDS):
+            tensor = _tensor(layer, kind)
+            effective = recipe.effective(tensor, layer)
+            shared = dict(effective.shared)
+            scale = shared.get("lambda", 1.0)
+            kept, own, pull = {}, {}, {}
+            for model, _, values in effective.sources:
+                if values:
+                    kept[model] = math.sqrt(dict(values).get("density", 1.0))
+                    own[model] = dict(values)["weight"] * kept[model]
+                    pull[model] = slope[layer, k, place[model]] if model in place else 0.0
+            total = sum(own.values())
+            ratios = METHODS[recipe.merge_method].ratios_only(shared) and bool(total)
+            divisor = total if ratios else 1.0
+            mean = sum(own[model] * pull[model] for model in own) / divisor
+            weights = tuple(
+                (model, float(scale * kept[model] * (pull[model] - ratios * mean) / divisor))
+                for model in own
+            )
+            yield TensorSlope(
+                tensor, layer, False, weights, float(mean) if "lambda" in shared else 0.0
+            )
+
+
+def _tensor(layer: int, kind: str) -> str:
+    return f"model.layers.{layer}.{kind}.weight"
 
 
 def _evenly(shared: Mapping[str, float]) -> float:
@@ -173,11 +244,17 @@ def _evenly(shared: Mapping[str, float]) -> float:
 
 
 def _result(item: ItemRef, point: np.ndarray, parents: tuple[str, ...]) -> ItemResult:
+    margin, _ = _margin(item, point, parents)
+    return ItemResult(float(margin > 0), -float(np.logaddexp(0.0, -margin)), margin)
+
+
+def _margin(item: ItemRef, point: np.ndarray, parents: tuple[str, ...]) -> tuple[float, np.ndarray]:
+    """An item's margin and its slope in the point."""
     away = point - _optimum(item.task, parents, *point.shape[:2])
     quality = math.exp(-float((away**2).mean()) / (2 * _WIDTH**2))
     threshold, lean = _item(item.key, point.shape)
     margin = _GAIN * (quality - threshold) + _LEAN * float((lean * away).mean())
-    return ItemResult(float(margin > 0), -float(np.logaddexp(0.0, -margin)), margin)
+    return margin, (_LEAN * lean - _GAIN * quality / _WIDTH**2 * away) / away.size
 
 
 @lru_cache(maxsize=64)

@@ -17,16 +17,19 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from agentmerge import plugins
 from agentmerge.errors import AgentmergeError, NotBegun, RunFailed, WorkerLost
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import (
+    Differentiator,
     EngineInfo,
     Fingerprint,
+    Gradient,
     ItemRef,
     ItemResult,
+    Loss,
     Worker,
     WorkerSpec,
 )
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from agentmerge.evaluation.tasks import TaskSet
 
 Make = Callable[..., Worker]
+T = TypeVar("T")
 
 
 def worker_class(spec: WorkerSpec) -> Any:
@@ -89,6 +93,40 @@ class Pool:
             WorkerLost: two workers were lost over it.
             RunFailed: the pool was stopped before this candidate was begun.
         """
+
+        def job(worker: Worker) -> tuple[Fingerprint, list[ItemResult]]:
+            return worker.load(recipe), worker.score(refs)
+
+        (fingerprint, results), seconds = self._on_a_worker(job, wanted)
+        return fingerprint, results, seconds
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether its workers have gradients, without building one."""
+        return hasattr(worker_class(self.spec), "gradient")
+
+    def gradient(
+        self,
+        recipe: Recipe,
+        refs: Sequence[ItemRef],
+        loss: Loss,
+        weights: Sequence[float],
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> tuple[Gradient, float]:
+        """(gradient, seconds), once a worker is free; raises as ``evaluate`` does.
+
+        Only where ``differentiates``; see ``Differentiator.gradient``.
+        """
+
+        def job(worker: Worker) -> Gradient:
+            return cast(Differentiator, worker).gradient(recipe, refs, loss, weights)
+
+        return self._on_a_worker(job, wanted)
+
+    def _on_a_worker(
+        self, job: Callable[[Worker], T], wanted: Callable[[], bool]
+    ) -> tuple[T, float]:
+        """What a job gives, and its seconds; on a new worker where the first is lost over it."""
         worker = self._take()
         try:
             if not wanted():
@@ -98,9 +136,7 @@ class Pool:
                 try:
                     if worker is None:
                         worker = self._build()
-                    fingerprint = worker.load(recipe)
-                    results = worker.score(refs)
-                    return fingerprint, results, time.monotonic() - start
+                    return job(worker), time.monotonic() - start
                 except WorkerLost:
                     lost, worker = worker, None
                     _close_quietly(lost)
@@ -179,18 +215,28 @@ class _WorkerProcess:
         found: list[ItemResult] = self._call("score", tuple(items))
         return found
 
+    def gradient(
+        self,
+        recipe: Recipe,
+        items: Sequence[ItemRef],
+        loss: Loss = "margin",
+        weights: Sequence[float] | None = None,
+    ) -> Gradient:
+        found: Gradient = self._call("gradient", recipe, tuple(items), loss, weights)
+        return found
+
     def close(self) -> None:
         with suppress(OSError):  # it died before
-            self._pipe.send(("close", None))
+            self._pipe.send(("close", ()))
         self._process.join(10)
         if self._process.is_alive():
             self._process.terminate()
             self._process.join(10)
         self._pipe.close()
 
-    def _call(self, name: str, argument: Any) -> Any:
+    def _call(self, name: str, *arguments: Any) -> Any:
         try:
-            self._pipe.send((name, argument))
+            self._pipe.send((name, arguments))
         except OSError:
             raise self._lost() from None
         return self._receive()
@@ -223,12 +269,12 @@ def _serve(pipe: Any, spec: WorkerSpec, make: Make | None, count: int) -> None:
         worker = (make or worker_class(spec))(spec, None)
         pipe.send((True, worker.info))
         while True:
-            name, argument = pipe.recv()
+            name, arguments = pipe.recv()
             if name == "close":
                 worker.close()
                 return
             try:
-                reply = (True, getattr(worker, name)(argument))
+                reply = (True, getattr(worker, name)(*arguments))
             except AgentmergeError as error:
                 reply = (False, _portable(error))
             pipe.send(reply)

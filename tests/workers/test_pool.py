@@ -104,6 +104,10 @@ def test_processes_of_their_own(tmp_path: Path) -> None:
             assert (fingerprint, results) == expected(*point)
         with pytest.raises(CandidateFailed, match="as it was told to"):
             pool.evaluate(recipe(0.99, 0.1), REFS)
+        shares = [1.0] * len(REFS)
+        gradient, _ = pool.gradient(recipe(0.5, 0.1), REFS, "margin", shares)
+        assert pool.differentiates
+        assert gradient == FakeWorker(spec()).gradient(recipe(0.5, 0.1), REFS)
         for worker in pool._free:
             assert worker is not None
             worker._process.kill()  # type: ignore[attr-defined]
