@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from agentmerge.session import evaluate as evaluate
     from agentmerge.session import resume as resume
     from agentmerge.session import run as run
+    from agentmerge.tools import MergeToolkit as MergeToolkit
 
 __version__ = "0.1.0"
 
@@ -23,9 +24,10 @@ _HOMES = {
     "branch": "session",
     "evaluate": "session",
     "SearchConfig": "config",
+    "MergeToolkit": "tools",
 }
 
-__all__ = ["SearchConfig", "__version__", "branch", "evaluate", "resume", "run"]
+__all__ = ["MergeToolkit", "SearchConfig", "__version__", "branch", "evaluate", "resume", "run"]
 
 
 def __getattr__(name: str) -> Any:

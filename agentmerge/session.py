@@ -58,7 +58,7 @@ class Context:
             config = SearchConfig.from_text(row.config, row.name)
             prepared = prepare(config, allow_benchmarks=True)
             stack = ExitStack()  # closed with the process: a server keeps its searches open
-            _OPEN[self.run] = _search(prepared, row, Path(self.runs_dir), ledger, _silent, stack)
+            _OPEN[self.run] = assembled(prepared, row, Path(self.runs_dir), ledger, _silent, stack)
         return _OPEN[self.run]
 
 
@@ -103,7 +103,7 @@ def run(
     check_resources(config, models)
     runs_dir = Path(runs_dir)
     with Ledger(runs_dir / LEDGER) as ledger:
-        row = _new_row(ledger, prepared, name)
+        row = new_row(ledger, prepared, name)
         ledger.add_run(row)
         return _drive(prepared, row, runs_dir, ledger, emit, drain, models)
 
@@ -174,7 +174,7 @@ def branch(
         config = SearchConfig.from_text(parent.config, parent.name, seed | dict(overrides or {}))
         prepared = prepare(config, allow_benchmarks=True)
         check_resources(config, models)
-        row = _new_row(ledger, prepared, name or f"{parent.name}-b{at}", (parent.id, at))
+        row = new_row(ledger, prepared, name or f"{parent.name}-b{at}", (parent.id, at))
         ledger.add_run(row)
         before = SearchConfig.from_text(parent.config, parent.name)
         prior = _answers(row.facts, config) != _answers(parent.facts, before)
@@ -277,7 +277,7 @@ def _drive(
             ledger.save_items(row.id, task.name, "sealed", task.part("sealed"))
         log = stack.enter_context((runs_dir / row.name / "log.jsonl").open("a"))
         tell = _telling(emit or _silent, log)
-        search = _search(prepared, row, runs_dir, ledger, tell, stack, models)
+        search = assembled(prepared, row, runs_dir, ledger, tell, stack, models)
         search.stopping = lambda: drain.requested
         search.still_mine = lease.check
         advisers = sorted({model.name for model in search.models.values()})
@@ -346,7 +346,7 @@ def _first_input(graph: Any, thread: Any, row: RunRow, prepared: Prepared) -> An
     return None
 
 
-def _search(
+def assembled(
     prepared: Prepared,
     row: RunRow,
     runs_dir: Path,
@@ -355,6 +355,7 @@ def _search(
     stack: ExitStack,
     models: Mapping[Role, Any] | None = None,
 ) -> Search:
+    """A search with its doors open, that nobody drives yet; ``stack`` closes them."""
     from agentmerge.agents.prompts import load_prompts
 
     config = prepared.config
@@ -372,6 +373,7 @@ def _search(
         strategy=_strategy(config),
         identities=prepared.identities,
         check=prepared.check,
+        paths=prepared.paths,
         models=_models(config, models),
         prompts=load_prompts(config.agents.prompts),
         emit=emit,
@@ -456,12 +458,17 @@ def graphs_dir() -> Path:
     return bundled if bundled.is_dir() else package.parent / "graphs"
 
 
-def _new_row(
+def new_row(
     ledger: Ledger,
     prepared: Prepared,
     name: str | None,
     parent: tuple[str, int] | None = None,
 ) -> RunRow:
+    """A run that is not in the ledger yet.
+
+    Raises:
+        UserError: the name is taken, or is none.
+    """
     config = prepared.config
     taken = {row.name for row in ledger.runs()}
     if name is not None:

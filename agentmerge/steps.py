@@ -108,14 +108,18 @@ class Scoring:
         recipe_hash: str,
         part: Part = "search",
         wanted: Callable[[], bool] = lambda: True,
+        only: Sequence[ItemRef] | None = None,
     ) -> Answers:
         """Every item of a part, asking a worker only what the ledger lacks. Saves nothing.
+
+        only: some of the part's items instead of all.
 
         Raises:
             CandidateFailed, NotBegun, WorkerLost: as the pool does.
         """
         results = self.known(recipe_hash, part)
-        missing = [ref for ref in self.taskset.refs(part) if ref not in results]
+        asked = self.taskset.refs(part) if only is None else only
+        missing = [ref for ref in asked if ref not in results]
         if not missing:
             return Answers(results, [])
         proof, rows, seconds = self.pool.evaluate(recipe, missing, wanted)
@@ -139,8 +143,9 @@ class Scoring:
 class Search:
     """A search with its doors open; see the module's head.
 
-    identities: model name -> content fingerprint. check: raises RecipeRejected for a recipe that
-    cannot be merged, from headers alone. deadline: ``time.monotonic`` value, or None.
+    identities: model name -> content fingerprint; paths: -> its directory.
+    check: raises RecipeRejected for a recipe that cannot be merged, from headers alone.
+    deadline: ``time.monotonic`` value, or None.
     stopping: set by the first Ctrl-C; candidates that have not begun are left open.
     still_mine: raises LeaseHeld where another process took the search over.
     """
@@ -159,6 +164,7 @@ class Search:
     models: Mapping[Role, AgentModel]
     prompts: Prompts
     emit: Emit
+    paths: Mapping[str, Path] = field(default_factory=dict)
     deadline: float | None = None
     stopping: Callable[[], bool] = lambda: False
     still_mine: Callable[[], None] = lambda: None
@@ -368,6 +374,13 @@ class Search:
         )
         self.scoring.save(answers)
         return answers.results
+
+    @property
+    def evaluations_left(self) -> int:
+        """What of the budget is neither used nor promised to an open candidate."""
+        found = self.ledger.candidates(self.run_id)
+        waiting = sum(c.cost for c in found if c.state == "open" and not c.prior)
+        return max(0, self.config.budget.max_evaluations - evaluations(found) - waiting)
 
     # --- proposing --------------------------------------------------------------------------
 

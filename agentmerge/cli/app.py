@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from agentmerge.cli import housekeeping, inspecting, results, searching
+from agentmerge.cli import housekeeping, inspecting, results, searching, serving
 from agentmerge.cli.terminal import failed
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ for command in (
     inspecting.evaluate,
     inspecting.explain,
     inspecting.methods,
+    serving.mcp,
     housekeeping.gc,
     housekeeping.demo,
     housekeeping.doctor,

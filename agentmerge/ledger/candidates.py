@@ -23,6 +23,7 @@ class Candidates(Items, Gradients):
         run_id: str,
         generation: int,
         proposals: Sequence[tuple[Proposal, str, str, str]],
+        first_slot: int = 0,
     ) -> None:
         """Write a generation's proposals: (proposal, recipe hash, recipe YAML, failure or "").
 
@@ -31,7 +32,9 @@ class Candidates(Items, Gradients):
         gradient of a merge whose score alone this run has is still open, and a twin by its score.
         """
         with self._writing() as conn:
-            for slot, (proposal, recipe_hash, yaml_text, failure) in enumerate(proposals):
+            for slot, (proposal, recipe_hash, yaml_text, failure) in enumerate(
+                proposals, first_slot
+            ):
                 conn.execute(
                     "INSERT OR IGNORE INTO recipes VALUES (?, ?)", (recipe_hash, yaml_text)
                 )

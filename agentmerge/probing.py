@@ -1,0 +1,416 @@
+"""What can be asked of a search besides its nodes: try a recipe, list, compare, look at parents.
+
+The agents' tools and ``MergeToolkit`` are these functions under other names. They go through the
+same ledger, budget and scoring as the nodes, and answer in JSON-plain values. What a caller sends
+is data: a recipe may use the search's own parents and nothing else, and no text names a file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from agentmerge.agents.schemas import SCALE, unit
+from agentmerge.errors import (
+    CandidateFailed,
+    NotBegun,
+    NotFound,
+    RecipeError,
+    RecipeRejected,
+    UserError,
+)
+from agentmerge.evaluation.statistics import paired_score_difference
+from agentmerge.genome import short_name
+from agentmerge.ledger import Candidate
+from agentmerge.methods import METHODS
+from agentmerge.recipe import Recipe
+from agentmerge.strategies.base import Proposal
+from agentmerge.workers.base import ItemRef, ItemResult
+
+if TYPE_CHECKING:
+    from agentmerge.evaluation.tasks import ScoredTask
+    from agentmerge.steps import Search
+
+MAX_RECIPE_CHARS = 20_000
+MAX_LISTED = 50
+ITEMS_SHOWN = 8
+_RECIPE_KEYS = {"merge_method", "base_model", "models", "slices", "parameters"}
+#: Written by exports and harmless: the search sets them itself.
+_IGNORED_KEYS = {"dtype", "out_dtype", "merge_seed"}
+
+_adding = threading.Lock()
+
+
+def merge_and_evaluate(
+    search: Search,
+    recipe: str,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
+    generation: int | None = None,
+) -> dict[str, Any]:
+    """Score a recipe; a merge that was scored before costs nothing.
+
+    recipe: mergekit YAML with this search's models, or a JSON list of integers 0..100, one an axis.
+    tasks, limit: only these objectives, only so many items a task: cheaper, and not comparable with
+    a whole score, so it does not become a candidate.
+    generation: which one a new candidate joins; by default one of its own.
+
+    Raises:
+        UserError: the recipe or a task cannot be understood, or the budget is used up.
+        CandidateFailed: it cannot be merged or scored.
+    """
+    parsed, point = read_recipe(search, recipe)
+    search.check(parsed)
+    if tasks is None and limit is None:
+        proposal = Proposal(point, "probe", None if point else parsed.to_yaml())
+        return _as_candidate(search, proposal, parsed, generation)
+    names = [o.name for o in search.taskset.objectives]
+    wrong = [name for name in tasks or () if name not in names]
+    if wrong:
+        raise UserError(f"no task {wrong[0]!r}; there are {', '.join(names)}")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit {limit} must be at least 1")
+    chosen = [o for o in search.taskset.objectives if not tasks or o.name in tasks]
+    leaves = [search.taskset.task(name) for o in chosen for name in o.leaves]
+    items = {task.name: task.part("search")[:limit] for task in leaves}
+    answers = search.scoring.ask(
+        parsed,
+        parsed.hash(search.identities),
+        only=[ref for refs in items.values() for ref in refs],
+    )
+    search.scoring.save(answers)
+    scores = {}
+    for task in leaves:
+        results = [answers.results[ref] for ref in items[task.name]]
+        scores[task.name] = search.taskset.aggregate(task, results, items[task.name])
+    return {
+        "partial": True,
+        "tasks": _by_objective(search, scores, {o.name for o in chosen}, items),
+        "items": {name: len(refs) for name, refs in items.items()},
+        "paid_items": sum(len(refs) for _, _, refs, _ in answers.paid),
+        "note": "on a part of the items: compare it only with others on the same part",
+    }
+
+
+def list_candidates(search: Search, count: int = 10) -> dict[str, Any]:
+    """The best candidates so far, parents and cheap merges among them, and what may be spent."""
+    if not 1 <= count <= MAX_LISTED:
+        raise UserError(f"count {count} must be from 1 to {MAX_LISTED}")
+    found = search.ledger.candidates(search.run_id)
+    ranked = sorted(
+        (c for c in found if c.score is not None and c.twin is None and not c.prior),
+        key=lambda c: (-(c.score or 0.0), c.generation, c.slot),
+    )
+    return {
+        "candidates": [_row(candidate) for candidate in ranked[:count]],
+        "scored": len(ranked),
+        "failed": sum(c.state == "failed" for c in found),
+        "evaluations_left": search.evaluations_left,
+        "axes": [axis.name for axis in search.space.axes],
+    }
+
+
+def compare(search: Search, a: str, b: str) -> dict[str, Any]:
+    """Two candidates, task by task and item by item: what b lost that a had, and what it gained.
+
+    a, b: "generation.slot", a parent's name, or the start of a recipe's hash.
+
+    Raises:
+        NotFound: no such candidate, or it was not scored.
+    """
+    one, other = _named(search, a), _named(search, b)
+    mine, theirs = (search.item_results(c.recipe_hash) for c in (one, other))
+    rows, weighted = [], []
+    for objective in search.taskset.objectives:
+        for name in objective.leaves:
+            task = search.taskset.task(name)
+            refs = [ref for ref in task.part("search") if ref in mine and ref in theirs]
+            if not refs:
+                continue
+            rows.append(_task_row(task, refs, mine, theirs))
+            share = 1 / len(objective.leaves)
+            if objective.by_size:
+                sizes = {leaf: len(search.taskset.task(leaf).search) for leaf in objective.leaves}
+                share = sizes[name] / sum(sizes.values())
+            values = [(mine[ref].value, theirs[ref].value) for ref in refs]
+            weighted.append(
+                (objective.signed_weight * share, [v[1] for v in values], [v[0] for v in values])
+            )
+    found: dict[str, Any] = {"a": _row(one), "b": _row(other), "tasks": rows}
+    if weighted and all(task.rebuild == "plain" for task in search.taskset.tasks):
+        gap = paired_score_difference(weighted, search.config.search.seed)
+        found["b_minus_a"] = {
+            "score": _short(gap.mean),
+            "interval_95": [_short(gap.low), _short(gap.high)],
+            "beyond_noise": gap.excludes_zero,
+        }
+    return found
+
+
+def inspect_parents(search: Search) -> dict[str, Any]:
+    """How the parents differ: in weights, part by part, and in the items that only one of them
+    solves. The weights need no evaluation; parents not scored yet are, and count."""
+    genome = search.space.genome
+    return {
+        "origin": short_name(genome.base_model) if genome.base_model else "the parents' mean",
+        "parts": _geometry(search),
+        "items": _solved(search),
+    }
+
+
+def read_recipe(search: Search, text: str) -> tuple[Recipe, tuple[float, ...] | None]:
+    """A recipe from untrusted text, in canonical form, and its point if the space holds it.
+
+    Raises:
+        UserError: not a recipe, or it names anything but this search's parents.
+        RecipeRejected: a recipe that cannot be merged.
+    """
+    if len(text) > MAX_RECIPE_CHARS:
+        raise RecipeError(f"the recipe has {len(text)} characters; {MAX_RECIPE_CHARS} are the most")
+    space = search.space
+    if text.lstrip().startswith("["):
+        point = tuple(unit(value) for value in _genome(text, space.dimensions))
+        return space.recipe(point), point
+    body = _plain_yaml(text)
+    unknown = sorted(set(body) - _RECIPE_KEYS - _IGNORED_KEYS)
+    if unknown:
+        raise RecipeError(
+            f"{unknown[0]!r} cannot be set here; use {', '.join(sorted(_RECIPE_KEYS))}"
+        )
+    body = {key: value for key, value in body.items() if key in _RECIPE_KEYS}
+    body["dtype"] = space.dtype
+    try:
+        recipe = Recipe.parse(_with_full_names(body, _full_names(search.identities)))
+        strangers = sorted(set(recipe.models) - set(search.identities))
+        if strangers:
+            known = ", ".join(short_name(name) for name in search.identities)
+            raise RecipeError(f"{strangers[0][:80]!r} is no model of this search; it has {known}")
+        if METHODS[recipe.merge_method].random:
+            recipe = replace(recipe, merge_seed=space.merge_seed)
+        canonical = recipe.canonical(space.num_layers)
+    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise RecipeError(f"the recipe cannot be read: {error}") from None
+    try:
+        point_or_none = space.vector(canonical)
+    except RecipeRejected:
+        point_or_none = None  # outside this space: legal, and scored as it stands
+    return canonical, point_or_none
+
+
+def _as_candidate(
+    search: Search, proposal: Proposal, recipe: Recipe, generation: int | None
+) -> dict[str, Any]:
+    """Score a recipe as a candidate of the run, unless it is one already."""
+    recipe_hash = recipe.hash(search.identities)
+    with _adding:
+        found = search.ledger.candidates(search.run_id)
+        known = [c for c in found if c.recipe_hash == recipe_hash and not c.prior]
+        if not known:
+            if not search.evaluations_left:
+                most = search.config.budget.max_evaluations
+                raise UserError(f"all {most} evaluations of this search are used")
+            last = max((c.generation for c in found), default=-1)
+            place = last + 1 if generation is None else generation
+            slot = 1 + max((c.slot for c in found if c.generation == place), default=-1)
+            search.ledger.add_candidates(
+                search.run_id, place, [(proposal, recipe_hash, recipe.to_yaml(), "")], slot
+            )
+            at = (place, slot)
+        else:
+            at = (known[0].generation, known[0].slot)
+    search.evaluate(*at)
+    candidate = search.ledger.candidate(search.run_id, *at)
+    if candidate.state == "open":
+        raise NotBegun("the search was told to stop before this candidate's turn")
+    if candidate.failure:
+        raise CandidateFailed(candidate.failure)
+    return _row(candidate) | {"known": bool(known), "evaluations_left": search.evaluations_left}
+
+
+def _row(candidate: Candidate) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "id": f"{candidate.generation}.{candidate.slot}",
+        "score": None if candidate.score is None else _short(candidate.score),
+        "tasks": {name: _short(value) for name, value in candidate.tasks},
+        "operator": candidate.operator,
+        "recipe_hash": candidate.recipe_hash,
+    }
+    if candidate.label:
+        row["label"] = short_name(candidate.label)
+    if candidate.vector is not None:
+        row["genome"] = [round(value * SCALE) for value in candidate.vector]
+    return row
+
+
+def _named(search: Search, name: str) -> Candidate:
+    found = [
+        c
+        for c in search.ledger.candidates(search.run_id)
+        if c.score is not None and not c.prior and c.twin is None
+    ]
+    for candidate in found:
+        names = {f"{candidate.generation}.{candidate.slot}", candidate.label}
+        if candidate.operator == "parent":
+            names.add(short_name(candidate.label))
+        if name in names or (len(name) >= 6 and candidate.recipe_hash.startswith(name)):
+            return candidate
+    known = ", ".join(f"{c.generation}.{c.slot}" for c in found[-8:]) or "none yet"
+    raise NotFound(f"no scored candidate {name[:80]!r}; the latest are {known}")
+
+
+def _task_row(
+    task: ScoredTask,
+    refs: Sequence[ItemRef],
+    mine: Mapping[ItemRef, ItemResult],
+    theirs: Mapping[ItemRef, ItemResult],
+) -> dict[str, Any]:
+    sign = 1.0 if task.higher_is_better else -1.0
+    gap = {ref: sign * (theirs[ref].value - mine[ref].value) for ref in refs}
+
+    def shown(chosen: list[ItemRef]) -> dict[str, Any]:
+        # The widest margin first: what one of the two knows best, and the other not at all.
+        chosen = sorted(chosen, key=lambda ref: (-_swing(mine[ref], theirs[ref]), ref.index))
+        return {"count": len(chosen), "items": [ref.index for ref in chosen[:ITEMS_SHOWN]]}
+
+    return {
+        "task": task.name,
+        "items": len(refs),
+        "a": _short(sum(mine[ref].value for ref in refs) / len(refs)),
+        "b": _short(sum(theirs[ref].value for ref in refs) / len(refs)),
+        "lost_by_b": shown([ref for ref in refs if gap[ref] < 0]),
+        "gained_by_b": shown([ref for ref in refs if gap[ref] > 0]),
+    }
+
+
+def _swing(a: ItemResult, b: ItemResult) -> float:
+    if a.margin is None or b.margin is None:
+        return abs(a.value - b.value)
+    return abs(a.margin - b.margin)
+
+
+def _geometry(search: Search) -> list[dict[str, Any]] | None:
+    """None where there are no weights to look at (the fake worker's parents)."""
+    if not all(path.is_dir() for path in search.paths.values()):
+        return None
+    from agentmerge.merging.geometry import task_vectors
+
+    space = search.space
+    base = space.genome.base_model if space.genome.base_model in search.paths else None
+    found = task_vectors(search.paths, search.identities, base, space.groups, space.genome.filters)
+    rows = []
+    for part in found:
+        where = "outside the layers" if part.group is None else space.layers_text(part.group)
+        rows.append(
+            {
+                "part": " ".join(word for word in (where, part.filter) if word),
+                "length": {short_name(name): _short(value) for name, value in part.length},
+                "cosine": {
+                    f"{short_name(one)}, {short_name(other)}": _short(value)
+                    for one, other, value in part.cosine
+                },
+            }
+        )
+    return rows
+
+
+def _solved(search: Search) -> list[dict[str, Any]]:
+    """Task by task: how many items each parent alone solves, all of them, and none."""
+    results = {}
+    for label, recipe, point in search.space.parents():
+        if not search.item_results(recipe.hash(search.identities)):
+            parent = Proposal(point, "parent", None if point else recipe.to_yaml(), label)
+            _as_candidate(search, parent, recipe, None)
+        results[short_name(label)] = search.item_results(recipe.hash(search.identities))
+    rows = []
+    for task in search.taskset.tasks:
+        refs = task.part("search")
+        if any(results[name][ref].value not in (0.0, 1.0) for name in results for ref in refs):
+            continue  # no item is solved or not: a perplexity, a class
+        solvers = {ref: [name for name in results if results[name][ref].value] for ref in refs}
+        alone = {name: [ref.index for ref in refs if solvers[ref] == [name]] for name in results}
+        rows.append(
+            {
+                "task": task.name,
+                "items": len(refs),
+                "only": {
+                    name: {"count": len(items), "items": items[:ITEMS_SHOWN]}
+                    for name, items in alone.items()
+                },
+                "all": sum(len(solvers[ref]) == len(results) for ref in refs),
+                "none": sum(not solvers[ref] for ref in refs),
+            }
+        )
+    return rows
+
+
+def _by_objective(
+    search: Search,
+    scores: Mapping[str, float],
+    chosen: set[str],
+    items: Mapping[str, Sequence[ItemRef]],
+) -> dict[str, float]:
+    found = {}
+    for objective in search.taskset.objectives:
+        if objective.name in chosen:
+            share = {n: len(items[n]) if objective.by_size else 1 for n in objective.leaves}
+            total = sum(scores[n] * share[n] for n in objective.leaves)
+            found[objective.name] = _short(total / sum(share.values()))
+    return found
+
+
+def _genome(text: str, dimensions: int) -> list[float]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        raise RecipeError("the genome is not a JSON list of numbers") from None
+    if len(values) != dimensions:
+        raise RecipeError(f"the genome has {len(values)} numbers; give {dimensions}, one an axis")
+    for value in values:
+        fine = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not fine or not math.isfinite(value) or not 0 <= value <= SCALE:
+            raise RecipeError(f"{value!r} in the genome is not a number from 0 to {SCALE}")
+    return [float(value) for value in values]
+
+
+def _plain_yaml(text: str) -> dict[str, Any]:
+    try:
+        # An alias can make a short text a huge value; a recipe needs none.
+        if any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise RecipeError("a recipe may not have YAML aliases (*name)")
+        body = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"the recipe is not YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(body, dict) or not all(isinstance(key, str) for key in body):
+        raise RecipeError("a recipe is a mapping with 'merge_method', or a JSON list of integers")
+    return body
+
+
+def _full_names(known: Iterable[str]) -> dict[str, str]:
+    """Short name -> the config's, where only one model has it."""
+    names = [*known]
+    short = [short_name(name) for name in names]
+    return {s: name for s, name in zip(short, names, strict=True) if short.count(s) == 1}
+
+
+def _with_full_names(value: Any, full: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: full.get(item, item)
+            if key in ("model", "base_model") and isinstance(item, str)
+            else _with_full_names(item, full)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_with_full_names(item, full) for item in value]
+    return value
+
+
+def _short(value: float) -> float:
+    """Four digits: what a model needs, and what noise allows."""
+    return round(value, 4)

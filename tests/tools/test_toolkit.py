@@ -1,0 +1,203 @@
+"""What the tools do, what they refuse, and agents that search by them alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from langchain.agents import create_agent
+from langchain_core.messages import AIMessage, ToolMessage
+from langgraph.graph import END, START, MessagesState, StateGraph
+from langgraph.prebuilt import ToolNode
+
+from agentmerge import MergeToolkit, SearchConfig, session
+from agentmerge.agents.testing import scripted_chat_model
+from agentmerge.errors import LeaseHeld, NotFound
+from agentmerge.ledger import Ledger
+from agentmerge.report.summary import best_recipe, run_summary
+from agentmerge.session import LEDGER
+
+GENOME = "[50, 40, 30, 20]"
+
+
+def call(name: str, **arguments) -> AIMessage:
+    return AIMessage("", tool_calls=[{"id": f"c-{name}", "name": name, "args": arguments}])
+
+
+def climbing(messages) -> AIMessage:
+    """A small search by tools alone: look, then one step an axis from the best so far."""
+    answers = [json.loads(m.text) for m in messages if isinstance(m, ToolMessage)]
+    if not answers:
+        return call("inspect_parents")
+    scored = [a for a in answers if "genome" in a]
+    if len(scored) >= 6:
+        return AIMessage(f"best {max(scored, key=lambda a: a['score'])['id']}")
+    best = max(scored, key=lambda a: a["score"])["genome"] if scored else [50] * 4
+    step = len(scored) - 1
+    genome = [min(100, g + 15) if i == step % 4 else g for i, g in enumerate(best)]
+    return call("merge_and_evaluate", recipe=json.dumps(genome if scored else best))
+
+
+def test_an_agent_searches_by_tools_alone(toolkit) -> None:
+    agent = create_agent(scripted_chat_model(climbing), toolkit.get_tools())
+    said = agent.invoke({"messages": [("user", "find a good merge")]})["messages"]
+    tried = [json.loads(m.text) for m in said if isinstance(m, ToolMessage) and "genome" in m.text]
+    assert said[-1].text.startswith("best ")
+    row = toolkit.search.ledger.run("tools")
+    assert best_recipe(toolkit.search.ledger, row)["score"] >= max(t["score"] for t in tried)
+    assert (
+        run_summary(toolkit.search.ledger, row)["evaluations"]["total"]
+        == len({t["id"] for t in tried}) + 3
+    )
+
+
+def test_any_tool_node_takes_them(toolkit) -> None:
+    chat = scripted_chat_model(climbing)
+
+    def model(state: MessagesState):
+        return {"messages": [chat.invoke(state["messages"])]}
+
+    def after(state: MessagesState) -> str:
+        return "tools" if state["messages"][-1].tool_calls else END
+
+    graph = StateGraph(MessagesState).add_node("model", model)
+    graph.add_node("tools", ToolNode(toolkit.get_tools()))
+    graph.add_edge(START, "model").add_conditional_edges("model", after)
+    graph.add_edge("tools", "model")
+    said = graph.compile().invoke({"messages": [("user", "go")]})["messages"]
+    assert said[-1].text.startswith("best ")
+
+
+def test_a_recipe_may_be_yaml_a_genome_or_an_object(ask, toolkit) -> None:
+    recipe = toolkit.search.space.recipe((0.5, 0.4, 0.3, 0.2))
+    first = json.loads(ask("merge_and_evaluate", recipe=GENOME)[1])
+    for other in (recipe.to_yaml(), [50, 40, 30, 20], recipe.to_dict()):
+        again = json.loads(ask("merge_and_evaluate", recipe=other)[1])
+        assert again["known"]
+        assert again["id"] == first["id"]
+        assert again["evaluations_left"] == first["evaluations_left"]
+
+
+def test_a_part_of_the_items_is_no_candidate(ask, toolkit) -> None:
+    status, text = ask("merge_and_evaluate", recipe=GENOME, tasks=["one"], limit=7)
+    found = json.loads(text)
+    assert (status, found["items"], found["paid_items"]) == ("success", {"one": 7}, 7)
+    assert (
+        json.loads(ask("merge_and_evaluate", recipe=GENOME, tasks=["one"], limit=9)[1])[
+            "paid_items"
+        ]
+        == 2
+    ), "items are nested, so the first seven were paid for"
+    assert json.loads(ask("list_candidates")[1])["candidates"] == []
+
+
+def test_compare_shows_what_was_lost(ask) -> None:
+    ask("inspect_parents")
+    found = json.loads(ask("compare", a="north", b="south")[1])
+    back = json.loads(ask("compare", a="south", b="north")[1])
+    for row, mirrored in zip(found["tasks"], back["tasks"], strict=True):
+        assert row["lost_by_b"]["count"] == mirrored["gained_by_b"]["count"]
+        gap = (row["gained_by_b"]["count"] - row["lost_by_b"]["count"]) / row["items"]
+        assert row["b"] - row["a"] == pytest.approx(gap, abs=2e-4)
+    assert found["b_minus_a"]["score"] == pytest.approx(-back["b_minus_a"]["score"])
+
+
+def test_parents_of_real_weights(real_config: Path, tmp_path: Path) -> None:
+    with MergeToolkit(real_config, runs_dir=tmp_path) as kit:
+        tools = {tool.name: tool for tool in kit.get_tools()}
+        found = json.loads(tools["inspect_parents"].invoke({}))
+        again = json.loads(tools["inspect_parents"].invoke({}))
+    assert found["parts"] == again["parts"], "what was measured once is remembered"
+    assert [part["part"] for part in found["parts"]][-1] == "outside the layers"
+    for part in found["parts"]:
+        assert all(0 < length < 1 for length in part["length"].values())
+        assert all(-1 <= cosine <= 1 for cosine in part["cosine"].values())
+    only = {row["task"]: row["only"] for row in found["items"]}
+    assert only["agentmerge_demo_shift"]["expert-shift"]["count"] > 10
+    assert only["agentmerge_demo_shift"]["expert-sort"]["count"] == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ("merge_method: linear\nmodels: [{model: /etc/passwd}, {model: north}]", "is no model of"),
+        ("merge_method: linear\nmodels: [{model: org/other}, {model: north}]", "is no model of"),
+        ("merge_method: linear\ntokenizer_source: /etc\nmodels: []", "'tokenizer_source' cannot"),
+        ("merge_method: linear\nchat_template: '{{ x }}'\nmodels: []", "'chat_template' cannot"),
+        ("a: &a [1]\nmodels: *a", "aliases"),
+        ("!!python/object/apply:os.system ['true']", "not YAML"),
+        ("merge_method: magic\nmodels: [{model: north}]", "magic"),
+        ("just words", "a recipe is a mapping"),
+        ("[1, 2]", "has 2 numbers; give 4"),
+        ("[1, 2, 3, NaN]", "nan in the genome"),
+        ("[1, 2, 3, 1e999]", "inf in the genome"),
+        ("[1, 2, 3, true]", "True in the genome"),
+        ("[1, 2, 3, 101]", "101 in the genome"),
+        ("[[1, 2], 2, 3, 4]", "in the genome"),
+        ("[" * 5000, "not a JSON list"),
+        ("{" * 5000, "not YAML"),
+        ("x" * 30_000, "30000 characters"),
+        ("", "a recipe is a mapping"),
+        ("merge_method: linear\nmodels: 7", "list"),
+        ("merge_method: linear\nmodels: [{model: north, parameters: {weight: .nan}}]", "nan"),
+    ],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
+def test_a_text_is_data(ask, recipe: str, says: str) -> None:
+    status, text = ask("merge_and_evaluate", recipe=recipe)
+    assert status == "error"
+    assert says in text
+    assert len(text) < 400
+
+
+def test_wrong_arguments_come_back_as_sentences(ask) -> None:
+    for name, arguments, says in [
+        ("merge_and_evaluate", {}, "recipe: Field required"),
+        ("merge_and_evaluate", {"recipe": GENOME, "limit": 0}, "greater than or equal to 1"),
+        ("merge_and_evaluate", {"recipe": GENOME, "tasks": ["three"]}, "no task 'three'"),
+        ("list_candidates", {"count": 10**9}, "less than or equal"),
+        ("compare", {"a": "9.9", "b": "north"}, "no scored candidate '9.9'"),
+    ]:
+        status, text = ask(name, **arguments)
+        assert (status, says in text) == ("error", True), text
+
+
+def test_the_budget_is_hard_even_in_parallel(toolkit) -> None:
+    merge = next(t for t in toolkit.get_tools() if t.name == "merge_and_evaluate")
+    budget = toolkit.search.config.budget.max_evaluations
+    genomes = [json.dumps([n, n, 50, 50]) for n in range(budget + 11)]
+    with ThreadPoolExecutor(8) as threads:
+        said = [*threads.map(lambda g: merge.invoke({"recipe": g}), genomes)]
+    assert sum(re.match("all .* are used", text) is not None for text in said) == 11
+    ids = [json.loads(text)["id"] for text in said if text.startswith("{")]
+    assert len(set(ids)) == budget
+
+
+def test_the_async_twin_does_the_same(toolkit) -> None:
+    merge = next(t for t in toolkit.get_tools() if t.name == "merge_and_evaluate")
+
+    async def both() -> list[str]:
+        return await asyncio.gather(*(merge.ainvoke({"recipe": r}) for r in (GENOME, "[9,9,9,9]")))
+
+    assert all("score" in json.loads(text) for text in asyncio.run(both()))
+
+
+def test_a_run_of_tools_goes_on_and_becomes_a_search(fake_config: str, tmp_path: Path) -> None:
+    config = SearchConfig.from_text(fake_config)
+    with MergeToolkit(config, name="t", runs_dir=tmp_path) as kit:
+        kit.get_tools()[0].invoke({"recipe": GENOME})
+        with pytest.raises(LeaseHeld):
+            MergeToolkit(name="t", runs_dir=tmp_path)
+    with MergeToolkit(name="t", runs_dir=tmp_path) as kit:
+        assert json.loads(kit.get_tools()[0].invoke({"recipe": GENOME}))["known"]
+    row = session.resume("t", runs_dir=tmp_path)
+    with Ledger(tmp_path / LEDGER) as ledger:
+        operators = {c.operator for c in ledger.candidates(row.id)}
+    assert (row.status, row.stop_reason) == ("done", "budget")
+    assert {"probe", "cma_es"} <= operators
+    with pytest.raises(NotFound, match="give a config"):
+        MergeToolkit(name="other", runs_dir=tmp_path)
