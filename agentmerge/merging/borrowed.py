@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from agentmerge.errors import CandidateFailed
-from agentmerge.merging.kernels import Kernel, Operand, _copy
+from agentmerge.merging.kernels import Kernel, Operand, copied
 from agentmerge.methods import METHODS
 
 _SAMPLE_SEED = 0
@@ -36,7 +36,7 @@ def borrowed(
     """One tensor by mergekit's ``method``."""
     end = _end_point(method, base, operands, shared)
     if end is not None:
-        return _copy(end, out)
+        return copied(end, out)
     from mergekit import merge_methods
     from mergekit.merge_methods.base import TensorGroup
 
@@ -56,7 +56,7 @@ def borrowed(
             (result,) = merge_methods.get(method)([group], parameters=parameters)
         except ValueError as error:
             raise CandidateFailed(f"mergekit's {method} could not merge: {error}") from error
-    return _copy(result.contiguous(), out)
+    return copied(result.contiguous(), out)
 
 
 def _end_point(

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from agentmerge.errors import UserError
+from agentmerge.merging.digests import digest
 from agentmerge.merging.headers import (
     DTYPES,
     read_config,
     text_config,
 )
-from agentmerge.merging.parents import digest, merged_tensor
+from agentmerge.merging.parents import merged_tensor
 from agentmerge.merging.plan import MergePlan, TensorPlan, plan, read_layout
 from agentmerge.merging.weights import ParentFiles
 from agentmerge.recipe import Recipe

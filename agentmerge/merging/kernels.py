@@ -55,7 +55,10 @@ _SLERP_SHORT = 1e-8
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A source that is not the base, and its own parameters; ``key`` seeds its random mask."""
+    """A source that is not the base, and its own parameters; ``key`` seeds its random mask.
+
+    pair: names the tensor and the base's, for what may be remembered of the two; "" for nothing.
+    """
 
     tensor: torch.Tensor
     weight: float = 0.0
@@ -63,6 +66,7 @@ class Operand:
     key: str = ""
     gamma: float = 0.0
     epsilon: float = 0.0
+    pair: str = ""
 
 
 class Kernel(Protocol):
@@ -84,15 +88,15 @@ def linear(
     out: torch.dtype,
 ) -> torch.Tensor:
     """The weighted sum; with ``normalize``, the weighted mean."""
-    live, factors = _scaled(operands, shared)
+    live, factors = scaled(operands, shared)
     if factors == [1.0]:
-        return _copy(live[0].tensor, out)
+        return copied(live[0].tensor, out)
     if not live:
-        return _empty(operands[0].tensor, out).zero_()
-    result = _empty(live[0].tensor, out)
-    working = _working_dtype([operand.tensor for operand in live])
+        return empty_as(operands[0].tensor, out).zero_()
+    result = empty_as(live[0].tensor, out)
+    working = working_dtype([operand.tensor for operand in live])
     flat = [operand.tensor.reshape(-1) for operand in live]
-    for block in _blocks(result.numel()):
+    for block in blocks(result.numel()):
         total = flat[0][block].to(working, copy=True).mul_(factors[0])
         for tensor, factor in zip(flat[1:], factors[1:], strict=True):
             total.add_(tensor[block], alpha=factor)
@@ -107,18 +111,13 @@ def slerp(
     out: torch.dtype,
 ) -> torch.Tensor:
     """From the base at t 0 to the one operand at t 1 along the arc between their directions."""
-    start, end, t = _present(base), operands[0].tensor, shared["t"]
+    start, end, t = present(base), operands[0].tensor, shared["t"]
     if t in (0.0, 1.0):
-        return _copy(end if t else start, out)
+        return copied(end if t else start, out)
     a, b = start.reshape(-1), end.reshape(-1)
-    cosine = _cosine(a, b)
-    to_a, to_b = 1.0 - t, t
-    if abs(cosine) <= _SLERP_LINEAR_COSINE:
-        angle = math.acos(cosine)
-        to_a = math.sin((1.0 - t) * angle) / math.sin(angle)
-        to_b = math.sin(t * angle) / math.sin(angle)
-    result, working = _empty(start, out), _working_dtype([start, end])
-    for block in _blocks(result.numel()):
+    to_a, to_b = arc_shares(t, cosine(a, b))
+    result, working = empty_as(start, out), working_dtype([start, end])
+    for block in blocks(result.numel()):
         total = a[block].to(working, copy=True).mul_(to_a)
         result.view(-1)[block] = total.add_(b[block], alpha=to_b)
     return result
@@ -131,17 +130,17 @@ def task_arithmetic(
     out: torch.dtype,
 ) -> torch.Tensor:
     """The base plus the weighted sum of the task vectors (operand minus base)."""
-    base = _present(base)
-    live, factors = _scaled(operands, shared)
+    base = present(base)
+    live, factors = scaled(operands, shared)
     factors = [factor * shared["lambda"] for factor in factors]
     if factors == [1.0]:
-        return _copy(live[0].tensor, out)
+        return copied(live[0].tensor, out)
     if not any(factors):
-        return _copy(base, out)
-    result = _empty(base, out)
-    working = _working_dtype([base, *(operand.tensor for operand in live)])
+        return copied(base, out)
+    result = empty_as(base, out)
+    working = working_dtype([base, *(operand.tensor for operand in live)])
     ground, flat = base.reshape(-1), [operand.tensor.reshape(-1) for operand in live]
-    for block in _blocks(result.numel()):
+    for block in blocks(result.numel()):
         origin = ground[block].to(working)
         total = torch.zeros_like(origin)
         for tensor, factor in zip(flat, factors, strict=True):
@@ -157,7 +156,7 @@ def ties(
     out: torch.dtype,
 ) -> torch.Tensor:
     """Task vectors trimmed to their largest elements, then summed where they agree in sign."""
-    base = _present(base)
+    base = present(base)
     masks = [magnitude_mask(base, operand.tensor, operand.density) for operand in operands]
     return sign_consensus(base, operands, masks, shared, out)
 
@@ -169,7 +168,7 @@ def dare_ties(
     out: torch.dtype,
 ) -> torch.Tensor:
     """Task vectors with elements dropped at random, then summed where they agree in sign."""
-    base = _present(base)
+    base = present(base)
     masks = [
         random_mask(operand.key, base.numel(), operand.density, base.device) for operand in operands
     ]
@@ -204,32 +203,31 @@ def sign_consensus(
     ]
     normalize, amount = bool(shared["normalize"]), shared["lambda"]
     if not pairs or not amount:
-        return _copy(base, out)
+        return copied(base, out)
     if len(pairs) == 1 and pairs[0][1] is None:
         factor = amount * (1.0 if normalize else pairs[0][0].weight)
         if factor == 1.0:
-            return _copy(pairs[0][0].tensor, out)
-    result = _empty(base, out)
-    working = _working_dtype([base, *(operand.tensor for operand, _ in pairs)])
+            return copied(pairs[0][0].tensor, out)
+    result = empty_as(base, out)
+    working = working_dtype([base, *(operand.tensor for operand, _ in pairs)])
     ground, flat = base.reshape(-1), [operand.tensor.reshape(-1) for operand, _ in pairs]
     factors = [
-        operand.weight * (_rescaling(ground, tensor, mask, working) if shared["rescale"] else 1.0)
+        operand.weight * (rescaling(ground, tensor, mask, working) if shared["rescale"] else 1.0)
         for tensor, (operand, mask) in zip(flat, pairs, strict=True)
     ]
     weights = torch.tensor(
         [[operand.weight] for operand, _ in pairs], dtype=working, device=base.device
     )
-    one = torch.ones((), dtype=working, device=base.device)
-    for block in _blocks(result.numel()):
+    for block in blocks(result.numel()):
         origin = ground[block].to(working)
         deltas = origin.new_empty((len(pairs), origin.numel()))
         for row, tensor, (_, mask), factor in zip(deltas, flat, pairs, factors, strict=True):
             torch.sub(tensor[block].to(working), origin, out=row).mul_(factor)
             if mask is not None:
-                row.mul_(mask[block])
-        sign = torch.copysign(one, deltas.sum(0))
+                row.masked_fill_(~mask[block], 0)
+        sign = torch.where(_sum(deltas) >= 0, 1, -1).to(working)
         deltas.mul_(sign)  # now an element agrees where it is positive
-        total = deltas.clamp(min=0).sum(0).mul_(sign)
+        total = _sum(deltas.clamp(min=0)).mul_(sign)
         if normalize:
             total.div_(_divisor(weights * (deltas > 0)))
         result.view(-1)[block] = total.mul_(amount).add_(origin)
@@ -244,7 +242,12 @@ def magnitude_mask(base: torch.Tensor, tensor: torch.Tensor, density: float) -> 
     count = tensor.numel()
     if density >= 1 or count == 0:
         return None
-    return largest_mask(base, tensor, max(1, int(density * count)) if density > 0 else 0)
+    return largest_mask(base, tensor, kept_count(density, count))
+
+
+def kept_count(density: float, count: int) -> int:
+    """How many of ``count`` elements ties keeps, below density 1."""
+    return max(1, int(density * count)) if density > 0 else 0
 
 
 def largest_mask(base: torch.Tensor, tensor: torch.Tensor, keep: int) -> torch.Tensor:
@@ -271,10 +274,10 @@ def random_mask(
     if density >= 1:
         return None
     mask = torch.zeros(count, dtype=torch.bool, device=device)
-    # Torch has no unsigned comparison: flipping the top bit turns it into the signed one.
-    limit = min(math.ceil(density * 2**32), 2**32) - 1 - 2**31
     if density <= 0:
         return mask
+    # Torch has no unsigned comparison: flipping the top bit turns it into the signed one.
+    limit = hash_limit(density) - 2**31
     for block, h in hashes(key, count, device):
         torch.le(h, limit, out=mask[block])
     return mask
@@ -285,9 +288,8 @@ def hashes(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """The hash of the module's head of every element, block by block, less 2**31 (as int32)."""
     counter = torch.arange(min(BLOCK, count), dtype=torch.int32, device=device)
-    for block in _blocks(count):
-        words = hashlib.sha256(f"{key}\n{block.start >> 32}".encode()).digest()
-        k0, k1 = (int.from_bytes(words[at : at + 4], "little") for at in (0, 4))
+    for block in blocks(count):
+        k0, k1 = hash_keys(key, block.start >> 32)
         start = (block.start + k0) & 0xFFFFFFFF
         h = counter[: block.stop - block.start] + _signed(start)
         h ^= (h >> 16) & 0xFFFF
@@ -300,7 +302,18 @@ def hashes(
         yield block, h
 
 
-def _scaled(
+def hash_keys(key: str, high: int = 0) -> tuple[int, int]:
+    """The hash's two words for elements whose number has these upper bits."""
+    words = hashlib.sha256(f"{key}\n{high}".encode()).digest()
+    return int.from_bytes(words[:4], "little"), int.from_bytes(words[4:8], "little")
+
+
+def hash_limit(density: float) -> int:
+    """The largest hash that a density above 0 keeps."""
+    return min(math.ceil(density * 2**32), 2**32) - 1
+
+
+def scaled(
     operands: Sequence[Operand], shared: Mapping[str, float]
 ) -> tuple[list[Operand], list[float]]:
     """The operands whose weight is not zero, and their weights, brought to sum 1 if asked."""
@@ -316,29 +329,50 @@ def _scaled(
 
 def _divisor(agreeing_weights: torch.Tensor) -> torch.Tensor:
     """Each column's sum, or 1 where it is nothing."""
-    total = agreeing_weights.sum(0)
-    nothing = total.abs() <= CANCEL_SHARE * agreeing_weights.abs().sum(0)
+    total = _sum(agreeing_weights)
+    nothing = total.abs() <= CANCEL_SHARE * _sum(agreeing_weights.abs())
     return total.mul_(~nothing).add_(nothing)
 
 
-def _rescaling(
+def _sum(rows: torch.Tensor) -> torch.Tensor:
+    """Over the first dimension, one row after the other: torch's own order varies with its size."""
+    total = rows[0].clone()
+    for row in rows[1:]:
+        total.add_(row)
+    return total
+
+
+def rescaling(
     ground: torch.Tensor, tensor: torch.Tensor, mask: torch.Tensor | None, working: torch.dtype
 ) -> float:
     """What brings the masked task vector back to its L1 norm."""
     if mask is None:
         return 1.0
     before = after = 0.0
-    for block in _blocks(ground.numel()):
+    for block in blocks(ground.numel()):
         size = tensor[block].to(working).sub(ground[block]).abs_()
         before += float(size.sum(dtype=torch.float64))
         after += float(size.mul_(mask[block]).sum(dtype=torch.float64))
+    return restored(before, after)
+
+
+def restored(before: float, after: float) -> float:
+    """The factor between two L1 norms; 1 where either is next to nothing."""
     return 1.0 if before < _NORM_FLOOR or after < _NORM_FLOOR else before / after
 
 
-def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+def arc_shares(t: float, cosine: float) -> tuple[float, float]:
+    """What slerp multiplies its start and its end by."""
+    if abs(cosine) > _SLERP_LINEAR_COSINE:
+        return 1.0 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     # Plain float64 sums: nothing a stored float32 can hold overflows or cancels them to noise.
     squares_a = squares_b = product = 0.0
-    for block in _blocks(a.numel()):
+    for block in blocks(a.numel()):
         x, y = a[block].double(), b[block].double()
         squares_a += float(x.dot(x))
         squares_b += float(y.dot(y))
@@ -356,27 +390,27 @@ def _kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
     return torch.kthvalue(values, at + 1).values
 
 
-def _blocks(count: int) -> Iterator[slice]:
+def blocks(count: int) -> Iterator[slice]:
     for start in range(0, count, BLOCK):
         yield slice(start, min(start + BLOCK, count))
 
 
-def _working_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
+def working_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
     """One width wider than the widest is stored."""
     narrow = all(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
     return torch.float32 if narrow else torch.float64
 
 
-def _empty(like: torch.Tensor, out: torch.dtype) -> torch.Tensor:
+def empty_as(like: torch.Tensor, out: torch.dtype) -> torch.Tensor:
     """Contiguous, whatever the strides of ``like``."""
     return torch.empty(like.shape, dtype=out, device=like.device)
 
 
-def _copy(tensor: torch.Tensor, out: torch.dtype) -> torch.Tensor:
+def copied(tensor: torch.Tensor, out: torch.dtype) -> torch.Tensor:
     return tensor.to(out, copy=True)
 
 
-def _present(base: torch.Tensor | None) -> torch.Tensor:
+def present(base: torch.Tensor | None) -> torch.Tensor:
     if base is None:
         raise TypeError("this merge method needs a base tensor")
     return base

@@ -6,26 +6,24 @@ It knows nothing of live models, tasks or scores, and it writes no files.
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from agentmerge.errors import CandidateFailed, ParentError
-from agentmerge.merging.engines import KERNELS
+from agentmerge.merging.digests import digest
+from agentmerge.merging.engines import is_finite, merge_tensor
 from agentmerge.merging.kernels import Operand
 from agentmerge.merging.placement import Placement, plan_memory
 from agentmerge.merging.plan import Layout, MergePlan, TensorPlan, plan, read_layout
+from agentmerge.merging.statistics import Statistics
 from agentmerge.merging.weights import ParentFiles, ParentSource, Resident, TensorSource
 from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
 
-_DIGEST_BLOCK = 1 << 16
+__all__ = ["Family", "digest", "mask_key", "merged_tensor"]
 
 
 class Family:
@@ -43,6 +41,7 @@ class Family:
         self.identities = dict(source.identities)
         self._source = source
         self._dtype = dtype
+        self._statistics = Statistics()
 
     @classmethod
     def open(
@@ -93,34 +92,58 @@ class Family:
             CandidateFailed: at the tensor that holds a number that is not finite.
             RunFailed: a file that the parents are streamed from is gone, or was changed.
         """
-        return self._verified(merged_tensors(self.plan(recipe), self))
+        return self._merged(self.plan(recipe))
 
-    def _verified(
-        self, tensors: Iterator[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from tensors
+    @torch.no_grad()
+    def merge_into(self, item: TensorPlan, merge_seed: int | None, target: torch.Tensor) -> None:
+        """One tensor of a plan, written into ``target``; rounded to the plan's dtype, then its own.
+
+        target: of the tensor's shape; a view (some rows of a larger parameter) will do.
+
+        Raises:
+            CandidateFailed: it holds a number that is not finite. So does ``target``, then.
+        """
+        if str(target.dtype) == f"torch.{item.dtype}":
+            merged_tensor(item, merge_seed, self, target=target, statistics=self._statistics)
+            return
+        target.copy_(merged_tensor(item, merge_seed, self, statistics=self._statistics))
+        if not is_finite(target):
+            raise CandidateFailed(f"{item.spec.name!r} is not finite in {target.dtype}")
+
+    def verify(self) -> None:
+        """Raises RunFailed where the files that parents are streamed from were changed."""
         self._source.verify()
 
-
-def merged_tensors(
-    merge_plan: MergePlan, source: TensorSource
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a plan, merged from ``source``."""
-    for item in merge_plan.tensors:
-        yield item.spec.name, merged_tensor(item, merge_plan.merge_seed, source)
+    def _merged(self, merge_plan: MergePlan) -> Iterator[tuple[str, torch.Tensor]]:
+        seed = merge_plan.merge_seed
+        for item in merge_plan.tensors:
+            tensor = merged_tensor(item, seed, self, statistics=self._statistics)
+            yield item.spec.name, tensor
+        self.verify()
 
 
 @torch.no_grad()
-def merged_tensor(item: TensorPlan, merge_seed: int | None, source: TensorSource) -> torch.Tensor:
-    """One tensor of a plan, fresh and contiguous.
+def merged_tensor(
+    item: TensorPlan,
+    merge_seed: int | None,
+    source: TensorSource,
+    *,
+    target: torch.Tensor | None = None,
+    statistics: Statistics | None = None,
+) -> torch.Tensor:
+    """One tensor of a plan: fresh and contiguous, or written into ``target``, at its dtype.
+
+    statistics: what is remembered of the source's tensors, from one merge to the next.
 
     Raises:
-        CandidateFailed: it holds a number that is not finite.
+        CandidateFailed: it holds a number that is not finite. So does ``target``, then.
     """
     effective = item.effective
     random = METHODS[effective.method].random
     base: torch.Tensor | None = None
     operands = []
+    inputs = dict(item.inputs)
+    first = f"{effective.base_model}\n{inputs.get(effective.base_model or '')}"
     for (model, name), (_, _, own) in zip(item.inputs, effective.sources, strict=True):
         tensor = source.tensor(model, name)
         if model == effective.base_model:
@@ -128,15 +151,19 @@ def merged_tensor(item: TensorPlan, merge_seed: int | None, source: TensorSource
             continue
         values = dict(own)
         key = mask_key(merge_seed or 0, source.identities[model], name) if random else ""
-        operands.append(Operand(tensor, key=key, **values))
-    out = getattr(torch, item.dtype)
-    result = KERNELS[effective.method](base, operands, dict(effective.shared), out)
-    if not _is_finite(result):
+        operands.append(Operand(tensor, key=key, pair=f"{first}\n{model}\n{name}", **values))
+    if target is None:
+        like = base if base is not None else operands[0].tensor
+        target = torch.empty(like.shape, dtype=getattr(torch, item.dtype), device=like.device)
+    shared = dict(effective.shared)
+    known = statistics or Statistics()
+    if not merge_tensor(effective.method, base, operands, shared, target, known):
+        dtype = str(target.dtype).removeprefix("torch.")
         raise CandidateFailed(
             f"merging {item.spec.name!r} by {effective.method} gave numbers that are not finite "
-            f"in {item.dtype}; the weights are too large"
+            f"in {dtype}; the weights are too large"
         )
-    return result
+    return target
 
 
 def mask_key(merge_seed: int, fingerprint: str, tensor: str) -> str:
@@ -147,55 +174,12 @@ def mask_key(merge_seed: int, fingerprint: str, tensor: str) -> str:
     return f"{merge_seed}\n{fingerprint}\n{tensor}"
 
 
-@torch.no_grad()
-def digest(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """A digest of names, dtypes, shapes and every bit, in whatever order they come; 16 hex digits.
-
-    Made to prove a swap, many times a search: equal on every device, about as fast as reading the
-    weights, and no protection against someone who forges them.
-    """
-    lines = sorted(
-        f"{name} {tensor.dtype} {list(tensor.shape)} {_checksum(tensor)}"
-        for name, tensor in named_tensors
-    )
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def _checksum(tensor: torch.Tensor) -> int:
-    """The sum over 32-bit words of word times a fixed odd number of its place, modulo 2**64."""
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if left := -data.numel() % 4:
-        data = torch.cat([data, data.new_zeros(left)])
-    elif data.storage_offset() % 4:
-        data = data.clone()
-    words = data.view(torch.int32)
-    total = torch.zeros((), dtype=torch.int64, device=data.device)
-    factors = _place_factors(str(data.device))
-    for index, start in enumerate(range(0, words.numel(), _DIGEST_BLOCK)):
-        block = words[start : start + _DIGEST_BLOCK]
-        total += (factors[: block.numel()] * block).sum() * (2 * index + 1)
-    return int(total)
-
-
-@lru_cache(maxsize=8)
-def _place_factors(device: str) -> torch.Tensor:
-    noise = hashlib.shake_256(b"agentmerge").digest(8 * _DIGEST_BLOCK)
-    return torch.from_numpy(np.frombuffer(noise, dtype="<i8") | 1).to(device)
-
-
 def _refuse_broken(model: str, layout: Layout, source: TensorSource) -> None:
     broken = sorted(
-        spec.name for spec in layout.tensors if not _is_finite(source.tensor(model, spec.name))
+        spec.name for spec in layout.tensors if not is_finite(source.tensor(model, spec.name))
     )
     if broken:
         raise ParentError(
             f"{model}: {len(broken)} tensors hold numbers that are not finite, the first is "
             f"{broken[0]}; the model is broken"
         )
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    if not tensor.numel():
-        return True
-    low, high = torch.aminmax(tensor)  # one pass; both are NaN if anything is
-    return math.isfinite(low) and math.isfinite(high)

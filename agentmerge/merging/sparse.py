@@ -19,17 +19,17 @@ import torch
 from agentmerge.merging.kernels import (
     Kernel,
     Operand,
-    _blocks,
-    _copy,
-    _empty,
-    _present,
-    _rescaling,
-    _scaled,
-    _working_dtype,
+    blocks,
+    copied,
+    empty_as,
     hashes,
     largest_mask,
+    present,
     random_mask,
+    rescaling,
+    scaled,
     sign_consensus,
+    working_dtype,
 )
 
 #: Where an operand's task vector is kept: flat, None for all of it.
@@ -45,10 +45,16 @@ def crumbs_mask(base: torch.Tensor, operand: Operand) -> torch.Tensor | None:
     count = base.numel()
     if operand.density >= 1 or count == 0:
         return None
+    outer, inner = crumbs_window(operand, count)
+    mask = largest_mask(base, operand.tensor, outer)
+    return mask & ~largest_mask(base, operand.tensor, inner)
+
+
+def crumbs_window(operand: Operand, count: int) -> tuple[int, int]:
+    """breadcrumbs keeps what is among the first number of largest elements, not the second."""
     keep = int(max(0.0, operand.density) * count)
     below = max(0, count - keep - int(operand.gamma * count))
-    mask = largest_mask(base, operand.tensor, count - below)
-    return mask & ~largest_mask(base, operand.tensor, count - below - keep)
+    return count - below, count - below - keep
 
 
 def della_mask(base: torch.Tensor, operand: Operand) -> torch.Tensor | None:
@@ -67,7 +73,7 @@ def della_mask(base: torch.Tensor, operand: Operand) -> torch.Tensor | None:
 
 def della_probabilities(base: torch.Tensor, operand: Operand) -> torch.Tensor:
     """That an element is kept, by its rank in its row; float64, of the tensor's shape."""
-    shape, working = base.shape, _working_dtype([base, operand.tensor])
+    shape, working = base.shape, working_dtype([base, operand.tensor])
     size = operand.tensor.to(working).sub(base.to(working)).abs_()
     size = size.reshape(1, -1) if size.ndim < 2 else size.transpose(1, -1)
     order, last = size.argsort(dim=-1, stable=True), size.shape[-1] - 1
@@ -87,7 +93,7 @@ def masked_sum(
     out: torch.dtype,
 ) -> torch.Tensor:
     """The base plus the masked, weighted task vectors; masks as in ``sign_consensus``."""
-    live, factors = _scaled(operands, shared)
+    live, factors = scaled(operands, shared)
     weights = {id(operand): factor for operand, factor in zip(live, factors, strict=True)}
     pairs = [
         (operand, mask, weights[id(operand)] * shared["lambda"])
@@ -95,17 +101,17 @@ def masked_sum(
         if operand.weight and operand.density > 0
     ]
     if not any(factor for _, _, factor in pairs):
-        return _copy(base, out)
+        return copied(base, out)
     if len(pairs) == 1 and pairs[0][1] is None and pairs[0][2] == 1.0:
-        return _copy(pairs[0][0].tensor, out)
-    result, ground = _empty(base, out), base.reshape(-1)
-    working = _working_dtype([base, *(operand.tensor for operand, _, _ in pairs)])
+        return copied(pairs[0][0].tensor, out)
+    result, ground = empty_as(base, out), base.reshape(-1)
+    working = working_dtype([base, *(operand.tensor for operand, _, _ in pairs)])
     rows = []
     for operand, mask, factor in pairs:
         tensor = operand.tensor.reshape(-1)
-        scale = _rescaling(ground, tensor, mask, working) if shared["rescale"] else 1.0
+        scale = rescaling(ground, tensor, mask, working) if shared["rescale"] else 1.0
         rows.append((tensor, mask, factor * scale))
-    for block in _blocks(result.numel()):
+    for block in blocks(result.numel()):
         origin = ground[block].to(working)
         total = torch.zeros_like(origin)
         for tensor, mask, factor in rows:
@@ -122,7 +128,7 @@ def _kernel(mask_of: MaskOf, consensus: bool) -> Kernel:
         shared: Mapping[str, float],
         out: torch.dtype,
     ) -> torch.Tensor:
-        base = _present(base)
+        base = present(base)
         masks = [mask_of(base, operand) for operand in operands]
         return (sign_consensus if consensus else masked_sum)(base, operands, masks, shared, out)
 

@@ -18,7 +18,7 @@ def evaluate(task: dict[str, Any]) -> Any:
 
     from agentmerge.errors import AgentmergeError, RunFailed
     from agentmerge.evaluation.tasks import tasks_for
-    from agentmerge.merging.parents import digest
+    from agentmerge.merging.digests import digest
     from agentmerge.workers.hf import open_model, scorer, threads_for
 
     spec = task["spec"]

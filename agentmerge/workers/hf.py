@@ -25,7 +25,8 @@ from agentmerge.evaluation.live import LiveLM, context_length, parent_path, toke
 from agentmerge.evaluation.loading import quiet
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
-from agentmerge.merging.parents import Family, digest
+from agentmerge.merging.digests import digest
+from agentmerge.merging.parents import Family
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
 

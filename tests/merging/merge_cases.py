@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from agentmerge.merging.engines import KERNELS, merge_tensor
+from agentmerge.merging.kernels import Operand
+from agentmerge.merging.statistics import Statistics
 
 LAYERS = 2
 
@@ -133,6 +137,24 @@ def near_a_threshold(
     keep = max(1, int(density * size.numel()))
     cut = size.reshape(-1).sort(descending=True).values[keep - 1]
     return (size - cut).abs() <= rounding * cut
+
+
+def merged(
+    method: str,
+    base: torch.Tensor | None,
+    operands: Sequence[Operand],
+    shared: Mapping[str, float],
+    dtype: torch.dtype,
+    *,
+    fused: bool,
+) -> torch.Tensor:
+    """One tensor's merge, by the torch kernel or by what a search would use."""
+    if not fused:
+        return KERNELS[method](base, operands, shared, dtype)
+    target = torch.empty(operands[0].tensor.shape, dtype=dtype)
+    finite = merge_tensor(method, base, operands, shared, target, Statistics())
+    assert finite == bool(target.isfinite().all())
+    return target
 
 
 def rounding_of(dtype: torch.dtype) -> float:

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 
 from agentmerge.errors import CandidateFailed, ParentError, RecipeRejected, UserError
 from agentmerge.merging import export
+from agentmerge.merging.digests import digest
 from agentmerge.merging.export import export_checkpoint
 from agentmerge.merging.headers import read_headers
-from agentmerge.merging.parents import Family, digest
+from agentmerge.merging.parents import Family
 from agentmerge.recipe import Recipe
 
 FamilyOf = Callable[..., dict[str, Path]]

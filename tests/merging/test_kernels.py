@@ -10,7 +10,13 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from merge_cases import assert_at_least_as_near, masks_given, near_a_threshold, rounding_of
+from merge_cases import (
+    assert_at_least_as_near,
+    masks_given,
+    merged,
+    near_a_threshold,
+    rounding_of,
+)
 from mergekit import merge_methods
 from mergekit.merge_methods.base import TensorGroup
 
@@ -70,6 +76,7 @@ def cases(draw: st.DrawFn, methods: tuple[str, ...] = TASK_VECTOR_METHODS) -> di
             "rescale": float(draw(st.booleans())),
         },
         "int8_mask": draw(st.booleans()),
+        "fused": draw(st.booleans()),
     }
 
 
@@ -80,7 +87,14 @@ def ours(case: dict[str, Any]) -> torch.Tensor:
             zip(case["experts"], case["weights"], case["densities"], strict=True)
         )
     ]
-    result = KERNELS[case["method"]](case["base"], operands, case["shared"], case["dtype"])
+    result = merged(
+        case["method"],
+        case["base"],
+        operands,
+        case["shared"],
+        case["dtype"],
+        fused=case.get("fused", False),
+    )
     assert result.dtype == case["dtype"]
     assert result.shape == case["experts"][0].shape
     return result
@@ -203,9 +217,10 @@ def test_task_vector_methods_are_at_least_as_near_as_mergekit(case: dict[str, An
     st.booleans(),
     st.sampled_from(DTYPES),
     st.integers(0, 10**6),
+    st.booleans(),
 )
 def test_linear_is_at_least_as_near_as_mergekit(
-    row: list[float], normalize: bool, dtype: torch.dtype, seed: int
+    row: list[float], normalize: bool, dtype: torch.dtype, seed: int, fused: bool
 ) -> None:
     assume(not normalize or abs(math.fsum(row)) > 0.01)
     base, experts = parents(seed, len(row), 100, dtype, 0.5)
@@ -217,6 +232,7 @@ def test_linear_is_at_least_as_near_as_mergekit(
         "weights": row,
         "densities": [1.0] * len(row),
         "shared": {"normalize": float(normalize)},
+        "fused": fused,
     }
     size = sum(abs(w) * x.double().abs() for w, x in zip(row, experts, strict=True))
     wide = 1e-6 if dtype == torch.bfloat16 else 1e-14
@@ -230,9 +246,10 @@ def test_linear_is_at_least_as_near_as_mergekit(
     st.sampled_from(DTYPES),
     st.integers(0, 10**6),
     st.sampled_from([0.001, 0.03, 1.0, 5.0]),
+    st.booleans(),
 )
 def test_slerp_is_at_least_as_near_as_mergekit(
-    t: float, dtype: torch.dtype, seed: int, spread: float
+    t: float, dtype: torch.dtype, seed: int, spread: float, fused: bool
 ) -> None:
     base, experts = parents(seed, 1, 300, dtype, spread)
     a, b = base.double(), experts[0].double()
@@ -245,6 +262,7 @@ def test_slerp_is_at_least_as_near_as_mergekit(
         "weights": [0.0],
         "densities": [1.0],
         "shared": {"t": t},
+        "fused": fused,
     }
     slack = (3e-7 if dtype == torch.bfloat16 else 1e-14) * (a.abs() + b.abs())
     assert_at_least_as_near(ours(case), mergekits(case), exact(case), slack=slack)
@@ -263,27 +281,31 @@ def test_end_points_are_that_parent_bit_for_bit(case: dict[str, Any], which: int
     assert same_bits(ours(case), case["experts"][which])
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_linear_and_slerp_end_points(dtype: torch.dtype, normalize: bool) -> None:
+def test_linear_and_slerp_end_points(dtype: torch.dtype, normalize: bool, fused: bool) -> None:
     base, experts = parents(1, 3, 50, dtype, 1.0)
     for index, tensor in enumerate((base, *experts)):
         tensor[index] = -0.0
     for which in range(3):
         operands = [Operand(x, float(i == which)) for i, x in enumerate(experts)]
-        result = KERNELS["linear"](None, operands, {"normalize": float(normalize)}, dtype)
+        shared = {"normalize": float(normalize)}
+        result = merged("linear", None, operands, shared, dtype, fused=fused)
         assert same_bits(result, experts[which])
     for t, parent in ((0.0, base), (1.0, experts[0])):
-        assert same_bits(KERNELS["slerp"](base, [Operand(experts[0])], {"t": t}, dtype), parent)
+        operands = [Operand(experts[0])]
+        assert same_bits(merged("slerp", base, operands, {"t": t}, dtype, fused=fused), parent)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("method", TASK_VECTOR_METHODS)
-def test_lambda_belongs_to_the_end_point(method: str) -> None:
+def test_lambda_belongs_to_the_end_point(method: str, fused: bool) -> None:
     base, experts = torch.ones(2), torch.tensor([1e-30, 5.0])
     shared = {"normalize": 0.0, "lambda": 0.5, "rescale": 0.0}
     for weight, want in ((1.0, [0.5, 3.0]), (2.0, [1e-30, 5.0])):
         operand = Operand(experts, weight)
-        result = KERNELS[method](base, [operand], shared, torch.float32)
+        result = merged(method, base, [operand], shared, torch.float32, fused=fused)
         assert torch.equal(result, torch.tensor(want))
 
 
@@ -316,46 +338,51 @@ def test_no_finite_input_raises_or_is_changed(case: dict[str, Any], elements: in
         assert not elements or tensor.data_ptr() != result.data_ptr()
 
 
-def test_slerp_of_zero_opposite_and_equal_vectors() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_slerp_of_zero_opposite_and_equal_vectors(fused: bool) -> None:
     one = torch.tensor([1.0, -2.0, 3.0])
     for start, end in ((one, one), (one, -one), (one, 0 * one), (0 * one, 0 * one)):
-        got = KERNELS["slerp"](start, [Operand(end)], {"t": 0.25}, torch.float32)
+        got = merged("slerp", start, [Operand(end)], {"t": 0.25}, torch.float32, fused=fused)
         want = float64_reference("slerp", start, [end], shared={"t": 0.25})
         torch.testing.assert_close(got.double(), want)
 
 
-def test_weights_that_cancel_in_ties_are_not_divided_by() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_that_cancel_in_ties_are_not_divided_by(fused: bool) -> None:
     base = torch.zeros(4)
     plus, minus = torch.full((4,), 0.5), torch.full((4,), -0.5)
     shared = {"normalize": 1.0, "lambda": 1.0, "rescale": 0.0}
     # 0.1 + 0.2 - 0.3 is not zero in floating point
     operands = [Operand(plus, 0.1), Operand(plus, 0.2), Operand(minus, -0.3)]
-    result = KERNELS["ties"](base, operands, shared, torch.float32)
+    result = merged("ties", base, operands, shared, torch.float32, fused=fused)
     torch.testing.assert_close(result, torch.full((4,), 0.3))
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
-def test_a_sum_of_weights_that_cancels_is_not_divided_by(method: str) -> None:
+def test_a_sum_of_weights_that_cancels_is_not_divided_by(method: str, fused: bool) -> None:
     base, expert = torch.zeros(2), torch.ones(2)
     operands = [Operand(expert, 0.1), Operand(expert, 0.2), Operand(-expert, -0.3)]
     shared = {"normalize": 1.0, "lambda": 1.0}
-    result = KERNELS[method](base, operands, shared, torch.float32)
+    result = merged(method, base, operands, shared, torch.float32, fused=fused)
     torch.testing.assert_close(result, torch.full((2,), 0.6))
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("normalize", [0.0, 1.0])
-def test_a_sign_tie_counts_as_positive(normalize: float) -> None:
+def test_a_sign_tie_counts_as_positive(normalize: float, fused: bool) -> None:
     operands = [Operand(torch.tensor([-0.5, 0.5]), 1.0), Operand(torch.tensor([0.5, -0.5]), 1.0)]
     shared = {"normalize": normalize, "lambda": 1.0, "rescale": 0.0}
-    result = KERNELS["ties"](torch.zeros(2), operands, shared, torch.float32)
+    result = merged("ties", torch.zeros(2), operands, shared, torch.float32, fused=fused)
     assert result.tolist() == [0.5, 0.5]
 
 
-def test_a_small_weight_that_agrees_alone_is_divided_by() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_small_weight_that_agrees_alone_is_divided_by(fused: bool) -> None:
     base = torch.zeros(2)
     operands = [Operand(torch.tensor([0.5, 0.5]), 1e-7), Operand(torch.tensor([0.0, 0.1]), 1.0)]
     shared = {"normalize": 1.0, "lambda": 1.0, "rescale": 0.0}
-    result = KERNELS["ties"](base, operands, shared, torch.float32)
+    result = merged("ties", base, operands, shared, torch.float32, fused=fused)
     torch.testing.assert_close(result[0], torch.tensor(0.5))
 
 

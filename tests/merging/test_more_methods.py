@@ -25,10 +25,11 @@ from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskAr
 from agentmerge.config import GenomeConfig
 from agentmerge.errors import CandidateFailed
 from agentmerge.genome import SearchSpace
+from agentmerge.merging.digests import digest
 from agentmerge.merging.engines import KERNELS
 from agentmerge.merging.export import export_checkpoint
 from agentmerge.merging.kernels import Operand
-from agentmerge.merging.parents import Family, digest, mask_key
+from agentmerge.merging.parents import Family, mask_key
 from agentmerge.merging.reference import float64_reference, mergekit_merge
 from agentmerge.merging.sparse import MASKS, della_probabilities
 from agentmerge.methods import EPSILON_REACH, METHODS

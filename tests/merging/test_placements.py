@@ -16,7 +16,8 @@ from merge_cases import LAYERS, METHODS, edit_weights, load_all, recipes
 from safetensors.torch import save, save_file
 
 from agentmerge.errors import ParentError, RunFailed
-from agentmerge.merging.parents import Family, digest
+from agentmerge.merging.digests import digest
+from agentmerge.merging.parents import Family
 from agentmerge.merging.placement import PLACEMENTS, Placement
 from agentmerge.merging.plan import read_layout
 from agentmerge.merging.weights import ParentFiles, Resident

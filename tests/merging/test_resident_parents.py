@@ -11,8 +11,9 @@ from merge_cases import LAYERS, METHODS, edit_weights, load_all, recipes
 from safetensors.torch import save_file
 
 from agentmerge.errors import CandidateFailed, ParentError, RecipeRejected
+from agentmerge.merging.digests import digest
 from agentmerge.merging.headers import content_fingerprint
-from agentmerge.merging.parents import Family, digest
+from agentmerge.merging.parents import Family
 from agentmerge.recipe import Recipe
 
 FamilyOf = Callable[..., dict[str, Path]]

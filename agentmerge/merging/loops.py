@@ -1,0 +1,213 @@
+"""The inner loops of the fast merges, as bodies for ``lanes``, and each one's machine code.
+
+Formulas, order of operations and rules are those of ``kernels.py``, where they are explained. Here
+are no tensors and no decisions: which loop runs on what is ``fused.py``. The arrays of a loop are:
+0 the result, 1 the base, then the experts, then one more for each expert where a loop says so.
+
+Masks, one kind for each expert, with three words each:
+    all: no words are read;
+    rank: the magnitude's bits are at least word 0 and below word 1;
+    hash: the hash of the element with keys word 0 and word 1 is at most word 2;
+    bits: a bit an element, from the array after the experts' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Literal
+
+from agentmerge.merging.lanes import Lanes, Loop
+from agentmerge.merging.machine import Compiled, compiled
+from agentmerge.recipe import CANCEL_SHARE
+
+Mask = Literal["all", "rank", "hash", "bits"]
+
+WORDS = 3
+CHECKSUM_PERIOD = 1 << 16
+
+Body = Callable[[Loop], None]
+
+
+def weighted_sum(experts: int) -> Body:
+    """The result is the sum of number k times expert k."""
+
+    def body(loop: Loop) -> None:
+        total = loop.load(2) * loop.given_number(0)
+        for k in range(1, experts):
+            total = loop.fma(loop.load(2 + k), loop.given_number(k), total)
+        loop.store(0, total)
+
+    return body
+
+
+def added(masks: Sequence[Mask]) -> Body:
+    """The base plus the masked task vectors, each times its number."""
+
+    def body(loop: Loop) -> None:
+        origin, total = loop.load(1), loop.number(0.0)
+        for k, mask in enumerate(masks):
+            delta, kept = _task_vector(loop, origin, k, mask, len(masks))
+            more = loop.fma(delta, loop.given_number(k), total)
+            total = more if kept is None else loop.where(kept, more, total)
+        loop.store(0, total + origin)
+
+    return body
+
+
+def consensus(masks: Sequence[Mask], normalize: bool, cancels: bool) -> Body:
+    """The base plus the masked task vectors, each element from those of its sign.
+
+    Numbers: lambda; each expert's factor; with ``normalize`` each expert's weight. cancels: weights
+    have both signs, so that what agrees can cancel.
+    """
+    count = len(masks)
+
+    def body(loop: Loop) -> None:
+        origin, zero = loop.load(1), loop.number(0.0)
+        total = up = down = weight_up = weight_down = size_up = size_down = zero
+        for k, mask in enumerate(masks):
+            delta, kept = _task_vector(loop, origin, k, mask, count)
+            part = delta * loop.given_number(1 + k)
+            if kept is not None:
+                part = loop.where(kept, part, zero)
+            above = part > zero
+            total = total + part if k else part
+            up = up + loop.where(above, part, zero)
+            down = down + loop.where(above, zero, part)  # what is not a number comes in here
+            if normalize:
+                weight, below = loop.given_number(1 + count + k), part < zero
+                weight_up = weight_up + loop.where(above, weight, zero)
+                weight_down = weight_down + loop.where(below, weight, zero)
+                if cancels:
+                    size = loop.absolute(weight)
+                    size_up = size_up + loop.where(above, size, zero)
+                    size_down = size_down + loop.where(below, size, zero)
+        positive = total >= zero
+        merged = loop.where(positive, up, down)
+        if normalize:
+            divisor = loop.where(positive, weight_up, weight_down)
+            size = loop.where(positive, size_up, size_down)
+            least = size * loop.number(CANCEL_SHARE) if cancels else zero
+            merged = merged / loop.where(loop.absolute(divisor) > least, divisor, loop.number(1.0))
+        loop.store(0, merged * loop.given_number(0) + origin)
+
+    return body
+
+
+def norms(masks: Sequence[Mask], whole: bool) -> Body:
+    """Sum k: the L1 norm of expert k's masked task vector; with ``whole``, then of the unmasked.
+
+    What a hash keeps is also written, for masks of kind bits.
+    """
+    count = len(masks)
+
+    def body(loop: Loop) -> None:
+        origin, zero = loop.load(1), loop.number(0.0)
+        for k, mask in enumerate(masks):
+            delta, kept = _task_vector(loop, origin, k, mask, count)
+            size = loop.absolute(delta)
+            if whole:
+                loop.add_to_sum(count + k, size)
+            if kept is None:
+                loop.add_to_sum(k, size)
+                continue
+            if mask == "hash":
+                loop.store_truth(2 + count + k, kept)
+            loop.add_to_sum(k, loop.where(kept, size, zero))
+
+    return body
+
+
+def between(experts: int) -> Body:
+    """Where expert k's magnitude has bits from word 2k on, and at most word 2k+1 more.
+
+    The places go to the arrays after the experts; count k counts them.
+    """
+
+    def body(loop: Loop) -> None:
+        origin = loop.load(1)
+        for k in range(experts):
+            above = magnitude_bits(loop, loop.load(2 + k), origin) - loop.given_word(2 * k)
+            loop.collect(k, 2 + experts + k, above <= loop.given_word(2 * k + 1))
+
+    return body
+
+
+def equal_magnitudes() -> Body:
+    """Count 0: elements whose magnitude has the bits of word 0. Count 1: those of them whose
+    magnitude float32 does not hold exactly."""
+
+    def body(loop: Loop) -> None:
+        origin, value = loop.load(1), loop.load(2)
+        rounded = loop.single(value) - loop.single(origin)
+        equal = (loop.bits(rounded) & loop.word(0x7FFFFFFF)).equals(loop.given_word(0))
+        exact = loop.double(value) - loop.double(origin)
+        loop.add_to_count(0, equal)
+        loop.add_to_count(1, equal & exact.differs(loop.double(rounded)))
+
+    return body
+
+
+def checksum() -> Body:
+    """Count 0: the sum of array 0's words times array 1's factors, which repeat, times one more
+    than twice the number of the period."""
+
+    def body(loop: Loop) -> None:
+        period = loop.places() >> CHECKSUM_PERIOD.bit_length() - 1
+        word, factor = loop.load_integers(0), loop.load_integers(1, CHECKSUM_PERIOD)
+        loop.add_to_count(0, word * factor * (period + period + loop.long(1)))
+
+    return body
+
+
+def magnitude_bits(loop: Loop, value: Lanes, origin: Lanes) -> Lanes:
+    """The bits of the difference's magnitude in float32: as unsigned words, they order it."""
+    return loop.bits(loop.single(value) - loop.single(origin)) & loop.word(0x7FFFFFFF)
+
+
+def _task_vector(
+    loop: Loop, origin: Lanes, k: int, mask: Mask, count: int
+) -> tuple[Lanes, Lanes | None]:
+    """Expert k less the base, and where it is kept (None for everywhere)."""
+    value = loop.load(2 + k)
+    kept: Lanes | None = None
+    words = [WORDS * k + at for at in range(WORDS)]
+    if mask == "rank":
+        bits = magnitude_bits(loop, value, origin)
+        kept = (bits >= loop.given_word(words[0])) & (bits < loop.given_word(words[1]))
+    elif mask == "hash":
+        keys = loop.given_word(words[0]), loop.given_word(words[1])
+        kept = _hash(loop, *keys) <= loop.given_word(words[2])
+    elif mask == "bits":
+        kept = loop.load_truth(2 + count + k)
+    return value - origin, kept
+
+
+def _hash(loop: Loop, first_key: Lanes, second_key: Lanes) -> Lanes:
+    """The hash of ``kernels.py``'s head, of each lane's element."""
+    h = loop.low_places() + first_key
+    h = (h ^ (h >> 16)) * loop.word(0x21F0AAAD)
+    h = h ^ second_key
+    h = (h ^ (h >> 15)) * loop.word(0x735A2D97)
+    return h ^ (h >> 15)
+
+
+_BODIES: dict[str, Callable[..., Body]] = {
+    "weighted_sum": weighted_sum,
+    "added": added,
+    "consensus": consensus,
+    "norms": norms,
+    "between": between,
+    "equal_magnitudes": equal_magnitudes,
+    "checksum": checksum,
+}
+
+
+@cache
+def loop_for(name: str, stored: tuple[str, ...], working: str, *how: object) -> Compiled:
+    """The machine code of a loop of this module, made at its first use.
+
+    stored: the dtypes of the result, the base and the experts. how: the body's own arguments.
+    """
+    return compiled(_BODIES[name](*how), stored, working)
