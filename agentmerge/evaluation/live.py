@@ -1,7 +1,7 @@
 """lm-eval's own Hugging Face model class around a live model whose weights change under it.
 
-It keeps what does not depend on weights (tokenised requests) and nothing that does. Knows batches
-and tokens; what an answer is worth is ``scoring.py``.
+It keeps what does not depend on weights (tokenised requests) and nothing that does. Knows batches;
+tokens are ``tokens.py``, and what an answer is worth is ``scoring.py``.
 """
 
 from __future__ import annotations
@@ -9,40 +9,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-    resolve_max_length,
-)
+from lm_eval.models.utils import resolve_max_length
 
-from agentmerge.errors import CandidateFailed, ParentError, TaskError
+from agentmerge.errors import CandidateFailed, ParentError
 from agentmerge.evaluation.loading import quiet
+from agentmerge.evaluation.tokens import Encoded, Stopping, Tokenised
 from agentmerge.workers.base import WorkerSpec
-
-#: A tokenised request, as lm-eval passes it around: (texts, context tokens, continuation tokens).
-Encoded = tuple[tuple[str, str], list[int], list[int]]
 
 #: The seed of torch's generator before sampled generation, as ``simple_evaluate`` has it.
 TORCH_SEED = 1234
 _KEPT_BATCHES = 2000
-
-
-@dataclass(frozen=True, slots=True)
-class Stopping:
-    """What ends a generation, as lm-eval works it out of a request's settings."""
-
-    until: tuple[str, ...]
-    max_new: int
-    sampled: bool
 
 
 def parent_path(spec: WorkerSpec, name: str) -> Path:
@@ -85,37 +67,20 @@ class _RefuseNaN(transformers.LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-class LiveLM(HFLM):  # type: ignore[misc]
+class LiveLM(Tokenised, HFLM):  # type: ignore[misc]
     """HFLM on a model that is already built, without progress bars, tokenising each text once.
 
     model: a causal language model in eval mode. batch_size: requests a forward pass.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, max_length: int) -> None:
-        self._ids: dict[tuple[str, bool | None], list[int]] = {}
         self._padded: dict[Any, Any] = {}
-        self._captured: list[Encoded] | None = None
         self._rows: list[str] = []
         self._cut_off: dict[tuple[str, Stopping], bool] = {}
         with quiet():
             super().__init__(
                 pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
             )
-
-    # --- tokens, once ---------------------------------------------------------------------------
-
-    def tok_encode(
-        self,
-        string: str,
-        add_special_tokens: bool | None = None,
-        left_truncate_len: int | None = None,
-        **kwargs: Any,
-    ) -> list[int]:
-        key = (string, add_special_tokens)
-        if key not in self._ids:
-            self._ids[key] = super().tok_encode(string, add_special_tokens, **kwargs)
-        ids = self._ids[key]
-        return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def tok_batch_encode(self, strings: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         self._rows = list(strings)
@@ -126,54 +91,7 @@ class LiveLM(HFLM):  # type: ignore[misc]
             self._padded[key] = super().tok_batch_encode(list(strings), *args, **kwargs)
         return self._padded[key]
 
-    def encode(self, instances: Sequence[Any]) -> list[Encoded]:
-        """lm-eval's tokens of (context, continuation) requests, unscored.
-
-        Raises:
-            TaskError: a continuation without a token, or longer than the context.
-        """
-        self._captured = []
-        try:
-            TemplateLM.loglikelihood(self, list(instances), disable_tqdm=True)
-            encoded = self._captured
-        except IndexError:
-            encoded = [(("", ""), [], [])]
-        finally:
-            self._captured = None
-        for texts, context, continuation in encoded:
-            if not context or not 0 < len(continuation) <= self.max_length:
-                raise TaskError(
-                    f"an answer has {len(continuation)} tokens, and 1 to {self.max_length} "
-                    f"are possible: {texts[1][:80]!r}"
-                )
-        return encoded
-
-    def cut(self, context: Sequence[int], continuation: Sequence[int]) -> bool:
-        """Whether lm-eval drops the beginning of this request."""
-        return len(context) + len(continuation) > int(self.max_length) + 1
-
-    def prompt_cut(self, context: str, max_new: int) -> bool:
-        """Whether a prompt leaves no room for its answer, so that its beginning is dropped.
-
-        Raises:
-            TaskError: the answer alone fills the context.
-        """
-        if max_new >= self.max_length:
-            raise TaskError(
-                f"max_gen_toks {max_new} leaves no room in a context of {self.max_length} tokens; "
-                "lower it in the task's generation_kwargs"
-            )
-        return len(self.tok_encode(context)) > int(self.max_length) - max_new
-
     # --- answers --------------------------------------------------------------------------------
-
-    def _loglikelihood_tokens(
-        self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
-    ) -> Any:
-        if self._captured is not None:
-            self._captured = list(requests)
-            return []
-        return super()._loglikelihood_tokens(requests, True, override_bs)
 
     def answer(self, requests: Sequence[Encoded]) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding gives it) of each continuation."""
@@ -182,12 +100,6 @@ class LiveLM(HFLM):  # type: ignore[misc]
     def rolling(self, instances: Sequence[Any]) -> list[float]:
         """Log-likelihood of whole texts, in windows of the context."""
         return list(self.loglikelihood_rolling(list(instances), disable_tqdm=True))
-
-    def stopping(self, generation_kwargs: dict[str, Any]) -> Stopping:
-        kwargs: Any = normalize_gen_kwargs(generation_kwargs, self.max_gen_toks)
-        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        until = handle_stop_sequences(list(kwargs["until"]), eos=eos)
-        return Stopping(tuple(until), kwargs["max_gen_toks"], bool(kwargs["do_sample"]))
 
     def generate(self, instances: Sequence[Any]) -> list[tuple[str, bool]]:
         """(text up to the first stop, whether it ran into max_gen_toks) of each request."""
@@ -222,27 +134,6 @@ class LiveLM(HFLM):  # type: ignore[misc]
         return out
 
     # --- the companion request ------------------------------------------------------------------
-
-    def gold_tokens(
-        self, context: str, gold: str, max_new: int
-    ) -> tuple[list[int], list[int]] | None:
-        """(context, gold) as tokens, the context as generation sees it; None if gold is no
-        possible continuation of it (no tokens, too many, or a merge across the seam)."""
-        head = self.tok_encode(context)
-        whole = self.tok_encode(context + gold)
-        tail = whole[len(head) :]
-        if whole[: len(head)] != head:
-            tail = self.tok_encode(gold, add_special_tokens=False)
-        if not 0 < len(tail) <= max_new:
-            return None
-        return head[-(self.max_length - max_new) :], tail
-
-    def said(self, tokens: Sequence[int], stopping: Stopping) -> str:
-        """The text lm-eval makes of generated tokens."""
-        text: str = postprocess_generated_text(
-            self.tok_decode(list(tokens)), list(stopping.until), None
-        )
-        return text
 
     def teacher_forced(
         self, requests: Sequence[tuple[list[int], list[int]]]
