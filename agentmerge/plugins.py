@@ -20,6 +20,7 @@ _BUILT_IN: dict[str, dict[str, str]] = {
     "agentmerge.workers": {
         "hf": "agentmerge.workers.hf:HfWorker",
         "disk": "agentmerge.workers.disk:DiskWorker",
+        "vllm": "agentmerge.workers.vllm:VllmWorker",
         "fake": "agentmerge.workers.fake:FakeWorker",
     },
     "agentmerge.strategies": {

@@ -74,6 +74,7 @@ class LiveLM(Tokenised, HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, max_length: int) -> None:
+        self._begin()
         self._padded: dict[Any, Any] = {}
         self._rows: list[str] = []
         self._cut_off: dict[tuple[str, Stopping], bool] = {}

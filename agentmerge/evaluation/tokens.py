@@ -46,18 +46,21 @@ class Tokenised:
     eot_token_id: int
     tok_decode: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def _begin(self) -> None:
+        """To be called before lm-eval's own constructor, which may tokenise."""
         self._ids: dict[tuple[str, bool | None], list[int]] = {}
         self._captured: list[Encoded] | None = None
-        super().__init__(*args, **kwargs)
 
     def tok_encode(
         self,
-        string: str,
+        string: Any,
         add_special_tokens: bool | None = None,
         left_truncate_len: int | None = None,
         **kwargs: Any,
-    ) -> list[int]:
+    ) -> Any:
+        """Tokens of a text, or a list of tokens for each of several."""
+        if not isinstance(string, str):
+            return [self.tok_encode(each, add_special_tokens, **kwargs) for each in string]
         key = (string, add_special_tokens)
         if key not in self._ids:
             asked: Any = super()

@@ -33,6 +33,8 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '[a]' }}{% endif %}"
 )
 CONTEXT = 96
+#: Heads of a size that vLLM's CPU build has.
+HEADS = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 def tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
@@ -94,6 +96,17 @@ def write_model(
     model.generation_config.save_pretrained(path)
     tokenizer(template).save_pretrained(path)
     return path
+
+
+def write_family(root: Path, **changes: Any) -> dict[str, Path]:
+    """A base and two experts near it."""
+    shape = HEADS | changes
+    base = write_model(root / "base", seed=3, **shape)
+    experts = {
+        name: write_model(root / name, seed=seed, near=base, **shape)
+        for name, seed in (("b", 4), ("c", 5))
+    }
+    return {"base": base} | experts
 
 
 def greedy(path: Path, prompts: Sequence[str], steps: int) -> list[str]:

@@ -27,13 +27,7 @@ def parents(tmp_path_factory: pytest.TempPathFactory, _one_thread: None) -> dict
     """A base and two experts near it."""
     import tiny
 
-    root = tmp_path_factory.mktemp("family")
-    base = tiny.write_model(root / "base", seed=3)
-    return {
-        "base": base,
-        "b": tiny.write_model(root / "b", seed=4, near=base),
-        "c": tiny.write_model(root / "c", seed=5, near=base),
-    }
+    return tiny.write_family(tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture(scope="session")

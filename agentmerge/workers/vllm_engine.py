@@ -1,0 +1,223 @@
+"""One vLLM engine: how it is started, asked, given other weights, and ended.
+
+It turns what vLLM does when it fails into our errors: an engine that raised is never used again.
+It knows vLLM's public interface (``LLM``); merging inside the engine is ``vllm_extension.py``, and
+what is asked is ``vllm_scoring.py``.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from agentmerge import errors
+from agentmerge.errors import AgentmergeError, RunFailed, UserError, WorkerLost
+from agentmerge.evaluation.loading import quiet
+from agentmerge.recipe import Recipe
+from agentmerge.workers.base import WorkerSpec
+
+_EXTENSION = "agentmerge.workers.vllm_extension.MergeExtension"
+#: The search decides these, or they would change weights or answers behind its back.
+_OURS = {
+    "model": "genome.models",
+    "tokenizer": "genome.tokenizer_source",
+    "dtype": "worker.dtype",
+    "trust_remote_code": "worker.trust_remote_code",
+    "worker_extension_cls": "the search's own",
+    "enable_lora": "impossible in a search: a LoRA would be added to every merge",
+    "enable_sleep_mode": "impossible in a search: sleeping frees the weights",
+    "speculative_config": "impossible in a search: its draft model is not merged",
+}
+_ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def engine_args(spec: WorkerSpec, longest: int) -> dict[str, Any]:
+    """What ``vllm.LLM`` is built with; ``worker.engine_args`` wins where it may.
+
+    longest: tokens of the longest request, its answer included.
+
+    Raises:
+        UserError: an entry of ``worker.engine_args`` that is not the user's to choose.
+    """
+    asked: Mapping[str, Any] = spec.options.get("engine_args") or {}
+    for name in asked:
+        if name in _OURS:
+            raise UserError(f"worker.engine_args.{name} cannot be set: {_OURS[name]}")
+    path = dict(spec.parents)[spec.template_model]
+    args: dict[str, Any] = {
+        "model": path,
+        "tokenizer": path,
+        "dtype": spec.dtype,
+        "trust_remote_code": spec.trust_remote_code,
+        "worker_extension_cls": _EXTENSION,
+        "max_model_len": longest,
+        "max_num_seqs": spec.batch_size,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "seed": 0,
+    }
+    if spec.device == "cpu":
+        blocks = -(-longest // _CPU_BLOCK) + 1
+        args |= {
+            "enforce_eager": True,
+            "block_size": _CPU_BLOCK,
+            "kv_cache_memory_bytes": spec.batch_size * blocks * _CPU_BLOCK * _token_bytes(spec),
+        }
+    return args | dict(asked)
+
+
+_CPU_BLOCK = 32
+
+
+def _token_bytes(spec: WorkerSpec) -> int:
+    """Bytes of keys and values that one token takes in the cache."""
+    from pathlib import Path
+
+    from agentmerge.merging.headers import num_layers, read_config, text_config
+
+    config = text_config(read_config(Path(dict(spec.parents)[spec.template_model])))
+    heads = config.get("num_attention_heads") or config.get("n_head") or 1
+    kv_heads = config.get("num_key_value_heads") or heads
+    width = config.get("head_dim") or (config.get("hidden_size") or config["n_embd"]) // heads
+    numbers = 2 * num_layers(config) * kv_heads * width
+    return int(numbers * (4 if spec.dtype == "float32" else 2))
+
+
+class Engine:
+    """A live engine with the parents beside its model.
+
+    Raises:
+        ParentError: the parents cannot be merged.
+        RunFailed: vLLM cannot run this model, or no swap into it could be proved.
+        WorkerLost: the engine died.
+    """
+
+    def __init__(self, spec: WorkerSpec, longest: int) -> None:
+        self._spec = spec
+        self._args = engine_args(spec, longest)
+        self._salt = ""
+        self._llm: Any = None
+        with self._guarded("start"), _started(spec):
+            from vllm import LLM
+
+            self._llm = LLM(**self._args)
+        options = {
+            "parents": dict(spec.parents),
+            "base": spec.options.get("base"),
+            "dtype": spec.dtype,
+            "way": spec.options.get("way"),
+        }
+        self.facts = self._call("agentmerge_open", options)
+
+    def load(self, recipe: Recipe, way: str | None = None) -> dict[str, Any]:
+        """Merge ``recipe`` into the live weights, and forget what was computed with the old ones.
+
+        Raises:
+            CandidateFailed: the recipe's fault.
+            RunFailed: the live weights are not the merged ones.
+            WorkerLost: the engine failed, and must be built anew.
+        """
+        report = self._call("agentmerge_load", recipe.to_dict(), way)
+        with self._guarded("empty its caches"):
+            if not self._llm.reset_prefix_cache():
+                raise WorkerLost("vLLM could not empty its prefix cache: a request is running")
+            self._llm.reset_mm_cache()
+            self._llm.llm_engine.reset_encoder_cache()
+        self._salt = report["digest"]
+        return report
+
+    def ask(self, prompts: Sequence[list[int]], settings: Sequence[Any]) -> list[Any]:
+        """vLLM's outputs, in order. No answer of other weights can be read from its cache."""
+        if not prompts:
+            return []
+        asked = [{"prompt_token_ids": p, "cache_salt": self._salt} for p in prompts]
+        with self._guarded("score"):
+            outputs: list[Any] = self._llm.generate(asked, list(settings), use_tqdm=False)
+        return outputs
+
+    def close(self) -> None:
+        llm, self._llm = self._llm, None
+        if llm is None:
+            return
+        with suppress(Exception), quiet():  # it may be dead already
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+    def _call(self, method: str, *args: Any) -> dict[str, Any]:
+        """The report that all ranks agree on; errors as they were raised there."""
+        with self._guarded(method.removeprefix("agentmerge_")):
+            reports = self._llm.collective_rpc(method, args=args)
+        for report in reports:
+            if "error" in report:
+                kind = getattr(errors, report["error"], RunFailed)
+                raise kind(report["message"])
+        timeless = [{k: v for k, v in r.items() if not k.endswith("_s")} for r in reports]
+        if any(report != timeless[0] for report in timeless):
+            raise RunFailed(f"the ranks of the engine do not agree: {timeless}")
+        found: dict[str, Any] = reports[0]
+        return found
+
+    @contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        """Whatever vLLM raises: its engine may be half-way between two models, so it is lost."""
+        if self._llm is None and what != "start":
+            raise WorkerLost("the vLLM engine is gone")
+        try:
+            with quiet():
+                yield
+        except AgentmergeError:
+            raise
+        except Exception as error:
+            self.close()
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if "out of memory" in reason.lower() or isinstance(error, MemoryError):
+                reason += f"; lower {_lower(self._spec)}"
+            raise WorkerLost(f"the vLLM engine failed to {what}: {reason[:600]}") from error
+
+
+def _lower(spec: WorkerSpec) -> str:
+    return (
+        f"worker.batch_size (now {spec.batch_size}), worker.engine_args.gpu_memory_utilization or "
+        "worker.engine_args.max_num_batched_tokens"
+    )
+
+
+@contextmanager
+def vllm_imported() -> Iterator[None]:
+    """Import anything of vLLM inside this: it reads its environment then, and says much."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with quiet():
+        yield
+
+
+@contextmanager
+def _started(spec: WorkerSpec) -> Iterator[None]:
+    """What an engine looks at while it starts; torch's thread setting is left as it was."""
+    import torch
+
+    apart = spec.options.get("engine_process", spec.device != "cpu")
+    in_place = bool(spec.options.get("in_place", True))
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(bool(apart)))
+    os.environ["AGENTMERGE_VLLM_IN_PLACE"] = str(int(in_place))
+    from agentmerge.workers.vllm_extension import keep_in_place
+
+    keep_in_place(in_place)  # it may have been imported before
+    set_threads, preload = torch.set_num_threads, os.environ.get("LD_PRELOAD")
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_threads
+        if preload is None:  # meant for the engine's own processes
+            os.environ.pop("LD_PRELOAD", None)
+        else:
+            os.environ["LD_PRELOAD"] = preload
