@@ -105,7 +105,7 @@ def _vllm() -> dict[str, Any]:
             return _finding(name, True, version(name))
         except PackageNotFoundError:
             continue
-    return _finding("vllm", True, "not installed; this version scores with the hf worker")
+    return _finding("vllm", True, "not installed; needed only for worker.kind: vllm")
 
 
 def _device() -> dict[str, Any]:

@@ -95,11 +95,11 @@ def record(model: Any, tensors: Parameters) -> WeightMap:
     return WeightMap(pieces, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
 
 
-class _Watcher(TorchDispatchMode):
+class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes copies from known tensors into known parameters instead of making them."""
 
     def __init__(self, tensors: Parameters, parameters: Parameters) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.pieces: dict[str, list[Piece]] = {}
         self._parameters = parameters
         self._sources = _Places(tensors)

@@ -117,11 +117,11 @@ class VllmLM(Tokenised, VLLM):  # type: ignore[misc]
         settings = [_settings(logprob_token_ids=tokens) for _, tokens in asked]
         outputs = self._ask([list(context) for context, _ in asked], settings)
         known: dict[tuple[tuple[int, ...], int], tuple[float, bool]] = {}
-        for (context, tokens), output in zip(asked, outputs, strict=True):
+        for (prompt, tokens), output in zip(asked, outputs, strict=True):
             said = output.outputs[0]
             for token in tokens:
                 own = said.logprobs[0][token].logprob
-                known[context, token] = (own, said.token_ids[0] == token)
+                known[prompt, token] = (own, said.token_ids[0] == token)
         return [known[tuple(context), more[0]] for _, context, more in requests]
 
     def _rows(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[list[Row]]:
