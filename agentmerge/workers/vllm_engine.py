@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -212,6 +213,7 @@ def _started(spec: WorkerSpec) -> Iterator[None]:
     from agentmerge.workers.vllm_extension import keep_in_place
 
     keep_in_place(in_place)  # it may have been imported before
+    _hide_from_inspection()
     set_threads, preload = torch.set_num_threads, os.environ.get("LD_PRELOAD")
     try:
         yield
@@ -221,3 +223,21 @@ def _started(spec: WorkerSpec) -> Iterator[None]:
             os.environ.pop("LD_PRELOAD", None)
         else:
             os.environ["LD_PRELOAD"] = preload
+
+
+def _hide_from_inspection() -> None:
+    """vLLM asks every object of every module for ``__dict__``; llvmlite's library (of numba) takes
+    that for a function of its own and answers."""
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    kind: Any = type(getattr(ffi, "lib", None))
+    answer = getattr(kind, "__getattr__", None)
+    if answer is None or hasattr(answer, "agentmerge"):
+        return
+
+    def without_own(library: Any, name: str) -> Any:
+        if name == "__dict__":
+            raise AttributeError(name)
+        return answer(library, name)
+
+    without_own.agentmerge = True  # type: ignore[attr-defined]
+    kind.__getattr__ = without_own

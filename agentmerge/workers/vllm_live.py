@@ -10,18 +10,20 @@ model and worker from inside; it knows no engine, no items and no search.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from agentmerge.errors import AgentmergeError, CandidateFailed, RunFailed
+from agentmerge.errors import AgentmergeError, RunFailed
 from agentmerge.merging.digests import digest_of_lines, tensor_line
 from agentmerge.merging.parents import Family
+from agentmerge.merging.plan import MergePlan, TensorPlan
 from agentmerge.recipe import Recipe
-from agentmerge.workers.vllm_map import Unmappable, WeightMap, record
+from agentmerge.workers.vllm_map import Parameters, Unmappable, WeightMap, record
 
 #: Layers whose weights others derive from, or that keep them in another form, by class name.
 _DERIVED = ("MoE", "MLA", "Mamba", "ShortConv", "GatedDelta", "LinearAttention", "LoRA")
@@ -78,12 +80,10 @@ class LiveModel:
         start = time.perf_counter()
         recipe = Recipe.parse(body).canonical(self._family.layout.num_layers)
         planned = self._family.plan(recipe)
-        merge = Merge(self._family.merge(recipe), self._names, self._map, self._dtype)
+        merge = Merge(self._family, planned, self._map, self._dtype, self._worker.device)
         with torch.no_grad():
             if (way or self._way) == "map":
-                live = self.parameters()
-                for name, tensor in merge.tensors():
-                    self._map.write(name, tensor, live)
+                merge.write(self.parameters())
             else:
                 self._reload(merge)
             written = time.perf_counter()
@@ -183,49 +183,62 @@ class Merge:
 
     def __init__(
         self,
-        merged: Iterator[tuple[str, torch.Tensor]],
-        names: Sequence[str],
+        family: Family,
+        planned: MergePlan,
         weight_map: WeightMap,
         dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.lines: dict[str, str] = {}
         self.parts: dict[str, list[str]] = {}
         self.failure: AgentmergeError | None = None
         self.seconds = 0.0
-        self._merged = merged
-        self._names = frozenset(names)
+        self._family = family
+        self._plan = planned
         self._map = weight_map
-        self._dtype = dtype
+        self._make = partial(torch.empty, dtype=dtype, device=device)
+
+    def write(self, live: Parameters) -> None:
+        """Into the live parameters: where a tensor lies there whole, it is merged right there."""
+        for item in self._items():
+            name = item.spec.name
+            if self._map.is_whole(name):
+                self._merged(item, next(iter(self._map.live_parts(name, live))))
+            else:
+                self._map.write(name, self._merged(item, None), live)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Raises RunFailed for a name that is missing, unknown or given twice."""
-        while True:
-            start = time.perf_counter()
-            found = next(self._merged, None)
-            if found is None:
-                break
-            name, tensor = self._checked(*found)
-            self.seconds += time.perf_counter() - start
-            yield name, tensor
-        if missing := self._names - self.lines.keys():
-            raise RunFailed(f"the merge left {len(missing)} tensors out: {sorted(missing)[:3]}")
+        """For a loader: each a fresh tensor, since vLLM's keeps them until a layer is complete."""
+        for item in self._items():
+            yield item.spec.name, self._merged(item, None)
 
-    def _checked(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
-        if name in self.lines or name not in self._names:
-            raise RunFailed(f"the merge gave {name!r} twice, or the model has no such tensor")
-        expected = self._map.shapes[name]
-        if tuple(tensor.shape) != expected:
-            raise RunFailed(f"{name!r} has shape {list(tensor.shape)}, not {list(expected)}")
-        if tensor.dtype != self._dtype:
-            tensor = tensor.to(self._dtype)
-            if not torch.isfinite(tensor).all():
-                raise CandidateFailed(f"{name!r} is not finite in {self._dtype}")
-        self.lines[name] = tensor_line(name, tensor)
+    def _items(self) -> Iterator[TensorPlan]:
+        """Raises RunFailed for a name that is missing, unknown or given twice."""
+        for item in self._plan.tensors:
+            name = item.spec.name
+            expected = self._map.shapes.get(name)
+            if expected is None or name in self.lines:
+                raise RunFailed(f"the merge gave {name!r} twice, or the model has no such tensor")
+            if item.spec.shape != expected:
+                raise RunFailed(f"{name!r} has shape {list(item.spec.shape)}, not {list(expected)}")
+            yield item
+        if missing := self._map.shapes.keys() - self.lines.keys():
+            raise RunFailed(f"the merge left {len(missing)} tensors out: {sorted(missing)[:3]}")
+        self._family.verify()
+
+    def _merged(self, item: TensorPlan, target: torch.Tensor | None) -> torch.Tensor:
+        start = time.perf_counter()
+        name = item.spec.name
+        if target is None:
+            target = self._make(item.spec.shape)
+        self._family.merge_into(item, self._plan.merge_seed, target)
+        self.seconds += time.perf_counter() - start
+        self.lines[name] = tensor_line(name, target)
         if self._map.is_whole(name):
             self.parts[name] = [self.lines[name]]
         else:
-            self.parts[name] = [tensor_line(name, part) for part in self._map.parts(name, tensor)]
-        return name, tensor
+            self.parts[name] = [tensor_line(name, part) for part in self._map.parts(name, target)]
+        return target
 
 
 def _packed(model: Any) -> dict[str, Any]:
