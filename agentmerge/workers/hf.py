@@ -1,8 +1,8 @@
 """Merges in memory and scores with plain transformers: parents resident, one live model.
 
-Every load writes each tensor of the merge into the live model in place, and proves it: every
-expected name exactly once, all finite, and a digest of the live weights that equals the digest of
-what was merged. Buffers are never touched. Knows nothing of searches.
+Every load writes the tensors that change straight into the live model and proves the swap: every
+expected name exactly once, all finite, and every live tensor read back and equal to what was merged
+into it (``merging/live.py``). Buffers are never touched. Knows nothing of searches.
 
 Options (``worker.options``): ``max_length`` (context in tokens), ``attn_implementation``,
 ``threads`` (torch's, while it works; by default one for models under 20 million parameters, whose
@@ -20,12 +20,12 @@ from typing import Any
 import torch
 import transformers
 
-from agentmerge.errors import CandidateFailed, ParentError, RunFailed, WorkerLost
+from agentmerge.errors import ParentError, RunFailed, WorkerLost
 from agentmerge.evaluation.live import LiveLM, context_length, parent_path, tokenizer_of
 from agentmerge.evaluation.loading import quiet
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
-from agentmerge.merging.digests import digest
+from agentmerge.merging.live import LiveWeights
 from agentmerge.merging.parents import Family
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
@@ -55,6 +55,7 @@ class HfWorker:
         self._live = dict(self._model.named_parameters())
         self._threads = threads_for(spec, self._model)
         _check_names(set(self._live), set(self._family.layout.by_name))
+        self._weights = LiveWeights(self._family, self._live)
         self._scorer = scorer(spec, self._model, taskset or tasks_for(spec))
         self._ready = False
 
@@ -74,34 +75,9 @@ class HfWorker:
         self._ready = False
         with self._guarded(), torch.no_grad():
             plan = self._family.plan(recipe)
-            written: set[str] = set()
-            merged = digest(self._written(recipe, written))
-            if missing := self._live.keys() - written:
-                raise RunFailed(f"the merge left {len(missing)} tensors out: {sorted(missing)[:3]}")
-            live = digest(self._live.items())
-        if live != merged:
-            raise RunFailed(
-                f"the live weights ({live}) are not the merged ones ({merged}): memory is faulty "
-                "or something else writes to the model"
-            )
+            loaded = self._weights.load(plan)
         self._ready = True
-        return Fingerprint(plan.digest, live, len(written))
-
-    def _written(self, recipe: Recipe, written: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each merged tensor, after it was copied into the live model."""
-        for name, tensor in self._family.merge(recipe):
-            if name in written or name not in self._live:
-                raise RunFailed(f"the merge gave {name!r} twice, or the model has no such tensor")
-            target = self._live[name]
-            if tensor.shape != target.shape:
-                raise RunFailed(f"{name!r} has shape {tuple(tensor.shape)}, not {target.shape}")
-            if tensor.dtype != target.dtype:
-                tensor = tensor.to(target.dtype)
-                if not torch.isfinite(tensor).all():
-                    raise CandidateFailed(f"{name!r} is not finite in {target.dtype}")
-            target.copy_(tensor)
-            written.add(name)
-            yield name, tensor
+        return Fingerprint(plan.digest, loaded.digest, loaded.tensors)
 
     def score(self, items: Sequence[ItemRef]) -> list[ItemResult]:
         if not self._ready:
@@ -127,7 +103,7 @@ class HfWorker:
     def close(self) -> None:
         self._ready = False
         self._live = {}
-        del self._scorer, self._model, self._family
+        del self._scorer, self._weights, self._model, self._family
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
