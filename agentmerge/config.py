@@ -20,6 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from agentmerge.errors import ConfigError
 from agentmerge.methods import METHODS, Method, Parameter
 
+Role = Literal["critic", "controller", "proposer"]
+ROLES: tuple[Role, ...] = ("critic", "controller", "proposer")
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -185,25 +188,56 @@ class SearchSettings(_Frozen):
     graph: str = "search"
 
 
+class RoleSettings(_Frozen):
+    """One agent's own model; what is not set is as for all agents."""
+
+    model: str | None = None
+    base_url: str | None = None
+    temperature: float | None = Field(None, ge=0)
+    timeout_s: float | None = Field(None, gt=0)
+    max_retries: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+
 class AgentSettings(_Frozen):
-    """Who advises: ``llm`` is "none" or "provider:model"; each role may name its own."""
+    """Who advises: ``llm`` is "none" or "provider:model"; each role may have its own."""
 
     llm: str = "none"
-    proposer: str | None = None
-    critic: str | None = None
-    controller: str | None = None
+    proposer: RoleSettings | None = None
+    critic: RoleSettings | None = None
+    controller: RoleSettings | None = None
     base_url: str | None = None
-    temperature: float | None = None
+    temperature: float | None = Field(None, ge=0)
     timeout_s: float = Field(60.0, gt=0)
     max_retries: int = Field(3, ge=0)
+    max_tokens: int | None = Field(None, gt=0)
+    probes: int = Field(0, ge=0)
+    key_file: str | None = None
     prompts: str | None = None
 
-    def model_for(self, role: Literal["proposer", "critic", "controller"]) -> str:
-        return getattr(self, role) or self.llm
+    def settings_for(self, role: Role) -> RoleSettings:
+        """A role's settings, whole: its own, else those of all agents; ``model`` may be "none"."""
+        own: RoleSettings = getattr(self, role) or RoleSettings()
+        everyone = {"model": self.llm} | {
+            name: getattr(self, name) for name in RoleSettings.model_fields if name != "model"
+        }
+        given = {name: value for name, value in own if value is not None}
+        if own.model is not None and own.base_url is None and ":" in own.model:
+            everyone["base_url"] = self.base_url if _same_provider(own.model, self.llm) else None
+        return RoleSettings(**(everyone | given))
 
     @property
     def any_model(self) -> bool:
-        return any(self.model_for(r) != "none" for r in ("proposer", "critic", "controller"))
+        return any(self.settings_for(role).model != "none" for role in ROLES)
+
+
+def _same_provider(one: str, other: str) -> bool:
+    return other == "none" or one.partition(":")[0] == other.partition(":")[0]
 
 
 class WorkerSettings(_Frozen):
@@ -222,7 +256,19 @@ class BudgetSettings(_Frozen):
     """Hard limits; reaching one ends the search with the best so far."""
 
     max_evaluations: int = Field(100, gt=0)
+    max_items: int | None = Field(None, gt=0)
     timeout_s: float | None = Field(None, gt=0)
+    max_tokens: int | None = Field(None, gt=0)
+    max_cost_usd: float | None = Field(None, ge=0)
+    prices: dict[str, tuple[float, float]] = Field(default_factory=dict)
+
+    @field_validator("prices")
+    @classmethod
+    def _no_negative(cls, value: Any) -> Any:
+        for model, price in value.items():
+            if min(price) < 0:
+                raise ValueError(f"{model!r} has a price below 0")
+        return value
 
 
 _OWN_SECTIONS: dict[str, type[_Frozen]] = {

@@ -14,6 +14,8 @@
     │   └── LedgerError             the results database cannot be written
     ├── CandidateFailed             one bad candidate: recorded as data, never ends a run
     │   └── RecipeRejected          refused before any worker saw it
+    ├── BudgetReached               the next step cannot be paid: the search ends with its best
+    ├── ReplyMissing                a replay came to a question that nobody answered before
     ├── NotBegun                    the search was told to stop before this candidate's turn
     └── ModelReplyError             a chat model failed: costs a generation's advice
 
@@ -93,6 +95,18 @@ class RecipeRejected(CandidateFailed):
 
 class NotBegun(AgentmergeError):
     """A candidate's turn came after the search was told to stop; it stays open."""
+
+
+class BudgetReached(AgentmergeError):
+    """The next step cannot be paid; ``limit`` names the budget ("tokens", "cost", ...)."""
+
+    def __init__(self, limit: str) -> None:
+        super().__init__(f"the budget is used up: {limit}")
+        self.limit = limit
+
+
+class ReplyMissing(AgentmergeError):
+    """A replay came to something that the run it follows never saw."""
 
 
 class ModelReplyError(AgentmergeError):

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from agentmerge.evaluation.tasks import ScoredTask
     from agentmerge.steps import Search
 
+#: The operator of candidates that a tool made.
+PROBE = "probe"
 MAX_RECIPE_CHARS = 20_000
 MAX_LISTED = 50
 ITEMS_SHOWN = 8
@@ -53,13 +55,14 @@ def merge_and_evaluate(
     tasks: Sequence[str] | None = None,
     limit: int | None = None,
     generation: int | None = None,
+    who: str = "",
 ) -> dict[str, Any]:
     """Score a recipe; a merge that was scored before costs nothing.
 
     recipe: mergekit YAML with this search's models, or a JSON list of integers 0..100, one an axis.
     tasks, limit: only these objectives, only so many items a task: cheaper, and not comparable with
     a whole score, so it does not become a candidate.
-    generation: which one a new candidate joins; by default one of its own.
+    generation: which one a new candidate joins; by default one of its own. who: its label.
 
     Raises:
         UserError: the recipe or a task cannot be understood, or the budget is used up.
@@ -68,7 +71,7 @@ def merge_and_evaluate(
     parsed, point = read_recipe(search, recipe)
     search.check(parsed)
     if tasks is None and limit is None:
-        proposal = Proposal(point, "probe", None if point else parsed.to_yaml())
+        proposal = Proposal(point, PROBE, None if point else parsed.to_yaml(), who)
         return _as_candidate(search, proposal, parsed, generation)
     names = [o.name for o in search.taskset.objectives]
     wrong = [name for name in tasks or () if name not in names]

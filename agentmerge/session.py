@@ -23,18 +23,25 @@ from typing import Any
 
 from agentmerge import plugins
 from agentmerge.check import Prepared, anchored, prepare
-from agentmerge.config import SearchConfig
+from agentmerge.config import Role, SearchConfig
 from agentmerge.errors import CandidateFailed, NotBegun, NotFound, RunFailed, UserError
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.recipe import Recipe
 from agentmerge.state import GRAPH_VERSION, SearchState
-from agentmerge.steps import Emit, Role, Scoring, Search
+from agentmerge.steps import Emit, Scoring, Search
 
 LEDGER = "agentmerge.sqlite"
 CHECKPOINTS = "checkpoints.sqlite"
 
 #: Options that ``resume`` may raise; anything else is another search: ``branch``.
-RESUMABLE = ("budget.max_evaluations", "budget.timeout_s", "search.max_generations")
+RESUMABLE = (
+    "budget.max_evaluations",
+    "budget.max_items",
+    "budget.timeout_s",
+    "budget.max_tokens",
+    "budget.max_cost_usd",
+    "search.max_generations",
+)
 
 _OPEN: dict[str, Search] = {}
 
@@ -398,26 +405,9 @@ def _strategy(config: SearchConfig) -> Any:
 
 
 def _models(config: SearchConfig, ready: Mapping[Role, Any] | None) -> dict[Role, Any]:
-    from agentmerge.agents.models import AgentModel
+    from agentmerge.agents.roles import models_for
 
-    settings = config.agents
-    options: dict[str, Any] = {"timeout_s": settings.timeout_s, "max_retries": settings.max_retries}
-    shared: dict[str, AgentModel] = {}
-    found: dict[Role, Any] = {}
-    roles: tuple[Role, ...] = ("critic", "controller", "proposer")
-    for role in roles:
-        if ready and role in ready:
-            found[role] = AgentModel(ready[role], **options)
-            continue
-        spec = settings.model_for(role)
-        if spec == "none":
-            continue
-        if spec not in shared:
-            shared[spec] = AgentModel.from_spec(
-                spec, base_url=settings.base_url, temperature=settings.temperature, **options
-            )
-        found[role] = shared[spec]
-    return found
+    return dict(models_for(config, ready or {}))
 
 
 def check_resources(config: SearchConfig, ready: Mapping[Role, Any] | None = None) -> None:

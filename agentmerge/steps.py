@@ -8,19 +8,18 @@ what happens is told through ``emit``.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from agentmerge.agents import controller, critic, proposer
-from agentmerge.agents.history import HistoryView, TaskView
+from agentmerge.advising import advise, guidance_of
 from agentmerge.agents.models import AgentModel
-from agentmerge.agents.prompts import Prompts, prompt_hash
-from agentmerge.agents.schemas import Guidance
-from agentmerge.config import SearchConfig
-from agentmerge.errors import CandidateFailed, ModelReplyError, NotBegun, RecipeRejected
+from agentmerge.agents.prompts import Prompts
+from agentmerge.config import Role, SearchConfig
+from agentmerge.errors import CandidateFailed, NotBegun, RecipeRejected
 from agentmerge.evaluation.tasks import Part, TaskSet
 from agentmerge.final import final_card
 from agentmerge.genome import SearchSpace
@@ -30,14 +29,10 @@ from agentmerge.slopes import SlopePool, Slopes
 from agentmerge.state import GRAPH_VERSION, SearchState
 from agentmerge.strategies.base import GRADIENT_COST, Proposal, Strategy, rng_factory
 from agentmerge.strategies.chain_rule import unit_gradient
-from agentmerge.strategies.llm_evo import improved
 from agentmerge.strategies.random import random_vectors
 from agentmerge.workers.base import EngineInfo, Fingerprint, Gradient, ItemRef, ItemResult
 
-Role = Literal["critic", "controller", "proposer"]
 Emit = Callable[[dict[str, Any]], None]
-
-_AGENTS: dict[Role, Any] = {"critic": critic, "controller": controller, "proposer": proposer}
 
 #: Generations in a row without one new merge after which the space counts as exhausted.
 BARREN_GENERATIONS = 3
@@ -146,6 +141,7 @@ class Search:
     identities: model name -> content fingerprint; paths: -> its directory.
     check: raises RecipeRejected for a recipe that cannot be merged, from headers alone.
     deadline: ``time.monotonic`` value, or None.
+    replies_of: the run whose stored replies answer for the models; by default its own.
     stopping: set by the first Ctrl-C; candidates that have not begun are left open.
     still_mine: raises LeaseHeld where another process took the search over.
     """
@@ -165,6 +161,7 @@ class Search:
     prompts: Prompts
     emit: Emit
     paths: Mapping[str, Path] = field(default_factory=dict)
+    replies_of: str | None = None
     deadline: float | None = None
     stopping: Callable[[], bool] = lambda: False
     still_mine: Callable[[], None] = lambda: None
@@ -186,8 +183,7 @@ class Search:
             known = [c for c in past if c.score is not None and c.operator != "parent"]
             best = max(known, key=lambda c: c.score or 0.0, default=None)
             again = [] if best is None else [self._again(best)]
-            budget = self.config.budget.max_evaluations
-            self._add(last + 1, [*again, *self._rivals()][:budget])
+            self._add(last + 1, [*again, *self._rivals()][: self.evaluations_left])
             return last + 1
         return last
 
@@ -247,7 +243,7 @@ class Search:
         best = incumbent(candidates)
         if best is not None:
             self._write_best(best)
-        if self._late():
+        if self.seconds_left <= 0:
             return Outcome(best, "timeout")
         still_open = [
             (c.generation, c.slot)
@@ -266,7 +262,7 @@ class Search:
         )
         limit = self.config.search.max_generations
         reason = ""
-        if evaluations(candidates) >= self.config.budget.max_evaluations:
+        if not self.evaluations_left:
             reason = "budget"
         elif limit is not None and generation >= limit:
             reason = "generations"
@@ -276,45 +272,23 @@ class Search:
             reason = "nothing new"
         return Outcome(best, reason)
 
-    def advise(self, role: Role, generation: int) -> None:
-        """Ask one agent and keep its word; without a model, or where it fails, its rules speak."""
-        if any(word["role"] == role for word in self.ledger.advice(self.run_id, generation)):
-            return
-        agent = _AGENTS[role]
-        view = self._view(generation)
-        guidance = self._guidance(generation)
-        failure = ""
-        advised = agent.by_rules(view, guidance)
-        if role in self.models:
-            try:
-                advised = self._asked(role, agent, view, guidance)
-            except ModelReplyError as error:
-                failure = str(error)
-        self.ledger.save_advice(
-            self.run_id, generation, role, {"guidance": advised.to_json(), "failure": failure}
-        )
-        self.emit(
-            {
-                "event": "advice",
-                "role": role,
-                "generation": generation,
-                "source": advised.source,
-                "failure": failure,
-                "words": advised.thought if role == "proposer" else advised.critique,
-            }
-        )
+    def advise(self, role: Role, generation: int) -> str:
+        """Ask one agent and keep its word; without a model, or where it fails, its rules speak.
+
+        Returns the limit that does not allow it, or "".
+        """
+        return advise(self, role, generation)
 
     def propose(self, generation: int) -> int:
         """Let the strategy write the next generation; returns its number."""
         candidates = self.ledger.candidates(self.run_id)
         if candidates[-1].generation > generation:
             return generation + 1  # this node ran before
-        left = self.config.budget.max_evaluations - evaluations(candidates)
+        left = self.evaluations_left
         count = min(self.population, left)
         history = self.ledger.history(self.run_id)
-        proposals = self.strategy.propose(
-            self.space, history, self._guidance(generation), count, self._rng()
-        )
+        guidance = guidance_of(self.ledger, self.run_id, generation)
+        proposals = self.strategy.propose(self.space, history, guidance, count, self._rng())
         self._add(generation + 1, _affordable(self._possible(proposals), left))
         return generation + 1
 
@@ -379,8 +353,14 @@ class Search:
     def evaluations_left(self) -> int:
         """What of the budget is neither used nor promised to an open candidate."""
         found = self.ledger.candidates(self.run_id)
-        waiting = sum(c.cost for c in found if c.state == "open" and not c.prior)
-        return max(0, self.config.budget.max_evaluations - evaluations(found) - waiting)
+        budget = self.config.budget
+        used = evaluations(found) + sum(c.cost for c in found if c.state == "open" and not c.prior)
+        left = budget.max_evaluations - used
+        if budget.max_items is not None:
+            each = max(1, len(self.taskset.refs("search")))
+            probed = self.ledger.probe_totals(self.run_id)["items"]
+            left = min(left, (budget.max_items - probed) // each - used)
+        return max(0, left)
 
     # --- proposing --------------------------------------------------------------------------
 
@@ -414,14 +394,14 @@ class Search:
             except RecipeRejected:
                 point = None  # outside the space, and perhaps refused: `_add` says why
             seeds.append(_proposal(point, recipe, "init", Path(path).name))
-        left = self.config.budget.max_evaluations - len(seeds)
+        budget = self.evaluations_left
+        left = budget - len(seeds)
         draws = self.strategy.propose(
             self.space, [], None, max(0, min(self.population, left)), self._rng()
         )
         if self.config.search.random_init and not draws:
             points = random_vectors(self.space, 0, max(0, min(self.population, left)), self._rng())
             draws = [Proposal(point, "random") for point in points]
-        budget = self.config.budget.max_evaluations
         return _affordable([*seeds, *self._possible(draws)], budget)
 
     def _possible(self, proposals: Sequence[Proposal]) -> list[Proposal]:
@@ -453,88 +433,14 @@ class Search:
             rows.append((proposal, recipe_hash, text, failure))
         self.ledger.add_candidates(self.run_id, generation, rows)
 
-    # --- advice -----------------------------------------------------------------------------
-
-    def _guidance(self, generation: int) -> Guidance:
-        """What the agents said of this generation so far, the latest speaker's being complete."""
-        words = {w["role"]: w for w in self.ledger.advice(self.run_id, generation)}
-        for role in ("proposer", "controller", "critic"):
-            if role in words:
-                return Guidance.from_json(words[role]["guidance"])
-        return Guidance()
-
-    def _asked(self, role: Role, agent: Any, view: HistoryView, guidance: Guidance) -> Guidance:
-        """The model's word; a call that was paid for before is read, not made again.
-
-        Raises:
-            ModelReplyError: no valid reply (kept with its cost, and raised again on replay).
-        """
-        messages = agent.messages(view, self.prompts, guidance)
-        key = (self.run_id, view.generation, role, prompt_hash(messages))
-        known = self.ledger.call(*key)
-        if known is None:
-            model = self.models[role]
-            cost: dict[str, Any]
-            try:
-                reply = model.ask(
-                    messages, agent.schema(view), lambda text: agent.parse(text, view)
-                )
-                known = (reply.raw_text, None)
-                cost = {
-                    "tokens_in": reply.tokens_in,
-                    "tokens_out": reply.tokens_out,
-                    "latency_s": reply.latency_s,
-                }
-            except ModelReplyError as error:
-                known = (None, str(error))
-                cost = {
-                    "tokens_in": error.tokens_in,
-                    "tokens_out": error.tokens_out,
-                    "latency_s": 0.0,
-                }
-            self.ledger.save_call(
-                *key,
-                attempt=0,
-                model=model.name,
-                messages=messages,
-                reply=known[0],
-                error=known[1],
-                **cost,
-            )
-        text, failure = known
-        if text is None:
-            raise ModelReplyError(failure or "no reply")
-        return agent.by_model(agent.parse(text, view), guidance)  # type: ignore[no-any-return]
-
-    def _view(self, generation: int) -> HistoryView:
-        history = self.ledger.history(self.run_id)
-        before = self._guidance(generation - 1) if generation else None
-        candidates = self.ledger.candidates(self.run_id)
-        settings = self.config.search
-        return HistoryView(
-            space=self.space,
-            tasks=tuple(
-                TaskView(o.name, o.weight, self._metric(o.name), o.higher_is_better)
-                for o in self.taskset.objectives
-            ),
-            entries=tuple(history),
-            sigma=None if before is None else before.sigma,
-            sigma_low=settings.sigma_low,
-            sigma_high=settings.sigma_high,
-            improved_last=improved(history) if history else False,
-            budget_left=self.config.budget.max_evaluations - evaluations(candidates),
-        )
-
-    def _metric(self, name: str) -> str:
-        return next((t.metric for t in self.config.tasks.tasks if t.name == name), "")
-
     # --- small things -----------------------------------------------------------------------
 
-    def _wanted(self) -> bool:
-        return not self.stopping() and not self._late()
+    @property
+    def seconds_left(self) -> float:
+        return math.inf if self.deadline is None else self.deadline - time.monotonic()
 
-    def _late(self) -> bool:
-        return self.deadline is not None and time.monotonic() > self.deadline
+    def _wanted(self) -> bool:
+        return not self.stopping() and self.seconds_left > 0
 
     def _write_best(self, best: Candidate) -> None:
         """best.yml, replaced in one step: it is whole at every moment."""

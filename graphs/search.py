@@ -48,22 +48,28 @@ def select(
     return Command(update=outcome.update(), goto=_dispatch(outcome.open_slots, done="critic"))
 
 
-def critic(state: SearchState, runtime: Runtime[Context]) -> Command[Literal["controller"]]:
+def critic(
+    state: SearchState, runtime: Runtime[Context]
+) -> Command[Literal["controller", "finish"]]:
     """Explain what the last generation showed."""
-    runtime.context.search.advise("critic", state["generation"])
-    return Command(goto="controller")
+    return _advised(runtime.context.search.advise("critic", state["generation"]), "controller")
 
 
-def controller(state: SearchState, runtime: Runtime[Context]) -> Command[Literal["proposer"]]:
+def controller(
+    state: SearchState, runtime: Runtime[Context]
+) -> Command[Literal["proposer", "finish"]]:
     """Decide how far to step."""
-    runtime.context.search.advise("controller", state["generation"])
-    return Command(goto="proposer")
+    return _advised(runtime.context.search.advise("controller", state["generation"]), "proposer")
 
 
-def proposer(state: SearchState, runtime: Runtime[Context]) -> Command[Next]:
+def proposer(
+    state: SearchState, runtime: Runtime[Context]
+) -> Command[Literal["evaluate", "select", "finish"]]:
     """Suggest where to look; the strategy turns all advice into the next generation."""
     search = runtime.context.search
-    search.advise("proposer", state["generation"])
+    limit = search.advise("proposer", state["generation"])
+    if limit:
+        return _advised(limit, "select")
     generation = search.propose(state["generation"])
     return Command(update={"generation": generation}, goto=_dispatch(search.open_slots(generation)))
 
@@ -71,6 +77,11 @@ def proposer(state: SearchState, runtime: Runtime[Context]) -> Command[Next]:
 def finish(state: SearchState, runtime: Runtime[Context]) -> SearchState:
     """Choose among the best few, confirm on sealed items, write recipe and report."""
     return runtime.context.search.finish(state["stop_reason"])
+
+
+def _advised(limit: str, then: Any) -> Command[Any]:
+    """On to the next agent, or to the end where a limit does not allow this one to be asked."""
+    return Command(update={"stop_reason": limit}, goto="finish") if limit else Command(goto=then)
 
 
 def _dispatch(slots: list[tuple[int, int]], done: Literal["select", "critic"] = "select") -> Any:

@@ -15,8 +15,11 @@ from email.utils import parsedate_to_datetime
 
 from agentmerge.agents.schemas import clean_text
 
+_secrets: set[str] = set()
 _MAY_PASS = frozenset({408, 409, 429, 500, 502, 503, 504, 529})
-_LOST_CONNECTION = frozenset({"APIConnectionError", "TransportError", "RequestException"})
+_LOST_CONNECTION = frozenset(
+    {"APIConnectionError", "TransportError", "RequestException", "RetryError"}
+)
 _MAX_RETRY_AFTER_S = 30.0
 _MAX_REASON = 200
 
@@ -25,7 +28,9 @@ def status_of(error: Exception) -> int | None:
     """The HTTP status, where there was one."""
     response = getattr(error, "response", None)
     status = getattr(error, "status_code", None) or getattr(response, "status_code", None)
-    return status if isinstance(status, int) else None
+    if status is None:  # Google's clients call it code, and wrap the error that has it
+        status = getattr(error, "code", None) or getattr(error.__cause__, "code", None)
+    return int(status) if isinstance(status, int) and 100 <= status < 600 else None
 
 
 def _is_lost_connection(error: Exception) -> bool:
@@ -76,8 +81,16 @@ def reason(error: Exception) -> str:
     return f"gave an answer that is no chat completion ({type(error).__name__})"
 
 
+def keep_secret(value: str) -> None:
+    """Never show this value, a key that is not in the environment."""
+    if len(value) >= 6:
+        _secrets.add(value)
+
+
 def redact(text: str) -> str:
     """The text without anything that may be a key: values of key variables, sk-..., user:pass@."""
+    for value in _secrets:
+        text = text.replace(value, "[redacted]")
     for name, value in os.environ.items():
         if re.search(r"KEY|TOKEN|SECRET|PASSWORD", name) and len(value) >= 8:
             text = text.replace(value, "[redacted]")

@@ -1,15 +1,15 @@
-"""Chat models: from "provider:model" to a validated reply, or a reason why there is none.
+"""A chat model, asked for validated replies in bounded time; or a reason why there is none.
 
-Knows what servers do with structured output, which faults are worth another try, and how long all
-of it may take. Does not know what is asked (proposer, critic, controller) nor what is kept of it
-(ledger). Keys come from the environment alone and never appear in a message.
+Knows what servers do with structured output and with tools, which faults are worth another try, and
+how long all of it may take. Does not know what is asked (proposer, critic, controller), how a model
+is found (providers.py), nor what is kept of it (a ``CallLog``).
 """
 
 from __future__ import annotations
 
 import contextvars
 import json
-import os
+import math
 import queue
 import threading
 import time
@@ -18,33 +18,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
-from agentmerge.agents.faults import may_pass, reason, redact, retry_after_s, status_of
+from agentmerge.agents.calls import Call, CallLog, Ending, NoLog
+from agentmerge.agents.faults import may_pass, reason, retry_after_s, status_of
+from agentmerge.agents.prices import Price, cost_usd
 from agentmerge.agents.prompts import Message
-from agentmerge.errors import ModelReplyError, UserError
+from agentmerge.agents.providers import resolve_model
+from agentmerge.errors import ModelReplyError, ReplyMissing
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
-    from langchain_core.messages import AIMessage
-
-#: Where each provider's key is read from; a provider that is not here looks for its own.
-KEY_VARIABLES = {
-    "anthropic": "ANTHROPIC_API_KEY",
-    "deepseek": "DEEPSEEK_API_KEY",
-    "google_genai": "GOOGLE_API_KEY",
-    "groq": "GROQ_API_KEY",
-    "mistralai": "MISTRAL_API_KEY",
-    "openai": "OPENAI_API_KEY",
-    "openrouter": "OPENROUTER_API_KEY",
-    "xai": "XAI_API_KEY",
-}
-_ALIASES = {"google": "google_genai", "gemini": "google_genai", "mistral": "mistralai"}
+    from langchain_core.messages import AIMessage, BaseMessage
+    from langchain_core.tools import BaseTool
 
 #: How a reply's shape is asked for, from the strictest to what every server understands.
 LADDER = ("json_schema", "json_object", "text")
+#: A request that offers tools asks for the shape in words.
+TOOLS = "tools"
+#: The most tokens that a reply is taken to have where nobody set a limit.
+ASSUMED_MAX_TOKENS = 8192
 _SHAPE_REFUSED = frozenset({400, 415, 422, 501})
 _FIRST_PAUSE_S = 0.5
 _MAX_PAUSE_S = 8.0
 _MAX_SHOWN = 2_000
+_MAX_TOOL_CHARS = 6_000
+_CHARS_PER_TOKEN = 4
 
 R = TypeVar("R")
 
@@ -61,70 +58,35 @@ class Reply(Generic[R]):
     attempts: int
 
 
-def resolve_model(
-    spec: str,
-    *,
-    base_url: str | None = None,
-    temperature: float | None = None,
-    timeout_s: float = 60.0,
-) -> BaseChatModel:
-    """The chat model of "provider:model"; a bare model name is OpenAI's, or that of `base_url`.
-
-    The client never retries: `AgentModel` does, in one place. Raises UserError for an unknown
-    provider, a package that is not installed, or a missing key, naming the variable to set.
-    """
-    from langchain.chat_models import init_chat_model
-
-    provider, model, base_url = _split(spec, base_url)
-    options: dict[str, Any] = {"max_retries": 0, "timeout": timeout_s}
-    if temperature is not None:
-        options["temperature"] = temperature
-    if base_url is not None:
-        options["base_url"] = base_url
-    variable = KEY_VARIABLES.get(provider)
-    if variable is not None and not os.environ.get(variable):
-        if base_url is None:
-            raise UserError(
-                f"{variable} is not set, and {provider}:{model} needs it: export {variable}=..., "
-                "or give the base URL of a server that needs no key"
-            )
-        options["api_key"] = "none"
-    if provider == "openai":
-        # Without stream_usage a streamed reply has no token counts once there is a base URL.
-        options |= {"stream_usage": True, "use_responses_api": False}
-    try:
-        chat: BaseChatModel = init_chat_model(model, model_provider=provider, **options)
-    except ImportError as error:
-        fault = f"its package is not installed: {error}"
-    except Exception as error:
-        fault = str(error)
-    else:
-        return chat
-    raise UserError(f"cannot use {spec!r} as a model: {redact(fault)}")
-
-
 class AgentModel:
     """One chat model, asked for validated replies in bounded time. May be shared between roles.
 
-    timeout_s: of one request. max_retries: further requests after a fault that may pass. All of
-    them, pauses and one repair included, take at most ``timeout_s * (max_retries + 1)``.
+    chat: None only answers what a log has stored (a replay). timeout_s: of one request.
+    max_retries: further requests after a fault that may pass. All of them, pauses, tool calls and
+    one repair included, take at most ``timeout_s * (max_retries + 1)``. max_tokens: of one reply.
+    price: dollars a million tokens (in, out), None where unknown.
     """
 
     def __init__(
         self,
-        chat: BaseChatModel,
+        chat: BaseChatModel | None,
         *,
         timeout_s: float = 60.0,
         max_retries: int = 2,
+        max_tokens: int | None = None,
+        price: Price | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.chat = chat
         self.timeout_s = timeout_s
         self.max_retries = max_retries
+        self.max_tokens = max_tokens
+        self.price = price
         self.total_s = timeout_s * (max_retries + 1)
         self.sleep = sleep
         #: The rung of LADDER that the server was found to take; None until it has answered once.
-        self.shape: str | None = None if _speaks_openai(chat) else "text"
+        self.shape: str | None = None if chat is None or _has_shapes(chat) else "text"
+        self.takes_tools = True
 
     @classmethod
     def from_spec(
@@ -145,130 +107,201 @@ class AgentModel:
 
     @property
     def name(self) -> str:
+        if self.chat is None:
+            return "stored replies"
         named = getattr(self.chat, "model_name", None) or getattr(self.chat, "model", None)
         return str(named or self.chat._llm_type)
 
     def ask(
-        self, messages: Sequence[Message], schema: dict[str, Any], parse: Callable[[str], R]
+        self,
+        messages: Sequence[Message],
+        schema: dict[str, Any],
+        parse: Callable[[str], R],
+        *,
+        log: CallLog | None = None,
+        tools: Sequence[BaseTool] = (),
+        probes: int = 0,
+        limit_s: float = math.inf,
     ) -> Reply[R]:
         """The model's reply, parsed; where `parse` refuses it, the model is shown why, once.
 
-        `parse` raises ModelReplyError with a sentence for the model. What is raised in the end is a
-        ModelReplyError too, with the reason and the tokens spent.
+        `parse` raises ModelReplyError with a sentence for the model. tools, probes: what it may
+        call before it answers, and how often. limit_s: seconds, where fewer are left than
+        `total_s`.
+
+        Raises:
+            ModelReplyError: no valid reply, with the reason and the tokens spent.
+            BudgetReached, ReplyMissing: as `log` does.
         """
-        asking = _Asking(self, schema)
-        conversation = [dict(message) for message in messages]
-        text = asking.text(conversation)
-        try:
-            parsed = parse(text)
-        except ModelReplyError as first:
-            conversation += _repair(text, str(first), schema)
-            text = asking.text(conversation)
-            try:
-                parsed = parse(text)
-            except ModelReplyError as second:
-                asking.fail(f"gave no valid reply in two tries: {second}")
-        latency_s = time.monotonic() - asking.started
-        spent = (asking.tokens_in, asking.tokens_out)
-        return Reply(parsed, text, *spent, latency_s, asking.attempts)
+        asking = _Asking(self, schema, parse, log or NoLog(), min(self.total_s, limit_s))
+        conversation: list[dict[str, Any]] = [dict(message) for message in messages]
+        by_name = {tool.name: tool for tool in tools}
+        repaired = False
+        while True:
+            offered = tools if probes > 0 and self.takes_tools else ()
+            call, parsed = asking.send(conversation, offered)
+            if parsed is not None:
+                latency_s = time.monotonic() - asking.started
+                spent = (asking.tokens_in, asking.tokens_out)
+                return Reply(parsed, call.reply or "", *spent, latency_s, asking.attempts)
+            if call.tool_calls:
+                conversation += _probed(call.tool_calls, by_name, probes)
+                probes -= len(call.tool_calls)
+                if probes <= 0:
+                    conversation.append(_no_more(schema))
+                continue
+            if repaired:
+                asking.fail(f"{self.name} gave no valid reply in two tries: {call.error}")
+            repaired = True
+            conversation += _repair(call.reply or "", call.error or "", schema)
 
 
 @dataclass
-class _Asking:
+class _Asking(Generic[R]):
     """One `ask` under way: what it has cost, and how long it may still take."""
 
     model: AgentModel
     schema: dict[str, Any]
+    parse: Callable[[str], R]
+    log: CallLog
+    total_s: float
     started: float = field(default_factory=time.monotonic)
     attempts: int = 0
     retries: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
 
-    def text(self, conversation: Sequence[Message]) -> str:
-        """The text of one answered request, after retries and, once a server, the ladder."""
-        shape = self.model.shape or LADDER[0]
+    def send(
+        self, conversation: Sequence[dict[str, Any]], tools: Sequence[BaseTool]
+    ) -> tuple[Call, R | None]:
+        """The first request that was answered, after retries and, once a server, the ladder; and
+        what its text was parsed to."""
+        shape = TOOLS if tools else self.model.shape or LADDER[0]
         while True:
-            if self._left_s() <= 0:
-                self.fail(f"took longer than {self.model.total_s:g} s")
-            try:
-                message = self._request(_shaped(conversation, shape, self.schema), shape)
-            except Exception as error:
-                lower = self._lower(shape, error)
-                if lower is not None:
-                    shape = lower
-                elif self.retries < self.model.max_retries and may_pass(error):
-                    self._pause(error)
-                else:
-                    self.fail(reason(error))
+            number, self.attempts = self.attempts, self.attempts + 1
+            stored = self.log.stored(number)
+            pause_s = 0.0
+            if stored is None:
+                call, parsed, pause_s = self._live(conversation, shape, tools)
+                self.log.keep(number, call)
             else:
-                self.model.shape = shape
-                return self._read(message)
+                call, parsed = stored, self._judged(stored)
+            self.tokens_in += call.tokens_in
+            self.tokens_out += call.tokens_out
+            if call.ending == "failed":
+                self.fail(call.error or "no reply")
+            elif call.ending == "lower":
+                if call.shape == TOOLS:
+                    self.model.takes_tools, tools = False, ()
+                    shape = self.model.shape or LADDER[0]
+                else:
+                    shape = LADDER[LADDER.index(call.shape) + 1]
+            elif call.ending == "retry":
+                self.retries += 1
+                self.model.sleep(pause_s)
+            else:
+                if call.shape != TOOLS:
+                    self.model.shape = call.shape
+                return call, parsed
 
     def fail(self, why: str) -> NoReturn:
         # Not chained: the client's exceptions carry request headers, and so the key.
-        raise ModelReplyError(
-            f"{self.model.name} {why}", tokens_in=self.tokens_in, tokens_out=self.tokens_out
-        ) from None
+        raise ModelReplyError(why, tokens_in=self.tokens_in, tokens_out=self.tokens_out) from None
 
-    def _lower(self, shape: str, error: Exception) -> str | None:
-        """The next rung, where a server that never answered yet may only dislike this one."""
-        if self.model.shape is not None or status_of(error) not in _SHAPE_REFUSED:
+    def _judged(self, call: Call) -> R | None:
+        if call.reply is None or call.tool_calls:
             return None
-        lower = LADDER.index(shape) + 1
-        return LADDER[lower] if lower < len(LADDER) else None
+        try:
+            return self.parse(call.reply)
+        except ModelReplyError:
+            return None
 
-    def _left_s(self) -> float:
-        return self.started + self.model.total_s - time.monotonic()
+    def _live(
+        self, conversation: Sequence[dict[str, Any]], shape: str, tools: Sequence[BaseTool]
+    ) -> tuple[Call, R | None, float]:
+        """One request on the wire: (what came of it, what it was parsed to, the pause after it)."""
+        model = self.model
+        if model.chat is None:
+            raise ReplyMissing("this question was not asked before")
+        sent = _shaped(conversation, shape, self.schema)
+        if self._left_s() <= 0:
+            late = f"{model.name} took longer than {self.total_s:g} s"
+            return Call(sent, "failed", shape, error=late), None, 0.0
+        most_in = _most_tokens(sent, self.schema, tools)
+        most_out = model.max_tokens or ASSUMED_MAX_TOKENS
+        self.log.reserve(most_in, most_out, cost_usd(model.price, most_in, most_out))
+        began = time.monotonic()
+        try:
+            message = self._request(sent, shape, tools)
+        except Exception as error:
+            ending, pause_s = self._ending(shape, error)
+            why = f"{model.name} {reason(error)}"
+            latency_s = time.monotonic() - began
+            return Call(sent, ending, shape, error=why, latency_s=latency_s), None, pause_s
+        text, wanted = str(message.text), _tool_calls(message) if tools else ()
+        tokens = _usage(message, sent, text)
+        paid: dict[str, Any] = {
+            "tokens_in": tokens[0],
+            "tokens_out": tokens[1],
+            "latency_s": time.monotonic() - began,
+            "cost_usd": cost_usd(model.price, *tokens),
+        }
+        if wanted:
+            return Call(sent, "answered", shape, text, wanted, **paid), None, 0.0
+        try:
+            parsed = self.parse(text)
+        except ModelReplyError as refused:
+            return Call(sent, "refused", shape, text, error=str(refused), **paid), None, 0.0
+        return Call(sent, "answered", shape, text, **paid), parsed, 0.0
 
-    def _request(self, messages: list[Message], shape: str) -> AIMessage:
-        self.attempts += 1
+    def _request(
+        self, messages: Sequence[dict[str, Any]], shape: str, tools: Sequence[BaseTool]
+    ) -> AIMessage:
         chat: Any = self.model.chat
-        if shape != "text":
-            # Through extra_body, past the client's own parsing: that raises on a reply cut short.
-            body = {**(chat.extra_body or {}), "response_format": _format(shape, self.schema)}
-            chat = chat.bind(extra_body=body)
+        if tools:
+            chat = chat.bind_tools(tools)
+        elif shape != "text":
+            chat = _bound(chat, shape, self.schema)
         limit_s = min(self.model.timeout_s, self._left_s())
         with warnings.catch_warnings():
             # langchain-openai warns, besides raising, where a server refuses json_schema.
             warnings.simplefilter("ignore")
-            answered: AIMessage = _within(limit_s, lambda: chat.invoke(messages))
+            answered: AIMessage = _within(limit_s, lambda: chat.invoke(_typed(messages)))
         return answered
 
-    def _pause(self, error: Exception) -> None:
+    def _ending(self, shape: str, error: Exception) -> tuple[Ending, float]:
+        """What to do after a fault, and after which pause."""
+        refused = status_of(error) in _SHAPE_REFUSED
+        if shape == TOOLS and (refused or isinstance(error, NotImplementedError)):
+            return "lower", 0.0
+        # A server that never answered yet may only dislike this rung.
+        if self.model.shape is None and refused and shape in LADDER[:-1]:
+            return "lower", 0.0
+        if self.retries >= self.model.max_retries or not may_pass(error):
+            return "failed", 0.0
         pause_s = retry_after_s(error)
         if pause_s is None:
             pause_s = min(_FIRST_PAUSE_S * 2**self.retries, _MAX_PAUSE_S)
-        if pause_s >= self._left_s():
-            self.fail(reason(error))
-        self.retries += 1
-        self.model.sleep(pause_s)
+        return ("failed" if pause_s >= self._left_s() else "retry"), pause_s
 
-    def _read(self, message: AIMessage) -> str:
-        usage = message.usage_metadata
-        if usage is not None:
-            self.tokens_in += usage["input_tokens"]
-            self.tokens_out += usage["output_tokens"]
-        return str(message.text)
+    def _left_s(self) -> float:
+        return self.started + self.total_s - time.monotonic()
 
 
-def _split(spec: str, base_url: str | None) -> tuple[str, str, str | None]:
-    head, colon, rest = spec.partition(":")
-    provider = _ALIASES.get(head, head)
-    known = provider in KEY_VARIABLES or provider == "ollama"
-    if not head or (known and colon and not rest):
-        raise UserError(f"{spec!r} names no model: write provider:model, such as openai:gpt-4o")
-    server = base_url or os.environ.get("OPENAI_BASE_URL")
-    if colon and known and provider != "openai":
-        return provider, rest, base_url
-    if colon and (known or not server):
-        return provider, rest, server if provider == "openai" else base_url
-    # No provider in front: a name such as "llama3:8b" on a server of the user's own.
-    return "openai", spec, server
+def _has_shapes(chat: BaseChatModel) -> bool:
+    return _speaks_openai(chat) or chat._llm_type == "chat-ollama"
 
 
 def _speaks_openai(chat: BaseChatModel) -> bool:
     return "openai" in chat._llm_type and hasattr(chat, "extra_body")
+
+
+def _bound(chat: Any, shape: str, schema: dict[str, Any]) -> Any:
+    if not _speaks_openai(chat):
+        return chat.bind(format=schema if shape == "json_schema" else "json")
+    # Through extra_body, past the client's own parsing: that raises on a reply cut short.
+    body = {**(chat.extra_body or {}), "response_format": _format(shape, schema)}
+    return chat.bind(extra_body=body)
 
 
 def _format(shape: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -278,11 +311,14 @@ def _format(shape: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": named}
 
 
-def _shaped(conversation: Sequence[Message], shape: str, schema: dict[str, Any]) -> list[Message]:
+def _shaped(
+    conversation: Sequence[dict[str, Any]], shape: str, schema: dict[str, Any]
+) -> list[dict[str, Any]]:
     """The conversation; the schema is in words where the server is not given it."""
     messages = [dict(message) for message in conversation]
     if shape != "json_schema":
-        messages[-1]["content"] += f"\n\n{_schema_in_words(schema)}"
+        last = next(m for m in reversed(messages) if m["role"] == "user")
+        last["content"] += f"\n\n{_schema_in_words(schema)}"
     return messages
 
 
@@ -296,6 +332,76 @@ def _repair(text: str, error: str, schema: dict[str, Any]) -> list[Message]:
         {"role": "assistant", "content": text[:_MAX_SHOWN] or "(empty)"},
         {"role": "user", "content": f"That was refused. {error}\n\n{_schema_in_words(schema)}"},
     ]
+
+
+def _no_more(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "user", "content": f"No tool calls are left. {_schema_in_words(schema)}"}
+
+
+def _probed(
+    calls: Sequence[dict[str, Any]], tools: dict[str, BaseTool], left: int
+) -> list[dict[str, Any]]:
+    """The model's tool calls and what came of them, as the next messages of the conversation."""
+    said: list[dict[str, Any]] = [{"role": "assistant", "content": "", "tool_calls": [*calls]}]
+    for place, call in enumerate(calls):
+        tool = tools.get(call["name"])
+        if place >= left:
+            answer = "not done: no tool calls are left"
+        elif tool is None:
+            answer = f"there is no such tool; there are {', '.join(tools)}"
+        elif not isinstance(call["args"], dict):
+            answer = "the arguments are not a JSON object"
+        else:
+            request = {"type": "tool_call", "id": call["id"], "name": tool.name}
+            answer = str(tool.invoke(request | {"args": call["args"]}).text)
+        result = {"role": "tool", "content": answer[:_MAX_TOOL_CHARS], "tool_call_id": call["id"]}
+        said.append(result)
+    return said
+
+
+def _tool_calls(message: AIMessage) -> tuple[dict[str, Any], ...]:
+    """Every tool call of a message, broken ones too: their arguments are still text."""
+    found = [*message.tool_calls, *message.invalid_tool_calls]
+    return tuple(
+        {"name": str(call["name"]), "args": call["args"], "id": call["id"] or f"call-{number}"}
+        for number, call in enumerate(found)
+    )
+
+
+def _typed(messages: Sequence[dict[str, Any]]) -> list[BaseMessage]:
+    from langchain_core.messages import AIMessage, ToolMessage, convert_to_messages
+
+    found: list[BaseMessage] = []
+    for message in messages:
+        if "tool_calls" in message:
+            calls = [
+                {"name": c["name"], "args": c["args"] if isinstance(c["args"], dict) else {},
+                 "id": c["id"], "type": "tool_call"}
+                for c in message["tool_calls"]
+            ]  # fmt: skip
+            found.append(AIMessage(message["content"], tool_calls=calls))
+        elif message["role"] == "tool":
+            found.append(ToolMessage(message["content"], tool_call_id=message["tool_call_id"]))
+        else:
+            found += convert_to_messages([message])
+    return found
+
+
+def _most_tokens(
+    messages: Sequence[dict[str, Any]], schema: dict[str, Any], tools: Sequence[BaseTool]
+) -> int:
+    """No tokenizer makes more tokens than there are bytes."""
+    size = len(json.dumps([*messages])) + len(json.dumps(schema))
+    return size + sum(len(json.dumps(tool.get_input_jsonschema())) + 500 for tool in tools)
+
+
+def _usage(message: AIMessage, sent: Sequence[dict[str, Any]], text: str) -> tuple[int, int]:
+    """(tokens in, tokens out), estimated from the text where the server does not say."""
+    usage = message.usage_metadata
+    if usage is not None:
+        return usage["input_tokens"], usage["output_tokens"]
+    asked = sum(len(str(m["content"])) for m in sent)
+    return asked // _CHARS_PER_TOKEN + 1, len(text) // _CHARS_PER_TOKEN + 1
 
 
 def _within(limit_s: float, call: Callable[[], R]) -> R:

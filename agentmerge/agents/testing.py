@@ -24,16 +24,20 @@ if TYPE_CHECKING:
 Body = dict[str, Any]
 Content = str | Body
 FaultKind = Literal[
-    "400", "401", "404", "429", "500", "hang", "drip", "cut",
-    "empty", "prose", "fenced", "truncated", "wrong_shape", "not_json",
+    "400", "401", "403", "404", "429", "500", "503", "quota", "hang", "drip", "cut", "reset",
+    "empty", "prose", "fenced", "truncated", "filtered", "refusal", "null", "no_usage",
+    "no_choices", "wrong_shape", "not_json",
 ]  # fmt: skip
 
 _ERRORS = {
     "400": (400, "the request is not valid"),
     "401": (401, "Incorrect API key provided"),
+    "403": (403, "this key may not use this model"),
     "404": (404, "the model does not exist"),
     "429": (429, "too many requests"),
     "500": (500, "the server had an error"),
+    "503": (503, "the server is overloaded"),
+    "quota": (429, "you exceeded your current quota"),
 }
 _CHARS_PER_TOKEN = 4
 
@@ -42,20 +46,31 @@ _CHARS_PER_TOKEN = 4
 class Fault:
     """One way in which a server lets its client down.
 
-    400, 401, 404, 429 (`retry_after_s`), 500: an error status.
+    400, 401, 403, 404, 429 (`retry_after_s`: seconds, or any text), 500, 503: an error status; its
+    text repeats the client's key. quota: a 429 that no waiting mends.
     hang, drip: silence, or one byte at a time, for `seconds`; then the connection ends.
-    cut: the connection ends in the middle of a body. not_json: a web page with status 200.
-    wrong_shape: JSON that is no chat completion. empty, prose: such a content.
-    fenced, truncated: `content` in a Markdown fence, or its first half with finish_reason length.
+    cut, reset: the connection ends in the middle of a body, or before one.
+    not_json: a web page with status 200. wrong_shape, no_choices: JSON that is no chat completion,
+    or one without an answer. empty, null, prose, refusal: such a content.
+    fenced: `content` in a Markdown fence. truncated: its first half with finish_reason length.
+    filtered: finish_reason content_filter. no_usage: `content`, and no word of tokens.
     """
 
     kind: FaultKind
     content: Content = ""
     seconds: float = 30.0
-    retry_after_s: float = 0.0
+    retry_after_s: float | str = 0.0
 
 
-Reply = Content | Fault | Callable[[Body], "Content | Fault"]
+@dataclass(frozen=True, slots=True)
+class ToolCalls:
+    """A reply that asks for tools: (name, arguments), arguments as JSON or as any text."""
+
+    calls: tuple[tuple[str, Content], ...]
+
+
+Said = Content | Fault | ToolCalls
+Reply = Said | Callable[[Body], Said]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +87,18 @@ class ScriptedServer:
 
     A request beyond the script gets status 410, which no client retries. `shapes` are the
     response_format types that it takes: another one is refused with status 400 and uses up no
-    reply. Every request is in `requests`, refused ones too.
+    reply; so are tools where it takes none. Every request is in `requests`, refused ones too.
     """
 
     def __init__(
         self,
-        replies: Sequence[Reply] | Callable[[Body], Content | Fault],
+        replies: Sequence[Reply] | Callable[[Body], Said],
         *,
         shapes: Sequence[str] = ("json_schema", "json_object", "text"),
+        tools: bool = True,
     ) -> None:
         self.shapes = tuple(shapes)
+        self.tools = tools
         self.requests: list[Request] = []
         self._replies = replies
         self._used = 0
@@ -109,7 +126,7 @@ class ScriptedServer:
         self._http.shutdown()
         self._http.server_close()
 
-    def answer(self, request: Request) -> Content | Fault | tuple[int, str]:
+    def answer(self, request: Request) -> Said | tuple[int, str]:
         """The reply to one request: a content, a fault, or a status with its message."""
         with self._lock:
             self.requests.append(request)
@@ -118,6 +135,8 @@ class ScriptedServer:
                 return 400, f"response_format {shape} is not supported"
             if request.body.get("tools") == []:
                 return 400, "tools must not be an empty list"
+            if "tools" in request.body and not self.tools:
+                return 400, "tools are not supported"
             if callable(self._replies):
                 return self._replies(request.body)
             if self._used >= len(self._replies):
@@ -158,23 +177,41 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(*reply)
         elif isinstance(reply, Fault):
             self._misbehave(reply, body)
+        elif isinstance(reply, ToolCalls):
+            self._complete("", body, "tool_calls", {"tool_calls": _as_openai(reply)})
         else:
             self._complete(reply, body)
 
     def _misbehave(self, fault: Fault, body: Body) -> None:
         kind, text = fault.kind, _text(fault.content)
         if kind in _ERRORS:
-            self._error(*_ERRORS[kind], retry_after_s=fault.retry_after_s)
+            status, message = _ERRORS[kind]
+            message = f"{message}: {self.headers.get('Authorization', '')}"
+            code = "insufficient_quota" if kind == "quota" else None
+            self._error(status, message, code, fault.retry_after_s)
         elif kind in ("hang", "drip"):
             self._stall(fault)
         elif kind == "cut":
             self._head(200, 10_000)
             self.wfile.write(b'{"id": "cut", "choices": [{"mess')
             self._hang_up()
+        elif kind == "reset":
+            self._hang_up()
         elif kind == "not_json":
             self._send(200, "<html>It works!</html>", "text/html")
         elif kind == "wrong_shape":
             self._send(200, {"answer": 42})
+        elif kind == "no_choices":
+            self._send(200, {"object": "chat.completion", "model": "scripted", "choices": []})
+        elif kind == "null":
+            self._complete(text, body, extra={"content": None})
+        elif kind == "refusal":
+            said = text or "I cannot help with that."
+            self._complete("", body, extra={"content": None, "refusal": said})
+        elif kind == "filtered":
+            self._complete(text[: len(text) // 2], body, finish_reason="content_filter")
+        elif kind == "no_usage":
+            self._complete(text, body, usage=False)
         elif kind == "truncated":
             self._complete(text[: len(text) // 2], body, finish_reason="length")
         elif kind == "fenced":
@@ -196,32 +233,46 @@ class _Handler(BaseHTTPRequestHandler):
                     break
         self._hang_up()
 
-    def _complete(self, content: Content, body: Body, finish_reason: str = "stop") -> None:
+    def _complete(
+        self,
+        content: Content,
+        body: Body,
+        finish_reason: str = "stop",
+        extra: Body | None = None,
+        usage: bool = True,
+    ) -> None:
         text = _text(content)
         sent = sum(len(str(message.get("content"))) for message in body["messages"])
-        usage = {
+        counted = {
             "prompt_tokens": sent // _CHARS_PER_TOKEN + 1,
             "completion_tokens": len(text) // _CHARS_PER_TOKEN + 1,
         }
-        usage["total_tokens"] = sum(usage.values())
+        counted["total_tokens"] = sum(counted.values())
+        tail = {"usage": counted} if usage else {}
         head = {"id": "scripted", "created": 0, "model": body.get("model", "scripted")}
-        message = {"role": "assistant", "content": text}
+        message = {"role": "assistant", "content": text, **(extra or {})}
         if not body.get("stream"):
             choice = {"index": 0, "message": message, "finish_reason": finish_reason}
-            whole = {"object": "chat.completion", "choices": [choice], "usage": usage}
+            whole = {"object": "chat.completion", "choices": [choice], **tail}
             self._send(200, head | whole)
             return
         chunk = head | {"object": "chat.completion.chunk"}
         part = {"index": 0, "delta": message, "finish_reason": finish_reason}
-        events = [chunk | {"choices": [part]}, chunk | {"choices": [], "usage": usage}]
+        events = [chunk | {"choices": [part]}, chunk | {"choices": [], **tail}]
         lines = [f"data: {json.dumps(event)}\n\n" for event in events]
         self._send(200, "".join(lines) + "data: [DONE]\n\n", "text/event-stream")
 
-    def _error(self, status: int, message: str, retry_after_s: float | None = None) -> None:
+    def _error(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        retry_after_s: float | str | None = None,
+    ) -> None:
         headers = {}
         if status == 429 and retry_after_s is not None:
-            headers["Retry-After"] = f"{retry_after_s:g}"
-        error = {"message": message, "type": "scripted", "code": None, "param": None}
+            headers["Retry-After"] = str(retry_after_s)
+        error = {"message": message, "type": "scripted", "code": code, "param": None}
         self._send(status, {"error": error}, headers=headers)
 
     def _send(
@@ -252,6 +303,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _hang_up(self) -> None:
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
+
+
+def _as_openai(reply: ToolCalls) -> list[Body]:
+    return [
+        {
+            "index": number,
+            "id": f"call-{number}",
+            "type": "function",
+            "function": {"name": name, "arguments": _text(arguments)},
+        }
+        for number, (name, arguments) in enumerate(reply.calls)
+    ]
 
 
 def _text(content: Content) -> str:

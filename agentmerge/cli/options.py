@@ -71,6 +71,25 @@ SETTINGS: dict[str, tuple[str, Any]] = {
         "budget.timeout_s",
         Annotated[float | None, typer.Option("--timeout", help="Seconds of wall clock.")],
     ),
+    "max_items": (
+        "budget.max_items",
+        Annotated[int | None, typer.Option("--max-items", help="Items to ask of candidates.")],
+    ),
+    "max_tokens": (
+        "budget.max_tokens",
+        Annotated[int | None, typer.Option("--max-tokens", help="Tokens of all models.")],
+    ),
+    "max_cost": (
+        "budget.max_cost_usd",
+        Annotated[float | None, typer.Option("--max-cost", help="US dollars for the models.")],
+    ),
+    "probes": (
+        "agents.probes",
+        Annotated[
+            int | None,
+            typer.Option("--probes", help="Tool calls of critic and proposer, a generation."),
+        ],
+    ),
     "population": (
         "search.population",
         Annotated[int | None, typer.Option("--population", help="Candidates a generation.")],
@@ -102,10 +121,12 @@ SETTINGS: dict[str, tuple[str, Any]] = {
 }
 
 #: What ``resume`` may raise, what ``branch`` may change, and what a new search may say.
-LIMITS = ("max_generations", "max_evaluations", "timeout")
+LIMITS = (
+    "max_generations", "max_evaluations", "max_items", "timeout", "max_tokens", "max_cost",
+)  # fmt: skip
 BRANCH = (
-    "search", "worker", "llm", "prompts", "graph", "seed", *LIMITS, "population", "sigma_low",
-    "sigma_high", "task_search_path", "batch_size", "limit", "trust_remote_code",
+    "search", "worker", "llm", "prompts", "graph", "probes", "seed", *LIMITS, "population",
+    "sigma_low", "sigma_high", "task_search_path", "batch_size", "limit", "trust_remote_code",
 )  # fmt: skip
 RUN = (*BRANCH, "init")
 

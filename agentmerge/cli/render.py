@@ -154,7 +154,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     if agents["calls"]:
         lines.append(
             f"agents: {agents['calls']} calls, {agents['failures']} failed, "
-            f"{agents['tokens_in']} tokens in, {agents['tokens_out']} out"
+            f"{agents['tokens_in']} tokens in, {agents['tokens_out']} out, {_cost(agents)}"
         )
     if summary["final"]:
         lines += ["", card_text(summary["final"])]
@@ -167,6 +167,13 @@ def summary_text(summary: Mapping[str, Any]) -> str:
             rows.append([name, number(row["score"]), *cells])
         lines += ["", table(rows)]
     return "\n".join(lines)
+
+
+def _cost(agents: Mapping[str, Any]) -> str:
+    if agents["cost_usd"] is None:
+        return "price unknown (budget.prices sets it)"
+    unpriced = f", and {agents['unpriced']} calls of unknown price" if agents["unpriced"] else ""
+    return f"${agents['cost_usd']:.4f}{unpriced}"
 
 
 def plan_text(plan: Any) -> str:

@@ -94,6 +94,27 @@ def m003_gradients(db: Any) -> None:
     )
 
 
+@migrations()  # type: ignore[untyped-decorator]
+def m004_each_request(db: Any) -> None:
+    """A row a request, with what it was for and what it cost; and the agents' tool calls."""
+    _run(
+        db,
+        """
+        ALTER TABLE model_calls ADD COLUMN ending TEXT NOT NULL DEFAULT 'answered';
+        ALTER TABLE model_calls ADD COLUMN shape TEXT NOT NULL DEFAULT 'text';
+        ALTER TABLE model_calls ADD COLUMN tool_calls TEXT NOT NULL DEFAULT '[]';
+        ALTER TABLE model_calls ADD COLUMN cost_usd REAL;
+        ALTER TABLE model_calls ADD COLUMN prompt_file TEXT NOT NULL DEFAULT '';
+        UPDATE model_calls SET ending = 'failed' WHERE reply IS NULL;
+        CREATE TABLE probes (
+            run_id TEXT NOT NULL, tool TEXT NOT NULL, arguments TEXT NOT NULL,
+            answer TEXT NOT NULL, items INTEGER NOT NULL, created REAL NOT NULL,
+            PRIMARY KEY (run_id, tool, arguments)
+        ) WITHOUT ROWID
+        """,
+    )
+
+
 def _run(db: Any, statements: str) -> None:
     for statement in statements.split(";"):
         if statement.strip():

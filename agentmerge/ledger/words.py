@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from agentmerge.agents.calls import Call
 from agentmerge.ledger.store import Store
 
 
@@ -36,46 +37,86 @@ class Words(Store):
         role: str,
         prompt_hash: str,
         attempt: int,
+        call: Call,
         *,
         model: str,
-        messages: Sequence[Mapping[str, str]],
-        reply: str | None,
-        error: str | None,
-        tokens_in: int,
-        tokens_out: int,
-        latency_s: float,
+        prompt_file: str,
     ) -> None:
+        """One request to a model. prompt_file: hash of the prompt file that it began with."""
         with self._writing() as conn:
             conn.execute(
-                "INSERT OR IGNORE INTO model_calls VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR IGNORE INTO model_calls (run_id, generation, role, prompt_hash, "
+                "attempt, model, messages, reply, error, tokens_in, tokens_out, latency_s, "
+                "created, ending, shape, tool_calls, cost_usd, prompt_file) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     run_id, generation, role, prompt_hash, attempt, model,
-                    json.dumps(list(messages)), reply, error, tokens_in, tokens_out, latency_s,
-                    time.time(),
+                    json.dumps(list(call.messages)), _storable(call.reply), _storable(call.error),
+                    call.tokens_in, call.tokens_out, call.latency_s, time.time(), call.ending,
+                    call.shape, json.dumps(list(call.tool_calls)), call.cost_usd, prompt_file,
                 ),
             )  # fmt: skip
 
     def call(
         self, run_id: str, generation: int, role: str, prompt_hash: str, attempt: int = 0
-    ) -> tuple[str | None, str | None] | None:
-        """(reply, error) of a call that was paid for, or None."""
+    ) -> Call | None:
+        """A request that was made before, or None."""
         rows = self._rows(
-            "SELECT reply, error FROM model_calls WHERE run_id = ? AND generation = ? AND role = ? "
-            "AND prompt_hash = ? AND attempt = ?",
+            "SELECT messages, ending, shape, reply, tool_calls, error, tokens_in, tokens_out, "
+            "latency_s, cost_usd FROM model_calls WHERE run_id = ? AND generation = ? "
+            "AND role = ? AND prompt_hash = ? AND attempt = ?",
             run_id,
             generation,
             role,
             prompt_hash,
             attempt,
         )
-        return (rows[0][0], rows[0][1]) if rows else None
+        for messages, ending, shape, reply, tool_calls, *rest in rows:
+            calls = tuple(json.loads(tool_calls))
+            return Call(json.loads(messages), ending, shape, reply, calls, *rest)
+        return None
+
+    def called_roles(self, run_id: str) -> list[str]:
+        """The roles that a model was asked for."""
+        rows = self._rows("SELECT DISTINCT role FROM model_calls WHERE run_id = ?", run_id)
+        return sorted(row[0] for row in rows)
 
     def call_totals(self, run_id: str) -> dict[str, Any]:
-        """What the agents cost: {calls, failures, tokens_in, tokens_out, cost_usd}."""
+        """What the agents cost: {calls, failures, tokens_in, tokens_out, cost_usd, unpriced}.
+
+        cost_usd: of the requests whose price was known; unpriced: how many were not, so that the
+        sum is a lower bound. Requests that failed have no known cost and count as none.
+        """
         row = self._rows(
             "SELECT count(*), coalesce(sum(error IS NOT NULL), 0), coalesce(sum(tokens_in), 0), "
-            "coalesce(sum(tokens_out), 0) FROM model_calls WHERE run_id = ?",
+            "coalesce(sum(tokens_out), 0), sum(cost_usd), "
+            "coalesce(sum(cost_usd IS NULL AND reply IS NOT NULL), 0) "
+            "FROM model_calls WHERE run_id = ?",
             run_id,
         )[0]
-        names = ("calls", "failures", "tokens_in", "tokens_out")
-        return dict(zip(names, row, strict=True)) | {"cost_usd": None}
+        names = ("calls", "failures", "tokens_in", "tokens_out", "cost_usd", "unpriced")
+        return dict(zip(names, row, strict=True))
+
+    def save_probe(
+        self, run_id: str, tool: str, arguments: Mapping[str, Any], answer: str, items: int
+    ) -> None:
+        """A tool call of an agent; the same one again changes nothing.
+
+        items: how many were asked besides those of candidates.
+        """
+        with self._writing() as conn:
+            conn.execute(
+                "INSERT OR IGNORE INTO probes (run_id, tool, arguments, answer, items, created) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                (run_id, tool, json.dumps(arguments, sort_keys=True), answer, items, time.time()),
+            )
+
+    def probe_totals(self, run_id: str) -> dict[str, int]:
+        """{calls, items}."""
+        sums = "SELECT count(*), coalesce(sum(items), 0) FROM probes WHERE run_id = ?"
+        return dict(zip(("calls", "items"), self._rows(sums, run_id)[0], strict=True))
+
+
+def _storable(text: str | None) -> str | None:
+    """SQLite holds no lone surrogates, and a model may send one."""
+    return text if text is None else text.encode("utf-8", "replace").decode()

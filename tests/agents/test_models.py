@@ -290,14 +290,14 @@ class TestResolve:
     def test_names_on_a_server(self, spec, model):
         assert resolve_model(spec, base_url="http://127.0.0.1:9/v1").model_name == model
 
-    @pytest.mark.parametrize("spec", ["", ":", "openai:", "nobody:x", "anthropic:claude"])
+    @pytest.mark.parametrize("spec", ["", ":", "openai:", "nobody:x", "mistralai:large"])
     def test_specs_that_cannot_be(self, spec, monkeypatch):
-        monkeypatch.setenv("ANTHROPIC_API_KEY", CANARY)
+        monkeypatch.setenv("MISTRAL_API_KEY", CANARY)
         with pytest.raises(UserError) as refused:
             resolve_model(spec)
         assert CANARY not in str(refused.value)
-        if spec == "anthropic:claude":
-            assert "langchain-anthropic" in str(refused.value)
+        if spec == "mistralai:large":
+            assert "langchain-mistralai" in str(refused.value)
 
 
 def test_inside_a_streaming_graph_the_reply_and_its_tokens_arrive(ask):

@@ -1,0 +1,179 @@
+"""How the agents are asked: what they see, what they may spend, and where their words are kept.
+
+Knows the three roles and a search's ledger and budget. A question that was answered before is read
+from the ledger, request by request, so that a node may run twice and a whole search be replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from agentmerge.agents import controller, critic, proposer
+from agentmerge.agents.calls import Call
+from agentmerge.agents.history import HistoryView, TaskView
+from agentmerge.agents.prompts import prompt_hash
+from agentmerge.agents.schemas import Guidance
+from agentmerge.config import Role
+from agentmerge.errors import BudgetReached, ModelReplyError
+from agentmerge.ledger import Ledger
+from agentmerge.probing import PROBE
+from agentmerge.strategies.llm_evo import improved
+
+if TYPE_CHECKING:
+    from agentmerge.steps import Search
+
+_AGENTS: dict[Role, Any] = {"critic": critic, "controller": controller, "proposer": proposer}
+#: Who may call tools before it answers.
+_PROBERS: tuple[Role, ...] = ("critic", "proposer")
+
+
+def advise(search: Search, role: Role, generation: int) -> str:
+    """Ask one agent and keep its word; without a model, or where it fails, its rules speak.
+
+    Returns the limit that does not allow it, or "".
+    """
+    ledger = search.ledger
+    if any(word["role"] == role for word in ledger.advice(search.run_id, generation)):
+        return ""
+    agent = _AGENTS[role]
+    view = view_of(search, role, generation)
+    guidance = guidance_of(ledger, search.run_id, generation)
+    failure = ""
+    advised = agent.by_rules(view, guidance)
+    if role in search.models:
+        try:
+            advised = _asked(search, role, view, guidance)
+        except ModelReplyError as error:
+            failure = str(error)
+        except BudgetReached as reached:
+            return reached.limit
+    body = {"guidance": advised.to_json(), "failure": failure}
+    ledger.save_advice(search.run_id, generation, role, body)
+    search.emit(
+        {
+            "event": "advice",
+            "role": role,
+            "generation": generation,
+            "source": advised.source,
+            "failure": failure,
+            "words": advised.thought if role == "proposer" else advised.critique,
+        }
+    )
+    return ""
+
+
+def guidance_of(ledger: Ledger, run_id: str, generation: int) -> Guidance:
+    """What the agents said of this generation so far, the latest speaker's being complete."""
+    words = {w["role"]: w for w in ledger.advice(run_id, generation)}
+    for role in ("proposer", "controller", "critic"):
+        if role in words:
+            return Guidance.from_json(words[role]["guidance"])
+    return Guidance()
+
+
+def view_of(search: Search, role: Role, generation: int) -> HistoryView:
+    """All that an agent may know when this generation is scored.
+
+    What it tried itself in this generation is left out: where a node runs again, its question is
+    the same, and the answer is found.
+    """
+    history = search.ledger.history(search.run_id, up_to=generation)
+    own = [
+        o for o in history if o.generation == generation and (o.operator, o.label) == (PROBE, role)
+    ]
+    history = [o for o in history if o not in own]
+    before = guidance_of(search.ledger, search.run_id, generation - 1) if generation else None
+    settings = search.config.search
+    metrics = {task.name: task.metric for task in search.config.tasks.tasks}
+    return HistoryView(
+        space=search.space,
+        tasks=tuple(
+            TaskView(o.name, o.weight, metrics.get(o.name, ""), o.higher_is_better)
+            for o in search.taskset.objectives
+        ),
+        entries=tuple(history),
+        sigma=None if before is None else before.sigma,
+        sigma_low=settings.sigma_low,
+        sigma_high=settings.sigma_high,
+        improved_last=improved(history) if history else False,
+        budget_left=search.evaluations_left + len(own),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The requests of one question, in the ledger."""
+
+    search: Search
+    role: Role
+    generation: int
+    prompt: str
+
+    def stored(self, number: int) -> Call | None:
+        run = self.search.replies_of or self.search.run_id
+        return self.search.ledger.call(run, self.generation, self.role, self.prompt, number)
+
+    def reserve(self, tokens_in: int, tokens_out: int, cost_usd: float | None) -> None:
+        budget = self.search.config.budget
+        spent = self.search.ledger.call_totals(self.search.run_id)
+        if budget.max_tokens is not None:
+            used = spent["tokens_in"] + spent["tokens_out"]
+            if used + tokens_in + tokens_out > budget.max_tokens:
+                raise BudgetReached("tokens")
+        # A price that nobody knows was refused before the search began.
+        cost = (spent["cost_usd"] or 0.0) + (cost_usd or 0.0)
+        if budget.max_cost_usd is not None and cost > budget.max_cost_usd:
+            raise BudgetReached("cost")
+        if self.search.seconds_left <= 0:
+            raise BudgetReached("timeout")
+
+    def keep(self, number: int, call: Call) -> None:
+        search = self.search
+        search.ledger.save_call(
+            search.run_id, self.generation, self.role, self.prompt, number, call,
+            model=search.models[self.role].name,
+            prompt_file=getattr(search.prompts, self.role).sha,
+        )  # fmt: skip
+        search.emit(
+            {
+                "event": "call",
+                "role": self.role,
+                "generation": self.generation,
+                "attempt": number,
+                "ending": call.ending,
+                "error": call.error or "",
+                "tokens": [call.tokens_in, call.tokens_out],
+                "cost_usd": call.cost_usd,
+                "seconds": round(call.latency_s, 3),
+            }
+        )
+
+
+def _asked(search: Search, role: Role, view: HistoryView, guidance: Guidance) -> Guidance:
+    """The model's word.
+
+    Raises:
+        ModelReplyError: no valid reply; every request is kept with its cost.
+        BudgetReached: the next request cannot be paid.
+    """
+    agent = _AGENTS[role]
+    messages = agent.messages(view, search.prompts, guidance)
+    probes = search.config.agents.probes if role in _PROBERS else 0
+    tools: Sequence[Any] = ()
+    if probes:
+        from agentmerge.toolset import tools_of
+
+        tools = tools_of(search, view.generation, role)
+    reply = search.models[role].ask(
+        messages,
+        agent.schema(view),
+        lambda text: agent.parse(text, view),
+        log=_Kept(search, role, view.generation, prompt_hash(messages)),
+        tools=tools,
+        probes=probes,
+        limit_s=search.seconds_left,
+    )
+    advised: Guidance = agent.by_model(reply.parsed, guidance)
+    return advised

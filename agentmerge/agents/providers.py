@@ -1,0 +1,171 @@
+"""From "provider:model" to a chat model: which package, which key, which options.
+
+Knows providers by name and nothing of what is asked. Keys come from the environment or from a key
+file, go into the client, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agentmerge import plugins
+from agentmerge.agents.faults import keep_secret, redact
+from agentmerge.errors import UserError
+
+if TYPE_CHECKING:
+    from langchain_core.language_models import BaseChatModel
+
+#: Where each provider's key is read from; a provider that is not here looks for its own.
+KEY_VARIABLES = {
+    "anthropic": "ANTHROPIC_API_KEY",
+    "deepseek": "DEEPSEEK_API_KEY",
+    "google_genai": "GOOGLE_API_KEY",
+    "groq": "GROQ_API_KEY",
+    "mistralai": "MISTRAL_API_KEY",
+    "openai": "OPENAI_API_KEY",
+    "openrouter": "OPENROUTER_API_KEY",
+    "xai": "XAI_API_KEY",
+}
+_ALIASES = {"google": "google_genai", "gemini": "google_genai", "mistral": "mistralai"}
+_EXTRAS = {"anthropic": "anthropic", "google_genai": "google", "ollama": "ollama"}
+_GROUP = "agentmerge.models"
+
+
+def resolve_model(
+    spec: str,
+    *,
+    base_url: str | None = None,
+    temperature: float | None = None,
+    timeout_s: float = 60.0,
+    max_tokens: int | None = None,
+    key_file: Path | str | None = None,
+) -> BaseChatModel:
+    """The chat model of "provider:model"; a bare model name is OpenAI's, or that of `base_url`.
+
+    max_tokens: of one reply. key_file: lines NAME=key, for keys that the environment lacks.
+    The client never retries: `AgentModel` does, in one place. Raises UserError for an unknown
+    provider, a package that is not installed, or a missing key, naming the variable to set.
+    """
+    provider, model, base_url = split_spec(spec, base_url)
+    given = {
+        "temperature": temperature,
+        "base_url": base_url,
+        "max_tokens": max_tokens,
+        "timeout": timeout_s,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    build: Callable[..., BaseChatModel]
+    if provider in plugins.known(_GROUP):
+        build = plugins.load(_GROUP, provider)
+    else:
+        options |= _key(provider, model, base_url, read_keys(key_file)) | {"max_retries": 0}
+        build = _init
+        if provider in _ADAPTED:
+            options = _ADAPTED[provider](options)
+        options["model_provider"] = provider
+    try:
+        return build(model, **options)
+    except ImportError as error:
+        extra = _EXTRAS.get(provider)
+        remedy = f"; pip install 'agentmerge[{extra}]'" if extra else ""
+        fault = f"its package is not installed: {error}{remedy}"
+    except Exception as error:
+        fault = str(error)
+    raise UserError(f"cannot use {spec!r} as a model: {redact(fault)}")
+
+
+def split_spec(spec: str, base_url: str | None) -> tuple[str, str, str | None]:
+    """(provider, model, base URL).
+
+    Raises:
+        UserError: it names no model.
+    """
+    head, colon, rest = spec.partition(":")
+    provider = _ALIASES.get(head, head)
+    own = provider in plugins.known(_GROUP)
+    known = own or provider in KEY_VARIABLES or provider == "ollama"
+    if not head or (known and colon and not rest):
+        raise UserError(f"{spec!r} names no model: write provider:model, such as openai:gpt-4o")
+    server = base_url or os.environ.get("OPENAI_BASE_URL")
+    if colon and known and provider != "openai":
+        return provider, rest, base_url
+    if colon and (known or not server):
+        return provider, rest, server if provider == "openai" else base_url
+    # No provider in front: a name such as "llama3:8b" on a server of the user's own.
+    return "openai", spec, server
+
+
+def read_keys(path: Path | str | None) -> dict[str, str]:
+    """NAME=key lines of a key file; no key of it is ever shown or stored.
+
+    Raises:
+        UserError: it cannot be read, or a line is no NAME=key.
+    """
+    if path is None:
+        return {}
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not text"
+        raise UserError(f"key file {path} cannot be read: {why}") from None
+    keys = {}
+    for number, line in enumerate(lines, 1):
+        line = line.strip().removeprefix("export ")
+        if not line or line.startswith("#"):
+            continue
+        name, equals, value = line.partition("=")
+        value = value.strip().strip("'\"")
+        if not equals or not name.strip().isidentifier() or not value:
+            raise UserError(f"key file {path}, line {number} is not NAME=key")
+        keys[name.strip()] = value
+        keep_secret(value)
+    return keys
+
+
+def _key(provider: str, model: str, base_url: str | None, keys: Mapping[str, str]) -> Any:
+    variable = KEY_VARIABLES.get(provider)
+    if variable is None or os.environ.get(variable):
+        return {}
+    if variable in keys:
+        return {"api_key": keys[variable]}
+    if base_url is None:
+        raise UserError(
+            f"{variable} is not set, and {provider}:{model} needs it: export {variable}=..., "
+            "put it in a key file (agents.key_file), or give the base URL of a server that needs "
+            "no key"
+        )
+    return {"api_key": "none"}
+
+
+def _init(model: str, **options: Any) -> BaseChatModel:
+    from langchain.chat_models import init_chat_model
+
+    chat: BaseChatModel = init_chat_model(model, **options)
+    return chat
+
+
+def _openai(options: dict[str, Any]) -> dict[str, Any]:
+    # Without stream_usage a streamed reply has no token counts once there is a base URL.
+    return options | {"stream_usage": True, "use_responses_api": False}
+
+
+def _google(options: dict[str, Any]) -> dict[str, Any]:
+    # gRPC takes no URL with a path, and its first try counts among max_retries.
+    return options | {"transport": "rest", "max_retries": 1}
+
+
+def _ollama(options: dict[str, Any]) -> dict[str, Any]:
+    names = {"max_tokens": "num_predict"}
+    adapted = {names.get(name, name): value for name, value in options.items()}
+    adapted.pop("max_retries")
+    return adapted | {"client_kwargs": {"timeout": adapted.pop("timeout")}}
+
+
+_ADAPTED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "openai": _openai,
+    "google_genai": _google,
+    "ollama": _ollama,
+}

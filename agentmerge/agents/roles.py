@@ -1,0 +1,71 @@
+"""Which model speaks for which role, from the config or ready-made, with what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from agentmerge.agents.models import AgentModel
+from agentmerge.agents.prices import price_of
+from agentmerge.agents.providers import resolve_model, split_spec
+from agentmerge.config import ROLES, Role, RoleSettings, SearchConfig
+from agentmerge.errors import UserError
+
+
+def models_for(
+    config: SearchConfig, ready: Mapping[Role, Any]
+) -> Iterator[tuple[Role, AgentModel]]:
+    """Each role with its model; roles without one are left out. Equal settings share a model.
+
+    ready: chat models by role, instead of what the config names.
+
+    Raises:
+        UserError: a model that cannot be had, or a cost limit where a price is unknown.
+    """
+    shared: dict[str, AgentModel] = {}
+    for role in ROLES:
+        own = config.agents.settings_for(role)
+        if ready.get(role) is not None:
+            model = _around(config, own, ready[role], _name(ready[role]), ready=True)
+            yield role, model
+            continue
+        if own.model is None or own.model == "none":
+            continue
+        key = own.model_dump_json()
+        if key not in shared:
+            chat = resolve_model(
+                own.model,
+                base_url=own.base_url,
+                temperature=own.temperature,
+                timeout_s=own.timeout_s or 60.0,
+                max_tokens=own.max_tokens,
+                key_file=config.agents.key_file,
+            )
+            shared[key] = _around(config, own, chat, own.model)
+        yield role, shared[key]
+
+
+def _around(
+    config: SearchConfig, own: RoleSettings, chat: Any, name: str, ready: bool = False
+) -> AgentModel:
+    if ready:
+        provider, model, server = "", name, "its own"
+    else:
+        provider, model, server = split_spec(name, own.base_url)  # type: ignore[assignment]
+    price = price_of(provider, model, server is not None, config.budget.prices)
+    if price is None and config.budget.max_cost_usd is not None:
+        raise UserError(
+            f"budget.max_cost_usd needs the price of {name}, which is not known: set budget.prices "
+            f"to {{{model!r}: [dollars a million tokens in, out]}}"
+        )
+    return AgentModel(
+        chat,
+        timeout_s=own.timeout_s or 60.0,
+        max_retries=own.max_retries or 0,
+        max_tokens=own.max_tokens,
+        price=price,
+    )
+
+
+def _name(chat: Any) -> str:
+    return str(getattr(chat, "model_name", None) or getattr(chat, "model", None) or chat._llm_type)

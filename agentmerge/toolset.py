@@ -1,0 +1,127 @@
+"""``probing``'s functions as LangChain tools: names, descriptions, argument schemas, errors.
+
+A model's mistake comes back to it as a sentence, never as an exception. Every call is kept in the
+ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+from langchain_core.tools import BaseTool, StructuredTool, ToolException
+from pydantic import BaseModel, BeforeValidator, Field
+
+from agentmerge import probing
+from agentmerge.errors import CandidateFailed, NotBegun, UserError
+
+if TYPE_CHECKING:
+    from agentmerge.steps import Search
+
+
+def _as_text(value: Any) -> Any:
+    """Models send a recipe as an object or a genome as a list as often as they send a text."""
+    return json.dumps(value) if isinstance(value, (dict, list)) else value
+
+
+class MergeArguments(BaseModel):
+    """What ``merge_and_evaluate`` takes."""
+
+    recipe: Annotated[str, BeforeValidator(_as_text)] = Field(
+        description="mergekit YAML that uses only this search's models, or a JSON list of integers "
+        "from 0 to 100, one for each axis (list_candidates names the axes)"
+    )
+    tasks: list[str] | None = Field(None, description="only these tasks; by default all")
+    limit: int | None = Field(None, ge=1, description="only so many items a task; by default all")
+
+
+class ListArguments(BaseModel):
+    """What ``list_candidates`` takes."""
+
+    count: int = Field(10, ge=1, le=probing.MAX_LISTED, description="how many, best first")
+
+
+class CompareArguments(BaseModel):
+    """What ``compare`` takes."""
+
+    a: str = Field(description="a candidate's id such as \"3.1\", or a parent's name")
+    b: str = Field(description="the other one, in the same way")
+
+
+class NoArguments(BaseModel):
+    """What ``inspect_parents`` takes."""
+
+
+_OFFERED: dict[str, tuple[Callable[..., dict[str, Any]], type[BaseModel], str]] = {
+    "merge_and_evaluate": (
+        probing.merge_and_evaluate,
+        MergeArguments,
+        "Merge the models by a recipe and score the merge on the tasks. Costs one evaluation of "
+        "the budget, unless the same merge was scored before. With tasks or limit it scores on a "
+        "part of the items only: cheaper, but not comparable with whole scores.",
+    ),
+    "list_candidates": (
+        probing.list_candidates,
+        ListArguments,
+        "List the best merges so far with scores by task, the parents among them, the axes of the "
+        "search space, and how many evaluations are left. Free.",
+    ),
+    "compare": (
+        probing.compare,
+        CompareArguments,
+        "Compare two scored candidates task by task and item by item: what b lost that a had, what "
+        "it gained, and whether the difference is beyond noise. Free.",
+    ),
+    "inspect_parents": (
+        probing.inspect_parents,
+        NoArguments,
+        "Show how the parents differ: lengths and cosines of their task vectors by layer group, "
+        "and which items only one of them solves. Costs nothing once the parents are scored.",
+    ),
+}
+
+
+def tools_of(search: Search, generation: int | None = None, who: str = "") -> list[BaseTool]:
+    """The tools of an open search.
+
+    generation: which one new candidates join; by default one of their own. who: their label.
+    """
+    return [_tool(name, search, generation, who) for name in _OFFERED]
+
+
+def _tool(name: str, search: Search, generation: int | None, who: str) -> BaseTool:
+    function, arguments, description = _OFFERED[name]
+    fixed = {"generation": generation, "who": who} if name == "merge_and_evaluate" else {}
+
+    def call(**given: Any) -> str:
+        try:
+            found = function(search, **given, **fixed)
+        except (UserError, CandidateFailed, NotBegun) as error:
+            search.ledger.save_probe(search.run_id, name, given, str(error), 0)
+            raise ToolException(str(error)) from None
+        answer = json.dumps(found)
+        items = sum(found["items"].values()) if found.get("partial") else 0
+        search.ledger.save_probe(search.run_id, name, given, answer, items)
+        return answer
+
+    async def acall(**given: Any) -> str:
+        return await asyncio.to_thread(call, **given)
+
+    return StructuredTool.from_function(
+        func=call,
+        coroutine=acall,
+        name=name,
+        description=description,
+        args_schema=arguments,
+        handle_tool_error=True,
+        handle_validation_error=_invalid,
+    )
+
+
+def _invalid(error: Any) -> str:
+    """A wrong argument, as a sentence for the model."""
+    first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
