@@ -6,8 +6,8 @@ also says what it would cost. Knows no search state.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ class Prepared:
     """A config on real models: what a search needs before a worker starts.
 
     identities: model name -> content fingerprint. check: raises RecipeRejected for a recipe that
-    these models cannot make. ``parent_bytes``: all parents resident.
+    these models cannot make. parent_bytes: all parents resident. made_bytes: on disk, of the
+    parents that are no plain checkpoints as they are. notes: what to know of the parents.
     """
 
     config: SearchConfig
@@ -51,6 +52,8 @@ class Prepared:
     check: Callable[[Recipe], object] = field(repr=False)
     parent_bytes: int = 0
     model_bytes: int = 0
+    made_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -72,7 +75,7 @@ class Prepared:
             },
             "num_layers": self.space.num_layers,
             "dtype": self.space.dtype,
-            "notes": list(self.taskset.notes),
+            "notes": [*self.notes, *self.taskset.notes],
             "objectives": [
                 {
                     "name": o.name,
@@ -100,6 +103,7 @@ class Plan:
     items: int
     sealed_items: int
     memory_bytes: int
+    made_bytes: int
     seconds_per_candidate: float | None
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
@@ -115,11 +119,13 @@ def prepare(
     also: Sequence[str] = (),
     fresh: bool = False,
     tasks: bool = True,
+    weights: bool = True,
 ) -> Prepared:
     """Resolve models, tasks, strategy and worker.
 
     also: models beside the genome's that recipes may name. fresh: a search begins, so its warm
-    starts are looked at too. tasks: leave them out where nothing is scored.
+    starts are looked at too. tasks: leave them out where nothing is scored. weights: False for a
+    look at the plan alone: no weight is read, no parent made, nothing can be run.
 
     Raises:
         ConfigError: every fault found, one sentence each.
@@ -131,7 +137,7 @@ def prepare(
     if config.worker.kind == "fake":
         prepared = _prepare_fake(config, faults)
     else:
-        prepared = _prepare_real(config, also, tasks, faults)
+        prepared = _prepare_real(config, also, tasks, weights, faults)
     if fresh:
         faults = [*_depth_faults(config, prepared.space)]
         if faults:
@@ -140,33 +146,49 @@ def prepare(
 
 
 def _prepare_real(
-    config: SearchConfig, also: Sequence[str], tasks: bool, faults: list[str]
+    config: SearchConfig, also: Sequence[str], tasks: bool, weights: bool, faults: list[str]
 ) -> Prepared:
     from agentmerge.merging.headers import content_fingerprint
-    from agentmerge.merging.plan import plan
+    from agentmerge.merging.plain import known_identities, make_plain, write_side_files
+    from agentmerge.merging.plan import plan, read_layout
 
-    paths, layout = _parents(config, also, faults)
-    identities = {name: content_fingerprint(path) for name, path in paths.items()} if layout else {}
-    faults += _twin_faults(identities)
-    space = None
-    if layout is not None:
-        faults += _filter_faults(config, layout)
-        try:
-            space = SearchSpace(
-                config.genome,
-                layout.num_layers,
-                config.worker.dtype or layout.dtype,
-                merge_seed=config.search.seed,
-            )
-        except ConfigError as error:
-            faults += error.faults
-    taskset, spec = TaskSet((), ()), None
-    if paths:
-        spec = _spec(config, paths, config.worker.dtype or (layout.dtype if layout else "float32"))
-        if tasks:
-            taskset = _tasks(spec, faults)
+    with tempfile.TemporaryDirectory() as scratch:
+        found, survey, layout = _parents(config, also, faults)
+        space = None
+        if layout is not None:
+            faults += _filter_faults(config, layout)
+            try:
+                space = SearchSpace(
+                    config.genome,
+                    layout.num_layers,
+                    config.worker.dtype or layout.dtype,
+                    merge_seed=config.search.seed,
+                )
+            except ConfigError as error:
+                faults += error.faults
+        taskset, spec = TaskSet((), ()), None
+        dtype = config.worker.dtype or (layout.dtype if layout else "float32")
+        if found:
+            paths = {parent.name: parent.model for parent in found}
+            for index, parent in enumerate(found):
+                if parent.name in survey.made_bytes:
+                    paths[parent.name] = Path(scratch) / str(index)
+                    paths[parent.name].mkdir()
+                    write_side_files(parent, paths[parent.name])
+            spec = _spec(config, paths, dtype)
+            if tasks:
+                taskset = _tasks(spec, faults)
     if faults or layout is None or space is None or spec is None:
         raise ConfigError(faults)
+    if not weights:
+        identities = known_identities(found)
+    else:  # nothing speaks against it
+        paths = make_plain(found, trust_remote_code=config.worker.trust_remote_code)
+        spec = _spec(config, paths, dtype)
+        layout = read_layout(paths, _base_among(config, paths))
+        identities = {name: content_fingerprint(path) for name, path in paths.items()}
+        if faults := _twin_faults(identities):
+            raise ConfigError(faults)
     return Prepared(
         config,
         spec,
@@ -174,8 +196,10 @@ def _prepare_real(
         taskset,
         identities,
         lambda recipe: plan(recipe, layout),
-        parent_bytes=layout_bytes(layout, layout.dtype) * len(paths),
+        parent_bytes=layout_bytes(layout, layout.dtype) * len(found),
         model_bytes=layout_bytes(layout, space.dtype),
+        made_bytes=sum(survey.made_bytes.values()),
+        notes=tuple(survey.notes),
     )
 
 
@@ -203,6 +227,8 @@ def anchored(config: SearchConfig) -> SearchConfig:
 
     def absolute(name: str) -> str:
         path = Path(name).expanduser()
+        if "+" in name and not path.exists():  # a model and its adapter
+            return "+".join(map(absolute, name.split("+")))
         return str(path.absolute()) if path.exists() and not path.is_absolute() else name
 
     genome = config.genome
@@ -251,11 +277,12 @@ def plan_of(prepared: Prepared, ledger: Ledger | None, settings_hash: str) -> Pl
         items=len(tasks.refs("search")),
         sealed_items=len(tasks.refs("sealed")),
         memory_bytes=prepared.parent_bytes + 2 * prepared.model_bytes,
+        made_bytes=prepared.made_bytes,
         seconds_per_candidate=(
             None if ledger is None else ledger.seconds_per_candidate(settings_hash)
         ),
         warnings=config.warnings,
-        notes=tuple(tasks.notes),
+        notes=(*prepared.notes, *tasks.notes),
     )
 
 
@@ -375,26 +402,40 @@ def layout_bytes(layout: Any, dtype: str) -> int:
 
 def _parents(
     config: SearchConfig, also: Sequence[str], faults: list[str]
-) -> tuple[dict[str, Path], Any]:
-    from agentmerge.merging.headers import resolve_model
+) -> tuple[list[Any], Any, Any]:
+    """The parents that were found, what they are, and their layout where they can be merged."""
     from agentmerge.merging.layout import read_layout
+    from agentmerge.merging.plain import survey
+    from agentmerge.merging.sources import find_parent
 
     names = list(config.genome.parents)
     names += [name for name in also if name not in names]
-    paths: dict[str, Path] = {}
+    found = []
     for name in names:
         try:
-            paths[name] = resolve_model(name, trust_remote_code=config.worker.trust_remote_code)
+            found.append(
+                find_parent(
+                    name,
+                    trust_remote_code=config.worker.trust_remote_code,
+                    allow_pickle=config.worker.allow_pickle,
+                )
+            )
         except ParentError as error:
             faults.append(str(error))
-    base = config.genome.base_model if config.genome.base_model in paths else None
-    if not paths:
-        return {}, None
+    seen = survey(found)
+    faults += seen.faults
+    if not seen.checkpoints:
+        return found, seen, None
     try:
-        return paths, read_layout(paths, base)
+        return found, seen, read_layout(seen.checkpoints, _base_among(config, seen.checkpoints))
     except ParentError as error:
-        faults += str(error).splitlines()
-        return paths, None
+        faults += [fault for fault in str(error).splitlines() if fault not in faults]
+        return found, seen, None
+
+
+def _base_among(config: SearchConfig, names: Collection[str]) -> str | None:
+    base = config.genome.base_model
+    return base if base in names else None
 
 
 def _spec(
@@ -416,6 +457,8 @@ def _spec(
 def _template_model(config: SearchConfig, paths: Mapping[str, Path]) -> str:
     """Whose tokenizer asks: ``tokenizer_source`` where it names a parent, else the first expert
     that has a chat template, else the base, else the first expert."""
+    from agentmerge.merging.plain import chat_template
+
     source = config.genome.tokenizer_source
     if source == "base":
         source = config.genome.base_model
@@ -424,19 +467,9 @@ def _template_model(config: SearchConfig, paths: Mapping[str, Path]) -> str:
     names = list(config.genome.parents)
     if config.tasks.apply_chat_template:
         for name in names:
-            if name in paths and has_chat_template(paths[name]):
+            if name in paths and chat_template(paths[name]):
                 return name
     return next(name for name in names if name in paths)
-
-
-def has_chat_template(path: Path) -> bool:
-    if (path / "chat_template.jinja").is_file() or (path / "chat_template.json").is_file():
-        return True
-    try:
-        settings = json.loads((path / "tokenizer_config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return bool(settings.get("chat_template"))
 
 
 def _device() -> str:

@@ -249,6 +249,7 @@ class WorkerSettings(_Frozen):
     device: str | None = None
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
     trust_remote_code: bool = False
+    allow_pickle: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
 
 

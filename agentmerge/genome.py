@@ -452,7 +452,7 @@ class SearchSpace:
 
 def short_name(model: str) -> str:
     """The last part of a model's name or path, for people and prompts."""
-    return model.rstrip("/").rsplit("/", 1)[-1]
+    return "+".join(part.rstrip("/").rsplit("/", 1)[-1] for part in model.split("+"))
 
 
 def _neutral(axis: Axis) -> float:

@@ -61,6 +61,15 @@ def prune_checkpoints(runs_dir: Path | str, *, dry_run: bool) -> dict[str, Any]:
     }
 
 
+def discard_made_parents(*, dry_run: bool) -> dict[str, Any]:
+    """Remove the checkpoints that were made of parents and that no process uses: {made,
+    freed_bytes, dry_run}. They are made again when they are needed."""
+    from agentmerge.merging.made import discard_made
+
+    made, freed = discard_made(dry_run=dry_run)
+    return {"made": made, "freed_bytes": freed, "dry_run": dry_run}
+
+
 def diagnose(runs_dir: Path | str) -> list[dict[str, Any]]:
     """Findings as {what, ok, detail, remedy}; a key's value is never read out."""
     found = [

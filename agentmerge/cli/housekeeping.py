@@ -16,12 +16,15 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: options.Json = False,
 ) -> int:
-    """Prune old checkpoints: each search keeps its latest. Results and branches stay."""
-    from agentmerge.maintenance import prune_checkpoints
+    """Prune old checkpoints (each search keeps its latest) and remove parents that were made in
+    the cache and are not in use. Results and branches stay."""
+    from agentmerge.maintenance import discard_made_parents, prune_checkpoints
 
     report = prune_checkpoints(runs_dir, dry_run=dry_run)
+    report["parents"] = parents = discard_made_parents(dry_run=dry_run)
     verb = "would free" if dry_run else "freed"
     text = f"{verb} {report['freed_bytes'] / 1e6:.2f} MB in {report['checkpoints']} checkpoints"
+    text += f", {parents['freed_bytes'] / 1e6:.2f} MB in {parents['made']} parents made here"
     if report["busy"]:
         text += f"; running, left alone: {', '.join(report['busy'])}"
     show_result(report, as_json, text)

@@ -32,7 +32,9 @@ def check(
     try:
         settings = SearchConfig.from_file(config, given)
         settings = anchored(settings)
-        prepared = prepare(settings, allow_benchmarks=allow_benchmark_tasks, fresh=True)
+        prepared = prepare(
+            settings, allow_benchmarks=allow_benchmark_tasks, fresh=True, weights=False
+        )
         check_resources(settings)
     except ConfigError as error:
         if as_json:

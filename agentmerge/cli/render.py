@@ -193,6 +193,9 @@ def plan_text(plan: Any) -> str:
         ["memory", f"about {plan.memory_bytes / 1e9:.2f} GB for parents and the live model"],
         ["time", time_text],
     ]
+    if plan.made_bytes:
+        disk = f"up to {plan.made_bytes / 1e9:.2f} GB in the cache, for parents that are made once"
+        rows.append(["disk", disk])
     width = max(len(row[0]) for row in rows)
     lines = [f"{name.ljust(width)}  {value}" for name, value in rows[1:]]
     lines += [f"note: {line}" for line in (*plan.warnings, *plan.notes)]

@@ -7,48 +7,28 @@ appears. It knows nothing of runs, tasks or scores: the model card's text is giv
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from agentmerge.errors import UserError
 from agentmerge.merging.digests import digest
-from agentmerge.merging.headers import (
-    DTYPES,
-    read_config,
-    text_config,
-)
+from agentmerge.merging.headers import read_config, text_config
 from agentmerge.merging.parents import merged_tensor
 from agentmerge.merging.plan import MergePlan, TensorPlan, plan, read_layout
 from agentmerge.merging.weights import ParentFiles
-from agentmerge.recipe import Recipe
-
-SHARD_SIZE_BYTES = 2_000_000_000
-
-#: Copied from the template model where they are there; patterns of names.
-_COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "spiece.model",
-    "sentencepiece*.model",
-    "chat_template*",
-    "additional_chat_templates",
-    "generation_config.json",
+from agentmerge.merging.writing import (
+    SHARD_SIZE_BYTES,
+    Entry,
+    copy_side_files,
+    directory_at_once,
+    refuse_full_disk,
+    write_json,
+    write_weights,
 )
-_STORED = {name: code for code, name in DTYPES.items()}
+from agentmerge.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +75,13 @@ def export_checkpoint(
     layout = read_layout(paths, base)
     canonical = recipe.canonical(layout.num_layers)
     merge_plan = plan(canonical, layout, dtype=dtype)
-    shards = _shards(merge_plan.tensors, shard_size_bytes)
-    size_bytes = sum(map(_size_bytes, merge_plan.tensors))
+    entries = [_entry(item) for item in merge_plan.tensors]
+    size_bytes = sum(entry.size_bytes for entry in entries)
     config = _config_of(read_config(paths[template_model]), merge_plan, layout.tied)
     if dtype is not None and not (canonical.out_dtype or canonical.dtype):
         canonical = replace(canonical, out_dtype=dtype)  # the recipe as written says all there is
     with directory_at_once(out_dir) as scratch:
-        free_bytes = shutil.disk_usage(scratch).free
-        if free_bytes < size_bytes:
-            raise UserError(
-                f"{out_dir} needs {size_bytes / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free"
-            )
+        refuse_full_disk(scratch, size_bytes, out_dir)
         copy_side_files(paths[template_model], scratch)
         if template_text is not None:
             _write(scratch / "chat_template.jinja", template_text)
@@ -113,87 +89,19 @@ def export_checkpoint(
         _write(
             scratch / "README.md", default_card(out_dir.name, canonical) if card is None else card
         )
-        _write_json(scratch / "config.json", config)
+        write_json(scratch / "config.json", config)
+        plans = {item.spec.name: item for item in merge_plan.tensors}
         source = ParentFiles({name: paths[name] for name in recipe.models}, device)
-        fingerprint = digest(_written(scratch, shards, merge_plan.merge_seed, source))
+        fingerprint = digest(
+            write_weights(
+                scratch,
+                entries,
+                lambda name: merged_tensor(plans[name], merge_plan.merge_seed, source),
+                shard_size_bytes,
+            )
+        )
         source.verify()
-        _write_index(scratch, shards)
     return Exported(out_dir, fingerprint, len(merge_plan.tensors), size_bytes)
-
-
-def _written(
-    directory: Path,
-    shards: Sequence[Sequence[TensorPlan]],
-    merge_seed: int | None,
-    source: ParentFiles,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Merge and write every shard; yields each tensor after it is written."""
-    for file, items in zip(_shard_names(len(shards)), shards, strict=True):
-        with (directory / file).open("wb") as stream:
-            stream.write(_header(items))
-            for item in items:
-                tensor = merged_tensor(item, merge_seed, source)
-                stream.write(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
-                yield item.spec.name, tensor
-
-
-def _header(items: Sequence[TensorPlan]) -> bytes:
-    """Safetensors' header for tensors that follow in this order."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for item in items:
-        end = at + _size_bytes(item)
-        entries[item.spec.name] = {
-            "dtype": _STORED[item.dtype],
-            "shape": list(item.spec.shape),
-            "data_offsets": [at, end],
-        }
-        at = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _shards(items: Sequence[TensorPlan], limit_bytes: int) -> list[list[TensorPlan]]:
-    """Tensors in order, in files of at most ``limit_bytes`` (a larger tensor has its own)."""
-    shards: list[list[TensorPlan]] = [[]]
-    size = 0
-    for item in items:
-        size += _size_bytes(item)
-        if shards[-1] and size > limit_bytes:
-            shards.append([])
-            size = _size_bytes(item)
-        shards[-1].append(item)
-    # Wide dtypes first, so that every tensor is aligned, as the format's own library does.
-    return [sorted(shard, key=lambda item: -_itemsize(item.dtype)) for shard in shards]
-
-
-def _shard_names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{index + 1:05d}-of-{count:05d}.safetensors" for index in range(count)]
-
-
-def _write_index(directory: Path, shards: Sequence[Sequence[TensorPlan]]) -> None:
-    if len(shards) == 1:
-        return
-    names = _shard_names(len(shards))
-    where = {
-        item.spec.name: file for file, items in zip(names, shards, strict=True) for item in items
-    }
-    size = sum(_size_bytes(item) for items in shards for item in items)
-    index = {"metadata": {"total_size": size}, "weight_map": where}
-    _write_json(directory / "model.safetensors.index.json", index)
-
-
-def copy_side_files(template: Path, directory: Path) -> None:
-    """Tokenizer, chat template, generation config and, where the config names any, Python files."""
-    patterns = [*_COPIED, *(["*.py"] if "auto_map" in read_config(template) else [])]
-    for file in sorted({file for pattern in patterns for file in template.glob(pattern)}):
-        if file.is_dir():
-            shutil.copytree(file, directory / file.name, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(file, directory / file.name)
 
 
 def default_card(title: str, recipe: Recipe) -> str:
@@ -245,40 +153,10 @@ def _main_dtype(items: Sequence[TensorPlan]) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def _size_bytes(item: TensorPlan) -> int:
-    return math.prod(item.spec.shape) * _itemsize(item.dtype)
-
-
-def _itemsize(dtype: str) -> int:
-    return {"float64": 8, "float32": 4}.get(dtype, 2)
-
-
-def _write_json(file: Path, body: Mapping[str, Any]) -> None:
-    _write(file, json.dumps(body, indent=2, ensure_ascii=False) + "\n")
+def _entry(item: TensorPlan) -> Entry:
+    width = {"float64": 8, "float32": 4}.get(item.dtype, 2)
+    return Entry(item.spec.name, item.spec.shape, item.dtype, math.prod(item.spec.shape) * width)
 
 
 def _write(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def directory_at_once(target: Path) -> Iterator[Path]:
-    """A scratch directory beside ``target`` that becomes ``target`` when all went well.
-
-    Raises:
-        UserError: ``target`` holds something, or cannot be written.
-    """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is already there; name a new or an empty directory")
-    scratch = target.parent / f".{target.name}-{uuid.uuid4().hex[:8]}"
-    try:
-        scratch.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror}") from None
-    try:
-        yield scratch
-        os.replace(scratch, target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,7 +1,7 @@
 """What a model directory says about itself: its config, its safetensors headers, its fingerprint.
 
-It knows the files of one model, and finds the directory from a name. It reads no weights, except
-to hash them or to compare two tensors' bytes; it knows no torch, and nothing of other models.
+It knows the files of one model in one directory. It reads no weights, except to hash them or to
+compare two tensors' bytes; it knows no torch, and nothing of other models.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ _CHUNK = 1 << 22
 _MAX_HEADER = 100_000_000  # the limit of the format's own library
 _CACHED_FINGERPRINTS = 2000
 _LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+#: The file by which a checkpoint says that it was made from others.
+MADE = "agentmerge_made_from.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def read_headers(directory: Path) -> dict[str, TensorHeader]:
     """
     headers: dict[str, TensorHeader] = {}
     for file in safetensors_files(directory):
-        for name, header in _file_headers(file).items():
+        for name, header in file_headers(file).items():
             if name in headers:
                 raise ParentError(
                     f"{directory}: tensor {name!r} is in {headers[name].file.name} and in "
@@ -85,8 +85,8 @@ def safetensors_files(directory: Path) -> list[Path]:
         return [directory / shard for shard in shards]
     if (directory / "adapter_config.json").is_file():
         raise ParentError(
-            f"{directory} is a LoRA adapter, not a whole model; merge it into its base first "
-            "(peft's merge_and_unload) and name the result"
+            f"{directory} is an adapter, not a whole model; name it with its model, as "
+            f"MODEL+{directory}"
         )
     files = sorted(directory.glob("*.safetensors"))
     if len(files) == 1:
@@ -98,8 +98,9 @@ def safetensors_files(directory: Path) -> list[Path]:
         )
     if any(directory.glob("*.bin")) or any(directory.glob("*.pth")):
         raise ParentError(
-            f"{directory} has only pickled weights (.bin or .pth), which can run code when read; "
-            "convert them to safetensors (save_pretrained does)"
+            f"{directory} has only pickled weights (.bin or .pth), not safetensors; convert them "
+            "(save_pretrained does), or set worker.allow_pickle: true to have pytorch_model.bin "
+            "converted"
         )
     raise ParentError(f"{directory} has no safetensors files; name a whole Hugging Face model")
 
@@ -110,7 +111,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         ParentError: there is none, or it is not JSON.
     """
-    return _read_json(directory / "config.json", f"{directory} has no config.json; name a model")
+    return read_json(directory / "config.json", f"{directory} has no config.json; name a model")
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,18 +148,37 @@ def content_fingerprint(directory: Path) -> str:
 
     The same weights have the same fingerprint wherever they lie and however they are sharded. It
     is remembered by the files' paths, sizes and times in the cache directory, where that can be
-    written.
+    written. A checkpoint that was made from others (``made.py``) is known by those: what it is
+    does not depend on how the machine that made it rounds.
 
     Raises:
         ParentError: the model cannot be read.
     """
-    files = [file.resolve() for file in safetensors_files(directory)]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    whole = files_fingerprint(safetensors_files(directory))
+    made = made_from(directory)
+    if made is None:
+        return whole
+    if made.get("content") != whole:
+        raise ParentError(
+            f"{directory} is not what agentmerge wrote there; delete it, and it is made again"
+        )
+    return str(made["identity"])
+
+
+def made_from(directory: Path) -> dict[str, Any] | None:
+    """What ``made.py`` wrote into a checkpoint that it made: identity, content, ingredients."""
+    marker = directory / MADE
+    return read_json(marker) if marker.is_file() else None
+
+
+def files_fingerprint(files: Sequence[Path]) -> str:
+    """SHA-256 over the tensors of some safetensors files, as in ``content_fingerprint``."""
+    files = [file.resolve() for file in files]
+    key, newest_ns = _stamp(files)
     known = _cached_fingerprints()
     if key in known:
         return known[key]
-    tensors = read_headers(directory)
+    tensors = {name: header for file in files for name, header in file_headers(file).items()}
     lines = {}
     for name, header in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start)):
         digest = hashlib.sha256()
@@ -168,9 +188,21 @@ def content_fingerprint(directory: Path) -> str:
     whole = "".join(lines[name] for name in sorted(lines))
     fingerprint = hashlib.sha256(whole.encode()).hexdigest()
     # A file written in the last moments could change again within the clock's resolution.
-    if max(mtime for _, _, mtime in stats) < time.time_ns() - 2_000_000_000:
+    if newest_ns < time.time_ns() - 2_000_000_000:
         _remember_fingerprint(key, fingerprint)
     return fingerprint
+
+
+def known_fingerprint(directory: Path) -> str | None:
+    """``content_fingerprint`` where it is remembered, without reading a weight; else None."""
+    key, _ = _stamp([file.resolve() for file in safetensors_files(directory)])
+    return _cached_fingerprints().get(key)
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes; 64 hex digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def cache_dir() -> Path:
@@ -178,67 +210,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("AGENTMERGE_CACHE") or Path.home() / ".cache" / "agentmerge")
 
 
-def resolve_model(name: str, *, trust_remote_code: bool = False) -> Path:
-    """The local directory of a model: a path, or a hub id that is cached or can be downloaded.
-
-    trust_remote_code: also fetch the model's own Python files.
-
-    Raises:
-        ParentError: it cannot be found, or is not a whole safetensors model.
-    """
-    local = Path(name).expanduser()
-    if local.is_dir():
-        directory = local.absolute()
-    elif "+" in name:
-        raise ParentError(
-            f"{name!r} names a LoRA adapter (model+adapter), which is not supported yet; merge the "
-            "adapter into its model (peft's merge_and_unload) and name the result"
-        )
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ParentError(f"{name!r} is not a directory; name a model's directory or a hub id")
-    else:
-        directory = _from_hub(name, trust_remote_code)
-    read_config(directory)
-    safetensors_files(directory)
-    return directory
-
-
-def _from_hub(name: str, trust_remote_code: bool) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    patterns = [*_DOWNLOADED, *(["*.py"] if trust_remote_code else [])]
-    ignored = ["original/*", "consolidated*"]  # a second copy of the weights in some repositories
-    fetch = partial(
-        huggingface_hub.snapshot_download, name, allow_patterns=patterns, ignore_patterns=ignored
-    )
-    try:
-        try:
-            cached = Path(fetch(local_files_only=True))
-            safetensors_files(cached)
-            return cached
-        except (errors.LocalEntryNotFoundError, ParentError):
-            return Path(fetch())
-    except errors.HFValidationError:
-        why = "is neither a directory nor a hub id; name a model's directory or a hub id"
-    except errors.GatedRepoError:
-        why = "is gated on the hub; ask for access there and set HF_TOKEN"
-    except errors.RepositoryNotFoundError:
-        why = "is neither a directory nor a model on the hub (if it is private, set HF_TOKEN)"
-    except Exception as error:  # the hub client's transport, and so its errors, vary by version
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        why = (
-            "is not a directory, is not in the hub's local cache, and cannot be downloaded: "
-            f"{reason}"
-        )
-    raise ParentError(f"{name!r} {why}")
-
-
 def _weight_map(directory: Path) -> dict[str, str]:
     index = directory / "model.safetensors.index.json"
     if not index.is_file() or (directory / "model.safetensors").is_file():
         return {}
-    shards = _read_json(index, "").get("weight_map")
+    shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
         raise ParentError(f"{index} has no 'weight_map'; download the model again")
     for shard in shards.values():
@@ -247,7 +223,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
     return shards
 
 
-def _file_headers(file: Path) -> dict[str, TensorHeader]:
+def file_headers(file: Path) -> dict[str, TensorHeader]:
     broken = f"{file} is not a whole safetensors file; download the model again"
     try:
         with file.open("rb") as stream:
@@ -288,7 +264,12 @@ def _chunks(header: TensorHeader) -> Iterator[bytes]:
             yield chunk
 
 
-def _read_json(file: Path, missing: str) -> dict[str, Any]:
+def read_json(file: Path, missing: str = "") -> dict[str, Any]:
+    """A file's JSON object; ``missing`` is what to say where there is no file.
+
+    Raises:
+        ParentError: there is none, or it is not a JSON object.
+    """
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -298,6 +279,13 @@ def _read_json(file: Path, missing: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ParentError(f"{file} must hold a JSON object, not {type(raw).__name__}")
     return raw
+
+
+def _stamp(files: Sequence[Path]) -> tuple[str, int]:
+    """A hash of the files' paths, sizes and times, and the newest time in ns."""
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    return key, max((mtime for _, _, mtime in stats), default=0)
 
 
 def _cached_fingerprints() -> dict[str, str]:

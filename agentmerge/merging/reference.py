@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from agentmerge.errors import CandidateFailed
-from agentmerge.merging.export import copy_side_files, default_card, directory_at_once
+from agentmerge.merging.export import default_card
+from agentmerge.merging.writing import copy_side_files, directory_at_once
 from agentmerge.recipe import CANCEL_SHARE, Recipe
 
 

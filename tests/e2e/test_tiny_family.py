@@ -192,3 +192,47 @@ def test_relative_paths_mean_the_same_from_anywhere(
 def test_prepared_facts_are_stable(family: Family, tasks: Path) -> None:
     config = config_of(family, tasks)
     assert prepare(config).facts() == prepare(config).facts()
+
+
+def test_a_parent_with_an_adapter_from_search_to_disk(
+    family: Family, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`model+adapter` is a parent like any other, and stands in the recipe as mergekit reads it."""
+    monkeypatch.setenv("AGENTMERGE_CACHE", str(tmp_path / "cache"))
+    adapter = small_adapter(family.experts[0], tmp_path / "adapter")
+    names = [f"{family.experts[0]}+{adapter}", str(family.experts[1])]
+    body = body_of(family, tasks, models=names)
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(body))
+    assert run_app(["check", str(path), "--runs-dir", str(tmp_path)]) == 0
+    assert not (tmp_path / "cache" / "parents").exists(), "check makes nothing"
+    assert run_app(["run", str(path), "--name", "a", "--runs-dir", str(tmp_path), "-q"]) == 0
+    report = export_run("a", tmp_path / "merged", runs_dir=tmp_path)
+    assert report["equal"] is True
+    recipe = Recipe.parse(tmp_path / "a" / "best.yml")
+    assert set(recipe.models) <= {*names, str(family.base)}
+    with Ledger(tmp_path / session.LEDGER) as ledger:
+        found = ledger.candidates(ledger.run("a").id, 0)
+    assert {c.state for c in found} == {"scored"}
+    alone = session.evaluate(
+        Recipe.of_model(str(family.experts[0]), 4),
+        SearchConfig.from_file(path),
+        runs_dir=tmp_path,
+    )
+    assert not alone["reused"], "the adapter makes another model of it"
+
+
+def small_adapter(model: Path, directory: Path) -> Path:
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+        adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+        for name, value in adapted.named_parameters():
+            if "lora_B" in name:
+                value.data += 0.01 * torch.randn_like(value)
+    adapted.save_pretrained(directory)
+    return directory

@@ -14,7 +14,7 @@ from merge_cases import LAYERS, METHODS, edit_config, load_all, recipes
 from safetensors.torch import save_file
 
 from agentmerge.errors import CandidateFailed, ParentError, RecipeRejected, UserError
-from agentmerge.merging import export
+from agentmerge.merging import export, writing
 from agentmerge.merging.digests import digest
 from agentmerge.merging.export import export_checkpoint
 from agentmerge.merging.headers import read_headers
@@ -182,7 +182,7 @@ def test_a_failed_export_leaves_nothing(
         export_checkpoint(canonical(too_large), paths, out, template_model="c")
     with pytest.raises(ParentError):
         export_checkpoint(canonical(too_large), paths | {"c": tmp_path}, out, template_model="a")
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(UserError, match=r"needs 0.00 GB and 0.00 GB are free"):
         export_checkpoint(canonical(recipes("linear")["smooth"]), paths, out, template_model="a")
     assert list((tmp_path / "deep").iterdir()) == []

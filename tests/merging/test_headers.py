@@ -21,10 +21,10 @@ from agentmerge.merging.headers import (
     content_fingerprint,
     num_layers,
     read_headers,
-    resolve_model,
     same_bytes,
     text_config,
 )
+from agentmerge.merging.sources import find_parent
 
 
 def shard(directory: Path) -> None:
@@ -204,7 +204,7 @@ def spoil(directory: Path, how: str) -> None:
         ("not safetensors", "not a whole safetensors file"),
         ("empty", "not a whole safetensors file"),
         ("pickled only", "only pickled weights"),
-        ("adapter", "LoRA adapter"),
+        ("adapter", r"is an adapter, not a whole model; name it with its model, as MODEL\+"),
         ("no weights", "no safetensors files"),
         ("two loose files", "2 safetensors files and no model.safetensors.index.json"),
         ("shard missing", "1 of 2 shards are missing, the first is model-00002"),
@@ -225,22 +225,25 @@ def test_a_directory_that_is_no_model_does_not_resolve(
 ) -> None:
     spoil(own_family["a"], how)
     with pytest.raises(ParentError):
-        resolve_model(str(own_family["a"]))
+        find_parent(str(own_family["a"]))
 
 
 def test_names(own_family: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(own_family["a"].parent)
-    assert resolve_model("a") == own_family["a"]
-    assert resolve_model("./a") == own_family["a"]
+    assert find_parent("a").model == own_family["a"]
+    assert find_parent("./a").model == own_family["a"]
     for name, words in (
-        ("model+adapter", "LoRA adapter"),
+        ("a+nowhere/at/all", "is not a directory"),
+        ("a+", "name one model and one adapter"),
+        ("a+b+b", "name one model and one adapter"),
+        ("a+b", "has no adapter_config.json; name an adapter behind"),
         ("./nowhere", "is not a directory"),
         ("/no/where", "is not a directory"),
         ("one/two/three", "is not a directory"),
         ("not a name", "neither a directory nor a hub id"),
     ):
         with pytest.raises(ParentError, match=words):
-            resolve_model(name)
+            find_parent(name)
 
 
 def test_a_hub_id_from_the_cache_and_one_that_is_not_there(
@@ -254,18 +257,19 @@ def test_a_hub_id_from_the_cache_and_one_that_is_not_there(
     (refs / "main").write_text("0" * 40)
     code = (
         "import sys; from agentmerge.errors import ParentError\n"
-        "from agentmerge.merging.headers import resolve_model\n"
-        "print(resolve_model('some/model'))\n"
-        "try: resolve_model('some/other')\n"
+        "from agentmerge.merging.sources import find_parent\n"
+        "print(find_parent('some/model').model)\n"
+        "try: find_parent('some/other')\n"
         "except ParentError as error: print(error)\n"
+        "print(find_parent('some/model@main').model)\n"
         "assert 'torch' not in sys.modules"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    first, second = done.stdout.strip().splitlines()
-    assert first == str(snapshot)
+    first, second, third = done.stdout.strip().splitlines()
+    assert first == third == str(snapshot)
     assert "'some/other' is not a directory, is not in the hub's local cache" in second
 
 

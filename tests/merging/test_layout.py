@@ -91,6 +91,10 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: edit_config(path, num_attention_heads=8),
         "a: num_attention_heads is 8, and 4 in base",
     ),
+    "norm": (
+        lambda path: edit_config(path, rms_norm_eps=1e-5),
+        "a: rms_norm_eps is 1e-05, and 1e-06 in base",
+    ),
     "rope base": (
         lambda path: edit_config(path, rope_parameters=..., rope_theta=500000.0),
         "a: rope_theta is 500000.0, and 10000.0 in base",
@@ -158,8 +162,8 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "several stacks": (
         lambda path: edit_weights(path, **{"vision.layers.0.weight": torch.ones(4)}),
-        "a: it has several stacks of layers (model.layers, vision.layers); only a text model by "
-        "itself can be merged",
+        "a: it has several stacks of layers (model.layers, vision.layers), and it cannot be told "
+        "which is the text model's",
     ),
     "no config": (
         lambda path: (path / "config.json").unlink(),

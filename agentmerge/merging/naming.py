@@ -1,0 +1,38 @@
+"""Finds a tensor under another program's name for it: by the longest ending both have in common.
+
+``language_model.model.layers.0.mlp.up_proj.weight`` in a file is
+``model.language_model.layers.0.mlp.up_proj.weight`` in a live model. It knows names and nothing
+else; whoever asks proves that shapes and values agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class NameIndex:
+    """Names that can be found by their endings, which are cut at dots."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._by_ending: dict[str, list[str]] = {}
+        for name in names:
+            for ending in _endings(name):
+                self._by_ending.setdefault(ending, []).append(name)
+
+    def find(self, name: str) -> str | None:
+        """The one name with the longest common ending; None where there is none, or several."""
+        for ending in _endings(name):
+            found = self._by_ending.get(ending)
+            if found is None:
+                continue
+            if ending == name and name in found:
+                return name
+            return found[0] if len(found) == 1 else None
+        return None
+
+
+def _endings(name: str) -> Iterable[str]:
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name

@@ -1,0 +1,172 @@
+"""Turns the parents that a user names into plain checkpoints: one directory of safetensors each.
+
+First ``survey``: every fault, and what would have to be made, from configs and headers alone. Then
+``make_plain``: adapters applied, pickled weights converted, each once on this machine
+(``made.py``). A parent that is a plain checkpoint already stays where it is. It knows no recipes
+and no tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agentmerge.errors import ParentError
+from agentmerge.merging.adapters import adapter_faults, adapter_fingerprint, adapter_note
+from agentmerge.merging.checkpoint import Checkpoint
+from agentmerge.merging.headers import (
+    content_fingerprint,
+    file_digest,
+    known_fingerprint,
+    read_config,
+)
+from agentmerge.merging.sources import Parent
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What parents are, before any weight is read.
+
+    checkpoints: name -> config and headers of the plain checkpoint that it is or will be.
+    faults, notes: one sentence each. made_bytes: of the checkpoints that have to be made.
+    """
+
+    checkpoints: Mapping[str, Checkpoint]
+    faults: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    made_bytes: Mapping[str, int] = field(default_factory=dict)
+
+
+def survey(parents: Iterable[Parent]) -> Survey:
+    """What ``parents`` are and what speaks against each of them by itself."""
+    checkpoints: dict[str, Checkpoint] = {}
+    faults, notes, made_bytes = [], [], {}
+    for parent in parents:
+        try:
+            checkpoints[parent.name] = checkpoint = _read(parent)
+            if parent.adapter is not None:
+                found = _adapter_faults(parent.adapter, checkpoint)
+                faults += [f"{parent.name}: {fault}" for fault in found]
+                note = adapter_note(parent.name, parent.adapter, parent.name.partition("+")[0])
+                notes += [note] if note else []
+        except ParentError as error:
+            faults.append(f"{parent.name}: {error}")
+            continue
+        times = bool(parent.pickled) + (parent.adapter is not None)
+        if times:
+            made_bytes[parent.name] = times * _size_bytes(checkpoint)
+    return Survey(checkpoints, faults, notes, made_bytes)
+
+
+def make_plain(parents: Iterable[Parent], *, trust_remote_code: bool = False) -> dict[str, Path]:
+    """The directory of each parent's plain checkpoint, by name; made where it is not there yet.
+
+    Raises:
+        ParentError: it cannot be made.
+        UserError: the cache directory cannot be written, or the disk is full.
+    """
+    return {parent.name: _plain(parent, trust_remote_code) for parent in parents}
+
+
+def known_identities(parents: Iterable[Parent]) -> dict[str, str]:
+    """The content fingerprints that are known without reading a weight."""
+    known = {}
+    for parent in parents:
+        found = None if parent.pickled else known_fingerprint(parent.model)
+        if found and parent.adapter is not None:
+            from agentmerge.merging.made import identity_of
+
+            found = identity_of("adapter", [found, adapter_fingerprint(parent.adapter)])
+        if found:
+            known[parent.name] = found
+    return known
+
+
+def write_side_files(parent: Parent, directory: Path) -> None:
+    """All of a parent's plain checkpoint but its weights."""
+    from agentmerge.merging.writing import copy_side_files, write_json
+
+    write_json(directory / "config.json", read_config(parent.model))
+    copy_side_files(parent.model, directory)
+    template = None if parent.adapter is None else chat_template(parent.adapter)
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def chat_template(directory: Path) -> str | None:
+    """The chat template beside a model or an adapter, in any of the places where it may be."""
+    try:
+        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    except OSError:
+        pass
+    for file in ("chat_template.json", "tokenizer_config.json"):
+        try:
+            template = json.loads((directory / file).read_text(encoding="utf-8"))["chat_template"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(template, list):  # several, by name
+            named = {entry.get("name"): entry.get("template") for entry in template}
+            template = named.get("default")
+        if template:
+            return str(template)
+    return None
+
+
+def _read(parent: Parent) -> Checkpoint:
+    if not parent.pickled:
+        return Checkpoint.read(parent.model)
+    from agentmerge.merging.pickled import pickled_headers
+
+    return Checkpoint(read_config(parent.model), pickled_headers(parent.pickled))
+
+
+def _adapter_faults(adapter: Path, checkpoint: Checkpoint) -> list[str]:
+    tied, _ = checkpoint.tying(compare=False)
+    return list(adapter_faults(adapter, checkpoint.tensors, tied is not False))
+
+
+def _plain(parent: Parent, trust_remote_code: bool) -> Path:
+    from agentmerge.merging.made import identity_of, made
+
+    model = parent.model
+    if parent.pickled:
+        from agentmerge.merging.pickled import convert
+
+        bare = Parent(parent.name, parent.model)
+
+        def make_converted(directory: Path) -> None:
+            convert(parent.pickled, directory)
+            write_side_files(bare, directory)
+
+        # Known by its weights alone: the same model as safetensors is the same parent.
+        files = [file_digest(file) for file in parent.pickled]
+        model = made("converted", [*files, _side_digest(bare)], make_converted, identity="")
+    if parent.adapter is None:
+        return model
+    adapter = parent.adapter
+    from agentmerge.merging.applying import apply_adapter
+
+    def make_applied(directory: Path) -> None:
+        apply_adapter(model, adapter, directory, trust_remote_code=trust_remote_code)
+        write_side_files(parent, directory)
+
+    prints = [content_fingerprint(model), adapter_fingerprint(adapter)]
+    identity = identity_of("adapter", prints)
+    return made("adapter", [*prints, _side_digest(parent)], make_applied, identity)
+
+
+def _side_digest(parent: Parent) -> str:
+    """A hash of what ``write_side_files`` writes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        write_side_files(parent, Path(scratch))
+        files = sorted(file for file in Path(scratch).rglob("*") if file.is_file())
+        lines = [f"{file.relative_to(scratch)} {file_digest(file)}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _size_bytes(checkpoint: Checkpoint) -> int:
+    return sum(header.end - header.start for header in checkpoint.tensors.values())

@@ -1,0 +1,56 @@
+"""A model as transformers builds it from a directory: its class, and itself without weights.
+
+It knows transformers' classes. It loads no weights and knows no merging.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from agentmerge.errors import ParentError
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' auto class for text: of causal models, else of models of text and images."""
+    if type(config) in transformers.AutoModelForCausalLM._model_mapping:
+        return transformers.AutoModelForCausalLM
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForImageTextToText
+
+
+def skeleton(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model of a directory in float32 on the meta device: names and shapes, no memory.
+
+    Raises:
+        ParentError: transformers cannot build it.
+    """
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(
+                str(directory), trust_remote_code=trust_remote_code
+            )
+            with torch.device("meta"):
+                return auto_class(config).from_config(
+                    config, dtype=torch.float32, trust_remote_code=trust_remote_code
+                )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ParentError(f"{directory}: transformers cannot build this model: {reason}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(level)
