@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 from agentmerge.errors import ParentError
 from agentmerge.merging.headers import TensorHeader, read_headers
-from agentmerge.merging.skeleton import skeleton
 from agentmerge.merging.naming import NameIndex
+from agentmerge.merging.skeleton import skeleton
 from agentmerge.merging.writing import Entry, refuse_full_disk, write_weights
 
 
