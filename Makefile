@@ -14,7 +14,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false 
 	LANGGRAPH_CLI_NO_ANALYTICS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test test-all lint format wheel clean
+.PHONY: help install install-dev demo test test-all test-browser lint format wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,10 @@ test: $(DEV_STAMP)  ## Run the tests, without the slow ones
 
 test-all: $(DEV_STAMP)  ## Run every test
 	$(TEST_ENV) $(PY) -m pytest
+
+test-browser: $(DEV_STAMP)  ## Try the HTML report in Chromium (its package must be there)
+	$(PIP) -c constraints.txt -e '.[browser]'
+	$(TEST_ENV) $(PY) -m pytest tests/report/test_page.py
 
 lint: $(DEV_STAMP)  ## Check style, types and the direction of imports
 	$(PY) -m ruff check .

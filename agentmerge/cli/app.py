@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from agentmerge.cli import housekeeping, inspecting, results, searching, serving
+from agentmerge.cli import housekeeping, inspecting, reporting, results, searching, serving
 from agentmerge.cli.terminal import failed
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ for command in (
     results.show,
     results.best,
     results.export,
+    reporting.report,
     inspecting.evaluate,
     inspecting.explain,
     inspecting.methods,

@@ -1,0 +1,42 @@
+"""``report``: searches as one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agentmerge.cli import options
+from agentmerge.cli.terminal import show_result
+
+
+def report(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="The searches to show.")],
+    to: Annotated[
+        Path | None, typer.Option("--to", help="The file; RUNS/NAME/report.html unless given.")
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+    png: Annotated[
+        Path | None, typer.Option("--png", help="Also a picture of the best so far (a browser).")
+    ] = None,
+    runs_dir: options.RunsDir = Path("runs"),
+    as_json: options.Json = False,
+) -> int:
+    """Write searches as one HTML page that needs no network: charts, recipes, agents' words."""
+    from agentmerge.report.html import write_report
+    from agentmerge.report.picture import take_picture
+    from agentmerge.session import opened
+
+    with opened(runs_dir) as ledger:
+        target = to or runs_dir / ledger.run(names[0]).name / "report.html"
+        path = write_report(ledger, names, target)
+        if png is not None:
+            take_picture(ledger, names, png)
+    if open_:
+        import webbrowser
+
+        webbrowser.open(path.absolute().as_uri())
+    shown = {"path": str(path)} | ({"png": str(png)} if png else {})
+    show_result(shown, as_json, "\n".join(shown.values()))
+    return 0

@@ -1,0 +1,284 @@
+"""The report's charts as plotly figures: plain {data, layout}, drawn by plotly.js in the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from agentmerge.report.content import MAX_ITEMS, MAX_POINTS, Contender, Content, Point, comparisons
+from agentmerge.report.items import Asked
+
+Figure = dict[str, Any]
+
+INK, GREY, PALE = "#1f2933", "#5f6b7a", "#d9dee5"
+BLUE, ORANGE, GREEN, PURPLE, RED, TEAL = (
+    "#0b5cad", "#b35300", "#1b7f4b", "#7a3fb0", "#b3261e", "#0f7285",
+)  # fmt: skip
+LINES = (ORANGE, GREEN, PURPLE, TEAL, RED, INK)
+DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot")
+
+
+def layout(x: str, y: str, height: int = 380, **more: Any) -> dict[str, Any]:
+    axis = {"gridcolor": "#e8ebf0", "zerolinecolor": PALE, "linecolor": GREY, "automargin": True}
+    return {
+        "height": height,
+        "margin": {"l": 56, "r": 16, "t": 12, "b": 48},
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "xaxis": axis | {"title": {"text": x}},
+        "yaxis": axis | {"title": {"text": y}},
+        "legend": {"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0},
+        "uniformtext": {"minsize": 10, "mode": "hide"},
+        "hoverlabel": {"font": {"size": 13}},
+    } | more
+
+
+def progress(content: Content) -> Figure:
+    """Best so far against evaluations; ``customdata`` has the cost and the candidate's place."""
+    points = _sampled(content.points)
+    spans = [point.evaluations for point in content.points] or [0]
+    costs = [point.cost_s for point in content.points] or [0.0]
+    dots = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "candidates",
+        "x": [p.evaluations for p in points],
+        "y": [p.candidate.score for p in points],
+        "meta": {"costs": [p.cost_s for p in points]},
+        "customdata": [f"{p.candidate.generation}.{p.candidate.slot}" for p in points],
+        "text": [p.name for p in points],
+        "hovertemplate": "%{text}<br>score %{y:.4f}<extra></extra>",
+        "marker": {"size": 7, "color": BLUE, "opacity": 0.45},
+    }
+    best = {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "best so far",
+        "x": [p.evaluations for p in points],
+        "y": [p.best_score for p in points],
+        "meta": {"costs": [p.cost_s for p in points]},
+        "line": {"color": BLUE, "width": 3, "shape": "hv"},
+        "hovertemplate": "best so far %{y:.4f}<extra></extra>",
+    }
+    lines = [
+        _reference(contender, index, (min(spans), max(spans)), (min(costs), max(costs)))
+        for index, contender in enumerate(content.reference_lines)
+    ]
+    return {"data": [dots, best, *lines], "layout": layout("evaluations", "score", 420)}
+
+
+def _reference(
+    contender: Contender, index: int, span: tuple[float, float], cost: tuple[float, float]
+) -> Figure:
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": contender.name,
+        "x": list(span),
+        "y": [contender.search] * 2,
+        "meta": {"costs": list(cost)},
+        "line": {
+            "color": LINES[index % len(LINES)],
+            "width": 2,
+            "dash": DASHES[index % len(DASHES)],
+        },
+        "hovertemplate": f"{contender.name} %{{y:.4f}}<extra></extra>",
+    }
+
+
+def _sampled(points: Sequence[Point]) -> list[Point]:
+    """All points, or those that became the best and an even sample of the others."""
+    if len(points) <= MAX_POINTS:
+        return list(points)
+    step = len(points) / MAX_POINTS
+    kept = {int(index * step) for index in range(MAX_POINTS)} | {len(points) - 1}
+    best = float("-inf")
+    for index, point in enumerate(points):
+        if point.best_score > best:
+            best = point.best_score
+            kept.add(index)
+    return [points[index] for index in sorted(kept)]
+
+
+def distribution(content: Content) -> Figure:
+    """Every generation's scores as a box with its points."""
+    points = _sampled(content.points)
+    box = {
+        "type": "box",
+        "x": [p.candidate.generation for p in points],
+        "y": [p.candidate.score for p in points],
+        "text": [p.name for p in points],
+        "boxpoints": "all" if len(points) <= 600 else "outliers",
+        "jitter": 0.4,
+        "pointpos": 0,
+        "marker": {"color": BLUE, "size": 5, "opacity": 0.55},
+        "line": {"color": BLUE, "width": 1.5},
+        "fillcolor": "rgba(11,92,173,0.10)",
+        "name": "score",
+        "hovertemplate": "%{text}<br>score %{y:.4f}<extra></extra>",
+    }
+    figure: Figure = {"data": [box], "layout": layout("generation", "score", showlegend=False)}
+    figure["layout"]["xaxis"]["dtick"] = max(1, len({p.candidate.generation for p in points}) // 20)
+    return figure
+
+
+def per_task(content: Content) -> Figure:
+    """Each task's metric: the answer beside the parents and the cheap merges."""
+    sealed = any(c.sealed_tasks for c in content.contenders)
+    bars = []
+    for index, contender in enumerate(content.contenders):
+        values = contender.sealed_tasks if sealed else dict(contender.candidate.tasks)
+        bars.append(
+            {
+                "type": "bar",
+                "name": contender.name if contender.kind != "answer" else "this search's answer",
+                "x": content.tasks,
+                "y": [values.get(task) for task in content.tasks],
+                "marker": {"color": BLUE if index == 0 else LINES[(index - 1) % len(LINES)]}
+                | ({} if index == 0 else {"opacity": 0.55}),
+                "hovertemplate": "%{fullData.name}<br>%{x}: %{y:.4f}<extra></extra>",
+            }
+        )
+    return {
+        "data": bars,
+        "layout": layout("", "metric", barmode="group", bargap=0.25),
+    }
+
+
+def item_changes(content: Content) -> Figure:
+    """Items gained, lost and unchanged against each other contender, all tasks together."""
+    found = comparisons(content)
+    names = [row["name"] for row in found]
+    bars = []
+    for key, label, colour in (
+        ("both", "right in both", PALE),
+        ("gained", "gained", GREEN),
+        ("lost", "lost", RED),
+        ("neither", "wrong in both", GREY),
+    ):
+        counts = [sum(task[key] for task in row["tasks"]) for row in found]
+        bars.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": label,
+                "y": names,
+                "x": counts,
+                "text": [str(count) if count else "" for count in counts],
+                "textposition": "inside",
+                "textangle": 0,
+                "insidetextanchor": "middle",
+                "textfont": {"color": INK if colour == PALE else "#ffffff"},
+                "marker": {"color": colour},
+                "hovertemplate": "%{y}: %{x} " + label + "<extra></extra>",
+            }
+        )
+    figure: Figure = {
+        "data": bars,
+        "layout": layout("items", "", 150 + 44 * len(names), barmode="stack", bargap=0.35),
+    }
+    figure["layout"]["yaxis"]["autorange"] = "reversed"
+    figure["layout"]["legend"]["y"] = -0.35 if len(names) < 5 else -0.2
+    figure["layout"]["legend"]["traceorder"] = "normal"
+    return figure
+
+
+def item_matrix(content: Content) -> Figure:
+    """One column an item, one row a contender: right, wrong, or how good within the task."""
+    question = content.asked
+    rows = [c for c in content.contenders if c.values is not None]
+    if question is None or not rows:
+        return {"data": [], "layout": layout("", "")}
+    columns: list[tuple[str, str]] = []
+    for task, keys in question.keys.items():
+        columns += [(task, key) for key in _ordered(rows, question, task, keys)]
+    if len(columns) > MAX_ITEMS:
+        step = len(columns) / MAX_ITEMS
+        columns = [columns[int(index * step)] for index in range(MAX_ITEMS)]
+    z = [[_level(row, question, task, key) for task, key in columns] for row in rows]
+    names = ["this search's answer" if c.kind == "answer" else c.name for c in rows]
+    heat = {
+        "type": "heatmap",
+        "z": z,
+        "y": names,
+        "customdata": [[[task, key] for task, key in columns]] * len(rows),
+        "colorscale": [[0, "#f3d9d7"], [0.5, "#f2f0e6"], [1, GREEN]],
+        "zmin": 0,
+        "zmax": 1,
+        "showscale": False,
+        "xgap": 0,
+        "ygap": 3,
+        "hovertemplate": "%{y}<br>%{customdata[0]}, item %{customdata[1]}: %{z}<extra></extra>",
+    }
+    figure: Figure = {"data": [heat], "layout": layout("", "", 130 + 34 * len(rows))}
+    edges, labels = _task_edges(columns)
+    figure["layout"]["xaxis"] |= {"tickvals": labels[0], "ticktext": labels[1], "showgrid": False}
+    figure["layout"]["yaxis"] |= {"autorange": "reversed", "showgrid": False}
+    figure["layout"]["shapes"] = [
+        {"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1}
+        | {"line": {"color": INK, "width": 1}}
+        for x in edges
+    ]
+    return figure
+
+
+def _level(row: Contender, question: Asked, task: str, key: str) -> float:
+    """1 for right, 0 for wrong; other metrics by their place between the task's extremes."""
+    assert row.values is not None
+    value = row.values[task][key].value
+    if value in (0.0, 1.0):
+        return value
+    found = [result.value for result in row.values[task].values()]
+    low, high = min(found), max(found)
+    level = (value - low) / (high - low) if high > low else 0.5
+    higher = all(o["higher_is_better"] for o in question.objectives if task in o["leaves"])
+    return level if higher else 1 - level
+
+
+def _ordered(
+    rows: Sequence[Contender], question: Asked, task: str, keys: Sequence[str]
+) -> list[str]:
+    """Items with the same pattern side by side, those that the answer solves first."""
+    return sorted(
+        keys, key=lambda key: ([-_level(row, question, task, key) for row in rows], key)
+    )  # fmt: skip
+
+
+def _task_edges(
+    columns: Sequence[tuple[str, str]],
+) -> tuple[list[float], tuple[list[float], list[str]]]:
+    edges, middles, names, start = [], [], [], 0
+    for index in range(1, len(columns) + 1):
+        if index == len(columns) or columns[index][0] != columns[start][0]:
+            middles.append((start + index - 1) / 2)
+            names.append(columns[start][0])
+            if index < len(columns):
+                edges.append(index - 0.5)
+            start = index
+    return edges, (middles, names)
+
+
+def overview(contents: Sequence[Content]) -> Figure:
+    """Several searches' best so far in one picture."""
+    lines = []
+    for index, content in enumerate(contents):
+        points = _sampled(content.points)
+        lines.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": content.row.name,
+                "x": [p.evaluations for p in points],
+                "y": [p.best_score for p in points],
+                "meta": {"costs": [p.cost_s for p in points]},
+                "line": {
+                    "color": (BLUE, *LINES)[index % (1 + len(LINES))],
+                    "width": 3,
+                    "shape": "hv",
+                    "dash": ("solid", *DASHES)[index // (1 + len(LINES)) % 6],
+                },
+                "hovertemplate": f"{content.row.name} %{{y:.4f}}<extra></extra>",
+            }
+        )
+    return {"data": lines, "layout": layout("evaluations", "best so far")}

@@ -1,0 +1,72 @@
+"""A recipe's values by layer group, model and filter: what heat maps and comparisons are made of.
+
+Values are the effective ones (after mergekit's precedence), read at the first layer of each group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from agentmerge.errors import AgentmergeError
+from agentmerge.genome import SearchSpace, short_name
+from agentmerge.methods import METHODS
+from agentmerge.recipe import Recipe
+
+OTHER = "other tensors"
+
+#: (model, parameter, filter): "all models" where shared; filter "" where the genome has none.
+Row = tuple[str, str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """columns: names of the layer groups. rows: a row's value a column, None where it has none."""
+
+    columns: tuple[str, ...]
+    rows: Mapping[Row, tuple[float | None, ...]]
+
+
+def grid(space: SearchSpace, recipe: Recipe) -> Grid:
+    """The values of any recipe of these models, on the layer groups of ``space``."""
+    starts, columns = _columns(space)
+    searched = {axis.parameter for axis in space.axes if axis.model is None}
+    rows: dict[Row, list[float | None]] = {}
+    for filter_ in space.filters:
+        tensor = filter_ or ""  # an empty name matches no filter
+        for place, layer in enumerate(starts):
+            try:
+                found = recipe.effective(tensor, layer)
+            except AgentmergeError:
+                continue  # refused there; the grid shows a gap
+            values: dict[tuple[str, str], float] = {}
+            method = METHODS[found.method]
+            for model, _, own in found.sources:
+                if method.sets_apart(found.base_model) and model == found.base_model:
+                    continue
+                for name, value in own:
+                    values[short_name(model), name] = value
+                if found.method == "slerp":
+                    t = dict(found.shared)["t"]
+                    values[short_name(model), "share"] = 1 - t if model == found.base_model else t
+                elif not own:
+                    values[short_name(model), "present"] = 1.0
+            for name, value in found.shared:
+                if name in searched and found.method != "slerp":
+                    values["all models", name] = value
+            for (model, name), value in values.items():
+                where = (filter_ or OTHER) if space.genome.filters else ""
+                row = rows.setdefault((model, name, where), [None] * len(starts))
+                row[place] = value
+    return Grid(tuple(columns), {key: tuple(row) for key, row in rows.items()})
+
+
+def _columns(space: SearchSpace) -> tuple[list[int], list[str]]:
+    if space.genome.smooth:
+        layers = list(range(space.num_layers))
+        return layers, [f"layer {layer}" for layer in layers]
+    step = space.num_layers // space.groups
+    starts = [group * step for group in range(space.groups)]
+    if step == 1:
+        return starts, [f"layer {layer}" for layer in starts]
+    return starts, [f"layers {first}-{first + step - 1}" for first in starts]

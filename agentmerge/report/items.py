@@ -1,0 +1,128 @@
+"""What a search asked, item by item, and how two merges differ on it. From the ledger alone.
+
+No task is loaded and no model: which items were asked, and how their values make a score, is
+written down when a search begins. Searches from before that have no item tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from agentmerge.evaluation.statistics import Interval, paired_score_difference
+from agentmerge.genome import short_name
+from agentmerge.ledger import Candidate, Ledger, ResultKey, RunRow
+from agentmerge.workers.base import EngineInfo, ItemResult
+
+Part = Literal["search", "sealed"]
+
+#: Leaf task -> item key -> what the item showed.
+Values = Mapping[str, Mapping[str, ItemResult]]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The items of one part of a search, and what else decides an answer.
+
+    keys: leaf task -> item keys, in order. objectives: as in the run's facts.
+    """
+
+    part: Part
+    keys: Mapping[str, Sequence[str]]
+    protocols: Mapping[str, str]
+    engine: EngineInfo
+    objectives: Sequence[Mapping[str, Any]]
+    seed: int
+
+    def values(self, ledger: Ledger, recipe_hash: str) -> Values | None:
+        """A recipe's results for these items; None where one is missing."""
+        found = {}
+        for task, keys in self.keys.items():
+            stored = ledger.results(ResultKey(recipe_hash, self.engine, self.protocols[task]))
+            if not all(key in stored for key in keys):
+                return None
+            found[task] = {key: stored[key] for key in keys}
+        return found
+
+
+def asked(ledger: Ledger, row: RunRow, part: Part) -> Asked | None:
+    """What a search asked; None where that was not written down, or nothing is sealed."""
+    keys = ledger.item_keys(row.id, part)
+    if not keys or "objectives" not in row.facts:
+        return None
+    return Asked(
+        part,
+        {task: keys[task] for task in row.facts["protocols"] if task in keys},
+        row.facts["protocols"],
+        EngineInfo(**row.facts["engine"]),
+        row.facts["objectives"],
+        row.seed,
+    )
+
+
+def paired(mine: Values, theirs: Values, question: Asked) -> Interval | None:
+    """How far ``mine`` is ahead on the items that both have; None where a metric is no mean."""
+    rows = []
+    for objective in question.objectives:
+        if not objective["mean"]:
+            return None
+        shared = {
+            task: [key for key in question.keys[task] if key in theirs.get(task, ())]
+            for task in objective["leaves"]
+        }
+        total = sum(map(len, shared.values()))
+        for task, keys in shared.items():
+            if not keys:
+                return None
+            share = len(keys) / total if objective["by_size"] else 1 / len(shared)
+            rows.append(
+                (
+                    objective["signed_weight"] * share,
+                    [mine[task][key].value for key in keys],
+                    [theirs[task][key].value for key in keys],
+                )
+            )
+    return paired_score_difference(rows, question.seed) if rows else None
+
+
+def gains(mine: Values, theirs: Values, question: Asked) -> list[dict[str, Any]]:
+    """Task by task: how many items ``mine`` gained, lost, and left as they were.
+
+    An item is gained where its value is better; for zeros and ones, ``both`` and ``neither`` say
+    how many stayed right and stayed wrong.
+    """
+    higher = {
+        task: objective["higher_is_better"]
+        for objective in question.objectives
+        for task in objective["leaves"]
+    }
+    rows = []
+    for task, keys in question.keys.items():
+        sign = 1.0 if higher.get(task, True) else -1.0
+        pairs = [
+            (sign * mine[task][key].value, sign * theirs[task][key].value)
+            for key in keys
+            if key in theirs.get(task, ())
+        ]
+        kept = [a for a, b in pairs if a == b]
+        rows.append(
+            {
+                "task": task,
+                "items": len(pairs),
+                "gained": sum(a > b for a, b in pairs),
+                "lost": sum(a < b for a, b in pairs),
+                "both": sum(a > 0 for a in kept),
+                "neither": sum(a <= 0 for a in kept),
+            }
+        )
+    return rows
+
+
+def candidate_name(candidate: Candidate) -> str:
+    """What to call a candidate before people: never a path, always unique within a search."""
+    place = f"{candidate.generation}.{candidate.slot}"
+    label = short_name(candidate.label) if candidate.label else ""
+    if candidate.operator == "parent":
+        return f"parent {label}"
+    return f"{label} ({place})" if label else f"{candidate.operator} {place}"

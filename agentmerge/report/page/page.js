@@ -1,0 +1,125 @@
+"use strict";
+// Draws the charts from the data in the page, and lets a reader choose a candidate.
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const config = { responsive: true, displayModeBar: false, displaylogo: false, scrollZoom: false };
+  const narrow = () => window.innerWidth < 600;
+
+  // On a phone names are short and no chart takes the page's scrolling.
+  const fitted = (figure) => {
+    const layout = structuredClone(figure.layout);
+    layout.dragmode = false;
+    if (narrow()) {
+      layout.margin = { ...layout.margin, l: 44, r: 8 };
+      layout.font = { ...layout.font, size: 11 };
+      layout.xaxis.tickangle = 0;
+      layout.xaxis.ticktext = layout.xaxis.ticktext?.map(broken);
+      layout.legend = { ...layout.legend, y: -0.3 };
+    }
+    return layout;
+  };
+
+  // Long names break at their joints.
+  const broken = (name) => (narrow() && typeof name === "string"
+    ? name.replaceAll("_", "_<br>") : name);
+
+  const draw = (id, figure) => {
+    const traces = figure.data.map((trace) =>
+      (id.endsWith("-tasks") ? { ...trace, x: trace.x.map(broken) } : trace));
+    Plotly.react(document.getElementById(id), traces, fitted(figure), config);
+  };
+
+  const drawGrid = (run, at) => {
+    const grid = data.grids[run][at];
+    const holder = document.getElementById(`${run}-grid`);
+    if (!grid) return;
+    const cells = grid.z.flat().filter((value) => value !== null);
+    const low = Math.min(0, ...cells);
+    const high = Math.max(1, ...cells);
+    const labels = narrow() ? grid.y.map((name) => name.replaceAll(" · ", "<br>")) : grid.y;
+    const figure = {
+      data: [{
+        type: "heatmap", x: grid.x, y: labels, z: grid.z, zmin: low, zmax: high,
+        colorscale: low < 0
+          ? [[0, "#b35300"], [-low / (high - low), "#ffffff"], [1, "#0b5cad"]]
+          : [[0, "#ffffff"], [1, "#0b5cad"]],
+        texttemplate: grid.x.length * (narrow() ? 3 : 1) <= 24 ? "%{z:.2f}" : "",
+        xgap: 2, ygap: 2, showscale: !narrow(),
+        colorbar: { thickness: 12, outlinewidth: 0 },
+        hovertemplate: "%{y}<br>%{x}: %{z:.4f}<extra></extra>",
+      }],
+      layout: {
+        height: 110 + (narrow() ? 52 : 34) * grid.y.length,
+        margin: { l: 60, r: 16, t: 8, b: 40 },
+        font: { family: "system-ui, sans-serif", size: 13, color: "#1f2933" },
+        paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "#eef0f3",
+        xaxis: { type: "category", automargin: true, showgrid: false },
+        yaxis: { type: "category", automargin: true, autorange: "reversed", showgrid: false },
+      },
+    };
+    Plotly.react(holder, figure.data, fitted(figure), config);
+  };
+
+  const choose = (run, at) => {
+    const pick = document.getElementById(`${run}-pick`);
+    if (!pick) return;
+    if (![...pick.options].some((option) => option.value === at)) return;
+    pick.value = at;
+    drawGrid(run, at);
+    document.getElementById(`${run}-grid-note`).textContent =
+      `Effective values of ${pick.selectedOptions[0].textContent}, by layer group.`;
+    const chart = document.getElementById(`${run}-progress`);
+    const index = chart.data[0].customdata.indexOf(at);
+    Plotly.restyle(chart, { selectedpoints: [index < 0 ? null : [index]] }, [0]);
+  };
+
+  const against = (chart, cost) => {
+    const figure = data.charts[chart];
+    figure.data.forEach((trace, index) => {
+      trace.evaluations ??= trace.x;
+      trace.x = cost ? trace.meta.costs : trace.evaluations;
+    });
+    figure.layout.xaxis.title.text = cost ? "worker time (s)" : "evaluations";
+    draw(chart, figure);
+  };
+
+  const start = () => {
+    for (const [id, figure] of Object.entries(data.charts)) {
+      if (id.endsWith("-progress")) {
+        figure.data[0].selected = { marker: { color: "#b3261e", size: 13, opacity: 1 } };
+        figure.data[0].unselected = { marker: { opacity: 0.45 } };
+      }
+      draw(id, figure);
+    }
+    for (const article of document.querySelectorAll("[data-run]")) {
+      const run = article.dataset.run;
+      const pick = document.getElementById(`${run}-pick`);
+      if (!pick || !pick.value) continue;
+      choose(run, pick.value);
+      pick.addEventListener("change", () => choose(run, pick.value));
+      document.getElementById(`${run}-progress`).on("plotly_click", (event) => {
+        if (event.points[0].customdata) choose(run, event.points[0].customdata);
+      });
+    }
+  };
+
+  for (const field of document.querySelectorAll(".axis")) {
+    field.addEventListener("change", (event) =>
+      against(field.dataset.chart, event.target.value === "cost"));
+  }
+  for (const button of document.querySelectorAll(".copy")) {
+    const label = button.textContent;
+    button.addEventListener("click", async () => {
+      const text = document.getElementById(button.dataset.from).textContent;
+      try {
+        await navigator.clipboard.writeText(text);
+        button.textContent = "Copied";
+      } catch {
+        getSelection().selectAllChildren(document.getElementById(button.dataset.from));
+        button.textContent = "Selected: copy it with your keyboard";
+      }
+      setTimeout(() => { button.textContent = label; }, 2500);
+    });
+  }
+  start();
+})();
