@@ -6,9 +6,11 @@ tokens are ``tokens.py``, and what an answer is worth is ``scoring.py``.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,15 @@ import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import resolve_max_length
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from agentmerge.errors import CandidateFailed, ParentError
 from agentmerge.evaluation.loading import quiet
 from agentmerge.evaluation.tokens import Encoded, Stopping, Tokenised
 from agentmerge.workers.base import WorkerSpec
+
+#: Context tokens and the gold tokens that should follow them.
+TokenPair = tuple[list[int], list[int]]
 
 #: The seed of torch's generator before sampled generation, as ``simple_evaluate`` has it.
 TORCH_SEED = 1234
@@ -136,9 +142,7 @@ class LiveLM(Tokenised, HFLM):  # type: ignore[misc]
 
     # --- the companion request ------------------------------------------------------------------
 
-    def teacher_forced(
-        self, requests: Sequence[tuple[list[int], list[int]]]
-    ) -> list[tuple[float, float]]:
+    def teacher_forced(self, requests: Sequence[TokenPair]) -> list[tuple[float, float]]:
         """(log-likelihood, margin) of each gold answer after its context, in nats.
 
         The margin is the least, over the answer's tokens, of gold minus best other logit.
@@ -152,30 +156,83 @@ class LiveLM(Tokenised, HFLM):  # type: ignore[misc]
                 found[i] = answer
         return found
 
-    def _forced(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, float]]:
-        lengths = [len(context) + len(gold) - 1 for context, gold in requests]
-        rows = torch.zeros((len(requests), max(lengths)), dtype=torch.long)
-        spans = max(len(gold) for _, gold in requests)
-        places = torch.zeros((len(requests), spans), dtype=torch.long)
-        golds = torch.zeros((len(requests), spans), dtype=torch.long)
-        real = torch.zeros((len(requests), spans), dtype=torch.bool)
-        for i, (context, gold) in enumerate(requests):
+    def _forced(self, requests: Sequence[TokenPair]) -> list[tuple[float, float]]:
+        batch = _Batch.of(requests, self.device)
+        with torch.no_grad():
+            lls, margins = batch.judged(self._model_call(batch.rows), batch.places)
+        return list(zip(lls.tolist(), margins.tolist(), strict=True))
+
+    # --- gradients ------------------------------------------------------------------------------
+
+    def fitted(self, context: Sequence[int], gold: Sequence[int]) -> TokenPair:
+        """The pair without the beginning that lm-eval drops where it does not fit."""
+        room = int(self.max_length) + 1 - len(gold)
+        return list(context[-room:]), list(gold)
+
+    def windows(self, text: str) -> list[TokenPair]:
+        """A whole text as lm-eval cuts it: pairs in which each of its tokens is gold once."""
+        cut = get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length,
+            context_len=1,
+        )
+        return [(list(context), list(gold)) for context, gold in map(make_disjoint_window, cut)]
+
+    def differentiable(self, requests: Sequence[TokenPair]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log-likelihoods, margins), each (requests,), as ``teacher_forced``, on one graph.
+
+        Logits are made only where an answer's tokens are, if the model can do that.
+        """
+        batch = _Batch.of(requests, self.device)
+        extra, places = {}, batch.places
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            extra["logits_to_keep"], places = torch.unique(batch.places, return_inverse=True)
+        logits = self.model(batch.rows, use_cache=False, **extra).logits
+        return batch.judged(logits, places)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """(context, gold) pairs, padded on the right: what a causal model sees of each is the same.
+
+    rows: (pairs, tokens) input. places, golds, real: (pairs, gold tokens) where each gold token is
+    predicted, which it is, and whether it is one.
+    """
+
+    rows: torch.Tensor
+    places: torch.Tensor
+    golds: torch.Tensor
+    real: torch.Tensor
+
+    @classmethod
+    def of(cls, pairs: Sequence[TokenPair], device: torch.device) -> _Batch:
+        lengths = [len(context) + len(gold) - 1 for context, gold in pairs]
+        rows = torch.zeros((len(pairs), max(lengths)), dtype=torch.long)
+        spans = max(len(gold) for _, gold in pairs)
+        places = torch.zeros((len(pairs), spans), dtype=torch.long)
+        golds = torch.zeros((len(pairs), spans), dtype=torch.long)
+        real = torch.zeros((len(pairs), spans), dtype=torch.bool)
+        for i, (context, gold) in enumerate(pairs):
             rows[i, : lengths[i]] = torch.tensor((context + gold)[:-1])
             places[i, : len(gold)] = torch.arange(len(context) - 1, lengths[i])
+            places[i, len(gold) :] = lengths[i] - 1
             golds[i, : len(gold)] = torch.tensor(gold)
             real[i, : len(gold)] = True
-        with torch.no_grad():
-            logits = self._model_call(rows.to(self.device))
-            at = places.to(self.device).unsqueeze(-1).expand(-1, -1, logits.shape[-1])
-            logits = logits.gather(1, at).float()
-            index = golds.to(self.device).unsqueeze(-1)
-            own = logits.gather(-1, index).squeeze(-1)
-            lls = own - logits.logsumexp(-1)
-            others = logits.scatter(-1, index, -torch.inf).amax(-1)
-            inside = real.to(self.device)
-            total = torch.where(inside, lls, 0.0).sum(-1)
-            margins = torch.where(inside, own - others, torch.inf).amin(-1)
-        return list(zip(total.tolist(), margins.tolist(), strict=True))
+        return cls(*(part.to(device) for part in (rows, places, golds, real)))
+
+    def judged(
+        self, logits: torch.Tensor, places: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log-likelihood, margin) of each gold; ``places``: of gold tokens among the logits."""
+        logits = logits.gather(1, places.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+        logits = logits if logits.dtype is torch.float64 else logits.float()
+        index = self.golds.unsqueeze(-1)
+        own = logits.gather(-1, index).squeeze(-1)
+        lls = own - logits.logsumexp(-1)
+        others = logits.scatter(-1, index, -torch.inf).amax(-1)
+        total = torch.where(self.real, lls, 0.0).sum(-1)
+        return total, torch.where(self.real, own - others, torch.inf).amin(-1)
 
 
 @contextmanager

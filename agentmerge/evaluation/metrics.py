@@ -166,13 +166,15 @@ def choice_scales(task: Any, doc: Any, metric: str) -> tuple[float, ...]:
 
 
 def choice_margin(
-    log_likelihoods: Sequence[float],
+    log_likelihoods: Sequence[Any],
     gold: Sequence[int],
     scales: Sequence[float],
     mutual: bool = False,
-) -> tuple[float | None, float | None]:
-    """(log-likelihood of the gold choice, margin: best gold minus best wrong choice).
+) -> tuple[Any, Any]:
+    """(log-likelihood of the gold choice, margin: best gold minus best wrong choice),
+    None where there is no such thing.
 
+    log_likelihoods: floats, or scalars on a graph that the margin is to be on as well.
     mutual: subtract each choice's unconditional log-likelihood, which the second half holds.
     """
     count = len(scales)

@@ -39,7 +39,7 @@ class ScoringModel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
+class Prepared:
     """An item, tokenised, with everything about it that no model changes."""
 
     task: ScoredTask
@@ -73,7 +73,7 @@ class ItemScorer:
         self._lm = lm
         self._taskset = taskset
         self._known = {ref: task for task in taskset.tasks for ref in task.items}
-        self._prepared: dict[ItemRef, _Prepared] = {}
+        self._prepared: dict[ItemRef, Prepared] = {}
 
     def score(self, refs: Sequence[ItemRef]) -> list[ItemResult]:
         """One result an item, in the order asked.
@@ -81,15 +81,7 @@ class ItemScorer:
         All requests of one type go to the engine in one call, task by task in document order:
         the batches are those of ``simple_evaluate`` on the same documents.
         """
-        place = {task.name: i for i, task in enumerate(self._taskset.tasks)}
-        for ref in refs:
-            if ref not in self._known:
-                raise TaskError(
-                    f"item {ref.index} of task {ref.task!r} ({ref.key}) is not asked here; "
-                    "the task's file or data has changed since"
-                )
-        wanted = sorted(set(refs), key=lambda ref: (place[ref.task], ref.index))
-        items = {ref: self._prepare(ref) for ref in wanted}
+        items = self.prepared(refs)
         answers = self._ask(items)
         results: dict[ItemRef, ItemResult] = {}
         for task in self._taskset.tasks:
@@ -98,7 +90,19 @@ class ItemScorer:
                 results.update(_judged(own, answers))
         return [results[ref] for ref in refs]
 
-    def _prepare(self, ref: ItemRef) -> _Prepared:
+    def prepared(self, refs: Sequence[ItemRef]) -> dict[ItemRef, Prepared]:
+        """Each item once, tokenised, task by task in document order."""
+        place = {task.name: i for i, task in enumerate(self._taskset.tasks)}
+        for ref in refs:
+            if ref not in self._known:
+                raise TaskError(
+                    f"item {ref.index} of task {ref.task!r} ({ref.key}) is not asked here; "
+                    "the task's file or data has changed since"
+                )
+        wanted = sorted(set(refs), key=lambda ref: (place[ref.task], ref.index))
+        return {ref: self._prepare(ref) for ref in wanted}
+
+    def _prepare(self, ref: ItemRef) -> Prepared:
         if ref not in self._prepared:
             task = self._known[ref]
             asked = self._taskset.asked[ref.task]
@@ -109,11 +113,11 @@ class ItemScorer:
             elif kind == "generate_until":
                 item = self._with_gold(task, asked, instances)
             else:
-                item = _Prepared(task, asked, instances)
+                item = Prepared(task, asked, instances)
             self._prepared[ref] = item
         return self._prepared[ref]
 
-    def _with_tokens(self, task: ScoredTask, asked: Asked, instances: Any) -> _Prepared:
+    def _with_tokens(self, task: ScoredTask, asked: Asked, instances: Any) -> Prepared:
         encoded = self._lm.encode(instances)
         truncated = any(self._lm.cut(context, more) for _, context, more in encoded)
         gold: tuple[int, ...] = ()
@@ -122,9 +126,9 @@ class ItemScorer:
             doc = instances[0].doc
             gold = metrics.gold_choices(asked.task, doc)
             scales = metrics.choice_scales(asked.task, doc, task.metric)
-        return _Prepared(task, asked, instances, tuple(encoded), truncated, gold, scales)
+        return Prepared(task, asked, instances, tuple(encoded), truncated, gold, scales)
 
-    def _with_gold(self, task: ScoredTask, asked: Asked, instances: Any) -> _Prepared:
+    def _with_gold(self, task: ScoredTask, asked: Asked, instances: Any) -> Prepared:
         context, kwargs = instances[0].args[:2]
         stopping = self._lm.stopping(kwargs)
         truncated = self._lm.prompt_cut(context, stopping.max_new)
@@ -135,9 +139,9 @@ class ItemScorer:
                 if tokens and _accepted(asked, instances, self._lm.said(tokens[1], stopping)):
                     companion = tokens
                     break
-        return _Prepared(task, asked, instances, truncated=truncated, companion=companion)
+        return Prepared(task, asked, instances, truncated=truncated, companion=companion)
 
-    def _ask(self, items: dict[ItemRef, _Prepared]) -> dict[ItemRef, _Answer]:
+    def _ask(self, items: dict[ItemRef, Prepared]) -> dict[ItemRef, _Answer]:
         """Every request of every item, by type."""
         answers = {ref: _Answer([[] for _ in item.instances]) for ref, item in items.items()}
         places = [
@@ -146,7 +150,7 @@ class ItemScorer:
             for i, instance in enumerate(item.instances)
             for repeat in range(instance.repeats or 1)
         ]
-        by_type: dict[str, list[tuple[ItemRef, _Prepared, int]]] = {}
+        by_type: dict[str, list[tuple[ItemRef, Prepared, int]]] = {}
         for ref, item, i, _ in places:
             by_type.setdefault(item.instances[i].request_type, []).append((ref, item, i))
         for kind, requests in by_type.items():
@@ -171,7 +175,7 @@ class ItemScorer:
 
 
 def _judged(
-    items: dict[ItemRef, _Prepared], answers: dict[ItemRef, _Answer]
+    items: dict[ItemRef, Prepared], answers: dict[ItemRef, _Answer]
 ) -> dict[ItemRef, ItemResult]:
     """Items of one task -> results, by the task's own filter and ``process_results``."""
     first = next(iter(items.values()))
@@ -205,7 +209,7 @@ def _judged(
     return results
 
 
-def _evidence(item: _Prepared, answer: _Answer) -> tuple[float | None, float | None]:
+def _evidence(item: Prepared, answer: _Answer) -> tuple[float | None, float | None]:
     """(log-likelihood of the gold answer, margin), None where there is no such thing."""
     kind = item.task.output_type
     if item.task.margin_kind == "choice":
@@ -219,7 +223,7 @@ def _evidence(item: _Prepared, answer: _Answer) -> tuple[float | None, float | N
     return answer.forced or (None, None)
 
 
-def _refuse_infinite(items: dict[ItemRef, _Prepared], answers: dict[ItemRef, _Answer]) -> None:
+def _refuse_infinite(items: dict[ItemRef, Prepared], answers: dict[ItemRef, _Answer]) -> None:
     for ref in items:
         for responses in answers[ref].responses:
             for response in responses:

@@ -225,11 +225,11 @@ def sign_consensus(
             torch.sub(tensor[block].to(working), origin, out=row).mul_(factor)
             if mask is not None:
                 row.masked_fill_(~mask[block], 0)
-        sign = torch.where(_sum(deltas) >= 0, 1, -1).to(working)
+        sign = torch.where(summed(deltas) >= 0, 1, -1).to(working)
         deltas.mul_(sign)  # now an element agrees where it is positive
-        total = _sum(deltas.clamp(min=0)).mul_(sign)
+        total = summed(deltas.clamp(min=0)).mul_(sign)
         if normalize:
-            total.div_(_divisor(weights * (deltas > 0)))
+            total.div_(divisor(weights * (deltas > 0)))
         result.view(-1)[block] = total.mul_(amount).add_(origin)
     return result
 
@@ -327,14 +327,14 @@ def scaled(
     return live, [weight / total for weight in weights]
 
 
-def _divisor(agreeing_weights: torch.Tensor) -> torch.Tensor:
+def divisor(agreeing_weights: torch.Tensor) -> torch.Tensor:
     """Each column's sum, or 1 where it is nothing."""
-    total = _sum(agreeing_weights)
-    nothing = total.abs() <= CANCEL_SHARE * _sum(agreeing_weights.abs())
+    total = summed(agreeing_weights)
+    nothing = total.abs() <= CANCEL_SHARE * summed(agreeing_weights.abs())
     return total.mul_(~nothing).add_(nothing)
 
 
-def _sum(rows: torch.Tensor) -> torch.Tensor:
+def summed(rows: torch.Tensor) -> torch.Tensor:
     """Over the first dimension, one row after the other: torch's own order varies with its size."""
     total = rows[0].clone()
     for row in rows[1:]:

@@ -139,19 +139,7 @@ def merged_tensor(
         CandidateFailed: it holds a number that is not finite. So does ``target``, then.
     """
     effective = item.effective
-    random = METHODS[effective.method].random
-    base: torch.Tensor | None = None
-    operands = []
-    inputs = dict(item.inputs)
-    first = f"{effective.base_model}\n{inputs.get(effective.base_model or '')}"
-    for (model, name), (_, _, own) in zip(item.inputs, effective.sources, strict=True):
-        tensor = source.tensor(model, name)
-        if model == effective.base_model:
-            base = tensor
-            continue
-        values = dict(own)
-        key = mask_key(merge_seed or 0, source.identities[model], name) if random else ""
-        operands.append(Operand(tensor, key=key, pair=f"{first}\n{model}\n{name}", **values))
+    base, operands = operands_of(item, merge_seed, source)
     if target is None:
         like = base if base is not None else operands[0].tensor
         target = torch.empty(like.shape, dtype=getattr(torch, item.dtype), device=like.device)
@@ -164,6 +152,26 @@ def merged_tensor(
             f"in {dtype}; the weights are too large"
         )
     return target
+
+
+def operands_of(
+    item: TensorPlan, merge_seed: int | None, source: TensorSource
+) -> tuple[torch.Tensor | None, list[Operand]]:
+    """The base's tensor, where the method sets one apart, and the other sources in order."""
+    effective = item.effective
+    random = METHODS[effective.method].random
+    base: torch.Tensor | None = None
+    operands = []
+    inputs = dict(item.inputs)
+    first = f"{effective.base_model}\n{inputs.get(effective.base_model or '')}"
+    for (model, name), (_, _, own) in zip(item.inputs, effective.sources, strict=True):
+        tensor = source.tensor(model, name)
+        if model == effective.base_model:
+            base = tensor
+            continue
+        key = mask_key(merge_seed or 0, source.identities[model], name) if random else ""
+        operands.append(Operand(tensor, key=key, pair=f"{first}\n{model}\n{name}", **dict(own)))
+    return base, operands
 
 
 def mask_key(merge_seed: int, fingerprint: str, tensor: str) -> str:

@@ -164,7 +164,7 @@ class Differentiator(Worker, Protocol):
         loss: Loss = "margin",
         weights: Sequence[float] | None = None,
     ) -> Gradient:
-        """Load ``recipe`` unless it is live, and take the loss's gradient in one pass over items.
+        """Load ``recipe`` and take its loss's gradient in one pass over items.
 
         weights: what each item's loss counts, by default the same; divided by the sum of their
             absolute values. Negative: that item should get worse.

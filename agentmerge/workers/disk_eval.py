@@ -17,9 +17,10 @@ def evaluate(task: dict[str, Any]) -> Any:
     import torch
 
     from agentmerge.errors import AgentmergeError, RunFailed
+    from agentmerge.evaluation.scoring import ItemScorer
     from agentmerge.evaluation.tasks import tasks_for
     from agentmerge.merging.digests import digest
-    from agentmerge.workers.hf import open_model, scorer, threads_for
+    from agentmerge.workers.hf import live_lm, open_model, threads_for
 
     spec = task["spec"]
     torch.set_num_threads(task["threads"])
@@ -33,7 +34,7 @@ def evaluate(task: dict[str, Any]) -> Any:
                 "transformers loads this model otherwise than its files say"
             )
         taskset = tasks_for(spec, check_built_ins=False)
-        return scorer(spec, model, taskset).score(task["items"])
+        return ItemScorer(live_lm(spec, model), taskset).score(task["items"])
     except AgentmergeError as error:
         return error
 

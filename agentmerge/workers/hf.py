@@ -11,7 +11,7 @@ forward passes are too short to share), ``base`` (the parent others are compared
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -23,12 +23,22 @@ import transformers
 from agentmerge.errors import ParentError, RunFailed, WorkerLost
 from agentmerge.evaluation.live import LiveLM, context_length, parent_path, tokenizer_of
 from agentmerge.evaluation.loading import quiet
+from agentmerge.evaluation.losses import item_loss
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
+from agentmerge.merging.contraction import Contraction
 from agentmerge.merging.live import LiveWeights
 from agentmerge.merging.parents import Family
 from agentmerge.recipe import Recipe
-from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
+from agentmerge.workers.base import (
+    EngineInfo,
+    Fingerprint,
+    Gradient,
+    ItemRef,
+    ItemResult,
+    Loss,
+    WorkerSpec,
+)
 
 #: Parameters below which a second thread costs more than it brings: on a busy machine of two cores
 #: the demo family (0.4 M) scored 8 to 50 times slower with two.
@@ -56,7 +66,8 @@ class HfWorker:
         self._threads = threads_for(spec, self._model)
         _check_names(set(self._live), set(self._family.layout.by_name))
         self._weights = LiveWeights(self._family, self._live)
-        self._scorer = scorer(spec, self._model, taskset or tasks_for(spec))
+        self._lm = live_lm(spec, self._model)
+        self._scorer = ItemScorer(self._lm, taskset or tasks_for(spec))
         self._ready = False
 
     @staticmethod
@@ -85,6 +96,30 @@ class HfWorker:
         with self._guarded():
             return self._scorer.score(items)
 
+    def gradient(
+        self,
+        recipe: Recipe,
+        items: Sequence[ItemRef],
+        loss: Loss = "margin",
+        weights: Sequence[float] | None = None,
+    ) -> Gradient:
+        """``Differentiator.gradient``, at the live weights' own precision.
+
+        Each tensor's gradient is contracted with what the recipe's weights add and freed as it
+        appears, so that about one is there at a time. Sequences go through about
+        ``worker.batch_size`` at a time; their activations are the rest of the memory it takes.
+        """
+        self.load(recipe)
+        slopes = Contraction(self._family.plan(recipe), self._family)
+        asked = item_loss(self._scorer, self._lm, items, loss, weights)
+        total = 0.0
+        with self._guarded(), each_gradient(self._live, slopes.add):
+            for part in asked.parts(self._lm):
+                total += float(part.detach())
+                part.backward()  # type: ignore[no-untyped-call]
+        self._family.verify()
+        return Gradient(total, asked.items, slopes.slopes())
+
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         """The right number of threads; out of memory as a lost worker that says what to lower."""
@@ -103,7 +138,7 @@ class HfWorker:
     def close(self) -> None:
         self._ready = False
         self._live = {}
-        del self._scorer, self._weights, self._model, self._family
+        del self._scorer, self._lm, self._weights, self._model, self._family
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -117,7 +152,7 @@ def open_model(spec: WorkerSpec, path: Path) -> Any:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(path), dtype=spec.dtype, trust_remote_code=spec.trust_remote_code, **extra
         )
-        return model.to(spec.device).eval()
+        return model.to(spec.device).eval().requires_grad_(False)
 
 
 def threads_for(spec: WorkerSpec, model: Any) -> int:
@@ -128,10 +163,40 @@ def threads_for(spec: WorkerSpec, model: Any) -> int:
     return 1 if small and spec.device == "cpu" else torch.get_num_threads()
 
 
-def scorer(spec: WorkerSpec, model: Any, taskset: TaskSet) -> ItemScorer:
+@contextmanager
+def each_gradient(
+    parameters: Mapping[str, torch.nn.Parameter], take: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """Within: ``take(name, gradient)`` as a backward pass has each parameter's gradient whole (a
+    tied one's once, summed), which is freed after that. Parameters are left as they were."""
+
+    def taker(name: str) -> Callable[[torch.Tensor], None]:
+        def hook(parameter: torch.Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                take(name, gradient)
+
+        return hook
+
+    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    hooks = []
+    try:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(True)
+            register: Any = parameter.register_post_accumulate_grad_hook
+            hooks.append(register(taker(name)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(before[name])
+            parameter.grad = None
+
+
+def live_lm(spec: WorkerSpec, model: Any) -> LiveLM:
     tokenizer = tokenizer_of(spec)
-    lm = LiveLM(model, tokenizer, spec.batch_size, context_length(spec, tokenizer))
-    return ItemScorer(lm, taskset)
+    return LiveLM(model, tokenizer, spec.batch_size, context_length(spec, tokenizer))
 
 
 def describe(engine: str, spec: WorkerSpec) -> EngineInfo:

@@ -13,7 +13,7 @@ import tiny
 
 from agentmerge.errors import CandidateFailed, ParentError, RunFailed, WorkerLost
 from agentmerge.recipe import Recipe
-from agentmerge.workers.base import ItemRef, ItemResult, Worker, WorkerSpec
+from agentmerge.workers.base import Differentiator, ItemRef, ItemResult, Worker, WorkerSpec
 from agentmerge.workers.pool import worker_class
 
 VLLM = pytest.param(
@@ -86,6 +86,30 @@ def test_a_bad_recipe_is_the_candidates_fault(
     with pytest.raises(RunFailed, match="load"):  # never the answers of what is half there
         worker.score(refs)
     assert worker.load(A) == first[0]
+
+
+def test_a_gradient_is_that_of_the_recipe_and_leaves_it_live(
+    worker: Worker, refs: tuple[ItemRef, ...], first: tuple[Any, list[ItemResult]]
+) -> None:
+    if not isinstance(worker, Differentiator):
+        assert worker.info.engine == "disk"
+        return
+    gradient = worker.gradient(A, refs)
+    assert same(worker.score(refs), first[1])
+    assert worker.gradient(B, refs) != gradient
+    assert worker.gradient(A, refs) == gradient
+    assert gradient.items <= len(refs)
+    up, down = (worker.gradient(recipe(0.9 + step, 0.2), refs).loss for step in (1e-2, -1e-2))
+    slope = sum(dict(tensor.weights)["b"] for tensor in gradient.tensors)
+    assert slope == pytest.approx((up - down) / 2e-2, rel=0.05)
+    single = {
+        "merge_method": "slerp",
+        "base_model": "b",
+        "models": [{"model": "b"}, {"model": "c"}],
+    }
+    with pytest.raises(CandidateFailed, match="gradient"):
+        worker.gradient(Recipe.parse(single).canonical(2), refs)
+    worker.load(A)
 
 
 def test_info_is_known_before_a_worker_is_built(worker: Worker, spec: WorkerSpec) -> None:

@@ -1,0 +1,261 @@
+"""d loss / d weight from d loss / d merged tensor, as each tensor's gradient appears.
+
+A merge's gradient in a model's weight is the gradient in every merged tensor, contracted with what
+that weight adds to the tensor. Which elements reach the merge is held as it was: random and
+magnitude masks, the factors that bring them back to their norm, the elected signs and who agrees
+with them. With theta a parent's tensor, tau = theta - base, G = d loss / d W and l for lambda:
+
+    linear                 W = sum w theta            d w_m = <G, theta_m>
+    task_arithmetic, sums  W = base + l sum w r K tau d w_m = l <G, r K_m tau_m>
+    with normalize         w / S for w, S = sum w     d w_m = l (<G, x_m> - <G, mean x>) / S
+    agreeing signs         as sums, K_m only where the element's sign is the elected one
+    with normalize         each element by the sum S_e of the weights that agree there:
+                           d w_m = l sum_e G_e K_me (x_me - mean_e x) / S_e
+
+(r: rescaling, K: kept, x: r K tau or theta.) Of a model whose weight is zero, elements agree as
+they would just above zero; where no weight agrees at all, a normalized element counts as constant.
+Merged weights that are rounded to a narrow dtype are taken as if they were not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from agentmerge.errors import CandidateFailed
+from agentmerge.merging import sparse
+from agentmerge.merging.kernels import (
+    Operand,
+    blocks,
+    divisor,
+    magnitude_mask,
+    present,
+    rescaling,
+    summed,
+    working_dtype,
+)
+from agentmerge.merging.parents import operands_of
+from agentmerge.merging.plan import MergePlan, TensorPlan
+from agentmerge.merging.weights import TensorSource
+from agentmerge.methods import METHODS
+from agentmerge.workers.base import TensorSlope
+
+#: How each method's masks are made, and whether signs must agree; others keep everything.
+_MASKS: dict[str, tuple[sparse.MaskOf, bool]] = {
+    "ties": (lambda base, operand: magnitude_mask(base, operand.tensor, operand.density), True),
+    "dare_ties": (sparse.dropped_mask, True),
+    **sparse.MASKS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """What is held fixed of one tensor's merge, an entry an operand.
+
+    kept: elements that reach the merge, one bit each; None for all. scales: what rescaling
+    multiplies them by.
+    """
+
+    kept: tuple[torch.Tensor | None, ...]
+    scales: tuple[float, ...]
+
+
+class Contraction:
+    """The slopes of one merge; ``add`` takes each tensor's gradient, in any number of parts.
+
+    Masks are made at a tensor's first part and kept, an eighth of a byte an element and model.
+
+    Raises:
+        CandidateFailed: the method's weights have no slope.
+    """
+
+    def __init__(self, merge_plan: MergePlan, source: TensorSource) -> None:
+        self._plan = merge_plan
+        self._source = source
+        self._by_name = {item.spec.name: item for item in merge_plan.tensors}
+        self._frozen: dict[str, Frozen] = {}
+        self._sums: dict[str, torch.Tensor] = {}
+        method = METHODS[merge_plan.tensors[0].effective.method]
+        if not method.differentiable:
+            known = ", ".join(sorted(m.name for m in METHODS.values() if m.differentiable))
+            raise CandidateFailed(f"{method.name} has no gradient; these have one: {known}")
+
+    @torch.no_grad()
+    def add(self, name: str, gradient: torch.Tensor) -> None:
+        """gradient: of the merged tensor ``name``, in its shape; it is not kept."""
+        item = self._by_name[name]
+        base, operands = operands_of(item, self._plan.merge_seed, self._source)
+        shared = dict(item.effective.shared)
+        if name not in self._frozen:
+            self._frozen[name] = frozen(item.effective.method, base, operands, shared)
+        agreeing = _MASKS.get(item.effective.method, (None, False))[1]
+        contract = contract_agreeing if agreeing else contract_sum
+        found = contract(base, operands, self._frozen[name], shared, gradient)
+        self._sums[name] = self._sums[name] + found if name in self._sums else found
+
+    def slopes(self) -> tuple[TensorSlope, ...]:
+        """Of every tensor of the plan; zero for those that no gradient came to.
+
+        Raises:
+            CandidateFailed: one is not finite.
+        """
+        return tuple(self._slope(item) for item in self._plan.tensors)
+
+    def _slope(self, item: TensorPlan) -> TensorSlope:
+        spec, effective = item.spec, item.effective
+        models = [model for model, _, own in effective.sources if own]
+        sums = self._sums.get(spec.name)
+        *weights, scale = [0.0] * (len(models) + 1) if sums is None else sums.tolist()
+        if not all(map(math.isfinite, (*weights, scale))):
+            raise CandidateFailed(f"the loss's gradient in {spec.name!r} is not finite")
+        has_scale = "lambda" in dict(effective.shared)
+        return TensorSlope(
+            spec.name,
+            spec.layer,
+            spec.after,
+            tuple(zip(models, weights, strict=True)),
+            scale if has_scale else 0.0,
+        )
+
+
+@torch.no_grad()
+def frozen(
+    method: str,
+    base: torch.Tensor | None,
+    operands: Sequence[Operand],
+    shared: Mapping[str, float],
+) -> Frozen:
+    """Masks, rescaling and agreement of one tensor, as the merge at these weights has them."""
+    if method not in _MASKS:
+        return Frozen((None,) * len(operands), (1.0,) * len(operands))
+    base = present(base)
+    mask_of, agreeing = _MASKS[method]
+    ground, working = base.reshape(-1), working_dtype([base, *(o.tensor for o in operands)])
+    masks = [mask_of(base, operand) for operand in operands]
+    scales = tuple(
+        rescaling(ground, operand.tensor.reshape(-1), mask, working) if shared["rescale"] else 1.0
+        for operand, mask in zip(operands, masks, strict=True)
+    )
+    if agreeing:
+        masks = list(_agreement(ground, operands, masks, scales, working))
+    return Frozen(tuple(None if mask is None else pack_bits(mask) for mask in masks), scales)
+
+
+def _agreement(
+    ground: torch.Tensor,
+    operands: Sequence[Operand],
+    masks: Sequence[torch.Tensor | None],
+    scales: Sequence[float],
+    working: torch.dtype,
+) -> torch.Tensor:
+    """(operands, elements): kept, and of the sign of the weighted sum (``sign_consensus``'s)."""
+    agree = torch.zeros((len(operands), ground.numel()), dtype=torch.bool, device=ground.device)
+    for block in blocks(ground.numel()):
+        origin = ground[block].to(working)
+        rows = origin.new_zeros((len(operands), origin.numel()))
+        for row, operand, mask, scale in zip(rows, operands, masks, scales, strict=True):
+            if operand.density > 0:
+                torch.sub(operand.tensor.reshape(-1)[block].to(working), origin, out=row)
+                row.mul_((operand.weight or 1.0) * scale)
+                if mask is not None:
+                    row.mul_(mask[block])
+        live = [i for i, operand in enumerate(operands) if operand.weight]
+        total = summed(rows[live]) if live else torch.zeros_like(origin)
+        untouched = ~rows[live].any(0)  # here the first weight above zero will elect the sign
+        total[untouched] = summed(rows[:, untouched])
+        sign = torch.where(total >= 0, 1, -1).to(working)
+        agree[:, block] = rows.mul_(sign) > 0
+    return agree
+
+
+def contract_sum(
+    base: torch.Tensor | None,
+    operands: Sequence[Operand],
+    held: Frozen,
+    shared: Mapping[str, float],
+    gradient: torch.Tensor,
+) -> torch.Tensor:
+    """(operands + 1,) float64: d loss / d each weight, and last d loss / d lambda."""
+    weights = torch.tensor([o.weight for o in operands], dtype=torch.float64)
+    ratios = bool(shared["normalize"])
+    # Ratios do not change with the origin, and near the models nothing cancels.
+    ground = operands[0].tensor if base is None and ratios else base
+    pulls = torch.zeros(len(operands), dtype=torch.float64, device=gradient.device)
+    flat = gradient.reshape(-1)
+    working = working_dtype([gradient, *(operand.tensor for operand in operands)])
+    for block in blocks(flat.numel()):
+        rows = _added(ground, operands, held, block, working)
+        pulls += (rows @ flat[block].to(working)).double()
+    pulls = pulls.cpu()
+    total = float(weights.sum()) if ratios else 1.0
+    mean = weights @ pulls / total
+    slopes = shared.get("lambda", 1.0) * (pulls - ratios * mean) / total
+    return torch.cat([slopes, mean.reshape(1)])
+
+
+def contract_agreeing(
+    base: torch.Tensor | None,
+    operands: Sequence[Operand],
+    held: Frozen,
+    shared: Mapping[str, float],
+    gradient: torch.Tensor,
+) -> torch.Tensor:
+    """As ``contract_sum``, where each element is normalized by the weights that agree in it."""
+    flat = gradient.reshape(-1)
+    working = working_dtype([gradient, *(operand.tensor for operand in operands)])
+    weights = torch.tensor(
+        [[operand.weight] for operand in operands], dtype=working, device=flat.device
+    )
+    found = torch.zeros(len(operands) + 1, dtype=torch.float64, device=flat.device)
+    for block in blocks(flat.numel()):
+        pull = flat[block].to(working)
+        rows = _added(base, operands, held, block, working)
+        mean = summed(weights * rows)
+        if shared["normalize"]:
+            agree = torch.stack([unpack_bits(present(bits), block) for bits in held.kept])
+            agreeing = weights * agree
+            shares = divisor(agreeing)
+            mean = mean / shares
+            some = agreeing.abs().sum(0) > 0
+            rows = (rows - agree * mean) * (some / shares)
+        found[:-1] += (rows @ pull).double()
+        found[-1] += (mean @ pull).double()
+    found[:-1] *= shared["lambda"]
+    return found.cpu()
+
+
+def _added(
+    ground: torch.Tensor | None,
+    operands: Sequence[Operand],
+    held: Frozen,
+    block: slice,
+    working: torch.dtype,
+) -> torch.Tensor:
+    """(operands, block): what a weight of one adds of each operand."""
+    rows = []
+    for operand, bits, scale in zip(operands, held.kept, held.scales, strict=True):
+        row = operand.tensor.reshape(-1)[block].to(working, copy=True)
+        if ground is not None:
+            row -= ground.reshape(-1)[block]
+        if bits is not None:
+            row *= unpack_bits(bits, block)
+        rows.append(row.mul_(scale))
+    return torch.stack(rows)
+
+
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """A flat boolean tensor -> bytes, the first element in the lowest bit."""
+    padded = torch.nn.functional.pad(mask, (0, -mask.numel() % 8)).reshape(-1, 8)
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (padded.to(torch.uint8) << places).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: torch.Tensor, block: slice) -> torch.Tensor:
+    """Elements ``block`` of the mask; its start is a multiple of eight."""
+    span = packed[block.start // 8 : -(-block.stop // 8)]
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (span.unsqueeze(1) >> places) & 1
+    return bits.reshape(-1)[: block.stop - block.start].bool()
