@@ -285,6 +285,8 @@ def _drive(
         log = stack.enter_context((runs_dir / row.name / "log.jsonl").open("a"))
         tell = _telling(emit or _silent, log)
         search = assembled(prepared, row, runs_dir, ledger, tell, stack, models)
+        for role in search.models:
+            ledger.save_prompt(row.id, role, getattr(search.prompts, role).text)
         search.stopping = lambda: drain.requested
         search.still_mine = lease.check
         advisers = sorted({model.name for model in search.models.values()})

@@ -14,7 +14,15 @@ from typing import Annotated
 
 import typer
 
-from agentmerge.cli import housekeeping, inspecting, reporting, results, searching, serving
+from agentmerge.cli import (
+    comparing,
+    housekeeping,
+    inspecting,
+    reporting,
+    results,
+    searching,
+    serving,
+)
 from agentmerge.cli.terminal import failed
 
 app = typer.Typer(
@@ -35,6 +43,8 @@ for command in (
     results.best,
     results.export,
     reporting.report,
+    comparing.compare,
+    comparing.tree,
     inspecting.evaluate,
     inspecting.explain,
     inspecting.methods,

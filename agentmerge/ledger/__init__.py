@@ -11,14 +11,14 @@ float16 margins) and two bit flags an item; item keys are stored once a set. See
 
 from __future__ import annotations
 
-from agentmerge.ledger.candidates import Candidates
+from agentmerge.ledger.overview import Overview
 from agentmerge.ledger.packing import KEY_DIGITS, pack, unpack
 from agentmerge.ledger.rows import Candidate, GradientKey, ResultKey, RunRow
 from agentmerge.ledger.runs import Runs
 from agentmerge.ledger.words import Words
 
 
-class Ledger(Runs, Candidates, Words):
+class Ledger(Runs, Overview, Words):
     """One open results database; safe to share between threads and processes."""
 
 

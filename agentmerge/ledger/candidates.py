@@ -58,12 +58,18 @@ class Candidates(Items, Gradients):
                 )  # fmt: skip
 
     def candidates(
-        self, run_id: str, generation: int | None = None, up_to: int | None = None
+        self,
+        run_id: str,
+        generation: int | None = None,
+        up_to: int | None = None,
+        slot: int | None = None,
     ) -> list[Candidate]:
         """Candidates ordered by (generation, slot); a twin carries its first one's result."""
         where = ""
         values: list[Any] = [run_id]
-        if generation is not None:
+        if slot is not None:
+            where, values = "AND c.generation = ? AND c.slot = ?", [run_id, generation, slot]
+        elif generation is not None:
             where, values = "AND c.generation = ?", [run_id, generation]
         elif up_to is not None:
             where, values = "AND c.generation <= ?", [run_id, up_to]
@@ -82,9 +88,8 @@ class Candidates(Items, Gradients):
         return [_candidate(row) for row in rows]
 
     def candidate(self, run_id: str, generation: int, slot: int) -> Candidate:
-        for found in self.candidates(run_id, generation):
-            if found.slot == slot:
-                return found
+        for found in self.candidates(run_id, generation, slot=slot):
+            return found
         raise NotFound(f"no candidate {generation}.{slot} in this run")
 
     def history(self, run_id: str, up_to: int | None = None) -> list[Observation]:

@@ -115,6 +115,20 @@ def m004_each_request(db: Any) -> None:
     )
 
 
+@migrations()  # type: ignore[untyped-decorator]
+def m005_prompts_of_a_run(db: Any) -> None:
+    """What the advised roles of a search were told, so that two searches can be compared."""
+    _run(
+        db,
+        """
+        CREATE TABLE run_prompts (
+            run_id TEXT NOT NULL REFERENCES runs(id), role TEXT NOT NULL, text TEXT NOT NULL,
+            PRIMARY KEY (run_id, role)
+        ) WITHOUT ROWID
+        """,
+    )
+
+
 def _run(db: Any, statements: str) -> None:
     for statement in statements.split(";"):
         if statement.strip():

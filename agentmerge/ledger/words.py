@@ -97,6 +97,18 @@ class Words(Store):
         names = ("calls", "failures", "tokens_in", "tokens_out", "cost_usd", "unpriced")
         return dict(zip(names, row, strict=True))
 
+    def save_prompt(self, run_id: str, role: str, text: str) -> None:
+        """The prompt file of a role that a model speaks for; the latest one is kept."""
+        with self._writing() as conn:
+            conn.execute(
+                "INSERT OR REPLACE INTO run_prompts (run_id, role, text) VALUES (?, ?, ?)",
+                (run_id, role, text),
+            )
+
+    def prompts(self, run_id: str) -> dict[str, str]:
+        """Role -> its prompt file's text, of the roles that a model speaks for."""
+        return dict(self._rows("SELECT role, text FROM run_prompts WHERE run_id = ?", run_id))
+
     def save_probe(
         self, run_id: str, tool: str, arguments: Mapping[str, Any], answer: str, items: int
     ) -> None:

@@ -13,8 +13,7 @@ from agentmerge.ledger import Candidate, Ledger, RunRow
 from agentmerge.recipe import Recipe
 from agentmerge.report.grid import Grid, grid
 from agentmerge.report.items import Asked, Values, asked, candidate_name, gains, paired
-from agentmerge.report.summary import run_summary
-from agentmerge.steps import incumbent
+from agentmerge.report.summary import answer_of, run_summary
 
 RIVALS = ("uniform", "scale")
 
@@ -83,10 +82,7 @@ def content(ledger: Ledger, row: RunRow) -> Content:
     config = SearchConfig.from_text(row.config, row.name)
     own = [c for c in candidates if not c.prior and c.twin is None]
     scored = [c for c in own if c.score is not None]
-    answer = incumbent(candidates)
-    if row.result:
-        at = tuple(row.result["answer"]["candidate"])
-        answer = next(c for c in candidates if (c.generation, c.slot) == at)
+    answer = answer_of(ledger, row)
     points = _points(own)
     question = asked(ledger, row, "sealed" if row.result and row.result["sealed"] else "search")
     shown = _shown(scored, answer)

@@ -8,7 +8,6 @@ from agentmerge.errors import NotFound
 from agentmerge.lease import Lease
 from agentmerge.ledger import Candidate, Ledger, RunRow
 from agentmerge.session import CHECKPOINTS
-from agentmerge.steps import evaluations, incumbent
 
 #: Failed candidates that a summary lists; the ledger has them all.
 MAX_FAILURES = 10
@@ -16,43 +15,37 @@ MAX_FAILURES = 10
 
 def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
     """name, status, seed, search, generations, parents, best, evaluations, agents, final card."""
-    candidates = ledger.candidates(row.id)
-    best = incumbent(candidates)
+    best, tally = ledger.best_candidate(row.id), ledger.tally(row.id)
     parent = None
     if row.parent_run is not None:
         parent = {"run": ledger.run(row.parent_run).name, "generation": row.parent_generation}
-    own = [c for c in candidates if not c.prior]
     return {
         "name": row.name,
         "id": row.id,
-        "status": _status(ledger, row),
+        "status": run_status(ledger, row),
         "stop_reason": row.stop_reason,
         "seed": row.seed,
         "search": row.algorithm,
-        "generations": 1 + max((c.generation for c in candidates if c.state != "open"), default=-1),
+        "generations": tally.generations,
         "parent": parent,
         "evaluations": {
-            "total": evaluations(candidates),
-            "reused": sum(c.reused or c.state == "twin" for c in own),
-            "failed": sum(c.state == "failed" for c in own),
+            "total": tally.evaluations,
+            "reused": tally.reused,
+            "failed": tally.failed,
         },
         "best": None if best is None else candidate_summary(best),
-        "parents": [
-            candidate_summary(c)
-            for c in own
-            if c.operator in ("parent", "uniform") and c.score is not None
-        ],
+        "parents": [candidate_summary(c) for c in ledger.seeds(row.id) if c.operator != "scale"],
+        "seconds": tally.seconds,
         "agents": ledger.call_totals(row.id),
         "failures": [
-            {"candidate": [c.generation, c.slot], "failure": c.failure}
-            for c in own
-            if c.state == "failed"
-        ][:MAX_FAILURES],
+            {"candidate": [generation, slot], "failure": failure}
+            for generation, slot, failure in ledger.failures(row.id, MAX_FAILURES)
+        ],
         "final": row.result,
     }
 
 
-def _status(ledger: Ledger, row: RunRow) -> str:
+def run_status(ledger: Ledger, row: RunRow) -> str:
     """As saved; but a search that nobody drives any more does not run."""
     if row.status not in ("new", "running"):
         return row.status
@@ -101,11 +94,14 @@ def best_recipe(ledger: Ledger, row: RunRow) -> dict[str, Any]:
     Raises:
         NotFound: nothing has been scored.
     """
-    candidates = ledger.candidates(row.id)
-    found = incumbent(candidates)
-    if row.result:
-        at = tuple(row.result["answer"]["candidate"])
-        found = next(c for c in candidates if (c.generation, c.slot) == at)
+    found = answer_of(ledger, row)
     if found is None:
         raise NotFound(f"run {row.name!r} has not scored a candidate yet")
     return {"recipe": ledger.recipe(found.recipe_hash)} | candidate_summary(found)
+
+
+def answer_of(ledger: Ledger, row: RunRow) -> Candidate | None:
+    """What a finished search chose, else the best so far, else None."""
+    if row.result:
+        return ledger.candidate(row.id, *row.result["answer"]["candidate"])
+    return ledger.best_candidate(row.id)

@@ -1,0 +1,72 @@
+"""Sums over a search's candidates, made by the database: quick however many there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from agentmerge.ledger.candidates import Candidates
+from agentmerge.ledger.rows import Candidate
+from agentmerge.strategies.base import GRADIENT_COST
+
+#: Candidates of these operators are a search's cheap rivals.
+SEED_OPERATORS = ("parent", "uniform", "scale")
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Counts of a search's candidates, those of an incomparable past left out.
+
+    evaluations: as ``steps.evaluations`` counts them. generations: begun ones, the past included.
+    seconds: worker time.
+    """
+
+    evaluations: int
+    reused: int
+    failed: int
+    generations: int
+    seconds: float
+
+
+class Overview(Candidates):
+    def tally(self, run_id: str) -> Tally:
+        row = self._rows(
+            "SELECT coalesce(sum(CASE WHEN prior = 0 AND state IN ('scored', 'failed') THEN "
+            "(twin_slot IS NULL) + ? * (want = 'gradient' AND state = 'scored') ELSE 0 END), 0), "
+            "coalesce(sum(prior = 0 AND (reused OR state = 'twin')), 0), "
+            "coalesce(sum(prior = 0 AND state = 'failed'), 0), "
+            "coalesce(max(CASE WHEN state != 'open' THEN generation END), -1) + 1, "
+            "coalesce(sum(CASE WHEN prior = 0 THEN seconds END), 0.0) "
+            "FROM candidates WHERE run_id = ?",
+            GRADIENT_COST,
+            run_id,
+        )[0]
+        return Tally(*row)
+
+    def best_candidate(self, run_id: str) -> Candidate | None:
+        """The best that was scored under the present settings; ties go to the earlier."""
+        rows = self._rows(
+            "SELECT generation, slot FROM candidates WHERE run_id = ? AND score IS NOT NULL "
+            "AND prior = 0 AND twin_slot IS NULL ORDER BY score DESC, generation, slot LIMIT 1",
+            run_id,
+        )
+        return self.candidate(run_id, *rows[0]) if rows else None
+
+    def seeds(self, run_id: str) -> list[Candidate]:
+        """The scored parents and cheap rivals, in the order they were asked."""
+        rows = self._rows(
+            "SELECT generation, slot FROM candidates WHERE run_id = ? AND operator IN (?, ?, ?) "
+            "AND prior = 0 AND score IS NOT NULL AND twin_slot IS NULL ORDER BY generation, slot",
+            run_id,
+            *SEED_OPERATORS,
+        )
+        return [self.candidate(run_id, *row) for row in rows]
+
+    def failures(self, run_id: str, limit: int) -> list[tuple[int, int, str]]:
+        """(generation, slot, why) of the first candidates that failed."""
+        rows = self._rows(
+            "SELECT generation, slot, failure FROM candidates WHERE run_id = ? AND prior = 0 "
+            "AND state = 'failed' ORDER BY generation, slot LIMIT ?",
+            run_id,
+            limit,
+        )
+        return [(generation, slot, failure) for generation, slot, failure in rows]
