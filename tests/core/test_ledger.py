@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agentmerge.agents.calls import Call
 from agentmerge.errors import LedgerError, NotFound
 from agentmerge.ledger import Ledger, ResultKey, RunRow, pack, unpack
 from agentmerge.strategies.base import Proposal
@@ -188,16 +189,17 @@ def test_many_threads_write_at_once(ledger: Ledger) -> None:
 
 
 def test_a_call_that_was_paid_for_is_there(ledger: Ledger) -> None:
+    asked = [{"role": "user", "content": "?"}]
     cost = {"tokens_in": 10, "tokens_out": 3, "latency_s": 0.1}
-    said = {"model": "m", "messages": [{"role": "user", "content": "?"}]} | cost
-    ledger.save_call("r", 1, "critic", "p", 0, reply="yes", error=None, **said)
-    ledger.save_call("r", 1, "critic", "p", 0, reply="no", error=None, **said)
-    ledger.save_call("r", 1, "critic", "q", 0, reply=None, error="401", **said)
-    assert ledger.call("r", 1, "critic", "p") == ("yes", None)
+    yes = Call(asked, "answered", "text", "yes", **cost)
+    refused = Call(asked, "failed", "text", error="401", **cost)
+    for prompt, call in (("p", yes), ("p", replace(yes, reply="no")), ("q", refused)):
+        ledger.save_call("r", 1, "critic", prompt, 0, call, model="m", prompt_file="f")
+    assert ledger.call("r", 1, "critic", "p") == yes
     assert ledger.call("r", 1, "critic", "other") is None
     totals = ledger.call_totals("r")
     assert totals == {
-        "calls": 2, "failures": 1, "tokens_in": 20, "tokens_out": 6, "cost_usd": None
+        "calls": 2, "failures": 1, "tokens_in": 20, "tokens_out": 6, "cost_usd": None, "unpriced": 1
     }  # fmt: skip
 
 
