@@ -183,7 +183,8 @@ def _prepare_real(
     if not weights:
         identities = known_identities(found)
     else:  # nothing speaks against it
-        paths = make_plain(found, trust_remote_code=config.worker.trust_remote_code)
+        base = _base_among(config, {parent.name for parent in found})
+        paths = make_plain(found, base, trust_remote_code=config.worker.trust_remote_code)
         spec = _spec(config, paths, dtype)
         layout = read_layout(paths, _base_among(config, paths))
         identities = {name: content_fingerprint(path) for name, path in paths.items()}
@@ -422,7 +423,7 @@ def _parents(
             )
         except ParentError as error:
             faults.append(str(error))
-    seen = survey(found)
+    seen = survey(found, config.genome.base_model)
     faults += seen.faults
     if not seen.checkpoints:
         return found, seen, None

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from agentmerge.errors import ParentError
 from agentmerge.merging.headers import TensorHeader, read_headers
 from agentmerge.merging.naming import NameIndex
 from agentmerge.merging.skeleton import skeleton
-from agentmerge.merging.writing import Entry, refuse_full_disk, write_weights
+from agentmerge.merging.writing import entry_of, refuse_full_disk, stored_tensor, write_weights
 
 
 def apply_adapter(
@@ -33,7 +32,7 @@ def apply_adapter(
         UserError: the disk is full.
     """
     headers = read_headers(model)
-    entries = [Entry(n, h.shape, h.dtype, h.end - h.start) for n, h in headers.items()]
+    entries = [entry_of(name, header) for name, header in headers.items()]
     refuse_full_disk(out_dir, sum(entry.size_bytes for entry in entries), out_dir.parent)
     merged = _Merged(model, adapter, headers, trust_remote_code)
     for _ in write_weights(out_dir, entries, merged.tensor):
@@ -89,7 +88,7 @@ class _Merged:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor of the result, at its stored dtype."""
-        stored = self._stored(name)
+        stored = stored_tensor(self._headers[name], name)
         if name in self._layers:
             path, _, part = self._layers[name]
             if path not in self._done:
@@ -116,7 +115,9 @@ class _Merged:
         base = layer.get_base_layer()
         for part, (name, _) in parts.items():
             value = self._given.get(name, None)
-            value = self._stored(name).float() if value is None else value.float()
+            value = (
+                stored_tensor(self._headers[name], name).float() if value is None else value.float()
+            )
             setattr(base, part, torch.nn.Parameter(value, requires_grad=False))
         layer.merge(safe_merge=False)
         result = {part: getattr(base, part).detach() for part in parts}
@@ -128,11 +129,6 @@ class _Merged:
         found = files.find(name)
         if found is not None:
             self._given[found] = value.detach()
-
-    def _stored(self, name: str) -> torch.Tensor:
-        with safe_open(self._headers[name].file, framework="pt") as stream:
-            tensor: torch.Tensor = stream.get_tensor(name)
-        return tensor
 
 
 def _wrapped(model: Path, adapter: Path, trust_remote_code: bool) -> Any:

@@ -2,7 +2,8 @@
 
 It uses the kernels and the plan that the search uses, so the bits are the ones that were scored;
 it only reads the parents from their files, one tensor at a time, and writes each result as it
-appears. It knows nothing of runs, tasks or scores: the model card's text is given to it.
+appears. What is outside the text model is the first parent's, byte for byte. It knows nothing of
+runs, tasks or scores: the model card's text is given to it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from agentmerge.errors import UserError
 from agentmerge.merging.digests import digest
-from agentmerge.merging.headers import read_config, text_config
+from agentmerge.merging.headers import read_config, read_headers, text_config
 from agentmerge.merging.parents import merged_tensor
 from agentmerge.merging.plan import MergePlan, TensorPlan, plan, read_layout
 from agentmerge.merging.weights import ParentFiles
@@ -24,7 +27,9 @@ from agentmerge.merging.writing import (
     Entry,
     copy_side_files,
     directory_at_once,
+    entry_of,
     refuse_full_disk,
+    stored_tensor,
     write_json,
     write_weights,
 )
@@ -76,12 +81,19 @@ def export_checkpoint(
     canonical = recipe.canonical(layout.num_layers)
     merge_plan = plan(canonical, layout, dtype=dtype)
     entries = [_entry(item) for item in merge_plan.tensors]
+    first = paths[layout.first]
+    headers = read_headers(first) if layout.carried else {}
+    entries += [entry_of(name, headers[name]) for name in layout.carried]
     size_bytes = sum(entry.size_bytes for entry in entries)
-    config = _config_of(read_config(paths[template_model]), merge_plan, layout.tied)
+    # A wrapper around the text model is the first parent's, and so is its config.
+    config = read_config(first if layout.carried else paths[template_model])
+    config = _config_of(config, merge_plan, layout.tied)
     if dtype is not None and not (canonical.out_dtype or canonical.dtype):
         canonical = replace(canonical, out_dtype=dtype)  # the recipe as written says all there is
     with directory_at_once(out_dir) as scratch:
         refuse_full_disk(scratch, size_bytes, out_dir)
+        if layout.carried:
+            copy_side_files(first, scratch)
         copy_side_files(paths[template_model], scratch)
         if template_text is not None:
             _write(scratch / "chat_template.jinja", template_text)
@@ -92,14 +104,14 @@ def export_checkpoint(
         write_json(scratch / "config.json", config)
         plans = {item.spec.name: item for item in merge_plan.tensors}
         source = ParentFiles({name: paths[name] for name in recipe.models}, device)
-        fingerprint = digest(
-            write_weights(
-                scratch,
-                entries,
-                lambda name: merged_tensor(plans[name], merge_plan.merge_seed, source),
-                shard_size_bytes,
-            )
-        )
+
+        def tensor_of(name: str) -> torch.Tensor:
+            if name not in plans:
+                return stored_tensor(headers[name], name)
+            return merged_tensor(plans[name], merge_plan.merge_seed, source)
+
+        written = write_weights(scratch, entries, tensor_of, shard_size_bytes)
+        fingerprint = digest((name, tensor) for name, tensor in written if name in plans)
         source.verify()
     return Exported(out_dir, fingerprint, len(merge_plan.tensors), size_bytes)
 

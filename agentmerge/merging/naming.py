@@ -20,14 +20,17 @@ class NameIndex:
                 self._by_ending.setdefault(ending, []).append(name)
 
     def find(self, name: str) -> str | None:
-        """The one name with the longest common ending; None where there is none, or several."""
+        """The name with the longest common ending and, of several, most other parts in common;
+        None where there is none, or several are left."""
         for ending in _endings(name):
             found = self._by_ending.get(ending)
             if found is None:
                 continue
-            if ending == name and name in found:
+            if name in found:
                 return name
-            return found[0] if len(found) == 1 else None
+            parts = set(name.split("."))
+            shared = [len(parts & set(other.split("."))) for other in found]
+            return found[shared.index(max(shared))] if shared.count(max(shared)) == 1 else None
         return None
 
 

@@ -24,7 +24,17 @@ from agentmerge.merging.headers import (
     known_fingerprint,
     read_config,
 )
+from agentmerge.merging.made import identity_of, made
 from agentmerge.merging.sources import Parent
+from agentmerge.merging.writing import (
+    Entry,
+    copy_side_files,
+    entry_of,
+    refuse_full_disk,
+    stored_tensor,
+    write_json,
+    write_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -41,8 +51,11 @@ class Survey:
     made_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
-def survey(parents: Iterable[Parent]) -> Survey:
-    """What ``parents`` are and what speaks against each of them by itself."""
+def survey(parents: Iterable[Parent], base: str | None = None) -> Survey:
+    """What ``parents`` are and what speaks against each of them by itself.
+
+    base: whose names the tensors of all get, by default the first's.
+    """
     checkpoints: dict[str, Checkpoint] = {}
     faults, notes, made_bytes = [], [], {}
     for parent in parents:
@@ -59,17 +72,35 @@ def survey(parents: Iterable[Parent]) -> Survey:
         times = bool(parent.pickled) + (parent.adapter is not None)
         if times:
             made_bytes[parent.name] = times * _size_bytes(checkpoint)
+    if not checkpoints:
+        return Survey({}, faults, notes)
+    first = checkpoints.get(base or "") or next(iter(checkpoints.values()))
+    for name, checkpoint in checkpoints.items():
+        if _other_names(checkpoint, first.text):
+            size = sum(entry.size_bytes for entry in _text_entries(checkpoint, first.text).values())
+            made_bytes[name] = made_bytes.get(name, 0) + size
+    if first.carried:
+        owner = next(name for name, checkpoint in checkpoints.items() if checkpoint is first)
+        notes.append(
+            f"{len(first.carried)} tensors outside the text model are taken over from {owner}"
+        )
     return Survey(checkpoints, faults, notes, made_bytes)
 
 
-def make_plain(parents: Iterable[Parent], *, trust_remote_code: bool = False) -> dict[str, Path]:
+def make_plain(
+    parents: Iterable[Parent], base: str | None = None, *, trust_remote_code: bool = False
+) -> dict[str, Path]:
     """The directory of each parent's plain checkpoint, by name; made where it is not there yet.
+
+    base: whose names all tensors get, by default the first's.
 
     Raises:
         ParentError: it cannot be made.
         UserError: the cache directory cannot be written, or the disk is full.
     """
-    return {parent.name: _plain(parent, trust_remote_code) for parent in parents}
+    paths = {parent.name: _plain(parent, trust_remote_code) for parent in parents}
+    names = Checkpoint.read(paths[base or next(iter(paths))]).text
+    return {name: _under_names(path, names) for name, path in paths.items()}
 
 
 def known_identities(parents: Iterable[Parent]) -> dict[str, str]:
@@ -78,8 +109,6 @@ def known_identities(parents: Iterable[Parent]) -> dict[str, str]:
     for parent in parents:
         found = None if parent.pickled else known_fingerprint(parent.model)
         if found and parent.adapter is not None:
-            from agentmerge.merging.made import identity_of
-
             found = identity_of("adapter", [found, adapter_fingerprint(parent.adapter)])
         if found:
             known[parent.name] = found
@@ -88,8 +117,6 @@ def known_identities(parents: Iterable[Parent]) -> dict[str, str]:
 
 def write_side_files(parent: Parent, directory: Path) -> None:
     """All of a parent's plain checkpoint but its weights."""
-    from agentmerge.merging.writing import copy_side_files, write_json
-
     write_json(directory / "config.json", read_config(parent.model))
     copy_side_files(parent.model, directory)
     template = None if parent.adapter is None else chat_template(parent.adapter)
@@ -130,8 +157,6 @@ def _adapter_faults(adapter: Path, checkpoint: Checkpoint) -> list[str]:
 
 
 def _plain(parent: Parent, trust_remote_code: bool) -> Path:
-    from agentmerge.merging.made import identity_of, made
-
     model = parent.model
     if parent.pickled:
         from agentmerge.merging.pickled import convert
@@ -157,6 +182,42 @@ def _plain(parent: Parent, trust_remote_code: bool) -> Path:
     prints = [content_fingerprint(model), adapter_fingerprint(adapter)]
     identity = identity_of("adapter", prints)
     return made("adapter", [*prints, _side_digest(parent)], make_applied, identity)
+
+
+def _other_names(checkpoint: Checkpoint, names: Mapping[str, str]) -> bool:
+    """Whether its text model's tensors are called otherwise than ``names`` (inner -> in files)."""
+    return any(names.get(inner, own) != own for inner, own in checkpoint.text.items())
+
+
+def _text_entries(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, Entry]:
+    """Its tensors' own names -> what is to be written of each under the names of another."""
+    return {
+        own: entry_of(names.get(inner, own), checkpoint.tensors[own])
+        for inner, own in checkpoint.text.items()
+    }
+
+
+def _under_names(path: Path, names: Mapping[str, str]) -> Path:
+    """The text model of a checkpoint under the names of another; itself where it has those."""
+    checkpoint = Checkpoint.read(path)
+    if not _other_names(checkpoint, names):
+        return path
+    entries = _text_entries(checkpoint, names)
+    own_names = {entry.name: own for own, entry in entries.items()}
+    bare = Parent(path.name, path)
+
+    def make(directory: Path) -> None:
+        refuse_full_disk(directory, sum(e.size_bytes for e in entries.values()), directory.parent)
+        for _ in write_weights(
+            directory,
+            list(entries.values()),
+            lambda name: stored_tensor(checkpoint.tensors[own_names[name]], own_names[name]),
+        ):
+            pass
+        write_side_files(bare, directory)
+
+    identity = content_fingerprint(path)
+    return made("renamed", [identity, *own_names, _side_digest(bare)], make, identity)
 
 
 def _side_digest(parent: Parent) -> str:

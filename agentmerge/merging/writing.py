@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from agentmerge.errors import UserError
-from agentmerge.merging.headers import DTYPES, read_config
+from agentmerge.merging.headers import DTYPES, TensorHeader, read_config
 
 SHARD_SIZE_BYTES = 2_000_000_000
 
@@ -48,6 +49,18 @@ class Entry:
     shape: tuple[int, ...]
     dtype: str
     size_bytes: int
+
+
+def entry_of(name: str, header: TensorHeader) -> Entry:
+    """A tensor as a file has it, to be written under ``name``."""
+    return Entry(name, header.shape, header.dtype, header.end - header.start)
+
+
+def stored_tensor(header: TensorHeader, name: str) -> torch.Tensor:
+    """A tensor of a file, of any dtype. name: in that file."""
+    with safe_open(header.file, framework="pt") as stream:
+        tensor: torch.Tensor = stream.get_tensor(name)
+    return tensor
 
 
 def write_weights(

@@ -83,6 +83,8 @@ class DiskWorker:
             "spec": self._spec,
             "path": path,
             "digest": fingerprint.digest,
+            "names": tuple(self._layout.by_name),
+            "carried": self._layout.carried,
             "items": tuple(items),
             "answer": answer,
             "threads": torch.get_num_threads(),

@@ -20,14 +20,20 @@ def evaluate(task: dict[str, Any]) -> Any:
     from agentmerge.evaluation.scoring import ItemScorer
     from agentmerge.evaluation.tasks import tasks_for
     from agentmerge.merging.digests import digest
+    from agentmerge.merging.weights import ParentFiles
     from agentmerge.workers.hf import live_lm, open_model, threads_for
+    from agentmerge.workers.targets import live_targets
 
     spec = task["spec"]
     torch.set_num_threads(task["threads"])
     try:
         model = open_model(spec, task["path"])
         torch.set_num_threads(threads_for(spec, model))
-        live = digest(model.named_parameters())
+        files = ParentFiles({"": task["path"]}, spec.device)
+        targets = live_targets(
+            model, task["names"], task["carried"], lambda name: files.tensor("", name)
+        )
+        live = digest(targets.items())
         if live != task["digest"]:
             raise RunFailed(
                 f"the checkpoint's weights ({live}) are not the merged ones ({task['digest']}): "

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 
-from agentmerge.errors import ParentError, RunFailed, WorkerLost
+from agentmerge.errors import RunFailed, WorkerLost
 from agentmerge.evaluation.live import LiveLM, context_length, parent_path, tokenizer_of
 from agentmerge.evaluation.loading import quiet
 from agentmerge.evaluation.losses import item_loss
@@ -29,6 +29,7 @@ from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.merging.contraction import Contraction
 from agentmerge.merging.live import LiveWeights
 from agentmerge.merging.parents import Family
+from agentmerge.merging.skeleton import auto_class
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import (
     EngineInfo,
@@ -39,6 +40,7 @@ from agentmerge.workers.base import (
     Loss,
     WorkerSpec,
 )
+from agentmerge.workers.targets import live_targets
 
 #: Parameters below which a second thread costs more than it brings: on a busy machine of two cores
 #: the demo family (0.4 M) scored 8 to 50 times slower with two.
@@ -61,10 +63,17 @@ class HfWorker:
             dtype=spec.dtype,
             device=spec.device,
         )
-        self._model = open_model(spec, parent_path(spec, spec.template_model))
-        self._live = dict(self._model.named_parameters())
+        layout = self._family.layout
+        # What is carried over is the first parent's, so that one has to be the live model.
+        opened = layout.first if layout.carried else spec.template_model
+        self._model = open_model(spec, parent_path(spec, opened))
+        self._live = live_targets(
+            self._model,
+            layout.by_name,
+            layout.carried,
+            lambda name: self._family.tensor(opened, name),
+        )
         self._threads = threads_for(spec, self._model)
-        _check_names(set(self._live), set(self._family.layout.by_name))
         self._weights = LiveWeights(self._family, self._live)
         self._lm = live_lm(spec, self._model)
         self._scorer = ItemScorer(self._lm, taskset or tasks_for(spec))
@@ -144,12 +153,15 @@ class HfWorker:
 
 
 def open_model(spec: WorkerSpec, path: Path) -> Any:
-    """A causal language model in eval mode, on the spec's device and at its dtype."""
+    """A model that continues text, in eval mode, on the spec's device and at its dtype."""
     extra = {}
     if "attn_implementation" in spec.options:
         extra["attn_implementation"] = spec.options["attn_implementation"]
     with quiet():
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
+            str(path), trust_remote_code=spec.trust_remote_code
+        )
+        model = auto_class(config).from_pretrained(
             str(path), dtype=spec.dtype, trust_remote_code=spec.trust_remote_code, **extra
         )
         return model.to(spec.device).eval().requires_grad_(False)
@@ -207,14 +219,3 @@ def describe(engine: str, spec: WorkerSpec) -> EngineInfo:
     if "attn_implementation" in spec.options:
         versions += f", {spec.options['attn_implementation']}"
     return EngineInfo(engine, versions, device, spec.dtype, str(spec.batch_size))
-
-
-def _check_names(live: set[str], files: set[str]) -> None:
-    if live == files:
-        return
-    only_live, only_files = sorted(live - files), sorted(files - live)
-    raise ParentError(
-        "transformers names this model's weights otherwise than its files do, so they cannot be "
-        f"swapped in place: {len(only_files)} only in the files (e.g. {only_files[:2]}), "
-        f"{len(only_live)} only in the model (e.g. {only_live[:2]}); use worker.kind: disk"
-    )

@@ -97,16 +97,34 @@ def test_untied_heads_and_bfloat16(tmp_path: Path, tasks_dir: Path) -> None:
 
 
 def test_names_that_transformers_does_not_use(tmp_path: Path, tasks_dir: Path) -> None:
-    """A file whose names lack the prefix loads in transformers, but cannot be swapped in place."""
-    family = {}
+    """A file whose names lack the prefix loads in transformers: the values prove which is which."""
+    family, short = {}, {}
     for name, seed in (("base", 1), ("b", 2), ("c", 3)):
-        path = tiny.write_model(tmp_path / name, seed=seed)
-        weights = load_file(path / "model.safetensors")
-        short = {key.removeprefix("model."): value for key, value in weights.items()}
-        save_file(short, path / "model.safetensors", metadata={"format": "pt"})
-        family[name] = path
-    with pytest.raises(ParentError, match=r"norm\.weight.*use worker\.kind: disk"):
-        HfWorker(tiny.spec(family, tiny.tasks_config(tasks_dir, "tiny_choice")))
+        family[name] = tiny.write_model(tmp_path / name, seed=seed)
+        short[name] = tiny.write_model(tmp_path / f"{name}-short", seed=seed)
+        weights = load_file(short[name] / "model.safetensors")
+        named = {key.removeprefix("model."): value for key, value in weights.items()}
+        save_file(named, short[name] / "model.safetensors", metadata={"format": "pt"})
+    config = tiny.tasks_config(tasks_dir, "tiny_choice", limit=10)
+    results = []
+    for parents in (family, short):
+        worker = HfWorker(tiny.spec(parents, config))
+        worker.load(A)
+        results.append(worker.score(worker.tasks(worker._spec).refs()))
+    assert same(*results)
+
+
+def test_a_live_tensor_with_other_values_than_the_file_is_refused(
+    worker: HfWorker, parents: dict[str, Path]
+) -> None:
+    from agentmerge.workers.targets import live_targets
+
+    weights = load_file(parents["b"] / "model.safetensors")
+    short = {name.removeprefix("model."): value for name, value in weights.items()}
+    with pytest.raises(ParentError, match=r"with other values than .* has in the files"):
+        live_targets(worker._model, short, (), lambda name: short[name] + 1)
+    with pytest.raises(ParentError, match=r"1 only in the files \(e\.g\. \['other\.thing'\]\)"):
+        live_targets(worker._model, [*short, "other.thing"], (), lambda name: short[name])
 
 
 def test_two_hundred_swaps_in_flat_memory(worker: HfWorker, spec: WorkerSpec) -> None:
