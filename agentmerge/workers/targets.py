@@ -21,7 +21,7 @@ def live_targets(
     names: Collection[str],
     carried: Collection[str],
     tensor_of: Callable[[str], torch.Tensor],
-) -> dict[str, torch.Tensor]:
+) -> dict[str, torch.nn.Parameter]:
     """File name -> live parameter, of each of ``names``.
 
     model: as loaded from the files. carried: tensors of the files that nothing is merged into;
@@ -30,7 +30,7 @@ def live_targets(
     Raises:
         ParentError: names or values do not pair off.
     """
-    live: Mapping[str, torch.Tensor] = dict(model.named_parameters())
+    live: Mapping[str, torch.nn.Parameter] = dict(model.named_parameters())
     if set(live) == set(names):
         return dict(live)
     index = NameIndex(live)
