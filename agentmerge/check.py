@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentmerge import plugins
 from agentmerge.config import SearchConfig
@@ -28,6 +28,10 @@ from agentmerge.recipe import Recipe
 from agentmerge.workers.base import WorkerSpec
 from agentmerge.workers.pool import worker_class
 
+if TYPE_CHECKING:  # both are read only where models are
+    from agentmerge.merging.layout import Layout
+    from agentmerge.merging.placement import MemoryPlan
+
 #: Benchmarks that are not objectives unless the user insists (LLM-Evo-Merge's and upstream's list).
 BENCHMARK_PREFIXES = (
     "mmlu", "hendrycks", "agieval", "gsm8k", "hellaswag", "winogrande", "arc_", "ai2_arc",
@@ -40,7 +44,7 @@ class Prepared:
     """A config on real models: what a search needs before a worker starts.
 
     identities: model name -> content fingerprint. check: raises RecipeRejected for a recipe that
-    these models cannot make. parent_bytes: all parents resident. made_bytes: on disk, of the
+    these models cannot make. memory: None where no model is read. made_bytes: on disk, of the
     parents that are no plain checkpoints as they are. notes: what to know of the parents.
     """
 
@@ -50,8 +54,7 @@ class Prepared:
     taskset: TaskSet
     identities: Mapping[str, str]
     check: Callable[[Recipe], object] = field(repr=False)
-    parent_bytes: int = 0
-    model_bytes: int = 0
+    memory: MemoryPlan | None = None
     made_bytes: int = 0
     notes: tuple[str, ...] = ()
 
@@ -102,14 +105,14 @@ class Plan:
     max_evaluations: int
     items: int
     sealed_items: int
-    memory_bytes: int
+    memory: MemoryPlan | None
     made_bytes: int
     seconds_per_candidate: float | None
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"memory": self.memory and self.memory.to_dict()}
 
 
 def prepare(
@@ -166,7 +169,7 @@ def _prepare_real(
                 )
             except ConfigError as error:
                 faults += error.faults
-        taskset, spec = TaskSet((), ()), None
+        taskset, spec, memory = TaskSet((), ()), None, None
         dtype = config.worker.dtype or (layout.dtype if layout else "float32")
         if found:
             paths = {parent.name: parent.model for parent in found}
@@ -178,6 +181,9 @@ def _prepare_real(
             spec = _spec(config, paths, dtype)
             if tasks:
                 taskset = _tasks(spec, faults)
+            if layout is not None:
+                memory = _memory(config, spec, layout)
+                faults += [memory.reason] if tasks and memory.chosen is None else []
     if faults or layout is None or space is None or spec is None:
         raise ConfigError(faults)
     if not weights:
@@ -192,15 +198,36 @@ def _prepare_real(
             raise ConfigError(faults)
     return Prepared(
         config,
-        spec,
+        replace(spec, placement=memory.chosen or "auto") if memory else spec,
         space,
         taskset,
         identities,
         lambda recipe: plan(recipe, layout),
-        parent_bytes=layout_bytes(layout, layout.dtype) * len(found),
-        model_bytes=layout_bytes(layout, space.dtype),
+        memory=memory,
         made_bytes=sum(survey.made_bytes.values()),
         notes=tuple(survey.notes),
+    )
+
+
+def _memory(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryPlan:
+    """Where the parents are kept, decided once for all workers: each alone would see what the
+    others have not taken yet."""
+    from agentmerge.merging.headers import read_config, text_config
+    from agentmerge.merging.placement import PLACEMENTS, bytes_per_token, plan_memory
+
+    kind = worker_class(spec)
+    template = dict(spec.parents)[spec.template_model]
+    return plan_memory(
+        layout,
+        dtype=spec.dtype,
+        device=spec.device,
+        method=config.genome.merge_method,
+        workers=config.worker.count,
+        processes=getattr(kind, "processes", 1),
+        possible=getattr(kind, "placements", PLACEMENTS),
+        asked=config.worker.placement,
+        memory_gb=config.worker.memory_gb,
+        token_bytes=bytes_per_token(text_config(read_config(Path(template))), spec.dtype),
     )
 
 
@@ -277,7 +304,7 @@ def plan_of(prepared: Prepared, ledger: Ledger | None, settings_hash: str) -> Pl
         max_evaluations=config.budget.max_evaluations,
         items=len(tasks.refs("search")),
         sealed_items=len(tasks.refs("sealed")),
-        memory_bytes=prepared.parent_bytes + 2 * prepared.model_bytes,
+        memory=prepared.memory,
         made_bytes=prepared.made_bytes,
         seconds_per_candidate=(
             None if ledger is None else ledger.seconds_per_candidate(settings_hash)
@@ -388,17 +415,6 @@ def _depth_faults(config: SearchConfig, space: SearchSpace) -> Iterator[str]:
             Recipe.parse(Path(path)).canonical(space.num_layers)
         except RecipeRejected as error:
             yield f"--init {path}: {error}"
-
-
-def layout_bytes(layout: Any, dtype: str) -> int:
-    width = {"float32": 4, "float64": 8}.get(dtype, 2)
-    total = 0
-    for tensor in layout.tensors:
-        count = 1
-        for side in tensor.shape:
-            count *= side
-        total += count * width
-    return total
 
 
 def _parents(

@@ -250,6 +250,8 @@ class WorkerSettings(_Frozen):
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    placement: Literal["auto", "device", "host", "stream"] = "auto"
+    memory_gb: float | None = Field(None, gt=0)
     options: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -7,9 +7,12 @@ import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentmerge.session import CHECKPOINTS, LEDGER, existing_runs, opened, readable
+
+if TYPE_CHECKING:
+    from agentmerge.merging.placement import MemoryPlan
 
 #: Distribution -> the least version this code was written against.
 NEEDED = {
@@ -82,12 +85,32 @@ def diagnose(runs_dir: Path | str) -> list[dict[str, Any]]:
     ]
     for name, least in NEEDED.items():
         found.append(_package(name, least))
-    found += [_vllm(), _device(), _disk(Path(runs_dir))]
+    found += [_vllm(), _device(), _memory(), _disk(Path(runs_dir))]
     found += [_database(Path(runs_dir)), _checkpoints(Path(runs_dir))]
     for key in KEYS:
         state = "set" if os.environ.get(key) else "not set (needed only for that service)"
         found.append(_finding(key, True, state))
     return found
+
+
+def forecast(config: Path) -> MemoryPlan | None:
+    """What a config's search needs in each placement; None where its worker reads no models.
+
+    Raises:
+        ConfigError: the config or its models are at fault.
+    """
+    from agentmerge.check import anchored, prepare
+    from agentmerge.config import SearchConfig
+
+    settings = anchored(SearchConfig.from_file(config))
+    return prepare(settings, allow_benchmarks=True, tasks=False, weights=False).memory
+
+
+def forecast_finding(memory: MemoryPlan) -> dict[str, Any]:
+    """A forecast as one more finding of ``diagnose``, with all its figures under ``forecast``."""
+    chosen = memory.chosen
+    detail = f"{memory.name_of(chosen)}: {memory.reason}" if chosen else memory.reason
+    return _finding("placement", chosen is not None, detail) | {"forecast": memory.to_dict()}
 
 
 def _finding(what: str, ok: bool, detail: str, remedy: str = "") -> dict[str, Any]:
@@ -126,6 +149,13 @@ def _device() -> dict[str, Any]:
         total = torch.cuda.get_device_properties(0).total_memory / 1e9
         return _finding("device", True, f"{torch.cuda.get_device_name(0)}, {total:.0f} GB")
     return _finding("device", True, f"CPU, {torch.get_num_threads()} threads")
+
+
+def _memory() -> dict[str, Any]:
+    from agentmerge.merging.memory import host_limit
+
+    limit = host_limit()
+    return _finding("memory", True, f"{limit.size_bytes / 1e9:.1f} GB {limit.source}")
 
 
 def _disk(runs_dir: Path) -> dict[str, Any]:

@@ -290,7 +290,15 @@ def _drive(
         search.stopping = lambda: drain.requested
         search.still_mine = lease.check
         advisers = sorted({model.name for model in search.models.values()})
-        search.emit({"event": "start", "run": row.name, "status": row.status, "advisers": advisers})
+        search.emit(
+            {
+                "event": "start",
+                "run": row.name,
+                "status": row.status,
+                "advisers": advisers,
+                "memory": prepared.memory.compromise if prepared.memory else "",
+            }
+        )
         graph = load_graph(prepared.config.search.graph).compile(checkpointer=saver)
         budget = prepared.config.budget.max_evaluations
         thread: Any = {

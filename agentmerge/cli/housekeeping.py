@@ -53,12 +53,23 @@ def demo(
     )
 
 
-def doctor(runs_dir: options.RunsDir = Path("runs"), as_json: options.Json = False) -> int:
-    """Check versions, devices, disk and keys, and say what to do."""
-    from agentmerge.maintenance import diagnose
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="A genome config, to forecast its memory too.")
+    ] = None,
+    runs_dir: options.RunsDir = Path("runs"),
+    as_json: options.Json = False,
+) -> int:
+    """Check versions, devices, memory, disk and keys, and say what to do."""
+    from agentmerge.cli.forecast import memory_text
+    from agentmerge.maintenance import diagnose, forecast, forecast_finding
 
     found = diagnose(runs_dir)
+    memory = None if config is None else forecast(config)
+    if memory is not None:
+        found.append(forecast_finding(memory))
     lines = [f"{'ok ' if f['ok'] else 'NOT'} {f['what']}: {f['detail']}" for f in found]
     lines += [f"    {f['remedy']}" for f in found if not f["ok"] and f["remedy"]]
+    lines += [] if memory is None else ["", memory_text(memory)]
     show_result(found, as_json, "\n".join(lines))
     return 0 if all(f["ok"] for f in found) else 1

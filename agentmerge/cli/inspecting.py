@@ -46,9 +46,11 @@ def check(
     plan = plan_of(prepared, ledger, settings_hash(prepared))
     if ledger is not None:
         ledger.close()
+    from agentmerge.cli.forecast import memory_text
     from agentmerge.cli.render import plan_text
 
-    show_result({"ok": True, "plan": plan.to_dict()}, as_json, plan_text(plan))
+    text = plan_text(plan) + (f"\n\n{memory_text(plan.memory)}" if plan.memory else "")
+    show_result({"ok": True, "plan": plan.to_dict()}, as_json, text)
     return 0
 
 

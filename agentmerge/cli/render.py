@@ -32,6 +32,8 @@ class Progress:
                 else f"{event['run']}: no language model advises (--llm none); the agents work "
                 "by rules, on statistics of the history"
             )
+            if event["memory"]:
+                self.say(f"  {event['memory']}")
         elif kind == "candidate":
             self._candidate(event)
         elif kind == "generation":
@@ -190,7 +192,6 @@ def plan_text(plan: Any) -> str:
         ["population", str(plan.population)],
         ["evaluations", f"at most {plan.max_evaluations}"],
         ["items", f"{plan.items} to search on, {plan.sealed_items} sealed"],
-        ["memory", f"about {plan.memory_bytes / 1e9:.2f} GB for parents and the live model"],
         ["time", time_text],
     ]
     if plan.made_bytes:

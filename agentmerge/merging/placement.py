@@ -1,7 +1,7 @@
 """Where parents are kept while a search merges them, chosen by a forecast of peak memory.
 
 Arithmetic over a layout and the memory that is free: ``check``, ``doctor`` and the workers share
-it. It reads no weights and knows no torch. Three placements, in order of preference:
+it. It reads no weights. Three placements, in order of preference:
     device: all parents in the device's memory;
     host: all in this machine's memory, copied to the device tensor by tensor. On a CPU that is the
         same thing, so only two are told apart there;
@@ -30,34 +30,37 @@ MARGIN = 0.1
 _WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 #: Blocks in flight of kernels and digests, whatever the tensor's size.
 _BLOCKS_BYTES = 4_000_000
-#: What a kernel needs beside its inputs and result: bytes an element, and those for each expert.
-#: An upper bound: sorting and selecting need more where many magnitudes are equal.
-_TEMPORARY: dict[str, tuple[float, float]] = {
-    "linear": (0, 0),
-    "slerp": (0, 0),
-    "task_arithmetic": (0, 0),
-    "dare_ties": (1, 1.2),
-    "dare_linear": (1, 1.2),
-}
-_TEMPORARY_SORTING = (34.0, 0.0)
-_TEMPORARY_MERGEKIT = (20.0, 20.0)
+#: What comes with the first model and the first merge: transformers' modules, compiled loops.
+_LATER_BYTES = 80_000_000
+#: What torch and mergekit take beside inputs and result: bytes an element, and those for each
+#: expert. Upper bounds: selecting takes more where many magnitudes are equal.
+_BLOCKWISE = ("linear", "slerp", "task_arithmetic")
+_MASKING, _MASKING_METHODS = (1.0, 1.2), ("dare_ties", "dare_linear")
+_SORTING = (34.0, 0.0)
+_MERGEKIT = (20.0, 20.0)
+#: The same of the fused loops: magnitudes in float32 while an order is made, or a bit an element.
+_RANKING, _RANKING_METHODS = (4.0, 0.0), ("ties", "breadcrumbs", "breadcrumbs_ties")
+_RANKING_BLOCKS_BYTES = 12_000_000
+_FUSED_MASKING = (0.0, 0.125)
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
     """Bytes of one kind of memory that one worker needs at its peak.
 
-    scratch: what merging the largest tensor takes. runtime: interpreter and libraries.
+    statistics: of the parents' tensors, remembered from merge to merge. scratch: what merging the
+    largest tensor takes. runtime: interpreter and libraries.
     """
 
     parents: int
     live: int
+    statistics: int
     scratch: int
     runtime: int
 
     @property
     def total(self) -> int:
-        return self.parents + self.live + self.scratch + self.runtime
+        return self.parents + self.live + self.statistics + self.scratch + self.runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,17 @@ class MemoryPlan:
             raise UserError(self.reason)
         return self.chosen
 
+    @property
+    def compromise(self) -> str:
+        """Why the parents are not where they are merged from fastest; empty where they are."""
+        if self.chosen is None or self.chosen == self.forecasts[0].placement:
+            return ""
+        return f"parents: {self.name_of(self.chosen)}; {self.reason}"
+
+    def name_of(self, placement: Placement) -> str:
+        """For people: on a CPU there is but one memory to be resident in."""
+        return _name(placement, self.device is not None)
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values, with the totals of each forecast."""
         body = asdict(self)
@@ -114,6 +128,7 @@ def plan_memory(
     device: str = "cpu",
     method: str | None = None,
     workers: int = 1,
+    processes: int = 1,
     possible: Sequence[Placement] = PLACEMENTS,
     asked: Placement | Literal["auto"] = "auto",
     memory_gb: float | None = None,
@@ -122,16 +137,17 @@ def plan_memory(
     """Forecast every placement, and choose.
 
     dtype: of the live model; by default as stored. method: the merge method, for what its kernel
-        needs besides; where it is not known, nothing. workers: processes that each hold a family,
-        on the same device. possible: what the kind of worker can do. memory_gb: at most so much is
-        used in all, even if there is more.
+        needs besides; where it is not known, nothing. workers: how many there are, each with a
+        family, on the same device; processes: of each worker. possible: what the kind of worker
+        can do. memory_gb: at most so much is used in all, even if there is more.
     """
     cuda = device.startswith("cuda")
-    found = []
-    for placement in possible:
-        if placement != "host" or cuda:
-            found.append(_forecast(placement, layout, dtype, method, cuda))
-    forecasts = tuple(found)
+    runtime = (resident_bytes() + _LATER_BYTES) * processes
+    forecasts = tuple(
+        _forecast(placement, layout, dtype, method, runtime, cuda)
+        for placement in possible
+        if placement != "host" or cuda
+    )
     host = _with_this_process(host_limit())
     on_device = device_limit(device) if cuda else None
     if memory_gb is not None:
@@ -165,43 +181,69 @@ def bytes_per_token(config: Mapping[str, Any], dtype: str) -> int:
 
 
 def _forecast(
-    placement: Placement, layout: Layout, dtype: str | None, method: str | None, cuda: bool
+    placement: Placement,
+    layout: Layout,
+    dtype: str | None,
+    method: str | None,
+    runtime: int,
+    cuda: bool,
 ) -> Forecast:
     count = len(layout.parents)
     parents = layout_bytes(layout) * count
     live = layout_bytes(layout, dtype)
-    runtime = resident_bytes()
+    fused = not cuda and _is_fused(layout, method)
+    statistics = _statistics(layout) if fused and method in _RANKING_METHODS else 0
     inputs_move = placement == "stream" or (cuda and placement == "host")
-    scratch = _scratch(layout, dtype, method, count if inputs_move else 0)
+    scratch = _scratch(layout, dtype, method, fused, count if inputs_move else 0)
     if not cuda:
-        return Forecast(
-            placement, Share(0 if placement == "stream" else parents, live, scratch, runtime)
-        )
+        held = 0 if placement == "stream" else parents
+        return Forecast(placement, Share(held, live, statistics, scratch, runtime))
     mapped = max((_size(spec, None) for spec in layout.tensors), default=0)
     host = Share(
-        parents if placement == "host" else 0, 0, mapped if placement == "stream" else 0, runtime
+        parents if placement == "host" else 0, 0, 0, mapped if placement == "stream" else 0, runtime
     )
-    on_device = Share(parents if placement == "device" else 0, live, scratch, 0)
+    on_device = Share(parents if placement == "device" else 0, live, 0, scratch, 0)
     return Forecast(placement, host, on_device)
 
 
-def _scratch(layout: Layout, dtype: str | None, method: str | None, inputs: int) -> int:
+def _is_fused(layout: Layout, method: str | None) -> bool:
+    from agentmerge.merging.engines import has_fused
+
+    doubles = any(spec.dtype == "float64" for spec in layout.tensors)
+    return method is not None and has_fused(method) and not doubles
+
+
+def _statistics(layout: Layout) -> int:
+    """Orders of every expert's tensors."""
+    from agentmerge.merging.orders import order_bytes
+
+    experts = max(1, len(layout.parents) - 1)
+    return experts * sum(order_bytes(math.prod(spec.shape)) for spec in layout.tensors)
+
+
+def _scratch(
+    layout: Layout, dtype: str | None, method: str | None, fused: bool, inputs: int
+) -> int:
     """The most that merging one tensor takes; inputs: parents' tensors that come and go with it."""
-    fixed, each = _temporary(method)
+    fixed, each = _temporary(method, fused)
     experts = max(1, len(layout.parents) - 1)
     most = 0.0
     for spec in layout.tensors:
         temporary = math.prod(spec.shape) * (fixed + each * experts)
         most = max(most, inputs * _size(spec, None) + _size(spec, dtype) + temporary)
-    return int(most) + _BLOCKS_BYTES
+    blocks = _RANKING_BLOCKS_BYTES if fused and method in _RANKING_METHODS else _BLOCKS_BYTES
+    return int(most) + blocks
 
 
-def _temporary(method: str | None) -> tuple[float, float]:
-    if method is None:
+def _temporary(method: str | None, fused: bool) -> tuple[float, float]:
+    """Bytes an element, and those for each expert."""
+    if method is None or method in _BLOCKWISE:
         return 0, 0
+    if fused:
+        return _RANKING if method in _RANKING_METHODS else _FUSED_MASKING
     if METHODS[method].engine == "mergekit":
-        return _TEMPORARY_MERGEKIT
-    return _TEMPORARY.get(method, _TEMPORARY_SORTING)
+        return _MERGEKIT
+    return _MASKING if method in _MASKING_METHODS else _SORTING
 
 
 def _size(spec: TensorSpec, dtype: str | None) -> int:
@@ -218,9 +260,9 @@ def _short(
 ) -> tuple[int, Limit] | None:
     """What ``workers`` of these need, and the limit that this exceeds; None where it fits."""
     # With several workers this process is one more, without a model.
-    here = forecast.host.runtime if workers > 1 else 0
-    needed = forecast.host.total * workers + here
-    if needed * (1 + MARGIN) - MARGIN * forecast.host.runtime > host.size_bytes:
+    needed = forecast.host.total * workers + (forecast.host.runtime if workers > 1 else 0)
+    spare = MARGIN * workers * (forecast.host.total - forecast.host.runtime)
+    if needed + spare > host.size_bytes:
         return needed, host
     if forecast.device is not None and device is not None:
         needed = forecast.device.total * workers
@@ -269,4 +311,4 @@ def _there(limit: Limit) -> str:
 
 
 def _name(placement: Placement, cuda: bool) -> str:
-    return placement if cuda else {"device": "resident"}.get(placement, placement)
+    return "resident" if placement == "device" and not cuda else placement

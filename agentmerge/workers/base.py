@@ -118,6 +118,8 @@ class WorkerSpec:
 
     parents: the user's model name -> local directory.
     template_model: the parent whose tokenizer (and chat template) asks the questions.
+    placement: where parents are kept (``merging.placement``); "auto" looks at what is free when
+        the worker starts, and counts on being the only one.
     options: the worker's own settings from the config's ``worker`` section.
     """
 
@@ -129,6 +131,7 @@ class WorkerSpec:
     batch_size: int
     device: str = "cpu"
     trust_remote_code: bool = False
+    placement: Literal["auto", "device", "host", "stream"] = "auto"
     options: dict[str, Any] = field(default_factory=dict)
 
 

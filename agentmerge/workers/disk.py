@@ -33,6 +33,11 @@ from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult
 class DiskWorker:
     """See the module's head; the contract is ``workers/base.py``."""
 
+    #: For the forecast of memory: parents are read from their files, and a process of its own
+    #: scores.
+    placements = ("stream",)
+    processes = 2
+
     def __init__(self, spec: WorkerSpec, taskset: TaskSet | None = None) -> None:
         self._spec = spec
         self._paths = {name: Path(path) for name, path in spec.parents}

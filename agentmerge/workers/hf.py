@@ -1,4 +1,5 @@
-"""Merges in memory and scores with plain transformers: parents resident, one live model.
+"""Merges in memory and scores with plain transformers: one live model, and the parents where they
+fit (``merging.placement``).
 
 Every load writes the tensors that change straight into the live model and proves the swap: every
 expected name exactly once, all finite, and every live tensor read back and equal to what was merged
@@ -62,6 +63,7 @@ class HfWorker:
             base=spec.options.get("base"),
             dtype=spec.dtype,
             device=spec.device,
+            placement=spec.placement,
         )
         layout = self._family.layout
         # What is carried over is the first parent's, so that one has to be the live model.
