@@ -155,11 +155,15 @@ class HfWorker:
 
 
 def open_model(spec: WorkerSpec, path: Path) -> Any:
-    """A model that continues text, in eval mode, on the spec's device and at its dtype."""
+    """A model that continues text, in eval mode, on the spec's device and at its dtype.
+
+    Raises:
+        RunFailed: there is not memory enough.
+    """
     extra = {}
     if "attn_implementation" in spec.options:
         extra["attn_implementation"] = spec.options["attn_implementation"]
-    with quiet():
+    with quiet(), _room_for(path):
         config = transformers.AutoConfig.from_pretrained(
             str(path), trust_remote_code=spec.trust_remote_code
         )
@@ -167,6 +171,21 @@ def open_model(spec: WorkerSpec, path: Path) -> Any:
             str(path), dtype=spec.dtype, trust_remote_code=spec.trust_remote_code, **extra
         )
         return model.to(spec.device).eval().requires_grad_(False)
+
+
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    """Out of memory, which torch and safetensors say in many ways, as one sentence."""
+    try:
+        yield
+    except (RuntimeError, OSError, MemoryError) as error:
+        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+            raise
+        raise RunFailed(
+            f"out of memory while {path} was loaded: {error}; lower worker.count, or raise the "
+            "limit (ulimit -v counts address space, of which transformers takes three times the "
+            "model's size while it loads)"
+        ) from error
 
 
 def threads_for(spec: WorkerSpec, model: Any) -> int:
