@@ -16,7 +16,7 @@ from agentmerge.agents.history import HistoryView, TaskView
 from agentmerge.agents.prompts import prompt_hash
 from agentmerge.agents.schemas import Guidance
 from agentmerge.config import Role
-from agentmerge.errors import BudgetReached, ModelReplyError
+from agentmerge.errors import BudgetReached, ModelReplyError, ReplyMissing
 from agentmerge.ledger import Ledger
 from agentmerge.probing import PROBE
 from agentmerge.strategies.llm_evo import improved
@@ -116,6 +116,8 @@ class _Kept:
         return self.search.ledger.call(run, self.generation, self.role, self.prompt, number)
 
     def reserve(self, tokens_in: int, tokens_out: int, cost_usd: float | None) -> None:
+        if self.search.replies_of is not None:
+            self._follow(self.search.replies_of)
         budget = self.search.config.budget
         spent = self.search.ledger.call_totals(self.search.run_id)
         if budget.max_tokens is not None:
@@ -128,6 +130,17 @@ class _Kept:
             raise BudgetReached("cost")
         if self.search.seconds_left <= 0:
             raise BudgetReached("timeout")
+
+    def _follow(self, run_id: str) -> None:
+        """A replay stops where the search did; elsewhere its question is a new one."""
+        ledger = self.search.ledger
+        stop = ledger.run(run_id).stop_reason
+        last = max(c.generation for c in ledger.candidates(run_id))
+        if stop in ("tokens", "cost", "timeout") and self.generation == last:
+            raise BudgetReached(stop)
+        raise ReplyMissing(
+            f"the {self.role} of generation {self.generation} would be asked something new"
+        )
 
     def keep(self, number: int, call: Call) -> None:
         search = self.search

@@ -307,8 +307,7 @@ def _drive(
             "recursion_limit": 50 + 8 * budget,
         }
         begin = _first_input(graph, thread, row, prepared)
-        _OPEN[row.id] = search
-        stack.callback(_OPEN.pop, row.id, None)
+        stack.enter_context(at_hand(search))
         ledger.update_run(row.id, status="running", stop_reason="")
         context = Context(run=row.id, runs_dir=str(runs_dir))
         try:
@@ -325,6 +324,16 @@ def _drive(
                 raise RunFailed(f"search {row.name!r} ended without finishing; see its log.jsonl")
             ledger.update_run(row.id, status="interrupted")
     return ledger.run(row.id)
+
+
+@contextmanager
+def at_hand(search: Search) -> Iterator[None]:
+    """Nodes of a graph find this search under its id, instead of opening it anew."""
+    _OPEN[search.run_id] = search
+    try:
+        yield
+    finally:
+        _OPEN.pop(search.run_id, None)
 
 
 @contextmanager

@@ -221,8 +221,6 @@ class _Asking(Generic[R]):
     ) -> tuple[Call, R | None, float]:
         """One request on the wire: (what came of it, what it was parsed to, the pause after it)."""
         model = self.model
-        if model.chat is None:
-            raise ReplyMissing("this question was not asked before")
         sent = _shaped(conversation, shape, self.schema)
         if self._left_s() <= 0:
             late = f"{model.name} took longer than {self.total_s:g} s"
@@ -230,6 +228,8 @@ class _Asking(Generic[R]):
         most_in = _most_tokens(sent, self.schema, tools)
         most_out = model.max_tokens or ASSUMED_MAX_TOKENS
         self.log.reserve(most_in, most_out, cost_usd(model.price, most_in, most_out))
+        if model.chat is None:
+            raise ReplyMissing("a model was not asked this before")
         began = time.monotonic()
         try:
             message = self._request(sent, shape, tools)

@@ -45,6 +45,7 @@ for command in (
     reporting.report,
     comparing.compare,
     comparing.tree,
+    results.replay,
     inspecting.evaluate,
     inspecting.explain,
     inspecting.methods,

@@ -44,6 +44,10 @@ SETTINGS: dict[str, tuple[str, Any]] = {
         "agents.llm",
         Annotated[str | None, typer.Option("--llm", help='"none" or provider:model.')],
     ),
+    "base_url": (
+        "agents.base_url",
+        Annotated[str | None, typer.Option("--base-url", help="A server for --llm's model.")],
+    ),
     "prompts": (
         "agents.prompts",
         Annotated[Path | None, typer.Option("--prompts", help="Folder of prompts to override.")],
@@ -125,8 +129,9 @@ LIMITS = (
     "max_generations", "max_evaluations", "max_items", "timeout", "max_tokens", "max_cost",
 )  # fmt: skip
 BRANCH = (
-    "search", "worker", "llm", "prompts", "graph", "probes", "seed", *LIMITS, "population",
-    "sigma_low", "sigma_high", "task_search_path", "batch_size", "limit", "trust_remote_code",
+    "search", "worker", "llm", "base_url", "prompts", "graph", "probes", "seed", *LIMITS,
+    "population", "sigma_low", "sigma_high", "task_search_path", "batch_size", "limit",
+    "trust_remote_code",
 )  # fmt: skip
 RUN = (*BRANCH, "init")
 

@@ -203,6 +203,15 @@ def plan_text(plan: Any) -> str:
     return "\n".join(["no faults found", *lines])
 
 
+def replay_text(found: Any) -> str:
+    """How a replay ended, in one or two lines."""
+    size = f"{found.generations} generations, {found.candidates} candidates"
+    if found.identical:
+        return f"{found.run}: the same again ({size}, {found.replies} stored replies)"
+    why = f": {found.stopped}" if found.stopped else ""
+    return f"{found.run}: differs from generation {found.differs_from} on{why}"
+
+
 def methods_text(methods: Sequence[Mapping[str, Any]]) -> str:
     """Each merge method in a paragraph: what it is, then a line a parameter."""
     parts = []

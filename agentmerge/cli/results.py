@@ -75,3 +75,22 @@ def export(
     report = exporting.export_run(name, to, runs_dir=runs_dir, engine=with_, verify=verify)
     show_result(report, as_json, exporting.report_text(report))
     return 0 if report["equal"] is not False else 1
+
+
+def replay(
+    name: str,
+    runs_dir: options.RunsDir = Path("runs"),
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="Other prompts: where would it differ?")
+    ] = None,
+    as_json: options.Json = False,
+) -> int:
+    """Run a search again from its stored replies and results: no model, key or worker."""
+    from dataclasses import asdict
+
+    from agentmerge.cli.render import replay_text
+    from agentmerge.replay import replay as replayed
+
+    found = replayed(name, runs_dir=runs_dir, prompts=prompts)
+    show_result(asdict(found), as_json, replay_text(found))
+    return 0 if found.identical or prompts is not None else 1

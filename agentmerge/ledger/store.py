@@ -6,7 +6,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -59,6 +59,11 @@ class Store:
             check_same_thread=False,
             isolation_level=None,
         )
+
+    def copy_to(self, path: Path) -> None:
+        """The whole database as another file, whoever else writes to it meanwhile."""
+        with self._lock, closing(sqlite3.connect(path)) as target:
+            self._conn.backup(target)
 
     def close(self) -> None:
         with self._lock:

@@ -1,0 +1,208 @@
+"""A whole search once more, offline: from its stored replies and results, with no model or worker.
+
+It runs the real graph, strategy and agents on a copy of the ledger, so a replay that ends like the
+search proves that nothing else went into it. With other prompts it says where it leaves the search.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from agentmerge.agents.models import AgentModel
+from agentmerge.check import Prepared, prepare
+from agentmerge.config import ROLES, AgentSettings, SearchConfig
+from agentmerge.errors import CandidateFailed, ReplyMissing, UserError
+from agentmerge.ledger import Ledger, RunRow
+from agentmerge.probing import PROBE
+from agentmerge.recipe import Recipe
+from agentmerge.report.summary import trace
+from agentmerge.session import (
+    LEDGER,
+    Context,
+    assembled,
+    at_hand,
+    changed_facts,
+    existing_runs,
+    load_graph,
+)
+from agentmerge.state import GRAPH_VERSION, SearchState
+from agentmerge.steps import Search
+from agentmerge.workers.base import EngineInfo, Fingerprint, Gradient, ItemRef, ItemResult, Loss
+
+TOOLS = "tools"
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What came of it.
+
+    identical: every candidate, every advice and the answer are the search's own.
+    differs_from: the first generation that is another, None where none is.
+    stopped: why the replay could not go on, "" where it reached the end.
+    """
+
+    run: str
+    identical: bool
+    generations: int
+    candidates: int
+    replies: int
+    differs_from: int | None
+    stopped: str
+
+
+def replay(
+    name: str, *, runs_dir: Path | str = "runs", prompts: Path | str | None = None
+) -> Replay:
+    """Replay a search. prompts: a folder of prompts to replay it with, instead of its own.
+
+    Raises:
+        NotFound: no such run.
+        UserError: the models' files or the tasks changed since, or the run was made by tools.
+    """
+    runs_dir = existing_runs(runs_dir)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="agentmerge-replay-")))
+        with Ledger(runs_dir / LEDGER, read_only=True) as original:
+            row = original.run(name)
+            original.copy_to(folder / LEDGER)
+        ledger = stack.enter_context(Ledger(folder / LEDGER))
+        search = _search(ledger, row, folder, prompts, stack)
+        stopped = ""
+        try:
+            _drive(search, folder)
+        except ReplyMissing as missing:
+            stopped = str(missing)
+        return _compared(ledger, row, ledger.run(search.run_id), stopped)
+
+
+def _search(
+    ledger: Ledger, row: RunRow, folder: Path, prompts: Path | str | None, stack: ExitStack
+) -> Search:
+    """The search again under another id, with what is stored in place of models and workers."""
+    if row.algorithm == TOOLS:
+        raise UserError(f"run {row.name!r} was made by tools: there is no search to replay")
+    overrides = {} if prompts is None else {"agents.prompts": str(Path(prompts).absolute())}
+    config = SearchConfig.from_text(row.config, row.name, overrides)
+    prepared = prepare(config, allow_benchmarks=True)
+    changes = changed_facts(row.facts, prepared.facts())
+    if changes:
+        raise UserError(f"{'; '.join(changes)} since {row.name!r} began: it cannot be replayed")
+    again = replace(row, id=str(uuid.uuid4()), name=f"{row.name}-replay", status="new", result=None)
+    ledger.add_run(again)
+    if row.parent_generation is not None:
+        ledger.copy_past(row.id, again.id, row.parent_generation, prior=False)
+    (folder / again.name).mkdir()
+    unadvised = prepared.config.model_copy(
+        update={
+            "agents": AgentSettings(prompts=config.agents.prompts),
+            "search": config.search.model_copy(update={"algorithm": row.algorithm}),
+        }
+    )
+    offline = replace(prepared, config=unadvised)
+    search = assembled(offline, again, folder, ledger, lambda event: None, stack)
+    asked = ledger.called_roles(row.id)
+    search.models = {
+        role: AgentModel(None)
+        for role in ROLES
+        if role in asked or config.agents.settings_for(role).model != "none"
+    }
+    search.config, search.deadline, search.replies_of = config, None, row.id
+    search.pool = _StoredResults(search.pool, prepared, _failures(ledger, row))
+    return search
+
+
+def _failures(ledger: Ledger, row: RunRow) -> dict[str, str]:
+    """Recipe hash -> why it failed, on search items or in the end on sealed ones."""
+    card = row.result or {}
+    rows = [card.get("answer"), card.get("best_rival"), *card.get("parents", ())]
+    sealed = {r["recipe_hash"]: r["sealed_failure"] for r in rows if r and "sealed_failure" in r}
+    failed = {c.recipe_hash: c.failure for c in ledger.candidates(row.id) if c.failure}
+    return sealed | failed
+
+
+def _drive(search: Search, folder: Path) -> None:
+    budget = search.config.budget.max_evaluations
+    graph = load_graph(search.config.search.graph).compile()
+    begin = SearchState(run_id=search.run_id, graph_version=GRAPH_VERSION)
+    limits: Any = {"max_concurrency": max(64, budget), "recursion_limit": 50 + 8 * budget}
+    context = Context(run=search.run_id, runs_dir=str(folder))
+    with at_hand(search):
+        graph.invoke(begin, limits, context=context)
+
+
+@dataclass(frozen=True)
+class _StoredResults:
+    """A pool that has no workers: what the ledger lacks was never asked."""
+
+    real: Any
+    prepared: Prepared
+    failures: Mapping[str, str]
+
+    @property
+    def info(self) -> EngineInfo:
+        found: EngineInfo = self.real.info
+        return found
+
+    @property
+    def differentiates(self) -> bool:
+        return bool(self.real.differentiates)
+
+    def evaluate(
+        self,
+        recipe: Recipe,
+        refs: Sequence[ItemRef],
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> tuple[Fingerprint, list[ItemResult], float]:
+        raise self._unknown(recipe)
+
+    def gradient(
+        self,
+        recipe: Recipe,
+        refs: Sequence[ItemRef],
+        loss: Loss,
+        weights: Sequence[float],
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> tuple[Gradient, float]:
+        raise self._unknown(recipe)
+
+    def _unknown(self, recipe: Recipe) -> Exception:
+        known = self.failures.get(recipe.hash(self.prepared.identities))
+        return CandidateFailed(known) if known else ReplyMissing("a merge was not scored before")
+
+
+def _compared(ledger: Ledger, row: RunRow, again: RunRow, stopped: str) -> Replay:
+    old, new = trace(ledger, row), trace(ledger, again)
+    by_old, by_new = _by_generation(old), _by_generation(new)
+    known = [g for g in sorted(by_old.keys() | by_new.keys()) if by_old.get(g) != by_new.get(g)]
+    differs = known[0] if known else None
+    if differs is None and old["result"] != new["result"]:
+        differs = max(by_old, default=0)
+    return Replay(
+        run=row.name,
+        identical=differs is None,
+        generations=1 + max((c["at"][0] for c in new["candidates"]), default=-1),
+        candidates=len(new["candidates"]),
+        replies=ledger.call_totals(row.id)["calls"],
+        differs_from=differs,
+        stopped=stopped,
+    )
+
+
+def _by_generation(found: Mapping[str, Any]) -> dict[int, list[Any]]:
+    """What decided each generation and what came of it.
+
+    What the agents said and tried after a generation belongs to the next one.
+    """
+    rows: dict[int, list[Any]] = {}
+    for candidate in found["candidates"]:
+        turn = candidate["at"][0] + (candidate["operator"] == PROBE)
+        rows.setdefault(turn, []).append(candidate)
+    for word in found["advice"]:
+        rows.setdefault(word["generation"] + 1, []).append(word)
+    return rows

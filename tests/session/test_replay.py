@@ -1,0 +1,100 @@
+"""A search replayed offline: no server, no key, no worker, and the same end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agentmerge import MergeToolkit, session
+from agentmerge.agents.testing import Fault, ScriptedServer, ToolCalls
+from agentmerge.cli.app import run_app
+from agentmerge.errors import UserError
+from agentmerge.replay import replay
+from tests.session.conftest import config
+from tests.session.test_agents import advised, adviser
+from tests.session.test_faults import role_of
+
+
+def asking_first(body: dict):
+    """A model that tries a recipe, fails, talks nonsense and then answers."""
+    asking_first.count += 1
+    tried = any(m["role"] == "tool" for m in body["messages"])
+    if role_of(body) == "proposer" and not tried:
+        return ToolCalls(
+            (("merge_and_evaluate", {"recipe": f"[{asking_first.count}, 50, 9, 80]"}),)
+        )
+    return [adviser(body), Fault("500"), "nonsense", adviser(body)][asking_first.count % 4]
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch) -> Path:
+    """A search with probes, faults, repairs and failing candidates; its server and key are gone."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
+    asking_first.count = 0
+    with ScriptedServer(asking_first) as server:
+        sections = advised(
+            server,
+            agents={"probes": 2, "max_retries": 2},
+            worker={"options": {"base": "base", "fail_when": "max_weight>0.95"}},
+        )
+        row = session.run(config(**sections), name="a", runs_dir=tmp_path)
+    assert row.status == "done"
+    monkeypatch.delenv("OPENAI_API_KEY")
+    return tmp_path
+
+
+def test_it_ends_identically_without_model_key_or_worker(kept: Path) -> None:
+    before = (kept / session.LEDGER).read_bytes()
+    found = replay("a", runs_dir=kept)
+    assert (found.identical, found.stopped, found.differs_from) == (True, "", None)
+    assert found.candidates >= 34
+    assert found.replies > 10
+    assert (kept / session.LEDGER).read_bytes() == before, "a replay writes nothing"
+    assert run_app(["replay", "a", "--runs-dir", str(kept)]) == 0
+
+
+def test_other_prompts_say_where_they_differ(kept: Path, tmp_path: Path, capsys) -> None:
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    (prompts / "critic.md").write_text("You judge, briefly.\n---\n{{history}}")
+    found = replay("a", runs_dir=kept, prompts=prompts)
+    assert not found.identical
+    assert found.differs_from == 1
+    assert found.stopped == "the critic of generation 0 would be asked something new"
+    line = ["replay", "a", "--runs-dir", str(kept), "--prompts", str(prompts)]
+    assert run_app(line) == 0
+    assert "differs from generation 1 on: the critic of generation 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("budget", [{"max_tokens": 16_000}, {"max_items": 2000}], ids=str)
+def test_a_search_that_a_limit_ended(tmp_path: Path, monkeypatch, budget) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
+    with ScriptedServer(adviser) as server:
+        sections = advised(server, agents={"max_tokens": 500}, budget=budget)
+        session.run(config(**sections), name="a", runs_dir=tmp_path)
+    assert replay("a", runs_dir=tmp_path).identical
+
+
+def test_a_branch_is_replayed_from_its_own_past(kept: Path) -> None:
+    overrides = {"agents.llm": "none", "search.algorithm": "cma_es", "agents.probes": 0}
+    session.branch("a", at=1, name="b", runs_dir=kept, overrides=overrides)
+    assert replay("b", runs_dir=kept).identical
+
+
+def test_what_was_tampered_with_is_found(kept: Path) -> None:
+    import sqlite3
+
+    with sqlite3.connect(kept / session.LEDGER) as db:
+        db.execute("UPDATE candidates SET score = score + 0.001 WHERE generation = 0")
+    db.close()
+    found = replay("a", runs_dir=kept)
+    assert (found.identical, found.differs_from) == (False, 0)
+    assert run_app(["replay", "a", "--runs-dir", str(kept)]) == 1
+
+
+def test_a_run_of_tools_has_nothing_to_replay(tmp_path: Path) -> None:
+    with MergeToolkit(config(), runs_dir=tmp_path):
+        pass
+    with pytest.raises(UserError, match="made by tools"):
+        replay("tools", runs_dir=tmp_path)
