@@ -152,7 +152,7 @@ def _prepare_real(
     config: SearchConfig, also: Sequence[str], tasks: bool, weights: bool, faults: list[str]
 ) -> Prepared:
     from agentmerge.merging.headers import content_fingerprint
-    from agentmerge.merging.plain import known_identities, make_plain, write_side_files
+    from agentmerge.merging.plain import known_identities, make_plain
     from agentmerge.merging.plan import plan, read_layout
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -177,7 +177,7 @@ def _prepare_real(
                 if parent.name in survey.made_bytes:
                     paths[parent.name] = Path(scratch) / str(index)
                     paths[parent.name].mkdir()
-                    write_side_files(parent, paths[parent.name])
+                    survey.write_side_files(parent, paths[parent.name])
             spec = _spec(config, paths, dtype)
             if tasks:
                 taskset = _tasks(spec, faults)
@@ -190,7 +190,12 @@ def _prepare_real(
         identities = known_identities(found)
     else:  # nothing speaks against it
         base = _base_among(config, {parent.name for parent in found})
-        paths = make_plain(found, base, trust_remote_code=config.worker.trust_remote_code)
+        paths = make_plain(
+            found,
+            base,
+            config.genome.tokenizer_source,
+            trust_remote_code=config.worker.trust_remote_code,
+        )
         spec = _spec(config, paths, dtype)
         layout = read_layout(paths, _base_among(config, paths))
         identities = {name: content_fingerprint(path) for name, path in paths.items()}
@@ -329,14 +334,13 @@ def benchmark_faults(config: SearchConfig) -> list[str]:
 
 
 def _tokenizer_faults(config: SearchConfig) -> list[str]:
-    """Parents share one vocabulary here, so a source only says whose tokenizer is kept."""
     source = config.genome.tokenizer_source
     known = config.genome.parents
-    if source in (None, "union", "base", *known):
+    if source in (None, "union", "base", *known) or Path(str(source)).expanduser().is_dir():
         return []
     return [
-        f"genome.tokenizer_source {source!r} is not possible; use union, base, or one of the "
-        f"models: {', '.join(known)}"
+        f"genome.tokenizer_source {source!r} is not possible; use union, base, the directory of a "
+        f"tokenizer, or one of the models: {', '.join(known)}"
     ]
 
 
@@ -439,7 +443,12 @@ def _parents(
             )
         except ParentError as error:
             faults.append(str(error))
-    seen = survey(found, config.genome.base_model)
+    seen = survey(
+        found,
+        config.genome.base_model,
+        config.genome.tokenizer_source,
+        trust_remote_code=config.worker.trust_remote_code,
+    )
     faults += seen.faults
     if not seen.checkpoints:
         return found, seen, None
@@ -474,7 +483,7 @@ def _spec(
 def _template_model(config: SearchConfig, paths: Mapping[str, Path]) -> str:
     """Whose tokenizer asks: ``tokenizer_source`` where it names a parent, else the first expert
     that has a chat template, else the base, else the first expert."""
-    from agentmerge.merging.plain import chat_template
+    from agentmerge.merging.headers import chat_template
 
     source = config.genome.tokenizer_source
     if source == "base":

@@ -127,7 +127,7 @@ def _vocabulary_differences(first: Member, other: Member) -> Iterator[str]:
         (our_rows, our_size), (rows, size) = counts
         yield (
             f"{other.name}: the vocabulary has {rows} embedding rows (vocab_size {size}), and "
-            f"{our_rows} ({our_size}) in {first.name}; models must share one vocabulary"
+            f"{our_rows} ({our_size}) in {first.name}; set tokenizer_source to align them"
         )
 
 

@@ -120,6 +120,25 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(inner) if isinstance(inner, Mapping) else dict(config)
 
 
+def chat_template(directory: Path) -> str | None:
+    """The chat template beside a model or an adapter, in any of the places where it may be."""
+    try:
+        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    except OSError:
+        pass
+    for file in ("chat_template.json", "tokenizer_config.json"):
+        try:
+            template = json.loads((directory / file).read_text(encoding="utf-8"))["chat_template"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(template, list):  # several, by name
+            named = {entry.get("name"): entry.get("template") for entry in template}
+            template = named.get("default")
+        if template:
+            return str(template)
+    return None
+
+
 def num_layers(config: Mapping[str, Any]) -> int:
     """How many layers the text model has.
 

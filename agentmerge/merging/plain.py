@@ -9,7 +9,6 @@ and no tasks.
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,15 @@ from pathlib import Path
 
 from agentmerge.errors import ParentError
 from agentmerge.merging.adapters import adapter_faults, adapter_fingerprint, adapter_note
+from agentmerge.merging.aligning import (
+    aligned_checkpoint,
+    aligned_paths,
+    own_rows,
+    write_aligned_side_files,
+)
 from agentmerge.merging.checkpoint import Checkpoint
 from agentmerge.merging.headers import (
+    chat_template,
     content_fingerprint,
     file_digest,
     known_fingerprint,
@@ -26,6 +32,7 @@ from agentmerge.merging.headers import (
 )
 from agentmerge.merging.made import identity_of, made
 from agentmerge.merging.sources import Parent
+from agentmerge.merging.vocabulary import Alignment, align, read_tokens, token_differences
 from agentmerge.merging.writing import (
     Entry,
     copy_side_files,
@@ -49,12 +56,29 @@ class Survey:
     faults: Sequence[str] = ()
     notes: Sequence[str] = ()
     made_bytes: Mapping[str, int] = field(default_factory=dict)
+    alignment: Alignment | None = None
+
+    def write_side_files(self, parent: Parent, directory: Path) -> None:
+        """All of the checkpoint that ``parent`` will be but its weights."""
+        if self.alignment is None or not self.alignment.changes(parent.name):
+            write_side_files(parent, directory)
+            return
+        template = None if parent.adapter is None else chat_template(parent.adapter)
+        template = template or chat_template(parent.model)
+        write_aligned_side_files(parent.model, directory, self.alignment, template)
 
 
-def survey(parents: Iterable[Parent], base: str | None = None) -> Survey:
+def survey(
+    parents: Sequence[Parent],
+    base: str | None = None,
+    tokenizer_source: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Survey:
     """What ``parents`` are and what speaks against each of them by itself.
 
-    base: whose names the tensors of all get, by default the first's.
+    base: whose names the tensors of all get, by default the first's. tokenizer_source: mergekit's;
+        without it, a row of the vocabulary has to be the same token in all.
     """
     checkpoints: dict[str, Checkpoint] = {}
     faults, notes, made_bytes = [], [], {}
@@ -74,25 +98,73 @@ def survey(parents: Iterable[Parent], base: str | None = None) -> Survey:
             made_bytes[parent.name] = times * _size_bytes(checkpoint)
     if not checkpoints:
         return Survey({}, faults, notes)
-    first = checkpoints.get(base or "") or next(iter(checkpoints.values()))
+    owner = base if base in checkpoints else next(iter(checkpoints))
+    first = checkpoints[owner]
     for name, checkpoint in checkpoints.items():
         if _other_names(checkpoint, first.text):
-            size = sum(entry.size_bytes for entry in _text_entries(checkpoint, first.text).values())
-            made_bytes[name] = made_bytes.get(name, 0) + size
+            entries = _text_entries(checkpoint, first.text).values()
+            made_bytes[name] = made_bytes.get(name, 0) + sum(e.size_bytes for e in entries)
     if first.carried:
-        owner = next(name for name, checkpoint in checkpoints.items() if checkpoint is first)
         notes.append(
             f"{len(first.carried)} tensors outside the text model are taken over from {owner}"
         )
-    return Survey(checkpoints, faults, notes, made_bytes)
+    directories = {p.name: p.model for p in parents if p.name in checkpoints}
+    if tokenizer_source is None:
+        more, said = _token_differences(directories, checkpoints, owner)
+        return Survey(checkpoints, faults + more, notes + said, made_bytes)
+    try:
+        alignment = _alignment(
+            directories, checkpoints, tokenizer_source, base, trust_remote_code=trust_remote_code
+        )
+    except ParentError as error:
+        return Survey(checkpoints, [*faults, str(error)], notes, made_bytes)
+    for name, checkpoint in checkpoints.items():
+        if alignment.changes(name):
+            checkpoints[name] = aligned_checkpoint(checkpoint, alignment)
+            made_bytes[name] = made_bytes.get(name, 0) + _size_bytes(checkpoint)
+    return Survey(checkpoints, faults, notes, made_bytes, alignment)
+
+
+def _token_differences(
+    directories: Mapping[str, Path], checkpoints: Mapping[str, Checkpoint], first: str
+) -> tuple[list[str], list[str]]:
+    """Of every parent and the first, where rows are as many and both tokenizers can be read."""
+    faults, notes = [], []
+    one = read_tokens(directories[first])
+    for name, checkpoint in checkpoints.items():
+        two = read_tokens(directories[name])
+        if name == first or one is None or two is None:
+            continue
+        if own_rows(checkpoint) == own_rows(checkpoints[first]):
+            more, said = token_differences(first, one, name, two)
+            faults += more
+            notes += said
+    return faults, notes
+
+
+def _alignment(
+    directories: Mapping[str, Path],
+    checkpoints: Mapping[str, Checkpoint],
+    source: str,
+    base: str | None,
+    *,
+    trust_remote_code: bool,
+) -> Alignment:
+    rows = {name: own_rows(checkpoint) for name, checkpoint in checkpoints.items()}
+    base = base if base in directories else None
+    return align(directories, rows, source, base, trust_remote_code=trust_remote_code)
 
 
 def make_plain(
-    parents: Iterable[Parent], base: str | None = None, *, trust_remote_code: bool = False
+    parents: Iterable[Parent],
+    base: str | None = None,
+    tokenizer_source: str | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str, Path]:
     """The directory of each parent's plain checkpoint, by name; made where it is not there yet.
 
-    base: whose names all tensors get, by default the first's.
+    base, tokenizer_source: as in ``survey``.
 
     Raises:
         ParentError: it cannot be made.
@@ -100,7 +172,14 @@ def make_plain(
     """
     paths = {parent.name: _plain(parent, trust_remote_code) for parent in parents}
     names = Checkpoint.read(paths[base or next(iter(paths))]).text
-    return {name: _under_names(path, names) for name, path in paths.items()}
+    paths = {name: _under_names(path, names) for name, path in paths.items()}
+    if tokenizer_source is None:
+        return paths
+    checkpoints = {name: Checkpoint.read(path) for name, path in paths.items()}
+    alignment = _alignment(
+        paths, checkpoints, tokenizer_source, base, trust_remote_code=trust_remote_code
+    )
+    return aligned_paths(paths, alignment)
 
 
 def known_identities(parents: Iterable[Parent]) -> dict[str, str]:
@@ -122,25 +201,6 @@ def write_side_files(parent: Parent, directory: Path) -> None:
     template = None if parent.adapter is None else chat_template(parent.adapter)
     if template is not None:
         (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def chat_template(directory: Path) -> str | None:
-    """The chat template beside a model or an adapter, in any of the places where it may be."""
-    try:
-        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    except OSError:
-        pass
-    for file in ("chat_template.json", "tokenizer_config.json"):
-        try:
-            template = json.loads((directory / file).read_text(encoding="utf-8"))["chat_template"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if isinstance(template, list):  # several, by name
-            named = {entry.get("name"): entry.get("template") for entry in template}
-            template = named.get("default")
-        if template:
-            return str(template)
-    return None
 
 
 def _read(parent: Parent) -> Checkpoint:

@@ -50,6 +50,7 @@ def mergekit_merge(
     places = {name: str(Path(path).absolute()) for name, path in paths.items()}
     body = _relocated(recipe.to_dict(), places)
     seed = body.pop("merge_seed", None)
+    body.pop("tokenizer_source", None)  # what comes here is aligned, and mergekit would cut rows
     options = MergeOptions(
         random_seed=seed,
         quiet=True,

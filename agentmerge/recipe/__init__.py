@@ -92,7 +92,11 @@ class Recipe:
             raise RecipeError(f"merge_seed {seed!r} must be a whole number")
         tokenizer = raw.get("tokenizer_source")
         if tokenizer is None and isinstance(raw.get("tokenizer"), dict):
-            tokenizer = raw["tokenizer"].get("source")
+            tokenizer = raw["tokenizer"].get("source", "union")
+            if more := sorted(set(raw["tokenizer"]) - {"source"}):
+                raise RecipeError(
+                    f"tokenizer.{more[0]} is not supported; write tokenizer_source alone"
+                )
         return cls(
             merge_method=method.name,
             slices=slices,

@@ -127,8 +127,8 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
                 lm_head__weight=torch.ones(25, 16),
             ),
         ),
-        "a: the vocabulary has 25 embedding rows (vocab_size 25), and 24 (24) in base; models must "
-        "share one vocabulary",
+        "a: the vocabulary has 25 embedding rows (vocab_size 25), and 24 (24) in base; set "
+        "tokenizer_source to align them",
     ),
     "quantised": (
         lambda path: edit_config(path, quantization_config={"quant_method": "gptq", "bits": 4}),
