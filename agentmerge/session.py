@@ -198,7 +198,9 @@ def evaluate(
         ConfigError: its models cannot be merged with the config's.
         CandidateFailed: it cannot be merged or scored.
     """
-    prepared = prepare(config, allow_benchmarks=True, also=recipe.models)
+    prepared = prepare(
+        _under_its_tokenizer(config, recipe), allow_benchmarks=True, also=recipe.models
+    )
     canonical = recipe.canonical(prepared.space.num_layers)
     prepared.check(canonical)
     recipe_hash = canonical.hash(prepared.identities)
@@ -214,6 +216,19 @@ def evaluate(
         "reused": not answers.paid,
         "items": len(answers.results),
     }
+
+
+def _under_its_tokenizer(config: SearchConfig, recipe: Recipe) -> SearchConfig:
+    """The config with the recipe's ``tokenizer_source``, by which parents are aligned."""
+    asked, source = recipe.tokenizer_source, config.genome.tokenizer_source
+    if asked in (None, source):
+        return config
+    if source is not None:
+        raise UserError(
+            f"the recipe's tokenizer_source is {asked!r}, and the config's {source!r}; change one"
+        )
+    genome = config.genome.model_copy(update={"tokenizer_source": asked})
+    return config.model_copy(update={"genome": genome})
 
 
 def existing_runs(runs_dir: Path | str) -> Path:

@@ -222,6 +222,42 @@ def test_a_parent_with_an_adapter_from_search_to_disk(
     assert not alone["reused"], "the adapter makes another model of it"
 
 
+@pytest.mark.slow
+def test_shards_in_bfloat16_with_other_vocabularies_from_search_to_disk(
+    family: Family, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    import transformers
+
+    monkeypatch.setenv("AGENTMERGE_CACHE", str(tmp_path / "cache"))
+    paths = []
+    for index, path in enumerate((family.base, *family.experts)):
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        if index:
+            tokenizer.add_tokens(["<other>", "<same>"][2 - index :])
+            model.resize_token_embeddings(model.config.vocab_size + index)
+        paths.append(tmp_path / f"parent-{index}")
+        model.save_pretrained(paths[-1], max_shard_size="200KB")
+        tokenizer.save_pretrained(paths[-1])
+        assert (paths[-1] / "model.safetensors.index.json").is_file()
+    body = body_of(family, tasks, base_model=str(paths[0]), models=[str(p) for p in paths[1:]])
+    config = tmp_path / "config.yml"
+    config.write_text(yaml.safe_dump(body))
+    assert run_app(["check", str(config), "--json"]) == 2, "vocabularies differ"
+    body["genome"]["tokenizer_source"] = "union"
+    config.write_text(yaml.safe_dump(body))
+    assert run_app(["run", str(config), "--name", "a", "--runs-dir", str(tmp_path), "-q"]) == 0
+    report = export_run("a", tmp_path / "merged", runs_dir=tmp_path)
+    assert report["equal"] is True
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
+    assert {"<other>", "<same>"} <= words.keys()
+    assert merged.config.tie_word_embeddings
+    assert merged.get_input_embeddings().weight.shape[0] == len(words)
+    assert merged.dtype is torch.bfloat16
+
+
 def small_adapter(model: Path, directory: Path) -> Path:
     import peft
     import torch
