@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agentmerge.errors import UserError
+from agentmerge.ledger import Ledger
 from agentmerge.session import CHECKPOINTS, LEDGER, existing_runs, opened, readable
 
 if TYPE_CHECKING:
@@ -71,6 +74,34 @@ def discard_made_parents(*, dry_run: bool) -> dict[str, Any]:
 
     made, freed = discard_made(dry_run=dry_run)
     return {"made": made, "freed_bytes": freed, "dry_run": dry_run}
+
+
+def prune_results(runs_dir: Path | str, names: Sequence[str], *, dry_run: bool) -> dict[str, Any]:
+    """Forget searches by name, and all results that no search has: see ``ledger.archive.prune``.
+
+    Their folders (config, best recipe, log) stay.
+
+    Raises:
+        NotFound: no such search.
+        UserError: one of them runs now.
+    """
+    from agentmerge.checkpoints import open_saver
+    from agentmerge.lease import Lease
+    from agentmerge.ledger.archive import prune
+
+    runs_dir = existing_runs(runs_dir)
+    path = runs_dir / CHECKPOINTS
+    with Ledger(runs_dir / LEDGER) as ledger, readable(path, "NAME"):
+        rows = [ledger.run(name) for name in dict.fromkeys(names)]
+        for row in rows:
+            if path.is_file() and Lease.holder(path, row.id) is not None:
+                raise UserError(f"search {row.name!r} runs now; stop it before it is forgotten")
+        found = prune(ledger, [row.id for row in rows], dry_run=dry_run)
+        if rows and not dry_run and path.is_file():
+            with open_saver(path) as saver:
+                for row in rows:
+                    saver.delete_thread(row.id)
+    return found | {"forgotten": [row.name for row in rows]}
 
 
 def diagnose(runs_dir: Path | str) -> list[dict[str, Any]]:
@@ -168,7 +199,6 @@ def _disk(runs_dir: Path) -> dict[str, Any]:
 
 def _database(runs_dir: Path) -> dict[str, Any]:
     from agentmerge.errors import LedgerError
-    from agentmerge.ledger import Ledger
 
     path = runs_dir / LEDGER
     if not path.is_file():

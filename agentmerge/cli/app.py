@@ -16,6 +16,7 @@ import typer
 
 from agentmerge.cli import (
     comparing,
+    databases,
     housekeeping,
     inspecting,
     reporting,
@@ -55,6 +56,9 @@ for command in (
     housekeeping.doctor,
 ):
     app.command(command.__name__.removesuffix("_runs"))(command)
+
+
+app.add_typer(databases.app, name="ledger")
 
 
 def run_app(arguments: list[str]) -> int:

@@ -151,7 +151,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     ]
     if summary["parent"]:
         origin = summary["parent"]
-        lines.append(f"branched from {origin['run']} at generation {origin['generation']}")
+        left = origin["run"] or "a forgotten search"
+        lines.append(f"branched from {left} at generation {origin['generation']}")
     agents = summary["agents"]
     if agents["calls"]:
         lines.append(

@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
+import sqlite3
+from collections.abc import Callable
 from typing import Any
 
-from sqlite_utils import Migrations
+#: Our migrations among those of others in one file.
+SET = "agentmerge"
 
-migrations = Migrations("agentmerge")
+#: Every migration, in order; what each is called is what the database remembers of it.
+MIGRATIONS: list[Callable[[Any], None]] = []
 
 
-@migrations()  # type: ignore[untyped-decorator]
+def migration(step: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Append a step. It gets a ``sqlite_utils.Database`` inside a transaction."""
+    MIGRATIONS.append(step)
+    return step
+
+
+def pending(conn: sqlite3.Connection) -> bool:
+    """Whether a database lacks a migration. Reads only, and without importing sqlite_utils."""
+    try:
+        rows = conn.execute("SELECT name FROM _sqlite_migrations WHERE migration_set = ?", (SET,))
+        return bool({step.__name__ for step in MIGRATIONS} - {row[0] for row in rows})
+    except sqlite3.OperationalError as error:
+        if "no such table" not in str(error):
+            raise
+        return True
+
+
+def migrate(conn: sqlite3.Connection) -> None:
+    """Apply what is pending; call it inside a transaction."""
+    from sqlite_utils import Database, Migrations
+
+    migrations = Migrations(SET)
+    for step in MIGRATIONS:
+        migrations()(step)
+    migrations.apply(Database(conn, recursive_triggers=False))
+
+
+@migration
 def m001_first(db: Any) -> None:
     _run(db, _SCHEMA)
 
@@ -60,7 +91,7 @@ CREATE TABLE advice (
 """
 
 
-@migrations()  # type: ignore[untyped-decorator]
+@migration
 def m002_items_of_a_run(db: Any) -> None:
     """Which items a search asked, so that two searches can be compared without their tasks."""
     _run(
@@ -76,7 +107,7 @@ def m002_items_of_a_run(db: Any) -> None:
     )
 
 
-@migrations()  # type: ignore[untyped-decorator]
+@migration
 def m003_gradients(db: Any) -> None:
     _run(
         db,
@@ -94,7 +125,7 @@ def m003_gradients(db: Any) -> None:
     )
 
 
-@migrations()  # type: ignore[untyped-decorator]
+@migration
 def m004_each_request(db: Any) -> None:
     """A row a request, with what it was for and what it cost; and the agents' tool calls."""
     _run(
@@ -115,7 +146,7 @@ def m004_each_request(db: Any) -> None:
     )
 
 
-@migrations()  # type: ignore[untyped-decorator]
+@migration
 def m005_prompts_of_a_run(db: Any) -> None:
     """What the advised roles of a search were told, so that two searches can be compared."""
     _run(
@@ -125,6 +156,32 @@ def m005_prompts_of_a_run(db: Any) -> None:
             run_id TEXT NOT NULL REFERENCES runs(id), role TEXT NOT NULL, text TEXT NOT NULL,
             PRIMARY KEY (run_id, role)
         ) WITHOUT ROWID
+        """,
+    )
+
+
+@migration
+def m006_views_for_people(db: Any) -> None:
+    """What a reader with a general tool (Datasette, sqlite3) looks for; nothing here reads them."""
+    _run(
+        db,
+        """
+        CREATE VIEW searches AS
+            SELECT r.name, r.status, r.algorithm, r.seed, datetime(r.created, 'unixepoch') AS began,
+                p.name AS branched_from, r.parent_generation AS at_generation,
+                (SELECT count(*) FROM candidates c WHERE c.run_id = r.id AND c.prior = 0
+                    AND c.twin_slot IS NULL AND c.state IN ('scored', 'failed')) AS evaluations,
+                (SELECT max(score) FROM candidates c WHERE c.run_id = r.id AND c.prior = 0
+                    AND c.twin_slot IS NULL) AS best,
+                json_extract(r.result, '$.answer.sealed_score') AS sealed,
+                json_extract(r.result, '$.verdict') AS verdict
+            FROM runs r LEFT JOIN runs p ON p.id = r.parent_run;
+        CREATE VIEW scores AS
+            SELECT r.name AS search, c.generation, c.slot, c.operator, c.label, c.state, c.score,
+                c.tasks, c.failure, c.seconds, c.truncated, c.cut_off,
+                c.recipe_hash, m.yaml AS recipe
+            FROM candidates c JOIN runs r ON r.id = c.run_id
+            LEFT JOIN recipes m ON m.hash = c.recipe_hash
         """,
     )
 

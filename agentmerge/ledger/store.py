@@ -12,10 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
-from sqlite_utils import Database
-
 from agentmerge.errors import LedgerError
-from agentmerge.ledger.schema import migrations
+from agentmerge.ledger.schema import migrate, pending
 from agentmerge.workers.base import EngineInfo
 
 
@@ -38,16 +36,16 @@ class Store:
         try:
             if read_only:
                 self._conn = self._connect("?mode=ro")
-                if not migrations.pending(Database(self._conn)):
+                if not pending(self._conn):
                     return
                 self._conn.close()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._conn = self._connect("")
             self._conn.execute("PRAGMA journal_mode=WAL")
             self._conn.execute("PRAGMA synchronous=NORMAL")
-            if migrations.pending(Database(self._conn)):
-                with self._writing():
-                    migrations.apply(Database(self._conn, recursive_triggers=False))
+            if pending(self._conn):
+                with self._writing() as conn:
+                    migrate(conn)
         except (sqlite3.Error, OSError) as error:
             raise LedgerError(f"results database {self.path} cannot be opened: {error}") from error
 
@@ -102,6 +100,30 @@ class Store:
             except sqlite3.Error as error:
                 raise LedgerError(
                     f"results database {self.path} cannot be read: {error}"
+                ) from error
+
+    def records(self, sql: str, *values: Any) -> list[dict[str, Any]]:
+        """Rows by column name."""
+        with self._lock:
+            try:
+                cursor = self._conn.execute(sql, values)
+                names = [column[0] for column in cursor.description]
+                return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+            except sqlite3.Error as error:
+                raise LedgerError(
+                    f"results database {self.path} cannot be read: {error}"
+                ) from error
+
+    def shrink(self) -> None:
+        """Give pages that nothing uses back to the disk; needs room for a copy while it runs."""
+        with self._lock:
+            try:
+                self._conn.execute("VACUUM")
+                self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            except sqlite3.Error as error:
+                raise LedgerError(
+                    f"results database {self.path} cannot be made smaller: {error}; what was "
+                    "removed is removed, and its pages will be used again"
                 ) from error
 
 

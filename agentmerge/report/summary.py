@@ -18,7 +18,8 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
     best, tally = ledger.best_candidate(row.id), ledger.tally(row.id)
     parent = None
     if row.parent_run is not None:
-        parent = {"run": ledger.run(row.parent_run).name, "generation": row.parent_generation}
+        names = {found.id: found.name for found in ledger.runs()}  # it may have been forgotten
+        parent = {"run": names.get(row.parent_run), "generation": row.parent_generation}
     return {
         "name": row.name,
         "id": row.id,
