@@ -83,7 +83,7 @@ def item_loss(
     ]
     total = sum(abs(weight) for weight, _ in found)
     if not total:
-        raise CandidateFailed("no item has a gold answer to take a gradient of")
+        raise CandidateFailed("no item has a gold answer and a weight to take a gradient of")
     terms = tuple(
         Term(weight / total, pairs, value) for weight, values in found for pairs, value in values
     )

@@ -1,0 +1,1 @@
+"""What is measured for docs/performance.md; run from the repository's root."""
