@@ -6,19 +6,24 @@ from the ledger, request by request, so that a node may run twice and a whole se
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from agentmerge.agents import controller, critic, proposer
 from agentmerge.agents.calls import Call
+from agentmerge.agents.forecasts import Forecast, forecasts, track
 from agentmerge.agents.history import HistoryView, TaskView
-from agentmerge.agents.prompts import prompt_hash
+from agentmerge.agents.ladder import Noise
+from agentmerge.agents.prompts import Message, prompt_hash
 from agentmerge.agents.schemas import Guidance
 from agentmerge.config import Role
 from agentmerge.errors import BudgetReached, ModelReplyError, ReplyMissing
 from agentmerge.ledger import Ledger
 from agentmerge.probing import PROBE
+from agentmerge.strategies.base import Observation
 from agentmerge.strategies.llm_evo import improved
 
 if TYPE_CHECKING:
@@ -38,13 +43,12 @@ def advise(search: Search, role: Role, generation: int) -> str:
     if any(word["role"] == role for word in ledger.advice(search.run_id, generation)):
         return ""
     agent = _AGENTS[role]
-    view = view_of(search, role, generation)
-    guidance = guidance_of(ledger, search.run_id, generation)
+    messages, view, guidance = question(search, role, generation)
     failure = ""
     advised = agent.by_rules(view, guidance)
     if role in search.models:
         try:
-            advised = _asked(search, role, view, guidance)
+            advised = _asked(search, role, messages, view, guidance)
         except ModelReplyError as error:
             failure = str(error)
         except BudgetReached as reached:
@@ -62,6 +66,15 @@ def advise(search: Search, role: Role, generation: int) -> str:
         }
     )
     return ""
+
+
+def question(
+    search: Search, role: Role, generation: int
+) -> tuple[list[Message], HistoryView, Guidance]:
+    """What a role is asked of a generation, what it may know, and what was said before it."""
+    view = view_of(search, role, generation)
+    guidance = guidance_of(search.ledger, search.run_id, generation)
+    return _AGENTS[role].messages(view, search.prompts, guidance), view, guidance
 
 
 def guidance_of(ledger: Ledger, run_id: str, generation: int) -> Guidance:
@@ -98,8 +111,39 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
         sigma_low=settings.sigma_low,
         sigma_high=settings.sigma_high,
         improved_last=improved(history) if history else False,
-        budget_left=search.evaluations_left + len(own),
+        budget_left=search.budget_left(up_to=generation) + len(own),
+        forecasts=track(_forecasts(search, history, generation)).sentence(),
+        noise=paired_noise(search),
     )
+
+
+def _forecasts(search: Search, history: Sequence[Observation], generation: int) -> list[Forecast]:
+    words = search.ledger.advice(search.run_id)
+    return forecasts([w for w in words if w["generation"] < generation], history)
+
+
+def paired_noise(search: Search) -> Noise:
+    """One standard error of the difference of two scores, item by item over the search items."""
+    taskset = search.taskset
+    plain = all(task.rebuild == "plain" for task in taskset.tasks)
+
+    def noise(a: Observation, b: Observation) -> float:
+        mine, theirs = (search.item_results(o.recipe_hash) for o in (a, b))
+        if not plain or not mine or not theirs:
+            return 0.0
+        variance = 0.0
+        for objective in taskset.objectives:
+            parts = [taskset.task(name).part("search") for name in objective.leaves]
+            total = sum(map(len, parts))
+            for refs in parts:
+                share = len(refs) / total if objective.by_size else 1 / len(parts)
+                gaps = [mine[r].value - theirs[r].value for r in refs if r in mine and r in theirs]
+                if len(gaps) > 1:
+                    weight = objective.signed_weight * share
+                    variance += weight**2 * statistics.variance(gaps) / len(gaps)
+        return math.sqrt(variance)
+
+    return noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +208,9 @@ class _Kept:
         )
 
 
-def _asked(search: Search, role: Role, view: HistoryView, guidance: Guidance) -> Guidance:
+def _asked(
+    search: Search, role: Role, messages: list[Message], view: HistoryView, guidance: Guidance
+) -> Guidance:
     """The model's word.
 
     Raises:
@@ -172,7 +218,6 @@ def _asked(search: Search, role: Role, view: HistoryView, guidance: Guidance) ->
         BudgetReached: the next request cannot be paid.
     """
     agent = _AGENTS[role]
-    messages = agent.messages(view, search.prompts, guidance)
     probes = search.config.agents.probes if role in _PROBERS else 0
     tools: Sequence[Any] = ()
     if probes:

@@ -16,7 +16,7 @@ from typing import Any
 
 from agentmerge.agents.models import AgentModel
 from agentmerge.check import Prepared, prepare
-from agentmerge.config import ROLES, AgentSettings, SearchConfig
+from agentmerge.config import ROLES, SearchConfig
 from agentmerge.errors import CandidateFailed, ReplyMissing, UserError
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.probing import PROBE
@@ -98,21 +98,14 @@ def _search(
     if row.parent_generation is not None:
         ledger.copy_past(row.id, again.id, row.parent_generation, prior=False)
     (folder / again.name).mkdir()
-    unadvised = prepared.config.model_copy(
-        update={
-            "agents": AgentSettings(prompts=config.agents.prompts),
-            "search": config.search.model_copy(update={"algorithm": row.algorithm}),
-        }
-    )
-    offline = replace(prepared, config=unadvised)
-    search = assembled(offline, again, folder, ledger, lambda event: None, stack)
+    search = assembled(prepared, again, folder, ledger, lambda event: None, stack, advised=False)
     asked = ledger.called_roles(row.id)
     search.models = {
         role: AgentModel(None)
         for role in ROLES
         if role in asked or config.agents.settings_for(role).model != "none"
     }
-    search.config, search.deadline, search.replies_of = config, None, row.id
+    search.deadline, search.replies_of = None, row.id
     search.pool = _StoredResults(search.pool, prepared, _failures(ledger, row))
     return search
 

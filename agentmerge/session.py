@@ -395,8 +395,13 @@ def assembled(
     emit: Emit,
     stack: ExitStack,
     models: Mapping[Role, Any] | None = None,
+    *,
+    advised: bool = True,
 ) -> Search:
-    """A search with its doors open, that nobody drives yet; ``stack`` closes them."""
+    """A search with its doors open, that nobody drives yet; ``stack`` closes them.
+
+    advised: with the models of the config.
+    """
     from agentmerge.agents.prompts import load_prompts
 
     config = prepared.config
@@ -415,7 +420,7 @@ def assembled(
         identities=prepared.identities,
         check=prepared.check,
         paths=prepared.paths,
-        models=_models(config, models),
+        models=_models(config, models) if advised else {},
         prompts=load_prompts(config.agents.prompts),
         emit=emit,
         deadline=None if timeout is None else time.monotonic() + timeout,

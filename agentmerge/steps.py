@@ -352,7 +352,11 @@ class Search:
     @property
     def evaluations_left(self) -> int:
         """What of the budget is neither used nor promised to an open candidate."""
-        found = self.ledger.candidates(self.run_id)
+        return self.budget_left()
+
+    def budget_left(self, up_to: int | None = None) -> int:
+        """The same as it was after generation ``up_to``."""
+        found = self.ledger.candidates(self.run_id, up_to=up_to)
         budget = self.config.budget
         used = evaluations(found) + sum(c.cost for c in found if c.state == "open" and not c.prior)
         left = budget.max_evaluations - used

@@ -37,7 +37,7 @@ def by_model(reply: CriticReply, guidance: Guidance) -> Guidance:
 
 def by_rules(view: HistoryView, guidance: Guidance) -> Guidance:
     """The guidance with the statistics as critique."""
-    return replace(guidance, critique=_bounded(observations(view)))
+    return replace(guidance, critique=_bounded(observations(view.told())))
 
 
 def _bounded(lines: list[str]) -> str:

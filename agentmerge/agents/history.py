@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from agentmerge.agents.ladder import Noise, release
 from agentmerge.agents.schemas import SCALE, Bounds, clean_text, percent
 from agentmerge.genome import Axis, SearchSpace, short_name
+from agentmerge.methods import METHODS
 from agentmerge.strategies.base import Observation, fittest
+from agentmerge.strategies.llm_evo import improved
 
 BEST_SHOWN = 8
 ELITES = 4
@@ -39,7 +42,9 @@ class HistoryView:
     """Everything an agent may know. `entries` is the whole history, ordered by (generation, slot).
 
     sigma: the step of the last generation, None where the strategy has none.
-    budget_left: evaluations.
+    budget_left: evaluations. forecasts: how good the proposer's were, in words.
+    noise: of a pair of candidates; what is shown is released by the Ladder (``told``).
+    tied: (generation, slot) of candidates shown with the score of the best before them.
     """
 
     space: SearchSpace
@@ -50,6 +55,20 @@ class HistoryView:
     sigma_high: float
     improved_last: bool
     budget_left: int
+    forecasts: str = "no forecast has been tried yet"
+    noise: Noise = lambda a, b: 0.0
+    tied: frozenset[tuple[int, int]] = frozenset()
+
+    def told(self) -> HistoryView:
+        """The view as it may be shown to a model."""
+        released = release(self.entries, self.noise)
+        better = improved(released.entries) if released.entries else False
+        return replace(
+            self,
+            entries=released.entries,
+            tied=released.tied,
+            improved_last=self.improved_last and better,
+        )
 
     @property
     def generation(self) -> int:
@@ -62,7 +81,10 @@ class HistoryView:
     @property
     def bounds(self) -> Bounds:
         low, high = sorted((self.sigma_low, self.sigma_high))
-        return Bounds(self.space.dimensions, low, high)
+        models = tuple(short_name(model) for model in self.space.models)
+        return Bounds(
+            self.space.dimensions, low, high, self.space.num_layers, tuple(METHODS), models
+        )
 
     @property
     def best(self) -> Observation | None:
@@ -81,7 +103,8 @@ class HistoryView:
 
 
 def variables(view: HistoryView) -> dict[str, str]:
-    """The prompt variables that every role has (prompts.COMMON)."""
+    """The prompt variables that every role has (prompts.COMMON), as the Ladder releases them."""
+    view = view.told()
     return {
         "models": _models(view),
         "method": _method(view),
@@ -99,6 +122,10 @@ def variables(view: HistoryView) -> dict[str, str]:
         "improved_last": "yes" if view.improved_last else "no",
         "best_score": _score(view.best),
         "budget_left": str(view.budget_left),
+        "forecasts": view.forecasts,
+        "noise": _noise(view),
+        "layers": str(view.space.num_layers),
+        "methods": ", ".join(METHODS),
     }
 
 
@@ -197,10 +224,22 @@ def _rival(entry: Observation) -> str:
 
 def _history(view: HistoryView) -> str:
     return "\n".join(
-        f"score {_score(entry)} | {_by_task(entry)} | generation {entry.generation}, "
-        f"{entry.operator} | {integers(entry.vector or ())}"
+        f"score {_score(entry)}{_tie(view, entry)} | {_by_task(entry)} | "
+        f"generation {entry.generation}, {entry.operator} | {integers(entry.vector or ())}"
         for entry in shown(view)
     )
+
+
+def _tie(view: HistoryView, entry: Observation) -> str:
+    return " (as the best)" if (entry.generation, entry.slot) in view.tied else ""
+
+
+def _noise(view: HistoryView) -> str:
+    """How far apart the two best must be for a difference to count."""
+    best = fittest(view.entries, 2)
+    if len(best) < 2 or best[0].recipe_hash == best[1].recipe_hash:
+        return "unknown"
+    return f"about {view.noise(best[0], best[1]):.3f}"
 
 
 def _failures(view: HistoryView) -> str:

@@ -37,6 +37,10 @@ COMMON = frozenset(
         "improved_last",
         "best_score",
         "budget_left",
+        "forecasts",
+        "noise",
+        "layers",
+        "methods",
     }
 )
 
@@ -138,6 +142,37 @@ def load_prompts(override_dir: Path | str | None = None) -> Prompts:
             path = override / path.name
         found[role] = Prompt(role, path, _read(path)).check()
     return Prompts(**found)
+
+
+def prompt_of(prompts: Prompts, name: str) -> Prompt:
+    """One prompt by name.
+
+    Raises:
+        PromptError: there is no such one.
+    """
+    if name not in VARIABLES:
+        raise PromptError(f"no prompt {name!r}; there are {', '.join(VARIABLES)}")
+    found: Prompt = getattr(prompts, name)
+    return found
+
+
+def eject(directory: Path) -> list[Path]:
+    """Copies our prompts to a folder, made if need be; what is there is left alone.
+
+    Raises:
+        PromptError: the folder cannot be written.
+    """
+    written = []
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in VARIABLES:
+            path = directory / f"{name}.md"
+            if not path.exists():
+                path.write_text(_read(bundled_dir() / path.name), encoding="utf-8")
+                written.append(path)
+    except OSError as error:
+        raise PromptError(f"{directory} cannot be written: {error.strerror}") from None
+    return written
 
 
 def bundled_dir() -> Path:

@@ -14,7 +14,9 @@ from agentmerge.agents.prompts import Message, Prompts
 from agentmerge.agents.schemas import (
     MAX_CANDIDATES,
     Guidance,
+    ProposedMove,
     ProposerReply,
+    StructuralMove,
     json_schema,
     parse_reply,
     unit,
@@ -45,11 +47,19 @@ def by_model(reply: ProposerReply, guidance: Guidance) -> Guidance:
     return replace(
         guidance,
         mean=tuple(unit(value) for value in reply.mean_genome),
-        candidates=tuple(tuple(unit(value) for value in c) for c in reply.candidates),
+        candidates=tuple(tuple(unit(value) for value in c.genome) for c in reply.candidates),
+        forecasts=tuple(candidate.expected_score for candidate in reply.candidates),
+        structural_move=_move(reply.structural_move),
         expected_score=reply.expected_score,
         thought=reply.thought,
         source="model",
     )
+
+
+def _move(said: ProposedMove | None) -> StructuralMove | None:
+    if said is None or said.change == "none":
+        return None
+    return StructuralMove(said.change, said.value.strip(), said.why)
 
 
 def by_rules(view: HistoryView, guidance: Guidance) -> Guidance:

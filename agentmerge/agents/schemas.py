@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -22,6 +23,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from agentmerge.errors import ModelReplyError
@@ -36,12 +38,27 @@ _MAX_FINDING = 300
 _MAX_JSON_STARTS = 1_000
 
 
+Change = Literal["method", "granularity", "filters", "drop_model"]
+
+
+@dataclass(frozen=True, slots=True)
+class StructuralMove:
+    """Another search space. value: the merge method, the layers a group, filters separated by
+    commas ("" for none), or the short name of the model to leave out."""
+
+    change: Change
+    value: str
+    why: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Guidance:
     """Advice of one generation; a strategy may use it as extra points. Vectors are unit-box.
 
     operator_weights: (operator, weight), how much of the next generation each should get.
-    structural_move: a change of method, granularity, filters or models, in words.
+    forecasts: the score expected of each candidate, None where none was given.
+    structural_move: a change that no value of an axis can make. It is recorded; who carries it out
+        is the strategy.
     source: "model" as soon as a chat model wrote any part of it.
     """
 
@@ -49,27 +66,31 @@ class Guidance:
     candidates: tuple[tuple[float, ...], ...] = ()
     sigma: float | None = None
     operator_weights: tuple[tuple[str, float], ...] = ()
-    structural_move: str | None = None
+    structural_move: StructuralMove | None = None
     critique: str = ""
     thought: str = ""
     source: Literal["rules", "model"] = "rules"
     expected_score: float | None = None
+    forecasts: tuple[float | None, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """JSON-plain; `from_json` gives back an equal Guidance."""
         plain = asdict(self)
         plain["mean"] = None if self.mean is None else list(self.mean)
         plain["candidates"] = [list(vector) for vector in self.candidates]
+        plain["forecasts"] = list(self.forecasts)
         plain["operator_weights"] = [list(pair) for pair in self.operator_weights]
         return plain
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Guidance:
-        mean = plain.get("mean")
+        mean, move = plain.get("mean"), plain.get("structural_move")
         return cls(
             **{
                 **plain,
                 "mean": None if mean is None else tuple(mean),
+                "structural_move": StructuralMove(**move) if isinstance(move, dict) else None,
+                "forecasts": tuple(plain.get("forecasts", ())),
                 "candidates": tuple(tuple(v) for v in plain.get("candidates", ())),
                 "operator_weights": tuple(
                     (name, weight) for name, weight in plain.get("operator_weights", ())
@@ -80,11 +101,15 @@ class Guidance:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a reply is checked against: dimensions of the space, and the least and widest step."""
+    """What a reply is checked against: dimensions of the space, the least and widest step, and what
+    a structural move may name."""
 
     dimensions: int
     sigma_low: float
     sigma_high: float
+    layers: int = 0
+    methods: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
 
 
 # Strict: true, "12" and null are not numbers, however kindly pydantic would read them.
@@ -95,13 +120,72 @@ class _Reply(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+class ProposedMove(_Reply):
+    """A structural move as a model says it; "none" is no move."""
+
+    change: Literal["none", "method", "granularity", "filters", "drop_model"]
+    value: str = ""
+    why: str = ""
+
+    @field_validator("why")
+    @classmethod
+    def _clean(cls, value: str) -> str:
+        return clean_text(value, _MAX_FINDING)
+
+    @model_validator(mode="after")
+    def _possible(self, info: ValidationInfo) -> ProposedMove:
+        bounds, value = _bounds(info), self.value.strip()
+        if self.change == "method" and value not in bounds.methods:
+            raise ValueError(f"{value[:40]!r} is no merge method; use {', '.join(bounds.methods)}")
+        if self.change == "drop_model" and value not in bounds.models:
+            raise ValueError(f"{value[:40]!r} is no model here; use {', '.join(bounds.models)}")
+        if self.change == "granularity" and not _divides(value, bounds.layers):
+            raise ValueError(f"{value[:40]!r} does not divide the {bounds.layers} layers")
+        if self.change == "filters" and not _FILTERS.fullmatch(value):
+            raise ValueError(f"{value[:40]!r} is no list of parts of tensor names, such as mlp")
+        return self
+
+
+_FILTERS = re.compile(r"(?:[A-Za-z0-9_.]{1,60}(?:\s*,\s*[A-Za-z0-9_.]{1,60}){0,7})?")
+
+
+def _divides(value: str, layers: int) -> bool:
+    """0 is one group for the whole model."""
+    if not value.isascii() or not value.isdigit() or len(value) > 6:
+        return False
+    return int(value) == 0 or (layers > 0 and layers % int(value) == 0)
+
+
+class ProposedCandidate(_Reply):
+    """A whole candidate, and the score expected of it."""
+
+    genome: list[Number]
+    expected_score: Number | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, value: Any) -> Any:
+        return {"genome": value} if isinstance(value, list) else value
+
+    @field_validator("genome")
+    @classmethod
+    def _genome(cls, value: list[float], info: ValidationInfo) -> list[float]:
+        return _checked_genome(value, _bounds(info).dimensions)
+
+    @field_validator("expected_score")
+    @classmethod
+    def _finite(cls, value: float | None) -> float | None:
+        return _checked_score(value)
+
+
 class ProposerReply(_Reply):
-    """Where to look next, in integers 0..100 of the unit box, and the score expected there."""
+    """Where to look next, in integers 0..100 of the unit box, and the scores expected there."""
 
     thought: str
     mean_genome: list[Number]
-    candidates: list[list[Number]] = Field(default_factory=list)
+    candidates: list[ProposedCandidate] = Field(default_factory=list)
     expected_score: Number | None = None
+    structural_move: ProposedMove | None = None
 
     @field_validator("thought")
     @classmethod
@@ -113,17 +197,15 @@ class ProposerReply(_Reply):
     def _genome(cls, value: list[float], info: ValidationInfo) -> list[float]:
         return _checked_genome(value, _bounds(info).dimensions)
 
-    @field_validator("candidates")
+    @field_validator("candidates", mode="before")
     @classmethod
-    def _genomes(cls, value: list[list[float]], info: ValidationInfo) -> list[list[float]]:
-        return [_checked_genome(g, _bounds(info).dimensions) for g in value[:MAX_CANDIDATES]]
+    def _few(cls, value: Any) -> Any:
+        return value[:MAX_CANDIDATES] if isinstance(value, list) else value
 
     @field_validator("expected_score")
     @classmethod
     def _finite(cls, value: float | None) -> float | None:
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"{value} is not a finite number")
-        return value
+        return _checked_score(value)
 
 
 class CriticReply(_Reply):
@@ -186,12 +268,19 @@ def json_schema(reply: type[_Reply], bounds: Bounds) -> dict[str, Any]:
         "maxItems": bounds.dimensions,
     }
     text = {"type": "string"}
+    score = {"type": ["number", "null"]}
+    change = {"type": "string", "enum": [*get_args(ProposedMove.model_fields["change"].annotation)]}
     properties: dict[type[_Reply], dict[str, Any]] = {
         ProposerReply: {
             "thought": text,
             "mean_genome": genome,
-            "candidates": {"type": "array", "items": genome, "maxItems": MAX_CANDIDATES},
-            "expected_score": {"type": ["number", "null"]},
+            "candidates": {
+                "type": "array",
+                "items": _closed({"genome": genome, "expected_score": score}),
+                "maxItems": MAX_CANDIDATES,
+            },
+            "expected_score": score,
+            "structural_move": _closed({"change": change, "value": text, "why": text}),
         },
         CriticReply: {"summary": text, "findings": {"type": "array", "items": text}},
         ControllerReply: {
@@ -203,11 +292,15 @@ def json_schema(reply: type[_Reply], bounds: Bounds) -> dict[str, Any]:
             },
         },
     }
+    return {"title": reply.__name__} | _closed(properties[reply])
+
+
+def _closed(properties: dict[str, Any]) -> dict[str, Any]:
+    """An object with exactly these properties."""
     return {
-        "title": reply.__name__,
         "type": "object",
-        "properties": properties[reply],
-        "required": list(properties[reply]),
+        "properties": properties,
+        "required": list(properties),
         "additionalProperties": False,
     }
 
@@ -262,6 +355,12 @@ def _checked_genome(value: list[float], dimensions: int) -> list[float]:
     if all(number <= 1 for number in value) and any(number % 1 for number in value):
         raise ValueError(f"it looks like fractions of 1; give integers from 0 to {SCALE}")
     return [min(max(number, 0.0), float(SCALE)) for number in value]
+
+
+def _checked_score(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise ValueError(f"{value} is not a finite number")
+    return value
 
 
 def _sentence(error: Any) -> str:

@@ -19,6 +19,7 @@ from agentmerge.cli import (
     databases,
     housekeeping,
     inspecting,
+    prompts,
     reporting,
     results,
     searching,
@@ -56,6 +57,7 @@ for command in (
     housekeeping.doctor,
 ):
     app.command(command.__name__.removesuffix("_runs"))(command)
+app.add_typer(prompts.app, name="prompts")
 
 
 app.add_typer(databases.app, name="ledger")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from agentmerge.agents.forecasts import Track
 from agentmerge.genome import short_name
 
 
@@ -159,6 +160,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
             f"agents: {agents['calls']} calls, {agents['failures']} failed, "
             f"{agents['tokens_in']} tokens in, {agents['tokens_out']} out, {_cost(agents)}"
         )
+        lines.append(f"forecasts: {Track(**agents['forecasts']).sentence()}")
     if summary["final"]:
         lines += ["", card_text(summary["final"])]
     elif summary["best"]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
+from agentmerge.agents.forecasts import forecasts, track
 from agentmerge.errors import NotFound
 from agentmerge.lease import Lease
 from agentmerge.ledger import Candidate, Ledger, RunRow
@@ -37,7 +39,7 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
         "best": None if best is None else candidate_summary(best),
         "parents": [candidate_summary(c) for c in ledger.seeds(row.id) if c.operator != "scale"],
         "seconds": tally.seconds,
-        "agents": ledger.call_totals(row.id),
+        "agents": ledger.call_totals(row.id) | {"forecasts": _forecasts(ledger, row)},
         "failures": [
             {"candidate": [generation, slot], "failure": failure}
             for generation, slot, failure in ledger.failures(row.id, MAX_FAILURES)
@@ -52,6 +54,11 @@ def run_status(ledger: Ledger, row: RunRow) -> str:
         return row.status
     driven = Lease.holder(ledger.path.with_name(CHECKPOINTS), row.id) is not None
     return "running" if driven else "interrupted"
+
+
+def _forecasts(ledger: Ledger, row: RunRow) -> dict[str, Any]:
+    """How good the proposer's forecasts were: {count, rank_correlation, bias}."""
+    return asdict(track(forecasts(ledger.advice(row.id), ledger.history(row.id))))
 
 
 def candidate_summary(candidate: Candidate) -> dict[str, Any]:

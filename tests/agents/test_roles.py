@@ -191,6 +191,7 @@ def test_each_role_adds_its_piece(view):
         thought="go there",
         source="model",
         expected_score=0.9,
+        forecasts=(None,),
     )
 
 
