@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -97,6 +98,28 @@ def test_the_search_scores_what_the_export_holds(
     worker.load(Recipe.of_model("x", 2).canonical(2))
     assert worker.score(refs) == found
     worker.close()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_adapter_on_the_text_model_inside_a_wrapper(tmp_path: Path, kind: str) -> None:
+    base, adapter = write_wrapper(kind, tmp_path / "base", 1), tmp_path / "adapter"
+    opened = transformers.AutoModelForImageTextToText
+    model = opened.from_pretrained(base)
+    inside = [n for n, _ in model.named_modules() if n.endswith("q_proj") and "language" in n]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=inside))
+    for name, value in adapted.named_parameters():
+        if "lora_" in name:
+            value.data += 0.1 * torch.ones_like(value)
+    adapted.save_pretrained(adapter)
+    whole = peft.PeftModel.from_pretrained(opened.from_pretrained(base), adapter)
+    whole.merge_and_unload().save_pretrained(tmp_path / "want")
+    parent = find_parent(f"{base}+{adapter}")
+    assert survey([parent]).faults == []
+    found = load_all(make_plain([parent])[parent.name])
+    want, before = load_all(tmp_path / "want"), load_all(base)
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], want[name]) for name in want)
+    assert sum(not torch.equal(found[name], before[name]) for name in want) == len(inside) == 2
 
 
 def test_a_text_model_of_another_kind_is_refused(tmp_path: Path) -> None:
