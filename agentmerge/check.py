@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from agentmerge import plugins
 from agentmerge.config import SearchConfig
@@ -30,7 +30,7 @@ from agentmerge.workers.pool import worker_class
 
 if TYPE_CHECKING:  # both are read only where models are
     from agentmerge.merging.layout import Layout
-    from agentmerge.merging.placement import MemoryPlan, Placement
+    from agentmerge.merging.placement import MemoryPlan
 
 #: Benchmarks that are not objectives unless the user insists (LLM-Evo-Merge's and upstream's list).
 BENCHMARK_PREFIXES = (
@@ -181,7 +181,7 @@ def _prepare_real(
             spec = _spec(config, paths, dtype)
             if tasks:
                 taskset = _tasks(spec, faults)
-            if layout is not None and not (_plugin_faults(config) or _device_faults(config)):
+            if layout is not None:
                 memory = _memory(config, spec, layout)
                 faults += [memory.reason] if tasks and memory.chosen is None else []
     if faults or layout is None or space is None or spec is None:
@@ -203,7 +203,7 @@ def _prepare_real(
             raise ConfigError(faults)
     return Prepared(
         config,
-        replace(spec, placement=_placement(config, memory)) if memory else spec,
+        replace(spec, placement=memory.chosen or "auto") if memory else spec,
         space,
         taskset,
         identities,
@@ -212,13 +212,6 @@ def _prepare_real(
         made_bytes=sum(survey.made_bytes.values()),
         notes=tuple(survey.notes),
     )
-
-
-def _placement(config: SearchConfig, memory: MemoryPlan) -> Placement | Literal["auto"]:
-    """What a worker is told: as forecast, unless its engine takes its own share first."""
-    if getattr(plugins.load("agentmerge.workers", config.worker.kind), "engine_first", False):
-        return config.worker.placement
-    return memory.chosen or "auto"
 
 
 def _memory(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryPlan:

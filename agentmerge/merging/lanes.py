@@ -126,6 +126,7 @@ class Loop:
         self._sums: dict[int, Any] = {}
         self._parts: dict[int, Any] = {}
         self._counts: dict[int, Any] = {}
+        self._blocks: dict[int, Any] = {}
         self.build: Any = None
         self._at: Any = None
 
@@ -255,10 +256,13 @@ class Loop:
         variable = self._variable(self._counts, place, _I64)
         self.build.store(self.build.add(self.build.load(variable), value), variable)
 
-    def collect(self, place: int, array: int, truth: Lanes) -> None:
+    def collect(
+        self, place: int, array: int, truth: Lanes, notes: Callable[[], Sequence[Lanes]]
+    ) -> None:
         """Append the element numbers where ``truth`` holds to an int64 array; a count counts them.
 
-        The array needs room for one more than there are.
+        notes: what else to write of these elements, as float64, in the arrays that follow; computed
+            only where there is one. The arrays need room for one more than there are.
         """
         build, hits = self.build, truth.value
         if self._width > 1:
@@ -266,14 +270,36 @@ class Loop:
         none = ir.Constant(hits.type, 0)
         with build.if_then(build.icmp_unsigned("!=", hits, none), likely=False):
             count = self._argument(_COUNTS, place, build)
-            list_ = build.inttoptr(self._loaded(_ADDRESSES, array), _I64.as_pointer())
+            values = [self._cast(note.value, _DOUBLE) for note in notes()]
+            starts = [
+                build.inttoptr(self._loaded(_ADDRESSES, array + at), kind.as_pointer())
+                for at, kind in enumerate((_I64, *[_DOUBLE] * len(values)))
+            ]
             for lane in range(self._width):
                 bit = build.trunc(build.lshr(hits, ir.Constant(hits.type, lane)), _BIT)
                 seen = build.load(count)
+                noted = [self._lane(value, lane) for value in values]
                 # Always written, and kept only where it counts: no branch a lane.
                 element = build.add(self._at, ir.Constant(_I64, lane))
-                build.store(element, build.gep(list_, [seen]))
+                for start, value in zip(starts, (element, *noted), strict=True):
+                    build.store(value, build.gep(start, [seen]))
                 build.store(build.add(seen, build.zext(bit, _I64)), count)
+
+    def count_by_block(self, array: int, truth: Lanes, block: int) -> None:
+        """Write to an int64 array how often ``truth`` holds in each block of so many elements.
+
+        block: a power of two, at least ``WIDTH``; the loop must start at 0, the array be zeros.
+        """
+        build, part = self.build, self._variable(self._blocks, array, _I32)
+        more = build.zext(truth.value, self._lanes(_I32))
+        build.store(build.add(build.load(part), more), part)
+        ahead = build.add(self._at, ir.Constant(_I64, self._width))
+        rest = build.and_(ahead, ir.Constant(_I64, block - 1))
+        with build.if_then(build.icmp_unsigned("==", rest, ir.Constant(_I64, 0)), likely=False):
+            number = build.lshr(self._at, ir.Constant(_I64, block.bit_length() - 1))
+            first = build.inttoptr(self._loaded(_ADDRESSES, array), _I64.as_pointer())
+            self._hand_over(build, part, build.gep(first, [number]), build.add)
+            build.store(ir.Constant(self._lanes(_I32), None), part)
 
     def store_truth(self, array: int, truth: Lanes) -> None:
         """Write one bit an element; a loop that does must start at a multiple of ``WIDTH``."""
@@ -316,12 +342,15 @@ class Loop:
     def _hand_over(self, build: Any, variable: Any, target: Any, operation: Any) -> None:
         value = build.load(variable)
         for lane in range(self._width):
-            part = value
-            if self._width > 1:
-                part = build.extract_element(value, ir.Constant(_I32, lane))
+            part = self._lane(value, lane, build)
             if part.type == _I32:
                 part = build.zext(part, _I64)
             build.store(operation(build.load(target), part), target)
+
+    def _lane(self, value: Any, lane: int, build: Any = None) -> Any:
+        if self._width == 1:
+            return value
+        return (build or self.build).extract_element(value, ir.Constant(_I32, lane))
 
     def _flush(self, build: Any, part: Any, total: Any) -> None:
         wide = build.load(part)

@@ -14,7 +14,7 @@ Masks, one kind for each expert, with three words each:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 from agentmerge.merging.lanes import Lanes, Loop
@@ -25,6 +25,7 @@ Mask = Literal["all", "rank", "hash", "bits"]
 
 WORDS = 3
 CHECKSUM_PERIOD = 1 << 16
+COUNTED_BLOCK = 1 << 13
 
 Body = Callable[[Loop], None]
 
@@ -120,31 +121,39 @@ def norms(masks: Sequence[Mask], whole: bool) -> Body:
 
 
 def between(experts: int) -> Body:
-    """Where expert k's magnitude has bits from word 2k on, and at most word 2k+1 more.
+    """Where expert k's magnitude has bits from one word on, and at most another word more.
 
-    The places go to the arrays after the experts; count k counts them.
+    Words 4k and 4k+1 are for elements to note in three arrays: the place, the magnitude as float32
+    has it, and as float64 has it; count k counts them. Words 4k+2 and 4k+3 are for elements to be
+    counted, in every ``COUNTED_BLOCK``, in a fourth array. The arrays come after the experts.
     """
 
     def body(loop: Loop) -> None:
         origin = loop.load(1)
         for k in range(experts):
-            above = magnitude_bits(loop, loop.load(2 + k), origin) - loop.given_word(2 * k)
-            loop.collect(k, 2 + experts + k, above <= loop.given_word(2 * k + 1))
+            value, arrays = loop.load(2 + k), 2 + experts + 4 * k
+            bits = magnitude_bits(loop, value, origin)
+            low, width, equal, more = (loop.given_word(4 * k + at) for at in range(4))
+            magnitudes = partial(_magnitudes, loop, value, origin)
+            loop.collect(k, arrays, bits - low <= width, magnitudes)
+            loop.count_by_block(arrays + 3, bits - equal <= more, COUNTED_BLOCK)
 
     return body
 
 
-def equal_magnitudes() -> Body:
-    """Count 0: elements whose magnitude has the bits of word 0. Count 1: those of them whose
-    magnitude float32 does not hold exactly."""
+def inexact(collected: bool) -> Body:
+    """Magnitudes that float32 does not hold exactly: count 0 counts them.
+
+    collected: three arrays after the one expert note them, as in ``between``.
+    """
 
     def body(loop: Loop) -> None:
-        origin, value = loop.load(1), loop.load(2)
-        rounded = loop.single(value) - loop.single(origin)
-        equal = (loop.bits(rounded) & loop.word(0x7FFFFFFF)).equals(loop.given_word(0))
-        exact = loop.double(value) - loop.double(origin)
-        loop.add_to_count(0, equal)
-        loop.add_to_count(1, equal & exact.differs(loop.double(rounded)))
+        rounded, exact = _magnitudes(loop, loop.load(2), loop.load(1))
+        differ = exact.differs(loop.double(rounded))
+        if collected:
+            loop.collect(0, 3, differ, lambda: (rounded, exact))
+        else:
+            loop.add_to_count(0, differ)
 
     return body
 
@@ -164,6 +173,13 @@ def checksum() -> Body:
 def magnitude_bits(loop: Loop, value: Lanes, origin: Lanes) -> Lanes:
     """The bits of the difference's magnitude in float32: as unsigned words, they order it."""
     return loop.bits(loop.single(value) - loop.single(origin)) & loop.word(0x7FFFFFFF)
+
+
+def _magnitudes(loop: Loop, value: Lanes, origin: Lanes) -> tuple[Lanes, Lanes]:
+    """Of the difference, in float32 and in float64."""
+    rounded = loop.single(value) - loop.single(origin)
+    exact = loop.double(value) - loop.double(origin)
+    return loop.absolute(rounded), loop.absolute(exact)
 
 
 def _task_vector(
@@ -199,7 +215,7 @@ _BODIES: dict[str, Callable[..., Body]] = {
     "consensus": consensus,
     "norms": norms,
     "between": between,
-    "equal_magnitudes": equal_magnitudes,
+    "inexact": inexact,
     "checksum": checksum,
 }
 

@@ -13,25 +13,27 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from agentmerge.merging.kernels import working_dtype
-from agentmerge.merging.loops import loop_for
+from agentmerge.merging.loops import COUNTED_BLOCK, loop_for
 
 #: Magnitudes kept of a tensor; a bracket holds one element in so many.
 KEPT = 1 << 14
 #: Bytes of one kept magnitude: itself, and how many elements are below and up to it.
 _KEPT_BYTES = 20
-#: Equal magnitudes that are ranked at once; more of them are counted first.
-_FEW = 1 << 14
-_CHUNK = 1 << 18
+#: Elements of a bracket that are ranked at once; more that are equal are only counted.
+_FEW = 1 << 11
+#: Magnitudes that float32 does not hold, of a tensor; where there are more, all may be such.
+_MOST_INEXACT = 1 << 14
 _BUILD_BLOCK = 1 << 20
 
 Places = npt.NDArray[np.int64]
+Sizes = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class Cut:
 #: No magnitude has these bits.
 NOTHING = Cut(0xFFFF_FFFF)
 _NOT_ZERO = Cut(1)
+_NO_BITS = (0xFFFF_FFFF, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +72,16 @@ class Bracket:
 class Order:
     """Magnitudes of a task vector, ascending and distinct, with how many are below and up to each.
 
-    exact: of magnitudes that many elements share, whether float32 holds all of them exactly.
+    bits: of the magnitudes, in float32.
+    inexact: bits of the magnitudes of which float32 does not hold every element's exactly; None
+        where those are too many.
     """
 
     count: int
-    values: npt.NDArray[np.float32]
+    bits: npt.NDArray[np.uint32]
     below: Places
     upto: Places
-    exact: dict[int, bool] = field(default_factory=dict)
+    inexact: npt.NDArray[np.uint32] | None
 
     @classmethod
     def of(cls, base: torch.Tensor, tensor: torch.Tensor) -> Order:
@@ -91,37 +96,42 @@ class Order:
         values = np.unique(np.append(sizes[::step], sizes[-1:]))
         return cls(
             len(sizes),
-            values,
+            values.view(np.uint32),
             np.searchsorted(sizes, values, "left"),
             np.searchsorted(sizes, values, "right"),
+            _inexact(base, tensor),
         )
+
+    def alike(self, bracket: Bracket) -> bool:
+        """Whether all elements in a bracket are surely equal, in float64 too."""
+        one = bracket.low == bracket.high
+        return one and self.inexact is not None and not np.any(self.inexact == bracket.low)
 
     @property
     def size_bytes(self) -> int:
-        return self.values.nbytes + self.below.nbytes + self.upto.nbytes
+        noted = 0 if self.inexact is None else self.inexact.nbytes
+        return self.bits.nbytes + self.below.nbytes + self.upto.nbytes + noted
 
     def bracket(self, keep: int) -> Cut | Bracket:
         """Where the ``keep``-th largest magnitude is; a Cut where that is known already."""
         if keep <= 0:
             return NOTHING
         place = self.count - min(keep, self.count)  # of the smallest kept, in ascending order
-        at = int(np.searchsorted(self.below, place, "right")) - 1
-        bits = int(self.values[at : at + 1].view(np.uint32)[0])
-        if place >= self.upto[at]:
-            above = int(self.values[at + 1 : at + 2].view(np.uint32)[0])
-            inside = int(self.below[at + 1] - self.upto[at])
-            return Bracket(bits + 1, above - 1, inside, int(self.below[at + 1]) - place)
+        at = int(self.below.searchsorted(place, "right")) - 1
+        bits, below, upto = int(self.bits[at]), int(self.below[at]), int(self.upto[at])
+        if place >= upto:
+            above, until = int(self.bits[at + 1]), int(self.below[at + 1])
+            return Bracket(bits + 1, above - 1, until - upto, until - place)
         if bits == 0:
             return _NOT_ZERO
-        if place == self.below[at]:
+        if place == below:
             return Cut(bits)
-        equal = int(self.upto[at] - self.below[at])
-        return Bracket(bits, bits, equal, int(self.upto[at]) - place)
+        return Bracket(bits, bits, upto - below, upto - place)
 
 
 def order_bytes(elements: int) -> int:
     """The most that the order of a tensor of so many elements takes for as long as it is kept."""
-    return _KEPT_BYTES * min(elements, KEPT + 1)
+    return _KEPT_BYTES * min(elements, KEPT + 1) + 4 * min(elements, _MOST_INEXACT)
 
 
 def cuts(
@@ -132,74 +142,121 @@ def cuts(
 ) -> list[Cut]:
     """For each tensor, the cut that keeps its so many largest elements."""
     found = [order.bracket(keep) for order, keep in zip(orders, keeps, strict=True)]
-    for at, bracket in enumerate(found):
-        if isinstance(bracket, Bracket) and bracket.low == bracket.high and bracket.count > _FEW:
-            found[at] = _first_in_memory(base, tensors[at], orders[at], bracket)
-    open_ = {at: bracket for at, bracket in enumerate(found) if isinstance(bracket, Bracket)}
-    inside = _collected(base, [tensors[at] for at in open_], list(open_.values()))
-    for (at, bracket), places in zip(open_.items(), inside, strict=True):
-        found[at] = _ranked(base, tensors[at], places, bracket.keep)
-    return [cut for cut in found if isinstance(cut, Cut)]
+    many = [
+        isinstance(bracket, Bracket) and bracket.count > _FEW and order.alike(bracket)
+        for bracket, order in zip(found, orders, strict=True)
+    ]
+    notes = _noted(base, tensors, found, many)
+    return [
+        cut
+        if isinstance(cut, Cut)
+        else _first_in_memory(base, tensor, cut, noted.counts)
+        if counted
+        else _ranked(noted, cut.keep)
+        for tensor, cut, noted, counted in zip(tensors, found, notes, many, strict=True)
+    ]
 
 
-def _collected(
-    base: torch.Tensor, tensors: Sequence[torch.Tensor], brackets: Sequence[Bracket]
-) -> list[Places]:
-    """The elements in each tensor's bracket, in memory order; one pass over all of them."""
-    if not brackets:
-        return []
-    lists = [np.empty(bracket.count + 1, np.int64) for bracket in brackets]
-    words = [word for b in brackets for word in (b.low, b.high - b.low)]
-    loop = loop_for(
-        "between", dtype_names(base, base, *tensors), working_name(base, *tensors), len(lists)
-    )
+def _noted(
+    base: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    brackets: Sequence[Cut | Bracket],
+    many: Sequence[bool],
+) -> list[_Notes]:
+    """The elements in each tensor's bracket, or, of many, how often they occur; one pass for all.
+
+    One kind of loop serves every number of brackets, so that it is compiled once.
+    """
+    notes, words = [], []
+    for bracket, counted in zip(brackets, many, strict=True):
+        inside, count = _NO_BITS, 0
+        if isinstance(bracket, Bracket):
+            inside, count = (bracket.low, bracket.high - bracket.low), bracket.count
+        notes.append(_Notes.room(0 if counted else count, base.numel()))
+        words += [*_NO_BITS, *inside] if counted else [*inside, *_NO_BITS]
+    if all(isinstance(bracket, Cut) for bracket in brackets):
+        return notes
+    stored, working = dtype_names(base, base, *tensors), working_name(base, *tensors)
+    loop = loop_for("between", stored, working, len(tensors))
     addresses = [0, base.data_ptr(), *(tensor.data_ptr() for tensor in tensors)]
-    addresses += [list_.ctypes.data for list_ in lists]
-    loop(0, base.numel(), addresses, words=words, counts=len(lists))
-    return [list_[:-1] for list_ in lists]
+    addresses += [address for note in notes for address in note.addresses]
+    _, found = loop(0, base.numel(), addresses, words=words, counts=len(tensors))
+    return [note.cut(count) for note, count in zip(notes, found, strict=True)]
 
 
-def _ranked(base: torch.Tensor, tensor: torch.Tensor, places: Places, keep: int) -> Cut:
+@dataclass(frozen=True, slots=True)
+class _Notes:
+    """What the loop ``between`` notes of one tensor's elements, in memory order."""
+
+    places: Places
+    sizes: Sizes
+    exact: Sizes
+    counts: Places
+
+    @classmethod
+    def room(cls, elements: int, of: int) -> _Notes:
+        size = elements + 1
+        blocks = -(-of // COUNTED_BLOCK)
+        return cls(
+            np.empty(size, np.int64), np.empty(size), np.empty(size), np.zeros(blocks, np.int64)
+        )
+
+    @property
+    def addresses(self) -> list[int]:
+        columns = (self.places, self.sizes, self.exact, self.counts)
+        return [column.ctypes.data for column in columns]
+
+    def cut(self, count: int) -> _Notes:
+        return _Notes(self.places[:count], self.sizes[:count], self.exact[:count], self.counts)
+
+
+def _ranked(noted: _Notes, keep: int) -> Cut:
     """The cut after the ``keep`` largest of some elements, all others being larger or smaller."""
-    at = torch.from_numpy(places)
-    value, origin = tensor.reshape(-1)[at], base.reshape(-1)[at]
-    size = (value.float() - origin.float()).abs().numpy()
-    exact = (value.double() - origin.double()).abs().numpy()
-    ranking = np.lexsort((places, -exact, -size))
-    threshold = size[ranking[keep - 1]]
-    equal = size == threshold
-    kept = np.zeros(len(places), bool)
-    kept[ranking[:keep]] = True
-    return Cut(int(threshold.view(np.uint32)), _flips(places[equal], kept[equal]))
-
-
-def _flips(places: Places, kept: npt.NDArray[np.bool_]) -> tuple[int, ...]:
+    places, sizes, exact = noted.places, noted.sizes, noted.exact
+    # Elements that are equal in float64 are equal in float32: what it cannot hold is far below.
+    threshold = sizes[0]
+    if sizes.min() != sizes.max():
+        ranking = np.argsort(-exact, kind="stable")
+        threshold = sizes[ranking[keep - 1]]
+    bits = int(threshold.astype(np.float32).view(np.uint32))
+    equal = np.flatnonzero(sizes == threshold)
+    left = keep - np.count_nonzero(sizes > threshold)
+    if left == len(equal):
+        return Cut(bits)
+    tied = exact[equal]
+    if tied.min() == tied.max():
+        return Cut(bits, (int(places[equal[left - 1]]) + 1,))
+    kept = np.zeros(len(equal), bool)
+    kept[np.argsort(-tied, kind="stable")[:left]] = True
     changes = np.flatnonzero(np.diff(kept, prepend=True))
-    return tuple(int(place) for place in places[changes])
+    return Cut(bits, tuple(places[equal[changes]].tolist()))
 
 
 def _first_in_memory(
-    base: torch.Tensor, tensor: torch.Tensor, order: Order, bracket: Bracket
-) -> Cut | Bracket:
-    """The cut among many elements of one magnitude; the bracket where float64 tells them apart."""
-    loop = loop_for("equal_magnitudes", dtype_names(base, base, tensor), working_name(base, tensor))
+    base: torch.Tensor, tensor: torch.Tensor, bracket: Bracket, counts: Places
+) -> Cut:
+    """The cut among many elements that are equal; counts: of them, by block."""
+    until = np.cumsum(counts)
+    block = int(np.searchsorted(until, bracket.keep))
+    if block == len(until):  # in the last block, which is not full and has not been counted
+        block -= 1
+    left = bracket.keep - int(until[block - 1] if block else 0)
+    start = block * COUNTED_BLOCK
+    part = [t.reshape(-1)[start : start + COUNTED_BLOCK] for t in (base, tensor)]
+    inside = Bracket(bracket.low, bracket.high, len(part[0]), left)
+    (noted,) = _noted(part[0], part[1:], [inside], [False])
+    return Cut(bracket.low, (start + int(noted.places[left - 1]) + 1,))
+
+
+def _inexact(base: torch.Tensor, tensor: torch.Tensor) -> npt.NDArray[np.uint32] | None:
+    stored, working = dtype_names(base, base, tensor), working_name(base, tensor)
     addresses = [0, base.data_ptr(), tensor.data_ptr()]
-    total, words = base.numel(), [bracket.low]
-    if bracket.low not in order.exact:
-        _, (_, inexact) = loop(0, total, addresses, words=words, counts=2)
-        order.exact[bracket.low] = not inexact
-    if not order.exact[bracket.low]:
-        return bracket
-    left = bracket.keep
-    for start in range(0, total, _CHUNK):
-        stop = min(start + _CHUNK, total)
-        _, (equal, _) = loop(start, stop, addresses, words=words, counts=2)
-        if equal >= left:
-            break
-        left -= equal
-    flat = [t.reshape(-1)[start:stop] for t in (base, tensor)]
-    (places,) = _collected(flat[0], flat[1:], [Bracket(bracket.low, bracket.low, equal, left)])
-    return Cut(bracket.low, (start + int(places[left - 1]) + 1,))
+    _, (count,) = loop_for("inexact", stored, working, False)(0, base.numel(), addresses)
+    if count > _MOST_INEXACT:
+        return None
+    noted = _Notes.room(count, 0)
+    loop_for("inexact", stored, working, True)(0, base.numel(), addresses + noted.addresses)
+    return np.unique(noted.sizes[:count].astype(np.float32)).view(np.uint32)
 
 
 def dtype_names(*tensors: torch.Tensor) -> tuple[str, ...]:

@@ -52,23 +52,22 @@ class Family:
         dtype: str | None = None,
         device: str = "cpu",
         placement: Placement | Literal["auto"] = "auto",
-        live: bool = True,
     ) -> Family:
         """Read every parent once; keep them in memory unless they are to be streamed.
 
         paths: the name that recipes use -> local directory. base: the one the others are compared
             with. dtype: of merged tensors where a recipe names none; by default as stored.
-        placement: "auto" takes the first of device, host and stream that fits in the memory that
-            is free now; ``live``: beside a live model that is still to come.
+        placement: "auto" takes the first of device, host and stream that fits beside one live
+            model in the memory that is free now.
 
         Raises:
             ParentError: the models cannot be merged with each other (every reason), or a model
                 holds a number that is not finite.
-            UserError: they do not fit, with how much is needed.
+            RunFailed: they do not fit, with how much is needed.
         """
         layout = read_layout(paths, base)
         if placement == "auto":
-            placement = plan_memory(layout, dtype=dtype, live=live, device=device).placement
+            placement = plan_memory(layout, dtype=dtype, device=device).placement
         source: ParentSource = ParentFiles(paths, device)
         if placement != "stream":
             home = device if placement == "device" else "cpu"

@@ -125,7 +125,6 @@ def plan_memory(
     layout: Layout,
     *,
     dtype: str | None = None,
-    live: bool = True,
     device: str = "cpu",
     method: str | None = None,
     workers: int = 1,
@@ -137,8 +136,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Forecast every placement, and choose.
 
-    dtype: of the live model; by default as stored. live: False where it is in memory already.
-    method: the merge method, for what its kernel
+    dtype: of the live model; by default as stored. method: the merge method, for what its kernel
         needs besides; where it is not known, nothing. workers: how many there are, each with a
         family, on the same device; processes: of each worker. possible: what the kind of worker
         can do. memory_gb: at most so much is used in all, even if there is more.
@@ -146,7 +144,7 @@ def plan_memory(
     cuda = device.startswith("cuda")
     runtime = (resident_bytes() + _LATER_BYTES) * processes
     forecasts = tuple(
-        _forecast(placement, layout, dtype, live, method, runtime, cuda)
+        _forecast(placement, layout, dtype, method, runtime, cuda)
         for placement in possible
         if placement != "host" or cuda
     )
@@ -186,14 +184,13 @@ def _forecast(
     placement: Placement,
     layout: Layout,
     dtype: str | None,
-    with_live: bool,
     method: str | None,
     runtime: int,
     cuda: bool,
 ) -> Forecast:
     count = len(layout.parents)
     parents = layout_bytes(layout) * count
-    live = layout_bytes(layout, dtype) if with_live else 0
+    live = layout_bytes(layout, dtype)
     fused = not cuda and _is_fused(layout, method)
     statistics = _statistics(layout) if fused and method in _RANKING_METHODS else 0
     inputs_move = placement == "stream" or (cuda and placement == "host")

@@ -36,9 +36,6 @@ class VllmWorker:
         WorkerLost: vLLM cannot run this model, or died.
     """
 
-    #: vLLM takes its share of memory when it starts: where parents go is decided after that.
-    engine_first = True
-
     def __init__(self, spec: WorkerSpec, taskset: TaskSet | None = None) -> None:
         from agentmerge.evaluation.live import context_length, tokenizer_of
         from agentmerge.workers.vllm_engine import Engine, vllm_imported

@@ -115,7 +115,6 @@ class Engine:
             "base": spec.options.get("base"),
             "dtype": spec.dtype,
             "way": spec.options.get("way"),
-            "placement": spec.placement,
         }
         self.facts = self._call("agentmerge_open", options)
 

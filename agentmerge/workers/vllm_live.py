@@ -33,9 +33,8 @@ _PLAIN = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 class LiveModel:
     """See the module's head.
 
-    worker: vLLM's own. options: ``parents`` (name -> directory), ``base``, ``dtype``, ``placement``
-    (of the parents; by default what fits in what vLLM left), and ``way`` ("reload", or None for
-    the fastest that this model allows).
+    worker: vLLM's own. options: ``parents`` (name -> directory), ``base``, ``dtype``, and ``way``
+    ("reload", or None for the fastest that this model allows).
 
     Raises:
         ParentError: the parents cannot be merged with each other.
@@ -52,8 +51,6 @@ class LiveModel:
             base=options["base"],
             dtype=options["dtype"],
             device=str(worker.device),
-            placement=options.get("placement", "auto"),
-            live=False,
         )
         self._first = next(iter(options["parents"]))
         self._names = [spec.name for spec in self._family.layout.tensors]

@@ -119,19 +119,6 @@ class TestWhatIsSaid:
         assert run_app(["doctor", config, "--runs-dir", str(tmp_path)]) == 1
         assert "NOT placement" in capsys.readouterr().out
 
-    @pytest.mark.parametrize("fault", [{"device": "cuda:9"}, {"kind": "nothing"}])
-    def test_no_forecast_where_there_is_no_such_worker(
-        self,
-        family: Family,
-        tasks: Path,
-        tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
-        fault: dict[str, str],
-    ) -> None:
-        config = self.written(family, tasks, tmp_path / "c.yml", memory_gb=0.01, **fault)
-        assert run_app(["check", config, "--runs-dir", str(tmp_path)]) == 2
-        assert capsys.readouterr().err.count("error:") == 1
-
     def test_a_search_says_that_it_streams(
         self, family: Family, tasks: Path, tmp_path: Path
     ) -> None:

@@ -121,8 +121,7 @@ def test_whole_models(
     kind: str,
 ) -> None:
     paths = family_of(tied=tied, dtype=dtype)
-    # Each placement has half of the cases here, and both the same bits (test_placements.py).
-    family = Family.open(paths, base="base", placement="stream" if tied else "device")
+    family = Family.open(paths, base="base")
     as_written = Recipe.parse(recipes(method)[kind])
     recipe = as_written.canonical(LAYERS)
     ours = dict(family.merge(recipe))

@@ -30,7 +30,6 @@ from agentmerge.merging.engines import KERNELS
 from agentmerge.merging.export import export_checkpoint
 from agentmerge.merging.kernels import Operand
 from agentmerge.merging.parents import Family, mask_key
-from agentmerge.merging.placement import Placement
 from agentmerge.merging.reference import float64_reference, mergekit_merge
 from agentmerge.merging.sparse import MASKS, della_probabilities
 from agentmerge.methods import EPSILON_REACH, METHODS
@@ -463,8 +462,7 @@ def test_whole_models_and_export(
     kind: str,
 ) -> None:
     paths = family_of(tied=False, dtype=dtype)
-    placement: Placement = "stream" if dtype == torch.bfloat16 else "device"
-    family = Family.open(paths, base="base", placement=placement)
+    family = Family.open(paths, base="base")
     # mergekit would compute in bfloat16; asked to, it computes in float32 as ours does
     stored = str(dtype).removeprefix("torch.")
     text = f"{text_of(method, kind)}\ndtype: float32\nout_dtype: {stored}"

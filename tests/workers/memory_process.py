@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import resource
 import sys
-import time
 from pathlib import Path
 
 from agentmerge.config import TasksConfig
@@ -52,17 +51,12 @@ def main() -> None:
         options={"base": "base"},
     )
     worker = HfWorker(spec, TaskSet((), ()))
-    digests, seconds = [], []
-    for recipe in recipes * 2:
-        start = time.perf_counter()
-        digests.append(worker.load(recipe).digest)
-        seconds.append(round(time.perf_counter() - start, 2))
+    digests = [worker.load(recipe).digest for recipe in recipes]
     share = next(f.host for f in plan.forecasts if f.placement == plan.chosen)
     found = {
         "placement": plan.chosen,
         "reason": plan.reason,
         "digests": digests,
-        "seconds": seconds,
         "forecast": share.total,
         "runtime": share.runtime,
         "peak": status("VmHWM"),
