@@ -529,3 +529,17 @@ def _items_hash(items: Any) -> str:
     from hashlib import sha256
 
     return sha256("".join(item.key for item in items).encode()).hexdigest()[:16]
+
+
+def family_layout(config: SearchConfig) -> Layout:
+    """What every merge of a config's models is made of, from headers alone.
+
+    Raises:
+        ConfigError: every reason why they cannot be merged.
+    """
+    faults: list[str] = []
+    layout = _parents(config, (), faults)[2]
+    if faults or layout is None:
+        raise ConfigError(faults)
+    found: Layout = layout
+    return found

@@ -24,11 +24,12 @@ from agentmerge.cli import (
     results,
     searching,
     serving,
+    starting,
 )
 from agentmerge.cli.terminal import failed
 
 app = typer.Typer(
-    add_completion=False,
+    add_completion=True,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 
 for command in (
+    starting.init,
     searching.run,
     inspecting.check,
     searching.resume,
@@ -60,6 +62,7 @@ for command in (
 app.add_typer(prompts.app, name="prompts")
 
 
+app.add_typer(starting.tasks, name="tasks")
 app.add_typer(databases.app, name="ledger")
 
 

@@ -10,7 +10,7 @@ import difflib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,15 @@ def load_tasks(config: TasksConfig, *, check_built_ins: bool = True) -> list[Loa
                     "leave one of them out"
                 )
     return loaded
+
+
+def load_index(config: TasksConfig) -> Mapping[str, Any]:
+    """Every task, group and tag by name: the user's own, and lm-eval's unless the config's names
+    are all among the user's. Entries have ``kind``, ``cfg``, ``tags``."""
+    names = [task.name for task in config.tasks]
+    with quiet():
+        index: Mapping[str, Any] = _CustomFiles(config.task_search_path).manager(names).task_index
+    return index
 
 
 class _CustomFiles:
