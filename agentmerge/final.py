@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SHORTLIST = 5
 SPLITS = 200
-RIVALS = ("uniform", "scale")
+RIVALS = ("uniform", "scale", "depth")
 
 Results = dict[ItemRef, ItemResult]
 

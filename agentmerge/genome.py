@@ -31,6 +31,8 @@ from agentmerge.recipe import Parameters, Recipe, Setting, Slice, Source, round1
 SCALE_POINTS = (0.4, 0.55, 0.7, 0.85, 1.0)
 DENSITY_POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SLERP_POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
+#: A uniform merge whose weight rises with depth (LiNeS, arXiv 2410.17146): first and last layer's.
+DEPTH_LINE = (0.4, 1.0)
 
 #: How far past an end of its axis a value may lie and still be that end, for rounding's sake.
 _SLACK = 1e-9
@@ -210,6 +212,19 @@ class SearchSpace:
             levels = {"weight": 1.0 / len(self.models), parameter: value}
             found.append((f"uniform {parameter} {value:g}", *self._everywhere(**levels)))
         return found
+
+    def depth_line(self) -> list[tuple[str, Recipe, tuple[float, ...] | None]]:
+        """Uniform merges whose weight rises with depth, where layers have weights of their own."""
+        if self.groups == 1 or self.genome.normalizes or self.is_slerp or not self.method.source:
+            return []
+        low, high = DEPTH_LINE
+        point = tuple(
+            axis.unit(low + (high - low) * axis.group / (self.groups - 1))
+            if axis.parameter == "weight"
+            else _neutral(axis)
+            for axis in self.axes
+        )
+        return [(f"uniform weight {low:g} to {high:g} by depth", self.recipe(point), point)]
 
     def from_slerp_genes(self, genes: Sequence[Sequence[float]]) -> Recipe:
         """mergekit-evolve's slerp genes (groups x models), one way: the two largest a group."""

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from agentmerge.agents.prompts import Prompts
 from agentmerge.config import Role, SearchConfig
 from agentmerge.errors import CandidateFailed, NotBegun, RecipeRejected
 from agentmerge.evaluation.tasks import Part, TaskSet
+from agentmerge.evidence import Witness
 from agentmerge.final import final_card
 from agentmerge.genome import SearchSpace
 from agentmerge.ledger import Candidate, GradientKey, Ledger, ResultKey
@@ -270,6 +272,8 @@ class Search:
             reason = "every candidate failed"
         elif _barren(candidates, generation):
             reason = "nothing new"
+        elif candidates[-1].generation < generation:
+            reason = "nothing to gain"  # the strategy had no proposal
         return Outcome(best, reason)
 
     def advise(self, role: Role, generation: int) -> str:
@@ -287,6 +291,8 @@ class Search:
         left = self.evaluations_left
         count = min(self.population, left)
         history = self.ledger.history(self.run_id)
+        if getattr(self.strategy, "uses_items", False):
+            history = self.witness.of(history)
         guidance = guidance_of(self.ledger, self.run_id, generation)
         proposals = self.strategy.propose(self.space, history, guidance, count, self._rng())
         self._add(generation + 1, _affordable(self._possible(proposals), left))
@@ -310,6 +316,10 @@ class Search:
     @property
     def scoring(self) -> Scoring:
         return Scoring(self.ledger, self.taskset, self.pool)
+
+    @cached_property
+    def witness(self) -> Witness:
+        return Witness(self.taskset, self.item_results)
 
     @property
     def slopes(self) -> Slopes:
@@ -376,17 +386,16 @@ class Search:
         return rng_factory(self.config.search.seed)
 
     def _rivals(self) -> list[Proposal]:
-        """Parents, the uniform merge, a five-point uniform scale."""
+        """Parents, the uniform merge, a five-point uniform scale, a line through the depth."""
         found = [
             _proposal(point, recipe, "parent", label)
             for label, recipe, point in self.space.parents()
         ]
         recipe, point = self.space.uniform()
         found.append(_proposal(point, recipe, "uniform", "uniform"))
-        found += [
-            _proposal(point, recipe, "scale", label)
-            for label, recipe, point in self.space.scale_points()
-        ]
+        lines = {"scale": self.space.scale_points(), "depth": self.space.depth_line()}
+        for operator, points in lines.items():
+            found += [_proposal(point, recipe, operator, label) for label, recipe, point in points]
         return found
 
     def _seed_population(self) -> list[Proposal]:

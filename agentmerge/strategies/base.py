@@ -12,7 +12,7 @@ purpose)`` gives an independent generator derived from the run's seed and those 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -61,6 +61,33 @@ class Proposal:
     loss: Loss = "margin"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Items:
+    """What every candidate is asked, in one fixed order: m items (or whole metrics) in all.
+
+    task: (m,) the number of each item's task. weight: (m,) what one unit of the item's value adds
+    to the score. margins: (m,) whether its signal is a margin, whose sign says right or wrong;
+    where it is not, the signal is the value itself.
+    """
+
+    task: np.ndarray
+    weight: np.ndarray
+    margins: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evidence:
+    """What a candidate showed item by item; NaN where it was not asked.
+
+    signals: (m,) float64, margins in nats or values. values: (m,) float64, the metric's values; the
+    score is their sum weighted by ``items.weight``.
+    """
+
+    items: Items
+    signals: np.ndarray
+    values: np.ndarray
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """A proposal with what came of it; ``score`` is None where the candidate failed.
@@ -71,6 +98,7 @@ class Observation:
         see ``chain_rule.differentiable_axes``), at this very point; None where none was asked for
         or none came. Lower loss is better: step against it.
     loss: what the gradient is of, in nats an item: the objective's own mix of tasks.
+    evidence: the items behind the score; None where nobody kept them.
     """
 
     generation: int
@@ -84,9 +112,12 @@ class Observation:
     failure: str = ""
     gradient: tuple[float, ...] | None = None
     loss: float | None = None
+    evidence: Evidence | None = field(default=None, compare=False, repr=False)
 
 
 class Strategy(Protocol):
+    """One that also has ``uses_items = True`` is told each observation with its evidence."""
+
     name: str
 
     def propose(

@@ -135,7 +135,7 @@ def test_defect_03_the_seed_decides_the_population_and_every_mutation(
         return [
             (c.generation, c.slot, c.vector, c.score)
             for c in candidates(tmp_path / name, row)
-            if c.operator not in ("parent", "uniform", "scale")
+            if c.operator not in ("parent", "uniform", "scale", "depth")
         ]
 
     first = vectors("one", 1)

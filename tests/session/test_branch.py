@@ -54,7 +54,7 @@ def test_a_branch_that_asks_other_questions_scores_the_best_again(trunk: Path) -
     again = [c for c in mine if c.generation == 3]
     assert all(c.prior for c in past)
     assert not any(c.prior for c in again)
-    assert {"parent", "uniform", "scale", "incumbent"} == {c.operator for c in again}
+    assert {"parent", "uniform", "scale", "depth", "incumbent"} == {c.operator for c in again}
     best = max((c for c in past if c.operator != "parent"), key=lambda c: c.score or 0)
     assert best.recipe_hash in {c.recipe_hash for c in again}
 

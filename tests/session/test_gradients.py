@@ -14,8 +14,10 @@ from agentmerge.strategies.base import GRADIENT_COST
 from tests.session.conftest import command, config, config_text, trace_of
 from tests.session.test_resume import events, kill_after
 
-#: 9 merges of generation 0, then gradients: three for the first, at a point scored already.
-BUDGET = 9 + GRADIENT_COST + 5 * (1 + GRADIENT_COST)
+#: Parents, uniform merges and the depth line, which every search scores first.
+RIVALS = 10
+#: Then gradients: three for the first, at a point scored already.
+BUDGET = RIVALS + GRADIENT_COST + 5 * (1 + GRADIENT_COST)
 SEARCH = {"algorithm": "descent", "population": 1}
 
 
@@ -46,21 +48,21 @@ def test_a_gradient_counts_as_three_and_leads_up(tmp_path: Path) -> None:
     assert first.twin is not None, "its score was known: only the gradient is new"
     assert (first.cost, asked[1].cost) == (GRADIENT_COST, 1 + GRADIENT_COST)
     assert all(len(c.gradient or ()) == len(c.vector or ()) for c in asked)
-    assert max(c.score or 0 for c in asked) > max(c.score or 0 for c in found[:9])
+    assert max(c.score or 0 for c in asked) > max(c.score or 0 for c in found[:RIVALS])
     losses = [c.loss for c in asked]
     assert min(losses[1:]) < losses[0]
 
 
 def test_a_budget_that_has_no_room_for_a_gradient_is_scores(tmp_path: Path) -> None:
     row = session.run(
-        config(search=SEARCH, budget={"max_evaluations": 9 + 3 + 4 + 2}),
+        config(search=SEARCH, budget={"max_evaluations": RIVALS + 3 + 4 + 2}),
         name="a",
         runs_dir=tmp_path,
     )
     with Ledger(tmp_path / session.LEDGER) as ledger:
         found = ledger.candidates(row.id)
-    assert [c.want for c in found[9:12]] == ["gradient", "gradient", "score"]
-    assert evaluations(found) == 17  # a step from the same gradient again would be a twin
+    assert [c.want for c in found[RIVALS : RIVALS + 3]] == ["gradient", "gradient", "score"]
+    assert evaluations(found) == RIVALS + 8  # a step from the same gradient again would be a twin
 
 
 def test_a_gradient_is_paid_for_once(tmp_path: Path) -> None:
@@ -89,7 +91,7 @@ def test_where_there_is_no_gradient_a_score_is_asked(tmp_path: Path) -> None:
 
 
 def test_killed_in_the_middle_it_ends_as_if_never_killed(tmp_path: Path, plugin: str) -> None:
-    budget = {"max_evaluations": 9 + 3 + 12 * 4}
+    budget = {"max_evaluations": RIVALS + 3 + 12 * 4}
     session.run(config(search=SEARCH, budget=budget), name="calm", runs_dir=tmp_path / "calm")
     path = tmp_path / "config.yml"
     worker = {"options": {"base": "base", "delay_s": 0.05}}

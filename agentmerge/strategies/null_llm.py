@@ -1,0 +1,42 @@
+"""The control for ``llm_evo``: its every rule, with the model replaced by the top-four mean.
+
+It reads no advice at all. What a model earns is what ``llm_evo`` or ``auto`` gains over this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from agentmerge.agents.schemas import Guidance
+from agentmerge.genome import SearchSpace
+from agentmerge.strategies.base import Observation, Proposal, RngFor, fittest
+from agentmerge.strategies.llm_evo import ELITES, LlmEvo
+
+
+class NullLlm:
+    name = "null_llm"
+
+    def propose(
+        self,
+        space: SearchSpace,
+        history: Sequence[Observation],
+        guidance: Guidance | None,
+        count: int,
+        rng_for: RngFor,
+    ) -> list[Proposal]:
+        elites = [o.vector for o in fittest(history, ELITES) if o.vector]
+        mean = tuple(float(x) for x in np.mean(elites, axis=0)) if elites else None
+        asked = LlmEvo().propose(space, history, Guidance(mean=mean), count, rng_for)
+        return [
+            replace(proposal, operator=self.name) if proposal.operator == LlmEvo.name else proposal
+            for proposal in asked
+        ]
+
+    def population(self, dimensions: int) -> int:
+        return LlmEvo().population(dimensions)
+
+
+STRATEGY = NullLlm()
