@@ -65,27 +65,3 @@ def test_a_merge_that_failed_cost_one(ledger: Ledger) -> None:
     add(ledger, 0, Proposal((0.5,), "x", want="gradient"))
     ledger.save_evaluation("r", (0, 0), score=None, failure="not finite")
     assert [c.cost for c in ledger.candidates("r")] == [1]
-
-
-def test_a_database_from_before_gradients_opens(tmp_path: Path) -> None:
-    from sqlite_utils import Database
-
-    from agentmerge.ledger.schema import m001_first, m002_items_of_a_run, migrations
-
-    old = Database(tmp_path / "old.sqlite")
-    migrations.ensure_migrations_table(old)
-    for step in (m001_first, m002_items_of_a_run):
-        step(old)
-        old["_sqlite_migrations"].insert(
-            {"migration_set": "agentmerge", "name": step.__name__, "applied_at": "2026"}
-        )
-    old.execute("INSERT INTO runs VALUES ('r','r',1,'done','','','s',0,'x',NULL,NULL,'{}',NULL)")
-    old.execute(
-        "INSERT INTO candidates (run_id, generation, slot, operator, label, recipe_hash, state, "
-        "score) VALUES ('r', 0, 0, 'x', '', 'h', 'scored', 0.5)"
-    )
-    old.conn.commit()
-    old.close()
-    with Ledger(tmp_path / "old.sqlite") as ledger:
-        (found,) = ledger.candidates("r")
-    assert (found.score, found.want, found.cost, found.gradient) == (0.5, "score", 1, None)
