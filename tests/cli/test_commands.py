@@ -63,7 +63,7 @@ def test_show_holds_what_the_project_promises(
     assert found["evaluations"] == {"total": 14, "reused": 0, "failed": 0}
     assert set(found["best"]) >= {"score", "tasks", "recipe_hash", "generation", "operator"}
     assert {row["operator"] for row in found["parents"]} == {"parent", "uniform"}
-    assert set(found["agents"]) == {"calls", "failures", "tokens_in", "tokens_out", "cost_usd"}
+    assert set(found["agents"]) >= {"calls", "failures", "tokens_in", "tokens_out", "cost_usd"}
     assert found["agents"]["cost_usd"] is None
     assert (found["name"], found["status"], found["seed"]) == ("a", "done", 7)
     assert found["search"] == "cma_es"

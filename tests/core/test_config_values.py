@@ -37,7 +37,7 @@ WRONG = {
     "init as text": ("search: {init: one.yml}", "c.yml:6: search.init"),
     "options as a list": ("worker: {options: [1]}", "c.yml:6: worker.options"),
     "a near miss, ours": ("budget: {max_evals: 3}", "did you mean 'max_evaluations'?"),
-    "a far miss, ours": ("worker: {zzz: 3}", "known keys: batch_size, count"),
+    "a far miss, ours": ("worker: {zzz: 3}", "known keys: allow_pickle, batch_size"),
     "infinite sigma": ("search: {sigma_low: .inf, sigma_high: .inf}", "search.sigma"),
     "search path": ("task_search_path: 3", "task_search_path"),
 }

@@ -215,7 +215,7 @@ class TestProbes:
             assert ledger.probe_totals(row.id)["calls"] == 3
         assert [(c.label, c.state) for c in probes] == [("proposer", "scored")]
         assert summary["evaluations"]["total"] == 13, "a probe is paid from the same budget"
-        told = [m["content"] for r in server.requests for m in r.body["messages"]]
+        told = [m["content"] or "" for r in server.requests for m in r.body["messages"]]
         assert any('"beyond_noise"' in text for text in told), "the answer reached the model"
 
     @pytest.mark.parametrize(
