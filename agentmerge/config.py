@@ -9,8 +9,10 @@ known key and the line. Knows nothing of models on disk: that is ``check.py``.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,6 +173,25 @@ class TasksConfig(_Frozen):
         return self
 
 
+class RacingSettings(_Frozen):
+    """When a candidate is dropped before it was asked every item (``evaluation/racing.py``).
+
+    rungs: fractions of every task's items after which it is looked at. alpha: the largest chance
+    that a candidate at least as good as the incumbent is dropped.
+    """
+
+    rungs: tuple[float, ...] = (0.125, 0.25, 0.5)
+    alpha: float = Field(0.05, gt=0, lt=1)
+
+    @field_validator("rungs")
+    @classmethod
+    def _rising(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        kept = tuple(rung for rung in value if rung != 1.0)  # everyone's last rung, unsaid
+        if not kept or not all(0 < a < b for a, b in pairwise((*kept, 1.0))):
+            raise ValueError(f"rungs {list(value)} must rise between 0 and 1, as in 0.125, 0.5")
+        return kept
+
+
 class SearchSettings(_Frozen):
     """How to search."""
 
@@ -186,6 +207,12 @@ class SearchSettings(_Frozen):
     sealed_share: float = Field(0.25, ge=0.0, lt=1.0)
     companion: bool = True
     graph: str = "search"
+    racing: RacingSettings | None = None
+
+    @field_validator("racing", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: Any) -> Any:
+        return {True: RacingSettings(), False: None}[value] if isinstance(value, bool) else value
 
 
 class RoleSettings(_Frozen):
@@ -305,6 +332,13 @@ class SearchConfig(_Frozen):
     def algorithm(self) -> str:
         """The strategy's name: as asked, else llm_evo where a model advises, else cma_es."""
         return self.search.algorithm or ("llm_evo" if self.agents.any_model else "cma_es")
+
+    @property
+    def graph_steps(self) -> int:
+        """More steps than the state machine can take within the budget."""
+        racing = self.search.racing
+        cheapest = racing.rungs[0] if racing else 1.0
+        return 50 + math.ceil(8 * self.budget.max_evaluations / cheapest)
 
     @classmethod
     def from_file(

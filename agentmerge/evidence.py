@@ -2,17 +2,19 @@
 
 Where an objective is a mean over items, each item stands for itself: its signal is the margin if
 every candidate has one there and the value says right or wrong, else the value. An objective that
-is no mean (a perplexity, an F1) is one item with the metric as its value. Pays for nothing; knows
-no strategy.
+is no mean (a perplexity, an F1) is one item with the metric as its value. The loser of a race has
+the items of its rung, whatever else the ledger holds of it. Pays for nothing; knows no strategy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
+from agentmerge.evaluation.racing import Course
 from agentmerge.evaluation.tasks import Objective, TaskSet
 from agentmerge.strategies.base import Evidence, Items, Observation
 from agentmerge.workers.base import ItemRef, ItemResult
@@ -29,7 +31,7 @@ class Witness:
 
     taskset: TaskSet
     known: Callable[[str], Results]
-    _read: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    _read: dict[tuple[str, float], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def of(self, history: Sequence[Observation]) -> list[Observation]:
         """The same history; every scored observation has its evidence, all with the same items."""
@@ -37,11 +39,9 @@ class Witness:
         if not scored:
             return list(history)
         for observation in scored:
-            if observation.recipe_hash not in self._read:
-                self._read[observation.recipe_hash] = self._columns(observation)
-        values, margins = (
-            np.stack([self._read[o.recipe_hash][part] for o in scored]) for part in (0, 1)
-        )
+            if _key(observation) not in self._read:
+                self._read[_key(observation)] = self._columns(observation)
+        values, margins = (np.stack([self._read[_key(o)][part] for o in scored]) for part in (0, 1))
         binary = np.isin(values, (0.0, 1.0)) | np.isnan(values)
         usable = (np.isfinite(margins) | np.isnan(values)).all(0) & binary.all(0)
         items = Items(*_layout(self.taskset), usable & np.isfinite(margins).any(0))
@@ -52,9 +52,15 @@ class Witness:
             for o in history
         ]
 
+    @cached_property
+    def _course(self) -> Course:
+        return Course(self.taskset)
+
     def _columns(self, observation: Observation) -> tuple[np.ndarray, np.ndarray]:
         """(values, margins) in the order of ``_layout``; NaN where there are none."""
         results = self.known(observation.recipe_hash)
+        if observation.censored:
+            results = {ref: results[ref] for ref in self._course.refs(observation.rung)}
         metrics = dict(observation.tasks)
         values: list[float] = []
         margins: list[float] = []
@@ -70,6 +76,10 @@ class Witness:
                     none = result is None or result.margin is None
                     margins.append(np.nan if none or result is None else float(result.margin or 0))
         return np.array(values, float), np.array(margins, float)
+
+
+def _key(observation: Observation) -> tuple[str, float]:
+    return observation.recipe_hash, observation.rung
 
 
 def _layout(taskset: TaskSet) -> tuple[np.ndarray, np.ndarray]:

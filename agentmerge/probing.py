@@ -244,6 +244,11 @@ def _row(candidate: Candidate) -> dict[str, Any]:
         "operator": candidate.operator,
         "recipe_hash": candidate.recipe_hash,
     }
+    if candidate.estimate is not None:
+        row["stopped_early"] = {
+            "estimate": _short(candidate.estimate),
+            "items_share": _short(candidate.share),
+        }
     if candidate.label:
         row["label"] = short_name(candidate.label)
     if candidate.vector is not None:

@@ -123,7 +123,10 @@ def _drive(search: Search, folder: Path) -> None:
     budget = search.config.budget.max_evaluations
     graph = load_graph(search.config.search.graph).compile()
     begin = SearchState(run_id=search.run_id, graph_version=GRAPH_VERSION)
-    limits: Any = {"max_concurrency": max(64, budget), "recursion_limit": 50 + 8 * budget}
+    limits: Any = {
+        "max_concurrency": max(64, budget),
+        "recursion_limit": search.config.graph_steps,
+    }
     context = Context(run=search.run_id, runs_dir=str(folder))
     with at_hand(search):
         graph.invoke(begin, limits, context=context)

@@ -319,7 +319,7 @@ def _drive(
         thread: Any = {
             "configurable": {"thread_id": row.id},
             "max_concurrency": max(64, budget),
-            "recursion_limit": 50 + 8 * budget,
+            "recursion_limit": prepared.config.graph_steps,
         }
         begin = _first_input(graph, thread, row, prepared)
         stack.enter_context(at_hand(search))

@@ -21,11 +21,13 @@ from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompts
 from agentmerge.config import Role, SearchConfig
 from agentmerge.errors import CandidateFailed, NotBegun, RecipeRejected
+from agentmerge.evaluation.racing import Course
 from agentmerge.evaluation.tasks import Part, TaskSet
 from agentmerge.evidence import Witness
 from agentmerge.final import final_card
 from agentmerge.genome import SearchSpace
-from agentmerge.ledger import Candidate, GradientKey, Ledger, ResultKey
+from agentmerge.heats import Lost, run_heats
+from agentmerge.ledger import Candidate, GradientKey, Ledger, ResultKey, counted
 from agentmerge.recipe import Recipe
 from agentmerge.slopes import SlopePool, Slopes
 from agentmerge.state import GRAPH_VERSION, SearchState
@@ -209,12 +211,16 @@ class Search:
     def evaluate(self, generation: int, slot: int) -> None:
         """Score one candidate and commit what it cost; a bad candidate becomes a failed row."""
         candidate = self.ledger.candidate(self.run_id, generation, slot)
-        if candidate.state != "open" or not self._wanted():
+        if candidate.state != "open" or not self.wanted():
             return
         self.emit({"event": "evaluate", "generation": generation, "slot": slot})
         recipe = Recipe.parse(self.ledger.recipe(candidate.recipe_hash))
         try:
-            answers = self.scoring.ask(recipe, candidate.recipe_hash, wanted=self._wanted)
+            lost, spent = run_heats(self, candidate, recipe)
+            if lost is not None:
+                self._save_loser(candidate, lost, spent)
+                return
+            answers = self.scoring.ask(recipe, candidate.recipe_hash, wanted=self.wanted)
             score = self.taskset.score(answers.results)
             slope, more_seconds = self._slope(candidate, recipe)
         except NotBegun:
@@ -229,9 +235,9 @@ class Search:
                 (generation, slot),
                 score=score.value,
                 tasks=score.tasks,
-                reused=not answers.paid,
+                reused=not answers.paid and not spent,
                 counts=answers.counts,
-                seconds=answers.seconds + more_seconds,
+                seconds=spent + answers.seconds + more_seconds,
                 fingerprint=answers.fingerprint,
                 results=answers.paid,
                 slope=slope,
@@ -258,7 +264,7 @@ class Search:
             {
                 "event": "generation",
                 "generation": generation,
-                "evaluations": evaluations(candidates),
+                "evaluations": counted(evaluations(candidates)),
                 "best": None if best is None else best.score,
             }
         )
@@ -318,12 +324,35 @@ class Search:
         return Scoring(self.ledger, self.taskset, self.pool)
 
     @cached_property
+    def course(self) -> Course:
+        return Course(self.taskset)
+
+    @cached_property
     def witness(self) -> Witness:
         return Witness(self.taskset, self.item_results)
 
     @property
     def slopes(self) -> Slopes:
         return Slopes(self.ledger, self.taskset, self.pool, self.identities)
+
+    def best_before(self, generation: int) -> Candidate | None:
+        """The incumbent of a generation, whatever of that generation is scored already."""
+        return incumbent(self.ledger.candidates(self.run_id, up_to=generation - 1))
+
+    def _save_loser(self, candidate: Candidate, lost: Lost, seconds: float) -> None:
+        self.ledger.save_evaluation(
+            self.run_id,
+            (candidate.generation, candidate.slot),
+            score=None,
+            reused=not seconds,
+            counts=lost.answers.counts,
+            seconds=seconds,
+            fingerprint=lost.answers.fingerprint,
+            results=lost.answers.paid,
+            lost=(lost.estimate, lost.rung, lost.share),
+        )
+        stored = self.ledger.candidate(self.run_id, candidate.generation, candidate.slot)
+        self.emit(self._candidate_event(stored))
 
     def _slope(
         self, candidate: Candidate, recipe: Recipe
@@ -337,7 +366,7 @@ class Search:
         slopes = self.slopes
         try:
             key, kept, seconds = slopes.ask(
-                recipe, candidate.recipe_hash, candidate.loss_kind, self._wanted
+                recipe, candidate.recipe_hash, candidate.loss_kind, self.wanted
             )
         except CandidateFailed as error:
             at = {"generation": candidate.generation, "slot": candidate.slot}
@@ -373,8 +402,8 @@ class Search:
         if budget.max_items is not None:
             each = max(1, len(self.taskset.refs("search")))
             probed = self.ledger.probe_totals(self.run_id)["items"]
-            left = min(left, (budget.max_items - probed) // each - used)
-        return max(0, left)
+            left = min(left, (budget.max_items - probed) / each - used)
+        return max(0, math.floor(left + 1e-9))
 
     # --- proposing --------------------------------------------------------------------------
 
@@ -452,7 +481,7 @@ class Search:
     def seconds_left(self) -> float:
         return math.inf if self.deadline is None else self.deadline - time.monotonic()
 
-    def _wanted(self) -> bool:
+    def wanted(self) -> bool:
         return not self.stopping() and self.seconds_left > 0
 
     def _write_best(self, best: Candidate) -> None:
@@ -472,6 +501,7 @@ class Search:
             "score": candidate.score,
             "tasks": dict(candidate.tasks),
             "failure": candidate.failure,
+            "estimate": candidate.estimate,
             "reused": candidate.reused,
             "seconds": candidate.seconds,
         }
@@ -483,14 +513,15 @@ def incumbent(candidates: Sequence[Candidate]) -> Candidate | None:
     return min(scored, key=lambda c: (-(c.score or 0.0), c.generation, c.slot), default=None)
 
 
-def evaluations(candidates: Sequence[Candidate]) -> int:
-    """How much of the budget is used: every distinct merge of this search, failed ones too, and
-    every gradient as three.
+def evaluations(candidates: Sequence[Candidate]) -> float:
+    """How much of the budget is used: every distinct merge of this search, failed ones too, every
+    gradient as three, and of a race's loser the share of the items that it was asked.
 
     A merge that another search paid for counts as well, so that a search does not depend on what
     else is in the ledger; a twin does not. Candidates still open are not counted.
     """
-    return sum(c.cost for c in candidates if c.state in ("scored", "failed") and not c.prior)
+    done = ("scored", "stopped", "failed")
+    return math.fsum(c.cost for c in candidates if c.state in done and not c.prior)
 
 
 def _affordable(proposals: Sequence[Proposal], left: int) -> list[Proposal]:

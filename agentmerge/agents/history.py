@@ -224,13 +224,15 @@ def _rival(entry: Observation) -> str:
 
 def _history(view: HistoryView) -> str:
     return "\n".join(
-        f"score {_score(entry)}{_tie(view, entry)} | {_by_task(entry)} | "
+        f"score {_score(entry)}{_mark(view, entry)} | {_by_task(entry)} | "
         f"generation {entry.generation}, {entry.operator} | {integers(entry.vector or ())}"
         for entry in shown(view)
     )
 
 
-def _tie(view: HistoryView, entry: Observation) -> str:
+def _mark(view: HistoryView, entry: Observation) -> str:
+    if entry.censored:
+        return f" (estimated: stopped after {entry.rung:.0%} of the items)"
     return " (as the best)" if (entry.generation, entry.slot) in view.tied else ""
 
 

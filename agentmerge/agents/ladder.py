@@ -32,7 +32,7 @@ def release(history: Sequence[Observation], noise: Noise) -> Released:
     shown: list[Observation] = []
     tied: set[tuple[int, int]] = set()
     for entry in history:
-        if entry.score is None:
+        if entry.score is None or entry.censored:
             shown.append(entry)
         elif best is None or best.score is None or entry.recipe_hash == best.recipe_hash:
             best = best or entry

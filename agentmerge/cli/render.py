@@ -51,6 +51,8 @@ class Progress:
     def _candidate(self, event: dict[str, Any]) -> None:
         self.scored += not event["reused"]
         score = event["score"]
+        if event["estimate"] is not None:
+            return  # it lost to the incumbent before it was asked everything
         if score is None:
             self.say(f"  candidate {event['generation']}.{event['slot']}: {event['failure']}")
             return
@@ -72,7 +74,7 @@ class Progress:
         done = event["evaluations"]
         best = "none" if event["best"] is None else f"{event['best']:.4f}"
         parent = "" if self.best_parent is None else f" (best parent {self.best_parent:.4f})"
-        line = f"generation {event['generation']:>3}   {done:>4} of {self.budget} evaluations   "
+        line = f"generation {event['generation']:>3}   {done:>4g} of {self.budget} evaluations   "
         left = self.budget - done
         if self.scored and left > 0:
             seconds = (time.monotonic() - self.began) / self.scored * left
@@ -148,7 +150,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         + (f" ({summary['stop_reason']})" if summary["stop_reason"] else ""),
         f"search {summary['search']}, seed {summary['seed']}, "
         f"{summary['generations']} generations, {spent['total']} evaluations "
-        f"({spent['reused']} reused, {spent['failed']} failed)",
+        f"({spent['reused']} reused, {spent['failed']} failed"
+        + (f", {spent['stopped']} stopped early)" if spent["stopped"] else ")"),
     ]
     if summary["parent"]:
         origin = summary["parent"]

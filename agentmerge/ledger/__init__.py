@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from agentmerge.ledger.overview import Overview
 from agentmerge.ledger.packing import KEY_DIGITS, pack, unpack
-from agentmerge.ledger.rows import Candidate, GradientKey, ResultKey, RunRow
+from agentmerge.ledger.rows import Candidate, GradientKey, ResultKey, RunRow, counted
 from agentmerge.ledger.runs import Runs
 from agentmerge.ledger.words import Words
 
@@ -29,6 +29,7 @@ __all__ = [
     "Ledger",
     "ResultKey",
     "RunRow",
+    "counted",
     "pack",
     "unpack",
 ]

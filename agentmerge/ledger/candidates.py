@@ -79,7 +79,9 @@ class Candidates(Items, Gradients):
             "coalesce(nullif(c.failure, ''), t.failure, ''), c.reused, c.twin_generation, "
             "c.twin_slot, c.truncated, c.cut_off, c.seconds, c.prior, c.want, c.loss_kind, "
             "coalesce(c.loss, CASE c.loss_kind WHEN t.loss_kind THEN t.loss END), "
-            "coalesce(c.gradient, CASE c.loss_kind WHEN t.loss_kind THEN t.gradient END) "
+            "coalesce(c.gradient, CASE c.loss_kind WHEN t.loss_kind THEN t.gradient END), "
+            "coalesce(t.estimate, c.estimate), coalesce(t.rung, c.rung), "
+            "coalesce(t.share, c.share) "
             "FROM candidates c "
             "LEFT JOIN candidates t ON t.run_id = c.run_id AND t.generation = c.twin_generation "
             f"AND t.slot = c.twin_slot WHERE c.run_id = ? {where} ORDER BY c.generation, c.slot",
@@ -93,12 +95,12 @@ class Candidates(Items, Gradients):
         raise NotFound(f"no candidate {generation}.{slot} in this run")
 
     def history(self, run_id: str, up_to: int | None = None) -> list[Observation]:
-        """Everything that was scored or failed, ordered by (generation, slot)."""
+        """Everything that was scored, stopped or failed, ordered by (generation, slot)."""
         found = self.candidates(run_id, up_to=up_to)
         return [
             c.observation()
             for c in found
-            if c.state != "open" and (c.score is not None or c.failure)
+            if c.state != "open" and (c.score is not None or c.estimate is not None or c.failure)
         ]
 
     def recipe(self, recipe_hash: str) -> str:
@@ -121,13 +123,16 @@ class Candidates(Items, Gradients):
         fingerprint: str = "",
         results: Sequence[tuple[ResultKey, str, Sequence[ItemRef], Sequence[ItemResult]]] = (),
         slope: tuple[GradientKey, Gradient, Sequence[float]] | None = None,
+        lost: tuple[float, float, float] | None = None,
     ) -> None:
         """A candidate's score and all that it paid for, in one transaction.
 
         results: (key, task name, items, their results) for each task. counts: truncated prompts
             and cut-off generations. seconds: of it all. slope: the gradient to keep, and itself in
-            the unit box.
+            the unit box. lost: (estimate, rung, share) of one that a race stopped, in place of a
+            score.
         """
+        estimate, rung, share = lost or (None, 1.0, 1.0)
         loss = None if slope is None else slope[1].loss
         unit = None if slope is None else json.dumps(list(slope[2]))
         with self._writing() as conn:
@@ -137,11 +142,13 @@ class Candidates(Items, Gradients):
                 insert_gradient(conn, slope[0], slope[1], seconds)
             conn.execute(
                 "UPDATE candidates SET state = ?, score = ?, tasks = ?, failure = ?, reused = ?, "
-                "truncated = ?, cut_off = ?, seconds = ?, fingerprint = ?, loss = ?, gradient = ? "
+                "truncated = ?, cut_off = ?, seconds = ?, fingerprint = ?, loss = ?, gradient = ?, "
+                "estimate = ?, rung = ?, share = ? "
                 "WHERE run_id = ? AND generation = ? AND slot = ? AND state = 'open'",
                 (
-                    "failed" if failure else "scored", score, json.dumps(list(tasks)), failure,
-                    int(reused), *counts, seconds, fingerprint, loss, unit, run_id, *candidate,
+                    "failed" if failure else "stopped" if lost else "scored", score,
+                    json.dumps(list(tasks)), failure, int(reused), *counts, seconds, fingerprint,
+                    loss, unit, estimate, rung, share, run_id, *candidate,
                 ),
             )  # fmt: skip
 
@@ -150,7 +157,7 @@ class Candidates(Items, Gradients):
         columns = (
             "generation, slot, operator, label, vector, recipe_hash, twin_generation, twin_slot, "
             "state, score, tasks, failure, reused, truncated, cut_off, seconds, fingerprint, "
-            "want, loss_kind, loss, gradient"
+            "want, loss_kind, loss, gradient, estimate, rung, share"
         )
         with self._writing() as conn:
             conn.execute(
@@ -191,7 +198,7 @@ def _earlier(
 def _candidate(row: tuple[Any, ...]) -> Candidate:
     (generation, slot, operator, label, vector, recipe_hash, state, score, tasks, failure, reused,
      twin_generation, twin_slot, truncated, cut_off, seconds, prior, want, loss_kind, loss,
-     gradient) = row  # fmt: skip
+     gradient, estimate, rung, share) = row  # fmt: skip
     return Candidate(
         generation,
         slot,
@@ -213,4 +220,7 @@ def _candidate(row: tuple[Any, ...]) -> Candidate:
         loss_kind,
         loss,
         None if gradient is None else tuple(json.loads(gradient)),
+        estimate,
+        rung,
+        share,
     )

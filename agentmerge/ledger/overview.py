@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from agentmerge.ledger.candidates import Candidates
-from agentmerge.ledger.rows import Candidate
+from agentmerge.ledger.rows import Candidate, counted
 from agentmerge.strategies.base import GRADIENT_COST
 
 #: Candidates of these operators are a search's cheap rivals.
@@ -16,13 +16,14 @@ SEED_OPERATORS = ("parent", "uniform", "scale")
 class Tally:
     """Counts of a search's candidates, those of an incomparable past left out.
 
-    evaluations: as ``steps.evaluations`` counts them. generations: begun ones, the past included.
-    seconds: worker time.
+    evaluations: as ``steps.evaluations`` counts them. stopped: losers of races. generations:
+        begun ones, the past included. seconds: worker time.
     """
 
-    evaluations: int
+    evaluations: float
     reused: int
     failed: int
+    stopped: int
     generations: int
     seconds: float
 
@@ -30,17 +31,19 @@ class Tally:
 class Overview(Candidates):
     def tally(self, run_id: str) -> Tally:
         row = self._rows(
-            "SELECT coalesce(sum(CASE WHEN prior = 0 AND state IN ('scored', 'failed') THEN "
-            "(twin_slot IS NULL) + ? * (want = 'gradient' AND state = 'scored') ELSE 0 END), 0), "
+            "SELECT coalesce(sum(CASE WHEN prior = 0 AND state IN ('scored', 'stopped', 'failed') "
+            "THEN (twin_slot IS NULL) * share + ? * (want = 'gradient' AND state = 'scored') "
+            "ELSE 0 END), 0), "
             "coalesce(sum(prior = 0 AND (reused OR state = 'twin')), 0), "
             "coalesce(sum(prior = 0 AND state = 'failed'), 0), "
+            "coalesce(sum(prior = 0 AND state = 'stopped'), 0), "
             "coalesce(max(CASE WHEN state != 'open' THEN generation END), -1) + 1, "
             "coalesce(sum(CASE WHEN prior = 0 THEN seconds END), 0.0) "
             "FROM candidates WHERE run_id = ?",
             GRADIENT_COST,
             run_id,
         )[0]
-        return Tally(*row)
+        return Tally(counted(row[0]), *row[1:])
 
     def best_candidate(self, run_id: str) -> Candidate | None:
         """The best that was scored under the present settings; ties go to the earlier."""

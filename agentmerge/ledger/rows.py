@@ -13,12 +13,15 @@ from agentmerge.workers.base import EngineInfo, Loss
 class Candidate:
     """A row of the candidates table: what was proposed and what came of it.
 
-    state: "open" (not scored yet), "scored", "failed" or "twin" (the same merge as an earlier
-        candidate of this run; its score is the earlier one's and it cost nothing).
+    state: "open" (not scored yet), "scored", "failed", "twin" (the same merge as an earlier
+        candidate of this run; its score is the earlier one's and it cost nothing) or "stopped" (it
+        lost a race against the incumbent: no score, an estimate).
     prior: scored under other settings before a branch: known to strategies, never the best.
     want, loss_kind: as the proposal's; a gradient of a merge that this run has scored already has
         that one for its twin, and its own state.
     loss, gradient: what the gradient is of, and the gradient in the unit box.
+    estimate: of a loser, the incumbent's score plus the paired difference on the items of its rung.
+    rung: the fraction of every task that it was asked; share: of all items.
     """
 
     generation: int
@@ -41,12 +44,15 @@ class Candidate:
     loss_kind: Loss | None = None
     loss: float | None = None
     gradient: tuple[float, ...] | None = None
+    estimate: float | None = None
+    rung: float = 1.0
+    share: float = 1.0
 
     @property
-    def cost(self) -> int:
-        """What it took of the budget, in scores, once it is scored or failed."""
+    def cost(self) -> float:
+        """What it took of the budget, in scores, once it is scored, stopped or failed."""
         differentiated = self.want == "gradient" and self.state == "scored"
-        return (self.twin is None) + GRADIENT_COST * differentiated
+        return (self.twin is None) * self.share + GRADIENT_COST * differentiated
 
     def observation(self) -> Observation:
         return Observation(
@@ -54,13 +60,14 @@ class Candidate:
             self.slot,
             self.vector,
             self.operator,
-            self.score,
+            self.estimate if self.score is None else self.score,
             self.tasks,
             self.recipe_hash,
             self.label,
             self.failure,
             self.gradient,
             self.loss,
+            rung=1.0 if self.score is not None else self.rung,
         )
 
 
@@ -97,3 +104,8 @@ class GradientKey:
     recipe_hash: str
     engine: EngineInfo
     question: str
+
+
+def counted(cost: float) -> float:
+    """A sum of costs as people read it: a whole number where no race was stopped early."""
+    return int(cost) if float(cost).is_integer() else round(cost, 2)

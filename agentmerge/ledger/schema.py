@@ -186,6 +186,19 @@ def m006_views_for_people(db: Any) -> None:
     )
 
 
+@migration
+def m007_candidates_that_lost_a_race(db: Any) -> None:
+    """A loser is not scored: it has an estimate from the rung that it reached."""
+    _run(
+        db,
+        """
+        ALTER TABLE candidates ADD COLUMN estimate REAL;
+        ALTER TABLE candidates ADD COLUMN rung REAL NOT NULL DEFAULT 1;
+        ALTER TABLE candidates ADD COLUMN share REAL NOT NULL DEFAULT 1
+        """,
+    )
+
+
 def _run(db: Any, statements: str) -> None:
     for statement in statements.split(";"):
         if statement.strip():

@@ -9,7 +9,7 @@ from typing import Any
 from agentmerge.config import SearchConfig
 from agentmerge.errors import AgentmergeError
 from agentmerge.genome import SearchSpace, short_name
-from agentmerge.ledger import Candidate, Ledger, RunRow
+from agentmerge.ledger import Candidate, Ledger, RunRow, counted
 from agentmerge.recipe import Recipe
 from agentmerge.report.grid import Grid, grid
 from agentmerge.report.items import Asked, Values, asked, candidate_name, gains, paired
@@ -31,7 +31,7 @@ class Point:
 
     candidate: Candidate
     name: str
-    evaluations: int
+    evaluations: float
     cost_s: float
     best_score: float
 
@@ -109,16 +109,16 @@ def place(candidate: Candidate) -> str:
 
 
 def _points(own: Sequence[Candidate]) -> list[Point]:
-    found, best, cost, count = [], float("-inf"), 0.0, 0
+    found, best, cost, count = [], float("-inf"), 0.0, 0.0
     for candidate in own:
-        if candidate.state not in ("scored", "failed"):
+        if candidate.state not in ("scored", "stopped", "failed"):
             continue
-        count += 1
+        count += candidate.share
         cost += candidate.seconds or 0.0
         if candidate.score is None:
             continue
         best = max(best, candidate.score)
-        found.append(Point(candidate, candidate_name(candidate), count, cost, best))
+        found.append(Point(candidate, candidate_name(candidate), counted(count), cost, best))
     return found
 
 

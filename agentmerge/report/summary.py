@@ -35,6 +35,7 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
             "total": tally.evaluations,
             "reused": tally.reused,
             "failed": tally.failed,
+            "stopped": tally.stopped,
         },
         "best": None if best is None else candidate_summary(best),
         "parents": [candidate_summary(c) for c in ledger.seeds(row.id) if c.operator != "scale"],
@@ -88,6 +89,8 @@ def trace(ledger: Ledger, row: RunRow) -> dict[str, Any]:
                 "failure": c.failure,
                 "loss": c.loss,
                 "gradient": c.gradient,
+                "estimate": c.estimate,
+                "rung": c.rung,
             }
             for c in ledger.candidates(row.id)
         ],

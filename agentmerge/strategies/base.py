@@ -99,6 +99,9 @@ class Observation:
         or none came. Lower loss is better: step against it.
     loss: what the gradient is of, in nats an item: the objective's own mix of tasks.
     evidence: the items behind the score; None where nobody kept them.
+    rung: the fraction of every task's items that it was asked. Below 1 it is censored: it lost a
+        race, and its score is the incumbent's plus their paired difference on those items, which
+        is below the incumbent's and not to be compared with another's to the last digit.
     """
 
     generation: int
@@ -113,6 +116,11 @@ class Observation:
     gradient: tuple[float, ...] | None = None
     loss: float | None = None
     evidence: Evidence | None = field(default=None, compare=False, repr=False)
+    rung: float = 1.0
+
+    @property
+    def censored(self) -> bool:
+        return self.score is not None and self.rung < 1.0
 
 
 class Strategy(Protocol):

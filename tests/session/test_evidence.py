@@ -89,3 +89,16 @@ def test_items_that_were_not_asked_are_not_numbers() -> None:
     assert found[0].evidence is not None
     assert np.isnan(found[0].evidence.signals).tolist() == [False, False, True, True]
     assert found[0].evidence.items.margins.all()
+
+
+def test_a_races_loser_has_the_items_of_its_rung_whatever_else_is_known() -> None:
+    taskset = fake_tasks(TasksConfig(tasks=[{"name": "one"}, {"name": "two"}], limit=40))
+    whole = {ref: ItemResult(1.0, -1.0, 0.5) for ref in taskset.refs("search")}
+    history = [
+        Observation(0, 0, (0.5,), "x", 1.0, recipe_hash="h"),
+        Observation(1, 0, (0.5,), "x", 0.4, recipe_hash="h", rung=0.25),
+    ]
+    found = Witness(taskset, lambda _: whole).of(history)
+    asked = np.isfinite(found[1].evidence.signals)
+    assert np.isfinite(found[0].evidence.signals).all()
+    assert [asked[:40].sum(), asked[40:].sum()] == [10, 10]
