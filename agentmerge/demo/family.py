@@ -27,7 +27,7 @@ from agentmerge.demo import language
 if TYPE_CHECKING:
     import torch
 
-FAMILY_VERSION = 1
+FAMILY_VERSION = 2
 """Part of the cache key: raise it with any change to the language or to the recipe below."""
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
@@ -158,6 +158,7 @@ def _new_model(seed: int) -> Any:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         pad_token_id=VOCABULARY.index(PAD),

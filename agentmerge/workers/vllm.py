@@ -15,16 +15,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from agentmerge.errors import RunFailed
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
+from agentmerge.merging.layout import read_layout
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
 
 #: Raised with any change of what is asked: results by different rules are never mixed.
 SCORING = "vllm-1"
+
+#: Room for the self-test, where all requests are shorter.
+_LEAST_CONTEXT = 64
 
 
 class VllmWorker:
@@ -45,11 +50,16 @@ class VllmWorker:
 
         self._spec = spec
         self._info = self.describe(spec)
+        read_layout({name: Path(path) for name, path in spec.parents}, spec.options.get("base"))
         taskset = taskset or tasks_for(spec)
         tokenizer = tokenizer_of(spec)
-        lm = VllmLM(self._ask, tokenizer, context_length(spec, tokenizer))
+        context = context_length(spec, tokenizer)
+        lm = VllmLM(self._ask, tokenizer, context)
         self._scorer = ItemScorer(lm, taskset)
-        self._engine = Engine(spec, lm.longest(_requests(taskset)))
+        requests = _requests(taskset)
+        longest = max(lm.longest(requests), min(_LEAST_CONTEXT, context))
+        probes = [lm.tok_encode(r.args[0] or "a") for r in requests[:: len(requests) // 4 + 1]]
+        self._engine = Engine(spec, longest, probes)
         self._ready = False
 
     @staticmethod

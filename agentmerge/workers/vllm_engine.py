@@ -32,6 +32,8 @@ _OURS = {
     "enable_sleep_mode": "impossible in a search: sleeping frees the weights",
     "speculative_config": "impossible in a search: its draft model is not merged",
 }
+#: Length of a greedy answer of the self-test, in tokens.
+PROBE_TOKENS = 12
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -52,6 +54,7 @@ def engine_args(spec: WorkerSpec, longest: int) -> dict[str, Any]:
         if name in _OURS:
             raise UserError(f"worker.engine_args.{name} cannot be set: {_OURS[name]}")
     path = dict(spec.parents)[spec.template_model]
+    longest = int(asked.get("max_model_len") or longest)
     args: dict[str, Any] = {
         "model": path,
         "tokenizer": path,
@@ -95,30 +98,37 @@ def _token_bytes(spec: WorkerSpec) -> int:
 class Engine:
     """A live engine with the parents beside its model.
 
+    probes: prompts for the self-test, as tokens. way: how weights get in; reason: why not by map.
+
     Raises:
         ParentError: the parents cannot be merged.
         RunFailed: vLLM cannot run this model, or no swap into it could be proved.
         WorkerLost: the engine died.
     """
 
-    def __init__(self, spec: WorkerSpec, longest: int) -> None:
+    def __init__(self, spec: WorkerSpec, longest: int, probes: Sequence[list[int]]) -> None:
         self._spec = spec
-        self._args = engine_args(spec, longest)
         self._salt = ""
         self._llm: Any = None
+        args = engine_args(spec, longest)
         with self._guarded("start"), _started(spec):
             from vllm import LLM
 
-            self._llm = LLM(**self._args)
+            self._llm = LLM(**args)
         options = {
             "parents": dict(spec.parents),
             "base": spec.options.get("base"),
             "dtype": spec.dtype,
             "way": spec.options.get("way"),
         }
-        self.facts = self._call("agentmerge_open", options)
+        facts = self._call("agentmerge_open", options)
+        self.way: str = facts["way"]
+        self.reason: str = facts["reason"]
+        first = Recipe.of_model(facts["first"], facts["layers"]).canonical(facts["layers"])
+        room = args["max_model_len"] - PROBE_TOKENS
+        self._test(first, [prompt[-room:] for prompt in probes if room > 0])
 
-    def load(self, recipe: Recipe, way: str | None = None) -> dict[str, Any]:
+    def load(self, recipe: Recipe) -> dict[str, Any]:
         """Merge ``recipe`` into the live weights, and forget what was computed with the old ones.
 
         Raises:
@@ -126,7 +136,7 @@ class Engine:
             RunFailed: the live weights are not the merged ones.
             WorkerLost: the engine failed, and must be built anew.
         """
-        report = self._call("agentmerge_load", recipe.to_dict(), way)
+        report = self._call("agentmerge_load", recipe.to_dict(), self.way)
         with self._guarded("empty its caches"):
             if not self._llm.reset_prefix_cache():
                 raise WorkerLost("vLLM could not empty its prefix cache: a request is running")
@@ -134,6 +144,29 @@ class Engine:
             self._llm.llm_engine.reset_encoder_cache()
         self._salt = report["digest"]
         return report
+
+    def _test(self, recipe: Recipe, probes: Sequence[list[int]]) -> None:
+        """The map against vLLM's own loader, on this machine: one parent by both, with everything
+        zeroed in between; parameters and greedy answers must be equal. Else it is not used."""
+        if self.way != "map":
+            return
+        found = []
+        for self.way in ("reload", "map"):
+            self.load(recipe)
+            found.append((self._each("agentmerge_state"), self.greedy(probes)))
+            self._each("agentmerge_zero")
+        if found[0] != found[1]:
+            what = "parameters" if found[0][0] != found[1][0] else "greedy answers"
+            self.way = "reload"
+            self.reason = f"{what} differ from those after vLLM's own loading"
+
+    def greedy(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """What the live model says after each prompt, as tokens; decoding graphs included."""
+        with vllm_imported():
+            from vllm import SamplingParams
+        settings = SamplingParams(temperature=0, max_tokens=PROBE_TOKENS, ignore_eos=True)
+        outputs = self.ask(prompts, [settings] * len(prompts))
+        return [list(output.outputs[0].token_ids) for output in outputs]
 
     def ask(self, prompts: Sequence[list[int]], settings: Sequence[Any]) -> list[Any]:
         """vLLM's outputs, in order. No answer of other weights can be read from its cache."""
@@ -155,8 +188,7 @@ class Engine:
 
     def _call(self, method: str, *args: Any) -> dict[str, Any]:
         """The report that all ranks agree on; errors as they were raised there."""
-        with self._guarded(method.removeprefix("agentmerge_")):
-            reports = self._llm.collective_rpc(method, args=args)
+        reports = self._each(method, *args)
         for report in reports:
             if "error" in report:
                 kind = getattr(errors, report["error"], RunFailed)
@@ -165,6 +197,12 @@ class Engine:
         if any(report != timeless[0] for report in timeless):
             raise RunFailed(f"the ranks of the engine do not agree: {timeless}")
         found: dict[str, Any] = reports[0]
+        return found
+
+    def _each(self, method: str, *args: Any) -> list[Any]:
+        """What each rank answers."""
+        with self._guarded(method.removeprefix("agentmerge_")):
+            found: list[Any] = self._llm.collective_rpc(method, args=args)
         return found
 
     @contextmanager
@@ -180,6 +218,8 @@ class Engine:
         except Exception as error:
             self.close()
             reason = " ".join(str(error).split()) or type(error).__name__
+            if what == "start" and isinstance(error, ValueError):
+                raise RunFailed(f"vLLM cannot run this model: {reason[:600]}") from error
             if "out of memory" in reason.lower() or isinstance(error, MemoryError):
                 reason += f"; lower {_lower(self._spec)}"
             raise WorkerLost(f"the vLLM engine failed to {what}: {reason[:600]}") from error

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from agentmerge.errors import AgentmergeError
-from agentmerge.merging.digests import tensor_line
+from agentmerge.merging.digests import digest
 from agentmerge.workers.vllm_live import LiveModel
 
 #: Set to 0 to let vLLM's CPU build pack its weights, as it does by itself.
@@ -62,13 +62,13 @@ class MergeExtension:
 
         return _reported(opened)
 
-    def agentmerge_load(self, recipe: dict[str, Any], way: str | None = None) -> dict[str, Any]:
-        """Make a canonical recipe the live model; ``way`` overrides the model's own."""
+    def agentmerge_load(self, recipe: dict[str, Any], way: str) -> dict[str, Any]:
+        """Make a canonical recipe the live model; ``way``: map or reload."""
         return _reported(lambda: self._agentmerge.load(recipe, way))
 
-    def agentmerge_state(self) -> dict[str, str]:
-        """Digest of every live parameter, in vLLM's own layout."""
-        return {name: tensor_line(name, p) for name, p in self._agentmerge.parameters().items()}
+    def agentmerge_state(self) -> str:
+        """Digest of every live parameter, in vLLM's own layout, of this rank."""
+        return digest(self._agentmerge.parameters().items())
 
     def agentmerge_zero(self) -> None:
         """Zero every live parameter: what is not written afterwards is seen."""

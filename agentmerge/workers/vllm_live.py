@@ -64,13 +64,19 @@ class LiveModel:
         self._way = "reload" if self._reason else "map"
 
     def facts(self) -> dict[str, Any]:
-        return {"way": self._way, "reason": self._reason}
+        """What the engine's owner needs: the way, why it is not the map, the first parent."""
+        return {
+            "way": self._way,
+            "reason": self._reason,
+            "first": self._first,
+            "layers": self._family.layout.num_layers,
+        }
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Live parameters by vLLM's names; packed ones as they were before the last packing."""
         return {**dict(self._model.named_parameters()), **self._before_packing}
 
-    def load(self, body: Mapping[str, Any], way: str | None = None) -> dict[str, Any]:
+    def load(self, body: Mapping[str, Any], way: str) -> dict[str, Any]:
         """Merge, write and prove: plan hash, digest, tensors, and the seconds it took.
 
         Raises:
@@ -82,7 +88,7 @@ class LiveModel:
         planned = self._family.plan(recipe)
         merge = Merge(self._family, planned, self._map, self._dtype, self._worker.device)
         with torch.no_grad():
-            if (way or self._way) == "map":
+            if way == "map":
                 merge.write(self.parameters())
             else:
                 self._reload(merge)

@@ -35,3 +35,19 @@ def tasks_dir(tmp_path_factory: pytest.TempPathFactory, parents: dict[str, Path]
     import tiny
 
     return tiny.write_tasks(tmp_path_factory.mktemp("tasks"), parents["base"])
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory, _one_thread: None) -> dict[str, Path]:
+    import tiny
+
+    return tiny.write_family(tmp_path_factory.mktemp("tied"), max_position_embeddings=256)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory, _one_thread: None) -> dict[str, Path]:
+    import tiny
+
+    return tiny.write_family(
+        tmp_path_factory.mktemp("untied"), tie_word_embeddings=False, max_position_embeddings=256
+    )
