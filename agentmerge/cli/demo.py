@@ -28,7 +28,9 @@ def _program() -> str:
     return "agentmerge" if shutil.which("agentmerge") else str(_short(Path(sys.argv[0]).absolute()))
 
 
-def run_demo(directory: Path, max_evaluations: int, seed: int, as_json: bool, quiet: bool) -> int:
+def run_demo(
+    directory: Path, max_evaluations: int, seed: int, worker: str, as_json: bool, quiet: bool
+) -> int:
     """Make the family (or take it from the cache), search it, and print the closing table."""
     from agentmerge import session
     from agentmerge.cli.render import Progress, card_text
@@ -47,7 +49,7 @@ def run_demo(directory: Path, max_evaluations: int, seed: int, as_json: bool, qu
     body["task_search_path"] = [str(tasks)]
     body["budget"] = {"max_evaluations": max_evaluations}
     body["search"] = {"seed": seed, "sealed_share": SEALED_SHARE}
-    body["worker"] = {"batch_size": 200, "options": {"threads": 1}}
+    body["worker"] = {"kind": worker, "batch_size": 200, "options": {"threads": 1}}
     config_path = directory / "config.yml"
     config_path.write_text(yaml.safe_dump(body, sort_keys=False))
     config = SearchConfig.from_file(config_path)

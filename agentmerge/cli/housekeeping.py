@@ -31,7 +31,7 @@ def gc(
     return 0
 
 
-@options.settings("max_evaluations", "seed")
+@options.settings("max_evaluations", "seed", "worker")
 def demo(
     directory: Annotated[Path, typer.Option("--dir", help="Where to put the demo.")] = Path(
         "runs/demo"
@@ -48,6 +48,7 @@ def demo(
         directory,
         given.get("budget.max_evaluations", 100),
         given.get("search.seed", 0),
+        given.get("worker.kind", "hf"),
         as_json,
         quiet,
     )

@@ -123,13 +123,13 @@ def map_options(old: Legacy) -> Mapped:
     out.overrides = {key: value for key, value in renamed.items() if value is not None}
     if old.in_memory is False:
         out.overrides["worker.kind"] = "disk"
+        if old.vllm:
+            out.overrides["worker.options"] = {"evaluate_with": "vllm"}
+    elif old.vllm:
+        out.overrides["worker.kind"] = "vllm"
     if old.storage_path is not None and old.llm_model is None:
         out.notices.append(
             "no --llm-model: rules advise the search (LLM-Evo-Merge asked gpt-4o by default)"
-        )
-    if old.vllm:
-        out.notices.append(
-            "--vllm: the vLLM worker is not in this version; scoring with the hf worker"
         )
     if old.strategy in ("buffered", "serial"):
         out.notices.append(

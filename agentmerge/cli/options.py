@@ -38,7 +38,7 @@ SETTINGS: dict[str, tuple[str, Any]] = {
     ),
     "worker": (
         "worker.kind",
-        Annotated[str | None, typer.Option("--worker", help="hf, disk or fake.")],
+        Annotated[str | None, typer.Option("--worker", help="hf, vllm, disk or fake.")],
     ),
     "llm": (
         "agents.llm",

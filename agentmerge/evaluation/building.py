@@ -44,6 +44,11 @@ def build(
 ) -> TaskSet:
     """See ``tasks.build_tasks``."""
     loaded = load_tasks(config, check_built_ins=check_built_ins)
+    if config.gen_kwargs:
+        for found in loaded:
+            for task in found.tasks:
+                if task.OUTPUT_TYPE == "generate_until":
+                    task.set_config("generation_kwargs", dict(config.gen_kwargs), update=True)
     notes: list[str] = []
     setting = _setting(config, tokenizer, template_source, context, loaded, notes)
     tasks, objectives = [], []

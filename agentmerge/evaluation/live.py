@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import resolve_max_length
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from agentmerge.errors import CandidateFailed, ParentError
+from agentmerge.errors import CandidateFailed, ConfigError, ParentError
 from agentmerge.evaluation.loading import quiet
 from agentmerge.evaluation.tokens import Encoded, Stopping, Tokenised
 from agentmerge.workers.base import WorkerSpec
@@ -39,7 +39,23 @@ def parent_path(spec: WorkerSpec, name: str) -> Path:
 
 def tokenizer_of(spec: WorkerSpec) -> Any:
     """The tokenizer that asks the questions."""
-    path = parent_path(spec, spec.template_model)
+    tokenizer = _tokenizer(spec, spec.template_model)
+    source = spec.tasks.chat_template
+    if source in dict(spec.parents):
+        tokenizer.chat_template = _tokenizer(spec, str(source)).chat_template
+    elif source is not None:
+        try:
+            tokenizer.chat_template = Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"worker.lm_eval_args.chat_template {source!r} is neither a model of the genome "
+                f"nor a file that can be read ({error})"
+            ) from None
+    return tokenizer
+
+
+def _tokenizer(spec: WorkerSpec, model: str) -> Any:
+    path = parent_path(spec, model)
     try:
         with quiet():
             return transformers.AutoTokenizer.from_pretrained(
@@ -48,7 +64,7 @@ def tokenizer_of(spec: WorkerSpec) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ParentError(
-            f"{spec.template_model!r} has no tokenizer that can be read ({reason[0]}); put its "
+            f"{model!r} has no tokenizer that can be read ({reason[0]}); put its "
             "tokenizer files beside its weights"
         ) from error
 

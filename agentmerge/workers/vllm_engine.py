@@ -12,14 +12,19 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from agentmerge import errors
 from agentmerge.errors import AgentmergeError, RunFailed, UserError, WorkerLost
 from agentmerge.evaluation.loading import quiet
+from agentmerge.merging.headers import num_layers
+from agentmerge.merging.layout import read_layout
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import WorkerSpec
+from agentmerge.workers.vllm_check import batched_tokens, config_of, head_size, share_of
 
+_CPU_BLOCK = 32
 _EXTENSION = "agentmerge.workers.vllm_extension.MergeExtension"
 #: The search decides these, or they would change weights or answers behind its back.
 _OURS = {
@@ -68,31 +73,27 @@ def engine_args(spec: WorkerSpec, longest: int) -> dict[str, Any]:
         "use_tqdm_on_load": False,
         "seed": 0,
     }
+    config = config_of(spec)
+    vocabulary = int(config.get("vocab_size") or 0)
+    args["max_num_batched_tokens"] = max(batched_tokens(vocabulary), spec.batch_size)
     if spec.device == "cpu":
-        blocks = -(-longest // _CPU_BLOCK) + 1
+        blocks = spec.batch_size * (-(-longest // _CPU_BLOCK) + 1)
         args |= {
             "enforce_eager": True,
             "block_size": _CPU_BLOCK,
-            "kv_cache_memory_bytes": spec.batch_size * blocks * _CPU_BLOCK * _token_bytes(spec),
+            "kv_cache_memory_bytes": blocks * _CPU_BLOCK * _token_bytes(config, spec.dtype),
         }
+    elif "kv_cache_memory_bytes" not in asked:
+        layout = read_layout({name: Path(path) for name, path in spec.parents})
+        args["gpu_memory_utilization"] = share_of(spec, layout).utilization
     return args | dict(asked)
 
 
-_CPU_BLOCK = 32
-
-
-def _token_bytes(spec: WorkerSpec) -> int:
+def _token_bytes(config: Mapping[str, Any], dtype: str) -> int:
     """Bytes of keys and values that one token takes in the cache."""
-    from pathlib import Path
-
-    from agentmerge.merging.headers import num_layers, read_config, text_config
-
-    config = text_config(read_config(Path(dict(spec.parents)[spec.template_model])))
-    heads = config.get("num_attention_heads") or config.get("n_head") or 1
-    kv_heads = config.get("num_key_value_heads") or heads
-    width = config.get("head_dim") or (config.get("hidden_size") or config["n_embd"]) // heads
-    numbers = 2 * num_layers(config) * kv_heads * width
-    return int(numbers * (4 if spec.dtype == "float32" else 2))
+    kv_heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 1
+    width = 4 if dtype == "float32" else 2
+    return int(2 * num_layers(config) * kv_heads * head_size(config) * width)
 
 
 class Engine:

@@ -190,7 +190,6 @@ OLD = [
     ["--strategy", "pool"],
     ["-s", "buffered"],
     ["--strategy", "serial"],
-    ["--vllm"],
     ["--no-vllm"],
     ["--in-memory"],
     ["--num-gpus", "4"],
@@ -239,7 +238,7 @@ def test_every_option_of_the_old_programs_is_accepted(
         "--batch-size": "batch_size: 8",
     }
     assert expected.get(options[0], "genome:") in text
-    if options[0] in ("--vllm", "--num-gpus", "--merge-cuda", "--reshard", "--allow-crimes"):
+    if options[0] in ("--num-gpus", "--merge-cuda", "--reshard", "--allow-crimes"):
         assert f"note: {options[0]}" in err
 
 

@@ -73,7 +73,7 @@ def test_a_whole_old_command_line_works(
     runs, storage = tmp_path / "runs", tmp_path / "out" / "deep"
     code, out, err = call(
         capsys, "run", config_file, "--name", "a", "--runs-dir", runs, "--json",
-        "--storage-path", storage, "-s", "serial", "--vllm", "--in-memory", "--num-gpus", 2,
+        "--storage-path", storage, "-s", "serial", "--no-vllm", "--in-memory", "--num-gpus", 2,
         "--merge-cuda", "--trust-remote-code", "--allow-crimes", "--random-seed", 11,
         "--batch-size", 3, "--task-search-path", tmp_path, "--task-search-path", tmp_path / "x",
         "--max-generation", 7, "--sigma-low", 0.04, "--sigma-high", 0.3, "--max-retries", 1,
@@ -91,7 +91,7 @@ def test_a_whole_old_command_line_works(
     assert kept["agents"]["max_retries"] == 1
     assert kept["task_search_path"] == [str(tmp_path), str(tmp_path / "x")]
     notices = [line for line in err.splitlines() if line.startswith("note: ")]
-    for name in ("--vllm", "--strategy serial", "--num-gpus 2", "--merge-cuda", "--reshard",
+    for name in ("--strategy serial", "--num-gpus 2", "--merge-cuda", "--reshard",
                  "--allow-crimes"):  # fmt: skip
         assert sum(name in line for line in notices) == 1, name
     assert (storage / "best_config.yaml").read_text() == (runs / "a" / "best.yml").read_text()
@@ -123,6 +123,12 @@ def test_our_option_wins_over_the_old_one_of_the_same_meaning(
         ({"llm_model": "none"}, {"agents.llm": "none"}),
         ({"in_memory": False}, {"worker.kind": "disk"}),
         ({"in_memory": True}, {}),
+        ({"vllm": True}, {"worker.kind": "vllm"}),
+        ({"vllm": True, "in_memory": True}, {"worker.kind": "vllm"}),
+        (
+            {"vllm": True, "in_memory": False},
+            {"worker.kind": "disk", "worker.options": {"evaluate_with": "vllm"}},
+        ),
         ({"load_in_8bit": False, "load_in_4bit": False}, {}),
         ({}, {}),
     ],
@@ -136,7 +142,6 @@ def test_what_has_a_meaning_is_mapped(given: dict[str, Any], override: dict[str,
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"vllm": True}, "--vllm"),
         ({"strategy": "buffered"}, "--strategy buffered"),
         ({"strategy": "serial"}, "--strategy serial"),
         ({"num_gpus": 8}, "--num-gpus 8"),

