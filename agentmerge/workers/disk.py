@@ -3,8 +3,9 @@
 Slow and simple: the child loads the checkpoint as anyone would, so this is also the oracle for
 workers that swap weights in place. The parent process holds no model.
 
-Options (``worker.options``): those of the hf worker, and ``storage`` (where checkpoints go until
-they are scored; by default the system's temporary directory).
+Options (``worker.options``): those of the hf worker, ``evaluate_with`` ("vllm": the process starts
+a vLLM engine on the checkpoint, and the vllm worker's options count), and ``storage`` (where
+checkpoints go until they are scored; by default the system's temporary directory).
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from agentmerge.errors import AgentmergeError, RunFailed, WorkerLost
+from agentmerge.errors import AgentmergeError, ConfigError, RunFailed, WorkerLost
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.merging.export import export_checkpoint
 from agentmerge.merging.plan import plan, read_layout
@@ -54,9 +56,24 @@ class DiskWorker:
 
     @staticmethod
     def describe(spec: WorkerSpec) -> EngineInfo:
+        engine = spec.options.get("evaluate_with", "hf")
+        if engine == "vllm":
+            from agentmerge.workers.vllm import VllmWorker
+
+            return replace(VllmWorker.describe(spec), engine="disk")
+        if engine != "hf":
+            raise ConfigError(f"worker.options.evaluate_with {engine!r} must be hf or vllm")
         from agentmerge.workers.hf import describe
 
         return describe("disk", spec)
+
+    @staticmethod
+    def preflight(spec: WorkerSpec) -> tuple[list[str], list[str]]:
+        if spec.options.get("evaluate_with") != "vllm":
+            return [], []
+        from agentmerge.workers.vllm_check import preflight
+
+        return preflight(spec)
 
     @property
     def info(self) -> EngineInfo:

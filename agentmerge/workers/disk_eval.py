@@ -27,6 +27,8 @@ def evaluate(task: dict[str, Any]) -> Any:
     spec = task["spec"]
     torch.set_num_threads(task["threads"])
     try:
+        if spec.options.get("evaluate_with") == "vllm":
+            return _by_vllm(spec, task)
         model = open_model(spec, task["path"])
         torch.set_num_threads(threads_for(spec, model))
         files = ParentFiles({"": task["path"]}, spec.device)
@@ -43,6 +45,30 @@ def evaluate(task: dict[str, Any]) -> Any:
         return ItemScorer(live_lm(spec, model), taskset).score(task["items"])
     except AgentmergeError as error:
         return error
+
+
+def _by_vllm(spec: Any, task: dict[str, Any]) -> Any:
+    """An engine started on the checkpoint, which is also its only parent."""
+    from dataclasses import replace
+
+    from agentmerge.errors import RunFailed
+    from agentmerge.evaluation.tasks import tasks_for
+    from agentmerge.merging.layout import read_layout
+    from agentmerge.recipe import Recipe
+    from agentmerge.workers.vllm import VllmWorker
+
+    options = spec.options | {"base": None, "canary_every": 0}
+    alone = replace(
+        spec, parents=(("merge", str(task["path"])),), template_model="merge", options=options
+    )
+    depth = read_layout({"merge": task["path"]}).num_layers
+    worker = VllmWorker(alone, tasks_for(spec, check_built_ins=False))
+    live = worker.load(Recipe.of_model("merge", depth).canonical(depth)).digest
+    if live != task["digest"]:
+        raise RunFailed(
+            f"the checkpoint's weights ({live}) are not the merged ones ({task['digest']})"
+        )
+    return worker.score(task["items"])
 
 
 def main() -> None:

@@ -71,19 +71,26 @@ class Share:
 
 
 def gpu_share(
-    layout: Layout, dtype: str, vocabulary: int, batched_tokens: int, ranks: int, total: int
+    layout: Layout,
+    dtype: str,
+    vocabulary: int,
+    batched_tokens: int,
+    ranks: int,
+    total: int,
+    placement: str = "auto",
 ) -> Share:
-    """vLLM's part of each GPU: 1 - (parents / ranks + scratch + spike + 1 GiB) / total.
+    """vLLM's part of each GPU: 1 - (parents + scratch + spike + 1 GiB) / total.
 
-    The parents count where they fit beside the model and as much again for keys and values; else
-    they stay in the host's memory.
+    Every rank has whole parents. They count where they fit beside the model and as much again for
+    keys and values; else they stay in the host's memory.
     """
     model = layout_bytes(layout, dtype) // ranks
     parents = layout_bytes(layout) * len(layout.parents)  # whole on every rank
     largest = max((4 * math.prod(tensor.shape) for tensor in layout.tensors), default=0)
     spike = int(batched_tokens * vocabulary * _SPIKE_BYTES)
     near = Share(total, model, parents, largest, spike)
-    return near if near.cache > model else Share(total, model, 0, largest, spike)
+    here = placement == "device" or (placement == "auto" and near.cache > model)
+    return near if here else Share(total, model, 0, largest, spike)
 
 
 def batched_tokens(vocabulary: int) -> int:
@@ -109,12 +116,17 @@ def preflight(spec: WorkerSpec) -> tuple[list[str], list[str]]:
     config = config_of(spec)
     if spec.dtype == "float64":
         faults.append("worker.dtype float64 is not possible with vLLM; use worker.kind: hf")
-    if spec.device == "cpu":
-        return faults + _cpu_faults(config), ["vLLM runs on the CPU"]
     try:
         layout = read_layout({name: Path(path) for name, path in spec.parents})
     except AgentmergeError:
         return faults, []  # said already
+    if layout.carried:
+        faults.append(
+            f"the models have parts besides the text model (e.g. {next(iter(layout.carried))!r}), "
+            "which the vllm worker does not carry over; use worker.kind: hf"
+        )
+    if spec.device == "cpu":
+        return faults + _cpu_faults(config), ["vLLM runs on the CPU"]
     share = share_of(spec, layout)
     if share.cache <= 0:
         faults.append(f"the models do not fit: {share}")
@@ -129,7 +141,15 @@ def share_of(spec: WorkerSpec, layout: Layout) -> Share:
     tokens = int(args.get("max_num_batched_tokens") or batched_tokens(vocabulary))
     ranks = int(args.get("tensor_parallel_size") or 1)
     _, total = torch.cuda.mem_get_info(spec.device)
-    return gpu_share(layout, spec.dtype, vocabulary, tokens, ranks, total)
+    return gpu_share(layout, spec.dtype, vocabulary, tokens, ranks, total, spec.placement)
+
+
+def placement(spec: WorkerSpec) -> str:
+    """Where the engine keeps the parents: as its own share of the memory was worked out."""
+    if spec.device == "cpu" or spec.placement == "stream":
+        return spec.placement
+    share = share_of(spec, read_layout({name: Path(path) for name, path in spec.parents}))
+    return "device" if share.parents else "host"
 
 
 def _cpu_faults(config: Mapping[str, Any]) -> list[str]:

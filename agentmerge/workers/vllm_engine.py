@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from agentmerge import errors
 from agentmerge.errors import AgentmergeError, RunFailed, UserError, WorkerLost
 from agentmerge.evaluation.loading import quiet
@@ -22,7 +24,8 @@ from agentmerge.merging.headers import num_layers
 from agentmerge.merging.layout import read_layout
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import WorkerSpec
-from agentmerge.workers.vllm_check import batched_tokens, config_of, head_size, share_of
+from agentmerge.workers.hf import SMALL_MODEL
+from agentmerge.workers.vllm_check import batched_tokens, config_of, head_size, placement, share_of
 
 _CPU_BLOCK = 32
 _EXTENSION = "agentmerge.workers.vllm_extension.MergeExtension"
@@ -112,6 +115,7 @@ class Engine:
         self._salt = ""
         self._llm: Any = None
         args = engine_args(spec, longest)
+        self._threads = _threads(spec)
         with self._guarded("start"), _started(spec):
             from vllm import LLM
 
@@ -121,6 +125,7 @@ class Engine:
             "base": spec.options.get("base"),
             "dtype": spec.dtype,
             "way": spec.options.get("way"),
+            "placement": placement(spec),
         }
         facts = self._call("agentmerge_open", options)
         self.way: str = facts["way"]
@@ -211,6 +216,8 @@ class Engine:
         """Whatever vLLM raises: its engine may be half-way between two models, so it is lost."""
         if self._llm is None and what != "start":
             raise WorkerLost("the vLLM engine is gone")
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads or before)
         try:
             with quiet():
                 yield
@@ -224,6 +231,22 @@ class Engine:
             if "out of memory" in reason.lower() or isinstance(error, MemoryError):
                 reason += f"; lower {_lower(self._spec)}"
             raise WorkerLost(f"the vLLM engine failed to {what}: {reason[:600]}") from error
+        finally:
+            torch.set_num_threads(before)
+
+
+def _apart(spec: WorkerSpec) -> bool:
+    """Whether the engine has a process of its own."""
+    return bool(spec.options.get("engine_process", spec.device != "cpu"))
+
+
+def _threads(spec: WorkerSpec) -> int | None:
+    """torch's threads while an engine in this process works, where they are not left as they are:
+    a small model's forward passes are too short to share."""
+    if "threads" in spec.options:
+        return int(spec.options["threads"])
+    layout = read_layout({name: Path(path) for name, path in spec.parents})
+    return 1 if layout.parameters < SMALL_MODEL and not _apart(spec) else None
 
 
 def _lower(spec: WorkerSpec) -> str:
@@ -245,11 +268,8 @@ def vllm_imported() -> Iterator[None]:
 @contextmanager
 def _started(spec: WorkerSpec) -> Iterator[None]:
     """What an engine looks at while it starts; torch's thread setting is left as it was."""
-    import torch
-
-    apart = spec.options.get("engine_process", spec.device != "cpu")
     in_place = bool(spec.options.get("in_place", True))
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(bool(apart)))
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(_apart(spec)))
     os.environ["AGENTMERGE_VLLM_IN_PLACE"] = str(int(in_place))
     from agentmerge.workers.vllm_extension import keep_in_place
 

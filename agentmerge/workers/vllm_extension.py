@@ -15,8 +15,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from agentmerge.errors import AgentmergeError
 from agentmerge.merging.digests import digest
 from agentmerge.workers.vllm_live import LiveModel
@@ -71,10 +69,7 @@ class MergeExtension:
         return digest(self._agentmerge.parameters().items())
 
     def agentmerge_zero(self) -> None:
-        """Zero every live parameter: what is not written afterwards is seen."""
-        with torch.no_grad():
-            for parameter in self._agentmerge.parameters().values():
-                parameter.zero_()
+        self._agentmerge.zero()
 
 
 def _reported(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

