@@ -25,6 +25,7 @@ from agentmerge.cli import (
     searching,
     serving,
     starting,
+    watching,
 )
 from agentmerge.cli.terminal import failed
 
@@ -42,6 +43,7 @@ for command in (
     inspecting.check,
     searching.resume,
     searching.branch,
+    watching.watch,
     results.list_runs,
     results.show,
     results.best,

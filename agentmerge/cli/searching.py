@@ -104,9 +104,11 @@ def resume(
     """Go on with a search where it stopped; limits may be raised."""
     from agentmerge import session
     from agentmerge.config import SearchConfig
+    from agentmerge.report.board import Follower
 
     with session.opened(runs_dir) as ledger:
         row = ledger.run(name)
+        past = [e for e in Follower(ledger, row).news() if e["event"] != "done"]
     settings = SearchConfig.from_text(row.config, name, given)
     _check_storage(storage_path, save_final_model and settings.worker.kind == "fake")
 
@@ -115,7 +117,7 @@ def resume(
         _old_outputs(row, runs_dir, storage_path, save_final_model)
         return row
 
-    return _driven(start, settings, runs_dir, as_json, quiet)
+    return _driven(start, settings, runs_dir, as_json, quiet, past)
 
 
 @options.settings(*options.BRANCH)
@@ -150,26 +152,34 @@ def branch(
     return _driven(start, settings, runs_dir, as_json, quiet)
 
 
-def _driven(start: Any, config: Any, runs_dir: Path, as_json: bool, quiet: bool) -> int:
+def _driven(
+    start: Any, config: Any, runs_dir: Path, as_json: bool, quiet: bool, past: Any = ()
+) -> int:
     """Run ``start(emit, drain)`` with progress and signals, then show how it ended."""
-    from agentmerge.cli.render import Progress, summary_text
+    from agentmerge.cli.live import progress
+    from agentmerge.cli.render import summary_text
     from agentmerge.report.summary import run_summary
     from agentmerge.session import Drain, opened
 
-    progress = Progress(config.budget.max_evaluations if config else 0, quiet)
     drain = Drain()
     signals(drain, quiet)
-    row = start(progress, drain)
+    with progress(config, quiet=quiet, as_json=as_json, past=past) as listener:
+        row = start(listener, drain)
+    say = (lambda line: None) if quiet else _say
     with opened(runs_dir) as ledger:
         summary = run_summary(ledger, row)
     show_result(summary, as_json, summary_text(summary))
     folder = runs_dir / row.name
     if row.status != "done":
         where = "" if runs_dir == Path("runs") else f" --runs-dir {runs_dir}"
-        progress.say(f"saved; go on with: agentmerge resume {row.name}{where}")
+        say(f"saved; go on with: agentmerge resume {row.name}{where}")
         return 0
     if summary["best"] is None:
         why = next((c["failure"] for c in summary["failures"]), f"it stopped by {row.stop_reason}")
         return failed(f"nothing was scored: {why}", 1)
-    progress.say(f"best recipe: {folder / 'best.yml'}")
+    say(f"best recipe: {folder / 'best.yml'}")
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

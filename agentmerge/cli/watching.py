@@ -1,0 +1,56 @@
+"""``watch``: follow a search that runs elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from agentmerge.cli import options
+from agentmerge.cli.terminal import show_result
+
+
+def watch(
+    name: str,
+    runs_dir: options.RunsDir = Path("runs"),
+    every: Annotated[float, typer.Option("--every", min=0.05, help="Seconds between looks.")] = 1.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print every event as a line of JSON.")
+    ] = False,
+) -> int:
+    """Follow a search that runs elsewhere, until it ends. Reads the results database only."""
+    from agentmerge.cli.live import JsonLines, progress
+    from agentmerge.cli.render import summary_text
+    from agentmerge.config import SearchConfig
+    from agentmerge.report.board import Follower
+    from agentmerge.report.summary import run_status, run_summary
+    from agentmerge.session import opened
+
+    with opened(runs_dir) as ledger:
+        row = ledger.run(name)
+        follower = Follower(ledger, row)
+        config = SearchConfig.from_text(row.config, row.name)
+        if as_json:
+            _follow(
+                follower, JsonLines(sys.stdout), every, lambda: run_status(ledger, follower.row)
+            )
+            return 0
+        with progress(config, quiet=False, as_json=False) as listener:
+            _follow(follower, listener, every, lambda: run_status(ledger, follower.row))
+        summary = run_summary(ledger, ledger.run(name))
+    show_result(summary, False, summary_text(summary))
+    return 0
+
+
+def _follow(follower: Any, listener: Any, every: float, status: Any) -> None:
+    """Tell the listener what is new until nobody drives the search any more."""
+    while True:
+        driven = status() == "running"  # asked first, so that its last events are not missed
+        for event in follower.news():
+            listener(event)
+        if not driven:
+            return
+        time.sleep(every)
