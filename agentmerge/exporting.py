@@ -15,9 +15,9 @@ from typing import Any
 from agentmerge.check import Prepared, prepare
 from agentmerge.config import SearchConfig
 from agentmerge.errors import UserError
-from agentmerge.genome import short_name
-from agentmerge.ledger import Ledger, ResultKey, RunRow
+from agentmerge.ledger import Ledger, ResultKey
 from agentmerge.recipe import Recipe
+from agentmerge.report.model_card import model_card
 from agentmerge.report.summary import best_recipe
 from agentmerge.session import opened
 
@@ -51,7 +51,7 @@ def export_run(
         recipe = Recipe.parse(found["recipe"])
         if overwrite and to.exists():
             shutil.rmtree(to)
-        warning = _write(prepared, recipe, to, engine, _card(row, found))
+        warning = _write(prepared, recipe, to, engine, model_card(ledger, row, found))
         report: dict[str, Any] = {
             "path": str(to),
             "score": found["score"],
@@ -134,41 +134,3 @@ def _verified(
             )
     equal = differing == 0 and score.value == found["score"]
     return {"disk_score": score.value, "equal": equal, "differing_items": differing}
-
-
-def _card(row: RunRow, found: dict[str, Any]) -> str:
-    """A model card with valid Hub metadata: parents, recipe, scores, how to reproduce."""
-    recipe = Recipe.parse(found["recipe"])
-    base = "\n".join(f"- {name}" for name in recipe.models)
-    tasks = "\n".join(f"| {task} | {value:.4f} |" for task, value in found["tasks"].items())
-    final = row.result or {}
-    sealed = (final.get("answer") or {}).get("sealed_score")
-    confirmed = "" if sealed is None else f"\nOn sealed items the score is {sealed:.4f}.\n"
-    return f"""---
-base_model:
-{base}
-library_name: transformers
-tags:
-- merge
-- mergekit
-- agentmerge
----
-# {short_name(row.name)}
-
-A merge found by agentmerge (search {row.algorithm}, seed {row.seed}).
-The parents' licences hold for it: check them before you publish.
-
-| task | value |
-|---|---|
-{tasks}
-| weighted score | {found["score"]:.4f} |
-{confirmed}
-{final.get("verdict", "")}
-
-```yaml
-{found["recipe"].rstrip()}
-```
-
-The same file is `mergekit_config.yml`; `agentmerge evaluate mergekit_config.yml --config ...`
-scores it again.
-"""

@@ -33,7 +33,10 @@ _BUILT_IN: dict[str, dict[str, str]] = {
         "sobol": "agentmerge.strategies.sobol:STRATEGY",
         "tpe": "agentmerge.strategies.tpe:STRATEGY",
     },
-    "agentmerge.trackers": {"wandb": "agentmerge.report.wandb:WandbTracker"},
+    "agentmerge.trackers": {
+        "wandb": "agentmerge.report.wandb:WandbTracker",
+        "mlflow": "agentmerge.report.mlflow:MlflowTracker",
+    },
     "agentmerge.models": {},
 }
 

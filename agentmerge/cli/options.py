@@ -26,7 +26,11 @@ AllowBench = Annotated[
         help="Allow public benchmarks as objectives.",
     ),
 ]
-Wandb = Annotated[bool, typer.Option("--wandb/--no-wandb", help="Log to Weights & Biases.")]
+Wandb = Annotated[bool, typer.Option("--wandb/--no-wandb", help="The same as --tracker wandb.")]
+Trackers = Annotated[
+    list[str] | None,
+    typer.Option("--tracker", help="Log to wandb, mlflow or a plugin; repeatable."),
+]
 WandbProject = Annotated[str | None, typer.Option("--wandb-project")]
 WandbEntity = Annotated[str | None, typer.Option("--wandb-entity")]
 

@@ -23,6 +23,7 @@ def run(
     *,
     given: dict[str, Any],
     allow_benchmark_tasks: options.AllowBench = False,
+    tracker: options.Trackers = None,
     wandb: options.Wandb = False,
     wandb_project: options.WandbProject = None,
     wandb_entity: options.WandbEntity = None,
@@ -32,7 +33,7 @@ def run(
 ) -> int:
     """Search for the best merge of a config's models."""
     from agentmerge import session
-    from agentmerge.cli.trackers import tracked
+    from agentmerge.cli.trackers import Tracking, tracked
     from agentmerge.config import SearchConfig
 
     mapped = map_options(old)
@@ -41,9 +42,11 @@ def run(
         print(f"note: {line}", file=sys.stderr)
     final_model = old.save_final_model is not False
     _check_storage(old.storage_path, final_model and settings.worker.kind == "fake")
+    names = (*(tracker or ()), *(["wandb"] if wandb else []))
+    tracking = Tracking(names, wandb_project, wandb_entity)
 
     def start(emit: Any, drain: Any) -> Any:
-        with tracked(emit, settings, wandb, wandb_project, wandb_entity, name) as tell:
+        with tracked(emit, settings, tracking, runs_dir, name) as tell:
             row = session.run(
                 settings,
                 name=name,
@@ -128,6 +131,7 @@ def branch(
     runs_dir: options.RunsDir = Path("runs"),
     *,
     given: dict[str, Any],
+    tracker: options.Trackers = None,
     wandb: options.Wandb = False,
     wandb_project: options.WandbProject = None,
     wandb_entity: options.WandbEntity = None,
@@ -136,15 +140,17 @@ def branch(
 ) -> int:
     """Start a new search from a generation of another one, with any setting changed."""
     from agentmerge import session
-    from agentmerge.cli.trackers import tracked
+    from agentmerge.cli.trackers import Tracking, tracked
     from agentmerge.config import SearchConfig
 
     with session.opened(runs_dir) as ledger:
         row = ledger.run(name)
     settings = SearchConfig.from_text(row.config, name, given)
+    names = (*(tracker or ()), *(["wandb"] if wandb else []))
+    tracking = Tracking(names, wandb_project, wandb_entity)
 
     def start(emit: Any, drain: Any) -> Any:
-        with tracked(emit, settings, wandb, wandb_project, wandb_entity, new) as tell:
+        with tracked(emit, settings, tracking, runs_dir, new) as tell:
             return session.branch(
                 name, at=at, name=new, runs_dir=runs_dir, overrides=given, emit=tell, drain=drain
             )

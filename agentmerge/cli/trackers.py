@@ -3,55 +3,114 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from agentmerge.errors import UserError
+from agentmerge.errors import AgentmergeError, UserError
 
 Emit = Callable[[dict[str, Any]], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Tracking:
+    """Which trackers are wanted, and where they file the run."""
+
+    names: tuple[str, ...] = ()
+    project: str | None = None
+    entity: str | None = None
+
+
+@dataclass
+class _Guarded:
+    """A tracker that has not failed yet, or why it did."""
+
+    name: str
+    tracker: Any
+    broken: list[Exception] = field(default_factory=list)
+
+    def call(self, action: Callable[[Any], None], *, even_broken: bool = False) -> None:
+        if self.broken and not even_broken:
+            return
+        try:
+            action(self.tracker)
+        except Exception as error:
+            if not self.broken:
+                _say(f"{self.name} failed ({error}); the search goes on without it")
+            self.broken.append(error)
+
+
 @contextmanager
 def tracked(
-    emit: Emit, config: Any, wandb: bool, project: str | None, entity: str | None, name: str | None
+    emit: Emit, config: Any, tracking: Tracking, runs_dir: Path, name: str | None
 ) -> Iterator[Emit]:
-    """``emit``, and a W&B run too where it was asked for.
+    """``emit``, and every tracker too. At the end they get the best recipe and the report.
 
     Raises:
-        UserError: the tracker's package is missing (before the search begins).
+        UserError: a tracker is unknown or its package is missing (before the search begins).
     """
-    if not wandb:
+    trackers = _started(config, tracking, name)
+    if not trackers:
         yield emit
         return
-    from agentmerge import plugins
-
-    try:
-        tracker = plugins.load("agentmerge.trackers", "wandb")(
-            config, name=name, project=project, entity=entity
-        )
-    except UserError:
-        raise
-    except Exception as error:
-        print(f"note: W&B did not start ({error}); the search goes on", file=sys.stderr)
-        yield emit
-        return
-    broken: list[Exception] = []
+    run: list[str] = []
 
     def tell(event: dict[str, Any]) -> None:
         emit(event)
-        if not broken:
-            _try(lambda: tracker.tell(event), broken)
+        if event["event"] == "start" and "run" in event:
+            run.append(event["run"])
+        for guarded in trackers:
+            guarded.call(lambda tracker: tracker.tell(event))
 
     try:
         yield tell
     finally:
-        _try(tracker.close, broken)
+        fruits = _fruits(runs_dir, run[0]) if run else []
+        for guarded in trackers:
+            for kind, path in fruits:
+                guarded.call(partial(_keep, kind=kind, path=path))
+            guarded.call(lambda tracker: tracker.close(), even_broken=True)
 
 
-def _try(call: Callable[[], None], broken: list[Exception]) -> None:
+def _started(config: Any, tracking: Tracking, name: str | None) -> list[_Guarded]:
+    from agentmerge import plugins
+
+    found = []
+    for kind in dict.fromkeys(tracking.names):
+        try:
+            tracker = plugins.load("agentmerge.trackers", kind)(
+                config, name=name, project=tracking.project, entity=tracking.entity
+            )
+        except UserError:
+            raise
+        except Exception as error:
+            _say(f"{kind} did not start ({error}); the search goes on")
+            continue
+        found.append(_Guarded(kind, tracker))
+    return found
+
+
+def _fruits(runs_dir: Path, run: str) -> Sequence[tuple[str, Path]]:
+    """(kind, file) of what a search leaves: its best recipe so far, and its report."""
+    from agentmerge.report.html import write_report
+    from agentmerge.session import opened
+
+    recipe = runs_dir / run / "best.yml"
+    found = [("recipe", recipe)] if recipe.is_file() else []
     try:
-        call()
-    except Exception as error:
-        broken.append(error)
-        print(f"note: W&B failed ({error}); the search goes on without it", file=sys.stderr)
+        with opened(runs_dir) as ledger:
+            found.append(("report", write_report(ledger, [run], runs_dir / run / "report.html")))
+    except AgentmergeError as error:
+        _say(f"the trackers get no report: {error}")
+    return found
+
+
+def _keep(tracker: Any, *, kind: str, path: Path) -> None:
+    tracker.keep(kind, path)
+
+
+def _say(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)

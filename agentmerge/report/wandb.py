@@ -1,7 +1,8 @@
-"""Weights & Biases: logs what LLM-Evo-Merge logged (scores, thoughts) for each candidate."""
+"""Weights & Biases: scores and thoughts a candidate, as LLM-Evo-Merge; recipe and report after."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from agentmerge.config import SearchConfig
@@ -44,6 +45,15 @@ class WandbTracker:
             self._run.summary.update(
                 {"best": event["card"]["answer"]["score"], "verdict": event["card"]["verdict"]}
             )
+
+    def keep(self, kind: str, path: Path) -> None:
+        import wandb
+
+        if kind == "report":
+            self._run.log({"report": wandb.Html(str(path), inject=False)})
+        artifact = wandb.Artifact(f"{kind}-{self._run.id}", type=kind)
+        artifact.add_file(str(path), name=path.name)
+        self._run.log_artifact(artifact)
 
     def close(self) -> None:
         self._run.finish()

@@ -1,0 +1,189 @@
+"""The model card of an exported merge: what it is, how it was found, and how to find it again.
+
+The head is metadata that the Hugging Face Hub reads. Only what the Hub knows goes there: parents
+that are local folders are named in the text, and nobody's paths are published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agentmerge.config import SearchConfig
+from agentmerge.genome import short_name
+from agentmerge.ledger import Ledger, RunRow
+from agentmerge.recipe import Recipe
+from agentmerge.report.items import asked
+
+TAGS = ("merge", "mergekit", "agentmerge")
+
+
+def model_card(ledger: Ledger, row: RunRow, found: Mapping[str, Any]) -> str:
+    """The card as Markdown. found: as ``summary.best_recipe`` returns it."""
+    recipe = Recipe.parse(found["recipe"])
+    config = SearchConfig.from_text(row.config, row.name)
+    final = row.result or {}
+    head = yaml.safe_dump(_metadata(recipe, row, found, final), sort_keys=False)
+    parts = [
+        f"---\n{head}---\n# {row.name}",
+        _summary(row, recipe, final),
+        "## Scores",
+        _scores(ledger, row, config, found, final),
+        "## Parents",
+        _parents(row, recipe),
+        "## How to find it again",
+        _again(row, config),
+        "## Recipe",
+        f"The file `mergekit_config.yml` beside this one, for mergekit and agentmerge:\n\n"
+        f"```yaml\n{_public(found['recipe']).rstrip()}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def on_the_hub(name: str) -> bool:
+    """Whether a model's name can be a Hub id: ``owner/name`` or ``name``, and no local folder."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).expanduser().exists()
+
+
+def _metadata(
+    recipe: Recipe, row: RunRow, found: Mapping[str, Any], final: Mapping[str, Any]
+) -> dict[str, Any]:
+    body: dict[str, Any] = {}
+    published = [name for name in recipe.models if on_the_hub(name)]
+    if published:
+        body["base_model"] = published
+    body |= {"library_name": "transformers", "tags": list(TAGS)}
+    answer = final.get("answer") or {}
+    tasks = answer.get("sealed_tasks") or found["tasks"]
+    part = "sealed items" if answer.get("sealed_tasks") else "search items"
+    body["model-index"] = [
+        {
+            "name": row.name,
+            "results": [
+                {
+                    "task": {"type": "text-generation"},
+                    "dataset": {"name": f"{task} ({part})", "type": task},
+                    "metrics": [{"type": _metric(row, task), "value": value, "name": task}],
+                }
+                for task, value in tasks.items()
+            ],
+        }
+    ]
+    return body
+
+
+def _metric(row: RunRow, task: str) -> str:
+    config = SearchConfig.from_text(row.config, row.name)
+    named = {entry.name: entry.metric for entry in config.tasks.tasks}
+    return named.get(task, "score").partition(",")[0]
+
+
+def _summary(row: RunRow, recipe: Recipe, final: Mapping[str, Any]) -> str:
+    names = ", ".join(short_name(name) for name in recipe.models)
+    lines = [
+        f"A merge ({recipe.merge_method}) of {names}, found by "
+        f"[agentmerge](https://pypi.org/project/agentmerge/): search {row.algorithm}, "
+        f"seed {row.seed}."
+    ]
+    if final.get("verdict"):
+        lines += ["", str(final["verdict"])]
+    lines += [f"\nNote: {note}" for note in final.get("notes", [])]
+    return "\n".join(lines)
+
+
+def _scores(
+    ledger: Ledger,
+    row: RunRow,
+    config: SearchConfig,
+    found: Mapping[str, Any],
+    final: Mapping[str, Any],
+) -> str:
+    """A row a task; sealed metrics with their interval where they are shares of right answers."""
+    answer = final.get("answer") or {}
+    sealed = answer.get("sealed_tasks") or {}
+    weights = {task.name: task for task in config.tasks.tasks}
+    intervals = _intervals(ledger, row, found["recipe_hash"]) if sealed else {}
+    head = "| task | metric | weight | search items |" + (" sealed items |" if sealed else "")
+    lines = [head, "|---" * (5 if sealed else 4) + "|"]
+    for task, value in found["tasks"].items():
+        entry = weights.get(task)
+        metric, weight = (entry.metric, entry.weight) if entry else ("", "")
+        cells = f"| {task} | {metric} | {weight} | {value:.4f} |"
+        if sealed:
+            shown = "–" if sealed.get(task) is None else f"{sealed[task]:.4f}"
+            cells += f" {shown}{intervals.get(task, '')} |"
+        lines.append(cells)
+    total = f"| **weighted score** | | | {found['score']:.4f} |"
+    if sealed:
+        total += f" {answer['sealed_score']:.4f} |"
+    lines.append(total)
+    if sealed:
+        lines += ["", "Sealed items were never seen by the search. Intervals are Wilson's, 95 %."]
+    for difference in final.get("differences", []):
+        lines.append(
+            f"\nAgainst {short_name(difference['against'])}: {difference['mean']:+.4f} "
+            f"({difference['low']:+.4f} to {difference['high']:+.4f}, 95 %, paired by item)."
+        )
+    return "\n".join(lines)
+
+
+def _intervals(ledger: Ledger, row: RunRow, recipe_hash: str) -> dict[str, str]:
+    from agentmerge.evaluation.statistics import wilson
+
+    question = asked(ledger, row, "sealed")
+    values = None if question is None else question.values(ledger, recipe_hash)
+    found = {}
+    for task, results in (values or {}).items():
+        shown = [result.value for result in results.values()]
+        if shown and all(value in (0.0, 1.0) for value in shown):
+            _, low, high = wilson(shown)
+            found[task] = f" ({low:.4f} to {high:.4f})"
+    return found
+
+
+def _parents(row: RunRow, recipe: Recipe) -> str:
+    identities = row.facts.get("identities", {})
+    lines = []
+    for name in recipe.models:
+        link = f"[{name}](https://huggingface.co/{name})" if on_the_hub(name) else short_name(name)
+        lines.append(f"- {link}, weights SHA-256 `{identities.get(name, 'unknown')[:16]}…`")
+    lines += ["", "Their licences hold for this merge: check each before you publish or use it."]
+    return "\n".join(lines)
+
+
+def _again(row: RunRow, config: SearchConfig) -> str:
+    engine = row.facts.get("engine", {})
+    command = f"agentmerge run config.yml --name {row.name}"
+    if row.parent_run is not None:
+        command = f"agentmerge branch ORIGIN --at {row.parent_generation} --as {row.name}"
+    return (
+        "Save this as `config.yml`, name the parents where they are on your machine, and run\n"
+        f"`{command}`. Scored with {engine.get('engine', '?')} ({engine.get('version', '?')}), "
+        f"{engine.get('dtype', '?')} on {engine.get('device', '?')}.\n\n"
+        f"```yaml\n{_public(config.to_yaml()).rstrip()}\n```"
+    )
+
+
+def _public(text: str) -> str:
+    """YAML with local folders cut to their names."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {cut(key): cut(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [cut(item) for item in value]
+        if isinstance(value, str) and value.startswith(("/", "~")):
+            return short_name(value)
+        return value
+
+    return yaml.safe_dump(cut(yaml.safe_load(text)), sort_keys=False, allow_unicode=True)
