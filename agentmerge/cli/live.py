@@ -50,7 +50,7 @@ class Screen:
 
     def __call__(self, event: dict[str, Any]) -> None:
         self._board.tell(event)
-        if event["event"] == "candidate" and event["score"] is None:
+        if event["event"] == "candidate" and event["failure"]:
             self.say(f"candidate {event['generation']}.{event['slot']}: {event['failure']}")
         self._live.update(drawn(self._board))
 

@@ -14,6 +14,7 @@ from typing import Any
 from agentmerge.config import SearchConfig
 from agentmerge.genome import short_name
 from agentmerge.ledger import Candidate, Ledger, RunRow
+from agentmerge.ledger.rows import counted
 
 Event = Mapping[str, Any]
 
@@ -45,7 +46,7 @@ class Board:
     trail: list[float] = field(default_factory=list)
     words: dict[str, str] = field(default_factory=dict)
     advisers: tuple[str, ...] = ()
-    evaluations: int = 0
+    evaluations: float = 0
     paid: int = 0
     failed: int = 0
     tokens: int = 0
@@ -99,7 +100,7 @@ class Board:
         self.paid += not (event["reused"] or event.get("past", False))
         score = event["score"]
         if score is None:
-            self.failed += 1
+            self.failed += bool(event["failure"])  # else it lost a race, and has an estimate
             return
         name = short_name(event["label"]) if event["label"] else ""
         line = Line(name or f"{event['operator']} {event['generation']}.{event['slot']}", score,
@@ -156,7 +157,7 @@ class Follower:
         self._seen: set[tuple[int, int]] = set()
         self._said: set[tuple[int, str]] = set()
         self._current: tuple[int, int] | None = None
-        self._total = 0
+        self._total = 0.0
         self._best: float | None = None
         self._first = True
 
@@ -205,6 +206,7 @@ class Follower:
                 "score": candidate.score,
                 "tasks": dict(candidate.tasks),
                 "failure": candidate.failure,
+                "estimate": candidate.estimate,
                 "reused": candidate.reused,
                 "seconds": candidate.seconds,
                 "twin": candidate.twin is not None,
@@ -215,7 +217,7 @@ class Follower:
         if (self._generation, "") not in self._said:
             self._said.add((self._generation, ""))
             yield {"event": "generation", "generation": self._generation} | {
-                "evaluations": self._total,
+                "evaluations": counted(self._total),
                 "best": self._best,
             }
 

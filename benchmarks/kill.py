@@ -1,0 +1,232 @@
+"""Kills searches, branches and resumes at random moments, and counts what that cost.
+
+    python -m benchmarks.kill --kills 200 --worker fake
+    python -m benchmarks.kill --kills 20 --worker hf
+
+One search and one branch of it run undisturbed: the reference. The same two are then run again and
+again in fresh folders, and each time the process is hit at a random moment, until it is done: by
+``kill -9``, by a disk that is full (a limit on the size of files, a little above what is there), or
+by another process that holds the database locked. Printed:
+
+    lost       evaluations that were committed before a fault and are not there after it
+    repeated   evaluations that were paid for again although they had been committed
+    diverged   candidates, words and final cards that differ from the reference's
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agentmerge.ledger import Ledger
+from agentmerge.report.summary import trace
+from agentmerge.session import LEDGER
+
+FAULTS = ("kill", "kill", "kill", "full disk", "locked")
+AT = 2  # the generation that the branch leaves the search at
+
+
+@dataclass
+class Tally:
+    """What was done and what it cost. faults: how many of each kind hit a running process."""
+
+    faults: Counter[str] = field(default_factory=Counter)
+    lost: int = 0
+    repeated: int = 0
+    diverged: int = 0
+    rounds: int = 0
+
+
+def config_of(worker: str, folder: Path) -> Path:
+    """A config whose search takes a few seconds on this worker."""
+    body: dict[str, Any] = {
+        "genome": {
+            "models": ["north", "south"],
+            "base_model": "base",
+            "merge_method": "task_arithmetic",
+            "layer_granularity": 2,
+        },
+        "tasks": [{"name": "one", "metric": "acc,none"}, {"name": "two", "metric": "acc,none"}],
+        "limit": 60,
+        "worker": {"kind": "fake", "options": {"base": "base", "delay_s": 0.03}},
+    }
+    if worker != "fake":
+        from agentmerge.demo.family import cached_family
+        from agentmerge.demo.tasks import demo_config, write_tasks
+
+        family = cached_family(("shift", "sort"), 0)
+        tasks = write_tasks(folder / "tasks", ("shift", "sort"), n_items=120)
+        body = demo_config(family, tasks)
+        body |= {"task_search_path": [str(tasks)], "limit": 40}
+        body["worker"] = {"kind": worker, "batch_size": 64}
+    body["search"] = {"algorithm": "cma_es", "seed": 7, "population": 5}
+    body["budget"] = {"max_evaluations": 40 if worker == "fake" else 24}
+    path = folder / "config.yml"
+    path.write_text(yaml.safe_dump(body))
+    return path
+
+
+def start(runs: Path, *arguments: str, limit: int | None = None) -> subprocess.Popen[str]:
+    """A command in a process of its own; ``limit``: bytes that a file may grow to."""
+
+    def limited() -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.Popen(
+        [sys.executable, "-m", "agentmerge", *arguments, "--runs-dir", str(runs), "-q"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=limited,
+    )
+
+
+def commands(config: Path) -> dict[str, list[str]]:
+    """The two searches, each by the command that begins it."""
+    return {
+        "search": ["run", str(config), "--name", "search"],
+        "branch": ["branch", "search", "--at", str(AT), "--as", "branch", "--search", "random"],
+    }
+
+
+def traces(runs: Path) -> dict[str, Any]:
+    with Ledger(runs / LEDGER) as ledger:
+        return {row.name: trace(ledger, row) for row in ledger.runs()}
+
+
+def committed(runs: Path) -> dict[tuple[str, int, int], float | None]:
+    """(search, generation, slot) -> score of every candidate that was paid for."""
+    if not (runs / LEDGER).is_file():
+        return {}
+    with Ledger(runs / LEDGER) as ledger:
+        return {
+            (row.name, c.generation, c.slot): c.score
+            for row in ledger.runs()
+            for c in ledger.candidates(row.id)
+            if c.state in ("scored", "failed")
+        }
+
+
+def status(runs: Path, name: str) -> str:
+    if not (runs / LEDGER).is_file():
+        return "absent"
+    with Ledger(runs / LEDGER) as ledger:
+        found = [row.status for row in ledger.runs() if row.name == name]
+    return found[0] if found else "absent"
+
+
+def disturbed(
+    runs: Path, name: str, begin: list[str], whole_s: float, rng: random.Random, tally: Tally
+) -> None:
+    """One fault upon one attempt at a search, and what it left."""
+    before = committed(runs)
+    fault = rng.choice(FAULTS)
+    known = status(runs, name) != "absent"
+    arguments = ["resume", name] if known else begin
+    limit = None
+    if fault == "full disk":
+        sizes = [path.stat().st_size for path in runs.glob("*.sqlite*")] or [0]
+        limit = max(sizes) + rng.randrange(4_096, 200_000)
+    process = start(runs, *arguments, limit=limit)
+    moment = time.monotonic() + rng.uniform(0.2, 1.0) * whole_s
+    if fault == "full disk":
+        process.wait()
+    while process.poll() is None and time.monotonic() < moment:
+        time.sleep(0.01)
+    hit = process.poll() is None or (fault == "full disk" and process.returncode != 0)
+    if fault == "locked" and process.poll() is None and (runs / LEDGER).is_file():
+        other = sqlite3.connect(runs / LEDGER, isolation_level=None, timeout=10)
+        other.execute("BEGIN IMMEDIATE")
+        time.sleep(rng.uniform(0.1, 2.0))
+        other.rollback()
+        other.close()
+        process.wait()
+    process.kill()
+    _, err = process.communicate()
+    if "Traceback" in err:
+        raise SystemExit(f"a traceback after {fault}:\n{err}")
+    tally.faults[fault] += hit
+    after = committed(runs)
+    tally.lost += sum(key not in after or after[key] != score for key, score in before.items())
+
+
+def repeated(runs: Path) -> int:
+    """Evaluations that a worker was asked for after they had been committed, by the run's log."""
+    found = 0
+    for log in runs.glob("*/log.jsonl"):
+        paid: Counter[tuple[int, int]] = Counter()
+        for line in log.read_text().splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # half a line, where a kill or a full disk cut it
+            if event.get("event") == "candidate" and not event["reused"]:
+                paid[event["generation"], event["slot"]] += 1
+        found += sum(count - 1 for count in paid.values())
+    return found
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> int:
+    count = 0
+    for name in ("search", "branch"):
+        mine, theirs = one[name], other[name]
+        longest = max(len(mine["candidates"]), len(theirs["candidates"]))
+        pairs = zip(mine["candidates"], theirs["candidates"], strict=False)
+        count += longest - sum(a == b for a, b in pairs)
+        count += (mine["advice"] != theirs["advice"]) + (mine["result"] != theirs["result"])
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200, help="faults that hit, of all kinds")
+    parser.add_argument("--worker", default="fake", help="fake, hf or vllm")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    rng, tally = random.Random(asked.seed), Tally()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        begin = commands(config_of(asked.worker, folder))
+        whole: dict[str, float] = {}
+        for search, arguments in begin.items():
+            began = time.monotonic()
+            if start(folder / "calm", *arguments).wait():
+                raise SystemExit(f"the undisturbed {search} failed")
+            whole[search] = time.monotonic() - began
+        reference = traces(folder / "calm")
+        while tally.faults.total() < asked.kills:
+            runs = folder / f"round-{tally.rounds}"
+            for search, arguments in begin.items():
+                while status(runs, search) != "done":
+                    if tally.faults.total() < asked.kills:
+                        disturbed(runs, search, arguments, whole[search], rng, tally)
+                    else:
+                        known = status(runs, search) != "absent"
+                        start(runs, *(["resume", search] if known else arguments)).wait()
+            tally.repeated += repeated(runs)
+            tally.diverged += differences(reference, traces(runs))
+            tally.rounds += 1
+            print(f"round {tally.rounds}: {dict(tally.faults)}", file=sys.stderr, flush=True)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.faults.items()))
+    print(f"{tally.faults.total()} faults ({kinds}) on the {asked.worker} worker, "
+          f"{tally.rounds} searches and branches")  # fmt: skip
+    print(f"lost {tally.lost}, repeated {tally.repeated}, diverged {tally.diverged}")
+    raise SystemExit(bool(tally.lost + tally.repeated + tally.diverged))
+
+
+if __name__ == "__main__":
+    main()
