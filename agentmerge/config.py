@@ -309,12 +309,12 @@ class BudgetSettings(_Frozen):
     timeout_s: float | None = Field(None, gt=0)
     max_tokens: int | None = Field(None, gt=0)
     max_cost_usd: float | None = Field(None, ge=0)
-    prices: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    prices: dict[str, tuple[float, float]] | None = None
 
     @field_validator("prices")
     @classmethod
     def _no_negative(cls, value: Any) -> Any:
-        for model, price in value.items():
+        for model, price in (value or {}).items():
             if min(price) < 0:
                 raise ValueError(f"{model!r} has a price below 0")
         return value

@@ -8,11 +8,11 @@ from typing import Any
 
 from agentmerge.advising import question
 from agentmerge.agents.prompts import load_prompts, prompt_hash, prompt_of
+from agentmerge.assembly import LEDGER, assembled, existing_runs
 from agentmerge.check import prepare
 from agentmerge.config import ROLES, SearchConfig
 from agentmerge.errors import NotFound
 from agentmerge.ledger import Ledger
-from agentmerge.session import LEDGER, assembled, existing_runs
 
 _CHARS_PER_TOKEN = 4
 

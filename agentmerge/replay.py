@@ -15,22 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from agentmerge.agents.models import AgentModel
+from agentmerge.assembly import LEDGER, assembled, changed_facts, existing_runs, load_graph
 from agentmerge.check import Prepared, prepare
 from agentmerge.config import ROLES, SearchConfig
+from agentmerge.context import Context, at_hand
 from agentmerge.errors import CandidateFailed, ReplyMissing, UserError
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.probing import PROBE
 from agentmerge.recipe import Recipe
 from agentmerge.report.summary import trace
-from agentmerge.session import (
-    LEDGER,
-    Context,
-    assembled,
-    at_hand,
-    changed_facts,
-    existing_runs,
-    load_graph,
-)
 from agentmerge.state import GRAPH_VERSION, SearchState
 from agentmerge.steps import Search
 from agentmerge.workers.base import EngineInfo, Fingerprint, Gradient, ItemRef, ItemResult, Loss

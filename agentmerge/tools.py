@@ -17,12 +17,12 @@ from typing import Self
 
 from langchain_core.tools import BaseTool
 
+from agentmerge.assembly import CHECKPOINTS, LEDGER, assembled, changed_facts, new_row
 from agentmerge.check import anchored, prepare
 from agentmerge.config import SearchConfig
 from agentmerge.errors import NotFound, UserError
 from agentmerge.lease import Lease
 from agentmerge.ledger import Ledger, RunRow
-from agentmerge.session import CHECKPOINTS, LEDGER, assembled, changed_facts, new_row
 from agentmerge.toolset import tools_of
 
 

@@ -5,8 +5,9 @@
                  |_______________________________|___________________________________|
                                                  `-> finish
 
-``runtime.context`` is an ``agentmerge.session.Context``; its ``search`` holds the open ledger,
-worker pool, strategy and agents. The graph is exported uncompiled and without a saver.
+``runtime.context`` is an ``agentmerge.context.Context``; ``search_of`` gives the search that it
+stands for, with open ledger, worker pool, strategy and agents. The graph is exported uncompiled and
+without a saver.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import Command, RetryPolicy, Send
 
+from agentmerge.context import Context, let_go, search_of
 from agentmerge.errors import WorkerLost
-from agentmerge.session import Context
 from agentmerge.state import Assignment, SearchState
 
 Next = Literal["evaluate", "select"]
@@ -26,7 +27,7 @@ Next = Literal["evaluate", "select"]
 
 def seed(state: SearchState, runtime: Runtime[Context]) -> Command[Next]:
     """Generation 0: parents, uniform merges, warm starts, the strategy's first draws."""
-    search = runtime.context.search
+    search = search_of(runtime)
     generation = search.seed()
     return Command(
         update=search.first_state(generation), goto=_dispatch(search.open_slots(generation))
@@ -35,14 +36,14 @@ def seed(state: SearchState, runtime: Runtime[Context]) -> Command[Next]:
 
 def evaluate(state: Assignment, runtime: Runtime[Context]) -> None:
     """Score one candidate; what it costs is in the ledger before this returns."""
-    runtime.context.search.evaluate(state["generation"], state["slot"])
+    search_of(runtime).evaluate(state["generation"], state["slot"])
 
 
 def select(
     state: SearchState, runtime: Runtime[Context]
 ) -> Command[Literal["evaluate", "critic", "finish"]]:
     """Update the incumbent; decide whether to score what is left, go on, or stop."""
-    outcome = runtime.context.search.select(state["generation"])
+    outcome = search_of(runtime).select(state["generation"])
     if outcome.stop_reason:
         return Command(update=outcome.update(), goto="finish")
     return Command(update=outcome.update(), goto=_dispatch(outcome.open_slots, done="critic"))
@@ -52,21 +53,21 @@ def critic(
     state: SearchState, runtime: Runtime[Context]
 ) -> Command[Literal["controller", "finish"]]:
     """Explain what the last generation showed."""
-    return _advised(runtime.context.search.advise("critic", state["generation"]), "controller")
+    return _advised(search_of(runtime).advise("critic", state["generation"]), "controller")
 
 
 def controller(
     state: SearchState, runtime: Runtime[Context]
 ) -> Command[Literal["proposer", "finish"]]:
     """Decide how far to step."""
-    return _advised(runtime.context.search.advise("controller", state["generation"]), "proposer")
+    return _advised(search_of(runtime).advise("controller", state["generation"]), "proposer")
 
 
 def proposer(
     state: SearchState, runtime: Runtime[Context]
 ) -> Command[Literal["evaluate", "select", "finish"]]:
     """Suggest where to look; the strategy turns all advice into the next generation."""
-    search = runtime.context.search
+    search = search_of(runtime)
     limit = search.advise("proposer", state["generation"])
     if limit:
         return _advised(limit, "select")
@@ -76,7 +77,10 @@ def proposer(
 
 def finish(state: SearchState, runtime: Runtime[Context]) -> SearchState:
     """Choose among the best few, confirm on sealed items, write recipe and report."""
-    return runtime.context.search.finish(state["stop_reason"])
+    search = search_of(runtime)
+    update = search.finish(state["stop_reason"])
+    let_go(search)
+    return update
 
 
 def _advised(limit: str, then: Any) -> Command[Any]:

@@ -52,7 +52,7 @@ def _around(
         provider, model, server = "", name, "its own"
     else:
         provider, model, server = split_spec(name, own.base_url)  # type: ignore[assignment]
-    price = price_of(provider, model, server is not None, config.budget.prices)
+    price = price_of(provider, model, server is not None, config.budget.prices or {})
     if price is None and config.budget.max_cost_usd is not None:
         raise UserError(
             f"budget.max_cost_usd needs the price of {name}, which is not known: set budget.prices "

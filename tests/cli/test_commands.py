@@ -63,7 +63,8 @@ def test_show_holds_what_the_project_promises(
     assert found["evaluations"] == {"total": 14, "reused": 0, "failed": 0}
     assert set(found["best"]) >= {"score", "tasks", "recipe_hash", "generation", "operator"}
     assert {row["operator"] for row in found["parents"]} == {"parent", "uniform"}
-    assert set(found["agents"]) >= {"calls", "failures", "tokens_in", "tokens_out", "cost_usd"}
+    costs = {"calls", "failures", "tokens_in", "tokens_out", "cost_usd", "unpriced"}
+    assert set(found["agents"]) == costs | {"forecasts"}
     assert found["agents"]["cost_usd"] is None
     assert (found["name"], found["status"], found["seed"]) == ("a", "done", 7)
     assert found["search"] == "cma_es"

@@ -86,7 +86,7 @@ def test_a_whole_old_command_line_works(
     kept = saved_config(runs)
     assert kept["search"] | {"seed": 11, "max_generations": 7, "population": 4} == kept["search"]
     assert kept["search"] | {"sigma_low": 0.04, "sigma_high": 0.3, "sigma0": 0.25} == kept["search"]
-    assert kept["budget"] == {"max_evaluations": 13, "timeout_s": 300.0, "prices": {}}
+    assert kept["budget"] == {"max_evaluations": 13, "timeout_s": 300.0}
     assert (kept["worker"]["batch_size"], kept["worker"]["trust_remote_code"]) == (3, True)
     assert kept["agents"]["max_retries"] == 1
     assert kept["task_search_path"] == [str(tmp_path), str(tmp_path / "x")]

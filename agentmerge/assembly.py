@@ -1,0 +1,304 @@
+"""What a search is put together from: its run in the ledger, its parts, its graph.
+
+Knows how a config becomes a ``Search`` with open doors; ``session.py`` or a server drives it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from agentmerge import plugins
+from agentmerge.check import Prepared, prepare
+from agentmerge.config import Role, SearchConfig
+from agentmerge.errors import NotFound, UserError
+from agentmerge.ledger import Ledger, RunRow
+from agentmerge.steps import Emit, Search
+
+LEDGER = "agentmerge.sqlite"
+CHECKPOINTS = "checkpoints.sqlite"
+
+
+def assembled(
+    prepared: Prepared,
+    row: RunRow,
+    runs_dir: Path,
+    ledger: Ledger,
+    emit: Emit,
+    stack: ExitStack,
+    models: Mapping[Role, Any] | None = None,
+    *,
+    advised: bool = True,
+) -> Search:
+    """A search with its doors open, that nobody drives yet; ``stack`` closes them.
+
+    advised: with the models of the config.
+    """
+    from agentmerge.agents.prompts import load_prompts
+    from agentmerge.agents.tracing import redact_traces
+
+    redact_traces()
+    config = prepared.config
+    timeout = config.budget.timeout_s
+    pool = pool_of(prepared, stack)
+    search = Search(
+        config=config,
+        run_id=row.id,
+        run_dir=runs_dir / row.name,
+        settings_hash=row.settings_hash,
+        ledger=ledger,
+        space=prepared.space,
+        taskset=prepared.taskset,
+        pool=pool,
+        strategy=_strategy(config),
+        identities=prepared.identities,
+        check=prepared.check,
+        paths=prepared.paths,
+        models=_models(config, models) if advised else {},
+        prompts=load_prompts(config.agents.prompts),
+        emit=emit,
+        deadline=None if timeout is None else time.monotonic() + timeout,
+    )
+    return search
+
+
+def check_resources(config: SearchConfig, ready: Mapping[Role, Any] | None = None) -> None:
+    """Models, prompts and graph exist: found out before a run is written down."""
+    from agentmerge.agents.prompts import load_prompts
+
+    _models(config, ready)
+    load_prompts(config.agents.prompts)
+    load_graph(config.search.graph)
+
+
+def new_row(
+    ledger: Ledger,
+    prepared: Prepared,
+    name: str | None,
+    parent: tuple[str, int] | None = None,
+    run_id: str | None = None,
+) -> RunRow:
+    """A run that is not in the ledger yet.
+
+    parent: run id and generation of the one it branches from. run_id: a UUID, by default a new one.
+
+    Raises:
+        UserError: the name is taken, or is none.
+    """
+    config = prepared.config
+    taken = {row.name for row in ledger.runs()}
+    if name is not None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}", name):
+            raise UserError(f"run name {name!r} may hold letters, digits, '.', '_' and '-' only")
+        if name in taken:
+            raise UserError(
+                f"a run called {name!r} exists; `agentmerge resume {name}`, or choose another name"
+            )
+    else:
+        name = next(f"run-{n}" for n in range(1, len(taken) + 2) if f"run-{n}" not in taken)
+    run_id = run_id or str(uuid.uuid4())
+    return RunRow(
+        id=run_id,
+        name=name,
+        created=time.time(),
+        status="new",
+        stop_reason="",
+        config=config.to_yaml(),
+        settings_hash=settings_hash(prepared),
+        seed=config.search.seed,
+        algorithm=config.algorithm,
+        parent_run=parent[0] if parent else None,
+        parent_generation=parent[1] if parent else None,
+        facts=prepared.facts(),
+        result=None,
+    )
+
+
+def existing_runs(runs_dir: Path | str) -> Path:
+    """The runs directory.
+
+    Raises:
+        NotFound: nothing has run there.
+    """
+    path = Path(runs_dir)
+    if not (path / LEDGER).is_file():
+        raise NotFound(f"no runs in {path}; `agentmerge run CONFIG` or --runs-dir DIR")
+    return path
+
+
+@contextmanager
+def opened(runs_dir: Path | str) -> Iterator[Ledger]:
+    """The ledger of a runs directory, for reading."""
+    with Ledger(existing_runs(runs_dir) / LEDGER, read_only=True) as ledger:
+        yield ledger
+
+
+def changed_facts(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What changed since a search began, one phrase each."""
+    found = []
+    for model, fingerprint in old["identities"].items():
+        if new["identities"].get(model) != fingerprint:
+            found.append(f"the weights of {model!r} changed")
+    for task, protocol in old["protocols"].items():
+        if new["protocols"].get(task) != protocol:
+            found.append(f"the definition of task {task!r} changed")
+        elif new["items"].get(task) != old["items"].get(task):
+            found.append(f"the items of task {task!r} changed")
+    if new["dtype"] != old["dtype"]:
+        found.append(f"the dtype changed from {old['dtype']} to {new['dtype']}")
+    for key, value in old["engine"].items():
+        if new["engine"].get(key) != value:
+            found.append(f"the engine's {key} changed from {value} to {new['engine'].get(key)}")
+    return found
+
+
+def settings_hash(prepared: Prepared) -> str:
+    """What decides a search's course, for comparing and for time estimates."""
+    config = prepared.config
+    body = {
+        "genome": config.genome.model_dump(mode="json"),
+        "tasks": config.tasks.model_dump(mode="json"),
+        "worker": config.worker.model_dump(mode="json"),
+        "facts": prepared.facts(),
+    }
+    return sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_graph(name: str) -> Any:
+    """The uncompiled graph: ``search``, another file in graphs/, or ``path.py:build``.
+
+    Raises:
+        UserError: no such file or function.
+    """
+    path_text, _, function = name.partition(":")
+    path = Path(path_text) if path_text.endswith(".py") else graphs_dir() / f"{path_text}.py"
+    if not path.is_file():
+        raise UserError(f"no graph at {path}; give a name from graphs/ or path.py:build")
+    spec = importlib.util.spec_from_file_location(f"agentmerge_graph_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} cannot be loaded as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # annotations of nodes are looked up there
+    spec.loader.exec_module(module)
+    build: Callable[[], Any] | None = getattr(module, function or "build", None)
+    if build is None:
+        raise UserError(f"{path} has no function {function or 'build'!r}")
+    return build()
+
+
+def graphs_dir() -> Path:
+    """Our own graphs: in the wheel beside this package's code, in a checkout at its root."""
+    package = Path(__file__).parent
+    bundled = package / "_bundled" / "graphs"
+    return bundled if bundled.is_dir() else package.parent / "graphs"
+
+
+def pool_of(prepared: Prepared, stack: ExitStack) -> Any:
+    """Its workers, none of them built yet; ``stack`` closes them."""
+    from agentmerge.workers.pool import Pool
+
+    pool = Pool(prepared.spec, count=prepared.config.worker.count, taskset=prepared.taskset)
+    stack.callback(pool.close)
+    return pool
+
+
+def _strategy(config: SearchConfig) -> Any:
+    strategy = plugins.load("agentmerge.strategies", config.algorithm)
+    if config.algorithm == "cma_es":
+        return type(strategy)(config.search.sigma0)
+    return strategy
+
+
+def _models(config: SearchConfig, ready: Mapping[Role, Any] | None) -> dict[Role, Any]:
+    from agentmerge.agents.roles import models_for
+
+    return dict(models_for(config, ready or {}))
+
+
+def new_branch(
+    ledger: Ledger,
+    source: str,
+    at: int,
+    name: str | None,
+    overrides: Mapping[str, Any],
+    models: Mapping[Role, Any] | None = None,
+    run_id: str | None = None,
+) -> tuple[Prepared, RunRow]:
+    """A run with the past of another one, written to the ledger.
+
+    Where an override changes what is asked (tasks, limit, engine), the past is knowledge only.
+
+    Raises:
+        NotFound: no such run or generation, naming those that exist.
+    """
+    parent = ledger.run(source)
+    past = ledger.candidates(parent.id)
+    open_ones = {c.generation for c in past if c.state == "open"}
+    whole = sorted({c.generation for c in past} - open_ones)
+    if at not in whole:
+        known = f"{whole[0]} to {whole[-1]}" if whole else "none"
+        raise NotFound(f"run {parent.name!r} has no finished generation {at}; it has {known}")
+    seed = {"search.seed": parent.seed}
+    config = SearchConfig.from_text(parent.config, parent.name, seed | dict(overrides))
+    prepared = prepare(config, allow_benchmarks=True)
+    check_resources(config, models)
+    row = new_row(ledger, prepared, name or f"{parent.name}-b{at}", (parent.id, at), run_id)
+    ledger.add_run(row)
+    before = SearchConfig.from_text(parent.config, parent.name)
+    prior = _answers(row.facts, config) != _answers(parent.facts, before)
+    ledger.copy_past(parent.id, row.id, at, prior=prior)
+    return prepared, row
+
+
+@contextmanager
+def begun(
+    ledger: Ledger, row: RunRow, prepared: Prepared, runs_dir: Path, emit: Emit
+) -> Iterator[Emit]:
+    """The run's folder with its config and items as they are now; tells ``emit`` and the log."""
+    folder = runs_dir / row.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yml").write_text(prepared.config.to_yaml())
+    ledger.update_run(row.id, config=prepared.config.to_yaml())
+    for task in prepared.taskset.tasks:
+        ledger.save_items(row.id, task.name, "search", task.part("search"))
+        ledger.save_items(row.id, task.name, "sealed", task.part("sealed"))
+    with (folder / "log.jsonl").open("a") as log:
+        yield telling(emit, log)
+
+
+def telling(emit: Emit, log: Any) -> Emit:
+    """Tell the listener, whoever streams the graph ("custom"), and the run's log.
+
+    No search depends on the log or on the stream.
+    """
+    from langgraph.config import get_stream_writer
+
+    def tell(event: dict[str, Any]) -> None:
+        with suppress(OSError, ValueError):
+            log.write(json.dumps({"time": round(time.time(), 3)} | event) + "\n")
+            log.flush()
+        with suppress(RuntimeError, KeyError):  # not inside a graph
+            get_stream_writer()(event)
+        emit(event)
+
+    return tell
+
+
+def silent(event: dict[str, Any]) -> None:
+    """Nobody listens."""
+
+
+def _answers(prepared_facts: Mapping[str, Any], config: SearchConfig) -> Any:
+    """What decides a candidate's score: where it differs, old scores cannot be compared."""
+    kept = {key: prepared_facts[key] for key in ("identities", "protocols", "dtype", "engine")}
+    items = {task: found["search_hash"] for task, found in prepared_facts["items"].items()}
+    return kept, items, [(task.name, task.weight) for task in config.tasks.tasks]
