@@ -20,7 +20,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false 
 	LANGGRAPH_CLI_NO_ANALYTICS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-vllm demo test test-vllm test-all test-browser lint format wheel clean
+.PHONY: help install install-dev install-vllm demo docs test test-vllm test-all test-browser lint format wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,9 @@ test-vllm: $(DEV_STAMP) $(VLLM_STAMP)  ## Run every test of the workers, vLLM's 
 
 test-all: $(DEV_STAMP) $(VLLM_STAMP)  ## Run every test
 	$(TEST_ENV) $(PY) -m pytest
+
+docs: $(DEV_STAMP)  ## Build the site into build/site (its reference comes from the code)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict -q -d build/site
 
 test-browser: $(DEV_STAMP)  ## Try the HTML report in Chromium (its package must be there)
 	$(PIP) -c constraints.txt -e '.[browser]'

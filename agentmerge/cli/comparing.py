@@ -30,7 +30,7 @@ def tree(
 
 
 def compare(
-    names: Annotated[list[str], typer.Argument(metavar="A B...", help="Searches to compare.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Searches to compare.")],
     runs_dir: options.RunsDir = Path("runs"),
     as_json: options.Json = False,
 ) -> int:

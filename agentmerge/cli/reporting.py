@@ -12,7 +12,7 @@ from agentmerge.cli.terminal import show_result
 
 
 def report(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="The searches to show.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="The searches to show.")],
     to: Annotated[
         Path | None, typer.Option("--to", help="The file; RUNS/NAME/report.html unless given.")
     ] = None,

@@ -23,7 +23,7 @@ TaskPath = Annotated[
 
 
 def init(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models to merge.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Models to merge.")],
     base: Annotated[str | None, typer.Option("--base", help="The model they come from.")] = None,
     task: Annotated[
         list[str] | None, typer.Option("--task", help="An lm-eval task; repeatable.")

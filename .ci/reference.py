@@ -1,0 +1,116 @@
+"""Writes docs/reference from the code: every command, every config key, every merge method.
+
+python .ci/reference.py            # writes the pages
+python .ci/reference.py --check    # says which page is out of date, and fails
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+os.environ["COLUMNS"] = os.environ["TERMINAL_WIDTH"] = "96"
+
+import typer
+
+from agentmerge.cli.app import app
+from agentmerge.config import _OWN_SECTIONS, GenomeConfig, TaskConfig, TasksConfig
+from agentmerge.methods import METHODS
+
+
+def commands() -> str:
+    """The help of every command."""
+    root = typer.main.get_command(app)
+    parts = ["# Commands\n", "What `agentmerge COMMAND --help` prints.\n"]
+    for name, command, context in _walk(root, typer.Context(root, info_name="agentmerge")):
+        text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
+        parts.append(f"## {name}\n\n```text\n{text.strip()}\n```\n")
+    return "\n".join(parts)
+
+
+def _walk(group: Any, context: Any) -> Iterator[tuple[str, Any, Any]]:
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        inner = typer.Context(command, info_name=name, parent=context)
+        if hasattr(command, "list_commands"):
+            yield from _walk(command, inner)
+        else:
+            yield inner.command_path, command, inner
+
+
+def config() -> str:
+    """Every key with its type and default."""
+    parts = ["# Config keys\n", "What they mean is in [Configuration](../config.md).\n"]
+    sections: list[tuple[str, Any, str]] = [("genome", GenomeConfig, "genome")]
+    sections += [("tasks (each entry)", TaskConfig, "tasks[]"), ("top level", TasksConfig, "")]
+    sections += [(name, model, name) for name, model in _OWN_SECTIONS.items()]
+    hidden = {"tasks", "sealed_share", "companion", "seed"}  # of TasksConfig: set elsewhere
+    for title, model, prefix in sections:
+        parts.append(f"## {title}\n\n| key | type | default |\n|---|---|---|")
+        for name, info in model.model_fields.items():
+            if model is TasksConfig and name in hidden:
+                continue
+            key = f"{prefix}.{name}" if prefix else name
+            default = (
+                "required"
+                if info.is_required()
+                else f"`{_plain(info.get_default(call_default_factory=True))}`"
+            )
+            parts.append(f"| `{key}` | {_type(info.annotation)} | {default} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _plain(value: Any) -> str:
+    return (
+        {True: "true", False: "false"}.get(value, value)
+        if isinstance(value, bool)
+        else ("not set" if value is None else "[]" if value == () else str(value))
+    )
+
+
+def _type(annotation: Any) -> str:
+    text = str(annotation) if not isinstance(annotation, type) else annotation.__name__
+    for old, new in (("typing.", ""), ("agentmerge.config.", ""), (" | None", ""), ("|", "or")):
+        text = text.replace(old, new)
+    return f"`{text}`"
+
+
+def methods() -> str:
+    """Every merge method with its parameters."""
+    parts = ["# Merge methods\n", "What `agentmerge methods` prints, as tables.\n"]
+    for method in METHODS.values():
+        row = method.to_dict()
+        paper = str(row["paper"])
+        link = paper if "://" in paper else f"https://arxiv.org/abs/{paper}"
+        parts.append(f"## {method.name}\n\n{method.doc}\n")
+        parts.append(
+            f"base_model {row['base_model']}; computed by {row['engine']}; [paper]({link})\n"
+        )
+        if row["parameters"]:
+            parts.append(
+                "| parameter | of | range | default | searched | |\n|---|---|---|---|---|---|"
+            )
+        for parameter in row["parameters"]:
+            scope = "each model" if parameter["scope"] == "source" else "the merge"
+            default = "required" if parameter["default"] is None else f"{parameter['default']:g}"
+            parts.append(
+                f"| `{parameter['name']}` | {scope} | {parameter['low']:g} to "
+                f"{parameter['high']:g} | {default} | "
+                f"{'yes' if parameter['searched'] else 'where named'} | {parameter['doc']} |"
+            )
+        parts.append("")
+    return "\n".join(parts)
+
+
+PAGES = {"commands.md": commands, "config-keys.md": config, "methods.md": methods}
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """mkdocs asks here for more pages; nothing is written into docs/."""
+    from mkdocs.structure.files import File
+
+    for name, page in PAGES.items():
+        files.append(File.generated(config, f"reference/{name}", content=page()))
+    return files
