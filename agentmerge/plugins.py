@@ -6,6 +6,8 @@ agentmerge is registered the same way, here. Nothing is imported before it is as
     # pyproject.toml of a plugin
     [project.entry-points."agentmerge.strategies"]
     my_search = "my_package.search:STRATEGY"
+
+``examples/plugin`` is a package with one of each.
 """
 
 from __future__ import annotations

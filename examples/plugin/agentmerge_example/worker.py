@@ -1,0 +1,29 @@
+"""A worker (see agentmerge/workers/base.py): here the built-in one, and how long each swap took."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+from agentmerge.recipe import Recipe
+from agentmerge.workers.base import EngineInfo, Fingerprint, WorkerSpec
+from agentmerge.workers.hf import HfWorker
+
+
+class TimedWorker(HfWorker):
+    """Its name is part of every result's key: results are not mixed with the built-in one's."""
+
+    def __init__(self, spec: WorkerSpec, taskset: Any = None) -> None:
+        super().__init__(spec, taskset)
+        self.swaps_s: list[float] = []
+
+    @staticmethod
+    def describe(spec: WorkerSpec) -> EngineInfo:
+        return replace(HfWorker.describe(spec), engine="timed_hf")
+
+    def load(self, recipe: Recipe) -> Fingerprint:
+        began = time.monotonic()
+        fingerprint = super().load(recipe)
+        self.swaps_s.append(time.monotonic() - began)
+        return fingerprint

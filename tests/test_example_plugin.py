@@ -1,0 +1,72 @@
+"""The example plugin, installed as a package, and each part of it used by name."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from agentmerge.demo.tasks import demo_config, write_tasks
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The folder that the plugin was installed into."""
+    target = tmp_path_factory.mktemp("plugin")
+    line = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*line, "--target", str(target), str(ROOT / "examples/plugin")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_everything_that_it_adds_is_used(installed: Path, family, tmp_path: Path) -> None:
+    tasks = write_tasks(tmp_path / "tasks", family.skills)
+    body = demo_config(family, tasks)
+    body |= {
+        "task_search_path": [str(tasks)],
+        "limit": 10,
+        "worker": {"kind": "timed_hf", "batch_size": 60, "options": {"threads": 1}},
+        "search": {"algorithm": "halfway", "population": 2, "sealed_share": 0.0},
+        "budget": {"max_evaluations": 14},
+    }
+    config = tmp_path / "config.yml"
+    config.write_text(yaml.safe_dump(body))
+    line = [sys.executable, "-m", "agentmerge", "run", str(config), "--name", "plugged", "-q"]
+    line += ["--llm", "rulebook:calm", "--tracker", "csv", "--wandb-project", str(tmp_path)]
+    done = subprocess.run(
+        [*line, "--runs-dir", str(tmp_path / "runs"), "--json"],
+        env=os.environ | {"PYTHONPATH": f"{installed}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["search"] == "halfway"
+    assert found["agents"]["calls"] > 0
+    assert found["agents"]["failures"] == 0
+    rows = csv.DictReader((tmp_path / "plugged.csv").read_text().splitlines())
+    assert {"parent", "halfway"} <= {row["operator"] for row in rows}
+    log = (tmp_path / "runs/plugged/log.jsonl").read_text()
+    assert "calm: stay" in log
+
+
+def test_what_is_not_installed_is_unknown(tmp_path: Path, fake_config: str) -> None:
+    config = tmp_path / "config.yml"
+    config.write_text(fake_config)
+    line = [sys.executable, "-m", "agentmerge", "check", str(config), "--search", "halfway"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "'halfway' is not one of the strategies" in done.stderr
