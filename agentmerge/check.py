@@ -87,6 +87,7 @@ class Prepared:
                     "leaves": list(o.leaves),
                     "by_size": o.by_size,
                     "mean": all(self.taskset.task(n).rebuild == "plain" for n in o.leaves),
+                    "rebuild": [self.taskset.task(n).rebuild for n in o.leaves],
                 }
                 for o in self.taskset.objectives
             ],

@@ -2,9 +2,10 @@
 
     python -m benchmarks.ledger --candidates 100000 --items 1000
 
-Fills a database as searches do (real recipes of a space, packed blocks of invented results), then
-times ``list``, ``show``, ``best``, ``compare`` and ``ledger stats`` as whole commands, each in a
-process of its own, so that starting Python is in the figure. The least of three runs counts.
+Fills a database as searches do (real recipes of a space, packed blocks of invented results, most
+of them repeated under other hashes), then times ``list``, ``show``, ``best``, ``compare`` and
+``ledger stats`` as whole commands, each in a process of its own, so that starting Python is in the
+figure. The least of three runs counts.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ worker: {{kind: fake, options: {{num_layers: 16, base: base, documents: {items}}
 budget: {{max_evaluations: 1000000}}
 """
 GENERATION = 100
+#: Candidates that are made one by one; the others repeat their rows and blocks under other hashes.
+MADE = 5_000
 
 
 def fill(path: Path, candidates: int, items: int, searches: int) -> None:
@@ -54,9 +57,37 @@ def fill(path: Path, candidates: int, items: int, searches: int) -> None:
             row = _row(prepared, number)
             ledger.add_run(row)
             ledger.save_items(row.id, task.name, "search", refs)
-            for generation in range(candidates // searches // GENERATION):
+            wanted = candidates // searches // GENERATION
+            made = min(wanted, MADE // searches // GENERATION)
+            for generation in range(made):
                 points = rng.random((GENERATION, prepared.space.dimensions))
                 _generation(ledger, prepared, row.id, generation, points, (refs, engine, rng))
+            for copy in range(1, -(-wanted // made)):
+                _again(ledger, row.id, copy * made, min(made, wanted - copy * made))
+
+
+def _again(ledger, run_id: str, shift: int, generations: int) -> None:
+    """The first generations of a search once more, as other merges."""
+    hashed = f"recipe_hash || '-{shift}'"
+    those = f"run_id = '{run_id}' AND generation < {generations}"
+    columns = [row[0] for row in ledger._rows("SELECT name FROM pragma_table_info('candidates')")]
+    own = {"generation": f"generation + {shift}", "recipe_hash": hashed}
+    own |= {"operator": "'cma_es'", "score": f"score - 1e-6 * {shift}"}
+    with ledger._writing() as conn:
+        conn.execute(
+            f"INSERT INTO recipes SELECT hash || '-{shift}', yaml FROM recipes WHERE hash IN "
+            f"(SELECT recipe_hash FROM candidates WHERE {those})"
+        )
+        conn.execute(
+            "INSERT INTO results (recipe_hash, engine_id, protocol_id, item_set_id, block, "
+            f"fingerprint, seconds, created) SELECT {hashed}, engine_id, protocol_id, item_set_id, "
+            "block, fingerprint, seconds, created FROM results WHERE recipe_hash IN "
+            f"(SELECT recipe_hash FROM candidates WHERE {those})"
+        )
+        conn.execute(
+            f"INSERT INTO candidates ({', '.join(columns)}) "
+            f"SELECT {', '.join(own.get(c, c) for c in columns)} FROM candidates WHERE {those}"
+        )
 
 
 def _row(prepared, number) -> RunRow:

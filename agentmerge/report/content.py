@@ -216,11 +216,13 @@ def _operators(candidates: Sequence[Candidate], points: Sequence[Point]) -> list
             continue
         row = rows.setdefault(
             candidate.operator,
-            {"operator": candidate.operator, "proposed": 0, "scored": 0, "failed": 0, "twins": 0}
-            | {"best": None, "became_best": 0, "earned": 0.0, "seconds": 0.0},
+            {"operator": candidate.operator, "proposed": 0, "scored": 0, "failed": 0}
+            | {"stopped": 0, "twins": 0, "best": None, "became_best": 0}
+            | {"earned": 0.0, "seconds": 0.0},
         )
         row["proposed"] += 1
         row["failed"] += candidate.state == "failed"
+        row["stopped"] += candidate.state == "stopped"
         row["twins"] += candidate.state == "twin"
         row["seconds"] += candidate.seconds or 0.0
         if candidate.score is not None and candidate.twin is None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from agentmerge.report.content import MAX_ITEMS, MAX_POINTS, Contender, Content, Point, comparisons
-from agentmerge.report.items import Asked
+from agentmerge.report.items import Asked, goodness
 
 Figure = dict[str, Any]
 
@@ -224,16 +224,17 @@ def item_matrix(content: Content) -> Figure:
 
 
 def _level(row: Contender, question: Asked, task: str, key: str) -> float:
-    """1 for right, 0 for wrong; other metrics by their place between the task's extremes."""
+    """1 for right, 0 for wrong; other values by their place between the task's extremes."""
     assert row.values is not None
-    value = row.values[task][key].value
+    good = goodness(question, task)
+    value = good(row.values[task][key])
+    if value is None:
+        return 0.5
     if value in (0.0, 1.0):
         return value
-    found = [result.value for result in row.values[task].values()]
+    found = [v for result in row.values[task].values() if (v := good(result)) is not None]
     low, high = min(found), max(found)
-    level = (value - low) / (high - low) if high > low else 0.5
-    higher = all(o["higher_is_better"] for o in question.objectives if task in o["leaves"])
-    return level if higher else 1 - level
+    return (value - low) / (high - low) if high > low else 0.5
 
 
 def _ordered(

@@ -6,7 +6,7 @@ written down when a search begins. Searches from before that have no item tables
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,25 +86,40 @@ def paired(mine: Values, theirs: Values, question: Asked) -> Interval | None:
     return paired_score_difference(rows, question.seed) if rows else None
 
 
+def goodness(question: Asked, task: str) -> Callable[[ItemResult], float | None]:
+    """How good one item's result is, higher for better, by what the task's values are.
+
+    A perplexity's are log-likelihoods; of an f1's, predicted classes, only the margin tells right
+    (1) from wrong (0), and None where there is none.
+    """
+    rebuild, higher = "plain", True
+    for objective in question.objectives:
+        if task in objective["leaves"]:
+            kinds = objective.get("rebuild") or ["plain"] * len(objective["leaves"])
+            rebuild = kinds[list(objective["leaves"]).index(task)]
+            higher = objective["higher_is_better"]
+    if rebuild == "weighted":
+        return lambda result: result.value
+    if rebuild == "class":
+        return lambda result: None if result.margin is None else float(result.margin > 0)
+    return lambda result: result.value if higher else -result.value
+
+
 def gains(mine: Values, theirs: Values, question: Asked) -> list[dict[str, Any]]:
     """Task by task: how many items ``mine`` gained, lost, and left as they were.
 
     An item is gained where its value is better; for zeros and ones, ``both`` and ``neither`` say
     how many stayed right and stayed wrong.
     """
-    higher = {
-        task: objective["higher_is_better"]
-        for objective in question.objectives
-        for task in objective["leaves"]
-    }
     rows = []
     for task, keys in question.keys.items():
-        sign = 1.0 if higher.get(task, True) else -1.0
-        pairs = [
-            (sign * mine[task][key].value, sign * theirs[task][key].value)
+        good = goodness(question, task)
+        both = [
+            (good(mine[task][key]), good(theirs[task][key]))
             for key in keys
             if key in theirs.get(task, ())
         ]
+        pairs = [(a, b) for a, b in both if a is not None and b is not None]
         kept = [a for a, b in pairs if a == b]
         rows.append(
             {

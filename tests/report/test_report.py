@@ -15,9 +15,10 @@ from agentmerge.ledger import Ledger
 from agentmerge.report.content import comparisons, content
 from agentmerge.report.grid import grid
 from agentmerge.report.html import page
-from agentmerge.report.items import asked
+from agentmerge.report.items import Asked, asked, gains, paired
 from agentmerge.session import LEDGER
 from agentmerge.strategies.base import Proposal
+from agentmerge.workers.base import EngineInfo, ItemResult
 from tests.report.conftest import CONFIG, search_family
 
 
@@ -150,3 +151,34 @@ def test_mistakes_are_one_sentence(
 ) -> None:
     assert run_app([*arguments, "--runs-dir", str(runs)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rebuild", "higher", "one", "other", "counts"),
+    [
+        ("plain", True, ItemResult(1.0), ItemResult(0.0), (1, 0)),
+        ("plain", False, ItemResult(0.2), ItemResult(0.4), (1, 0)),
+        ("weighted", False, ItemResult(-10.0), ItemResult(-20.0), (1, 0)),
+        ("class", True, ItemResult(2.0, margin=0.5), ItemResult(1.0, margin=-1.0), (1, 0)),
+        ("class", True, ItemResult(2.0), ItemResult(1.0), (0, 0)),
+    ],
+)
+def test_an_item_is_gained_by_what_its_task_calls_better(
+    rebuild: str, higher: bool, one: ItemResult, other: ItemResult, counts: tuple[int, int]
+) -> None:
+    """A perplexity's items are log-likelihoods, an f1's predicted classes."""
+    objective = {
+        "name": "t",
+        "signed_weight": 1.0,
+        "higher_is_better": higher,
+        "leaves": ["t"],
+        "by_size": False,
+        "mean": rebuild == "plain",
+        "rebuild": [rebuild],
+    }
+    engine = EngineInfo("fake", "1", "cpu", "float32", "1")
+    question = Asked("search", {"t": ["k"]}, {"t": "p"}, engine, [objective], 0)
+    row = gains({"t": {"k": one}}, {"t": {"k": other}}, question)[0]
+    assert (row["gained"], row["lost"]) == counts
+    difference = paired({"t": {"k": one}}, {"t": {"k": other}}, question)
+    assert (difference is None) is (rebuild != "plain")
