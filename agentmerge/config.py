@@ -26,6 +26,10 @@ Role = Literal["critic", "controller", "proposer"]
 ROLES: tuple[Role, ...] = ("critic", "controller", "proposer")
 
 
+#: Candidates a generation at least where models are asked about each.
+ADVISED_POPULATION = 4
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -349,8 +353,14 @@ class SearchConfig(_Frozen):
 
     @property
     def algorithm(self) -> str:
-        """The strategy's name: as asked, else llm_evo where a model advises, else cma_es."""
-        return self.search.algorithm or ("llm_evo" if self.agents.any_model else "cma_es")
+        """The strategy's name: as asked, else auto."""
+        return self.search.algorithm or "auto"
+
+    def generation_size(self, own: int, advised: bool) -> int:
+        """Candidates a generation: as asked, else the strategy's own, enough to keep every worker
+        busy and to make it worth asking a model. own: the strategy's. advised: by a model."""
+        least = ADVISED_POPULATION if advised else 1
+        return self.search.population or max(own, least, self.worker.count)
 
     @property
     def graph_steps(self) -> int:

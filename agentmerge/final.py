@@ -2,13 +2,15 @@
 
 The best-seen of many candidates is often the luckiest (SEARCH: 100 candidates on 250 items
 overstate by about 3 points). So the few best compete on many random halves of the search items,
-and the one that wins most halves is the answer (after arXiv 2605.05973). It then goes once to the
-sealed items, beside every parent and the best cheap rival, and differences are paired by item.
+and the one that wins most halves is the answer (after arXiv 2605.05973), if it is ahead of the best
+cheap rival by more than the items' noise. The answer then goes once to the sealed items, beside
+every parent and every cheap rival, and differences are paired by item.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -33,35 +35,78 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any
     """The closing table as plain data: answer, parents, best rival, differences, verdict."""
     scored = [c for c in candidates if c.score is not None and c.twin is None and not c.prior]
     ranked = sorted(scored, key=lambda c: (-(c.score or 0.0), c.generation, c.slot))
-    answer, votes = choose(search, ranked[:SHORTLIST])
+    choice = choose(search, ranked[:SHORTLIST])
     parents = [c for c in scored if c.operator == "parent"]
     rivals = [c for c in ranked if c.operator in RIVALS]
+    cheap = [c for c in ranked if c.operator in (*RIVALS, "parent")]
+    answer, doubt = beyond_noise(search, choice.winner, cheap[0] if cheap else None)
     best_rival = rivals[0] if rivals else None
-    others = [*parents, *([best_rival] if best_rival else [])]
+    others = [*parents, *rivals]
     sealed = bool(search.taskset.refs("sealed"))
     rows = {}
     for candidate in dict.fromkeys([answer, *others]):
         rows[candidate.generation, candidate.slot] = _row(search, candidate, sealed)
     part: Literal["search", "sealed"] = "sealed" if sealed else "search"
-    mine = search_results(search, answer, part)
-    differences: list[dict[str, Any]] = []
-    for other in others:
-        if other is answer:
-            continue
-        found = _paired(search, mine, search_results(search, other, part), part)
-        if found is not None:
-            differences.append(
-                {"against": name_of(other), "operator": other.operator} | found._asdict()
-            )
+    differences = _differences(search, answer, others, part)
+    interval = _paired(search, search_results(search, answer, part), None, part)
     card = {
-        "answer": rows[answer.generation, answer.slot] | {"votes": votes, "splits": SPLITS},
+        "answer": rows[answer.generation, answer.slot]
+        | {"votes": choice.votes, "splits": SPLITS, "estimate": choice.estimate}
+        | {"interval": None if interval is None else [interval.low, interval.high]},
         "parents": [rows[c.generation, c.slot] for c in parents],
         "best_rival": rows[best_rival.generation, best_rival.slot] if best_rival else None,
         "sealed": sealed,
         "differences": differences,
-        "notes": [*search.taskset.notes, *_unfair(rows.values())],
+        "notes": [*doubt, *search.taskset.notes, *_unfair(rows.values())],
     }
     return card | {"verdict": verdict(answer, best_rival, differences, part)}
+
+
+def beyond_noise(
+    search: Search, winner: Candidate, cheap: Candidate | None
+) -> tuple[Candidate, list[str]]:
+    """(answer, note): a searched merge only where search items put it ahead of every cheap rival.
+
+    Within the noise of the items the best of many tries is ahead by luck, and the cheap rival, one
+    of a few, is the better bet.
+    """
+    if cheap is None or winner.operator in (*RIVALS, "parent"):
+        return winner, []
+    ahead = _paired(
+        search,
+        search_results(search, winner, "search"),
+        search_results(search, cheap, "search"),
+        "search",
+    )
+    if ahead is None or ahead.low > 0:
+        return winner, []
+    span = f"{ahead.mean:+.3f} ({ahead.low:+.3f} to {ahead.high:+.3f}, 95 %)"
+    return cheap, [
+        f"the best searched merge, {name_of(winner)}, was ahead of {name_of(cheap)} by {span} on "
+        "search items: within the noise, so the cheap one is the answer"
+    ]
+
+
+def _differences(
+    search: Search,
+    answer: Candidate,
+    others: Sequence[Candidate],
+    part: Literal["search", "sealed"],
+) -> list[dict[str, Any]]:
+    """How far the answer is ahead of each other, paired by item; a failed one is left out."""
+    mine = search_results(search, answer, part)
+    found = []
+    for other in others:
+        if other is answer:
+            continue
+        try:
+            ahead = _paired(search, mine, search_results(search, other, part), part)
+        except CandidateFailed:
+            continue
+        if ahead is not None:
+            row = {"against": name_of(other), "operator": other.operator}
+            found.append(row | ahead._asdict())
+    return found
 
 
 def search_results(
@@ -72,27 +117,44 @@ def search_results(
     return search.item_results(candidate.recipe_hash)
 
 
-def choose(search: Search, shortlist: Sequence[Candidate]) -> tuple[Candidate, int]:
-    """The candidate that wins most random halves of the search items, and how many it won.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """winner: of most halves; votes: how many. estimate: the mean score on the other halves of
+    whoever won a half, which the choosing has not flattered; None where halves cannot be scored.
+    """
+
+    winner: Candidate
+    votes: int
+    estimate: float | None
+
+
+def choose(search: Search, shortlist: Sequence[Candidate]) -> Choice:
+    """The candidate that wins most random halves of the search items.
 
     A tie goes to the better search score. Halves are drawn task by task, so every half asks the
     same mix; the draws are the same for every candidate.
     """
     if len(shortlist) < 2:
-        return shortlist[0], SPLITS
+        return Choice(shortlist[0], SPLITS, shortlist[0].score)
     known = [search.item_results(candidate.recipe_hash) for candidate in shortlist]
     rng = rng_factory(search.config.search.seed)(0, 0, "items")
     votes = [0] * len(shortlist)
+    rest_scores = []
     for _ in range(SPLITS):
         half: dict[str, list[ItemRef]] = {}
+        rest: dict[str, list[ItemRef]] = {}
         for task in search.taskset.tasks:
             items = task.part("search")
-            picks = rng.permutation(len(items))[: max(1, len(items) // 2)]
-            half[task.name] = [items[i] for i in picks]
-        scores = [_score(search, results, half) for results in known]
-        votes[int(np.argmax(scores))] += 1
+            order = rng.permutation(len(items))
+            cut = max(1, len(items) // 2)
+            half[task.name] = [items[i] for i in order[:cut]]
+            rest[task.name] = [items[i] for i in order[cut:]] or half[task.name]
+        first = int(np.argmax([_score(search, results, half) for results in known]))
+        votes[first] += 1
+        rest_scores.append(_score(search, known[first], rest))
     winner = int(np.argmax(votes))
-    return shortlist[winner], votes[winner]
+    estimate = float(np.mean(rest_scores))
+    return Choice(shortlist[winner], votes[winner], estimate if np.isfinite(estimate) else None)
 
 
 def name_of(candidate: Candidate) -> str:
@@ -171,9 +233,12 @@ def _score(search: Search, results: Results, half: dict[str, list[ItemRef]]) -> 
 
 
 def _paired(
-    search: Search, mine: Results, theirs: Results, part: Literal["search", "sealed"]
+    search: Search, mine: Results, theirs: Results | None, part: Literal["search", "sealed"]
 ) -> Interval | None:
-    """How far one candidate's score is ahead, paired by item; None where a metric is no mean."""
+    """How far one candidate's score is ahead (of nothing: the score itself), paired by item.
+
+    None where a metric is no mean over items.
+    """
     taskset = search.taskset
     if any(task.rebuild != "plain" for task in taskset.tasks):
         return None
@@ -187,7 +252,7 @@ def _paired(
                 (
                     objective.signed_weight * share,
                     [mine[ref].value for ref in items],
-                    [theirs[ref].value for ref in items],
+                    [0.0 if theirs is None else theirs[ref].value for ref in items],
                 )
             )
     return paired_score_difference(rows, search.config.search.seed)

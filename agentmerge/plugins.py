@@ -29,6 +29,8 @@ _BUILT_IN: dict[str, dict[str, str]] = {
         "llm_evo": "agentmerge.strategies.llm_evo:STRATEGY",
         "random": "agentmerge.strategies.random:STRATEGY",
         "cma_es": "agentmerge.strategies.cma_es:STRATEGY",
+        "auto": "agentmerge.strategies.auto:STRATEGY",
+        "gradient": "agentmerge.strategies.gradient:STRATEGY",
         "margins": "agentmerge.strategies.margins:STRATEGY",
         "null_llm": "agentmerge.strategies.null_llm:STRATEGY",
         "one_plus_one": "agentmerge.strategies.one_plus_one:STRATEGY",

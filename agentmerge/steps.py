@@ -279,7 +279,7 @@ class Search:
         elif _barren(candidates, generation):
             reason = "nothing new"
         elif candidates[-1].generation < generation:
-            reason = "nothing to gain"  # the strategy had no proposal
+            reason = "nothing more to gain"  # the strategy had no proposal
         return Outcome(best, reason)
 
     def advise(self, role: Role, generation: int) -> str:
@@ -409,7 +409,8 @@ class Search:
 
     @property
     def population(self) -> int:
-        return self.config.search.population or self.strategy.population(self.space.dimensions)
+        own = self.strategy.population(self.space.dimensions)
+        return self.config.generation_size(own, advised=bool(self.models))
 
     def _rng(self) -> Any:
         return rng_factory(self.config.search.seed)

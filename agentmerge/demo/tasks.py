@@ -52,10 +52,15 @@ def write_skill_tasks(
     """Write the exact-match tasks only: one a skill, with one gold string an item."""
     for skill in language.checked_skills(skills):
         tag, answer = language.SKILLS[skill].tag, language.SKILLS[skill].apply
-        texts = _texts(list(language.SKILLS).index(skill), n_items, seed)
+        texts = skill_inputs(skill, n_items, seed)
         docs = [{"prompt": language.prompt(tag, text), "answer": answer(text)} for text in texts]
         _write(directory, skill_task(skill), docs, _EXACT)
     return directory
+
+
+def skill_inputs(skill: str, n_items: int = N_ITEMS, seed: int = 0) -> list[str]:
+    """The held-out inputs that a skill's exact-match task asks about, in its order."""
+    return _texts(list(language.SKILLS).index(skill), n_items, seed)
 
 
 def demo_config(family: Family, tasks_dir: Path) -> dict[str, Any]:

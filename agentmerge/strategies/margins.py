@@ -11,7 +11,7 @@ Where nobody kept items (another's history), the score itself is the one item.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import minimize
@@ -32,10 +32,12 @@ _SHARES = _SHARES / _SHARES.sum()
 ELITES = 4
 STEPS = (0.05, 0.15, 0.4)
 SCREENED, ROUNDS, POLISHED = 500, 3, 4
-#: Items that a proposal looks at, at most; the rest say the same things again.
-ITEMS = 1000
+#: What a proposal looks at, at most: items, and points (the best quarter and the latest).
+ITEMS, POINTS = 1000, 400
 #: How far two points must be apart, in the unit box, to be two.
 APART = 1e-3
+#: The share of noise in an item's variance from which on its answers are mostly chance.
+CHANCE = 0.25
 _SOFT = 1e-3
 #: How much of the model's deviation counts. All of it sends the search far away for long, since
 #: items that all err the same way promise perfect scores anywhere unknown.
@@ -81,13 +83,18 @@ class Prospect:
     model: ItemModel
     score: SoftScore
     best: float
+    boldness: float
+
+    @property
+    def by_item(self) -> bool:
+        return len(self.score.weight) > 1
 
     def gains(self, points: np.ndarray) -> np.ndarray:
         """Expected improvement at (c, d) points, in score."""
         means, deviation = self.model.predict(points)
         total = np.zeros(len(points))
         for node, share in zip(_NODES, _SHARES, strict=True):
-            signals = means + BOLDNESS * node * deviation[:, None] * self.model.spread
+            signals = means + self.boldness * node * deviation[:, None] * self.model.spread
             total += share * np.maximum(self.score(signals) - self.best, 0.0)
         return total
 
@@ -96,11 +103,11 @@ class Prospect:
         means, deviation, kernel_slope, deviation_slope = self.model.slope(point)
         total, gradient = 0.0, np.zeros(len(point))
         for node, share in zip(_NODES, _SHARES, strict=True):
-            signals = means + BOLDNESS * node * deviation * self.model.spread
+            signals = means + self.boldness * node * deviation * self.model.spread
             ahead = (float(self.score(signals)) - self.best) / _SOFT
             pull = self.score.slope(signals)
             along = kernel_slope @ (self.model.weights @ pull)
-            along = along + BOLDNESS * node * float(self.model.spread @ pull) * deviation_slope
+            along = along + self.boldness * node * float(self.model.spread @ pull) * deviation_slope
             total += share * _SOFT * float(np.logaddexp(0.0, ahead))
             gradient += share * along / (1.0 + np.exp(-np.clip(ahead, -500, 500)))
         return -total, -gradient
@@ -129,7 +136,7 @@ class Margins:
         rng = rng_for(generation, 0, "sample")
         found = []
         for _ in range(count):
-            point = most_promising(prospect, table, rng)
+            point = most_promising(prospect, rng)
             found.append(Proposal(tuple(float(x) for x in point), self.name))
             prospect = believed(prospect, point)
         return found
@@ -170,9 +177,50 @@ def table_of(history: Sequence[Observation]) -> Table | None:
 
 
 def prospect_of(table: Table) -> Prospect:
+    """The model of the items, or of their score alone where the items' answers are mostly chance.
+
+    What changes by chance from one merge to the next says less apart than together.
+    """
+    table = thinned(table)
     score = softened(table)
     model = fitted(table.points, table.signals)
-    return Prospect(model, score, float(score(table.signals).max()))
+    scores = score(table.signals)
+    if len(table.items.weight) > 1 and model.hyper.noise < CHANCE:
+        return Prospect(model, score, float(scores.max()), BOLDNESS)
+    told = scores[:, None]
+    whole = SoftScore(np.ones(1), np.zeros(1, bool), np.ones(1))
+    smooth = fitted(table.points, told)
+    return Prospect(smooth, whole, float(smooth.predict(table.points)[0].max()), 1.0)
+
+
+def thinned(table: Table) -> Table:
+    """At most ITEMS items and POINTS points.
+
+    Of each task items are kept evenly by their mean signal, and count for those left out.
+    """
+    items, scores = table.items, np.nan_to_num(table.values) @ table.items.weight
+    count = len(table.points)
+    rows = np.arange(count)
+    if count > POINTS:
+        best = np.argsort(-scores, kind="stable")[: POINTS // 4]
+        rest = np.setdiff1d(rows, best)[-(POINTS - len(best)) :]
+        rows = np.sort(np.append(best, rest))
+    if len(items.weight) <= ITEMS:
+        return replace(
+            table, points=table.points[rows], signals=table.signals[rows], values=table.values[rows]
+        )
+    kept, weights = [], []
+    for task in np.unique(items.task):
+        mine = np.flatnonzero(items.task == task)
+        mine = mine[np.argsort(table.signals[:, mine].mean(0), kind="stable")]
+        number = max(1, round(ITEMS * len(mine) / len(items.task)))
+        some = mine[np.linspace(0, len(mine) - 1, number).round().astype(int)]
+        kept.append(some)
+        weights.append(items.weight[some] * len(mine) / len(some))
+    places = np.concatenate(kept)
+    fewer = Items(items.task[places], np.concatenate(weights), items.margins[places])
+    pick = np.ix_(rows, places)
+    return Table(table.points[rows], table.signals[pick], table.values[pick], fewer)
 
 
 def softened(table: Table) -> SoftScore:
@@ -194,18 +242,18 @@ def believed(prospect: Prospect, point: np.ndarray) -> Prospect:
     """As if the point had shown what is expected of it, for the next one of the same generation."""
     means, _ = prospect.model.predict(point[None])
     model = prospect.model.told(point[None], means)
-    return Prospect(model, prospect.score, max(prospect.best, float(prospect.score(means)[0])))
+    return replace(prospect, model=model, best=max(prospect.best, float(prospect.score(means)[0])))
 
 
-def most_promising(prospect: Prospect, table: Table, rng: np.random.Generator) -> np.ndarray:
+def most_promising(prospect: Prospect, rng: np.random.Generator) -> np.ndarray:
     """The point with the largest expected improvement that was found.
 
     Candidates: uniform, and perturbations of the best points along each axis's length scale, at
     three widths; refined from the best of themselves; then polished by gradient.
     """
     known = prospect.model.points
-    scores = prospect.score(table.signals)
-    centres = table.points[np.argsort(-scores, kind="stable")[:ELITES]]
+    scores = prospect.score(prospect.model.mean + prospect.model.centred())
+    centres = known[np.argsort(-scores, kind="stable")[:ELITES]]
     pool, gains = centres, prospect.gains(centres)
     for step in range(ROUNDS):
         fresh = _perturbed(centres, prospect.model.hyper.scales, rng, shrink=0.5**step)

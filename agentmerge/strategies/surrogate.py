@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 
 #: Length scales (of the unit box) and noise variance (of each item's own), as natural logarithms.
 _SCALES = (np.log(0.03), np.log(10.0))
-_NOISE = (np.log(1e-6), np.log(0.3))
+_NOISE = (np.log(1e-6), np.log(10.0))
 _START_SCALE, _START_NOISE = np.log(1.5), np.log(1e-3)
 #: Pulls length scales towards the start: each axis's log scale has this standard deviation.
 _PRIOR_SD = 1.5

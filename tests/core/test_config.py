@@ -26,7 +26,7 @@ def test_the_reference_config_loads_unmodified() -> None:
     assert config.genome.filters == ("self_attn", "mlp")
     assert [task.weight for task in config.tasks.tasks] == [1.0, -0.1, 1.0]
     assert config.tasks.tasks[2].metric == "acc,none"
-    assert config.algorithm == "cma_es"
+    assert config.algorithm == "auto"
     assert SearchConfig.from_text(config.to_yaml()) == config
 
 
@@ -72,5 +72,9 @@ def test_task_vector_methods_need_a_base() -> None:
     assert "ties needs one" in faults(text)[0]
 
 
-def test_llm_evo_is_the_default_where_a_model_is_named() -> None:
-    assert SearchConfig.from_text(BASE + "agents: {critic: 'openai:x'}\n").algorithm == "llm_evo"
+def test_auto_is_the_default_with_and_without_a_model() -> None:
+    assert SearchConfig.from_text(BASE).algorithm == "auto"
+    advised = SearchConfig.from_text(BASE + "agents: {critic: 'openai:x'}\nworker: {count: 2}\n")
+    assert advised.algorithm == "auto"
+    assert [advised.generation_size(own, advised=True) for own in (1, 9)] == [4, 9]
+    assert advised.generation_size(1, advised=False) == 2

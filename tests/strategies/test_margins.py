@@ -7,9 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agentmerge.strategies.base import rng_factory
+from agentmerge.strategies.base import Items, rng_factory
 from agentmerge.strategies.cma_es import CmaEs
-from agentmerge.strategies.margins import Margins, SoftScore, prospect_of, softened, table_of
+from agentmerge.strategies.margins import (
+    Margins,
+    SoftScore,
+    Table,
+    prospect_of,
+    softened,
+    table_of,
+    thinned,
+)
 from agentmerge.strategies.surrogate import _cost, conditioned, fitted
 from tests.strategies.item_searches import COUNT, SPACE, Quiz, best, searched
 
@@ -115,3 +123,20 @@ def test_softening_follows_how_well_margins_tell_right_from_wrong() -> None:
 def test_a_soft_score_counts_values_as_they_are() -> None:
     score = SoftScore(np.array([0.5, 2.0]), np.array([True, False]), np.array([1.0, 1.0]))
     assert score(np.array([0.0, 0.25])) == pytest.approx(0.25 + 0.5)
+
+
+def test_many_items_and_points_are_thinned_and_still_say_the_score() -> None:
+    rng = np.random.default_rng(0)
+    task = np.repeat([0, 1], [2500, 500])
+    items = Items(task, np.where(task == 0, 0.7 / 2500, 0.3 / 500), np.ones(3000, bool))
+    points = rng.random((450, 3))
+    signals = rng.normal(size=3000) * 2 + (points @ [1.0, 2.0, -1.0])[:, None]
+    values = (signals > 0).astype(float)
+    few = thinned(Table(points, signals, values, items))
+    assert few.signals.shape == few.values.shape == (400, 1000)
+    assert few.items.weight.sum() == pytest.approx(1.0)
+    scores = values @ items.weight
+    kept = few.values @ few.items.weight
+    where = [int(np.flatnonzero((points == point).all(1))[0]) for point in few.points]
+    np.testing.assert_allclose(kept, scores[where], atol=0.01)
+    assert scores.argmax() in where

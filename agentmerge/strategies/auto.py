@@ -1,0 +1,170 @@
+"""The default search: learns from items, lets simpler searches step in, and stops when done.
+
+After the cheap rivals every generation belongs to one operator. ``gradient`` has the first
+``GRADIENT_STEPS`` where workers offer gradients, then ``margins`` works. When nothing was gained
+for ``STALE`` evaluations, the operators share the budget by what each gained an evaluation, older
+gains counting less (a bandit on improvement per item evaluation). What agents propose enters as
+extra points, at most ``MOST_ADVICE`` of all, and less unless it earns its share. A generation whose
+expected gain is below the noise of the items is not proposed: there is nothing to gain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from agentmerge.agents.schemas import Guidance
+from agentmerge.genome import SearchSpace
+from agentmerge.strategies.base import (
+    GRADIENT_COST,
+    Observation,
+    Proposal,
+    RngFor,
+    Strategy,
+    next_generation,
+)
+from agentmerge.strategies.cma_es import CmaEs
+from agentmerge.strategies.gradient import Gradient, next_step
+from agentmerge.strategies.margins import Margins, most_promising, prospect_of, table_of
+from agentmerge.strategies.one_plus_one import OnePlusOne
+from agentmerge.strategies.random import random_vectors
+
+ADVICE = "agent"
+GRADIENT_STEPS = 6
+STALE = 8
+FLOOR = 0.1
+FADE = 0.9
+#: Fewer items have no noise to speak of: a score that nobody took apart.
+FEW_ITEMS = 20
+CHANGING, PART = 0.01, 0.2
+LEAST_ADVICE, MOST_ADVICE = 0.1, 0.3
+
+
+class Auto:
+    name = "auto"
+    uses_items = True
+
+    def __init__(self, gradients: bool = True) -> None:
+        self.gradients = gradients
+
+    def propose(
+        self,
+        space: SearchSpace,
+        history: Sequence[Observation],
+        guidance: Guidance | None,
+        count: int,
+        rng_for: RngFor,
+    ) -> list[Proposal]:
+        generation = next_generation(history)
+        if generation == 0 or count == 0:
+            return []
+        if since_gain(history) >= STALE and nothing_to_gain(history, rng_for):
+            return []
+        advised = fresh(advice(history, guidance, count), history)
+        operator = operator_of(history, self.gradients, space, rng_for)
+        asked = operator.propose(space, history, guidance, count - len(advised), rng_for)
+        found = fresh([*advised, *asked], history)
+        if not found:  # nothing new is no reason to stop
+            vectors = random_vectors(space, generation, count, rng_for)
+            found = [Proposal(vector, "random") for vector in vectors]
+        return found
+
+    def population(self, dimensions: int) -> int:
+        return 1
+
+
+def operator_of(
+    history: Sequence[Observation], gradients: bool, space: SearchSpace, rng_for: RngFor
+) -> Strategy:
+    """Whose generation the next one is."""
+    steps = sum(o.operator == Gradient.name for o in history)
+    open_gradient = gradients and next_step(history) is not None
+    if open_gradient and steps < GRADIENT_STEPS:
+        return Gradient()
+    operators: list[Strategy] = [Margins(), OnePlusOne(), CmaEs()]
+    if open_gradient:
+        operators.append(Gradient())
+    if since_gain(history) < STALE:
+        return operators[0]
+    rates = [gain_rate(history, operator.name) for operator in operators]
+    total = sum(rates)
+    shares = [
+        FLOOR + (1 - FLOOR * len(rates)) * (rate / total if total else i == 0)
+        for i, rate in enumerate(rates)
+    ]
+    rng = rng_for(next_generation(history), 0, "mutate")
+    return operators[int(rng.choice(len(operators), p=np.array(shares) / sum(shares)))]
+
+
+def nothing_to_gain(history: Sequence[Observation], rng_for: RngFor) -> bool:
+    """Whether the most promising point is expected to gain less than the items' noise can show.
+
+    The noise is that of a difference in which ``CHANGING`` of the items change. Never where there
+    are too few items to say, or where their answers are mostly chance.
+    """
+    table = table_of(history)
+    if table is None or len(table.items.weight) < FEW_ITEMS:
+        return False
+    later = sum(o.generation > 0 for o in history)
+    prospect = prospect_of(table)
+    if later < max(2 * STALE, table.points.shape[1]) or not prospect.by_item:
+        return False
+    point = most_promising(prospect, rng_for(next_generation(history), 0, "items"))
+    noise = np.sqrt(CHANGING * float((table.items.weight**2).sum()))
+    return bool(prospect.gains(point[None])[0] < PART * noise)
+
+
+def since_gain(history: Sequence[Observation]) -> int:
+    """Evaluations since the best score last rose."""
+    best, since = -np.inf, 0
+    for observation in history:
+        score = -np.inf if observation.score is None else observation.score
+        since = 0 if score > best else since + 1
+        best = max(best, score)
+    return since
+
+
+def gain_rate(history: Sequence[Observation], operator: str) -> float:
+    """What an operator's generations added to the best score, an evaluation; old ones fade."""
+    best, before, generation = -np.inf, -np.inf, -1
+    gained, spent = 0.0, 0.0
+    for observation in history:
+        if observation.generation != generation:
+            generation, before = observation.generation, best
+            gained, spent = FADE * gained, FADE * spent
+        score = -np.inf if observation.score is None else observation.score
+        if observation.operator == operator and generation > 0:
+            spent += GRADIENT_COST if observation.gradient is not None else 1
+            gained += max(0.0, score - max(best, before)) if np.isfinite(best) else 0.0
+        best = max(best, score)
+    return gained / spent if spent else 0.0
+
+
+def advice(history: Sequence[Observation], guidance: Guidance | None, count: int) -> list[Proposal]:
+    """A model's points as extra ones, as many as its share allows."""
+    if guidance is None or guidance.source != "model":
+        return []
+    later = [o for o in history if o.generation > 0]
+    asked = sum(o.operator == ADVICE for o in later)
+    mine = gain_rate(history, ADVICE)
+    others = max(gain_rate(history, name) for name in (Margins.name, Gradient.name))
+    earned = mine / (mine + others) if mine + others else 0.0
+    share = LEAST_ADVICE + (MOST_ADVICE - LEAST_ADVICE) * earned
+    allowed = int(share * (len(later) + count) - asked + 0.5)
+    points = [*guidance.candidates, *([guidance.mean] if guidance.mean else [])]
+    return [Proposal(tuple(point), ADVICE) for point in points[: max(0, min(allowed, count))]]
+
+
+def fresh(proposals: Sequence[Proposal], history: Sequence[Observation]) -> list[Proposal]:
+    """Without points that are known already; a gradient may be asked of a known point."""
+    known = {o.vector for o in history}
+    kept = []
+    for proposal in proposals:
+        if proposal.want == "gradient" or proposal.vector not in known:
+            kept.append(proposal)
+            known.add(proposal.vector)
+    return kept
+
+
+STRATEGY = Auto()

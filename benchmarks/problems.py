@@ -1,0 +1,54 @@
+"""What a benchmark searches: a space, first points that every arm gets, and how points are scored.
+
+Knows no strategy. A problem answers from a cache where it can: its answers depend on the point
+alone, so that what one arm asked costs the next one nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from agentmerge.genome import SearchSpace
+from agentmerge.strategies.base import Evidence
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """A point's score (None: it failed), what its items showed, and the slope of a loss there."""
+
+    score: float | None
+    evidence: Evidence | None = None
+    gradient: tuple[float, ...] | None = None
+    loss: float | None = None
+
+
+class Problem(Protocol):
+    name: str
+    space: SearchSpace
+
+    def first_points(self) -> Sequence[tuple[str, str, tuple[float, ...]]]:
+        """(operator, label, vector) of the cheap rivals, evaluated first by every arm."""
+        ...
+
+    def evaluate(self, vector: Sequence[float]) -> Outcome: ...
+
+    def gradient(self, vector: Sequence[float]) -> Outcome:
+        """As ``evaluate``, with the coefficients' gradient of a smooth score."""
+        ...
+
+    def sealed(self, vector: Sequence[float]) -> np.ndarray:
+        """Weighted values of the sealed items: their sum is the sealed score."""
+        ...
+
+
+def first_points(space: SearchSpace) -> list[tuple[str, str, tuple[float, ...]]]:
+    """The product's generation 0: parents, uniform merges along the scale, the depth line."""
+    found = [("parent", label, point) for label, _, point in space.parents()]
+    found.append(("uniform", "uniform", space.uniform()[1]))
+    found += [("scale", label, point) for label, _, point in space.scale_points()]
+    found += [("depth", label, point) for label, _, point in space.depth_line()]
+    return [(operator, label, point) for operator, label, point in found if point is not None]

@@ -1,0 +1,177 @@
+"""One search of one arm on one problem, and what it found; many of them, saved one by one.
+
+Every run is a file of its own, written when it ends: a suite that is stopped goes on where it was.
+The budget counts evaluations of all search items; the cheap rivals, failures and duplicates are in
+it, and a gradient counts as three.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agentmerge.evaluation.statistics import paired_score_difference
+from agentmerge.strategies.base import GRADIENT_COST, Observation, Strategy, rng_factory
+from benchmarks.choosing import most_wins
+from benchmarks.problems import Outcome, Problem
+
+SHORTLIST = 5
+CHECKPOINTS = (10, 15, 20, 25, 30, 40, 50, 60, 80, 100)
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """name: in tables. make: a fresh strategy."""
+
+    name: str
+    make: Callable[[], Strategy]
+
+
+def run_search(problem: Problem, arm: Arm, seed: int, budget: int) -> dict[str, Any]:
+    """The search as plain data: every point with its cost and score, and the answer's scores."""
+    strategy = arm.make()
+    space, rng_for = problem.space, rng_factory(seed)
+    history: list[Observation] = []
+    spent, thinking, stopped = 0, 0.0, ""
+    points: list[dict[str, Any]] = []
+
+    def tell(generation: int, slot: int, operator: str, vector: Any, outcome: Outcome) -> None:
+        nonlocal spent
+        spent += GRADIENT_COST if outcome.gradient is not None else 1
+        history.append(
+            Observation(
+                generation,
+                slot,
+                vector,
+                operator,
+                outcome.score,
+                evidence=outcome.evidence,
+                gradient=outcome.gradient,
+                loss=outcome.loss,
+            )
+        )
+        points.append({"spent": spent, "operator": operator, "score": outcome.score})
+
+    for slot, (operator, _, vector) in enumerate(problem.first_points()):
+        tell(0, slot, operator, vector, problem.evaluate(vector))
+    size = strategy.population(space.dimensions)
+    while spent < budget:
+        before = time.perf_counter()
+        asked = strategy.propose(space, tuple(history), None, min(size, budget - spent), rng_for)
+        thinking += time.perf_counter() - before
+        if not asked:
+            stopped = "nothing to gain"
+            break
+        generation = history[-1].generation + 1
+        for slot, proposal in enumerate(asked):
+            if spent >= budget:
+                break
+            wanted = proposal.want == "gradient" and spent + GRADIENT_COST <= budget
+            ask = problem.gradient if wanted else problem.evaluate
+            assert proposal.vector is not None
+            tell(generation, slot, proposal.operator, proposal.vector, ask(proposal.vector))
+    return {
+        "problem": problem.name,
+        "arm": arm.name,
+        "seed": seed,
+        "budget": budget,
+        "spent": spent,
+        "stopped": stopped,
+        "thinking_s": round(thinking, 3),
+        "points": points,
+        "answers": _answers(problem, history, seed),
+    }
+
+
+def best_at(run: dict[str, Any], spent: int) -> float:
+    """The best search score of a run once so much was spent."""
+    scores = [p["score"] for p in run["points"] if p["spent"] <= spent and p["score"] is not None]
+    return max(scores) if scores else float("-inf")
+
+
+def _answers(problem: Problem, history: Sequence[Observation], seed: int) -> dict[str, Any]:
+    """The best-seen point, the choice by repeated splits, and the best cheap rival, sealed."""
+    scored = [o for o in history if o.score is not None and o.vector is not None]
+    ranked = sorted(scored, key=lambda o: (-(o.score or 0.0), o.generation, o.slot))
+    rivals = [o for o in ranked if o.operator in ("parent", "uniform", "scale", "depth")]
+    winner = _chosen(ranked[:SHORTLIST], seed)
+    answer = winner if _beyond_noise(winner, rivals[0], seed) else rivals[0]
+    found = {"best": ranked[0], "chosen": answer, "rival": rivals[0]}
+    answers = {}
+    sealed: dict[Any, np.ndarray] = {}
+    for name, observation in found.items():
+        vector = observation.vector
+        if vector not in sealed:
+            sealed[vector] = problem.sealed(vector or ())
+        answers[name] = {
+            "operator": observation.operator,
+            "search": observation.score,
+            "sealed": float(sealed[vector].sum()),
+            "vector": vector,
+        }
+    mine, theirs = sealed[found["chosen"].vector], sealed[found["rival"].vector]
+    gap = (mine - theirs) * len(theirs)
+    answers["chosen"]["over_rival"] = float(gap.mean())
+    answers["chosen"]["over_rival_se"] = float(gap.std() / np.sqrt(len(gap)))
+    return answers
+
+
+def _chosen(shortlist: Sequence[Observation], seed: int) -> Observation:
+    if any(o.evidence is None for o in shortlist):
+        return shortlist[0]
+    items = shortlist[0].evidence.items  # type: ignore[union-attr]
+    values = np.stack([o.evidence.values for o in shortlist])  # type: ignore[union-attr]
+    winner, _ = most_wins(values * items.weight, items.task, rng_factory(seed)(0, 0, "items"))
+    return shortlist[winner]
+
+
+def _beyond_noise(winner: Observation, rival: Observation, seed: int) -> bool:
+    """The product's rule (``agentmerge.final``): ahead of every cheap rival beyond items' noise."""
+    if winner.evidence is None or rival.evidence is None:
+        return True
+    items = winner.evidence.items
+    rows = []
+    for task in np.unique(items.task):
+        mine = items.task == task
+        weight = float(items.weight[mine].sum())
+        rows.append((weight, winner.evidence.values[mine], rival.evidence.values[mine]))
+    return paired_score_difference(rows, seed).low > 0
+
+
+def run_suite(
+    problems: Sequence[Callable[[int], Problem]],
+    names: Sequence[str],
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    budget: int,
+    out: Path,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Every (problem, seed, arm), from its file where it was run before."""
+    found = []
+    for name, make in zip(names, problems, strict=True):
+        for seed in seeds:
+            problem: Problem | None = None
+            for arm in arms:
+                path = out / "runs" / f"{name}--{arm.name}--{seed}--{budget}.json"
+                if not path.is_file():
+                    problem = problem or make(seed)
+                    before = time.perf_counter()
+                    run = run_search(problem, arm, seed, budget)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    draft = path.with_suffix(".tmp")
+                    draft.write_text(json.dumps(run))
+                    draft.replace(path)
+                    took = time.perf_counter() - before
+                    say(
+                        f"{name} {arm.name} seed {seed}: search {best_at(run, budget):.3f}, "
+                        f"sealed {run['answers']['chosen']['sealed']:.3f}, {took:.0f} s"
+                    )
+                found.append(json.loads(path.read_text()))
+    return found

@@ -1,0 +1,234 @@
+"""The demo's families as benchmark problems: real merges of real models, 0.4 million parameters.
+
+A candidate is merged by the product's own kernels and asked by one teacher-forced pass in float32
+on one thread. Greedy decoding of the one gold answer is right exactly where every token of that
+pass is, so exact match needs no generation (a test compares both). Each seed asks other items.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from agentmerge.config import GenomeConfig
+from agentmerge.demo import language
+from agentmerge.demo.family import BOS, EOS, VOCABULARY, cached_family
+from agentmerge.demo.tasks import skill_inputs
+from agentmerge.genome import SearchSpace
+from agentmerge.merging.parents import Family
+from agentmerge.strategies.base import Evidence, Items
+from agentmerge.strategies.chain_rule import unit_gradient
+from agentmerge.workers.base import Gradient, TensorSlope
+from benchmarks.problems import Outcome, first_points
+from benchmarks.tiny_model import Rows, answer_logits
+
+SEARCH_ITEMS, SEALED_ITEMS = 200, 400
+_NUMBER = {token: i for i, token in enumerate(VOCABULARY)}
+_ENDS = (_NUMBER[EOS], _NUMBER["\n"])
+
+
+@dataclass(frozen=True, slots=True)
+class TinySetting:
+    """One problem of the suite. skills: what is asked, and whose experts are merged.
+
+    experts: "own"; or, where nothing can be gained, "useless" (the one expert, and noise of the
+    same size) or "halves" (its task vector in two random halves, doubled: their mean is it).
+    """
+
+    name: str
+    skills: tuple[str, ...]
+    method: str = "task_arithmetic"
+    filters: tuple[str, ...] = ()
+    experts: Literal["own", "useless", "halves"] = "own"
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return self.skills if self.experts == "own" else ("first", "second")
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+#: Written down before anything was run.
+TINY = {
+    setting.name: setting
+    for setting in (
+        TinySetting("tiny-so-8", ("shift", "sort")),
+        TinySetting("tiny-so-24", ("shift", "sort"), filters=("self_attn", "mlp")),
+        TinySetting("tiny-so-16-ties", ("shift", "sort"), "ties"),
+        TinySetting("tiny-sro-12", ("shift", "reverse", "sort")),
+        # Finer than the suite: how far the search reaches, and what gradients are worth there.
+        TinySetting("tiny-so-64", ("shift", "sort"), filters=PROJECTIONS),
+        TinySetting("tiny-useless", ("shift",), experts="useless"),
+        TinySetting("tiny-halves", ("shift",), experts="halves"),
+    )
+}
+HEADROOM = ("tiny-so-8", "tiny-so-24", "tiny-so-16-ties", "tiny-sro-12")
+NO_HEADROOM = ("tiny-useless", "tiny-halves")
+
+
+@dataclass
+class TinyProblem:
+    """See ``benchmarks.problems.Problem``."""
+
+    setting: TinySetting
+    seed: int
+    _cache: dict[tuple[float, ...], Outcome] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        torch.set_num_threads(1)
+        self.name = self.setting.name
+        self._family, self._config = _opened(self.setting)
+        genome = GenomeConfig(
+            models=self.setting.models,
+            base_model="base",
+            merge_method=self.setting.method,
+            layer_granularity=1,
+            filters=self.setting.filters,
+            normalize=False,
+        )
+        self.space = SearchSpace(genome, self._config.num_hidden_layers, "float32")
+        self._search, self._sealed = _rows(self.setting.skills, self.seed)
+        count = len(self._search.gold)
+        self._items = Items(
+            np.repeat(np.arange(len(self.setting.skills)), SEARCH_ITEMS),
+            np.full(count, 1.0 / count),
+            np.ones(count, bool),
+        )
+
+    def first_points(self) -> list[tuple[str, str, tuple[float, ...]]]:
+        return first_points(self.space)
+
+    def evaluate(self, vector: Sequence[float]) -> Outcome:
+        key = tuple(float(x) for x in vector)
+        if key not in self._cache:
+            values, margins = self._ask(key, self._search)
+            evidence = Evidence(self._items, margins, values)
+            self._cache[key] = Outcome(float(values.mean()), evidence)
+        return self._cache[key]
+
+    def gradient(self, vector: Sequence[float]) -> Outcome:
+        """As ``evaluate``, with the slope of the mean log(1 + exp(-margin)) in the unit box."""
+        known = self.evaluate(vector)
+        if self.setting.method != "task_arithmetic":
+            return known
+        weights = {
+            name: tensor.requires_grad_()
+            for name, tensor in self._family.merge(self.space.recipe(vector))
+        }
+        margins = margins_of(answer_logits(weights, self._config, self._search), self._search.gold)
+        loss = torch.nn.functional.softplus(-margins).mean()
+        slopes = torch.autograd.grad(loss, list(weights.values()))
+        tensors = tuple(
+            self._slope(name, slope) for name, slope in zip(weights, slopes, strict=True)
+        )
+        gradient = Gradient(float(loss.detach()), len(margins), tensors)
+        unit = unit_gradient(self.space, vector, gradient)
+        return Outcome(known.score, known.evidence, unit, gradient.loss)
+
+    def _slope(self, name: str, slope: torch.Tensor) -> TensorSlope:
+        layer = re.search(r"layers\.(\d+)\.", name)
+        base = self._family.tensor("base", name)
+        found = tuple(
+            (skill, float((slope * (self._family.tensor(skill, name) - base)).sum()))
+            for skill in self.setting.models
+        )
+        return TensorSlope(
+            name, int(layer[1]) if layer else None, name == "model.norm.weight", found
+        )
+
+    def sealed(self, vector: Sequence[float]) -> np.ndarray:
+        values, _ = self._ask(vector, self._sealed)
+        return values / len(values)
+
+    @torch.no_grad()
+    def _ask(self, vector: Sequence[float], rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """(exact match, margin) of each row."""
+        weights = dict(self._family.merge(self.space.recipe(vector)))
+        logits = answer_logits(weights, self._config, rows)
+        return read_answers(logits, rows.gold)
+
+
+def read_answers(logits: torch.Tensor, gold: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(exact match of greedy decoding, least margin over the answer's letters in nats).
+
+    The last position is the end of the line, which belongs to the match and not to the margin.
+    """
+    said = logits.argmax(-1)
+    ended = torch.isin(said[:, -1], torch.tensor(_ENDS))
+    right = (said[:, :-1] == gold[:, :-1]).all(-1) & ended
+    return right.double().numpy(), margins_of(logits, gold).double().numpy()
+
+
+def margins_of(logits: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
+    letters, golds = logits[:, :-1], gold[:, :-1].unsqueeze(-1)
+    own = letters.gather(-1, golds).squeeze(-1)
+    others = letters.scatter(-1, golds, -torch.inf).amax(-1)
+    return (own - others).amin(-1)
+
+
+@lru_cache(maxsize=2)
+def _opened(setting: TinySetting) -> tuple[Family, Any]:
+    from transformers import AutoConfig
+
+    found = cached_family(setting.skills if setting.experts == "own" else ("shift", "sort"), 0)
+    paths: dict[str, Path] = {"base": found.base}
+    if setting.experts == "own":
+        paths |= dict(zip(setting.models, found.experts, strict=True))
+    else:
+        paths |= _twisted(found.base, found.experts[0], setting.experts)
+    return Family.open(paths, base="base"), AutoConfig.from_pretrained(str(found.base))
+
+
+def _twisted(base: Path, expert: Path, how: str) -> dict[str, Path]:
+    """Two experts made of one, beside the family."""
+    from safetensors.torch import load_file, save_file
+
+    start, end = (load_file(path / "model.safetensors") for path in (base, expert))
+    rng = torch.Generator().manual_seed(0)
+    made: dict[str, dict[str, torch.Tensor]] = {"first": {}, "second": {}}
+    for name, weight in start.items():
+        task = end[name] - weight
+        if how == "useless":
+            noise = torch.randn(weight.shape, generator=rng)
+            parts = (task, noise * task.norm() / noise.norm())
+        else:
+            mask = torch.rand(weight.shape, generator=rng) < 0.5
+            parts = (2 * task * mask, 2 * task * ~mask)
+        for model, part in zip(made, parts, strict=True):
+            made[model][name] = weight + part
+    paths = {}
+    for model, tensors in made.items():
+        paths[model] = base.parent / f"{how}-{model}"
+        if not paths[model].exists():
+            shutil.copytree(base, paths[model])
+            save_file(tensors, paths[model] / "model.safetensors", metadata={"format": "pt"})
+    return paths
+
+
+def _rows(skills: tuple[str, ...], seed: int) -> tuple[Rows, Rows]:
+    """Search and sealed items, skill by skill."""
+    search: list[tuple[list[int], list[int]]] = []
+    sealed: list[tuple[list[int], list[int]]] = []
+    for skill in skills:
+        texts = skill_inputs(skill, SEARCH_ITEMS + SEALED_ITEMS, seed)
+        rows = [_encoded(skill, text) for text in texts]
+        search += rows[:SEARCH_ITEMS]
+        sealed += rows[SEARCH_ITEMS:]
+    return tuple(  # type: ignore[return-value]
+        Rows.of([row for row, _ in part], [gold for _, gold in part]) for part in (search, sealed)
+    )
+
+
+def _encoded(skill: str, text: str) -> tuple[list[int], list[int]]:
+    known = language.SKILLS[skill]
+    prompt, answer = language.prompt(known.tag, text), known.apply(text)
+    row = [_NUMBER[BOS], *(_NUMBER[c] for c in prompt + answer)]
+    return row, [*(_NUMBER[c] for c in answer), _NUMBER[EOS]]

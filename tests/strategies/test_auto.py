@@ -1,0 +1,127 @@
+"""The default search: who proposes when, what agents may add, and when it stops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from agentmerge.agents.schemas import Guidance
+from agentmerge.strategies.auto import (
+    GRADIENT_STEPS,
+    MOST_ADVICE,
+    STALE,
+    Auto,
+    advice,
+    gain_rate,
+    since_gain,
+)
+from agentmerge.strategies.base import Observation, rng_factory
+from agentmerge.strategies.gradient import Gradient, next_step
+from tests.strategies.item_searches import SPACE, Quiz, best, searched
+
+
+def told(generation: int, score: float | None, operator: str = "margins") -> Observation:
+    point = tuple(float(x) for x in np.random.default_rng(generation).random(SPACE.dimensions))
+    return Observation(generation, 0, point, operator, score)
+
+
+def test_it_ends_by_itself_once_nothing_is_left_to_gain() -> None:
+    for seed in range(2):
+        history = searched(Auto(), Quiz(seed), 100, seed)
+        assert len(history) < 90
+        assert best(history) > 0.9
+
+
+def test_it_does_not_end_on_a_score_that_nobody_took_apart() -> None:
+    history = [told(g, 0.5) for g in range(40)]
+    assert Auto().propose(SPACE, history, None, 1, rng_factory(0))
+
+
+def test_others_step_in_when_nothing_was_gained_for_long() -> None:
+    history = [told(0, 0.5), *(told(g, 0.4) for g in range(1, STALE + 8))]
+    seen = {
+        Auto(gradients=False).propose(SPACE, history, None, 1, rng_factory(seed))[0].operator
+        for seed in range(60)
+    }
+    assert seen == {"margins", "one_plus_one", "cma_es"}
+
+
+def test_what_gained_most_an_evaluation_gets_most() -> None:
+    history = [told(0, 0.5)]
+    for g in range(1, 9):
+        history.append(told(g, 0.5 + 0.01 * g, ("one_plus_one", "margins")[g % 2]))
+    assert gain_rate(history, "margins") > 0
+    assert gain_rate(history, "cma_es") == 0
+    leap = [*history, told(9, 0.9, "one_plus_one")]
+    assert gain_rate(leap, "one_plus_one") > gain_rate(leap, "margins")
+    faded = [*leap, *(told(g, 0.1, "one_plus_one") for g in range(10, 20))]
+    assert gain_rate(faded, "one_plus_one") < gain_rate(leap, "one_plus_one")
+
+
+def test_since_gain_counts_failures_as_nothing() -> None:
+    assert since_gain([told(0, 0.5), told(1, None), told(2, 0.5), told(3, 0.4)]) == 3
+    assert since_gain([told(0, 0.5), told(1, 0.6)]) == 0
+
+
+def test_a_models_points_are_extra_and_capped() -> None:
+    history = [told(g, 0.5) for g in range(20)]
+    points = tuple(tuple(np.full(SPACE.dimensions, x)) for x in (0.1, 0.2, 0.3, 0.4))
+    words = Guidance(candidates=points, mean=points[0], source="model")
+    found = advice(history, words, 4)
+    assert 0 < len(found) <= 4
+    later = [*history, *(replace(told(20 + i, 0.4), operator="agent") for i in range(7))]
+    assert advice(later, words, 4) == []
+    assert advice(history, replace(words, source="rules"), 4) == []
+    assert advice(history, None, 4) == []
+    asked = 0
+    for generation in range(20, 60):
+        count = len(advice(history, words, 4))
+        asked += count
+        history += [told(generation, 0.5, "agent")] * count
+        history += [told(generation, 0.5)] * (4 - count)
+    assert asked <= MOST_ADVICE * len(history) + 1
+
+
+def test_nonsense_advice_costs_no_more_than_its_share() -> None:
+    quiz = Quiz(5)
+    words = Guidance(candidates=((0.0,) * SPACE.dimensions,), source="model")
+    history = searched(Auto(), quiz, 12, 0)
+    (asked,) = Auto().propose(SPACE, history, words, 1, rng_factory(0))
+    assert asked.vector not in {o.vector for o in history}
+
+
+def test_gradients_come_first_where_there_are_some_and_never_where_none_came() -> None:
+    history = [told(0, 0.5)]
+    for _ in range(GRADIENT_STEPS):
+        (asked,) = Auto().propose(SPACE, history, None, 1, rng_factory(0))
+        assert (asked.operator, asked.want) == ("gradient", "gradient")
+        slope = tuple(2 * (x - 0.4) for x in asked.vector or ())
+        history.append(
+            Observation(
+                history[-1].generation + 1,
+                0,
+                asked.vector,
+                "gradient",
+                0.5,
+                gradient=slope,
+                loss=1.0,
+            )
+        )
+    (asked,) = Auto().propose(SPACE, history, None, 1, rng_factory(0))
+    assert asked.want == "score"
+    refused = [told(0, 0.5), replace(told(1, 0.5, "gradient"), vector=told(0, 0.5).vector)]
+    assert next_step(refused) is None
+    assert Auto().propose(SPACE, refused, None, 1, rng_factory(0))[0].want == "score"
+
+
+def test_descent_reaches_the_bottom() -> None:
+    history = [told(0, 0.5)]
+    for generation in range(1, 60):
+        (asked,) = Gradient().propose(SPACE, history, None, 1, rng_factory(0))
+        point = np.array(asked.vector)
+        slope = tuple(float(x) for x in 2 * (point - 0.4))
+        history.append(
+            Observation(generation, 0, asked.vector, "gradient", 0.5, gradient=slope, loss=1.0)
+        )
+    assert np.abs(point - 0.4).max() < 0.1
