@@ -8,7 +8,7 @@ one bit an element. For tensors in memory of the CPU; ``engines.py`` says when t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,7 +25,8 @@ from agentmerge.merging.kernels import (
     restored,
     scaled,
 )
-from agentmerge.merging.loops import WORDS, Mask, loop_for
+from agentmerge.merging.loops import COUNTS, WORDS, Mask, loop_for
+from agentmerge.merging.machine import Compiled
 from agentmerge.merging.orders import NOTHING, Cut, dtype_names, working_name
 from agentmerge.merging.sparse import crumbs_window
 from agentmerge.merging.statistics import Statistics
@@ -41,8 +42,9 @@ class Whole:
     kind: Mask = "all"
     flips: tuple[int, ...] = ()
 
-    def words(self, element: int) -> tuple[int, int, int]:
-        return 0, 0, 0
+    def words(self, element: int, seen: Sequence[int]) -> tuple[int, ...]:
+        """What a loop is given that begins at an element, when the mask's counts are these."""
+        return (0,) * WORDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +53,18 @@ class Window:
 
     outer: Cut
     inner: Cut = NOTHING
-    kind: Mask = "rank"
+
+    @property
+    def kind(self) -> Mask:
+        return "rank" if self.inner is NOTHING else "window"
 
     @property
     def flips(self) -> tuple[int, ...]:
         return self.outer.flips + self.inner.flips
 
-    def words(self, element: int) -> tuple[int, int, int]:
-        return self.outer.bits_from(element), self.inner.bits_from(element), 0
+    def words(self, element: int, seen: Sequence[int]) -> tuple[int, ...]:
+        pairs = zip((self.outer, self.inner), seen, strict=True)
+        return tuple(word for cut, n in pairs for word in (cut.bits, cut.kept_from(element, n)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +77,8 @@ class Hashed:
     kind: Mask = "hash"
     flips: tuple[int, ...] = ()
 
-    def words(self, element: int) -> tuple[int, int, int]:
-        return self.first, self.second, self.limit
+    def words(self, element: int, seen: Sequence[int]) -> tuple[int, ...]:
+        return self.first, self.second, self.limit, 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +89,8 @@ class Bits:
     kind: Mask = "bits"
     flips: tuple[int, ...] = ()
 
-    def words(self, element: int) -> tuple[int, int, int]:
-        return 0, 0, 0
+    def words(self, element: int, seen: Sequence[int]) -> tuple[int, ...]:
+        return (0,) * WORDS
 
 
 AnyMask = Whole | Window | Hashed | Bits
@@ -254,11 +260,7 @@ def _masked(
     )
     addresses = [target.data_ptr(), base.data_ptr(), *(tensor.data_ptr() for tensor in tensors)]
     addresses += [mask.bits.ctypes.data if isinstance(mask, Bits) else 0 for mask in masks]
-    broken = 0
-    for start, stop, words in _stretches(target.numel(), masks):
-        _, (found,) = loop(start, stop, addresses, reals, words)
-        broken |= found
-    return not broken
+    return not _run(loop, target.numel(), masks, addresses, reals)[1]
 
 
 def _rescaling(
@@ -278,28 +280,39 @@ def _rescaling(
     loop = loop_for("norms", stored, working, kinds, whole)
     addresses = [0, base.data_ptr(), *(tensor.data_ptr() for tensor in tensors)]
     addresses += [mask.bits.ctypes.data if isinstance(mask, Bits) else 0 for mask in decided]
-    sums = np.zeros(2 * count)
-    for start, stop, words in _stretches(base.numel(), masks):
-        sums += loop(start, stop, addresses, words=words, sums=2 * count)[0]
+    sums, _ = _run(loop, base.numel(), masks, addresses, sums=2 * count)
     if whole:
-        before = [float(norm) for norm in sums[count:]]
-        for operand, norm in zip(live, before, strict=True):
-            merge.statistics.keep_norm(operand.pair, float(norm or 0))
+        before = [*sums[count:]]
+        for operand, norm in zip(live, sums[count:], strict=True):
+            merge.statistics.keep_norm(operand.pair, norm)
     scales = [
-        1.0 if mask.kind == "all" else restored(norm or 0.0, float(after))
+        1.0 if mask.kind == "all" else restored(norm or 0.0, after)
         for mask, norm, after in zip(masks, before, sums, strict=False)
     ]
     return scales, decided
 
 
-def _stretches(count: int, masks: Sequence[AnyMask]) -> Iterator[tuple[int, int, list[int]]]:
-    """Stretches of memory in which no mask flips, and the masks' words there.
+def _run(
+    loop: Compiled,
+    count: int,
+    masks: Sequence[AnyMask],
+    addresses: Sequence[int],
+    reals: Sequence[float] = (),
+    *,
+    sums: int = 0,
+) -> tuple[list[float], int]:
+    """Run a loop over task vectors of so many elements: its sums, and its count 0.
 
-    A loop that writes bits must start at a multiple of its width; masks of kind hash never flip,
-    and no method mixes them with others.
+    It runs in stretches of memory in which no mask flips. A loop that writes bits must start at a
+    multiple of its width; masks of kind hash never flip, and no method mixes them with others.
     """
     flips = {flip for mask in masks for flip in mask.flips if 0 < flip < count}
+    totals, counts = np.zeros(sums), [0] * (1 + COUNTS * len(masks))
     for start, stop in pairwise([0, *sorted(flips), count]):
-        words = [word for mask in masks for word in mask.words(start)]
-        assert len(words) == WORDS * len(masks)
-        yield start, stop, words
+        words: list[int] = []
+        for k, mask in enumerate(masks):
+            words += mask.words(start, counts[1 + COUNTS * k :][:COUNTS])
+        more, found = loop(start, stop, addresses, reals, words, sums=sums, counts=len(counts))
+        totals += more[:sums]
+        counts = [old + new for old, new in zip(counts, found, strict=True)]
+    return totals.tolist(), counts[0]

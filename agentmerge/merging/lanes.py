@@ -72,6 +72,12 @@ class Lanes:
     def __and__(self, other: Lanes) -> Lanes:
         return self._with(self.loop.build.and_, other)
 
+    def __or__(self, other: Lanes) -> Lanes:
+        return self._with(self.loop.build.or_, other)
+
+    def __neg__(self) -> Lanes:
+        return Lanes(self.loop, self.loop.build.fneg(self.value))
+
     def __xor__(self, other: Lanes) -> Lanes:
         return self._with(self.loop.build.xor, other)
 
@@ -126,7 +132,7 @@ class Loop:
         self._sums: dict[int, Any] = {}
         self._parts: dict[int, Any] = {}
         self._counts: dict[int, Any] = {}
-        self._blocks: dict[int, Any] = {}
+        self._highest: dict[int, Any] = {}
         self.build: Any = None
         self._at: Any = None
 
@@ -232,21 +238,18 @@ class Loop:
             value = self._cast(value, _STORED[kind])
         self.build.store(value, self._place(array, self._at), align=1)
         bits = ir.IntType(8 * _bytes(_STORED[kind]))
-        every = self.same(ir.Constant(bits, _EXPONENTS[kind]))
-        exponents = self.build.and_(self.build.bitcast(value, self._lanes(bits)), every)
-        broken = self.build.icmp_unsigned("==", exponents, every)
-        variable = self._variable(self._counts, 0, _I32)
-        broken = self.build.zext(broken, self._lanes(_I32))
-        self.build.store(self.build.or_(self.build.load(variable), broken), variable)
+        unsigned = self.same(ir.Constant(bits, (1 << bits.width - 1) - 1))
+        size = self.build.and_(self.build.bitcast(value, self._lanes(bits)), unsigned)
+        variable = self._variable(self._highest, array, bits)
+        highest = self.build.load(variable)
+        larger = self.build.icmp_unsigned(">", size, highest)
+        self.build.store(self.build.select(larger, size, highest), variable)
 
     def add_to_sum(self, place: int, lanes: Lanes) -> None:
         """Add to a float64 sum; each lane adds ``_FLUSH`` values in the working type first."""
-        build, total = self.build, self._variable(self._sums, place, _DOUBLE)
+        self._variable(self._sums, place, _DOUBLE)
         part = self._variable(self._parts, place, self._working)
-        build.store(build.fadd(build.load(part), lanes.value), part)
-        step = build.and_(self._at, ir.Constant(_I64, self._width * _FLUSH - 1))
-        with build.if_then(build.icmp_unsigned("==", step, ir.Constant(_I64, 0)), likely=False):
-            self._flush(build, part, total)
+        self.build.store(self.build.fadd(self.build.load(part), lanes.value), part)
 
     def add_to_count(self, place: int, lanes: Lanes) -> None:
         """Add 64-bit integers, or the number of truths, modulo 2**64."""
@@ -285,21 +288,43 @@ class Loop:
                     build.store(value, build.gep(start, [seen]))
                 build.store(build.add(seen, build.zext(bit, _I64)), count)
 
-    def count_by_block(self, array: int, truth: Lanes, block: int) -> None:
-        """Write to an int64 array how often ``truth`` holds in each block of so many elements.
+    def first_equal(self, place: int, words: Lanes, wanted: int, most: int) -> Lanes:
+        """Where words equal a given one, the first so many times; a count counts them.
 
-        block: a power of two, at least ``WIDTH``; the loop must start at 0, the array be zeros.
+        wanted, most: places of the given words. The count is no more than ``most`` until the last
+        ones, which are fewer than ``WIDTH``; after them it may be.
         """
-        build, part = self.build, self._variable(self._blocks, array, _I32)
-        more = build.zext(truth.value, self._lanes(_I32))
-        build.store(build.add(build.load(part), more), part)
-        ahead = build.add(self._at, ir.Constant(_I64, self._width))
-        rest = build.and_(ahead, ir.Constant(_I64, block - 1))
-        with build.if_then(build.icmp_unsigned("==", rest, ir.Constant(_I64, 0)), likely=False):
-            number = build.lshr(self._at, ir.Constant(_I64, block.bit_length() - 1))
-            first = build.inttoptr(self._loaded(_ADDRESSES, array), _I64.as_pointer())
-            self._hand_over(build, part, build.gep(first, [number]), build.add)
-            build.store(ir.Constant(self._lanes(_I32), None), part)
+        build, one = self.build, ir.Constant(_I64, 1)
+        count = self._argument(_COUNTS, place, build)
+        limit = build.zext(self._loaded(_WORDS, most), _I64)
+        seen = build.load(count)
+        if self._width == 1:
+            equal = build.icmp_unsigned("==", words.value, self._loaded(_WORDS, wanted))
+            build.store(build.add(seen, build.zext(equal, _I64)), count)
+            return Lanes(self, build.and_(equal, build.icmp_unsigned("<", seen, limit)))
+        sought = self._entry.alloca(self._lanes(_I32))
+        self._entry.store(self._once(_WORDS, wanted, _I32), sought)
+        truths = ir.IntType(self._width)
+        equal = build.icmp_unsigned("==", words.value, build.load(sought))
+        hits = build.bitcast(equal, truths)
+        after = build.add(seen, build.zext(build.ctpop(hits), _I64))
+        build.store(after, count)
+        kept = self._entry.alloca(truths)
+        build.store(hits, kept)
+        with build.if_then(build.icmp_unsigned(">", after, limit), likely=False):
+            # Once in a call: these are the last, and from here on nothing is sought.
+            room, some = build.sub(limit, seen), ir.Constant(truths, 0)
+            for lane in range(self._width):
+                hit = build.trunc(build.lshr(hits, ir.Constant(truths, lane)), _BIT)
+                has_room = build.icmp_unsigned(">", room, ir.Constant(_I64, 0))
+                taken = build.and_(hit, has_room)
+                bit = build.select(taken, ir.Constant(truths, 1 << lane), ir.Constant(truths, 0))
+                some = build.or_(some, bit)
+                room = build.select(taken, build.sub(room, one), room)
+            build.store(some, kept)
+            build.store(limit, count)
+            build.store(self.same(ir.Constant(_I32, 0xFFFF_FFFF)), sought)
+        return Lanes(self, build.bitcast(build.load(kept), self._lanes(_BIT)))
 
     def store_truth(self, array: int, truth: Lanes) -> None:
         """Write one bit an element; a loop that does must start at a multiple of ``WIDTH``."""
@@ -316,8 +341,27 @@ class Loop:
             return Lanes(self, self.build.trunc(bits, _BIT))
         return Lanes(self, self.build.bitcast(bits, self._lanes(_BIT)))
 
+    def end_step(self) -> None:
+        """Call it when the body is done: brings partial sums to float64 now and then."""
+        if not self._parts:
+            return
+        build = self.build
+        step = build.and_(self._at, ir.Constant(_I64, self._width * _FLUSH - 1))
+        with build.if_then(build.icmp_unsigned("==", step, ir.Constant(_I64, 0)), likely=False):
+            for place, part in self._parts.items():
+                self._flush(build, part, self._sums[place])
+
     def finish(self, build: Any) -> None:
         """Bring the lanes' sums and counts together and hand them to the caller."""
+        for array, variable in self._highest.items():
+            bits = ir.IntType(8 * _bytes(_STORED[self._stored[array]]))
+            limit = self.same(ir.Constant(bits, _EXPONENTS[self._stored[array]]))
+            broken = build.icmp_unsigned(">=", build.load(variable), limit)
+            broken = build.zext(broken, self._lanes(_I64))
+            target = self._argument(_COUNTS, 0, build)
+            for lane in range(self._width):
+                part = self._lane(broken, lane, build)
+                build.store(build.add(build.load(target), part), target)
         for place, part in self._parts.items():
             self._flush(build, part, self._sums[place])
         for place, variable in self._sums.items():
@@ -380,12 +424,10 @@ class Loop:
     def _truth_place(self, array: int, kind: Any) -> Any:
         """A bit an element; for those left, fewer than ``WIDTH``, a byte an element."""
         build = self.build
-        byte = build.shl(
-            build.lshr(self._at, ir.Constant(_I64, WIDTH.bit_length() - 1)),
-            ir.Constant(_I64, (WIDTH // 8).bit_length() - 1),
-        )
+        byte = build.lshr(self._at, ir.Constant(_I64, 3))
         if self._width == 1:
-            byte = build.add(byte, build.and_(self._at, ir.Constant(_I64, WIDTH - 1)))
+            rest = build.and_(self._at, ir.Constant(_I64, WIDTH - 1))
+            byte = build.add(build.sub(byte, build.lshr(rest, ir.Constant(_I64, 3))), rest)
         return build.inttoptr(build.add(self._loaded(_ADDRESSES, array), byte), kind.as_pointer())
 
     def _once(self, argument: int, place: int, kind: Any) -> Any:
@@ -451,6 +493,7 @@ def llvm_text(body: Callable[[Loop], None], stored: Sequence[str], working: str)
         build.position_at_end(inside)
         loop.position(build, now)
         body(loop)
+        loop.end_step()
         build.store(ahead, at)
         build.branch(test)
         build.position_at_end(after)

@@ -4,9 +4,11 @@ Formulas, order of operations and rules are those of ``kernels.py``, where they 
 are no tensors and no decisions: which loop runs on what is ``fused.py``. The arrays of a loop are:
 0 the result, 1 the base, then the experts, then one more for each expert where a loop says so.
 
-Masks, one kind for each expert, with three words each:
+Masks, one kind for each expert, with four words and two counts each:
     all: no words are read;
-    rank: the magnitude's bits are at least word 0 and below word 1;
+    rank: the magnitude's bits are more than word 0, or equal it, the first word 1 times; count 0
+        counts how often they equal it, as ``Loop.first_equal`` does;
+    window: as rank, less what words 2 and 3 keep likewise, with count 1;
     hash: the hash of the element with keys word 0 and word 1 is at most word 2;
     bits: a bit an element, from the array after the experts' own.
 """
@@ -21,11 +23,11 @@ from agentmerge.merging.lanes import Lanes, Loop
 from agentmerge.merging.machine import Compiled, compiled
 from agentmerge.recipe import CANCEL_SHARE
 
-Mask = Literal["all", "rank", "hash", "bits"]
+Mask = Literal["all", "rank", "window", "hash", "bits"]
 
-WORDS = 3
+WORDS = 4
+COUNTS = 2
 CHECKSUM_PERIOD = 1 << 16
-COUNTED_BLOCK = 1 << 13
 
 Body = Callable[[Loop], None]
 
@@ -66,31 +68,25 @@ def consensus(masks: Sequence[Mask], normalize: bool, cancels: bool) -> Body:
 
     def body(loop: Loop) -> None:
         origin, zero = loop.load(1), loop.number(0.0)
-        total = up = down = weight_up = weight_down = size_up = size_down = zero
+        parts = []
         for k, mask in enumerate(masks):
             delta, kept = _task_vector(loop, origin, k, mask, count)
             part = delta * loop.given_number(1 + k)
-            if kept is not None:
-                part = loop.where(kept, part, zero)
-            above = part > zero
-            total = total + part if k else part
-            up = up + loop.where(above, part, zero)
-            down = down + loop.where(above, zero, part)  # what is not a number comes in here
+            parts.append(part if kept is None else loop.where(kept, part, zero))
+        positive = sum(parts[1:], parts[0]) >= zero
+        merged = divisor = size = zero
+        for k, part in enumerate(parts):
+            turned = loop.where(positive, part, -part)  # what agrees is above zero
+            merged = merged + loop.where(turned < zero, zero, turned)  # NaN goes on
             if normalize:
-                weight, below = loop.given_number(1 + count + k), part < zero
-                weight_up = weight_up + loop.where(above, weight, zero)
-                weight_down = weight_down + loop.where(below, weight, zero)
+                weight, agrees = loop.given_number(1 + count + k), turned > zero
+                divisor = loop.where(agrees, divisor + weight, divisor)
                 if cancels:
-                    size = loop.absolute(weight)
-                    size_up = size_up + loop.where(above, size, zero)
-                    size_down = size_down + loop.where(below, size, zero)
-        positive = total >= zero
-        merged = loop.where(positive, up, down)
+                    size = loop.where(agrees, size + loop.absolute(weight), size)
         if normalize:
-            divisor = loop.where(positive, weight_up, weight_down)
-            size = loop.where(positive, size_up, size_down)
             least = size * loop.number(CANCEL_SHARE) if cancels else zero
             merged = merged / loop.where(loop.absolute(divisor) > least, divisor, loop.number(1.0))
+        merged = loop.where(positive, merged, -merged)
         loop.store(0, merged * loop.given_number(0) + origin)
 
     return body
@@ -121,22 +117,19 @@ def norms(masks: Sequence[Mask], whole: bool) -> Body:
 
 
 def between(experts: int) -> Body:
-    """Where expert k's magnitude has bits from one word on, and at most another word more.
+    """Where expert k's magnitude has bits from word 2k on, and at most word 2k+1 more.
 
-    Words 4k and 4k+1 are for elements to note in three arrays: the place, the magnitude as float32
-    has it, and as float64 has it; count k counts them. Words 4k+2 and 4k+3 are for elements to be
-    counted, in every ``COUNTED_BLOCK``, in a fourth array. The arrays come after the experts.
+    Noted of each in three arrays: the place, the magnitude as float32 has it, and as float64 has
+    it; count k counts them. The arrays come after the experts.
     """
 
     def body(loop: Loop) -> None:
         origin = loop.load(1)
         for k in range(experts):
-            value, arrays = loop.load(2 + k), 2 + experts + 4 * k
-            bits = magnitude_bits(loop, value, origin)
-            low, width, equal, more = (loop.given_word(4 * k + at) for at in range(4))
-            magnitudes = partial(_magnitudes, loop, value, origin)
-            loop.collect(k, arrays, bits - low <= width, magnitudes)
-            loop.count_by_block(arrays + 3, bits - equal <= more, COUNTED_BLOCK)
+            value, arrays = loop.load(2 + k), 2 + experts + 3 * k
+            low, width = loop.given_word(2 * k), loop.given_word(2 * k + 1)
+            inside = magnitude_bits(loop, value, origin) - low <= width
+            loop.collect(k, arrays, inside, partial(_magnitudes, loop, value, origin))
 
     return body
 
@@ -189,15 +182,22 @@ def _task_vector(
     value = loop.load(2 + k)
     kept: Lanes | None = None
     words = [WORDS * k + at for at in range(WORDS)]
-    if mask == "rank":
-        bits = magnitude_bits(loop, value, origin)
-        kept = (bits >= loop.given_word(words[0])) & (bits < loop.given_word(words[1]))
+    if mask in ("rank", "window"):
+        bits, counts = magnitude_bits(loop, value, origin), 1 + COUNTS * k
+        kept = _largest(loop, bits, counts, *words[:2])
+        if mask == "window":  # the second are among the first
+            kept = kept ^ _largest(loop, bits, counts + 1, *words[2:])
     elif mask == "hash":
         keys = loop.given_word(words[0]), loop.given_word(words[1])
         kept = _hash(loop, *keys) <= loop.given_word(words[2])
     elif mask == "bits":
         kept = loop.load_truth(2 + count + k)
     return value - origin, kept
+
+
+def _largest(loop: Loop, bits: Lanes, count: int, least: int, most: int) -> Lanes:
+    """Bits above one given word; of those that equal it, the first in memory, as another says."""
+    return (bits > loop.given_word(least)) | loop.first_equal(count, bits, least, most)
 
 
 def _hash(loop: Loop, first_key: Lanes, second_key: Lanes) -> Lanes:

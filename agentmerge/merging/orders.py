@@ -1,9 +1,9 @@
 """Which elements of a task vector are its k largest, for any k, without sorting again.
 
 An ``Order`` is made once for a tensor and its base: the magnitudes are sorted, and some thousand
-of them kept. For a k it brackets the k-th largest magnitude; one pass over the tensors collects the
-few elements in the bracket, and only those are ranked. The answer is a ``Cut``: a threshold, and
-where in memory elements that equal it are kept.
+of them kept. For a k it brackets the k-th largest magnitude. Where that is one of those kept, all
+is known; else one pass over the tensors collects the few elements in the bracket, and only those
+are ranked. The answer is a ``Cut``: a threshold, and which elements that equal it are kept.
 
 Ranks are those of ``kernels.largest_mask``: by magnitude in float32, then in float64, then the
 first in memory; zeros are never kept. It knows tensors in memory of the CPU, and no methods.
@@ -20,17 +20,17 @@ import numpy.typing as npt
 import torch
 
 from agentmerge.merging.kernels import working_dtype
-from agentmerge.merging.loops import COUNTED_BLOCK, loop_for
+from agentmerge.merging.loops import loop_for
 
 #: Magnitudes kept of a tensor; a bracket holds one element in so many.
 KEPT = 1 << 14
 #: Bytes of one kept magnitude: itself, and how many elements are below and up to it.
 _KEPT_BYTES = 20
-#: Elements of a bracket that are ranked at once; more that are equal are only counted.
-_FEW = 1 << 11
 #: Magnitudes that float32 does not hold, of a tensor; where there are more, all may be such.
 _MOST_INEXACT = 1 << 14
 _BUILD_BLOCK = 1 << 20
+#: More than any number of elements, and no magnitude's bits.
+EVERY = 0xFFFF_FFFF
 
 Places = npt.NDArray[np.int64]
 Sizes = npt.NDArray[np.float64]
@@ -38,24 +38,24 @@ Sizes = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Kept is what is larger than a magnitude, and of what equals it, some stretches of memory.
+    """Kept is what is larger than a magnitude, and some of what equals it.
 
-    bits: of the magnitude, in float32. flips: elements from which on equal ones are no longer
-        kept, are kept again, and so on; from element 0 on they are.
+    bits: of the magnitude, in float32. first: so many equal ones are kept, the first in memory.
+    flips: elements from which on equal ones are no longer kept, are kept again, and so on.
     """
 
     bits: int
+    first: int = EVERY
     flips: tuple[int, ...] = ()
 
-    def bits_from(self, element: int) -> int:
-        """The least bits that are kept from this element to the next flip."""
-        return self.bits + bisect_right(self.flips, element) % 2
+    def kept_from(self, element: int, seen: int) -> int:
+        """How many equal ones are kept from this element to the next flip, after so many."""
+        return 0 if bisect_right(self.flips, element) % 2 else max(0, self.first - seen)
 
 
 #: No magnitude has these bits.
-NOTHING = Cut(0xFFFF_FFFF)
-_NOT_ZERO = Cut(1)
-_NO_BITS = (0xFFFF_FFFF, 0)
+NOTHING = Cut(EVERY)
+_NO_BITS = (EVERY, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +102,9 @@ class Order:
             _inexact(base, tensor),
         )
 
-    def alike(self, bracket: Bracket) -> bool:
-        """Whether all elements in a bracket are surely equal, in float64 too."""
-        one = bracket.low == bracket.high
-        return one and self.inexact is not None and not np.any(self.inexact == bracket.low)
+    def _is_exact(self, bits: int) -> bool:
+        """Whether elements whose magnitude has these bits are surely equal, in float64 too."""
+        return self.inexact is not None and not np.any(self.inexact == bits)
 
     @property
     def size_bytes(self) -> int:
@@ -123,9 +122,11 @@ class Order:
             above, until = int(self.bits[at + 1]), int(self.below[at + 1])
             return Bracket(bits + 1, above - 1, until - upto, until - place)
         if bits == 0:
-            return _NOT_ZERO
+            return Cut(0, 0)
         if place == below:
             return Cut(bits)
+        if self._is_exact(bits):
+            return Cut(bits, upto - place)
         return Bracket(bits, bits, upto - below, upto - place)
 
 
@@ -142,40 +143,20 @@ def cuts(
 ) -> list[Cut]:
     """For each tensor, the cut that keeps its so many largest elements."""
     found = [order.bracket(keep) for order, keep in zip(orders, keeps, strict=True)]
-    many = [
-        isinstance(bracket, Bracket) and bracket.count > _FEW and order.alike(bracket)
-        for bracket, order in zip(found, orders, strict=True)
-    ]
-    notes = _noted(base, tensors, found, many)
-    return [
-        cut
-        if isinstance(cut, Cut)
-        else _first_in_memory(base, tensor, cut, noted.counts)
-        if counted
-        else _ranked(noted, cut.keep)
-        for tensor, cut, noted, counted in zip(tensors, found, notes, many, strict=True)
-    ]
+    open_ones = [(at, cut) for at, cut in enumerate(found) if isinstance(cut, Bracket)]
+    notes = _noted(base, [tensors[at] for at, _ in open_ones], [cut for _, cut in open_ones])
+    ranked = {at: _ranked(n, cut.keep) for (at, cut), n in zip(open_ones, notes, strict=True)}
+    return [cut if isinstance(cut, Cut) else ranked[at] for at, cut in enumerate(found)]
 
 
 def _noted(
-    base: torch.Tensor,
-    tensors: Sequence[torch.Tensor],
-    brackets: Sequence[Cut | Bracket],
-    many: Sequence[bool],
+    base: torch.Tensor, tensors: Sequence[torch.Tensor], brackets: Sequence[Bracket]
 ) -> list[_Notes]:
-    """The elements in each tensor's bracket, or, of many, how often they occur; one pass for all.
-
-    One kind of loop serves every number of brackets, so that it is compiled once.
-    """
-    notes, words = [], []
-    for bracket, counted in zip(brackets, many, strict=True):
-        inside, count = _NO_BITS, 0
-        if isinstance(bracket, Bracket):
-            inside, count = (bracket.low, bracket.high - bracket.low), bracket.count
-        notes.append(_Notes.room(0 if counted else count, base.numel()))
-        words += [*_NO_BITS, *inside] if counted else [*inside, *_NO_BITS]
-    if all(isinstance(bracket, Cut) for bracket in brackets):
-        return notes
+    """The elements in each tensor's bracket; one pass for all."""
+    if not brackets:
+        return []
+    notes = [_Notes.room(bracket.count) for bracket in brackets]
+    words = [word for bracket in brackets for word in (bracket.low, bracket.high - bracket.low)]
     stored, working = dtype_names(base, base, *tensors), working_name(base, *tensors)
     loop = loop_for("between", stored, working, len(tensors))
     addresses = [0, base.data_ptr(), *(tensor.data_ptr() for tensor in tensors)]
@@ -191,23 +172,18 @@ class _Notes:
     places: Places
     sizes: Sizes
     exact: Sizes
-    counts: Places
 
     @classmethod
-    def room(cls, elements: int, of: int) -> _Notes:
+    def room(cls, elements: int) -> _Notes:
         size = elements + 1
-        blocks = -(-of // COUNTED_BLOCK)
-        return cls(
-            np.empty(size, np.int64), np.empty(size), np.empty(size), np.zeros(blocks, np.int64)
-        )
+        return cls(np.empty(size, np.int64), np.empty(size), np.empty(size))
 
     @property
     def addresses(self) -> list[int]:
-        columns = (self.places, self.sizes, self.exact, self.counts)
-        return [column.ctypes.data for column in columns]
+        return [column.ctypes.data for column in (self.places, self.sizes, self.exact)]
 
     def cut(self, count: int) -> _Notes:
-        return _Notes(self.places[:count], self.sizes[:count], self.exact[:count], self.counts)
+        return _Notes(self.places[:count], self.sizes[:count], self.exact[:count])
 
 
 def _ranked(noted: _Notes, keep: int) -> Cut:
@@ -225,27 +201,11 @@ def _ranked(noted: _Notes, keep: int) -> Cut:
         return Cut(bits)
     tied = exact[equal]
     if tied.min() == tied.max():
-        return Cut(bits, (int(places[equal[left - 1]]) + 1,))
+        return Cut(bits, int(left))
     kept = np.zeros(len(equal), bool)
     kept[np.argsort(-tied, kind="stable")[:left]] = True
     changes = np.flatnonzero(np.diff(kept, prepend=True))
-    return Cut(bits, tuple(places[equal[changes]].tolist()))
-
-
-def _first_in_memory(
-    base: torch.Tensor, tensor: torch.Tensor, bracket: Bracket, counts: Places
-) -> Cut:
-    """The cut among many elements that are equal; counts: of them, by block."""
-    until = np.cumsum(counts)
-    block = int(np.searchsorted(until, bracket.keep))
-    if block == len(until):  # in the last block, which is not full and has not been counted
-        block -= 1
-    left = bracket.keep - int(until[block - 1] if block else 0)
-    start = block * COUNTED_BLOCK
-    part = [t.reshape(-1)[start : start + COUNTED_BLOCK] for t in (base, tensor)]
-    inside = Bracket(bracket.low, bracket.high, len(part[0]), left)
-    (noted,) = _noted(part[0], part[1:], [inside], [False])
-    return Cut(bracket.low, (start + int(noted.places[left - 1]) + 1,))
+    return Cut(bits, flips=tuple(places[equal[changes]].tolist()))
 
 
 def _inexact(base: torch.Tensor, tensor: torch.Tensor) -> npt.NDArray[np.uint32] | None:
@@ -254,7 +214,7 @@ def _inexact(base: torch.Tensor, tensor: torch.Tensor) -> npt.NDArray[np.uint32]
     _, (count,) = loop_for("inexact", stored, working, False)(0, base.numel(), addresses)
     if count > _MOST_INEXACT:
         return None
-    noted = _Notes.room(count, 0)
+    noted = _Notes.room(count)
     loop_for("inexact", stored, working, True)(0, base.numel(), addresses + noted.addresses)
     return np.unique(noted.sizes[:count].astype(np.float32)).view(np.uint32)
 
