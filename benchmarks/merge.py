@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agentmerge.merging.digests import digest
+from agentmerge.merging.engines import has_fused
 from agentmerge.merging.live import LiveWeights
 from agentmerge.merging.parents import Family
 from agentmerge.recipe import Recipe
@@ -172,8 +173,8 @@ def measure(plan: Plan, threads: int, say: Callable[[str], None]) -> dict[str, A
         result["copy_s"], result["digest_s"] = copy_s, made.digest_s(plan.repeats)
         result["methods"] = {}
         for method in (*METHODS, *OTHERS):
-            say(f"  {method}")
-            row: dict[str, float] = made.ours(method, plan.groups, plan.repeats)
+            repeats = plan.repeats if has_fused(method) else plan.peer_repeats
+            row: dict[str, float] = made.ours(method, plan.groups, repeats)
             row["floor_s"] = made.floor_s(method, copy_s)
             row["over_floor"] = row["seconds"] / row["floor_s"]
             if method in METHODS:
@@ -182,21 +183,22 @@ def measure(plan: Plan, threads: int, say: Callable[[str], None]) -> dict[str, A
                 row["mergekit_s"] = made.mergekit_s(method, plan.groups, plan.peer_repeats)
                 row["faster"] = row["mergekit_s"] / row["seconds"]
             result["methods"][method] = row
+            say(f"  {method}: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items()))
         result["groups"] = [
             {"groups": groups} | _times(made, groups, plan.repeats) for groups in plan.group_counts
         ]
     result["parameters"] = []
     for size in plan.sizes:
-        say(f"  {size / 1e6:g} M parameters")
         with bench(size, plan.experts, threads) as made:
             row = {"parameters": made.family.layout.parameters}
             result["parameters"].append(row | _times(made, plan.groups, plan.repeats))
+            say(f"  {result['parameters'][-1]}")
     result["experts"] = []
     for experts in plan.expert_counts:
-        say(f"  {experts} experts")
         with bench(min(plan.parameters, 37_600_000), experts, threads) as made:
             row = {"experts": experts, "parameters": made.family.layout.parameters}
             result["experts"].append(row | _times(made, plan.groups, plan.repeats))
+            say(f"  {result['experts'][-1]}")
     return result
 
 
@@ -264,10 +266,14 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--json", type=Path, help="write every number here")
     parser.add_argument("--quick", action="store_true", help="small models: tries it out")
+    parser.add_argument("--repeats", type=int, help="merges a median is of (default 9; quick 2)")
     parser.add_argument("--threads", type=int, default=1, help="of both sides (default 1)")
     options = parser.parse_args()
     console = Console(width=120)
-    result = measure(QUICK if options.quick else Plan(), options.threads, console.print)
+    plan = QUICK if options.quick else Plan()
+    if options.repeats:
+        plan = replace(plan, repeats=options.repeats)
+    result = measure(plan, options.threads, console.print)
     show(result, console)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")

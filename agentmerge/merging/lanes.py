@@ -15,8 +15,9 @@ from typing import Any
 
 from llvmlite import ir
 
-#: Elements worked on at once: a full vector of float32 on the widest processors of today.
-WIDTH = 16
+#: Elements worked on at once: two vectors of float32 on the widest processors of today, so that
+#: one has work while the other waits.
+WIDTH = 32
 #: Values that a lane adds in the working type before the sum goes to float64; a power of two.
 _FLUSH = 16
 
