@@ -57,12 +57,20 @@ class Plan:
     groups: int = 5
     repeats: int = 9
     peer_repeats: int = 3
+    methods: tuple[str, ...] = (*METHODS, *OTHERS)
     sizes: tuple[int, ...] = (1_000_000, 10_000_000, 37_600_000, 115_600_000, 500_000_000)
     expert_counts: tuple[int, ...] = (2, 3, 4, 6, 8)
     group_counts: tuple[int, ...] = (1, 2, 5, 10)
 
 
-QUICK = Plan(1_000_000, 3, 5, 2, 1, (200_000, 1_000_000), (2, 4), (1, 5))
+QUICK = Plan(
+    parameters=1_000_000,
+    repeats=2,
+    peer_repeats=1,
+    sizes=(200_000, 1_000_000),
+    expert_counts=(2, 4),
+    group_counts=(1, 5),
+)
 
 
 class Bench:
@@ -159,47 +167,52 @@ def bench(parameters: int, experts: int, threads: int) -> Iterator[Bench]:
 
 
 def measure(plan: Plan, threads: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """say: is told every row as it comes."""
     torch.set_num_threads(threads)
-    result: dict[str, Any] = {"machine": machine(threads)}
+    result: dict[str, Any] = {"machine": machine(threads), "load_average": os.getloadavg()}
     with bench(plan.parameters, plan.experts, threads) as made:
-        say(f"{made.family.layout.parameters / 1e6:.1f} M parameters, {plan.experts} experts")
-        copy_s = made.copy_s(plan.repeats)
         result["family"] = {
             "parameters": made.family.layout.parameters,
             "experts": plan.experts,
             "groups": plan.groups,
             "dtype": "bfloat16",
         }
-        result["copy_s"], result["digest_s"] = copy_s, made.digest_s(plan.repeats)
+        result["copy_s"], result["digest_s"] = made.copy_s(plan.repeats), made.digest_s(3)
         result["methods"] = {}
-        for method in (*METHODS, *OTHERS):
-            repeats = plan.repeats if has_fused(method) else plan.peer_repeats
-            row: dict[str, float] = made.ours(method, plan.groups, repeats)
-            row["floor_s"] = made.floor_s(method, copy_s)
-            row["over_floor"] = row["seconds"] / row["floor_s"]
-            if method in METHODS:
-                row["load_s"] = made.load_s(method, plan.groups, plan.repeats)
-                row["one_group_s"] = made.one_group_s(method, plan.groups, plan.repeats)
-                row["mergekit_s"] = made.mergekit_s(method, plan.groups, plan.peer_repeats)
-                row["faster"] = row["mergekit_s"] / row["seconds"]
+        for method in plan.methods:
+            row = _method(made, method, plan, result["copy_s"])
             result["methods"][method] = row
-            say(f"  {method}: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items()))
-        result["groups"] = [
-            {"groups": groups} | _times(made, groups, plan.repeats) for groups in plan.group_counts
-        ]
-    result["parameters"] = []
-    for size in plan.sizes:
-        with bench(size, plan.experts, threads) as made:
-            row = {"parameters": made.family.layout.parameters}
-            result["parameters"].append(row | _times(made, plan.groups, plan.repeats))
-            say(f"  {result['parameters'][-1]}")
-    result["experts"] = []
-    for experts in plan.expert_counts:
-        with bench(min(plan.parameters, 37_600_000), experts, threads) as made:
-            row = {"experts": experts, "parameters": made.family.layout.parameters}
-            result["experts"].append(row | _times(made, plan.groups, plan.repeats))
-            say(f"  {result['experts'][-1]}")
+            say(f"{method}: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items()))
+        result["groups"] = []
+        for groups in plan.group_counts:
+            row = {"groups": groups} | _times(made, groups, plan.repeats)
+            result["groups"].append(row)
+            say(str(row))
+    for name, sizes in (
+        ("parameters", [(size, plan.experts) for size in plan.sizes]),
+        ("experts", [(min(plan.parameters, 37_600_000), count) for count in plan.expert_counts]),
+    ):
+        result[name] = []
+        for size, experts in sizes:
+            with bench(size, experts, threads) as made:
+                row = {"parameters": made.family.layout.parameters, "experts": experts}
+                row |= _times(made, plan.groups, plan.repeats)
+            result[name].append(row)
+            say(str(row))
     return result
+
+
+def _method(made: Bench, method: str, plan: Plan, copy_s: float) -> dict[str, float]:
+    repeats = plan.repeats if has_fused(method) else plan.peer_repeats
+    row = made.ours(method, plan.groups, repeats)
+    row["floor_s"] = made.floor_s(method, copy_s)
+    row["over_floor"] = row["seconds"] / row["floor_s"]
+    if method in METHODS:
+        row["load_s"] = made.load_s(method, plan.groups, plan.repeats)
+        row["one_group_s"] = made.one_group_s(method, plan.groups, plan.repeats)
+        row["mergekit_s"] = made.mergekit_s(method, plan.groups, plan.peer_repeats)
+        row["faster"] = row["mergekit_s"] / row["seconds"]
+    return row
 
 
 def _times(made: Bench, groups: int, repeats: int) -> dict[str, float]:
@@ -241,6 +254,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(method, *ours, f"{row['over_floor']:.2f}", *rest, *peer)
     console.print(table)
     for name in ("parameters", "experts", "groups"):
+        if not result[name]:
+            continue
         table = Table(name, "copy", *METHODS)
         for row in result[name]:
             label = f"{row[name] / 1e6:.1f} M" if name == "parameters" else str(row[name])
@@ -266,13 +281,22 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--json", type=Path, help="write every number here")
     parser.add_argument("--quick", action="store_true", help="small models: tries it out")
-    parser.add_argument("--repeats", type=int, help="merges a median is of (default 9; quick 2)")
+    parser.add_argument("--methods", help="only these, with commas")
+    parser.add_argument("--repeats", type=int, help="merges a median is of (default 9)")
+    parser.add_argument("--peer-repeats", type=int, help="the same of mergekit (default 3)")
+    parser.add_argument("--no-scaling", action="store_true", help="only the one family's methods")
     parser.add_argument("--threads", type=int, default=1, help="of both sides (default 1)")
     options = parser.parse_args()
     console = Console(width=120)
     plan = QUICK if options.quick else Plan()
-    if options.repeats:
-        plan = replace(plan, repeats=options.repeats)
+    plan = replace(
+        plan,
+        methods=tuple(options.methods.split(",")) if options.methods else plan.methods,
+        repeats=options.repeats or plan.repeats,
+        peer_repeats=options.peer_repeats or plan.peer_repeats,
+    )
+    if options.no_scaling:
+        plan = replace(plan, sizes=(), expert_counts=(), group_counts=())
     result = measure(plan, options.threads, console.print)
     show(result, console)
     if options.json:
