@@ -28,6 +28,7 @@ import torch
 
 from agentmerge.errors import CandidateFailed
 from agentmerge.merging import sparse
+from agentmerge.merging.engines import fused_agreement, fused_pulls
 from agentmerge.merging.kernels import (
     Operand,
     blocks,
@@ -39,6 +40,7 @@ from agentmerge.merging.kernels import (
 )
 from agentmerge.merging.parents import operands_of
 from agentmerge.merging.plan import MergePlan, TensorPlan
+from agentmerge.merging.statistics import Statistics
 from agentmerge.merging.weights import TensorSource
 from agentmerge.methods import METHODS
 from agentmerge.recipe import CANCEL_SHARE
@@ -73,8 +75,11 @@ class Contraction:
         CandidateFailed: the method's weights have no slope.
     """
 
-    def __init__(self, merge_plan: MergePlan, source: TensorSource) -> None:
+    def __init__(
+        self, merge_plan: MergePlan, source: TensorSource, statistics: Statistics | None = None
+    ) -> None:
         self._plan = merge_plan
+        self._statistics = statistics or Statistics()
         self._source = source
         self._by_name = {item.spec.name: item for item in merge_plan.tensors}
         self._frozen: dict[str, Frozen] = {}
@@ -91,7 +96,9 @@ class Contraction:
         base, operands = operands_of(item, self._plan.merge_seed, self._source)
         shared = dict(item.effective.shared)
         if name not in self._frozen:
-            self._frozen[name] = frozen(item.effective.method, base, operands, shared)
+            self._frozen[name] = frozen(
+                item.effective.method, base, operands, shared, self._statistics
+            )
         agreeing = _MASKS.get(item.effective.method, (None, False))[1]
         contract = contract_agreeing if agreeing else contract_sum
         found = contract(base, operands, self._frozen[name], shared, gradient)
@@ -128,12 +135,15 @@ def frozen(
     base: torch.Tensor | None,
     operands: Sequence[Operand],
     shared: Mapping[str, float],
+    statistics: Statistics,
 ) -> Frozen:
     """Masks, rescaling and agreement of one tensor, as the merge at these weights has them."""
     if method not in _MASKS:
         return Frozen((None,) * len(operands), (1.0,) * len(operands))
     base = present(base)
     mask_of, agreeing = _MASKS[method]
+    if found := fused_agreement(method, base, operands, shared, statistics):
+        return Frozen(tuple(found[0]), tuple(found[1]))
     ground, working = base.reshape(-1), working_dtype([base, *(o.tensor for o in operands)])
     masks = [mask_of(base, operand) for operand in operands]
     scales = tuple(
@@ -184,13 +194,17 @@ def contract_sum(
     ratios = bool(shared["normalize"])
     # Ratios do not change with the origin, and near the models nothing cancels.
     ground = operands[0].tensor if base is None and ratios else base
-    pulls = torch.zeros(len(operands), dtype=torch.float64, device=gradient.device)
-    flat = gradient.reshape(-1)
-    working = working_dtype([gradient, *(operand.tensor for operand in operands)])
-    for block in blocks(flat.numel()):
-        rows = _added(ground, operands, held, block, working)
-        pulls += (rows @ flat[block].to(working)).double()
-    pulls = pulls.cpu()
+    by_loop = fused_pulls(ground, operands, held.kept, held.scales, gradient, normalize=False)
+    if by_loop is not None:
+        pulls = by_loop[:-1]
+    else:
+        pulls = torch.zeros(len(operands), dtype=torch.float64, device=gradient.device)
+        flat = gradient.reshape(-1)
+        working = working_dtype([gradient, *(operand.tensor for operand in operands)])
+        for block in blocks(flat.numel()):
+            rows = _added(ground, operands, held, block, working)
+            pulls += (rows @ flat[block].to(working)).double()
+        pulls = pulls.cpu()
     total = float(weights.sum()) if ratios else 1.0
     mean = weights @ pulls / total
     slopes = shared.get("lambda", 1.0) * (pulls - ratios * mean) / total
@@ -205,6 +219,21 @@ def contract_agreeing(
     gradient: torch.Tensor,
 ) -> torch.Tensor:
     """As ``contract_sum``, where each element is normalized by the weights that agree in it."""
+    ratios = bool(shared["normalize"])
+    found = fused_pulls(base, operands, held.kept, held.scales, gradient, normalize=ratios)
+    if found is None:
+        found = _agreeing(base, operands, held, ratios, gradient)
+    found[:-1] *= shared["lambda"]
+    return found
+
+
+def _agreeing(
+    base: torch.Tensor | None,
+    operands: Sequence[Operand],
+    held: Frozen,
+    normalize: bool,
+    gradient: torch.Tensor,
+) -> torch.Tensor:
     flat = gradient.reshape(-1)
     working = working_dtype([gradient, *(operand.tensor for operand in operands)])
     weights = torch.tensor([o.weight for o in operands], dtype=working, device=flat.device)
@@ -213,7 +242,7 @@ def contract_agreeing(
         pull = flat[block].to(working)
         rows = _added(base, operands, held, block, working)
         mean = weights @ rows
-        if shared["normalize"]:
+        if normalize:
             agree = torch.stack([unpack_bits(present(bits), block, working) for bits in held.kept])
             shares = weights @ agree
             some = (shares.abs() > CANCEL_SHARE * (weights.abs() @ agree)).to(working)
@@ -224,7 +253,6 @@ def contract_agreeing(
         else:
             found[:-1] += (rows @ pull).double()
         found[-1] += (mean @ pull).double()
-    found[:-1] *= shared["lambda"]
     return found.cpu()
 
 

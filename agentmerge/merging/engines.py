@@ -15,7 +15,7 @@ from agentmerge.merging.kernels import Kernel, Operand
 from agentmerge.merging.statistics import Statistics
 
 try:
-    from agentmerge.merging import fused, machine
+    from agentmerge.merging import fused, fused_slopes, machine
 except ImportError:  # no llvmlite
     _FAST = False
 else:
@@ -46,6 +46,39 @@ def merge_tensor(
 def has_fused(method: str) -> bool:
     """Whether this machine has a fused loop for a method, for tensors that suit it."""
     return _FAST and method in fused.FUSED
+
+
+def fused_agreement(
+    method: str,
+    base: torch.Tensor,
+    operands: Sequence[Operand],
+    shared: Mapping[str, float],
+    statistics: Statistics,
+) -> tuple[list[torch.Tensor], list[float]] | None:
+    """``fused_slopes.agreement``, where it serves."""
+    tensors = [base, *(operand.tensor for operand in operands)]
+    if not _FAST or method not in fused.CONSENSUS or len(operands) > fused.MOST_EXPERTS:
+        return None
+    if not all(map(_suits, tensors)):
+        return None
+    return fused_slopes.agreement(method, base, operands, shared, statistics)
+
+
+def fused_pulls(
+    ground: torch.Tensor | None,
+    operands: Sequence[Operand],
+    kept: Sequence[torch.Tensor | None],
+    scales: Sequence[float],
+    gradient: torch.Tensor,
+    *,
+    normalize: bool,
+) -> torch.Tensor | None:
+    """``fused_slopes.pulls``, where it serves."""
+    if not _FAST or ground is None or len(operands) > fused.MOST_EXPERTS:
+        return None
+    if not all(map(has_loops, (gradient, ground, *(operand.tensor for operand in operands)))):
+        return None
+    return fused_slopes.pulls(ground, operands, kept, scales, gradient, normalize=normalize)
 
 
 def has_loops(tensor: torch.Tensor) -> bool:

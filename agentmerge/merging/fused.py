@@ -143,7 +143,7 @@ def masked_sum(merge: Merge, masks_of: MasksOf) -> bool:
         return _copied(merge, present(merge.base))
     masks = masks_of(present(merge.base), live, merge.statistics)
     if merge.shared["rescale"]:
-        scales, masks = _rescaling(merge, live, masks)
+        scales, masks = rescaling(merge, live, masks)
         factors = [factor * scale for factor, scale in zip(factors, scales, strict=True)]
     return _added(merge, live, masks, factors)
 
@@ -161,7 +161,7 @@ def consensus(merge: Merge, masks_of: MasksOf) -> bool:
         return _copied(merge, live[0].tensor)
     scales = [1.0 for _ in live]
     if shared["rescale"]:
-        scales, masks = _rescaling(merge, live, masks)
+        scales, masks = rescaling(merge, live, masks)
     weights = [operand.weight for operand in live]
     factors = [weight * scale for weight, scale in zip(weights, scales, strict=True)]
     cancels = normalize and min(weights) < 0 < max(weights)
@@ -201,15 +201,19 @@ def _method(how: Callable[[Merge, MasksOf], bool], masks_of: MasksOf) -> Fused:
     return lambda merge: how(merge, masks_of)
 
 
+#: What each method that elects signs keeps.
+CONSENSUS: dict[str, MasksOf] = {
+    "ties": ranked,
+    "dare_ties": hashed,
+    "breadcrumbs_ties": crumbs,
+}
 FUSED: dict[str, Fused] = {
     "linear": linear,
     "slerp": slerp,
     "task_arithmetic": task_arithmetic,
-    "ties": _method(consensus, ranked),
-    "dare_ties": _method(consensus, hashed),
     "dare_linear": _method(masked_sum, hashed),
     "breadcrumbs": _method(masked_sum, crumbs),
-    "breadcrumbs_ties": _method(consensus, crumbs),
+    **{name: _method(consensus, masks_of) for name, masks_of in CONSENSUS.items()},
 }
 
 
@@ -260,10 +264,10 @@ def _masked(
     )
     addresses = [target.data_ptr(), base.data_ptr(), *(tensor.data_ptr() for tensor in tensors)]
     addresses += [mask.bits.ctypes.data if isinstance(mask, Bits) else 0 for mask in masks]
-    return not _run(loop, target.numel(), masks, addresses, reals)[1]
+    return not run(loop, target.numel(), masks, addresses, reals)[1]
 
 
-def _rescaling(
+def rescaling(
     merge: Merge, live: Sequence[Operand], masks: Sequence[AnyMask]
 ) -> tuple[list[float], list[AnyMask]]:
     """What brings each masked task vector back to its L1 norm; and the masks, decided."""
@@ -280,7 +284,7 @@ def _rescaling(
     loop = loop_for("norms", stored, working, kinds, whole)
     addresses = [0, base.data_ptr(), *(tensor.data_ptr() for tensor in tensors)]
     addresses += [mask.bits.ctypes.data if isinstance(mask, Bits) else 0 for mask in decided]
-    sums, _ = _run(loop, base.numel(), masks, addresses, sums=2 * count)
+    sums, _ = run(loop, base.numel(), masks, addresses, sums=2 * count)
     if whole:
         before = [*sums[count:]]
         for operand, norm in zip(live, sums[count:], strict=True):
@@ -292,7 +296,7 @@ def _rescaling(
     return scales, decided
 
 
-def _run(
+def run(
     loop: Compiled,
     count: int,
     masks: Sequence[AnyMask],

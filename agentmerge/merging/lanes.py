@@ -76,9 +76,6 @@ class Lanes:
     def __or__(self, other: Lanes) -> Lanes:
         return self._with(self.loop.build.or_, other)
 
-    def __neg__(self) -> Lanes:
-        return Lanes(self.loop, self.loop.build.fneg(self.value))
-
     def __xor__(self, other: Lanes) -> Lanes:
         return self._with(self.loop.build.xor, other)
 
@@ -205,6 +202,15 @@ class Loop:
     def where(self, truth: Lanes, one: Lanes, other: Lanes) -> Lanes:
         return Lanes(self, self.build.select(truth.value, one.value, other.value))
 
+    def negated_unless(self, truth: Lanes, lanes: Lanes) -> Lanes:
+        """Floats as they are where ``truth`` holds, with the other sign elsewhere."""
+        kind = lanes.value.type
+        bits = ir.IntType(8 * _bytes(_scalar(kind)))
+        none, sign = (self.same(ir.Constant(bits, value)) for value in (0, 1 << bits.width - 1))
+        turn = self.build.select(truth.value, none, sign)
+        turned = self.build.xor(self.build.bitcast(lanes.value, self._lanes(bits)), turn)
+        return Lanes(self, self.build.bitcast(turned, kind))
+
     def fma(self, a: Lanes, b: Lanes, c: Lanes) -> Lanes:
         """a times b plus c, rounded once."""
         return Lanes(self, self._intrinsic("llvm.fma", a, b, c))
@@ -329,17 +335,21 @@ class Loop:
 
     def store_truth(self, array: int, truth: Lanes) -> None:
         """Write one bit an element; a loop that does must start at a multiple of ``WIDTH``."""
-        bits = self.build.bitcast(truth.value, ir.IntType(self._width))
+        build, place = self.build, self._truth_place(array)
+        bits = build.bitcast(truth.value, ir.IntType(self._width))
         if self._width == 1:
-            bits = self.build.zext(bits, _I8)
-        self.build.store(bits, self._truth_place(array, bits.type), align=1)
+            bit = build.trunc(build.and_(self._at, ir.Constant(_I64, 7)), _I8)
+            others = build.xor(build.shl(ir.Constant(_I8, 1), bit), ir.Constant(_I8, 0xFF))
+            old = build.and_(build.load(place, align=1), others)
+            bits = build.or_(old, build.shl(build.zext(bits, _I8), bit))
+        build.store(bits, place, align=1)
 
     def load_truth(self, array: int) -> Lanes:
-        """What ``store_truth`` wrote."""
-        kind = ir.IntType(max(8, self._width))
-        bits = self.build.load(self._truth_place(array, kind), align=1)
+        """What ``store_truth`` wrote: of eight elements, the first is the lowest bit."""
+        bits = self.build.load(self._truth_place(array), align=1)
         if self._width == 1:
-            return Lanes(self, self.build.trunc(bits, _BIT))
+            bit = self.build.trunc(self.build.and_(self._at, ir.Constant(_I64, 7)), _I8)
+            return Lanes(self, self.build.trunc(self.build.lshr(bits, bit), _BIT))
         return Lanes(self, self.build.bitcast(bits, self._lanes(_BIT)))
 
     def end_step(self) -> None:
@@ -422,13 +432,9 @@ class Loop:
         first = self.build.inttoptr(self._loaded(_ADDRESSES, array), stored.as_pointer())
         return self.build.bitcast(self.build.gep(first, [at]), self._lanes(stored).as_pointer())
 
-    def _truth_place(self, array: int, kind: Any) -> Any:
-        """A bit an element; for those left, fewer than ``WIDTH``, a byte an element."""
-        build = self.build
+    def _truth_place(self, array: int) -> Any:
+        build, kind = self.build, ir.IntType(max(8, self._width))
         byte = build.lshr(self._at, ir.Constant(_I64, 3))
-        if self._width == 1:
-            rest = build.and_(self._at, ir.Constant(_I64, WIDTH - 1))
-            byte = build.add(build.sub(byte, build.lshr(rest, ir.Constant(_I64, 3))), rest)
         return build.inttoptr(build.add(self._loaded(_ADDRESSES, array), byte), kind.as_pointer())
 
     def _once(self, argument: int, place: int, kind: Any) -> Any:

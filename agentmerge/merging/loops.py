@@ -76,7 +76,7 @@ def consensus(masks: Sequence[Mask], normalize: bool, cancels: bool) -> Body:
         positive = sum(parts[1:], parts[0]) >= zero
         merged = divisor = size = zero
         for k, part in enumerate(parts):
-            turned = loop.where(positive, part, -part)  # what agrees is above zero
+            turned = loop.negated_unless(positive, part)  # what agrees is above zero
             merged = merged + loop.where(turned < zero, zero, turned)  # NaN goes on
             if normalize:
                 weight, agrees = loop.given_number(1 + count + k), turned > zero
@@ -86,7 +86,7 @@ def consensus(masks: Sequence[Mask], normalize: bool, cancels: bool) -> Body:
         if normalize:
             least = size * loop.number(CANCEL_SHARE) if cancels else zero
             merged = merged / loop.where(loop.absolute(divisor) > least, divisor, loop.number(1.0))
-        merged = loop.where(positive, merged, -merged)
+        merged = loop.negated_unless(positive, merged)
         loop.store(0, merged * loop.given_number(0) + origin)
 
     return body
@@ -112,6 +112,70 @@ def norms(masks: Sequence[Mask], whole: bool) -> Body:
             if mask == "hash":
                 loop.store_truth(2 + count + k, kept)
             loop.add_to_sum(k, loop.where(kept, size, zero))
+
+    return body
+
+
+def agreement(masks: Sequence[Mask], live: Sequence[bool]) -> Body:
+    """Writes where each expert's masked task vector has the sign that is elected, as bits.
+
+    Numbers: what each is multiplied by. live: which take part in the election; where they are all
+    zero, all do. The bits go to the arrays after the experts' own and those of masks of kind bits.
+    """
+    count = len(masks)
+
+    def body(loop: Loop) -> None:
+        origin, zero = loop.load(1), loop.number(0.0)
+        parts = []
+        for k, mask in enumerate(masks):
+            delta, kept = _task_vector(loop, origin, k, mask, count)
+            part = delta * loop.given_number(k)
+            parts.append(part if kept is None else loop.where(kept, part, zero))
+        elected = sum(parts[1:], parts[0])
+        if not all(live):
+            votes, untouched = zero, zero.equals(zero)
+            for part in (part for part, has_vote in zip(parts, live, strict=True) if has_vote):
+                votes, untouched = votes + part, untouched & part.equals(zero)
+            elected = loop.where(untouched, elected, votes)
+        positive = elected >= zero
+        for k, part in enumerate(parts):
+            loop.store_truth(2 + 2 * count + k, loop.negated_unless(positive, part) > zero)
+
+    return body
+
+
+def pulls(kept: Sequence[bool], normalize: bool) -> Body:
+    """Sum k: array 0 times what expert k's weight adds; then, times what all weights add.
+
+    Numbers: each expert's weight, then each one's scale. kept: which experts have bits that say
+    where they are kept. normalize: each element is divided by the weights that are kept there.
+    """
+    count = len(kept)
+
+    def body(loop: Loop) -> None:
+        pull, origin, zero, one = loop.load(0), loop.load(1), loop.number(0.0), loop.number(1.0)
+        truths = [loop.load_truth(2 + count + k) if bits else None for k, bits in enumerate(kept)]
+        rows, mean, share, size = [], zero, zero, zero
+        for k, truth in enumerate(truths):
+            weight = loop.given_number(k)
+            row = (loop.load(2 + k) - origin) * loop.given_number(count + k)
+            row = _where_kept(loop, truth, row)
+            mean = mean + weight * row
+            rows.append(row)
+            if normalize:
+                share = share + _where_kept(loop, truth, weight)
+                size = size + _where_kept(loop, truth, loop.absolute(weight))
+        if normalize:
+            some = loop.absolute(share) > size * loop.number(CANCEL_SHARE)
+            share = loop.where(some, share, one)
+            mean = mean / share
+            slope = loop.where(some, pull / share, zero)
+        for k, (row, truth) in enumerate(zip(rows, truths, strict=True)):
+            if normalize:
+                loop.add_to_sum(k, _where_kept(loop, truth, row - mean) * slope)
+            else:
+                loop.add_to_sum(k, row * pull)
+        loop.add_to_sum(count, mean * pull)
 
     return body
 
@@ -161,6 +225,10 @@ def checksum() -> Body:
         loop.add_to_count(0, word * factor * (period + period + loop.long(1)))
 
     return body
+
+
+def _where_kept(loop: Loop, truth: Lanes | None, value: Lanes) -> Lanes:
+    return value if truth is None else loop.where(truth, value, loop.number(0.0))
 
 
 def magnitude_bits(loop: Loop, value: Lanes, origin: Lanes) -> Lanes:
@@ -214,6 +282,8 @@ _BODIES: dict[str, Callable[..., Body]] = {
     "added": added,
     "consensus": consensus,
     "norms": norms,
+    "agreement": agreement,
+    "pulls": pulls,
     "between": between,
     "inexact": inexact,
     "checksum": checksum,

@@ -41,7 +41,7 @@ class Family:
         self.identities = dict(source.identities)
         self._source = source
         self._dtype = dtype
-        self._statistics = Statistics()
+        self.statistics = Statistics()
 
     @classmethod
     def open(
@@ -104,9 +104,9 @@ class Family:
             CandidateFailed: it holds a number that is not finite. So does ``target``, then.
         """
         if str(target.dtype) == f"torch.{item.dtype}":
-            merged_tensor(item, merge_seed, self, target=target, statistics=self._statistics)
+            merged_tensor(item, merge_seed, self, target=target, statistics=self.statistics)
             return
-        target.copy_(merged_tensor(item, merge_seed, self, statistics=self._statistics))
+        target.copy_(merged_tensor(item, merge_seed, self, statistics=self.statistics))
         if not is_finite(target):
             raise CandidateFailed(f"{item.spec.name!r} is not finite in {target.dtype}")
 
@@ -117,7 +117,7 @@ class Family:
     def _merged(self, merge_plan: MergePlan) -> Iterator[tuple[str, torch.Tensor]]:
         seed = merge_plan.merge_seed
         for item in merge_plan.tensors:
-            tensor = merged_tensor(item, seed, self, statistics=self._statistics)
+            tensor = merged_tensor(item, seed, self, statistics=self.statistics)
             yield item.spec.name, tensor
         self.verify()
 

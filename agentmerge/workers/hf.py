@@ -121,7 +121,7 @@ class HfWorker:
         ``worker.batch_size`` at a time; their activations are the rest of the memory it takes.
         """
         self.load(recipe)
-        slopes = Contraction(self._family.plan(recipe), self._family)
+        slopes = Contraction(self._family.plan(recipe), self._family, self._family.statistics)
         asked = item_loss(self._scorer, self._lm, items, loss, weights)
         total = 0.0
         with self._guarded(), each_gradient(self._live, slopes.add):
