@@ -16,7 +16,7 @@ from typing import Any
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger
 from agentmerge.report import figures
-from agentmerge.report.content import Content, comparisons, content, place, words
+from agentmerge.report.content import Content, comparisons, content, place, shortened, words
 from agentmerge.report.grid import Grid
 
 
@@ -125,7 +125,7 @@ def _section(found: Content, key: str) -> dict[str, Any]:
         "algorithm": row.algorithm,
         "seed": row.seed,
         "verdict": card.get("verdict", ""),
-        "notes": card.get("notes", []),
+        "notes": [shortened(note) for note in card.get("notes", [])],
         "answer": None if found.answer is None else found.answer.score,
         "sealed": (card.get("answer") or {}).get("sealed_score"),
         "best_parent": best_parent,

@@ -16,6 +16,7 @@ from agentmerge.config import SearchConfig
 from agentmerge.genome import short_name
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.recipe import Recipe
+from agentmerge.report.content import shortened
 from agentmerge.report.items import asked
 
 TAGS = ("merge", "mergekit", "agentmerge")
@@ -92,12 +93,12 @@ def _summary(row: RunRow, recipe: Recipe, final: Mapping[str, Any]) -> str:
     names = ", ".join(short_name(name) for name in recipe.models)
     lines = [
         f"A merge ({recipe.merge_method}) of {names}, found by "
-        f"[agentmerge](https://pypi.org/project/agentmerge/): search {row.algorithm}, "
+        f"agentmerge: search {row.algorithm}, "
         f"seed {row.seed}."
     ]
     if final.get("verdict"):
-        lines += ["", str(final["verdict"])]
-    lines += [f"\nNote: {note}" for note in final.get("notes", [])]
+        lines += ["", shortened(str(final["verdict"]))]
+    lines += [f"\nNote: {shortened(note)}" for note in final.get("notes", [])]
     return "\n".join(lines)
 
 
