@@ -59,7 +59,10 @@ def run_status(ledger: Ledger, row: RunRow) -> str:
 
 def _forecasts(ledger: Ledger, row: RunRow) -> dict[str, Any]:
     """How good the proposer's forecasts were: {count, rank_correlation, bias}."""
-    return asdict(track(forecasts(ledger.advice(row.id), ledger.history(row.id))))
+    advice = ledger.advice(row.id)
+    foretold = any(word["guidance"].get("expected_score") is not None for word in advice)
+    history = ledger.history(row.id) if foretold else []  # all candidates: only where it is needed
+    return asdict(track(forecasts(advice, history)))
 
 
 def candidate_summary(candidate: Candidate) -> dict[str, Any]:
