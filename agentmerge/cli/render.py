@@ -49,7 +49,7 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def _candidate(self, event: dict[str, Any]) -> None:
-        self.scored += not event["reused"]
+        self.scored += not (event["reused"] or event.get("past", False))
         score = event["score"]
         if event["estimate"] is not None:
             return  # it lost to the incumbent before it was asked everything

@@ -176,7 +176,10 @@ def test_watch_of_a_finished_search_shows_it_and_ends(
 ) -> None:
     before = (runs / session.LEDGER).read_bytes()
     assert run_app(["watch", "second", "--runs-dir", str(runs)]) == 0
-    assert "branched from first" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "branched from first" in shown.out
+    assert "generation   2" in shown.err
+    assert " left" not in shown.err, "nothing is known of the pace of what was there before"
     assert (runs / session.LEDGER).read_bytes() == before
     assert run_app(["watch", "nobody", "--runs-dir", str(runs)]) == 2
 
