@@ -43,9 +43,9 @@ def problems_of(suite: str) -> dict[str, Make]:
 
 def arm_of(name: str) -> Arm:
     if name == "auto":
-        return Arm(name, partial(Auto, gradients=False))
+        return Arm(name, partial(Auto, gradients_from=None))
     if name == "auto_gradients":
-        return Arm(name, Auto)
+        return Arm(name, partial(Auto, gradients_from=1))
     return Arm(name, partial(plugins.load, "agentmerge.strategies", name))
 
 

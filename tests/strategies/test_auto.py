@@ -41,8 +41,7 @@ def test_it_does_not_end_on_a_score_that_nobody_took_apart() -> None:
 def test_others_step_in_when_nothing_was_gained_for_long() -> None:
     history = [told(0, 0.5), *(told(g, 0.4) for g in range(1, STALE + 8))]
     seen = {
-        Auto(gradients=False).propose(SPACE, history, None, 1, rng_factory(seed))[0].operator
-        for seed in range(60)
+        Auto().propose(SPACE, history, None, 1, rng_factory(seed))[0].operator for seed in range(60)
     }
     assert seen == {"margins", "one_plus_one", "cma_es"}
 
@@ -94,7 +93,7 @@ def test_nonsense_advice_costs_no_more_than_its_share() -> None:
 def test_gradients_come_first_where_there_are_some_and_never_where_none_came() -> None:
     history = [told(0, 0.5)]
     for _ in range(GRADIENT_STEPS):
-        (asked,) = Auto().propose(SPACE, history, None, 1, rng_factory(0))
+        (asked,) = Auto(gradients_from=1).propose(SPACE, history, None, 1, rng_factory(0))
         assert (asked.operator, asked.want) == ("gradient", "gradient")
         slope = tuple(2 * (x - 0.4) for x in asked.vector or ())
         history.append(
@@ -108,11 +107,13 @@ def test_gradients_come_first_where_there_are_some_and_never_where_none_came() -
                 loss=1.0,
             )
         )
-    (asked,) = Auto().propose(SPACE, history, None, 1, rng_factory(0))
+    (asked,) = Auto(gradients_from=1).propose(SPACE, history, None, 1, rng_factory(0))
     assert asked.want == "score"
     refused = [told(0, 0.5), replace(told(1, 0.5, "gradient"), vector=told(0, 0.5).vector)]
     assert next_step(refused) is None
-    assert Auto().propose(SPACE, refused, None, 1, rng_factory(0))[0].want == "score"
+    assert (
+        Auto(gradients_from=1).propose(SPACE, refused, None, 1, rng_factory(0))[0].want == "score"
+    )
 
 
 def test_descent_reaches_the_bottom() -> None:
