@@ -92,7 +92,7 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
     What it tried itself in this generation is left out: where a node runs again, its question is
     the same, and the answer is found.
     """
-    history = search.ledger.history(search.run_id, up_to=generation)
+    history = search.told(up_to=generation)
     own = [
         o for o in history if o.generation == generation and (o.operator, o.label) == (PROBE, role)
     ]

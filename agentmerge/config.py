@@ -198,6 +198,16 @@ class RacingSettings(_Frozen):
         return kept
 
 
+class Constraint(_Frozen):
+    """What an answer may not lose: ``max_drop`` of a task's metric, below the best parent there.
+
+    task: a name from the config's tasks, or ``*`` for each of them.
+    """
+
+    task: str
+    max_drop: float = Field(ge=0)
+
+
 class SearchSettings(_Frozen):
     """How to search."""
 
@@ -214,6 +224,7 @@ class SearchSettings(_Frozen):
     companion: bool = True
     graph: str = "search"
     racing: RacingSettings | None = None
+    constraints: tuple[Constraint, ...] = ()
 
     @field_validator("racing", mode="before")
     @classmethod
@@ -483,9 +494,24 @@ def _resolve(raw: dict[str, Any], source: str, lines: dict[str, int]) -> SearchC
             f"{out.where('search.sigma_low')} {search.sigma_low} is above sigma_high "
             f"{search.sigma_high}; make it the smaller one"
         )
+    _check_constraints(search, parts["tasks"], out)
     if out.faults:
         raise ConfigError(out.faults)
     return SearchConfig(**parts, warnings=tuple(out.warnings))
+
+
+def _check_constraints(search: SearchSettings, tasks: TasksConfig | None, out: _Faults) -> None:
+    known = ["*", *(task.name for task in tasks.tasks)] if tasks else []
+    seen: set[str] = set()
+    for index, constraint in enumerate(search.constraints):
+        where = out.where(f"search.constraints.{index}")
+        if known and constraint.task not in known:
+            near = difflib.get_close_matches(constraint.task, known, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"
+            out.faults.append(f"{where}: {constraint.task!r} is not one of the tasks; {hint}")
+        if constraint.task in seen:
+            out.faults.append(f"{where}: {constraint.task!r} is constrained twice; keep one")
+        seen.add(constraint.task)
 
 
 def _tasks(raw: dict[str, Any], search: SearchSettings, lm_eval: LmEvalArgs, out: _Faults) -> Any:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from agentmerge.constraints import kept
 from agentmerge.errors import CandidateFailed
 from agentmerge.evaluation.statistics import Interval, paired_score_difference
 from agentmerge.ledger import Candidate
@@ -34,11 +35,12 @@ Results = dict[ItemRef, ItemResult]
 def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any]:
     """The closing table as plain data: answer, parents, best rival, differences, verdict."""
     scored = [c for c in candidates if c.score is not None and c.twin is None and not c.prior]
-    ranked = sorted(scored, key=lambda c: (-(c.score or 0.0), c.generation, c.slot))
-    choice = choose(search, ranked[:SHORTLIST])
+    ranked = sorted(scored, key=lambda c: c.rank)
+    allowed = [c for c in ranked if not c.violation] or ranked[:1]
+    choice = choose(search, allowed[:SHORTLIST])
     parents = [c for c in scored if c.operator == "parent"]
     rivals = [c for c in ranked if c.operator in RIVALS]
-    cheap = [c for c in ranked if c.operator in (*RIVALS, "parent")]
+    cheap = [c for c in allowed if c.operator in (*RIVALS, "parent")]
     answer, doubt = beyond_noise(search, choice.winner, cheap[0] if cheap else None)
     best_rival = rivals[0] if rivals else None
     others = [*parents, *rivals]
@@ -49,15 +51,24 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any
     part: Literal["search", "sealed"] = "sealed" if sealed else "search"
     differences = _differences(search, answer, others, part)
     interval = _paired(search, search_results(search, answer, part), None, part)
+    chosen = rows[answer.generation, answer.slot]
+    all_parents = [rows[c.generation, c.slot] for c in parents]
+    broken = ["no candidate kept every constraint; this one breaks them least"]
     card = {
-        "answer": rows[answer.generation, answer.slot]
+        "answer": chosen
         | {"votes": choice.votes, "splits": SPLITS, "estimate": choice.estimate}
         | {"interval": None if interval is None else [interval.low, interval.high]},
-        "parents": [rows[c.generation, c.slot] for c in parents],
+        "parents": all_parents,
         "best_rival": rows[best_rival.generation, best_rival.slot] if best_rival else None,
         "sealed": sealed,
         "differences": differences,
-        "notes": [*doubt, *search.taskset.notes, *_unfair(rows.values())],
+        "notes": [
+            *doubt,
+            *search.taskset.notes,
+            *_unfair(rows.values()),
+            *(broken if answer.violation else []),
+        ],
+        "constraints": kept(search.floors(scored), chosen, all_parents),
     }
     return card | {"verdict": verdict(answer, best_rival, differences, part)}
 

@@ -108,7 +108,7 @@ def list_candidates(search: Search, count: int = 10) -> dict[str, Any]:
     found = search.ledger.candidates(search.run_id)
     ranked = sorted(
         (c for c in found if c.score is not None and c.twin is None and not c.prior),
-        key=lambda c: (-(c.score or 0.0), c.generation, c.slot),
+        key=lambda c: c.rank,
     )
     return {
         "candidates": [_row(candidate) for candidate in ranked[:count]],
@@ -244,6 +244,8 @@ def _row(candidate: Candidate) -> dict[str, Any]:
         "operator": candidate.operator,
         "recipe_hash": candidate.recipe_hash,
     }
+    if candidate.violation:
+        row["breaks_constraints_by"] = _short(candidate.violation)
     if candidate.estimate is not None:
         row["stopped_early"] = {
             "estimate": _short(candidate.estimate),

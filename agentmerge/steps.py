@@ -20,6 +20,7 @@ from agentmerge.advising import advise, guidance_of
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompts
 from agentmerge.config import Role, SearchConfig
+from agentmerge.constraints import Floor, floors, penalised, violation
 from agentmerge.errors import CandidateFailed, NotBegun, RecipeRejected
 from agentmerge.evaluation.racing import Course
 from agentmerge.evaluation.tasks import Part, TaskSet
@@ -31,7 +32,13 @@ from agentmerge.ledger import Candidate, GradientKey, Ledger, ResultKey, counted
 from agentmerge.recipe import Recipe
 from agentmerge.slopes import SlopePool, Slopes
 from agentmerge.state import GRAPH_VERSION, SearchState
-from agentmerge.strategies.base import GRADIENT_COST, Proposal, Strategy, rng_factory
+from agentmerge.strategies.base import (
+    GRADIENT_COST,
+    Observation,
+    Proposal,
+    Strategy,
+    rng_factory,
+)
 from agentmerge.strategies.chain_rule import unit_gradient
 from agentmerge.strategies.random import random_vectors
 from agentmerge.workers.base import EngineInfo, Fingerprint, Gradient, ItemRef, ItemResult
@@ -247,7 +254,7 @@ class Search:
     def select(self, generation: int) -> Outcome:
         """Find the incumbent, save its recipe, and decide what comes next."""
         self.still_mine()
-        candidates = self.ledger.candidates(self.run_id)
+        candidates = self._judged()
         best = incumbent(candidates)
         if best is not None:
             self._write_best(best)
@@ -296,7 +303,7 @@ class Search:
             return generation + 1  # this node ran before
         left = self.evaluations_left
         count = min(self.population, left)
-        history = self.ledger.history(self.run_id)
+        history = self.told()
         if getattr(self.strategy, "uses_items", False):
             history = self.witness.of(history)
         guidance = guidance_of(self.ledger, self.run_id, generation)
@@ -334,6 +341,23 @@ class Search:
     @property
     def slopes(self) -> Slopes:
         return Slopes(self.ledger, self.taskset, self.pool, self.identities)
+
+    def told(self, up_to: int | None = None) -> list[Observation]:
+        """The history as strategies and agents are told it."""
+        return penalised(self.ledger.history(self.run_id, up_to), self.taskset.objectives)
+
+    def floors(self, candidates: Sequence[Candidate]) -> list[Floor]:
+        return floors(self.config.search.constraints, self.taskset.objectives, candidates)
+
+    def _judged(self) -> list[Candidate]:
+        """All candidates, their violations brought up to date."""
+        candidates = self.ledger.candidates(self.run_id)
+        if not self.config.search.constraints:
+            return candidates
+        bounds = self.floors(candidates)
+        found = {(c.generation, c.slot): violation(bounds, dict(c.tasks)) for c in candidates}
+        self.ledger.save_violations(self.run_id, found)
+        return self.ledger.candidates(self.run_id)
 
     def best_before(self, generation: int) -> Candidate | None:
         """The incumbent of a generation, whatever of that generation is scored already."""
@@ -509,9 +533,9 @@ class Search:
 
 
 def incumbent(candidates: Sequence[Candidate]) -> Candidate | None:
-    """The best candidate scored under the present settings; ties go to the earlier."""
+    """The best candidate scored under the present settings: least violation, then best score."""
     scored = [c for c in candidates if c.score is not None and not c.prior and c.twin is None]
-    return min(scored, key=lambda c: (-(c.score or 0.0), c.generation, c.slot), default=None)
+    return min(scored, key=lambda c: c.rank, default=None)
 
 
 def evaluations(candidates: Sequence[Candidate]) -> float:

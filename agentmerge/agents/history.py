@@ -233,6 +233,8 @@ def _history(view: HistoryView) -> str:
 def _mark(view: HistoryView, entry: Observation) -> str:
     if entry.censored:
         return f" (estimated: stopped after {entry.rung:.0%} of the items)"
+    if entry.violation:
+        return f" (it breaks the constraints by {entry.violation:.4f}, and its score is lowered)"
     return " (as the best)" if (entry.generation, entry.slot) in view.tied else ""
 
 

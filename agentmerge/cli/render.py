@@ -152,9 +152,26 @@ def card_text(card: Mapping[str, Any]) -> str:
         f"({d['low']:+.3f} to {d['high']:+.3f})"
         for d in card["differences"]
     ]
+    lines += [f"constraint: {constraint_text(row)}" for row in card.get("constraints", ())]
     lines += [f"note: {note}" for note in card["notes"]]
     lines.append(card["verdict"])
     return "\n".join(lines)
+
+
+def constraint_text(row: Mapping[str, Any]) -> str:
+    """One constraint of the closing card: what is allowed, and whether it was kept."""
+
+    def held(kept: bool, mine: float, best: float) -> str:
+        return f"{'kept' if kept else 'BROKEN'} ({mine:.3f} against {best:.3f})"
+
+    text = (
+        f"{row['task']} may be {row['max_drop']:g} worse than the best parent: search items "
+        f"{held(row['kept'], row['answer'], row['parent'])}"
+    )
+    if "sealed_kept" in row:
+        sealed = held(row["sealed_kept"], row["sealed_answer"], row["sealed_parent"])
+        text += f", sealed items {sealed}"
+    return text
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ class Candidates(Items, Gradients):
             "coalesce(c.loss, CASE c.loss_kind WHEN t.loss_kind THEN t.loss END), "
             "coalesce(c.gradient, CASE c.loss_kind WHEN t.loss_kind THEN t.gradient END), "
             "coalesce(t.estimate, c.estimate), coalesce(t.rung, c.rung), "
-            "coalesce(t.share, c.share) "
+            "coalesce(t.share, c.share), coalesce(t.violation, c.violation) "
             "FROM candidates c "
             "LEFT JOIN candidates t ON t.run_id = c.run_id AND t.generation = c.twin_generation "
             f"AND t.slot = c.twin_slot WHERE c.run_id = ? {where} ORDER BY c.generation, c.slot",
@@ -152,12 +152,21 @@ class Candidates(Items, Gradients):
                 ),
             )  # fmt: skip
 
+    def save_violations(self, run_id: str, found: Mapping[tuple[int, int], float]) -> None:
+        """What candidates, by (generation, slot), lack to their constraints."""
+        with self._writing() as conn:
+            conn.executemany(
+                "UPDATE candidates SET violation = ? "
+                "WHERE run_id = ? AND generation = ? AND slot = ?",
+                [(value, run_id, *place) for place, value in found.items()],
+            )
+
     def copy_past(self, source: str, target: str, up_to: int, *, prior: bool) -> None:
         """The past that a branch shares with the run it came from; ``prior``: other settings."""
         columns = (
             "generation, slot, operator, label, vector, recipe_hash, twin_generation, twin_slot, "
             "state, score, tasks, failure, reused, truncated, cut_off, seconds, fingerprint, "
-            "want, loss_kind, loss, gradient, estimate, rung, share"
+            "want, loss_kind, loss, gradient, estimate, rung, share, violation"
         )
         with self._writing() as conn:
             conn.execute(
@@ -198,7 +207,7 @@ def _earlier(
 def _candidate(row: tuple[Any, ...]) -> Candidate:
     (generation, slot, operator, label, vector, recipe_hash, state, score, tasks, failure, reused,
      twin_generation, twin_slot, truncated, cut_off, seconds, prior, want, loss_kind, loss,
-     gradient, estimate, rung, share) = row  # fmt: skip
+     gradient, estimate, rung, share, violation) = row  # fmt: skip
     return Candidate(
         generation,
         slot,
@@ -223,4 +232,5 @@ def _candidate(row: tuple[Any, ...]) -> Candidate:
         estimate,
         rung,
         share,
+        violation,
     )

@@ -46,10 +46,11 @@ class Overview(Candidates):
         return Tally(counted(row[0]), *row[1:])
 
     def best_candidate(self, run_id: str) -> Candidate | None:
-        """The best that was scored under the present settings; ties go to the earlier."""
+        """The best that was scored under the present settings, by ``Candidate.rank``."""
         rows = self._rows(
             "SELECT generation, slot FROM candidates WHERE run_id = ? AND score IS NOT NULL "
-            "AND prior = 0 AND twin_slot IS NULL ORDER BY score DESC, generation, slot LIMIT 1",
+            "AND prior = 0 AND twin_slot IS NULL "
+            "ORDER BY violation, score DESC, generation, slot LIMIT 1",
             run_id,
         )
         return self.candidate(run_id, *rows[0]) if rows else None

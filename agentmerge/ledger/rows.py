@@ -22,6 +22,7 @@ class Candidate:
     loss, gradient: what the gradient is of, and the gradient in the unit box.
     estimate: of a loser, the incumbent's score plus the paired difference on the items of its rung.
     rung: the fraction of every task that it was asked; share: of all items.
+    violation: what it lacks to the floors of the constraints, in the metrics' units.
     """
 
     generation: int
@@ -47,12 +48,18 @@ class Candidate:
     estimate: float | None = None
     rung: float = 1.0
     share: float = 1.0
+    violation: float = 0.0
 
     @property
     def cost(self) -> float:
         """What it took of the budget, in scores, once it is scored, stopped or failed."""
         differentiated = self.want == "gradient" and self.state == "scored"
         return (self.twin is None) * self.share + GRADIENT_COST * differentiated
+
+    @property
+    def rank(self) -> tuple[float, float, int, int]:
+        """Of scored ones the smallest is the best: fewer faults, more score, earlier."""
+        return self.violation, -(self.score or 0.0), self.generation, self.slot
 
     def observation(self) -> Observation:
         return Observation(
@@ -68,6 +75,7 @@ class Candidate:
             self.gradient,
             self.loss,
             rung=1.0 if self.score is not None else self.rung,
+            violation=self.violation,
         )
 
 

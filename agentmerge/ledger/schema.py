@@ -199,6 +199,12 @@ def m007_candidates_that_lost_a_race(db: Any) -> None:
     )
 
 
+@migration
+def m008_constraints(db: Any) -> None:
+    """What a candidate lacks to the tasks' floors; 0 where the search has none."""
+    _run(db, "ALTER TABLE candidates ADD COLUMN violation REAL NOT NULL DEFAULT 0")
+
+
 def _run(db: Any, statements: str) -> None:
     for statement in statements.split(";"):
         if statement.strip():

@@ -94,6 +94,7 @@ def trace(ledger: Ledger, row: RunRow) -> dict[str, Any]:
                 "gradient": c.gradient,
                 "estimate": c.estimate,
                 "rung": c.rung,
+                "violation": c.violation,
             }
             for c in ledger.candidates(row.id)
         ],

@@ -102,6 +102,8 @@ class Observation:
     rung: the fraction of every task's items that it was asked. Below 1 it is censored: it lost a
         race, and its score is the incumbent's plus their paired difference on those items, which
         is below the incumbent's and not to be compared with another's to the last digit.
+    violation: what it lacks to the constraints, in the metrics' units; the score that a strategy
+        is told is lowered by a steep multiple of it.
     """
 
     generation: int
@@ -117,6 +119,7 @@ class Observation:
     loss: float | None = None
     evidence: Evidence | None = field(default=None, compare=False, repr=False)
     rung: float = 1.0
+    violation: float = 0.0
 
     @property
     def censored(self) -> bool:
