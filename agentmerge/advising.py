@@ -111,7 +111,7 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
         sigma_low=settings.sigma_low,
         sigma_high=settings.sigma_high,
         improved_last=improved(history) if history else False,
-        budget_left=search.budget_left(up_to=generation) + len(own),
+        budget_left=int(search.budget_left(up_to=generation) * (1 - settings.shadow)) + len(own),
         forecasts=track(_forecasts(search, history, generation)).sentence(),
         noise=paired_noise(search),
     )

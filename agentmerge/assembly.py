@@ -20,7 +20,7 @@ from typing import Any
 from agentmerge import plugins
 from agentmerge.check import Prepared, prepare
 from agentmerge.config import Role, SearchConfig
-from agentmerge.errors import NotFound, UserError
+from agentmerge.errors import ConfigError, NotFound, UserError
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.steps import Emit, Search
 
@@ -75,7 +75,13 @@ def check_resources(config: SearchConfig, ready: Mapping[Role, Any] | None = Non
     """Models, prompts and graph exist: found out before a run is written down."""
     from agentmerge.agents.prompts import load_prompts
 
-    _models(config, ready)
+    if not _models(config, ready) and config.search.shadow:
+        raise ConfigError(
+            [
+                f"search.shadow {config.search.shadow:g} measures what a language model adds, and "
+                "none advises: name one (agents.llm, --llm), or leave shadow out"
+            ]
+        )
     load_prompts(config.agents.prompts)
     load_graph(config.search.graph)
 

@@ -225,6 +225,7 @@ class SearchSettings(_Frozen):
     graph: str = "search"
     racing: RacingSettings | None = None
     constraints: tuple[Constraint, ...] = ()
+    shadow: float = Field(0.0, ge=0, lt=1)
 
     @field_validator("racing", mode="before")
     @classmethod

@@ -128,6 +128,19 @@ def search_results(
     return search.item_results(candidate.recipe_hash)
 
 
+def difference(
+    search: Search, mine: Candidate, theirs: Candidate
+) -> tuple[Literal["search", "sealed"], Interval | None]:
+    """How far one is ahead on sealed items, or on search items where none are sealed, and which.
+
+    Raises:
+        CandidateFailed: one of them cannot be scored there.
+    """
+    part: Literal["search", "sealed"] = "sealed" if search.taskset.refs("sealed") else "search"
+    one, other = (search_results(search, c, part) for c in (mine, theirs))
+    return part, _paired(search, one, other, part)
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """winner: of most halves; votes: how many. estimate: the mean score on the other halves of

@@ -41,7 +41,7 @@ def run_heats(search: Search, candidate: Candidate, recipe: Recipe) -> tuple[Los
         return None, 0.0
     if candidate.operator == PROBE:  # who asks by a tool waits for a score
         return None, 0.0
-    best = search.best_before(candidate.generation)
+    best = search.best_before(candidate)
     if best is None or best.score is None or best.violation:
         return None, 0.0
     theirs = search.item_results(best.recipe_hash)

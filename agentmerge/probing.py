@@ -30,7 +30,7 @@ from agentmerge.genome import short_name
 from agentmerge.ledger import Candidate
 from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
-from agentmerge.strategies.base import Proposal
+from agentmerge.strategies.base import SHADOW, Proposal
 from agentmerge.workers.base import ItemRef, ItemResult
 
 if TYPE_CHECKING:
@@ -106,8 +106,9 @@ def list_candidates(search: Search, count: int = 10) -> dict[str, Any]:
     if not 1 <= count <= MAX_LISTED:
         raise UserError(f"count {count} must be from 1 to {MAX_LISTED}")
     found = search.ledger.candidates(search.run_id)
+    heard = [c for c in found if c.operator != SHADOW]
     ranked = sorted(
-        (c for c in found if c.score is not None and c.twin is None and not c.prior),
+        (c for c in heard if c.score is not None and c.twin is None and not c.prior),
         key=lambda c: c.rank,
     )
     return {
@@ -262,7 +263,7 @@ def _named(search: Search, name: str) -> Candidate:
     found = [
         c
         for c in search.ledger.candidates(search.run_id)
-        if c.score is not None and not c.prior and c.twin is None
+        if c.score is not None and not c.prior and c.twin is None and c.operator != SHADOW
     ]
     for candidate in found:
         names = {f"{candidate.generation}.{candidate.slot}", candidate.label}

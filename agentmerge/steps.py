@@ -30,10 +30,18 @@ from agentmerge.genome import SearchSpace
 from agentmerge.heats import Lost, run_heats
 from agentmerge.ledger import Candidate, GradientKey, Ledger, ResultKey, counted
 from agentmerge.recipe import Recipe
+from agentmerge.shadow import (
+    arm_of,
+    first_generation,
+    heard,
+    shadow_proposals,
+    uplift,
+)
 from agentmerge.slopes import SlopePool, Slopes
 from agentmerge.state import GRAPH_VERSION, SearchState
 from agentmerge.strategies.base import (
     GRADIENT_COST,
+    SHADOW,
     Observation,
     Proposal,
     Strategy,
@@ -302,13 +310,16 @@ class Search:
         if candidates[-1].generation > generation:
             return generation + 1  # this node ran before
         left = self.evaluations_left
-        count = min(self.population, left)
+        own_share = max(1, round(left * (1 - self.config.search.shadow))) if left else 0
+        count = min(self.population, own_share)
         history = self.told()
         if getattr(self.strategy, "uses_items", False):
             history = self.witness.of(history)
         guidance = guidance_of(self.ledger, self.run_id, generation)
         proposals = self.strategy.propose(self.space, history, guidance, count, self._rng())
-        self._add(generation + 1, _affordable(self._possible(proposals), left))
+        asked = _affordable(self._possible(proposals), own_share)
+        shadow = shadow_proposals(self, asked, left - sum(p.cost for p in asked))
+        self._add(generation + 1, [*asked, *shadow])
         return generation + 1
 
     def finish(self, stop_reason: str) -> SearchState:
@@ -317,6 +328,8 @@ class Search:
         card: dict[str, Any] = {}
         if incumbent(candidates) is not None:
             card = final_card(self, candidates)
+            if self.config.search.shadow:
+                card["uplift"] = uplift(self, candidates)
             self._write_best(self.ledger.candidate(self.run_id, *card["answer"]["candidate"]))
         self.ledger.update_run(
             self.run_id, status="done", stop_reason=stop_reason, result=card or None
@@ -342,9 +355,13 @@ class Search:
     def slopes(self) -> Slopes:
         return Slopes(self.ledger, self.taskset, self.pool, self.identities)
 
-    def told(self, up_to: int | None = None) -> list[Observation]:
-        """The history as strategies and agents are told it."""
-        return penalised(self.ledger.history(self.run_id, up_to), self.taskset.objectives)
+    def told(self, up_to: int | None = None, *, shadow: bool = False) -> list[Observation]:
+        """The history as strategies and agents are told it. shadow: as the arm without them is."""
+        history = penalised(self.ledger.history(self.run_id, up_to), self.taskset.objectives)
+        if not self.config.search.shadow:
+            return history
+        first = first_generation(self.ledger.candidates(self.run_id, up_to=up_to))
+        return heard(history, first, shadow=shadow)
 
     def floors(self, candidates: Sequence[Candidate]) -> list[Floor]:
         return floors(self.config.search.constraints, self.taskset.objectives, candidates)
@@ -359,9 +376,10 @@ class Search:
         self.ledger.save_violations(self.run_id, found)
         return self.ledger.candidates(self.run_id)
 
-    def best_before(self, generation: int) -> Candidate | None:
-        """The incumbent of a generation, whatever of that generation is scored already."""
-        return incumbent(self.ledger.candidates(self.run_id, up_to=generation - 1))
+    def best_before(self, candidate: Candidate) -> Candidate | None:
+        """The incumbent of its generation and arm, whatever of that generation is scored."""
+        found = self.ledger.candidates(self.run_id, up_to=candidate.generation - 1)
+        return incumbent(arm_of(found, shadow=candidate.operator == SHADOW))
 
     def _save_loser(self, candidate: Candidate, lost: Lost, seconds: float) -> None:
         self.ledger.save_evaluation(
@@ -555,7 +573,7 @@ def _affordable(proposals: Sequence[Proposal], left: int) -> list[Proposal]:
     for proposal in proposals:
         if proposal.want == "gradient" and left <= GRADIENT_COST:
             proposal = replace(proposal, want="score")
-        left -= 1 + GRADIENT_COST * (proposal.want == "gradient")
+        left -= proposal.cost
         if left < 0:
             break
         found.append(proposal)

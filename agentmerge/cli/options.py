@@ -98,6 +98,13 @@ SETTINGS: dict[str, tuple[str, Any]] = {
             typer.Option("--probes", help="Tool calls of critic and proposer, a generation."),
         ],
     ),
+    "shadow": (
+        "search.shadow",
+        Annotated[
+            float | None,
+            typer.Option("--shadow", help="Share of the budget for an arm that hears no model."),
+        ],
+    ),
     "population": (
         "search.population",
         Annotated[int | None, typer.Option("--population", help="Candidates a generation.")],
@@ -134,7 +141,7 @@ LIMITS = (
 )  # fmt: skip
 BRANCH = (
     "search", "worker", "llm", "base_url", "prompts", "graph", "probes", "seed", *LIMITS,
-    "population", "sigma_low", "sigma_high", "task_search_path", "batch_size", "limit",
+    "population", "shadow", "sigma_low", "sigma_high", "task_search_path", "batch_size", "limit",
     "trust_remote_code",
 )  # fmt: skip
 RUN = (*BRANCH, "init")

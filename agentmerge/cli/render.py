@@ -154,8 +154,28 @@ def card_text(card: Mapping[str, Any]) -> str:
     ]
     lines += [f"constraint: {constraint_text(row)}" for row in card.get("constraints", ())]
     lines += [f"note: {note}" for note in card["notes"]]
+    if card.get("uplift"):
+        lines.append(uplift_text(card["uplift"]))
     lines.append(card["verdict"])
     return "\n".join(lines)
+
+
+def uplift_text(found: Mapping[str, Any]) -> str:
+    """What the models' advice earned over an arm without it, and what it cost."""
+    cost = found["cost"]
+    price = f"{cost['calls']} calls, {cost['tokens_in'] + cost['tokens_out']} tokens, {_cost(cost)}"
+    gap = found.get("difference")
+    if gap is None:
+        why = found.get("failure", "nothing to compare")
+        return f"The models' advice ({price}) could not be judged: {why}."
+    earned = f"{gap['mean']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f}, 95 %)"
+    if gap["low"] <= 0 <= gap["high"]:
+        earned += ", which is within the noise of the items"
+    return (
+        f"The models' advice: best of {found['evaluations']:g} evaluations with it minus best of "
+        f"as many without, on {found['part']} items: {earned}. It cost {price}. One search does "
+        "not show the spread over searches."
+    )
 
 
 def constraint_text(row: Mapping[str, Any]) -> str:
@@ -182,7 +202,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         f"search {summary['search']}, seed {summary['seed']}, "
         f"{summary['generations']} generations, {spent['total']} evaluations "
         f"({spent['reused']} reused, {spent['failed']} failed"
-        + (f", {spent['stopped']} stopped early)" if spent["stopped"] else ")"),
+        + (f", {spent['stopped']} stopped early)" if spent.get("stopped") else ")"),
     ]
     if summary["parent"]:
         origin = summary["parent"]

@@ -35,8 +35,8 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
             "total": tally.evaluations,
             "reused": tally.reused,
             "failed": tally.failed,
-            "stopped": tally.stopped,
-        },
+        }
+        | ({"stopped": tally.stopped} if tally.stopped else {}),
         "best": None if best is None else candidate_summary(best),
         "parents": [candidate_summary(c) for c in ledger.seeds(row.id) if c.operator != "scale"],
         "seconds": tally.seconds,

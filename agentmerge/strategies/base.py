@@ -27,6 +27,9 @@ PURPOSES = {"sample": 0, "mutate": 1, "cma": 2, "seed": 3, "items": 4}
 #: What a gradient costs, in scores of as many items: one forward pass, and a backward pass of two.
 GRADIENT_COST = 3
 
+#: The operator of candidates of the arm that hears no model (``agentmerge.shadow``).
+SHADOW = "shadow"
+
 RngFor = Callable[[int, int, str], np.random.Generator]
 
 
@@ -59,6 +62,11 @@ class Proposal:
     label: str = ""
     want: Literal["score", "gradient"] = "score"
     loss: Loss = "margin"
+
+    @property
+    def cost(self) -> int:
+        """What it takes of the budget, in scores."""
+        return 1 + GRADIENT_COST * (self.want == "gradient")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
