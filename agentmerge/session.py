@@ -282,7 +282,7 @@ def _first_input(graph: Any, thread: Any, row: RunRow, prepared: Prepared) -> An
             f"this is version {GRAPH_VERSION}; `agentmerge branch {row.name}` goes on from its "
             "ledger"
         )
-    if snapshot.next:
+    if snapshot.tasks:  # not `next`, which leaves out steps that ended just before a kill
         return None
     if values.get("status") != "done":
         raise RunFailed(

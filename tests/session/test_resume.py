@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import random
 import signal
+import sqlite3
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from agentmerge import session
+from agentmerge.checkpoints import open_saver
 from agentmerge.errors import LeaseHeld, RunFailed, UserError
 from agentmerge.lease import Lease
 from agentmerge.ledger import Ledger
@@ -195,3 +198,24 @@ def test_failed_candidates_are_data(tmp_path: Path) -> None:
     assert row.status == "done"
     assert failed
     assert all("told to" in c.failure for c in failed if c.twin is None)
+
+
+def test_stopped_between_a_generations_last_score_and_the_next_step(tmp_path: Path) -> None:
+    """All that was begun has ended and is saved, and nothing after it."""
+    session.run(config(), name="a", runs_dir=tmp_path / "calm")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    with open_saver(runs / session.CHECKPOINTS):
+        pass
+    with closing(sqlite3.connect(runs / session.CHECKPOINTS)) as conn, conn:
+        conn.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON checkpoints WHEN "
+            "(SELECT count(*) FROM checkpoints) > 2 "
+            "BEGIN SELECT RAISE(ABORT, 'disk full'); END"
+        )
+    with pytest.raises(RunFailed, match="disk full"):
+        session.run(config(), name="a", runs_dir=runs)
+    with closing(sqlite3.connect(runs / session.CHECKPOINTS)) as conn, conn:
+        conn.execute("DROP TRIGGER full")
+    assert session.resume("a", runs_dir=runs).status == "done"
+    assert trace_of(runs, "a") == trace_of(tmp_path / "calm", "a")
