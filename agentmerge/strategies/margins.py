@@ -20,6 +20,7 @@ from scipy.special import ndtr
 from agentmerge.agents.schemas import Guidance
 from agentmerge.genome import SearchSpace
 from agentmerge.strategies.base import Items, Observation, Proposal, RngFor, next_generation
+from agentmerge.strategies.censored import completed
 from agentmerge.strategies.one_plus_one import reflected
 from agentmerge.strategies.random import random_vectors
 from agentmerge.strategies.surrogate import ItemModel, fitted
@@ -159,6 +160,9 @@ def table_of(history: Sequence[Observation]) -> Table | None:
         values = np.stack([o.evidence.values for o in scored])  # type: ignore[union-attr]
         signals = np.stack([o.evidence.signals for o in scored])  # type: ignore[union-attr]
         signals = np.where(items.margins, np.clip(signals, -CLIP, CLIP), signals)
+        signals = completed(np.array([o.vector for o in scored]), signals)
+        expected = np.where(items.margins, signals > 0, signals)
+        values = np.where(np.isfinite(values), values, expected)
         whole = np.isfinite(signals).all(1)
         scored = [o for o, kept in zip(scored, whole, strict=True) if kept]
         signals, values = signals[whole], values[whole]
