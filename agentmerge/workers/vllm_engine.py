@@ -8,9 +8,12 @@ what is asked is ``vllm_scoring.py``.
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
+import queue
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,8 @@ _OURS = {
     "enable_sleep_mode": "impossible in a search: sleeping frees the weights",
     "speculative_config": "impossible in a search: its draft model is not merged",
 }
+#: Seconds that a call may still take to say why, when the engine's process is dead.
+_LAST_WORDS_S = 5
 #: Length of a greedy answer of the self-test, in tokens.
 PROBE_TOKENS = 12
 _ENVIRONMENT = {
@@ -114,12 +119,15 @@ class Engine:
         self._spec = spec
         self._salt = ""
         self._llm: Any = None
+        self._processes: set[Any] = set()
         args = engine_args(spec, longest)
         self._threads = _threads(spec)
+        others = set(multiprocessing.active_children())
         with self._guarded("start"), _started(spec):
             from vllm import LLM
 
             self._llm = LLM(**args)
+        self._processes = set(multiprocessing.active_children()) - others
         options = {
             "parents": dict(spec.parents),
             "base": spec.options.get("base"),
@@ -144,10 +152,10 @@ class Engine:
         """
         report = self._call("agentmerge_load", recipe.to_dict(), self.way)
         with self._guarded("empty its caches"):
-            if not self._llm.reset_prefix_cache():
+            if not self._waited(self._llm.reset_prefix_cache):
                 raise WorkerLost("vLLM could not empty its prefix cache: a request is running")
-            self._llm.reset_mm_cache()
-            self._llm.llm_engine.reset_encoder_cache()
+            self._waited(self._llm.reset_mm_cache)
+            self._waited(self._llm.llm_engine.reset_encoder_cache)
         self._salt = report["digest"]
         return report
 
@@ -180,7 +188,9 @@ class Engine:
             return []
         asked = [{"prompt_token_ids": p, "cache_salt": self._salt} for p in prompts]
         with self._guarded("score"):
-            outputs: list[Any] = self._llm.generate(asked, list(settings), use_tqdm=False)
+            outputs: list[Any] = self._waited(
+                lambda: self._llm.generate(asked, list(settings), use_tqdm=False)
+            )
         return outputs
 
     def close(self) -> None:
@@ -188,7 +198,7 @@ class Engine:
         if llm is None:
             return
         with suppress(Exception), quiet():  # it may be dead already
-            llm.llm_engine.engine_core.shutdown()
+            self._waited(llm.llm_engine.engine_core.shutdown)
         del llm
         gc.collect()
 
@@ -208,8 +218,35 @@ class Engine:
     def _each(self, method: str, *args: Any) -> list[Any]:
         """What each rank answers."""
         with self._guarded(method.removeprefix("agentmerge_")):
-            found: list[Any] = self._llm.collective_rpc(method, args=args)
+            found: list[Any] = self._waited(lambda: self._llm.collective_rpc(method, args=args))
         return found
+
+    def _waited(self, call: Callable[[], Any]) -> Any:
+        """What a call gives; vLLM may wait for ever for a process that was killed meanwhile."""
+        if not self._processes:
+            return call()
+        done: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                done.put((call(), None))
+            except Exception as error:
+                done.put((None, error))
+
+        threading.Thread(target=work, daemon=True).start()
+        while True:
+            dead = [process for process in self._processes if not process.is_alive()]
+            try:
+                found, error = done.get(timeout=_LAST_WORDS_S if dead else 1)
+            except queue.Empty:
+                if dead:
+                    raise ChildProcessError(
+                        f"its process died (exit code {dead[0].exitcode})"
+                    ) from None
+                continue
+            if error is not None:
+                raise error
+            return found
 
     @contextmanager
     def _guarded(self, what: str) -> Iterator[None]:
