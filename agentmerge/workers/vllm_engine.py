@@ -308,6 +308,9 @@ def _started(spec: WorkerSpec) -> Iterator[None]:
     in_place = bool(spec.options.get("in_place", True))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(_apart(spec)))
     os.environ["AGENTMERGE_VLLM_IN_PLACE"] = str(int(in_place))
+    ranks = int((spec.options.get("engine_args") or {}).get("tensor_parallel_size", 1))
+    if spec.device == "cpu" and ranks > 1:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores(ranks))
     from agentmerge.workers.vllm_extension import keep_in_place
 
     keep_in_place(in_place)  # it may have been imported before
@@ -321,6 +324,17 @@ def _started(spec: WorkerSpec) -> Iterator[None]:
             os.environ.pop("LD_PRELOAD", None)
         else:
             os.environ["LD_PRELOAD"] = preload
+
+
+def _cores(ranks: int) -> str:
+    """An equal part of this process's cores for each rank; vLLM itself only knows how to give each
+    a NUMA node."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // ranks
+    if not share:
+        return "nobind"
+    parts = (cores[rank * share : (rank + 1) * share] for rank in range(ranks))
+    return "|".join(",".join(map(str, part)) for part in parts)
 
 
 def _hide_from_inspection() -> None:
