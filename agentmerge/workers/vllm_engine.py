@@ -67,6 +67,12 @@ def engine_args(spec: WorkerSpec, longest: int) -> dict[str, Any]:
         if name in _OURS:
             raise UserError(f"worker.engine_args.{name} cannot be set: {_OURS[name]}")
     path = dict(spec.parents)[spec.template_model]
+    ranks = int(asked.get("tensor_parallel_size") or 1)
+    if ranks > 1 and multiprocessing.current_process().daemon:
+        raise UserError(
+            f"worker.engine_args.tensor_parallel_size {ranks} needs worker.count 1: a worker's own "
+            "process may start no others"
+        )
     longest = int(asked.get("max_model_len") or longest)
     args: dict[str, Any] = {
         "model": path,
@@ -273,8 +279,9 @@ class Engine:
 
 
 def _apart(spec: WorkerSpec) -> bool:
-    """Whether the engine has a process of its own."""
-    return bool(spec.options.get("engine_process", spec.device != "cpu"))
+    """Whether the engine has a process of its own; a pool's worker process may have no children."""
+    wanted = bool(spec.options.get("engine_process", spec.device != "cpu"))
+    return wanted and not multiprocessing.current_process().daemon
 
 
 def _threads(spec: WorkerSpec) -> int | None:
@@ -287,10 +294,14 @@ def _threads(spec: WorkerSpec) -> int | None:
 
 
 def _lower(spec: WorkerSpec) -> str:
-    return (
+    advice = (
         f"worker.batch_size (now {spec.batch_size}), worker.engine_args.gpu_memory_utilization or "
         "worker.engine_args.max_num_batched_tokens"
     )
+    if spec.device == "cpu":
+        return advice
+    layout = read_layout({name: Path(path) for name, path in spec.parents})
+    return f"{advice}; the forecast was: {share_of(spec, layout)}"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from agentmerge.config import SearchConfig
-from agentmerge.errors import ConfigError, UserError
+from agentmerge.errors import ConfigError, UserError, WorkerLost
 from agentmerge.merging.layout import Layout, TensorSpec
 from agentmerge.workers import vllm_check, vllm_setup
 from agentmerge.workers.base import WorkerSpec
@@ -191,3 +191,26 @@ def test_a_version_whose_private_names_have_moved(monkeypatch: pytest.MonkeyPatc
 
     keep_in_place(True)
     assert not hasattr(ops, "_supports_onednn")
+
+
+class FullEngine:
+    """Stands for vLLM's ``LLM`` when the device's memory is used up."""
+
+    def generate(self, *_: Any, **__: Any) -> Any:
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.50 GiB")
+
+
+def test_out_of_memory_says_what_to_lower_and_ends_the_engine(
+    tied: dict[str, Path], tasks_dir: Path
+) -> None:
+    from agentmerge.workers.vllm_engine import Engine
+
+    engine = object.__new__(Engine)
+    engine._spec, engine._llm, engine._salt = spec(tied, tasks_dir), FullEngine(), ""
+    engine._processes, engine._threads = set(), None
+    with pytest.raises(WorkerLost, match=r"7\.50 GiB; lower worker\.batch_size \(now 16\)"):
+        engine.ask([[1, 2]], [None])
+    with pytest.raises(WorkerLost, match="gone"):
+        engine.ask([[1, 2]], [None])

@@ -111,7 +111,7 @@ def test_a_swapped_engine_is_one_started_on_the_checkpoint(
     assert same(second, fresh(paths["b"][0], spec))
 
 
-@pytest.mark.parametrize("way", ["map", "reload"])
+@pytest.mark.parametrize("way", [pytest.param("map", marks=pytest.mark.slow), "reload"])
 def test_an_exception_in_the_middle_builds_a_new_engine(
     way: str, tied: dict[str, Path], tasks_dir: Path
 ) -> None:
