@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -203,6 +204,7 @@ def on_disk(prepared: Any, recipes: Sequence[Any], config: str, scratch: Path) -
         )
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])
+        shutil.rmtree(target)
         end = time.perf_counter()
         inside = json.loads(done.stdout.splitlines()[-1])
         rows.append({"candidate_s": end - start, "write_s": written - start, **inside})
