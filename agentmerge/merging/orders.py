@@ -143,20 +143,30 @@ def cuts(
 ) -> list[Cut]:
     """For each tensor, the cut that keeps its so many largest elements."""
     found = [order.bracket(keep) for order, keep in zip(orders, keeps, strict=True)]
-    open_ones = [(at, cut) for at, cut in enumerate(found) if isinstance(cut, Bracket)]
-    notes = _noted(base, [tensors[at] for at, _ in open_ones], [cut for _, cut in open_ones])
-    ranked = {at: _ranked(n, cut.keep) for (at, cut), n in zip(open_ones, notes, strict=True)}
-    return [cut if isinstance(cut, Cut) else ranked[at] for at, cut in enumerate(found)]
+    settled = [cut for cut in found if isinstance(cut, Cut)]
+    if len(settled) == len(found):
+        return settled
+    return [
+        cut if isinstance(cut, Cut) else _ranked(noted, cut.keep)
+        for cut, noted in zip(found, _noted(base, tensors, found), strict=True)
+    ]
 
 
 def _noted(
-    base: torch.Tensor, tensors: Sequence[torch.Tensor], brackets: Sequence[Bracket]
+    base: torch.Tensor, tensors: Sequence[torch.Tensor], brackets: Sequence[Cut | Bracket]
 ) -> list[_Notes]:
-    """The elements in each tensor's bracket; one pass for all."""
-    if not brackets:
-        return []
-    notes = [_Notes.room(bracket.count) for bracket in brackets]
-    words = [word for bracket in brackets for word in (bracket.low, bracket.high - bracket.low)]
+    """The elements in each tensor's bracket; one pass for all.
+
+    It takes the settled ones along, so that one loop serves, compiled once.
+    """
+    notes: list[_Notes] = []
+    words: list[int] = []
+    for bracket in brackets:
+        inside, count = _NO_BITS, 0
+        if isinstance(bracket, Bracket):
+            inside, count = (bracket.low, bracket.high - bracket.low), bracket.count
+        notes.append(_Notes.room(count))
+        words += inside
     stored, working = dtype_names(base, base, *tensors), working_name(base, *tensors)
     loop = loop_for("between", stored, working, len(tensors))
     addresses = [0, base.data_ptr(), *(tensor.data_ptr() for tensor in tensors)]
