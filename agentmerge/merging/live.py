@@ -96,6 +96,8 @@ class LiveWeights:
             return item.spec.name, tensor_line(item.spec.name, target)
 
         threads = min(torch.get_num_threads(), len(items))
+        if self._family.placement == "stream":
+            threads = 1  # memory is short, and the forecast is of one tensor at a time
         if threads < 2 or not all(map(self._is_free_of_torch, items)):
             yield from map(write, items)
             return

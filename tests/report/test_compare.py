@@ -70,7 +70,6 @@ def test_the_databases_sums_are_those_of_the_candidates(runs: Path) -> None:
                 "total": evaluations(candidates),
                 "reused": sum(c.reused or c.state == "twin" for c in candidates),
                 "failed": sum(c.state == "failed" for c in candidates),
-                "stopped": sum(c.state == "stopped" for c in candidates),
             }
 
 
