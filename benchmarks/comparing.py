@@ -112,6 +112,16 @@ def harm(runs: Runs) -> str:
     return _markdown(rows)
 
 
+def advice(runs: Runs) -> str:
+    """What the models were asked and how often they failed; nothing where none was."""
+    rows = [["problem", "arm", "model", "calls", "tokens", "failed"]]
+    for problem, arm in dict.fromkeys((r["problem"], r["arm"]) for r in runs if r.get("advice")):
+        mine = [r["advice"] for r in of_arm(runs, problem, arm).values()]
+        sums = [str(sum(a[key] for a in mine)) for key in ("calls", "tokens", "failures")]
+        rows.append([problem, arm, mine[0]["model"], *sums])
+    return _markdown(rows) if len(rows) > 1 else ""
+
+
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))

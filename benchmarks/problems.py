@@ -27,8 +27,11 @@ class Outcome:
 
 
 class Problem(Protocol):
+    """tasks: their names, in the order of the items' numbers; all count the same."""
+
     name: str
     space: SearchSpace
+    tasks: tuple[str, ...]
 
     def first_points(self) -> Sequence[tuple[str, str, tuple[float, ...]]]:
         """(operator, label, vector) of the cheap rivals, evaluated first by every arm."""

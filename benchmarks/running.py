@@ -8,18 +8,25 @@ it, and a gradient counts as three.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from agentmerge.config import ADVISED_POPULATION
 from agentmerge.evaluation.statistics import paired_score_difference
 from agentmerge.strategies.base import GRADIENT_COST, Observation, Strategy, rng_factory
+from benchmarks.advised import Adviser
 from benchmarks.choosing import most_wins
 from benchmarks.problems import Outcome, Problem
+
+Make = Callable[[int], Problem]
+"""The problem of a seed; it can be sent to another process."""
 
 SHORTLIST = 5
 CHECKPOINTS = (10, 15, 20, 25, 30, 40, 50, 60, 80, 100)
@@ -27,15 +34,17 @@ CHECKPOINTS = (10, 15, 20, 25, 30, 40, 50, 60, 80, 100)
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """name: in tables. make: a fresh strategy."""
+    """name: in tables. make: a fresh strategy. advise: seed -> the agents that it listens to."""
 
     name: str
     make: Callable[[], Strategy]
+    advise: Callable[[int], Adviser] | None = None
 
 
 def run_search(problem: Problem, arm: Arm, seed: int, budget: int) -> dict[str, Any]:
     """The search as plain data: every point with its cost and score, and the answer's scores."""
     strategy = arm.make()
+    adviser = arm.advise(seed) if arm.advise else None
     space, rng_for = problem.space, rng_factory(seed)
     history: list[Observation] = []
     spent, thinking, stopped = 0, 0.0, ""
@@ -51,6 +60,8 @@ def run_search(problem: Problem, arm: Arm, seed: int, budget: int) -> dict[str, 
                 vector,
                 operator,
                 outcome.score,
+                tasks=_by_task(problem, outcome),
+                recipe_hash=repr(vector),
                 evidence=outcome.evidence,
                 gradient=outcome.gradient,
                 loss=outcome.loss,
@@ -61,9 +72,12 @@ def run_search(problem: Problem, arm: Arm, seed: int, budget: int) -> dict[str, 
     for slot, (operator, _, vector) in enumerate(problem.first_points()):
         tell(0, slot, operator, vector, problem.evaluate(vector))
     size = strategy.population(space.dimensions)
+    size = max(size, ADVISED_POPULATION) if adviser else size
     while spent < budget:
+        guidance = adviser.guidance(problem, history, budget - spent) if adviser else None
         before = time.perf_counter()
-        asked = strategy.propose(space, tuple(history), None, min(size, budget - spent), rng_for)
+        count = min(size, budget - spent)
+        asked = strategy.propose(space, tuple(history), guidance, count, rng_for)
         thinking += time.perf_counter() - before
         if not asked:
             stopped = "nothing to gain"
@@ -84,9 +98,18 @@ def run_search(problem: Problem, arm: Arm, seed: int, budget: int) -> dict[str, 
         "spent": spent,
         "stopped": stopped,
         "thinking_s": round(thinking, 3),
+        "advice": adviser.costs() if adviser else None,
         "points": points,
         "answers": _answers(problem, history, seed),
     }
+
+
+def _by_task(problem: Problem, outcome: Outcome) -> tuple[tuple[str, float], ...]:
+    """(task, mean value), where items are known."""
+    if outcome.evidence is None:
+        return ()
+    values, task = outcome.evidence.values, outcome.evidence.items.task
+    return tuple((n, float(values[task == i].mean())) for i, n in enumerate(problem.tasks))
 
 
 def best_at(run: dict[str, Any], spent: int) -> float:
@@ -145,33 +168,61 @@ def _beyond_noise(winner: Observation, rival: Observation, seed: int) -> bool:
 
 
 def run_suite(
-    problems: Sequence[Callable[[int], Problem]],
-    names: Sequence[str],
+    makes: Mapping[str, Make],
     arms: Sequence[Arm],
     seeds: Sequence[int],
     budget: int,
     out: Path,
-    say: Callable[[str], None],
+    processes: int = 1,
 ) -> list[dict[str, Any]]:
-    """Every (problem, seed, arm), from its file where it was run before."""
-    found = []
-    for name, make in zip(names, problems, strict=True):
-        for seed in seeds:
-            problem: Problem | None = None
-            for arm in arms:
-                path = out / "runs" / f"{name}--{arm.name}--{seed}--{budget}.json"
-                if not path.is_file():
-                    problem = problem or make(seed)
-                    before = time.perf_counter()
-                    run = run_search(problem, arm, seed, budget)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    draft = path.with_suffix(".tmp")
-                    draft.write_text(json.dumps(run))
-                    draft.replace(path)
-                    took = time.perf_counter() - before
-                    say(
-                        f"{name} {arm.name} seed {seed}: search {best_at(run, budget):.3f}, "
-                        f"sealed {run['answers']['chosen']['sealed']:.3f}, {took:.0f} s"
-                    )
-                found.append(json.loads(path.read_text()))
-    return found
+    """Every (problem, seed, arm), from its file where it was run before.
+
+    processes: how many share the seeds; each search runs in one, and says the same in any.
+    """
+    paths = [
+        (name, seed, {arm.name: path_of(out, name, arm.name, seed, budget) for arm in arms})
+        for name in makes
+        for seed in seeds
+    ]
+    open_jobs = [
+        (makes[name], [(arm, found[arm.name]) for arm in arms], seed, budget)
+        for name, seed, found in paths
+        if not all(path.is_file() for path in found.values())
+    ]
+    if processes == 1:
+        for job in open_jobs:
+            run_seed(*job)
+    elif open_jobs:
+        for make in dict.fromkeys(job[0] for job in open_jobs):
+            make(seeds[0])  # what all seeds share, a family say, is made once
+        # spawned, since a fork of a process that has used torch may hang
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, context) as pool:
+            for future in [pool.submit(run_seed, *job) for job in open_jobs]:
+                future.result()
+    return [json.loads(path.read_text()) for _, _, found in paths for path in found.values()]
+
+
+def path_of(out: Path, problem: str, arm: str, seed: int, budget: int) -> Path:
+    return out / "runs" / f"{problem}--{arm}--{seed}--{budget}.json"
+
+
+def run_seed(make: Make, arms: Sequence[tuple[Arm, Path]], seed: int, budget: int) -> None:
+    """One seed's searches of a problem, each saved as it ends; those saved before are left."""
+    problem: Problem | None = None
+    for arm, path in arms:
+        if path.is_file():
+            continue
+        problem = problem or make(seed)
+        before = time.perf_counter()
+        run = run_search(problem, arm, seed, budget)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(run))
+        draft.replace(path)
+        took = time.perf_counter() - before
+        print(
+            f"{problem.name} {arm.name} seed {seed}: search {best_at(run, budget):.3f}, "
+            f"sealed {run['answers']['chosen']['sealed']:.3f}, {took:.0f} s",
+            flush=True,
+        )

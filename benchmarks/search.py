@@ -4,13 +4,15 @@
 
 Writes ``DIR/runs/*.json`` (one a search: stopped and started again, it goes on where it was),
 ``DIR/results.md`` (tables) and ``DIR/PROBLEM.png`` (medians and quartiles on the way). Arms are
-strategies by name; ``auto`` asks for no gradients, ``auto_gradients`` does.
+strategies by name; ``auto`` asks for no gradients, ``auto_gradients`` does. With --llm there are
+``auto_llm`` and ``llm_evo_llm``, which a chat model advises, and their controls ``..._shuffled``,
+where what it is told of scores is shuffled; one model a DIR.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,9 @@ from typing import Any
 from agentmerge import plugins
 from agentmerge.strategies.auto import Auto
 from benchmarks import comparing, plots
-from benchmarks.problems import Problem
-from benchmarks.running import Arm, run_suite
+from benchmarks.advised import Adviser
+from benchmarks.running import Arm, Make, run_suite
 from benchmarks.synthetic import DIMENSIONS, FUNCTIONS, SyntheticProblem
-
-Make = Callable[[int], Problem]
 
 
 def problems_of(suite: str) -> dict[str, Make]:
@@ -41,11 +41,22 @@ def problems_of(suite: str) -> dict[str, Make]:
     return {name: partial(TinyProblem, TINY[name]) for name in names}
 
 
-def arm_of(name: str) -> Arm:
-    if name == "auto":
-        return Arm(name, partial(Auto, gradients_from=None))
-    if name == "auto_gradients":
-        return Arm(name, partial(Auto, gradients_from=1))
+#: Arms that a model advises -> (the strategy, whether what the model is told is shuffled).
+ADVISED = {
+    f"{own}_llm{ending}": (own, bool(ending))
+    for own in ("auto", "llm_evo")
+    for ending in ("", "_shuffled")
+}
+
+
+def arm_of(name: str, llm: str | None = None, base_url: str | None = None) -> Arm:
+    if name in ADVISED:
+        if llm is None:
+            raise SystemExit(f"arm {name!r} needs --llm provider:model")
+        own, shuffled = ADVISED[name]
+        return Arm(name, arm_of(own).make, partial(Adviser.of, llm, base_url, shuffled))
+    if name in ("auto", "auto_gradients"):
+        return Arm(name, partial(Auto, gradients_from=None if name == "auto" else 1))
     return Arm(name, partial(plugins.load, "agentmerge.strategies", name))
 
 
@@ -59,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--budget", type=int, default=100)
+    parser.add_argument("--llm", help="provider:model, for the arms that a model advises")
+    parser.add_argument("--base-url", help="of a server that speaks the OpenAI protocol")
+    parser.add_argument("--processes", type=int, default=1, help="that share the seeds")
     parser.add_argument("--against", default="cma_es")
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
     asked = parser.parse_args(arguments)
@@ -68,13 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         parser.error(f"no problem {unknown[0]!r}; the suite has {', '.join(known)}")
     runs = run_suite(
-        [known[name] for name in names],
-        names,
-        [arm_of(name) for name in asked.arms.split(",")],
+        {name: known[name] for name in names},
+        [arm_of(name, asked.llm, asked.base_url) for name in asked.arms.split(",")],
         range(asked.first_seed, asked.first_seed + asked.seeds),
         asked.budget,
         asked.out,
-        partial(print, flush=True),
+        asked.processes,
     )
     print(written(runs, asked.against, asked.out))
 
@@ -82,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def written(runs: Sequence[dict[str, Any]], against: str, out: Path) -> str:
     """The tables as text, after they and the curves were written to ``out``."""
     parts = [comparing.table(runs), comparing.comparisons(runs, against), comparing.harm(runs)]
-    text = "\n\n".join(parts) + "\n"
+    parts.append(comparing.advice(runs))
+    text = "\n\n".join(part for part in parts if part) + "\n"
     (out / "results.md").write_text(text)
     plots.curves(runs, out)
     return text

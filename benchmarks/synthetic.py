@@ -61,6 +61,7 @@ class SyntheticProblem:
     noisy: bool
     seed: int
     space: SearchSpace = field(init=False)
+    tasks: tuple[str, ...] = ("right",)
 
     def __post_init__(self) -> None:
         self.name = f"{self.function}-{self.dimensions}{'-noisy' if self.noisy else ''}"

@@ -85,6 +85,7 @@ class TinyProblem:
     def __post_init__(self) -> None:
         torch.set_num_threads(1)
         self.name = self.setting.name
+        self.tasks = self.setting.skills
         self._family, self._config = _opened(self.setting)
         genome = GenomeConfig(
             models=self.setting.models,

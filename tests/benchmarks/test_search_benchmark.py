@@ -1,0 +1,93 @@
+"""The search benchmark's own rules: processes, advice and its control. No network, no training."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agentmerge.agents.models import AgentModel
+from agentmerge.agents.testing import scripted_chat_model
+from agentmerge.strategies.base import Observation
+from benchmarks import search
+from benchmarks.advised import Adviser, dealt_anew
+from benchmarks.running import Arm, run_search
+from benchmarks.synthetic import SyntheticProblem
+
+POINT = [20, 80]
+
+
+def runs(out: Path, *options: str) -> dict[str, Any]:
+    search.main(
+        ["--suite", "synthetic", "--problems", "sphere-2-noisy", "--arms", "cma_es,null_llm",
+         "--seeds", "2", "--budget", "20", "--out", str(out), *options]
+    )  # fmt: skip
+    return {path.name: json.loads(path.read_text()) for path in (out / "runs").iterdir()}
+
+
+def test_processes_change_no_result(tmp_path: Path) -> None:
+    alone, shared = runs(tmp_path / "1"), runs(tmp_path / "2", "--processes", "2")
+    for run in (*alone.values(), *shared.values()):
+        del run["thinking_s"]
+    assert alone == shared
+    assert len(alone) == 4
+
+
+def advised(arm: str, shuffled: bool) -> tuple[dict[str, Any], Any]:
+    """A search with a model that always says the same point, and that model."""
+
+    def reply(messages: Any) -> Any:
+        text = messages[-1].text + messages[0].text
+        if "mean_genome" in text:
+            return {
+                "thought": "", "mean_genome": POINT, "expected_score": 0.9, "candidates": [],
+                "structural_move": None,
+            }  # fmt: skip
+        return {"sigma": 0.1, "thought": ""} if "sigma_low" in text or '"sigma"' in text else {
+            "summary": "it goes on", "findings": []
+        }  # fmt: skip
+
+    chat = scripted_chat_model(reply)
+
+    def advise(seed: int) -> Adviser:
+        return Adviser(AgentModel(chat), seed, shuffled)
+
+    problem = SyntheticProblem("sphere", 2, True, 0)
+    return run_search(problem, Arm(arm, search.arm_of(arm).make, advise), 0, 24), chat
+
+
+@pytest.mark.parametrize("arm", ["auto", "llm_evo"])
+def test_a_model_advises_as_in_the_product(arm: str) -> None:
+    run, chat = advised(arm, shuffled=False)
+    assert run["advice"]["failures"] == 0
+    assert run["advice"]["calls"] == len(chat.calls) > 0
+    assert run["spent"] <= 24
+    operators = {point["operator"] for point in run["points"]}
+    assert ("agent" if arm == "auto" else "llm_evo") in operators
+
+
+def test_shuffled_feedback_is_only_what_the_model_is_told() -> None:
+    history = [Observation(0, i, (i / 4,), "init", None if i == 2 else i / 10) for i in range(5)]
+    told = dealt_anew(history, np.random.default_rng(0))
+    assert [o.vector for o in told] == [o.vector for o in history]
+    assert told[2].score is None
+    assert sorted(o.score for o in told if o.score is not None) == [0.0, 0.1, 0.3, 0.4]
+    assert told != history
+
+
+def test_the_control_is_told_other_scores_and_scored_on_true_ones() -> None:
+    (plain, chat), (control, other) = (advised("llm_evo", shuffled) for shuffled in (False, True))
+    assert chat.calls[0] != other.calls[0]
+    # The same words from a model that cannot be misled: the same search.
+    assert plain["points"] == control["points"]
+
+
+def test_an_advised_arm_needs_a_model() -> None:
+    with pytest.raises(SystemExit, match="--llm"):
+        search.arm_of("auto_llm")
+    arm = search.arm_of("auto_llm_shuffled", "openai:local", "http://127.0.0.1:9/v1")
+    assert isinstance(arm.advise, partial)
