@@ -35,6 +35,10 @@ def problems_of(suite: str) -> dict[str, Make]:
                     make = partial(SyntheticProblem, function, dimensions, noisy)
                     found[make(0).name] = make
         return found
+    if suite == "smollm2":
+        from benchmarks.smollm2 import FAMILIES, SmolLM2Problem
+
+        return {name: partial(SmolLM2Problem, name) for name in FAMILIES}
     from benchmarks.tiny import HEADROOM, NO_HEADROOM, TINY, TinyProblem
 
     names = {"tiny": HEADROOM, "no-headroom": NO_HEADROOM, "fine": ("tiny-so-64",)}[suite]
@@ -63,7 +67,7 @@ def arm_of(name: str, llm: str | None = None, base_url: str | None = None) -> Ar
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.search", description=__doc__)
     parser.add_argument(
-        "--suite", choices=("synthetic", "tiny", "no-headroom", "fine"), required=True
+        "--suite", choices=("synthetic", "tiny", "no-headroom", "fine", "smollm2"), required=True
     )
     parser.add_argument("--problems", help="comma-separated names of the suite's; by default all")
     parser.add_argument("--arms", default="cma_es,tpe,one_plus_one,null_llm,auto")

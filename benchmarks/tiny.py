@@ -27,8 +27,8 @@ from agentmerge.merging.parents import Family
 from agentmerge.strategies.base import Evidence, Items
 from agentmerge.strategies.chain_rule import unit_gradient
 from agentmerge.workers.base import Gradient, TensorSlope
+from benchmarks.prefixes import Rows, answer_logits
 from benchmarks.problems import Outcome, first_points
-from benchmarks.tiny_model import Rows, answer_logits
 
 SEARCH_ITEMS, SEALED_ITEMS = 200, 400
 _NUMBER = {token: i for i, token in enumerate(VOCABULARY)}

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.testing import scripted_chat_model
 from agentmerge.strategies.base import Observation
 from benchmarks import search
 from benchmarks.advised import Adviser, dealt_anew
+from benchmarks.prefixes import NO_TOKEN, Rows, answer_logits
 from benchmarks.running import Arm, run_search
 from benchmarks.synthetic import SyntheticProblem
 
@@ -91,3 +93,24 @@ def test_an_advised_arm_needs_a_model() -> None:
         search.arm_of("auto_llm")
     arm = search.arm_of("auto_llm_shuffled", "openai:local", "http://127.0.0.1:9/v1")
     assert isinstance(arm.advise, partial)
+
+
+def test_prefixes_give_what_transformers_gives() -> None:
+    """Rows of different lengths that share beginnings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=50, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    inputs = [[1, 7, 9, 4, 5], [1, 7, 9, 8], [1, 7, 9, 4, 6, 11, 2], [3, 7]]
+    rows = Rows.of(inputs, [[5, 6], [8], [6, 11, 2], [7, 9]])
+    assert len(rows.tokens) == 11
+    with torch.no_grad():
+        found = answer_logits(dict(model.named_parameters()), config, rows)
+        for row, (tokens, count) in enumerate(zip(inputs, (2, 1, 3, 2), strict=True)):
+            whole = model(torch.tensor([tokens])).logits[0, -count:]
+            torch.testing.assert_close(found[row, :count], whole, atol=1e-5, rtol=1e-4)
+            assert (rows.gold[row, count:] == NO_TOKEN).all()

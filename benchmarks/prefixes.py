@@ -1,8 +1,8 @@
-"""The demo family's forward pass, made fast for benchmarks: every distinct prefix is computed once.
+"""A Llama's forward pass, made fast for benchmarks: every distinct prefix is computed once.
 
-A Llama (grouped-query attention, tied head) on token rows of one length that share beginnings.
-Linear layers run over distinct prefixes only, attention over the rows, and the last layer over the
-answer's positions only. Checked against transformers in the tests; knows no tasks and no merging.
+Grouped-query attention and a tied head, on token rows that share beginnings. Linear layers run over
+distinct prefixes only, attention over the rows, and the last layer over the positions that are
+asked for only. Checked against transformers in the tests; knows no tasks and no merging.
 """
 
 from __future__ import annotations
@@ -15,42 +15,52 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 Weights = Mapping[str, torch.Tensor]
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Token rows, shape (rows, length), as distinct prefixes.
+    """Token rows, padded on the right to shape (rows, length), as distinct prefixes.
 
     tokens, positions: (nodes,). path: (rows, length), each position's node. first: (nodes,), a
-    flat position in ``path`` of each node. answers: how many last positions predict the answer;
-    gold: (rows, answers), what they should.
+    flat position in ``path`` of each node. asked: (rows, answers), the positions that predict the
+    answer; gold: (rows, answers), what they should, NO_TOKEN where a row has fewer.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     path: torch.Tensor
     first: torch.Tensor
+    asked: torch.Tensor
     gold: torch.Tensor
 
     @classmethod
     def of(cls, inputs: list[list[int]], gold: list[list[int]]) -> Rows:
+        """gold: of the last positions of each row, what comes next."""
+        length, answers = max(map(len, inputs)), max(map(len, gold))
         number: dict[tuple[int, ...], int] = {}
         first: list[int] = []
-        path = torch.empty((len(inputs), len(inputs[0])), dtype=torch.long)
+        path = torch.zeros((len(inputs), length), dtype=torch.long)
+        asked = torch.zeros((len(inputs), answers), dtype=torch.long)
+        told = torch.full((len(inputs), answers), NO_TOKEN)
         for row, tokens in enumerate(inputs):
             for place in range(len(tokens)):
                 key = tuple(tokens[: place + 1])
                 if key not in number:
                     number[key] = len(first)
-                    first.append(row * len(tokens) + place)
+                    first.append(row * length + place)
                 path[row, place] = number[key]
+            count = len(gold[row])
+            asked[row, :count] = torch.arange(len(tokens) - count, len(tokens))
+            told[row, :count] = torch.tensor(gold[row])
         nodes = list(number)
         return cls(
             torch.tensor([key[-1] for key in nodes]),
             torch.tensor([len(key) - 1 for key in nodes]),
             path,
             torch.tensor(first),
-            torch.tensor(gold),
+            asked,
+            told,
         )
 
 
@@ -61,11 +71,12 @@ def answer_logits(weights: Weights, config: Any, rows: Rows) -> torch.Tensor:
         config.num_key_value_heads,
         config.head_dim,
     )
-    cos, sin = _rotations(rows.positions, width, config.rope_parameters["rope_theta"])
     count, length = rows.path.shape
-    answers = rows.gold.shape[1]
+    answers = rows.asked.shape[1]
+    every = torch.arange(count)[:, None]
     head = weights["model.embed_tokens.weight"]
     hidden = head[rows.tokens]
+    cos, sin = _rotations(rows.positions, width, config.rope_parameters["rope_theta"], head.dtype)
     for layer in range(config.num_hidden_layers):
         last = layer == config.num_hidden_layers - 1
         name = f"model.layers.{layer}."
@@ -82,8 +93,8 @@ def answer_logits(weights: Weights, config: Any, rows: Rows) -> torch.Tensor:
             enable_gqa=heads != kv,
         ).transpose(1, 2)
         if last:
-            mixed = mixed[:, -answers:].reshape(count * answers, -1)
-            hidden = hidden[rows.path[:, -answers:].reshape(-1)]
+            mixed = mixed[every, rows.asked].reshape(count * answers, -1)
+            hidden = hidden[rows.path[every, rows.asked].reshape(-1)]
         else:
             mixed = mixed.reshape(count * length, -1)[rows.first]
         hidden = hidden + linear(mixed, weights[name + "self_attn.o_proj.weight"])
@@ -108,12 +119,12 @@ def _rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _rotations(
-    positions: torch.Tensor, width: int, theta: float
+    positions: torch.Tensor, width: int, theta: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rates = 1.0 / theta ** (torch.arange(0, width, 2).float() / width)
     angles = positions[:, None].float() * rates
     angles = torch.cat([angles, angles], dim=-1)[:, None, :]
-    return angles.cos(), angles.sin()
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
