@@ -41,6 +41,8 @@ class TinySetting:
 
     experts: "own"; or, where nothing can be gained, "useless" (the one expert, and noise of the
     same size) or "halves" (its task vector in two random halves, doubled: their mean is it).
+    damage: noise that base and experts of these two share, in deviations of each weight matrix, so
+    that no merge answers everything. granularity: 0 is one group of all layers.
     """
 
     name: str
@@ -48,6 +50,8 @@ class TinySetting:
     method: str = "task_arithmetic"
     filters: tuple[str, ...] = ()
     experts: Literal["own", "useless", "halves"] = "own"
+    damage: float = 0.0
+    granularity: int = 1
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -68,10 +72,14 @@ TINY = {
         TinySetting("tiny-so-64", ("shift", "sort"), filters=PROJECTIONS),
         TinySetting("tiny-useless", ("shift",), experts="useless"),
         TinySetting("tiny-halves", ("shift",), experts="halves"),
+        # Below the ceiling, where luck can pass for a gain. One group: layer by layer, a merge can
+        # make up for some of the damage.
+        TinySetting("tiny-useless-2", ("shift",), experts="useless", damage=0.45, granularity=0),
+        TinySetting("tiny-halves-2", ("shift",), experts="halves", damage=0.45, granularity=0),
     )
 }
 HEADROOM = ("tiny-so-8", "tiny-so-24", "tiny-so-16-ties", "tiny-sro-12")
-NO_HEADROOM = ("tiny-useless", "tiny-halves")
+NO_HEADROOM = ("tiny-useless", "tiny-halves", "tiny-useless-2", "tiny-halves-2")
 
 
 @dataclass
@@ -91,7 +99,7 @@ class TinyProblem:
             models=self.setting.models,
             base_model="base",
             merge_method=self.setting.method,
-            layer_granularity=1,
+            layer_granularity=self.setting.granularity,
             filters=self.setting.filters,
             normalize=False,
         )
@@ -184,30 +192,35 @@ def _opened(setting: TinySetting) -> tuple[Family, Any]:
     if setting.experts == "own":
         paths |= dict(zip(setting.models, found.experts, strict=True))
     else:
-        paths |= _twisted(found.base, found.experts[0], setting.experts)
+        paths = _twisted(found.base, found.experts[0], setting)
     return Family.open(paths, base="base"), AutoConfig.from_pretrained(str(found.base))
 
 
-def _twisted(base: Path, expert: Path, how: str) -> dict[str, Path]:
-    """Two experts made of one, beside the family."""
+def _twisted(base: Path, expert: Path, setting: TinySetting) -> dict[str, Path]:
+    """A base and two experts made of one, beside the family."""
     from safetensors.torch import load_file, save_file
 
     start, end = (load_file(path / "model.safetensors") for path in (base, expert))
-    rng = torch.Generator().manual_seed(0)
-    made: dict[str, dict[str, torch.Tensor]] = {"first": {}, "second": {}}
+    rng, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
+    made: dict[str, dict[str, torch.Tensor]] = {"base": {}, "first": {}, "second": {}}
     for name, weight in start.items():
         task = end[name] - weight
-        if how == "useless":
-            noise = torch.randn(weight.shape, generator=rng)
-            parts = (task, noise * task.norm() / noise.norm())
+        if setting.experts == "useless":
+            other = torch.randn(weight.shape, generator=rng)
+            parts = (task, other * task.norm() / other.norm())
         else:
             mask = torch.rand(weight.shape, generator=rng) < 0.5
             parts = (2 * task * mask, 2 * task * ~mask)
-        for model, part in zip(made, parts, strict=True):
-            made[model][name] = weight + part
+        hurt = weight
+        if weight.dim() > 1:
+            hurt = weight + setting.damage * weight.std() * torch.randn(
+                weight.shape, generator=noise
+            )
+        for model, part in zip(made, (torch.zeros_like(weight), *parts), strict=True):
+            made[model][name] = hurt + part
     paths = {}
     for model, tensors in made.items():
-        paths[model] = base.parent / f"{how}-{model}"
+        paths[model] = base.parent / f"{setting.name}-{model}"
         if not paths[model].exists():
             shutil.copytree(base, paths[model])
             save_file(tensors, paths[model] / "model.safetensors", metadata={"format": "pt"})
