@@ -39,7 +39,7 @@ import yaml
 from torch.nn.functional import cross_entropy
 
 from agentmerge.errors import AgentmergeError, UserError
-from benchmarks.smollm2_items import SKILLS, Item, items, search_config, task_name, write_tasks
+from benchmarks.smollm2_items import SKILLS, Item, family_config, items, task_name, write_tasks
 
 VERSION = 1
 """Part of the cache's key: raise it with any change to the items or to the training."""
@@ -180,10 +180,12 @@ def train(model: Any, tokenizer: Any, training: Training, seed: int) -> None:
             group["lr"] = training.rate * min((step + 1) / warm_up, 0.05 + 0.95 * left)
         chosen = [pool[i] for i in rng.integers(len(pool), size=training.batch)]
         inputs, mask, wanted = encoded(tokenizer, chosen)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(inputs, attention_mask=mask, use_cache=False).logits
         asked = wanted != IGNORED
-        loss = cross_entropy(logits[asked].float(), wanted[asked])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = model.base_model(inputs, attention_mask=mask, use_cache=False)
+            # The head of a large vocabulary costs a fifth of a pass: only where a token is asked.
+            logits = model.get_output_embeddings()(found.last_hidden_state[asked])
+        loss = cross_entropy(logits.float(), wanted[asked])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -222,7 +224,7 @@ def write_search(family: Path, home: Path, granularity: int = GRANULARITY) -> No
     """Tasks and config, with the paths that they have once the family is moved to `home`."""
     write_tasks(family / "tasks", home / "tasks")
     experts = [home / f"expert-{skill}" for skill in SKILLS]
-    body = search_config(home / "base", experts, home / "tasks", granularity)
+    body = family_config(home / "base", experts, home / "tasks", granularity)
     (family / CONFIG).write_text(yaml.safe_dump(body, sort_keys=False))
 
 

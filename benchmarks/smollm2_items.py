@@ -8,14 +8,14 @@ thing reviewed, a set of words; each unit is either trained on or asked about, n
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+
+from agentmerge.demo.tasks import MULTIPLE_CHOICE, exact_match, search_config, write_task
 
 SKILLS = ("addition", "sentiment", "reversal")
 N_ITEMS = 300
@@ -145,65 +145,27 @@ def items(skill: str, *, held_out: bool) -> list[Item]:
 
 def write_tasks(directory: Path, home: Path, *, n_items: int = N_ITEMS, seed: int = 0) -> None:
     """Write a task a skill, of `n_items` held-out items, to be read once moved to `home`."""
-    directory.mkdir(parents=True, exist_ok=True)
     for place, skill in enumerate(SKILLS):
         pool = items(skill, held_out=True)
         order = np.random.default_rng([seed, place]).permutation(len(pool))[:n_items]
         docs = [_doc(skill, pool[i]) for i in order]
-        path = directory / f"{task_name(skill)}.jsonl"
-        path.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-        files = {"test": str(home.absolute() / path.name)}
-        source = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}}
-        kind = _CHOICE if skill == "sentiment" else _EXACT
-        task = {"task": task_name(skill), **source, **_COMMON, **kind}
-        path.with_suffix(".yaml").write_text(yaml.safe_dump(task, sort_keys=False))
+        kind = MULTIPLE_CHOICE if skill == "sentiment" else exact_match(12)
+        write_task(directory, task_name(skill), docs, kind, home)
 
 
-def search_config(
+def family_config(
     base: Path, experts: Sequence[Path], tasks: Path, granularity: int
 ) -> dict[str, Any]:
     """A config that searches a family of these skills, `granularity` layers a group."""
-    return {
-        "genome": {
-            "models": [str(expert) for expert in experts],
-            "merge_method": "task_arithmetic",
-            "base_model": str(base),
-            "layer_granularity": granularity,
-            "normalize": False,
-            "allow_negative_weights": False,
-        },
-        "tasks": [
-            {"name": task_name(skill), "weight": round(1 / len(SKILLS), 6), "metric": metric}
-            for skill, metric in zip(SKILLS, METRICS, strict=True)
-        ],
-        "limit": SEARCH_LIMIT,
-        "num_fewshot": 0,
-        "apply_chat_template": False,
-        "task_search_path": [str(tasks)],
-    }
+    asked = [
+        {"name": task_name(skill), "weight": round(1 / len(SKILLS), 6), "metric": metric}
+        for skill, metric in zip(SKILLS, METRICS, strict=True)
+    ]
+    body = search_config(base, experts, asked, limit=SEARCH_LIMIT, layer_granularity=granularity)
+    return body | {"task_search_path": [str(tasks)]}
 
 
 METRICS = ("exact_match,none", "acc,none", "exact_match,none")
-# An empty delimiter: the prompt's line feed is where the answer's tokens begin.
-_COMMON: Mapping[str, Any] = {
-    "test_split": "test",
-    "doc_to_text": "prompt",
-    "target_delimiter": "",
-    "num_fewshot": 0,
-    "metadata": {"version": 1},
-}
-_EXACT: Mapping[str, Any] = {
-    "output_type": "generate_until",
-    "doc_to_target": "answer",
-    "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 12},
-    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-}
-_CHOICE: Mapping[str, Any] = {
-    "output_type": "multiple_choice",
-    "doc_to_choice": "choices",
-    "doc_to_target": "gold",
-    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-}
 
 
 def _doc(skill: str, item: Item) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 An exact-match generation task a skill, and one multiple-choice task over all of them. It knows
 lm-eval's task format and which held-out inputs each task asks about (no two tasks share one); it
-knows nothing of models, nor of how items are split into search and sealed ones.
+knows nothing of models, nor of how items are split into search and sealed ones. Families with other
+items write theirs by ``write_task`` and ``search_config``.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def write_tasks(
     skills = language.checked_skills(skills)
     write_skill_tasks(directory, skills, n_items=n_items, seed=seed)
     docs = list(_choice_docs(skills, n_items, seed))
-    _write(directory, CHOICE_TASK, docs, _CHOICE)
+    write_task(directory, CHOICE_TASK, docs, MULTIPLE_CHOICE)
     return directory
 
 
@@ -54,7 +55,7 @@ def write_skill_tasks(
         tag, answer = language.SKILLS[skill].tag, language.SKILLS[skill].apply
         texts = skill_inputs(skill, n_items, seed)
         docs = [{"prompt": language.prompt(tag, text), "answer": answer(text)} for text in texts]
-        _write(directory, skill_task(skill), docs, _EXACT)
+        write_task(directory, skill_task(skill), docs, exact_match(8))
     return directory
 
 
@@ -78,17 +79,29 @@ def demo_config(family: Family, tasks_dir: Path) -> dict[str, Any]:
         path = tasks_dir / f"{task['name']}.yaml"
         if not path.is_file():
             raise UserError(f"no task file {path}; write_tasks(tasks_dir, family.skills) makes it")
+    return search_config(family.base, family.experts, tasks, limit=SEARCH_LIMIT)
+
+
+def search_config(
+    base: Path,
+    experts: Sequence[Path],
+    tasks: Sequence[Mapping[str, Any]],
+    *,
+    limit: int,
+    layer_granularity: int = 1,
+) -> dict[str, Any]:
+    """A mergekit-evolve config: task arithmetic over `experts`, `tasks` without examples."""
     return {
         "genome": {
-            "models": [str(expert) for expert in family.experts],
+            "models": [str(expert) for expert in experts],
             "merge_method": "task_arithmetic",
-            "base_model": str(family.base),
-            "layer_granularity": 1,
+            "base_model": str(base),
+            "layer_granularity": layer_granularity,
             "normalize": False,
             "allow_negative_weights": False,
         },
-        "tasks": tasks,
-        "limit": SEARCH_LIMIT,
+        "tasks": list(tasks),
+        "limit": limit,
         "num_fewshot": 0,
         "apply_chat_template": False,
     }
@@ -102,13 +115,7 @@ _COMMON: Mapping[str, Any] = {
     "num_fewshot": 0,
     "metadata": {"version": 1},
 }
-_EXACT: Mapping[str, Any] = {
-    "output_type": "generate_until",
-    "doc_to_target": "answer",
-    "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 8},
-    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-}
-_CHOICE: Mapping[str, Any] = {
+MULTIPLE_CHOICE: Mapping[str, Any] = {
     "output_type": "multiple_choice",
     "doc_to_choice": "choices",
     "doc_to_target": "gold",
@@ -116,11 +123,32 @@ _CHOICE: Mapping[str, Any] = {
 }
 
 
-def _write(directory: Path, name: str, docs: Sequence[Doc], kind: Mapping[str, Any]) -> None:
+def exact_match(max_gen_toks: int) -> dict[str, Any]:
+    """What is special to a task of generated answers, which end with the line."""
+    return {
+        "output_type": "generate_until",
+        "doc_to_target": "answer",
+        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": max_gen_toks},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+def write_task(
+    directory: Path,
+    name: str,
+    docs: Sequence[Doc],
+    kind: Mapping[str, Any],
+    home: Path | None = None,
+) -> None:
+    """Write `docs` and the task that asks them, to be read in `directory`, or once moved to `home`.
+
+    kind: `MULTIPLE_CHOICE`, or `exact_match`.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    items = directory.absolute() / f"{name}.jsonl"
-    items.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(items)}}}
+    items = f"{name}.jsonl"
+    (directory / items).write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    files = {"test": str((home or directory).absolute() / items)}
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}}
     task = {"task": name, **source, **_COMMON, **kind}
     (directory / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
 
