@@ -16,6 +16,7 @@ from email.utils import parsedate_to_datetime
 from agentmerge.agents.schemas import clean_text
 
 _secrets: set[str] = set()
+_SHAPE_REFUSED = frozenset({400, 415, 422, 501})
 _MAY_PASS = frozenset({408, 409, 429, 500, 502, 503, 504, 529})
 _LOST_CONNECTION = frozenset(
     {"APIConnectionError", "TransportError", "RequestException", "RetryError"}
@@ -46,6 +47,14 @@ def may_pass(error: Exception) -> bool:
     return status in _MAY_PASS if status is not None else _is_lost_connection(error)
 
 
+def refuses(error: Exception, words: re.Pattern[str]) -> bool:
+    """Whether a server refused a request for what these words name, whatever status it chose."""
+    status = status_of(error)
+    if status in _SHAPE_REFUSED:
+        return True
+    return status is not None and status not in (401, 403, 429) and bool(words.search(_said(error)))
+
+
 def retry_after_s(error: Exception) -> float | None:
     """What the server asks for, capped; None where it does not say."""
     headers: Mapping[str, str] = getattr(getattr(error, "response", None), "headers", None) or {}
@@ -66,10 +75,8 @@ def retry_after_s(error: Exception) -> float | None:
 
 def reason(error: Exception) -> str:
     """The rest of a sentence that begins with the model's name."""
-    status = status_of(error)
-    body = getattr(error, "body", None)
-    said = body.get("message") if isinstance(body, dict) else None
-    said = f" ({clean_text(redact(said), _MAX_REASON)})" if isinstance(said, str) else ""
+    status, words = status_of(error), _said(error)
+    said = f" ({clean_text(redact(words), _MAX_REASON)})" if words else ""
     if status in (401, 403):
         return f"refused the key: HTTP {status}{said}; check the key's environment variable"
     if status is not None:
@@ -79,6 +86,13 @@ def reason(error: Exception) -> str:
     if _is_lost_connection(error):
         return f"could not be reached, or cut the connection ({type(error).__name__})"
     return f"gave an answer that is no chat completion ({type(error).__name__})"
+
+
+def _said(error: Exception) -> str:
+    """The server's own words, "" where it had none."""
+    body = getattr(error, "body", None)
+    said = body.get("message") if isinstance(body, dict) else None
+    return said if isinstance(said, str) else ""
 
 
 def keep_secret(value: str) -> None:

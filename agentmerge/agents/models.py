@@ -11,6 +11,7 @@ import contextvars
 import json
 import math
 import queue
+import re
 import threading
 import time
 import warnings
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from agentmerge.agents.calls import Call, CallLog, Ending, NoLog
-from agentmerge.agents.faults import may_pass, reason, retry_after_s, status_of
+from agentmerge.agents.faults import may_pass, reason, refuses, retry_after_s
 from agentmerge.agents.prices import Price, cost_usd
 from agentmerge.agents.prompts import Message
 from agentmerge.agents.providers import resolve_model
@@ -36,7 +37,9 @@ LADDER = ("json_schema", "json_object", "text")
 TOOLS = "tools"
 #: The most tokens that a reply is taken to have where nobody set a limit.
 ASSUMED_MAX_TOKENS = 8192
-_SHAPE_REFUSED = frozenset({400, 415, 422, 501})
+#: What a server names that does not know a way of asking (llama-cpp-python: with status 500).
+_SHAPE_WORDS = re.compile(r"response_format|json_schema|json_object")
+_TOOL_WORDS = re.compile(r"\btools?\b|tool_choice")
 _FIRST_PAUSE_S = 0.5
 _MAX_PAUSE_S = 8.0
 _MAX_SHOWN = 2_000
@@ -271,11 +274,11 @@ class _Asking(Generic[R]):
 
     def _ending(self, shape: str, error: Exception) -> tuple[Ending, float]:
         """What to do after a fault, and after which pause."""
-        refused = status_of(error) in _SHAPE_REFUSED
-        if shape == TOOLS and (refused or isinstance(error, NotImplementedError)):
-            return "lower", 0.0
+        if shape == TOOLS:
+            if refuses(error, _TOOL_WORDS) or isinstance(error, NotImplementedError):
+                return "lower", 0.0
         # A server that never answered yet may only dislike this rung.
-        if self.model.shape is None and refused and shape in LADDER[:-1]:
+        elif self.model.shape is None and shape in LADDER[:-1] and refuses(error, _SHAPE_WORDS):
             return "lower", 0.0
         if self.retries >= self.model.max_retries or not may_pass(error):
             return "failed", 0.0
@@ -306,7 +309,8 @@ def _bound(chat: Any, shape: str, schema: dict[str, Any]) -> Any:
 
 def _format(shape: str, schema: dict[str, Any]) -> dict[str, Any]:
     if shape == "json_object":
-        return {"type": "json_object"}
+        # Llama.cpp and those who follow it take the schema here; others leave it unread.
+        return {"type": "json_object", "schema": schema}
     named = {"name": schema["title"], "schema": schema, "strict": True}
     return {"type": "json_schema", "json_schema": named}
 

@@ -86,7 +86,7 @@ class ScriptedServer:
     """Answers each chat request with the next reply; one callable instead answers them all.
 
     A request beyond the script gets status 410, which no client retries. `shapes` are the
-    response_format types that it takes: another one is refused with status 400 and uses up no
+    response_format types that it takes: another one is refused with status `refusal` and uses up no
     reply; so are tools where it takes none. Every request is in `requests`, refused ones too.
     """
 
@@ -96,7 +96,9 @@ class ScriptedServer:
         *,
         shapes: Sequence[str] = ("json_schema", "json_object", "text"),
         tools: bool = True,
+        refusal: int = 400,
     ) -> None:
+        self.refusal = refusal
         self.shapes = tuple(shapes)
         self.tools = tools
         self.requests: list[Request] = []
@@ -132,11 +134,11 @@ class ScriptedServer:
             self.requests.append(request)
             shape = request.body.get("response_format", {}).get("type", "text")
             if shape not in self.shapes:
-                return 400, f"response_format {shape} is not supported"
+                return self.refusal, f"response_format {shape} is not supported"
             if request.body.get("tools") == []:
-                return 400, "tools must not be an empty list"
+                return self.refusal, "tools must not be an empty list"
             if "tools" in request.body and not self.tools:
-                return 400, "tools are not supported"
+                return self.refusal, "tools are not supported"
             if callable(self._replies):
                 return self._replies(request.body)
             if self._used >= len(self._replies):

@@ -191,15 +191,19 @@ def test_the_model_is_shown_its_own_error_once(ask):
         assert '"title": "ControllerReply"' in shown["content"]
 
 
+@pytest.mark.parametrize("refusal", [400, 500])  # llama-cpp-python's server says 500
 @pytest.mark.parametrize("shapes", [("json_object", "text"), ("text",)])
-def test_the_ladder_is_climbed_down_once_a_server(ask, shapes):
-    with ScriptedServer([GOOD, GOOD], shapes=shapes) as server:
+def test_the_ladder_is_climbed_down_once_a_server(ask, shapes, refusal):
+    with ScriptedServer([GOOD, GOOD], shapes=shapes, refusal=refusal) as server:
         model = ask.model(server)
         assert ask(model).attempts == 4 - len(shapes)
         assert ask(model).attempts == 1
         last = server.requests[-1].body
         assert last.get("response_format", {"type": "text"})["type"] == shapes[0]
         assert '"title": "ControllerReply"' in last["messages"][-1]["content"]
+        asked = [r.body.get("response_format", {}) for r in server.requests]
+        schemas = [f["schema"] for f in asked if f.get("type") == "json_object"]
+        assert all(schema == controller.schema(ask.view) for schema in schemas)
     assert ask.slept == []
 
 

@@ -234,8 +234,12 @@ class TestProbes:
         assert all(word["guidance"]["source"] == "rules" for word in advice)
         assert summary["agents"]["calls"] <= 2 * (3 + 2) + 2
 
-    def test_a_server_without_tools_is_asked_without(self, tmp_path, monkeypatch) -> None:
-        _, advice, _ = searched(tmp_path, monkeypatch, adviser, tools=False, **self.PROBES)
+    @pytest.mark.parametrize("refusal", [400, 500])
+    def test_a_server_without_tools_is_asked_without(
+        self, tmp_path, monkeypatch, refusal: int
+    ) -> None:
+        server = {"tools": False, "refusal": refusal} | self.PROBES
+        _, advice, _ = searched(tmp_path, monkeypatch, adviser, **server)
         assert not any(word["failure"] for word in advice)
         assert calls_logged(tmp_path)[0]["ending"] == "lower"
 
