@@ -26,6 +26,15 @@ from agentmerge.steps import Emit, Search
 
 LEDGER = "agentmerge.sqlite"
 CHECKPOINTS = "checkpoints.sqlite"
+#: Options that ``resume`` may raise; anything else is another search: ``branch``.
+RESUMABLE = (
+    "budget.max_evaluations",
+    "budget.max_items",
+    "budget.timeout_s",
+    "budget.max_tokens",
+    "budget.max_cost_usd",
+    "search.max_generations",
+)
 
 
 def assembled(
@@ -38,10 +47,11 @@ def assembled(
     models: Mapping[Role, Any] | None = None,
     *,
     advised: bool = True,
+    kind: type[Search] = Search,
 ) -> Search:
     """A search with its doors open, that nobody drives yet; ``stack`` closes them.
 
-    advised: with the models of the config.
+    advised: with the models of the config. kind: what it is built as.
     """
     from agentmerge.agents.prompts import load_prompts
     from agentmerge.agents.tracing import redact_traces
@@ -50,7 +60,7 @@ def assembled(
     config = prepared.config
     timeout = config.budget.timeout_s
     pool = pool_of(prepared, stack)
-    search = Search(
+    search = kind(
         config=config,
         run_id=row.id,
         run_dir=runs_dir / row.name,
@@ -273,12 +283,23 @@ def begun(
     folder = runs_dir / row.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yml").write_text(prepared.config.to_yaml())
+    for config in (SearchConfig.from_text(row.config, row.name), prepared.config):
+        ledger.save_limits(row.id, limits_of(config))
     ledger.update_run(row.id, config=prepared.config.to_yaml())
     for task in prepared.taskset.tasks:
         ledger.save_items(row.id, task.name, "search", task.part("search"))
         ledger.save_items(row.id, task.name, "sealed", task.part("sealed"))
     with (folder / "log.jsonl").open("a") as log:
         yield telling(emit, log)
+
+
+def limits_of(config: SearchConfig) -> dict[str, Any]:
+    """The settings that ``resume`` may raise, as overrides."""
+    found = {}
+    for dotted in RESUMABLE:
+        section, _, key = dotted.partition(".")
+        found[dotted] = getattr(getattr(config, section), key)
+    return found
 
 
 def telling(emit: Emit, log: Any) -> Emit:

@@ -2,30 +2,33 @@
 
 It runs the real graph, strategy and agents on a copy of the ledger, so a replay that ends like the
 search proves that nothing else went into it. With other prompts it says where it leaves the search.
+Limits that were raised on the way are raised at the same point; a search that has not ended is
+replayed as far as it went, and one that ran out of time stops where its time did.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from agentmerge.agents.models import AgentModel
 from agentmerge.assembly import LEDGER, assembled, changed_facts, existing_runs, load_graph
 from agentmerge.check import Prepared, prepare
-from agentmerge.config import ROLES, SearchConfig
+from agentmerge.config import ROLES, Role, SearchConfig
 from agentmerge.context import Context, at_hand
-from agentmerge.errors import CandidateFailed, ReplyMissing, UserError
+from agentmerge.errors import CandidateFailed, NotBegun, ReplyMissing, UserError
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.probing import PROBE
 from agentmerge.recipe import Recipe
 from agentmerge.report.summary import trace
 from agentmerge.state import GRAPH_VERSION, SearchState
-from agentmerge.steps import Search
+from agentmerge.steps import Outcome, Search
 from agentmerge.workers.base import EngineInfo, Fingerprint, Gradient, ItemRef, ItemResult, Loss
 
 TOOLS = "tools"
@@ -37,7 +40,8 @@ class Replay:
 
     identical: every candidate, every advice and the answer are the search's own.
     differs_from: the first generation that is another, None where none is.
-    stopped: why the replay could not go on, "" where it reached the end.
+    stopped: why the replay could not go on, "" where it reached the end. One that is identical and
+        stopped came as far as the search did, which has not ended.
     """
 
     run: str
@@ -91,16 +95,76 @@ def _search(
     if row.parent_generation is not None:
         ledger.copy_past(row.id, again.id, row.parent_generation, prior=False)
     (folder / again.name).mkdir()
-    search = assembled(prepared, again, folder, ledger, lambda event: None, stack, advised=False)
+    search = assembled(
+        prepared, again, folder, ledger, lambda event: None, stack, advised=False, kind=_Followed
+    )
+    assert isinstance(search, _Followed)
+    search.original = row
+    search.configs = [
+        (since, SearchConfig.from_text(row.config, row.name, overrides | limits))
+        for since, limits in ledger.limits(row.id)
+    ]
     asked = ledger.called_roles(row.id)
     search.models = {
         role: AgentModel(None)
         for role in ROLES
         if role in asked or config.agents.settings_for(role).model != "none"
     }
-    search.deadline, search.replies_of = None, row.id
-    search.pool = _StoredResults(search.pool, prepared, _failures(ledger, row))
+    search.replies_of = row.id
+    never_begun = {c.recipe_hash for c in ledger.candidates(row.id) if c.state == "open"}
+    search.pool = _StoredResults(search.pool, prepared, _failures(ledger, row), never_begun)
     return search
+
+
+@dataclass
+class _Followed(Search):
+    """A search that repeats another one: under the limits of the time, and as far as it came.
+
+    configs: with each set of limits, and the ledger's position from which on it held.
+    """
+
+    original: RunRow = field(init=False)
+    configs: Sequence[tuple[tuple[int, int], SearchConfig]] = ()
+
+    def seed(self) -> int:
+        self._follow()
+        return super().seed()
+
+    def select(self, generation: int) -> Outcome:
+        self._follow()
+        return super().select(generation)
+
+    def advise(self, role: Role, generation: int) -> str:
+        self._follow()
+        return super().advise(role, generation)
+
+    def propose(self, generation: int) -> int:
+        self._follow()
+        return super().propose(generation)
+
+    @property
+    def seconds_left(self) -> float:
+        """No time passes in a replay; but it runs out where it did."""
+        return 0.0 if self.original.stop_reason == "timeout" and self._caught_up else math.inf
+
+    def _follow(self) -> None:
+        candidates, words = self.ledger.position(self.run_id)
+        for (since_candidates, since_words), config in self.configs:
+            if candidates >= since_candidates and words >= since_words:
+                self.config = config
+        if self.original.status != "done" and self._caught_up:
+            raise ReplyMissing(f"{self.original.name!r} has not gone further")
+
+    @property
+    def _caught_up(self) -> bool:
+        """Whether all that the other search decided and scored is decided and scored here."""
+        if self.ledger.position(self.run_id) != self.ledger.position(self.original.id):
+            return False
+        here, there = (
+            sum(c.state == "open" for c in self.ledger.candidates(run_id))
+            for run_id in (self.run_id, self.original.id)
+        )
+        return here == there
 
 
 def _failures(ledger: Ledger, row: RunRow) -> dict[str, str]:
@@ -132,6 +196,7 @@ class _StoredResults:
     real: Any
     prepared: Prepared
     failures: Mapping[str, str]
+    never_begun: Set[str]
 
     @property
     def info(self) -> EngineInfo:
@@ -161,7 +226,10 @@ class _StoredResults:
         raise self._unknown(recipe)
 
     def _unknown(self, recipe: Recipe) -> Exception:
-        known = self.failures.get(recipe.hash(self.prepared.identities))
+        recipe_hash = recipe.hash(self.prepared.identities)
+        if recipe_hash in self.never_begun:
+            return NotBegun("nor was it in the search that this one follows")
+        known = self.failures.get(recipe_hash)
         return CandidateFailed(known) if known else ReplyMissing("a merge was not scored before")
 
 

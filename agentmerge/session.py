@@ -16,6 +16,7 @@ from typing import Any
 from agentmerge.assembly import (
     CHECKPOINTS,
     LEDGER,
+    RESUMABLE,
     assembled,
     begun,
     changed_facts,
@@ -37,16 +38,6 @@ from agentmerge.ledger import Ledger, RunRow
 from agentmerge.recipe import Recipe
 from agentmerge.state import GRAPH_VERSION, SearchState
 from agentmerge.steps import Emit, Scoring
-
-#: Options that ``resume`` may raise; anything else is another search: ``branch``.
-RESUMABLE = (
-    "budget.max_evaluations",
-    "budget.max_items",
-    "budget.timeout_s",
-    "budget.max_tokens",
-    "budget.max_cost_usd",
-    "search.max_generations",
-)
 
 
 class Drain:

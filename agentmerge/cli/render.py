@@ -264,7 +264,8 @@ def replay_text(found: Any) -> str:
     """How a replay ended, in one or two lines."""
     size = f"{found.generations} generations, {found.candidates} candidates"
     if found.identical:
-        return f"{found.run}: the same again ({size}, {found.replies} stored replies)"
+        so_far = " as far as it went" if found.stopped else ""
+        return f"{found.run}: the same again{so_far} ({size}, {found.replies} stored replies)"
     why = f": {found.stopped}" if found.stopped else ""
     return f"{found.run}: differs from generation {found.differs_from} on{why}"
 

@@ -15,7 +15,9 @@ from agentmerge.ledger.packing import unpack_keys
 BATCH_ROWS = 500_000
 
 _UNUSED = "recipe_hash NOT IN (SELECT recipe_hash FROM candidates)"
-_OF_A_RUN = ("run_items", "run_prompts", "advice", "model_calls", "probes", "candidates")
+_OF_A_RUN = (
+    "run_items", "run_prompts", "run_limits", "advice", "model_calls", "probes", "candidates",
+)  # fmt: skip
 
 
 def stats(ledger: Ledger) -> dict[str, Any]:

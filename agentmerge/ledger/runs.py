@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -52,3 +53,29 @@ class Runs(Store):
         sets = ", ".join(f"{key} = :{key}" for key in packed)
         with self._writing() as conn:
             conn.execute(f"UPDATE runs SET {sets} WHERE id = :id", packed | {"id": run_id})
+
+    def save_limits(self, run_id: str, limits: Mapping[str, Any]) -> None:
+        """Limits that hold from here on; nothing where they held already."""
+        known = self.limits(run_id)
+        if known and known[-1][1] == limits:
+            return
+        with self._writing() as conn:
+            conn.execute(
+                "INSERT INTO run_limits VALUES (?, ?, ?, ?, ?)",
+                (run_id, len(known), *self.position(run_id), json.dumps(limits)),
+            )
+
+    def limits(self, run_id: str) -> list[tuple[tuple[int, int], dict[str, Any]]]:
+        """Every set of limits in order, with the position from which on it held."""
+        rows = self._rows(
+            "SELECT candidates, words, limits FROM run_limits WHERE run_id = ? ORDER BY number",
+            run_id,
+        )
+        return [((candidates, words), json.loads(limits)) for candidates, words, limits in rows]
+
+    def position(self, run_id: str) -> tuple[int, int]:
+        """How far a search's decisions are: (candidates that its strategy proposed, advice)."""
+        candidates = "SELECT count(*) FROM candidates WHERE run_id = ? AND operator != 'probe'"
+        words = "SELECT count(*) FROM advice WHERE run_id = ?"
+        first, second = (self._rows(sql, run_id)[0][0] for sql in (candidates, words))
+        return int(first), int(second)

@@ -205,6 +205,21 @@ def m008_constraints(db: Any) -> None:
     _run(db, "ALTER TABLE candidates ADD COLUMN violation REAL NOT NULL DEFAULT 0")
 
 
+@migration
+def m009_limits_of_a_run(db: Any) -> None:
+    """From which point of a search on which limits held: they may be raised on resume."""
+    _run(
+        db,
+        """
+        CREATE TABLE run_limits (
+            run_id TEXT NOT NULL REFERENCES runs(id), number INTEGER NOT NULL,
+            candidates INTEGER NOT NULL, words INTEGER NOT NULL, limits TEXT NOT NULL,
+            PRIMARY KEY (run_id, number)
+        ) WITHOUT ROWID
+        """,
+    )
+
+
 def _run(db: Any, statements: str) -> None:
     for statement in statements.split(";"):
         if statement.strip():

@@ -76,6 +76,64 @@ def test_a_search_that_a_limit_ended(tmp_path: Path, monkeypatch, budget) -> Non
     assert replay("a", runs_dir=tmp_path).identical
 
 
+RAISED = {
+    "evaluations": ({"max_evaluations": 18}, {"max_evaluations": 30}),
+    "items": ({"max_items": 17 * 120}, {"max_items": 40 * 120}),
+    "tokens, then more": ({"max_tokens": 16_000}, {"max_tokens": 10**7, "max_evaluations": 40}),
+    "generations": ({"max_evaluations": 34}, {"max_evaluations": 40}),
+    "a limit that was not there": ({"max_evaluations": 18}, {"max_items": 20 * 120}),
+}
+
+
+@pytest.mark.parametrize("algorithm", ["llm_evo", "auto"])
+@pytest.mark.parametrize(("first", "later"), RAISED.values(), ids=RAISED)
+def test_limits_are_raised_where_they_were(tmp_path, monkeypatch, algorithm, first, later) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
+    with ScriptedServer(adviser) as server:
+        search = {"algorithm": algorithm, "max_generations": 2}
+        sections = advised(server, agents={"max_tokens": 500}, search=search, budget=first)
+        session.run(config(**sections), name="a", runs_dir=tmp_path)
+        for generations in (3, 20):
+            more = {f"budget.{name}": limit for name, limit in later.items()}
+            more["search.max_generations"] = generations
+            session.resume("a", runs_dir=tmp_path, overrides=more)
+    found = replay("a", runs_dir=tmp_path)
+    assert (found.identical, found.stopped) == (True, "")
+    assert found.replies > 0
+
+
+@pytest.mark.parametrize("algorithm", ["llm_evo", "cma_es"])
+def test_a_search_that_ran_out_of_time(tmp_path: Path, algorithm: str) -> None:
+    slow = {"options": {"base": "base", "delay_s": 0.1}}
+    sections = {"budget": {"timeout_s": 1.0}, "worker": slow, "search": {"algorithm": algorithm}}
+    row = session.run(config(**sections), name="a", runs_dir=tmp_path)
+    assert row.stop_reason == "timeout"
+    assert replay("a", runs_dir=tmp_path).identical
+    session.resume("a", runs_dir=tmp_path, overrides={"budget.timeout_s": 100})
+    found = replay("a", runs_dir=tmp_path)
+    assert (found.identical, found.candidates) == (True, 34)
+
+
+@pytest.mark.parametrize("events", [0, 1, 8, 17, 24, 31, 40])
+def test_a_search_that_has_not_ended(tmp_path, monkeypatch, capsys, events: int) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
+    drain, seen = session.Drain(), []
+
+    def stop_after(event: dict) -> None:
+        seen.append(event)
+        if len(seen) > events:
+            drain.request()
+
+    with ScriptedServer(adviser) as server:
+        settings = config(**advised(server))
+        row = session.run(settings, name="a", runs_dir=tmp_path, emit=stop_after, drain=drain)
+    assert row.status == "interrupted"
+    found = replay("a", runs_dir=tmp_path)
+    assert (found.identical, found.stopped) == (True, "'a' has not gone further")
+    assert run_app(["replay", "a", "--runs-dir", str(tmp_path)]) == 0
+    assert "the same again as far as it went" in capsys.readouterr().out
+
+
 def test_a_branch_is_replayed_from_its_own_past(kept: Path) -> None:
     overrides = {"agents.llm": "none", "search.algorithm": "cma_es", "agents.probes": 0}
     session.branch("a", at=1, name="b", runs_dir=kept, overrides=overrides)
