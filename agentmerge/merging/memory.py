@@ -1,6 +1,7 @@
 """How much memory there is: what this process uses, and what it may still take.
 
-It asks the operating system and the device, and knows nothing of models or merges.
+It asks the operating system and the device, and knows nothing of models or merges. It also knows
+an error that says that there was no more.
 """
 
 from __future__ import annotations
@@ -48,6 +49,12 @@ def device_limit(device: str) -> Limit:
 
     free, _ = torch.cuda.mem_get_info(device)
     return Limit(free, f"free on {torch.cuda.get_device_name(device)}")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether it says that there was no more memory, in Python's, torch's or the system's words."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said
 
 
 def _physical(proc: Path) -> Limit:

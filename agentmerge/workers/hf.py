@@ -29,6 +29,7 @@ from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.merging.contraction import Contraction
 from agentmerge.merging.live import LiveWeights
+from agentmerge.merging.memory import ran_out
 from agentmerge.merging.parents import Family
 from agentmerge.merging.skeleton import auto_class
 from agentmerge.recipe import Recipe
@@ -138,7 +139,9 @@ class HfWorker:
         torch.set_num_threads(self._threads)
         try:
             yield
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
             raise WorkerLost(
                 f"out of memory on {self._spec.device}: {error}; lower worker.batch_size "
                 f"(now {self._spec.batch_size}) or the tasks' context"
@@ -179,7 +182,7 @@ def _room_for(path: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError, MemoryError) as error:
-        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+        if not ran_out(error):
             raise
         raise RunFailed(
             f"out of memory while {path} was loaded: {error}; lower worker.count, or raise the "

@@ -25,6 +25,7 @@ from agentmerge.errors import AgentmergeError, RunFailed, UserError, WorkerLost
 from agentmerge.evaluation.loading import quiet
 from agentmerge.merging.headers import num_layers
 from agentmerge.merging.layout import read_layout
+from agentmerge.merging.memory import ran_out
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import WorkerSpec
 from agentmerge.workers.hf import SMALL_MODEL
@@ -271,7 +272,7 @@ class Engine:
             reason = " ".join(str(error).split()) or type(error).__name__
             if what == "start" and isinstance(error, ValueError):
                 raise RunFailed(f"vLLM cannot run this model: {reason[:600]}") from error
-            if "out of memory" in reason.lower() or isinstance(error, MemoryError):
+            if ran_out(error):
                 reason += f"; lower {_lower(self._spec)}"
             raise WorkerLost(f"the vLLM engine failed to {what}: {reason[:600]}") from error
         finally:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_contract import A, B, recipe, same
 
-from agentmerge.errors import CandidateFailed, ParentError, RunFailed
+from agentmerge.errors import CandidateFailed, ParentError, RunFailed, WorkerLost
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import WorkerSpec
 from agentmerge.workers.hf import HfWorker
@@ -125,6 +125,16 @@ def test_a_live_tensor_with_other_values_than_the_file_is_refused(
         live_targets(worker._model, short, (), lambda name: short[name] + 1)
     with pytest.raises(ParentError, match=r"1 only in the files \(e\.g\. \['other\.thing'\]\)"):
         live_targets(worker._model, [*short, "other.thing"], (), lambda name: short[name])
+
+
+def test_out_of_memory_says_what_to_lower(
+    worker: HfWorker, spec: WorkerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refs = worker.tasks(spec).refs()
+    worker.load(A)
+    monkeypatch.setattr(worker._scorer, "score", lambda _: torch.empty(1 << 50))
+    with pytest.raises(WorkerLost, match=r"allocate memory.*lower worker\.batch_size \(now 16\)"):
+        worker.score(refs)
 
 
 def test_two_hundred_swaps_in_flat_memory(worker: HfWorker, spec: WorkerSpec) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import tiny
 
 from agentmerge.config import SearchConfig
 from agentmerge.errors import ConfigError, UserError, WorkerLost
-from agentmerge.merging.layout import Layout, TensorSpec
+from agentmerge.merging.layout import Layout, TensorSpec, read_layout
 from agentmerge.workers import vllm_check, vllm_setup
 from agentmerge.workers.base import WorkerSpec
 from agentmerge.workers.vllm_check import GIB, batched_tokens, gpu_share, preflight
@@ -194,23 +195,73 @@ def test_a_version_whose_private_names_have_moved(monkeypatch: pytest.MonkeyPatc
 
 
 class FullEngine:
-    """Stands for vLLM's ``LLM`` when the device's memory is used up."""
+    """Stands for vLLM's ``LLM`` when memory is used up, on a device or on the host."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
 
     def generate(self, *_: Any, **__: Any) -> Any:
         import torch
 
+        if self._device == "cpu":
+            return torch.empty(1 << 50)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.50 GiB")
 
 
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("cpu", r"4503599627370496 bytes.*lower worker\.batch_size \(now 16\)"),
+        (
+            "cuda",
+            r"7\.50 GiB; lower worker\.batch_size .*; the forecast was: vLLM takes 0\.9. of 80",
+        ),
+    ],
+)
 def test_out_of_memory_says_what_to_lower_and_ends_the_engine(
-    tied: dict[str, Path], tasks_dir: Path
+    device: str, said: str, tied: dict[str, Path], tasks_dir: Path, a_gpu: None
 ) -> None:
     from agentmerge.workers.vllm_engine import Engine
 
     engine = object.__new__(Engine)
-    engine._spec, engine._llm, engine._salt = spec(tied, tasks_dir), FullEngine(), ""
-    engine._processes, engine._threads = set(), None
-    with pytest.raises(WorkerLost, match=r"7\.50 GiB; lower worker\.batch_size \(now 16\)"):
+    engine._spec, engine._llm = spec(tied, tasks_dir, device=device), FullEngine(device)
+    engine._salt, engine._processes, engine._threads = "", set(), None
+    with pytest.raises(WorkerLost, match=said):
         engine.ask([[1, 2]], [None])
     with pytest.raises(WorkerLost, match="gone"):
         engine.ask([[1, 2]], [None])
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (79 * GIB, 80 * GIB))
+
+
+def test_the_share_is_asked_of_the_engine_and_said_by_check(
+    tied: dict[str, Path], tasks_dir: Path, a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agentmerge.workers.vllm_engine import engine_args
+
+    monkeypatch.setattr(vllm_check, "_install_faults", list)
+    own = spec(tied, tasks_dir, device="cuda")
+    share = vllm_check.share_of(own, read_layout({name: Path(p) for name, p in own.parents}))
+    args = engine_args(own, 60)
+    assert args["gpu_memory_utilization"] == share.utilization
+    assert "enforce_eager" not in args
+    assert preflight(own) == ([], [str(share)])
+    monkeypatch.setattr(vllm_check, "gpu_share", lambda *_: replace(share, spike=80 * GIB))
+    assert "do not fit" in preflight(own)[0][0]
+
+
+def test_a_text_model_inside_a_wrapper_is_refused(
+    tied: dict[str, Path], tasks_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_check, "_install_faults", list)
+    own = spec(tied, tasks_dir)
+    wrapped = replace(
+        read_layout({name: Path(p) for name, p in own.parents}), carried=("vision_tower.weight",)
+    )
+    monkeypatch.setattr(vllm_check, "read_layout", lambda *_: wrapped)
+    assert "vision_tower.weight" in preflight(own)[0][0]
