@@ -25,6 +25,7 @@ from agentmerge.ledger import Ledger
 from agentmerge.probing import PROBE
 from agentmerge.strategies.base import Observation
 from agentmerge.strategies.llm_evo import improved
+from agentmerge.structure import openings, verdicts
 
 if TYPE_CHECKING:
     from agentmerge.steps import Search
@@ -92,16 +93,19 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
     What it tried itself in this generation is left out: where a node runs again, its question is
     the same, and the answer is found.
     """
-    history = search.told(up_to=generation)
+    now = search.standing(generation, decided=False)
+    space = now.turn[0]
+    history = search.told(up_to=generation, space=space)
     own = [
         o for o in history if o.generation == generation and (o.operator, o.label) == (PROBE, role)
     ]
     history = [o for o in history if o not in own]
+    moves = openings(search.ledger.advice(search.run_id))
     before = guidance_of(search.ledger, search.run_id, generation - 1) if generation else None
     settings = search.config.search
     metrics = {task.name: task.metric for task in search.config.tasks.tasks}
     return HistoryView(
-        space=search.space,
+        space=space,
         tasks=tuple(
             TaskView(o.name, o.weight, metrics.get(o.name, ""), o.higher_is_better)
             for o in search.taskset.objectives
@@ -112,14 +116,15 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
         sigma_high=settings.sigma_high,
         improved_last=improved(history) if history else False,
         budget_left=int(search.budget_left(up_to=generation) * (1 - settings.shadow)) + len(own),
-        forecasts=track(_forecasts(search, history, generation)).sentence(),
+        forecasts=track(_forecasts(search, generation)).sentence(),
         noise=paired_noise(search),
+        moves=tuple(verdicts(now, [o for o in moves if o.generation < generation])),
     )
 
 
-def _forecasts(search: Search, history: Sequence[Observation], generation: int) -> list[Forecast]:
+def _forecasts(search: Search, generation: int) -> list[Forecast]:
     words = search.ledger.advice(search.run_id)
-    return forecasts([w for w in words if w["generation"] < generation], history)
+    return forecasts([w for w in words if w["generation"] < generation], search.told(generation))
 
 
 def paired_noise(search: Search) -> Noise:

@@ -23,6 +23,7 @@ from agentmerge.config import Role, SearchConfig
 from agentmerge.errors import ConfigError, NotFound, UserError
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.steps import Emit, Search
+from agentmerge.structure import STRUCTURE
 
 LEDGER = "agentmerge.sqlite"
 CHECKPOINTS = "checkpoints.sqlite"
@@ -271,7 +272,9 @@ def new_branch(
     ledger.add_run(row)
     before = SearchConfig.from_text(parent.config, parent.name)
     prior = _answers(row.facts, config) != _answers(parent.facts, before)
-    ledger.copy_past(parent.id, row.id, at, prior=prior)
+    # Another genome is another search space: what was opened beside the old one is left behind.
+    without = STRUCTURE if config.genome != before.genome else ""
+    ledger.copy_past(parent.id, row.id, at, prior=prior, without=without)
     return prepared, row
 
 

@@ -226,6 +226,8 @@ class SearchSettings(_Frozen):
     racing: RacingSettings | None = None
     constraints: tuple[Constraint, ...] = ()
     shadow: float = Field(0.0, ge=0, lt=1)
+    structure: Literal["fixed", "advised", "free"] = "advised"
+    approve: bool = False
 
     @field_validator("racing", mode="before")
     @classmethod

@@ -18,7 +18,10 @@ group and filter, after those of the models.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +29,7 @@ from functools import cached_property
 from agentmerge.config import GenomeConfig
 from agentmerge.errors import ConfigError, RecipeRejected
 from agentmerge.methods import EPSILON_REACH, METHODS, SUM_NORMALIZED, Kind, Method, Parameter
-from agentmerge.recipe import Parameters, Recipe, Setting, Slice, Source, round12
+from agentmerge.recipe import Effective, Parameters, Recipe, Setting, Slice, Source, round12
 
 SCALE_POINTS = (0.4, 0.55, 0.7, 0.85, 1.0)
 DENSITY_POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -95,6 +98,12 @@ class SearchSpace:
                 f"genome.layer_granularity {step} does not divide the {self.num_layers} layers; "
                 f"use 0 (one group) or one of {legal}"
             )
+
+    @cached_property
+    def key(self) -> str:
+        """What tells this space from others of the same parents: candidates carry it."""
+        body = json.dumps([self.genome.model_dump(mode="json"), self.num_layers], sort_keys=True)
+        return hashlib.sha256(body.encode()).hexdigest()[:12]
 
     @property
     def groups(self) -> int:
@@ -171,6 +180,53 @@ class SearchSpace:
         if not all(0.0 <= x <= 1.0 for x in point):
             return None
         return point if _same_merge(self.recipe(point), canonical) else None
+
+    def nearest(self, recipe: Recipe) -> tuple[float, ...]:
+        """The point most like a recipe of another space.
+
+        Where both have a parameter of a model, it keeps its value, the mean over a group's layers;
+        slerp's t and two weights stand for each other. The rest is neutral.
+        """
+        canonical = recipe.canonical(self.num_layers)
+        return tuple(self._like(canonical, axis) for axis in self.axes)
+
+    def _like(self, recipe: Recipe, axis: Axis) -> float:
+        found = []
+        for layer in range(*self._layers(axis.group)):
+            try:
+                value = self._carried(recipe.effective(axis.filter or "", layer), axis)
+            except RecipeRejected:
+                value = None
+            if value is not None:
+                found.append(value)
+        if not found:
+            return _neutral(axis)
+        return min(max(axis.unit(statistics.fmean(found)), 0.0), 1.0)
+
+    def _carried(self, made: Effective, axis: Axis) -> float | None:
+        """What a tensor's recipe says of an axis, or None."""
+        shared = dict(made.shared)
+        if axis.model is None and axis.parameter != "t":
+            return shared.get(axis.parameter)
+        weights = {model: dict(own).get("weight") for model, _, own in made.sources}
+        if "t" in shared and len(weights) == 2:
+            base = made.base_model
+            weights = {m: 1 - shared["t"] if m == base else shared["t"] for m in weights}
+        if axis.parameter == "weight":
+            # A model that is not there adds nothing.
+            return weights.get(str(axis.model), 0.0)
+        if axis.parameter == "t":
+            pair = [abs(weights.get(model) or 0.0) for model in self.models]
+            return pair[1] / math.fsum(pair) if len(pair) == 2 and any(pair) else None
+        own = {model: dict(values) for model, _, values in made.sources}
+        return own.get(str(axis.model), {}).get(axis.parameter)
+
+    def _layers(self, group: int) -> tuple[int, int]:
+        """The layers that stand for a group: its own, or its knot's place on the line."""
+        if not self.genome.smooth:
+            return self._range(group)
+        knot = round(group * (self.num_layers - 1) / max(self.groups - 1, 1))
+        return knot, knot + 1
 
     def parents(self) -> list[tuple[str, Recipe, tuple[float, ...] | None]]:
         """(label, recipe, point or None) of every parent, the base included."""

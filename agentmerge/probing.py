@@ -71,7 +71,8 @@ def merge_and_evaluate(
     parsed, point = read_recipe(search, recipe)
     search.check(parsed)
     if tasks is None and limit is None:
-        proposal = Proposal(point, PROBE, None if point else parsed.to_yaml(), who)
+        text = None if point else parsed.to_yaml()
+        proposal = Proposal(point, PROBE, text, who, space=search.present.key)
         return _as_candidate(search, proposal, parsed, generation)
     names = [o.name for o in search.taskset.objectives]
     wrong = [name for name in tasks or () if name not in names]
@@ -116,7 +117,7 @@ def list_candidates(search: Search, count: int = 10) -> dict[str, Any]:
         "scored": len(ranked),
         "failed": sum(c.state == "failed" for c in found),
         "evaluations_left": search.evaluations_left,
-        "axes": [axis.name for axis in search.space.axes],
+        "axes": [axis.name for axis in search.present.axes],
     }
 
 
@@ -177,7 +178,7 @@ def read_recipe(search: Search, text: str) -> tuple[Recipe, tuple[float, ...] | 
     """
     if len(text) > MAX_RECIPE_CHARS:
         raise RecipeError(f"the recipe has {len(text)} characters; {MAX_RECIPE_CHARS} are the most")
-    space = search.space
+    space = search.present
     if text.lstrip().startswith("["):
         point = tuple(unit(value) for value in _genome(text, space.dimensions))
         return space.recipe(point), point

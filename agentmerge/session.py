@@ -40,6 +40,10 @@ from agentmerge.state import GRAPH_VERSION, SearchState
 from agentmerge.steps import Emit, Scoring
 
 
+#: A search that stopped to ask its user; the question is its stop_reason.
+WAITING = "waiting"
+
+
 class Drain:
     """How a running search is asked to stop: the first request lets running work finish."""
 
@@ -94,11 +98,15 @@ def resume(
     emit: Emit | None = None,
     drain: Drain | None = None,
     models: Mapping[Role, Any] | None = None,
+    answer: bool | None = None,
 ) -> RunRow:
     """Go on with a search where it stopped; ``overrides`` may raise limits (RESUMABLE).
 
+    answer: to the question that a waiting search asks (``search.approve``). Without one it is left
+        waiting.
+
     Raises:
-        UserError: a parent, a task or the items changed since.
+        UserError: a parent, a task or the items changed since; an answer that nothing asked for.
         RunFailed: the saved state cannot be continued.
     """
     runs_dir = existing_runs(runs_dir)
@@ -118,7 +126,7 @@ def resume(
                 f"{'; '.join(changes)} since {row.name!r} began: old and new scores cannot be "
                 f"compared; put it back, or `agentmerge branch {row.name}` to score the best again"
             )
-        return _drive(prepared, row, runs_dir, ledger, emit, drain, models)
+        return _drive(prepared, row, runs_dir, ledger, emit, drain, models, answer)
 
 
 def branch(
@@ -196,6 +204,7 @@ def _drive(
     emit: Emit | None,
     drain: Drain | None,
     models: Mapping[Role, Any] | None,
+    answer: bool | None = None,
 ) -> RunRow:
     from langgraph.errors import GraphDrained
 
@@ -229,7 +238,7 @@ def _drive(
             "max_concurrency": max(64, budget),
             "recursion_limit": prepared.config.graph_steps,
         }
-        begin = _first_input(graph, thread, row, prepared)
+        begin = _first_input(graph, thread, row, prepared, answer)
         stack.enter_context(at_hand(search))
         ledger.update_run(row.id, status="running", stop_reason="")
         context = Context(run=row.id, runs_dir=str(runs_dir))
@@ -241,7 +250,10 @@ def _drive(
             ledger.update_run(row.id, status="interrupted")
             raise
         snapshot = graph.get_state(thread)
-        if snapshot.values.get("status") != "done":
+        if snapshot.interrupts:
+            question = str(snapshot.interrupts[0].value["question"])
+            ledger.update_run(row.id, status=WAITING, stop_reason=question)
+        elif snapshot.values.get("status") != "done":
             if not drain.requested:
                 ledger.update_run(row.id, status="failed", stop_reason="ended without finishing")
                 raise RunFailed(f"search {row.name!r} ended without finishing; see its log.jsonl")
@@ -261,11 +273,16 @@ def readable(checkpoints: Path, name: str) -> Iterator[None]:
         ) from error
 
 
-def _first_input(graph: Any, thread: Any, row: RunRow, prepared: Prepared) -> Any:
-    """What to invoke with: a first state, None to go on, or None after reopening a done search."""
+def _first_input(
+    graph: Any, thread: Any, row: RunRow, prepared: Prepared, answer: bool | None
+) -> Any:
+    """What to invoke with: a first state, an answer, None to go on, or None after reopening a done
+    search."""
+    from langgraph.types import Command
+
     snapshot = graph.get_state(thread)
     values = snapshot.values
-    if not values:
+    if not values and answer is None:
         return SearchState(run_id=row.id, graph_version=GRAPH_VERSION)
     if values.get("graph_version", GRAPH_VERSION) != GRAPH_VERSION:
         raise RunFailed(
@@ -273,6 +290,10 @@ def _first_input(graph: Any, thread: Any, row: RunRow, prepared: Prepared) -> An
             f"this is version {GRAPH_VERSION}; `agentmerge branch {row.name}` goes on from its "
             "ledger"
         )
+    if snapshot.interrupts and answer is not None:
+        return Command(resume="yes" if answer else "no")
+    if answer is not None:
+        raise UserError(f"search {row.name!r} asks nothing: leave the answer out")
     if snapshot.tasks:  # not `next`, which leaves out steps that ended just before a kill
         return None
     if values.get("status") != "done":

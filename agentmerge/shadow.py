@@ -56,7 +56,7 @@ def shadow_proposals(search: Search, asked: Sequence[Proposal], left: int) -> li
     mine, theirs = (sum(charges(candidates, shadow=shadow).values()) for shadow in (True, False))
     ahead = theirs + sum(proposal.cost for proposal in asked)
     due = int(share / (1 - share) * ahead - mine + 1e-9)
-    history = search.told(shadow=True)
+    history = search.told(shadow=True, space=search.space)
     found = STRATEGY.propose(
         search.space, history, None, max(0, min(due, left)), rng_factory(search.config.search.seed)
     )

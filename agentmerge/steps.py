@@ -12,16 +12,23 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from agentmerge.advising import advise, guidance_of
+from agentmerge.advising import advise, guidance_of, paired_noise
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompts
+from agentmerge.agents.schemas import Guidance, StructuralMove
 from agentmerge.config import Role, SearchConfig
 from agentmerge.constraints import Floor, floors, penalised, violation
-from agentmerge.errors import CandidateFailed, NotBegun, RecipeRejected
+from agentmerge.errors import (
+    AgentmergeError,
+    CandidateFailed,
+    NotBegun,
+    RecipeRejected,
+    UserError,
+)
 from agentmerge.evaluation.racing import Course
 from agentmerge.evaluation.tasks import Part, TaskSet
 from agentmerge.evidence import Witness
@@ -49,6 +56,18 @@ from agentmerge.strategies.base import (
 )
 from agentmerge.strategies.chain_rule import unit_gradient
 from agentmerge.strategies.random import random_vectors
+from agentmerge.structure import (
+    REFUSED,
+    STRUCTURE,
+    WORTH,
+    Standing,
+    carried,
+    finer,
+    first_points,
+    moved,
+    openings,
+    standing,
+)
 from agentmerge.workers.base import EngineInfo, Fingerprint, Gradient, ItemRef, ItemResult
 
 Emit = Callable[[dict[str, Any]], None]
@@ -184,6 +203,7 @@ class Search:
     deadline: float | None = None
     stopping: Callable[[], bool] = lambda: False
     still_mine: Callable[[], None] = lambda: None
+    _points: dict[tuple[str, str], tuple[float, ...] | None] = field(default_factory=dict)
 
     # --- nodes ------------------------------------------------------------------------------
 
@@ -311,16 +331,133 @@ class Search:
             return generation + 1  # this node ran before
         left = self.evaluations_left
         own_share = max(1, round(left * (1 - self.config.search.shadow))) if left else 0
-        count = min(self.population, own_share)
-        history = self.told()
-        if getattr(self.strategy, "uses_items", False):
-            history = self.witness.of(history)
-        guidance = guidance_of(self.ledger, self.run_id, generation)
-        proposals = self.strategy.propose(self.space, history, guidance, count, self._rng())
-        asked = _affordable(self._possible(proposals), own_share)
+        asked: list[Proposal] = []
+        for space in self.standing(generation).turn:
+            asked = asked or self._asked(space, generation, own_share)
         shadow = shadow_proposals(self, asked, left - sum(p.cost for p in asked))
         self._add(generation + 1, [*asked, *shadow])
         return generation + 1
+
+    def _asked(self, space: SearchSpace, generation: int, left: int) -> list[Proposal]:
+        """What the next generation asks in a space."""
+        history = self.told(generation, space=space)
+        own = any(o.space == space.key for o in history)
+        found: list[Proposal] = [] if own else first_points(space, history, self._recipe)
+        if not found:
+            if getattr(self.strategy, "uses_items", False):
+                history = self.witness.of(history)
+            guidance = guidance_of(self.ledger, self.run_id, generation)
+            if space.key != self.standing(generation, decided=False).turn[0].key:
+                guidance = replace(guidance, mean=None, candidates=(), forecasts=())
+            count = min(self.population(space), left)
+            found = self.strategy.propose(space, history, guidance, count, self._rng())
+        return _affordable(self._possible(space, found), left)
+
+    # --- structure --------------------------------------------------------------------------
+
+    def standing(self, generation: int, *, decided: bool = True) -> Standing:
+        """The search spaces after a generation; decided: with what was decided after it."""
+        moves = [
+            opening
+            for opening in openings(self.ledger.advice(self.run_id))
+            if opening.generation < generation + decided
+        ]
+        if not moves:
+            return standing(self.space, (), ())
+        return standing(self.space, moves, self.ledger.candidates(self.run_id, up_to=generation))
+
+    @property
+    def present(self) -> SearchSpace:
+        """The space that the next generation's first turn is in."""
+        candidates = self.ledger.candidates(self.run_id)
+        return self.standing(candidates[-1].generation if candidates else 0).turn[0]
+
+    def wanted_move(self, generation: int) -> StructuralMove | None:
+        """The structural move to decide on before the next generation, if there is one.
+
+        An agent's, or with ``search.structure: free`` a finer space once the strategy has nothing
+        more to ask in the present one, which was worth searching.
+        """
+        wish = self.config.search.structure
+        before = openings(self.ledger.advice(self.run_id))
+        if wish == "fixed" or any(opening.generation == generation for opening in before):
+            return None
+        now = self.standing(generation)
+        if now.trial is not None or self.evaluations_left < WORTH:
+            return None
+        guidance = guidance_of(self.ledger, self.run_id, generation)
+        move = guidance.structural_move if guidance.source == "model" else None
+        if move is None and wish == "free" and self._worth_refining(generation, now.leader):
+            move = finer(now.leader)
+        known = {(opening.move.change, opening.move.value) for opening in before}
+        return None if move is None or (move.change, move.value) in known else move
+
+    def approval(self, generation: int) -> bool | None:
+        """Whether a move may be made; None: a person has to say."""
+        if self.replies_of is not None:
+            said = openings(self.ledger.advice(self.replies_of))
+            return not any(o.generation == generation and o.refusal == REFUSED for o in said)
+        return None if self.config.search.approve else True
+
+    def question(self, generation: int, move: StructuralMove) -> dict[str, Any]:
+        """What a person is asked before a move."""
+        return {
+            "question": f"open another search space: {move.sentence}?",
+            "generation": generation,
+            "change": move.change,
+            "value": move.value,
+            "why": move.why,
+        }
+
+    def restructure(self, generation: int, move: StructuralMove, *, approved: bool) -> None:
+        """Open the space of a move, or keep why not."""
+        now = self.standing(generation)
+        refusal = ""
+        try:
+            if not approved:
+                raise UserError(REFUSED)
+            space = moved(now.leader, move)
+            if space.key in {known.key for known in now.spaces}:
+                raise UserError("that space was open before")
+            self.check(space.uniform()[0])
+        except (UserError, RecipeRejected) as error:
+            refusal = str(error)
+        word = Guidance(structural_move=move, thought=move.sentence)
+        body = {"guidance": word.to_json(), "failure": refusal}
+        self.ledger.save_advice(self.run_id, generation, STRUCTURE, body)
+        self.emit(
+            {
+                "event": "advice",
+                "role": STRUCTURE,
+                "generation": generation,
+                "source": "rules",
+                "failure": refusal,
+                "words": word.thought,
+            }
+        )
+
+    def _worth_refining(self, generation: int, space: SearchSpace) -> bool:
+        """Whether a space has nothing left to ask and gave more than noise."""
+        candidates = self.ledger.candidates(self.run_id)
+        best = incumbent(candidates)
+        cheap = incumbent([c for c in candidates if c.generation == 0])
+        if best is None or cheap is None or self._asked(space, generation, self.evaluations_left):
+            return False
+        noise = paired_noise(self)(best.observation(), cheap.observation())
+        return (best.score or 0.0) - (cheap.score or 0.0) > 2 * noise
+
+    def _recipe(self, observation: Observation) -> Recipe:
+        return Recipe.parse(self.ledger.recipe(observation.recipe_hash))
+
+    def _point(self, space: SearchSpace, observation: Observation) -> tuple[float, ...] | None:
+        """Where another space's candidate lies in this one."""
+        key = (space.key, observation.recipe_hash)
+        if key not in self._points:
+            try:
+                self._points[key] = space.vector(self._recipe(observation))
+            except AgentmergeError:
+                self._points[key] = None  # refused, or nothing that this space can say
+        return self._points[key]
 
     def finish(self, stop_reason: str) -> SearchState:
         """Choose the answer, confirm it on sealed items, write recipe and card."""
@@ -355,9 +492,21 @@ class Search:
     def slopes(self) -> Slopes:
         return Slopes(self.ledger, self.taskset, self.pool, self.identities)
 
-    def told(self, up_to: int | None = None, *, shadow: bool = False) -> list[Observation]:
-        """The history as strategies and agents are told it. shadow: as the arm without them is."""
+    def told(
+        self,
+        up_to: int | None = None,
+        *,
+        shadow: bool = False,
+        space: SearchSpace | None = None,
+    ) -> list[Observation]:
+        """The history as strategies and agents are told it. shadow: as the arm without them is.
+
+        space: the one to look from; by default every vector is in the space that it was made in.
+        """
         history = penalised(self.ledger.history(self.run_id, up_to), self.taskset.objectives)
+        history = [o if o.space else replace(o, space=self.space.key) for o in history]
+        if space is not None:
+            history = carried(history, space, partial(self._point, space))
         if not self.config.search.shadow:
             return history
         first = first_generation(self.ledger.candidates(self.run_id, up_to=up_to))
@@ -414,7 +563,8 @@ class Search:
             at = {"generation": candidate.generation, "slot": candidate.slot}
             self.emit({"event": "no_gradient", "failure": str(error)} | at)
             return None, 0.0
-        unit = unit_gradient(self.space, candidate.vector or (), slopes.named(kept))
+        space = self.standing(candidate.generation).of(candidate.space)
+        unit = unit_gradient(space, candidate.vector or (), slopes.named(kept))
         return (key, kept, unit), seconds
 
     def item_results(self, recipe_hash: str, part: Part = "search") -> dict[ItemRef, ItemResult]:
@@ -449,9 +599,8 @@ class Search:
 
     # --- proposing --------------------------------------------------------------------------
 
-    @property
-    def population(self) -> int:
-        own = self.strategy.population(self.space.dimensions)
+    def population(self, space: SearchSpace) -> int:
+        own = self.strategy.population(space.dimensions)
         return self.config.generation_size(own, advised=bool(self.models))
 
     def _rng(self) -> Any:
@@ -482,18 +631,20 @@ class Search:
         budget = self.evaluations_left
         left = budget - len(seeds)
         draws = self.strategy.propose(
-            self.space, [], None, max(0, min(self.population, left)), self._rng()
+            self.space, [], None, max(0, min(self.population(self.space), left)), self._rng()
         )
         if self.config.search.random_init and not draws:
-            points = random_vectors(self.space, 0, max(0, min(self.population, left)), self._rng())
+            points = random_vectors(
+                self.space, 0, max(0, min(self.population(self.space), left)), self._rng()
+            )
             draws = [Proposal(point, "random") for point in points]
-        return _affordable([*seeds, *self._possible(draws)], budget)
+        return _affordable([*seeds, *self._possible(self.space, draws)], budget)
 
-    def _possible(self, proposals: Sequence[Proposal]) -> list[Proposal]:
-        """The same, asking for a score alone where no gradient can be had."""
-        possible = self.space.method.differentiable and self.slopes.possible
+    def _possible(self, space: SearchSpace, proposals: Sequence[Proposal]) -> list[Proposal]:
+        """The same, in this space, asking for a score alone where no gradient can be had."""
+        possible = space.method.differentiable and self.slopes.possible
         return [
-            p if p.want == "score" or (possible and p.vector) else replace(p, want="score")
+            replace(p, space=space.key, want=p.want if possible and p.vector else "score")
             for p in proposals
         ]
 
@@ -503,13 +654,15 @@ class Search:
 
     def _add(self, generation: int, proposals: Sequence[Proposal]) -> None:
         rows: list[tuple[Proposal, str, str, str]] = []
+        spaces = self.standing(generation)
         for proposal in proposals:
             failure = ""
+            proposal = replace(proposal, space=proposal.space or self.space.key)
             try:
                 if proposal.recipe is not None:
                     recipe = Recipe.parse(proposal.recipe).canonical(self.space.num_layers)
                 else:
-                    recipe = self.space.recipe(proposal.vector or ())
+                    recipe = spaces.of(proposal.space).recipe(proposal.vector or ())
                 text, recipe_hash = recipe.to_yaml(), recipe.hash(self.identities)
                 self.check(recipe)
             except RecipeRejected as error:

@@ -2,7 +2,7 @@
 
     seed -> evaluate (one Send a candidate) -> select -> critic -> controller -> proposer
                  ^                               |                                   |
-                 |_______________________________|___________________________________|
+                 |_______________________________|_______ (structure, for a move) ___|
                                                  `-> finish
 
 ``runtime.context`` is an ``agentmerge.context.Context``; ``search_of`` gives the search that it
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
-from langgraph.types import Command, RetryPolicy, Send
+from langgraph.types import Command, RetryPolicy, Send, interrupt
 
 from agentmerge.context import Context, let_go, search_of
 from agentmerge.errors import WorkerLost
@@ -65,14 +65,29 @@ def controller(
 
 def proposer(
     state: SearchState, runtime: Runtime[Context]
-) -> Command[Literal["evaluate", "select", "finish"]]:
+) -> Command[Literal["evaluate", "select", "structure", "finish"]]:
     """Suggest where to look; the strategy turns all advice into the next generation."""
     search = search_of(runtime)
     limit = search.advise("proposer", state["generation"])
     if limit:
         return _advised(limit, "select")
-    generation = search.propose(state["generation"])
-    return Command(update={"generation": generation}, goto=_dispatch(search.open_slots(generation)))
+    if search.wanted_move(state["generation"]) is not None:
+        return Command(goto="structure")
+    return _proposed(search, state["generation"])
+
+
+def structure(
+    state: SearchState, runtime: Runtime[Context]
+) -> Command[Literal["evaluate", "select"]]:
+    """Open another search space; with ``search.approve`` only once a person has agreed."""
+    search, generation = search_of(runtime), state["generation"]
+    move = search.wanted_move(generation)
+    if move is not None:  # else it was decided before a crash
+        approved = search.approval(generation)
+        if approved is None:
+            approved = interrupt(search.question(generation, move)) in (True, "yes")
+        search.restructure(generation, move, approved=approved)
+    return _proposed(search, generation)
 
 
 def finish(state: SearchState, runtime: Runtime[Context]) -> SearchState:
@@ -88,6 +103,11 @@ def _advised(limit: str, then: Any) -> Command[Any]:
     return Command(update={"stop_reason": limit}, goto="finish") if limit else Command(goto=then)
 
 
+def _proposed(search: Any, generation: int) -> Command[Any]:
+    generation = search.propose(generation)
+    return Command(update={"generation": generation}, goto=_dispatch(search.open_slots(generation)))
+
+
 def _dispatch(slots: list[tuple[int, int]], done: Literal["select", "critic"] = "select") -> Any:
     """One ``evaluate`` a candidate that is still open, or straight on where there is none."""
     sends = [Send("evaluate", Assignment(generation=g, slot=s)) for g, s in slots]
@@ -101,7 +121,7 @@ def build() -> StateGraph[SearchState, Context]:
     graph.add_node(
         "evaluate", evaluate, retry_policy=RetryPolicy(retry_on=WorkerLost, max_attempts=2)
     )
-    for node in (select, critic, controller, proposer, finish):
+    for node in (select, critic, controller, proposer, structure, finish):
         graph.add_node(node.__name__, node)
     graph.add_edge(START, "seed")
     graph.add_edge("evaluate", "select")

@@ -91,7 +91,11 @@ def track(found: Sequence[Forecast]) -> Track:
 
 
 def _same(a: Sequence[float] | None, b: Sequence[float]) -> bool:
-    return a is not None and all(abs(x - y) < _SAME for x, y in zip(a, b, strict=True))
+    return (
+        a is not None
+        and len(a) == len(b)
+        and all(abs(x - y) < _SAME for x, y in zip(a, b, strict=True))
+    )
 
 
 def _ranks(values: Sequence[float]) -> list[float]:

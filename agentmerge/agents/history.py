@@ -45,6 +45,7 @@ class HistoryView:
     budget_left: evaluations. forecasts: how good the proposer's were, in words.
     noise: of a pair of candidates; what is shown is released by the Ladder (``told``).
     tied: (generation, slot) of candidates shown with the score of the best before them.
+    moves: what became of structural moves so far, a sentence each.
     """
 
     space: SearchSpace
@@ -58,6 +59,7 @@ class HistoryView:
     forecasts: str = "no forecast has been tried yet"
     noise: Noise = lambda a, b: 0.0
     tied: frozenset[tuple[int, int]] = frozenset()
+    moves: tuple[str, ...] = ()
 
     def told(self) -> HistoryView:
         """The view as it may be shown to a model."""
@@ -126,6 +128,7 @@ def variables(view: HistoryView) -> dict[str, str]:
         "noise": _noise(view),
         "layers": str(view.space.num_layers),
         "methods": ", ".join(METHODS),
+        "moves": "; ".join(clean_text(move, 300) for move in view.moves) or "none",
     }
 
 

@@ -41,6 +41,7 @@ COMMON = frozenset(
         "noise",
         "layers",
         "methods",
+        "moves",
     }
 )
 

@@ -50,6 +50,16 @@ class StructuralMove:
     value: str
     why: str = ""
 
+    @property
+    def sentence(self) -> str:
+        what = {
+            "method": f"merge method {self.value}",
+            "granularity": f"layer_granularity {self.value}",
+            "filters": f"filters {self.value or 'none'}",
+            "drop_model": f"without {self.value}",
+        }[self.change]
+        return f"{what} ({self.why})" if self.why else what
+
 
 @dataclass(frozen=True, slots=True)
 class Guidance:

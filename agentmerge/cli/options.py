@@ -105,6 +105,23 @@ SETTINGS: dict[str, tuple[str, Any]] = {
             typer.Option("--shadow", help="Share of the budget for an arm that hears no model."),
         ],
     ),
+    "structure": (
+        "search.structure",
+        Annotated[
+            str | None,
+            typer.Option(
+                "--structure",
+                help="Other search spaces: fixed (none), advised (a model's) or free (finer ones).",
+            ),
+        ],
+    ),
+    "approve": (
+        "search.approve",
+        Annotated[
+            bool | None,
+            typer.Option("--approve/--no-approve", help="Ask before another search space."),
+        ],
+    ),
     "population": (
         "search.population",
         Annotated[int | None, typer.Option("--population", help="Candidates a generation.")],
@@ -141,8 +158,8 @@ LIMITS = (
 )  # fmt: skip
 BRANCH = (
     "search", "worker", "llm", "base_url", "prompts", "graph", "probes", "seed", *LIMITS,
-    "population", "shadow", "sigma_low", "sigma_high", "task_search_path", "batch_size", "limit",
-    "trust_remote_code",
+    "population", "shadow", "structure", "approve", "sigma_low", "sigma_high", "task_search_path",
+    "batch_size", "limit", "trust_remote_code",
 )  # fmt: skip
 RUN = (*BRANCH, "init")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from agentmerge.agents.forecasts import Track
 from agentmerge.genome import short_name
+from agentmerge.structure import STRUCTURE
 
 
 class Progress:
@@ -39,6 +40,9 @@ class Progress:
             self._candidate(event)
         elif kind == "generation":
             self._generation(event)
+        elif kind == "advice" and event["role"] == STRUCTURE:
+            end = f"not opened: {event['failure']}" if event["failure"] else "opened, on trial"
+            self.say(f"  another search space: {event['words'].splitlines()[0][:160]}: {end}")
         elif kind == "advice" and event["failure"]:
             self.say(f"  {event['role']}: {event['failure']}; its rules advise instead")
         elif kind == "advice" and event["source"] == "model" and event["words"]:

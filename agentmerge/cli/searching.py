@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,11 @@ import typer
 from agentmerge.cli import options
 from agentmerge.cli.legacy import Legacy, map_options, old_options
 from agentmerge.cli.terminal import failed, show_result, signals
+
+
+class Answer(StrEnum):
+    yes = "yes"
+    no = "no"
 
 
 @options.settings(*options.RUN)
@@ -101,6 +107,9 @@ def resume(
     save_final_model: Annotated[
         bool, typer.Option("--save-final-model/--no-save-final-model")
     ] = True,
+    answer: Annotated[
+        Answer | None, typer.Option(help="To the question that a waiting search asks.")
+    ] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
@@ -116,7 +125,14 @@ def resume(
     _check_storage(storage_path, save_final_model and settings.worker.kind == "fake")
 
     def start(emit: Any, drain: Any) -> Any:
-        row = session.resume(name, runs_dir=runs_dir, overrides=given, emit=emit, drain=drain)
+        row = session.resume(
+            name,
+            runs_dir=runs_dir,
+            overrides=given,
+            emit=emit,
+            drain=drain,
+            answer=None if answer is None else answer is Answer.yes,
+        )
         _old_outputs(row, runs_dir, storage_path, save_final_model)
         return row
 
@@ -165,7 +181,7 @@ def _driven(
     from agentmerge.cli.live import progress
     from agentmerge.cli.render import summary_text
     from agentmerge.report.summary import run_summary
-    from agentmerge.session import Drain, opened
+    from agentmerge.session import WAITING, Drain, opened
 
     drain = Drain()
     signals(drain, quiet)
@@ -178,6 +194,9 @@ def _driven(
     folder = runs_dir / row.name
     if row.status != "done":
         where = "" if runs_dir == Path("runs") else f" --runs-dir {runs_dir}"
+        if row.status == WAITING:
+            say(f"waiting for your answer: {row.stop_reason}")
+            where += " --answer yes (or no)"
         say(f"saved; go on with: agentmerge resume {row.name}{where}")
         return 0
     if summary["best"] is None:

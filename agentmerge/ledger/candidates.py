@@ -49,11 +49,11 @@ class Candidates(Items, Gradients):
                 conn.execute(
                     "INSERT OR IGNORE INTO candidates (run_id, generation, slot, operator, label, "
                     "vector, recipe_hash, twin_generation, twin_slot, state, failure, want, "
-                    "loss_kind) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "loss_kind, space) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         run_id, generation, slot, proposal.operator, proposal.label, vector,
                         recipe_hash, *(twin if twin and not failure else (None, None)), state,
-                        failure, proposal.want, loss,
+                        failure, proposal.want, loss, proposal.space,
                     ),
                 )  # fmt: skip
 
@@ -81,7 +81,7 @@ class Candidates(Items, Gradients):
             "coalesce(c.loss, CASE c.loss_kind WHEN t.loss_kind THEN t.loss END), "
             "coalesce(c.gradient, CASE c.loss_kind WHEN t.loss_kind THEN t.gradient END), "
             "coalesce(t.estimate, c.estimate), coalesce(t.rung, c.rung), "
-            "coalesce(t.share, c.share), coalesce(t.violation, c.violation) "
+            "coalesce(t.share, c.share), coalesce(t.violation, c.violation), c.space "
             "FROM candidates c "
             "LEFT JOIN candidates t ON t.run_id = c.run_id AND t.generation = c.twin_generation "
             f"AND t.slot = c.twin_slot WHERE c.run_id = ? {where} ORDER BY c.generation, c.slot",
@@ -161,12 +161,17 @@ class Candidates(Items, Gradients):
                 [(value, run_id, *place) for place, value in found.items()],
             )
 
-    def copy_past(self, source: str, target: str, up_to: int, *, prior: bool) -> None:
-        """The past that a branch shares with the run it came from; ``prior``: other settings."""
+    def copy_past(
+        self, source: str, target: str, up_to: int, *, prior: bool, without: str = ""
+    ) -> None:
+        """The past that a branch shares with the run it came from; ``prior``: other settings.
+
+        without: a role whose words are left behind.
+        """
         columns = (
             "generation, slot, operator, label, vector, recipe_hash, twin_generation, twin_slot, "
             "state, score, tasks, failure, reused, truncated, cut_off, seconds, fingerprint, "
-            "want, loss_kind, loss, gradient, estimate, rung, share, violation"
+            "want, loss_kind, loss, gradient, estimate, rung, share, violation, space"
         )
         with self._writing() as conn:
             conn.execute(
@@ -176,8 +181,8 @@ class Candidates(Items, Gradients):
             )
             conn.execute(
                 "INSERT OR IGNORE INTO advice SELECT ?, generation, role, body FROM advice "
-                "WHERE run_id = ? AND generation <= ?",
-                (target, source, up_to),
+                "WHERE run_id = ? AND generation <= ? AND role <> ?",
+                (target, source, up_to, without),
             )
 
     def seconds_per_candidate(self, settings_hash: str) -> float | None:
@@ -207,7 +212,7 @@ def _earlier(
 def _candidate(row: tuple[Any, ...]) -> Candidate:
     (generation, slot, operator, label, vector, recipe_hash, state, score, tasks, failure, reused,
      twin_generation, twin_slot, truncated, cut_off, seconds, prior, want, loss_kind, loss,
-     gradient, estimate, rung, share, violation) = row  # fmt: skip
+     gradient, estimate, rung, share, violation, space) = row  # fmt: skip
     return Candidate(
         generation,
         slot,
@@ -233,4 +238,5 @@ def _candidate(row: tuple[Any, ...]) -> Candidate:
         rung,
         share,
         violation,
+        space,
     )

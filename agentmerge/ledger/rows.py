@@ -23,6 +23,7 @@ class Candidate:
     estimate: of a loser, the incumbent's score plus the paired difference on the items of its rung.
     rung: the fraction of every task that it was asked; share: of all items.
     violation: what it lacks to the floors of the constraints, in the metrics' units.
+    space: the key of the search space that ``vector`` lies in; "" is the config's own.
     """
 
     generation: int
@@ -49,6 +50,7 @@ class Candidate:
     rung: float = 1.0
     share: float = 1.0
     violation: float = 0.0
+    space: str = ""
 
     @property
     def cost(self) -> float:
@@ -76,6 +78,7 @@ class Candidate:
             self.loss,
             rung=1.0 if self.score is not None else self.rung,
             violation=self.violation,
+            space=self.space,
         )
 
 

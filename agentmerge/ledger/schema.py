@@ -220,6 +220,12 @@ def m009_limits_of_a_run(db: Any) -> None:
     )
 
 
+@migration
+def m010_search_spaces(db: Any) -> None:
+    """Which search space a candidate's vector lies in; "" is the config's own."""
+    _run(db, "ALTER TABLE candidates ADD COLUMN space TEXT NOT NULL DEFAULT ''")
+
+
 def _run(db: Any, statements: str) -> None:
     for statement in statements.split(";"):
         if statement.strip():

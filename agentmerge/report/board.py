@@ -15,6 +15,7 @@ from agentmerge.config import SearchConfig
 from agentmerge.genome import short_name
 from agentmerge.ledger import Candidate, Ledger, RunRow
 from agentmerge.ledger.rows import counted
+from agentmerge.structure import STRUCTURE
 
 Event = Mapping[str, Any]
 
@@ -222,14 +223,14 @@ class Follower:
             }
 
     def _words(self) -> Iterator[dict[str, Any]]:
-        order = ("critic", "controller", "proposer")
+        order = ("critic", "controller", "proposer", STRUCTURE)
         said = {word["role"]: word for word in self.ledger.advice(self.row.id, self._generation)}
         for role in (role for role in order if role in said):
             if (self._generation, role) in self._said:
                 continue
             self._said.add((self._generation, role))
             guidance = said[role]["guidance"]
-            words = guidance.get("thought" if role == "proposer" else "critique") or ""
+            words = guidance.get("thought" if role in ("proposer", STRUCTURE) else "critique") or ""
             yield {"event": "advice", "role": role, "generation": self._generation} | {
                 "source": guidance.get("source", "rules"),
                 "failure": said[role].get("failure") or "",

@@ -17,6 +17,7 @@ import numpy as np
 from agentmerge.agents.schemas import Guidance
 from agentmerge.genome import SearchSpace
 from agentmerge.strategies.base import (
+    CARRIED,
     GRADIENT_COST,
     Observation,
     Proposal,
@@ -118,9 +119,11 @@ def nothing_to_gain(history: Sequence[Observation], rng_for: RngFor) -> bool:
 
 
 def since_gain(history: Sequence[Observation]) -> int:
-    """Evaluations since the best score last rose."""
+    """Evaluations in this search space since the best score last rose there."""
     best, since = -np.inf, 0
     for observation in history:
+        if observation.operator == CARRIED:
+            continue
         score = -np.inf if observation.score is None else observation.score
         since = 0 if score > best else since + 1
         best = max(best, score)

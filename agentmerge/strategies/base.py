@@ -30,6 +30,9 @@ GRADIENT_COST = 3
 #: The operator of candidates of the arm that hears no model (``agentmerge.shadow``).
 SHADOW = "shadow"
 
+#: The operator, for whoever works in one search space, of what was made in another.
+CARRIED = "carried"
+
 RngFor = Callable[[int, int, str], np.random.Generator]
 
 
@@ -54,6 +57,7 @@ class Proposal:
     want: a score, or a score and the gradient of ``loss`` over the search items. Where no gradient
         can be had (the worker, the method or the tasks have none, or ``vector`` is None), the
         score alone is asked for and paid.
+    space: the key of the search space that ``vector`` lies in; whoever runs the search says it.
     """
 
     vector: tuple[float, ...] | None
@@ -62,6 +66,7 @@ class Proposal:
     label: str = ""
     want: Literal["score", "gradient"] = "score"
     loss: Loss = "margin"
+    space: str = ""
 
     @property
     def cost(self) -> int:
@@ -112,6 +117,7 @@ class Observation:
         is below the incumbent's and not to be compared with another's to the last digit.
     violation: what it lacks to the constraints, in the metrics' units; the score that a strategy
         is told is lowered by a steep multiple of it.
+    space: the key of the search space that it was made in; ``vector`` is in the present one.
     """
 
     generation: int
@@ -128,6 +134,7 @@ class Observation:
     evidence: Evidence | None = field(default=None, compare=False, repr=False)
     rung: float = 1.0
     violation: float = 0.0
+    space: str = ""
 
     @property
     def censored(self) -> bool:
