@@ -34,6 +34,7 @@ PARSED = {
     "--llm": "needs a model's service: tests/session/test_agents.py has one",
     "--llm-model": "needs a model's service: tests/cli/test_legacy.py",
     "--search llm_evo": "needs a model's service: tests/session/test_agents.py has one",
+    "--answer": "to a search that a model advises: tests/session/test_structure.py",
     "replay": "tests/session has searches to replay",
     "prompts try": "tests/agents has prompts to try",
     "mcp": "serves until it is stopped: tests/agents",
