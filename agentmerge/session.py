@@ -39,7 +39,6 @@ from agentmerge.recipe import Recipe
 from agentmerge.state import GRAPH_VERSION, SearchState
 from agentmerge.steps import Emit, Scoring
 
-
 #: A search that stopped to ask its user; the question is its stop_reason.
 WAITING = "waiting"
 

@@ -23,6 +23,7 @@ from agentmerge.strategies.base import Items, Observation, Proposal, RngFor, nex
 from agentmerge.strategies.censored import completed
 from agentmerge.strategies.one_plus_one import reflected
 from agentmerge.strategies.random import random_vectors
+from agentmerge.strategies.rungs import rungs
 from agentmerge.strategies.surrogate import ItemModel, fitted
 
 CLIP = 12.0
@@ -37,6 +38,8 @@ SCREENED, ROUNDS, POLISHED = 500, 3, 4
 ITEMS, POINTS = 1000, 400
 #: How far two points must be apart, in the unit box, to be two.
 APART = 1e-3
+#: A lower rung is enough while its best point promises so much of what the whole space's does.
+ENOUGH = 0.7
 #: The share of noise in an item's variance from which on its answers are mostly chance.
 CHANCE = 0.25
 _SOFT = 1e-3
@@ -137,7 +140,7 @@ class Margins:
         rng = rng_for(generation, 0, "sample")
         found = []
         for _ in range(count):
-            point = most_promising(prospect, rng)
+            point = climbed(prospect, space, rng)
             found.append(Proposal(tuple(float(x) for x in point), self.name))
             prospect = believed(prospect, point)
         return found
@@ -249,32 +252,54 @@ def believed(prospect: Prospect, point: np.ndarray) -> Prospect:
     return replace(prospect, model=model, best=max(prospect.best, float(prospect.score(means)[0])))
 
 
-def most_promising(prospect: Prospect, rng: np.random.Generator) -> np.ndarray:
-    """The point with the largest expected improvement that was found.
+def climbed(prospect: Prospect, space: SearchSpace, rng: np.random.Generator) -> np.ndarray:
+    """The most promising point of the lowest rung that promises nearly as much as the whole space.
+
+    What few numbers can say is learned first, and from fewer candidates.
+    """
+    *lower, whole = rungs(space)
+    point, gain = most_promising(prospect, rng, whole)
+    if prospect.by_item:
+        for basis in lower:
+            coarse, promised = most_promising(prospect, rng, basis)
+            if promised >= ENOUGH * gain:
+                return coarse
+    return point
+
+
+def most_promising(
+    prospect: Prospect, rng: np.random.Generator, basis: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """The point of a rung with the largest expected improvement that was found, and that.
 
     Candidates: uniform, and perturbations of the best points along each axis's length scale, at
     three widths; refined from the best of themselves; then polished by gradient.
+
+    basis: (k, d), of ``rungs``.
     """
     known = prospect.model.points
     scores = prospect.score(prospect.model.mean + prospect.model.centred())
-    centres = known[np.argsort(-scores, kind="stable")[:ELITES]]
-    pool, gains = centres, prospect.gains(centres)
+    best = known[np.argsort(-scores, kind="stable")[:ELITES]]
+    # On a lower rung: the nearest points.
+    centres = np.clip(best @ np.linalg.pinv(basis), 0.0, 1.0)
+    scales = np.exp(np.log(prospect.model.hyper.scales) @ (basis > 0).T / (basis > 0).sum(1))
+    pool, gains = centres, prospect.gains(centres @ basis)
     for step in range(ROUNDS):
-        fresh = _perturbed(centres, prospect.model.hyper.scales, rng, shrink=0.5**step)
+        fresh = _perturbed(centres, scales, rng, shrink=0.5**step)
         if step == 0:
-            fresh = np.vstack([fresh, rng.random((SCREENED // 4, known.shape[1]))])
+            fresh = np.vstack([fresh, rng.random((SCREENED // 4, len(basis)))])
         pool = np.vstack([pool, fresh])
-        gains = np.append(gains, prospect.gains(fresh))
+        gains = np.append(gains, prospect.gains(fresh @ basis))
         order = np.argsort(-gains, kind="stable")[: 4 * ELITES]
         pool, gains = pool[order], gains[order]
         centres = pool[:ELITES]
-    polished = [_polished(prospect, start) for start in pool[:POLISHED]]
-    pool = np.vstack([pool, polished])
-    gains = prospect.gains(pool)
+    polished = [_polished(prospect, start, basis) for start in pool[:POLISHED]]
+    points = np.vstack([pool, polished]) @ basis
+    gains = prospect.gains(points)
     for index in np.argsort(-gains, kind="stable"):
-        if np.abs(known - pool[index]).max(1).min() > APART:
-            return np.asarray(pool[index])
-    return rng.random((known.shape[1],))
+        if np.abs(known - points[index]).max(1).min() > APART:
+            return np.asarray(points[index]), float(gains[index])
+    return rng.random(len(basis)) @ basis, 0.0
 
 
 def _perturbed(
@@ -290,11 +315,14 @@ def _perturbed(
     return reflected(start + steps)
 
 
-def _polished(prospect: Prospect, start: np.ndarray) -> np.ndarray:
+def _polished(prospect: Prospect, start: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    def loss(coordinates: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope = prospect.smooth_loss(coordinates @ basis)
+        return value, basis @ slope
+
     box = [(0.0, 1.0)] * len(start)
     found = minimize(
-        prospect.smooth_loss, start, jac=True, method="L-BFGS-B", bounds=box,
-        options={"maxiter": 15},
+        loss, start, jac=True, method="L-BFGS-B", bounds=box, options={"maxiter": 15}
     )  # fmt: skip
     end: np.ndarray = np.clip(found.x, 0.0, 1.0)
     return end
