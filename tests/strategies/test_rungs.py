@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -27,7 +29,7 @@ def test_rungs_lie_one_within_the_other(method: str) -> None:
     for basis in found:
         assert np.all(basis >= 0)
         assert basis.sum(0) == pytest.approx(1.0)
-    for lower, upper in zip(found, found[1:], strict=False):
+    for lower, upper in itertools.pairwise(found):
         assert len(lower) < len(upper)
         points = np.random.default_rng(0).random((20, len(lower))) @ lower
         again = points @ np.linalg.pinv(upper) @ upper
