@@ -237,6 +237,7 @@ def _asked(
         tools=tools,
         probes=probes,
         limit_s=search.seconds_left,
+        rescue=(lambda text: agent.rescue(text, view)) if role == "proposer" else None,
     )
     advised: Guidance = agent.by_model(reply.parsed, guidance)
     return advised

@@ -79,6 +79,8 @@ def assembled(
         emit=emit,
         deadline=None if timeout is None else time.monotonic() + timeout,
     )
+    for role in search.models:
+        ledger.save_prompt(row.id, role, getattr(search.prompts, role).text)
     return search
 
 

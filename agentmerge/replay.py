@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmerge.agents.models import AgentModel
+from agentmerge.agents.prompts import Prompt, Prompts, load_prompts
 from agentmerge.assembly import LEDGER, assembled, changed_facts, existing_runs, load_graph
 from agentmerge.check import Prepared, prepare
 from agentmerge.config import ROLES, Role, SearchConfig
@@ -84,7 +85,7 @@ def _search(
     """The search again under another id, with what is stored in place of models and workers."""
     if row.algorithm == TOOLS:
         raise UserError(f"run {row.name!r} was made by tools: there is no search to replay")
-    overrides = {} if prompts is None else {"agents.prompts": str(Path(prompts).absolute())}
+    overrides = {"agents.prompts": None}  # its own are in the ledger; their folder may be gone
     config = SearchConfig.from_text(row.config, row.name, overrides)
     prepared = prepare(config, allow_benchmarks=True)
     changes = changed_facts(row.facts, prepared.facts())
@@ -99,7 +100,7 @@ def _search(
         prepared, again, folder, ledger, lambda event: None, stack, advised=False, kind=_Followed
     )
     assert isinstance(search, _Followed)
-    search.original = row
+    search.original, search.prompts = row, _prompts(ledger, row, prompts)
     search.configs = [
         (since, SearchConfig.from_text(row.config, row.name, overrides | limits))
         for since, limits in ledger.limits(row.id)
@@ -165,6 +166,17 @@ class _Followed(Search):
             for run_id in (self.run_id, self.original.id)
         )
         return here == there
+
+
+def _prompts(ledger: Ledger, row: RunRow, folder: Path | str | None) -> Prompts:
+    """What its models were told; the folder's files in their place."""
+    found = load_prompts(folder)
+    own = {
+        role: Prompt(role, Path(row.name) / f"{role}.md", text)
+        for role, text in ledger.prompts(row.id).items()
+        if folder is None or not (Path(folder) / f"{role}.md").is_file()
+    }
+    return replace(found, **own)
 
 
 def _failures(ledger: Ledger, row: RunRow) -> dict[str, str]:

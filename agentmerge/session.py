@@ -216,8 +216,6 @@ def _drive(
         saver = stack.enter_context(open_saver(runs_dir / CHECKPOINTS))
         tell = stack.enter_context(begun(ledger, row, prepared, runs_dir, emit or silent))
         search = assembled(prepared, row, runs_dir, ledger, tell, stack, models)
-        for role in search.models:
-            ledger.save_prompt(row.id, role, getattr(search.prompts, role).text)
         search.stopping = lambda: drain.requested
         search.still_mine = lease.check
         advisers = sorted({model.name for model in search.models.values()})

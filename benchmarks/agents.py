@@ -4,8 +4,9 @@
     python -m benchmarks.agents --gguf model.gguf --seeds 2
 
 Any server that speaks the OpenAI protocol will do; --gguf starts llama-cpp-python's own on loopback
-(pip install 'llama-cpp-python[server]'). Both arms are llm_evo on the tiny family of the demo, with
-the same seeds and first generation; only the words differ. Prints a table and writes JSON.
+(pip install 'llama-cpp-python[server]'). Both arms are the same search (--algorithm) on the tiny
+family of the demo, with the same seeds and first generation; only the words differ. Prints a table
+and what the words added, and writes JSON.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def one(folder: Path, arm: str, seed: int, options: Any, url: str | None) -> dic
     body |= {
         "task_search_path": [str(tasks)],
         "limit": options.items,
-        "search": {"algorithm": "llm_evo", "seed": seed, "sealed_share": 0.75},
+        "search": {"algorithm": options.algorithm, "seed": seed, "sealed_share": 0.75},
         "budget": {"max_evaluations": options.budget},
         "worker": {"batch_size": 200, "options": {"threads": 1}},
     }
@@ -120,7 +121,16 @@ def report(found: list[dict[str, Any]]) -> str:
                 f"{statistics.median(run['seconds'] for run in mine):.0f}",
             ]
         )
-    return table(rows)
+    return "\n".join([table(rows), uplift(found)])
+
+
+def uplift(found: list[dict[str, Any]]) -> str:
+    """With the model minus without, seed by seed, on sealed items."""
+    sealed = {(run["arm"], run["seed"]): run["sealed"] or 0.0 for run in found}
+    seeds = sorted(seed for arm, seed in sealed if arm == "model")
+    gaps = [sealed["model", seed] - sealed["none", seed] for seed in seeds]
+    each = ", ".join(f"{gap:+.3f}" for gap in gaps)
+    return f"sealed, with the model minus without: mean {statistics.fmean(gaps):+.3f} ({each})"
 
 
 def main() -> None:
@@ -128,6 +138,7 @@ def main() -> None:
     parser.add_argument("--base-url", help="a server that speaks the OpenAI protocol")
     parser.add_argument("--gguf", type=Path, help="a model file to serve instead")
     parser.add_argument("--model", default="local")
+    parser.add_argument("--algorithm", default="llm_evo")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budget", type=int, default=40)
     parser.add_argument("--items", type=int, default=60)

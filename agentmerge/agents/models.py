@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
@@ -125,12 +126,13 @@ class AgentModel:
         tools: Sequence[BaseTool] = (),
         probes: int = 0,
         limit_s: float = math.inf,
+        rescue: Callable[[str], R] | None = None,
     ) -> Reply[R]:
         """The model's reply, parsed; where `parse` refuses it, the model is shown why, once.
 
         `parse` raises ModelReplyError with a sentence for the model. tools, probes: what it may
         call before it answers, and how often. limit_s: seconds, where fewer are left than
-        `total_s`.
+        `total_s`. rescue: parses what is of use in a reply that was refused twice.
 
         Raises:
             ModelReplyError: no valid reply, with the reason and the tokens spent.
@@ -144,9 +146,7 @@ class AgentModel:
             offered = tools if probes > 0 and self.takes_tools else ()
             call, parsed = asking.send(conversation, offered)
             if parsed is not None:
-                latency_s = time.monotonic() - asking.started
-                spent = (asking.tokens_in, asking.tokens_out)
-                return Reply(parsed, call.reply or "", *spent, latency_s, asking.attempts)
+                return asking.reply(call, parsed)
             if call.tool_calls:
                 conversation += _probed(call.tool_calls, by_name, probes)
                 probes -= len(call.tool_calls)
@@ -154,6 +154,9 @@ class AgentModel:
                     conversation.append(_no_more(schema))
                 continue
             if repaired:
+                if rescue is not None:
+                    with suppress(ModelReplyError):
+                        return asking.reply(call, rescue(call.reply or ""))
                 asking.fail(f"{self.name} gave no valid reply in two tries: {call.error}")
             repaired = True
             conversation += _repair(call.reply or "", call.error or "", schema)
@@ -206,6 +209,11 @@ class _Asking(Generic[R]):
                 if call.shape != TOOLS:
                     self.model.shape = call.shape
                 return call, parsed
+
+    def reply(self, call: Call, parsed: R) -> Reply[R]:
+        latency_s = time.monotonic() - self.started
+        spent = (self.tokens_in, self.tokens_out)
+        return Reply(parsed, call.reply or "", *spent, latency_s, self.attempts)
 
     def fail(self, why: str) -> NoReturn:
         # Not chained: the client's exceptions carry request headers, and so the key.

@@ -43,6 +43,14 @@ def parse(text: str, view: HistoryView) -> ProposerReply:
     return parse_reply(text, ProposerReply, view.bounds)
 
 
+def rescue(text: str, view: HistoryView) -> ProposerReply:
+    """The genomes of a reply whose structural move cannot be made.
+
+    Raises ModelReplyError.
+    """
+    return parse_reply(text, ProposerReply, view.bounds, without=("structural_move",))
+
+
 def by_model(reply: ProposerReply, guidance: Guidance) -> Guidance:
     return replace(
         guidance,

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -279,7 +279,6 @@ def json_schema(reply: type[_Reply], bounds: Bounds) -> dict[str, Any]:
     }
     text = {"type": "string"}
     score = {"type": ["number", "null"]}
-    change = {"type": "string", "enum": [*get_args(ProposedMove.model_fields["change"].annotation)]}
     properties: dict[type[_Reply], dict[str, Any]] = {
         ProposerReply: {
             "thought": text,
@@ -290,7 +289,7 @@ def json_schema(reply: type[_Reply], bounds: Bounds) -> dict[str, Any]:
                 "maxItems": MAX_CANDIDATES,
             },
             "expected_score": score,
-            "structural_move": _closed({"change": change, "value": text, "why": text}),
+            "structural_move": {"anyOf": [*_possible_moves(bounds)]},
         },
         CriticReply: {"summary": text, "findings": {"type": "array", "items": text}},
         ControllerReply: {
@@ -305,6 +304,24 @@ def json_schema(reply: type[_Reply], bounds: Bounds) -> dict[str, Any]:
     return {"title": reply.__name__} | _closed(properties[reply])
 
 
+def _possible_moves(bounds: Bounds) -> Iterator[dict[str, Any]]:
+    """A schema a change with its possible values: a small model takes what it is offered."""
+    steps = ["0", *(str(n) for n in range(1, bounds.layers + 1) if bounds.layers % n == 0)]
+    values: dict[str, Sequence[str]] = {
+        "none": [""],
+        "method": bounds.methods,
+        "granularity": steps,
+        "drop_model": bounds.models,
+    }
+    for change in get_args(ProposedMove.model_fields["change"].annotation):
+        value: dict[str, Any] = {"type": "string"}
+        if change in values:
+            value["enum"] = [*values[change]]
+        if value.get("enum", True):
+            one = {"type": "string", "enum": [change]}
+            yield _closed({"change": one, "value": value, "why": {"type": "string"}})
+
+
 def _closed(properties: dict[str, Any]) -> dict[str, Any]:
     """An object with exactly these properties."""
     return {
@@ -315,12 +332,15 @@ def _closed(properties: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def parse_reply(text: str, reply: type[R], bounds: Bounds) -> R:
+def parse_reply(text: str, reply: type[R], bounds: Bounds, without: Sequence[str] = ()) -> R:
     """The reply in a model's text: bare, fenced, after a <think> block, or amid prose.
+
+    without: fields that are left at their defaults, whatever the text says of them.
 
     Raises ModelReplyError with one sentence that can be shown to the model.
     """
     found = _find_object(text, set(reply.model_fields))
+    found = {name: value for name, value in found.items() if name not in without}
     try:
         return reply.model_validate(found, context=bounds)
     except ValidationError as error:

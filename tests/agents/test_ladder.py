@@ -10,7 +10,14 @@ import pytest
 from agentmerge.agents.forecasts import Forecast, Track, forecasts, track
 from agentmerge.agents.history import variables
 from agentmerge.agents.ladder import release
-from agentmerge.agents.schemas import Bounds, Guidance, ProposerReply, StructuralMove, parse_reply
+from agentmerge.agents.schemas import (
+    Bounds,
+    Guidance,
+    ProposerReply,
+    StructuralMove,
+    json_schema,
+    parse_reply,
+)
 from agentmerge.errors import ModelReplyError
 
 
@@ -131,6 +138,24 @@ def test_a_possible_move_is_read(change: str, value: str) -> None:
 def test_an_impossible_move_is_refused_with_the_reason(change, value, says) -> None:
     with pytest.raises(ModelReplyError, match=says):
         parse_reply(reply(change, value), ProposerReply, BOUNDS)
+
+
+def test_the_schema_offers_the_moves_that_are_possible() -> None:
+    moves = json_schema(ProposerReply, BOUNDS)["properties"]["structural_move"]["anyOf"]
+    offered = {
+        move["properties"]["change"]["enum"][0]: move["properties"]["value"].get("enum")
+        for move in moves
+    }
+    assert offered == {
+        "none": [""],
+        "method": ["linear", "ties"],
+        "granularity": ["0", "1", "2", "3", "4", "6", "12"],
+        "filters": None,
+        "drop_model": ["north", "south"],
+    }
+    for change, values in offered.items():
+        for value in values or ["mlp"]:
+            assert parse_reply(reply(change, value), ProposerReply, BOUNDS).structural_move
 
 
 def test_moves_and_forecasts_reach_the_guidance() -> None:

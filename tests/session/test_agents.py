@@ -71,6 +71,12 @@ def test_what_the_models_are_told(tmp_path: Path) -> None:
             for r in server.requests
             if role in r.body["messages"][0]["content"]
         ]
+        instructions = {
+            r.body["messages"][0]["content"]
+            for r in server.requests
+            if role in r.body["messages"][0]["content"]
+        }
+        assert len(instructions) == 1, "what does not change comes first: servers cache it"
         for word in ("north", "south", "task_arithmetic", "weight 0.5", "layers 0-1"):
             assert word in prompts[-1]
         assert max(map(len, prompts)) < 2 * min(map(len, prompts)), "the history is not bounded"

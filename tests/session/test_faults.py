@@ -14,6 +14,7 @@ import pytest
 from agentmerge import session
 from agentmerge.agents.testing import Fault, ScriptedServer, ToolCalls
 from agentmerge.ledger import Ledger
+from agentmerge.replay import replay
 from agentmerge.report.summary import run_summary
 from tests.session.conftest import config
 from tests.session.test_agents import DIMENSIONS, adviser
@@ -177,6 +178,24 @@ def test_a_strange_reply_is_still_of_use(tmp_path: Path, monkeypatch, reply) -> 
     assert proposed["failure"] == ""
     assert len(proposed["guidance"]["mean"]) == DIMENSIONS
     assert summary["agents"]["tokens_in"] > 0
+
+
+def test_a_move_that_cannot_be_made_costs_a_repair_and_not_the_advice(
+    tmp_path: Path, monkeypatch
+) -> None:
+    stubborn = proposing(structural_move={"change": "drop_model", "value": "", "why": "idle"})
+
+    def answer(body: dict):
+        return stubborn if role_of(body) == "proposer" else adviser(body)
+
+    _, advice, _ = searched(tmp_path, monkeypatch, answer)
+    proposed = next(word for word in advice if word["role"] == "proposer")
+    assert proposed["failure"] == ""
+    assert proposed["guidance"]["mean"] == [0.5] * DIMENSIONS
+    assert proposed["guidance"]["structural_move"] is None
+    endings = [e["ending"] for e in calls_logged(tmp_path) if e["role"] == "proposer"]
+    assert endings == ["refused", "refused"]
+    assert replay("a", runs_dir=tmp_path).identical
 
 
 def test_a_reply_that_gets_better_is_used(tmp_path: Path, monkeypatch) -> None:

@@ -67,6 +67,23 @@ def test_other_prompts_say_where_they_differ(kept: Path, tmp_path: Path, capsys)
     assert "differs from generation 1 on: the critic of generation 0" in capsys.readouterr().out
 
 
+def test_it_asks_with_the_prompts_of_the_time(tmp_path: Path, monkeypatch) -> None:
+    prompts = tmp_path / "mine"
+    prompts.mkdir()
+    (prompts / "critic.md").write_text("You judge, briefly.\n---\n{{history}}")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
+    with ScriptedServer(adviser) as server:
+        sections = advised(server, agents={"prompts": str(prompts)})
+        session.run(config(**sections), name="a", runs_dir=tmp_path)
+    (prompts / "critic.md").unlink()
+    prompts.rmdir()
+    assert replay("a", runs_dir=tmp_path).identical
+    prompts.mkdir()
+    (prompts / "proposer.md").write_text("You propose. {{history}} {{axes}} {{dimensions}}")
+    found = replay("a", runs_dir=tmp_path, prompts=prompts)
+    assert found.stopped == "the proposer of generation 0 would be asked something new"
+
+
 @pytest.mark.parametrize("budget", [{"max_tokens": 16_000}, {"max_items": 2000}], ids=str)
 def test_a_search_that_a_limit_ended(tmp_path: Path, monkeypatch, budget) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
