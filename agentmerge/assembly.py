@@ -27,6 +27,8 @@ from agentmerge.structure import STRUCTURE
 
 LEDGER = "agentmerge.sqlite"
 CHECKPOINTS = "checkpoints.sqlite"
+#: The algorithm of a run that tools made: there is no search behind it.
+TOOLS = "tools"
 #: Options that ``resume`` may raise; anything else is another search: ``branch``.
 RESUMABLE = (
     "budget.max_evaluations",

@@ -19,7 +19,7 @@ from typing import Any
 
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompt, Prompts, load_prompts
-from agentmerge.assembly import LEDGER, assembled, changed_facts, existing_runs, load_graph
+from agentmerge.assembly import LEDGER, TOOLS, assembled, changed_facts, existing_runs, load_graph
 from agentmerge.check import Prepared, prepare
 from agentmerge.config import ROLES, Role, SearchConfig
 from agentmerge.context import Context, at_hand
@@ -31,8 +31,6 @@ from agentmerge.report.summary import trace
 from agentmerge.state import GRAPH_VERSION, SearchState
 from agentmerge.steps import Outcome, Search
 from agentmerge.workers.base import EngineInfo, Fingerprint, Gradient, ItemRef, ItemResult, Loss
-
-TOOLS = "tools"
 
 
 @dataclass(frozen=True, slots=True)

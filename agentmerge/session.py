@@ -225,6 +225,7 @@ def _drive(
                 "run": row.name,
                 "status": row.status,
                 "advisers": advisers,
+                "heeded": bool(getattr(search.strategy, "heeds_advice", False)),
                 "memory": prepared.memory.compromise if prepared.memory else "",
             }
         )

@@ -17,7 +17,7 @@ from typing import Self
 
 from langchain_core.tools import BaseTool
 
-from agentmerge.assembly import CHECKPOINTS, LEDGER, assembled, changed_facts, new_row
+from agentmerge.assembly import CHECKPOINTS, LEDGER, TOOLS, assembled, changed_facts, new_row
 from agentmerge.check import anchored, prepare
 from agentmerge.config import SearchConfig
 from agentmerge.errors import NotFound, UserError
@@ -70,11 +70,15 @@ class MergeToolkit:
             config = SearchConfig.from_file(Path(config))
         prepared = prepare(anchored(config), allow_benchmarks=allow_benchmarks or row is not None)
         if row is None:
-            row = replace(new_row(ledger, prepared, name), algorithm="tools")
+            row = replace(new_row(ledger, prepared, name), algorithm=TOOLS)
             ledger.add_run(row)
         changes = changed_facts(row.facts, prepared.facts())
         if changes:
-            raise UserError(f"{'; '.join(changes)} since {name!r} began; choose another name")
+            more = f" and {len(changes) - 1} more such" if len(changes) > 1 else ""
+            raise UserError(
+                f"run {name!r} is another config's, or that changed since ({changes[0]}{more}); "
+                "choose another name"
+            )
         checkpoints = runs_dir / CHECKPOINTS
         self._stack.enter_context(Lease.acquire(checkpoints, row.id, name=row.name))
         (runs_dir / row.name).mkdir(parents=True, exist_ok=True)
@@ -83,7 +87,11 @@ class MergeToolkit:
         self._stack.callback(self._ended, ledger, row)
 
     def _ended(self, ledger: Ledger, row: RunRow) -> None:
-        ledger.update_run(row.id, status="done", stop_reason="closed")
+        """Done, as tools have no end of their own; but a search stands where it stood."""
+        ended = {"status": "done", "stop_reason": "closed"}
+        if row.algorithm != TOOLS or row.status not in ("new", "running"):
+            ended = {"status": row.status, "stop_reason": row.stop_reason}
+        ledger.update_run(row.id, **ended)
 
     def get_tools(self) -> list[BaseTool]:
         """merge_and_evaluate, list_candidates, compare and inspect_parents, each also async."""

@@ -74,7 +74,7 @@ def resolve_model(
         fault = f"its package is not installed: {error}{remedy}"
     except Exception as error:
         fault = str(error)
-    raise UserError(f"cannot use {spec!r} as a model: {redact(fault)}")
+    raise UserError(f"cannot use {spec!r} as a model: {' '.join(redact(fault).split())}")
 
 
 def split_spec(spec: str, base_url: str | None) -> tuple[str, str, str | None]:

@@ -34,6 +34,11 @@ class Progress:
                 else f"{event['run']}: no language model advises (--llm none); the agents work "
                 "by rules, on statistics of the history"
             )
+            if advisers and not event.get("heeded", True):
+                self.say(
+                    "  note: this algorithm does not use advice: the models explain the search and "
+                    "cost what they cost; auto and llm_evo use it"
+                )
             if event["memory"]:
                 self.say(f"  {event['memory']}")
         elif kind == "candidate":

@@ -47,6 +47,7 @@ LEAST_ADVICE, MOST_ADVICE = 0.1, 0.3
 
 class Auto:
     name = "auto"
+    heeds_advice = True
     uses_items = True
 
     def __init__(self, gradients_from: int | None = GRADIENTS_FROM) -> None:

@@ -142,7 +142,8 @@ class Observation:
 
 
 class Strategy(Protocol):
-    """One that also has ``uses_items = True`` is told each observation with its evidence."""
+    """One that also has ``uses_items = True`` is told each observation with its evidence; one that
+    reads guidance has ``heeds_advice = True``, so that nobody pays unawares for words unheard."""
 
     name: str
 

@@ -31,6 +31,7 @@ SIGMA_LOW, SIGMA_HIGH = 0.05, 0.2
 
 class LlmEvo:
     name = "llm_evo"
+    heeds_advice = True
 
     def propose(
         self,

@@ -11,6 +11,7 @@ import pytest
 
 from agentmerge import session
 from agentmerge.agents.testing import Fault, ScriptedServer
+from agentmerge.cli.render import Progress
 from agentmerge.ledger import Ledger
 from agentmerge.report.summary import run_summary
 from tests.session.conftest import command, config, config_text, trace_of
@@ -60,6 +61,14 @@ def test_advice_is_used_and_kept(tmp_path: Path) -> None:
     proposed = [a["guidance"]["mean"] for a in advice if a["role"] == "proposer"]
     assert all(len(mean) == DIMENSIONS for mean in proposed)
     assert "south helps" in advice[0]["guidance"]["critique"]
+
+
+@pytest.mark.parametrize(("algorithm", "says"), [("cma_es", True), ("llm_evo", False)])
+def test_words_that_nobody_hears_are_said_to_be(tmp_path, capsys, algorithm, says) -> None:
+    with ScriptedServer(adviser) as server:
+        sections = advised(server, search={"algorithm": algorithm})
+        session.run(config(**sections), name="a", runs_dir=tmp_path, emit=Progress(34))
+    assert ("does not use advice" in capsys.readouterr().err) == says
 
 
 def test_what_the_models_are_told(tmp_path: Path) -> None:

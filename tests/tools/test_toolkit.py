@@ -16,7 +16,7 @@ from langgraph.prebuilt import ToolNode
 
 from agentmerge import MergeToolkit, SearchConfig, session
 from agentmerge.agents.testing import scripted_chat_model
-from agentmerge.errors import LeaseHeld, NotFound
+from agentmerge.errors import LeaseHeld, NotFound, UserError
 from agentmerge.ledger import Ledger
 from agentmerge.report.summary import best_recipe, run_summary
 from agentmerge.session import LEDGER
@@ -194,10 +194,19 @@ def test_a_run_of_tools_goes_on_and_becomes_a_search(fake_config: str, tmp_path:
             MergeToolkit(name="t", runs_dir=tmp_path)
     with MergeToolkit(name="t", runs_dir=tmp_path) as kit:
         assert json.loads(kit.get_tools()[0].invoke({"recipe": GENOME}))["known"]
+    with Ledger(tmp_path / LEDGER) as ledger:
+        assert ledger.run("t").stop_reason == "closed"
     row = session.resume("t", runs_dir=tmp_path)
     with Ledger(tmp_path / LEDGER) as ledger:
         operators = {c.operator for c in ledger.candidates(row.id)}
     assert (row.status, row.stop_reason) == ("done", "budget")
     assert {"probe", "cma_es"} <= operators
+    with MergeToolkit(name="t", runs_dir=tmp_path) as kit:
+        assert kit.get_tools()[0].invoke({"recipe": "[1, 2, 3, 4]"})
+    other = SearchConfig.from_text(fake_config.replace("limit: 40", "limit: 20"))
+    with pytest.raises(UserError, match=r"is another config's.*choose another name"):
+        MergeToolkit(other, name="t", runs_dir=tmp_path)
+    with Ledger(tmp_path / LEDGER) as ledger:
+        assert ledger.run("t").stop_reason == "budget", "tools leave a search where it stood"
     with pytest.raises(NotFound, match="give a config"):
         MergeToolkit(name="other", runs_dir=tmp_path)

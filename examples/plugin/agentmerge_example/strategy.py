@@ -20,6 +20,7 @@ class Halfway:
     """Goes half of the way from the best to where the agents would look, with a little noise."""
 
     name = "halfway"
+    heeds_advice = True
 
     def propose(
         self,
