@@ -46,6 +46,8 @@ _MAX_PAUSE_S = 8.0
 _MAX_SHOWN = 2_000
 _MAX_TOOL_CHARS = 6_000
 _CHARS_PER_TOKEN = 4
+#: Unanswered questions in a row after which a model is spared some, and the most it is spared.
+_PATIENCE, _MOST_SPARED = 3, 24
 
 R = TypeVar("R")
 
@@ -69,6 +71,8 @@ class AgentModel:
     max_retries: further requests after a fault that may pass. All of them, pauses, tool calls and
     one repair included, take at most ``timeout_s * (max_retries + 1)``. max_tokens: of one reply.
     price: dollars a million tokens (in, out), None where unknown.
+
+    A model that left three questions in a row unanswered is spared the next three, then six, ...
     """
 
     def __init__(
@@ -91,6 +95,8 @@ class AgentModel:
         #: The rung of LADDER that the server was found to take; None until it has answered once.
         self.shape: str | None = None if chat is None or _has_shapes(chat) else "text"
         self.takes_tools = True
+        self.unanswered = 0
+        self.spared = 0
 
     @classmethod
     def from_spec(
@@ -115,6 +121,13 @@ class AgentModel:
             return "stored replies"
         named = getattr(self.chat, "model_name", None) or getattr(self.chat, "model", None)
         return str(named or self.chat._llm_type)
+
+    def answered(self, it_did: bool) -> None:
+        """A dead server must not cost every generation all of its timeouts."""
+        self.unanswered = 0 if it_did else self.unanswered + 1
+        if self.unanswered >= _PATIENCE:
+            doubled = _PATIENCE * 2 ** (self.unanswered - _PATIENCE)
+            self.spared = min(doubled, _MOST_SPARED)
 
     def ask(
         self,
@@ -190,6 +203,8 @@ class _Asking(Generic[R]):
             if stored is None:
                 call, parsed, pause_s = self._live(conversation, shape, tools)
                 self.log.keep(number, call)
+                if call.ending in ("answered", "refused"):
+                    self.model.answered(True)
             else:
                 call, parsed = stored, self._judged(stored)
             self.tokens_in += call.tokens_in
@@ -233,7 +248,12 @@ class _Asking(Generic[R]):
         """One request on the wire: (what came of it, what it was parsed to, the pause after it)."""
         model = self.model
         sent = _shaped(conversation, shape, self.schema)
+        if model.spared and self.attempts == 1:
+            model.spared -= 1
+            why = f"{model.name} was not asked: it left {model.unanswered} questions unanswered"
+            return Call(sent, "failed", shape, error=why), None, 0.0
         if self._left_s() <= 0:
+            model.answered(False)
             late = f"{model.name} took longer than {self.total_s:g} s"
             return Call(sent, "failed", shape, error=late), None, 0.0
         most_in = _most_tokens(sent, self.schema, tools)
@@ -246,6 +266,8 @@ class _Asking(Generic[R]):
             message = self._request(sent, shape, tools)
         except Exception as error:
             ending, pause_s = self._ending(shape, error)
+            if ending == "failed":
+                model.answered(False)
             why = f"{model.name} {reason(error)}"
             latency_s = time.monotonic() - began
             return Call(sent, ending, shape, error=why, latency_s=latency_s), None, pause_s

@@ -132,6 +132,20 @@ def test_faults_that_last(ask, replies, requests, reason):
         assert (error.tokens_in > 0) >= answered
 
 
+def test_a_dead_server_is_asked_ever_less_often_and_again_once_it_lives(ask):
+    alive = False
+    with ScriptedServer(lambda body: GOOD if alive else Fault("500")) as server:
+        model = ask.model(server, max_retries=1)
+        for _ in range(40):
+            failing(ask, model)
+        assert len(server.requests) == 2 * 6, "3, then one after 3, 6 and 12 that it was spared"
+        assert "was not asked: it left 6 questions unanswered" in str(failing(ask, model))
+        alive = True
+        for _ in range(model.spared):
+            failing(ask, model)
+        assert [ask(model).attempts for _ in range(4)] == [1] * 4
+
+
 def test_tokens_of_refused_replies_are_counted(ask):
     with ScriptedServer([{"answer": 42}] * 2) as server:
         error = failing(ask, ask.model(server))
