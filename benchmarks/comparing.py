@@ -6,7 +6,7 @@ p-values by Holm over the comparisons of one problem, and a bootstrap interval o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from benchmarks.running import CHECKPOINTS, best_at
 
 RESAMPLES = 2000
 Runs = Sequence[dict[str, Any]]
+Figure = Callable[[dict[str, Any]], float]
+Pairs = tuple[str, str, np.ndarray, np.ndarray, float]
 
 
 def of_arm(runs: Runs, problem: str, arm: str) -> dict[int, dict[str, Any]]:
@@ -39,36 +41,54 @@ def table(runs: Runs) -> str:
 
 
 def comparisons(runs: Runs, against: str) -> str:
-    """Every arm against one, on sealed error (1 - score): ratio, difference, interval, p."""
-    head = [
-        "problem",
-        "arm",
-        "pairs",
-        f"sealed error / {against}'s",
-        "difference",
-        "95 %",
-        "p (Holm)",
-    ]
-    rows = [head]
+    """Every arm against one, on sealed error (1 - score): ratio of medians, difference, p."""
+    head = ["problem", "arm", "pairs", f"sealed error / {against}'s", "95 %", "difference"]
+    rows = [[*head, "95 %", "p (Holm)"]]
+    for problem, arm, a, b, p in _pairs(runs, against, _sealed, _sealed):
+        low, high = median_interval(a - b)
+        least, most = ratio_interval(1 - a, 1 - b)
+        ratio = (1 - np.median(a)) / max(1 - np.median(b), 1e-9)
+        rows.append(
+            [problem, arm, str(len(a)), f"{ratio:.2f}", f"{least:.2f} to {most:.2f}",
+             f"{np.median(a - b):+.4f}", f"{low:+.4f} to {high:+.4f}", f"{p:.4f}"]
+        )  # fmt: skip
+    return _markdown(rows)
+
+
+def sooner(runs: Runs, against: str) -> str:
+    """Every arm's search score at a quarter of the budget, less one arm's at all of it."""
+    rows = [["problem", "arm", "pairs", f"@quarter - {against}'s end", "95 %", "p (Holm)"]]
+    for problem, arm, a, b, p in _pairs(runs, against, _early, _late):
+        low, high = median_interval(a - b)
+        rows.append(
+            [problem, arm, str(len(a)), f"{np.median(a - b):+.4f}",
+             f"{low:+.4f} to {high:+.4f}", f"{p:.4f}"]
+        )  # fmt: skip
+    return _markdown(rows)
+
+
+def _pairs(runs: Runs, against: str, mine: Figure, theirs: Figure) -> Iterator[Pairs]:
+    """(problem, arm, its figures, the other arm's, p by Holm over a problem's arms)."""
     for problem in dict.fromkeys(r["problem"] for r in runs):
         base = of_arm(runs, problem, against)
         found = []
         for arm in dict.fromkeys(r["arm"] for r in runs if r["problem"] == problem):
-            mine = of_arm(runs, problem, arm)
-            seeds = sorted(set(mine) & set(base))
+            own = of_arm(runs, problem, arm)
+            seeds = sorted(set(own) & set(base))
             if arm == against or len(seeds) < 2:
                 continue
-            a, b = (np.array([_sealed(x[s]) for s in seeds]) for x in (mine, base))
-            ratio = (1 - np.median(a)) / max(1 - np.median(b), 1e-9)
-            low, high = median_interval(a - b)
-            found.append((arm, len(seeds), ratio, np.median(a - b), low, high, _p(a, b)))
-        for row, p in zip(found, holm([f[-1] for f in found]), strict=True):
-            arm, pairs, ratio, difference, low, high, _ = row
-            rows.append(
-                [problem, arm, str(pairs), f"{ratio:.2f}", f"{difference:+.4f}",
-                 f"{low:+.4f} to {high:+.4f}", f"{p:.4f}"]
-            )  # fmt: skip
-    return _markdown(rows)
+            a, b = (np.array([f(x[s]) for s in seeds]) for f, x in ((mine, own), (theirs, base)))
+            found.append((arm, a, b))
+        for (arm, a, b), p in zip(found, holm([_p(a, b) for _, a, b in found]), strict=True):
+            yield problem, arm, a, b, p
+
+
+def ratio_interval(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """The bootstrap's 95 % interval of the ratio of two medians, pairs drawn together."""
+    drawn = np.random.default_rng(0).integers(len(a), size=(RESAMPLES, len(a)))
+    ratios = np.median(a[drawn], axis=1) / np.maximum(np.median(b[drawn], axis=1), 1e-9)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def median_interval(values: np.ndarray) -> tuple[float, float]:
@@ -95,6 +115,14 @@ def _p(a: np.ndarray, b: np.ndarray) -> float:
 
 def _sealed(run: dict[str, Any]) -> float:
     return float(run["answers"]["chosen"]["sealed"])
+
+
+def _early(run: dict[str, Any]) -> float:
+    return best_at(run, run["budget"] // 4)
+
+
+def _late(run: dict[str, Any]) -> float:
+    return best_at(run, run["budget"])
 
 
 def harm(runs: Runs) -> str:

@@ -98,8 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def written(runs: Sequence[dict[str, Any]], against: str, out: Path) -> str:
     """The tables as text, after they and the curves were written to ``out``."""
-    parts = [comparing.table(runs), comparing.comparisons(runs, against), comparing.harm(runs)]
-    parts.append(comparing.advice(runs))
+    compared = [f(runs, against) for f in (comparing.comparisons, comparing.sooner)]
+    parts = [comparing.table(runs), *compared, comparing.harm(runs), comparing.advice(runs)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (out / "results.md").write_text(text)
     plots.curves(runs, out)

@@ -128,19 +128,26 @@ class TinyProblem:
         known = self.evaluate(vector)
         if self.setting.method != "task_arithmetic":
             return known
+        loss, unit, _ = self.descent(vector, self._search)
+        return Outcome(known.score, known.evidence, unit, loss)
+
+    def descent(
+        self, vector: Sequence[float], rows: Rows
+    ) -> tuple[float, tuple[float, ...], np.ndarray]:
+        """(mean log(1 + exp(-margin)) of some rows, its slope in the unit box, exact matches)."""
         weights = {
             name: tensor.requires_grad_()
             for name, tensor in self._family.merge(self.space.recipe(vector))
         }
-        margins = margins_of(answer_logits(weights, self._config, self._search), self._search.gold)
-        loss = torch.nn.functional.softplus(-margins).mean()
+        logits = answer_logits(weights, self._config, rows)
+        loss = torch.nn.functional.softplus(-margins_of(logits, rows.gold)).mean()
         slopes = torch.autograd.grad(loss, list(weights.values()))
         tensors = tuple(
             self._slope(name, slope) for name, slope in zip(weights, slopes, strict=True)
         )
-        gradient = Gradient(float(loss.detach()), len(margins), tensors)
-        unit = unit_gradient(self.space, vector, gradient)
-        return Outcome(known.score, known.evidence, unit, gradient.loss)
+        gradient = Gradient(float(loss.detach()), len(rows.gold), tensors)
+        right, _ = read_answers(logits.detach(), rows.gold)
+        return gradient.loss, unit_gradient(self.space, vector, gradient), right
 
     def _slope(self, name: str, slope: torch.Tensor) -> TensorSlope:
         layer = re.search(r"layers\.(\d+)\.", name)
@@ -152,6 +159,10 @@ class TinyProblem:
         return TensorSlope(
             name, int(layer[1]) if layer else None, name == "model.norm.weight", found
         )
+
+    def sealed_rows(self) -> Rows:
+        """What ``sealed`` asks; for a look at what could be had, no search sees it."""
+        return self._sealed
 
     def sealed(self, vector: Sequence[float]) -> np.ndarray:
         values, _ = self._ask(vector, self._sealed)
