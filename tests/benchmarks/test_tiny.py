@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 
 from agentmerge.check import prepare
@@ -12,7 +13,7 @@ from agentmerge.config import SearchConfig
 from agentmerge.demo.family import Family
 from agentmerge.demo.tasks import demo_config, skill_task, write_skill_tasks, write_tasks
 from agentmerge.workers.hf import HfWorker
-from benchmarks.tiny import TINY, TinyProblem
+from benchmarks.tiny import NO_HEADROOM, TINY, TinyProblem
 
 ITEMS = 60
 
@@ -42,3 +43,16 @@ def test_it_scores_as_the_worker_does(family: Family, tmp_path: Path) -> None:
             assert [r.value for r in theirs] == evidence.values[mine].tolist()
             margins = [r.margin for r in theirs]
             np.testing.assert_allclose(margins, evidence.signals[mine], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NO_HEADROOM)
+def test_where_nothing_can_be_gained_a_cheap_rival_is_best(family: Family, name: str) -> None:
+    problem = TinyProblem(TINY[name], 0)
+    rivals = {
+        label: problem.sealed(point).sum() for _, label, point in problem.first_points() if point
+    }
+    best = "first" if "useless" in name else "uniform"
+    assert rivals[best] == max(rivals.values()) > 0.9
+    rng = np.random.default_rng(0)
+    for point in rng.random((20, problem.space.dimensions)):
+        assert problem.sealed(tuple(point)).sum() <= rivals[best]
