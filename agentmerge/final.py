@@ -18,6 +18,7 @@ import numpy as np
 from agentmerge.constraints import kept
 from agentmerge.errors import CandidateFailed
 from agentmerge.evaluation.statistics import Interval, paired_score_difference
+from agentmerge.genome import short_name
 from agentmerge.ledger import Candidate
 from agentmerge.strategies.base import rng_factory
 from agentmerge.workers.base import ItemRef, ItemResult
@@ -233,9 +234,10 @@ def _unfair(rows: Iterable[dict[str, Any]]) -> list[str]:
     """A published ten-point gain was parents' answers being cut off more often: say so."""
     found = []
     for key, what in (("truncated", "prompts cut to fit"), ("cut_off", "answers cut off")):
-        counts = {row["name"]: row[key] for row in rows}
+        counts = {short_name(row["name"]): row[key] for row in rows}
         if len(set(counts.values())) > 1:
-            each = ", ".join(f"{name} {count}" for name, count in counts.items())
+            some = [f"{name} {count}" for name, count in counts.items() if count]
+            each = ", ".join([*some, "none of the others"] if len(some) < len(counts) else some)
             found.append(f"{what} differ between the compared models ({each}); compare with care")
     return found
 

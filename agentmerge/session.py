@@ -35,6 +35,7 @@ from agentmerge.config import Role, SearchConfig
 from agentmerge.context import Context, at_hand
 from agentmerge.errors import CandidateFailed, NotBegun, RunFailed, UserError
 from agentmerge.ledger import Ledger, RunRow
+from agentmerge.ledger.store import remedy
 from agentmerge.recipe import Recipe
 from agentmerge.state import GRAPH_VERSION, SearchState
 from agentmerge.steps import Emit, Scoring
@@ -105,7 +106,8 @@ def resume(
         waiting.
 
     Raises:
-        UserError: a parent, a task or the items changed since; an answer that nothing asked for.
+        UserError: a parent, a task or the items changed since; a limit would be lowered; an answer
+            that nothing asked for.
         RunFailed: the saved state cannot be continued.
     """
     runs_dir = existing_runs(runs_dir)
@@ -117,6 +119,7 @@ def resume(
                 f"{foreign[0]} cannot change on resume; `agentmerge branch {row.name}` starts a "
                 "search with other settings from any generation"
             )
+        _raised(SearchConfig.from_text(row.config, row.name), overrides or {}, row.name)
         config = SearchConfig.from_text(row.config, row.name, overrides)
         prepared = prepare(config, allow_benchmarks=True)
         changes = changed_facts(row.facts, prepared.facts())
@@ -126,6 +129,20 @@ def resume(
                 f"compared; put it back, or `agentmerge branch {row.name}` to score the best again"
             )
         return _drive(prepared, row, runs_dir, ledger, emit, drain, models, answer)
+
+
+def _raised(config: SearchConfig, limits: Mapping[str, Any], name: str) -> None:
+    """A search that went on under lower limits than it has used could not be replayed."""
+    for key, new in limits.items():
+        section, field = key.split(".")
+        old = getattr(getattr(config, section), field)
+        if key == "budget.timeout_s" or old is None:
+            continue  # counted anew on every resume; a first limit of its kind
+        if new is not None and new < old:
+            raise UserError(
+                f"{key} of {name!r} is {old:g} and cannot become {new:g}: resume only raises "
+                f"limits; `agentmerge branch {name}` starts a search with lower ones"
+            )
 
 
 def branch(
@@ -265,10 +282,10 @@ def readable(checkpoints: Path, name: str) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise RunFailed(
-            f"{checkpoints} cannot be used: {error}; free the disk or end the other writer (or, if "
-            f"it is damaged, delete it: no result is in it), then agentmerge resume {name}"
-        ) from error
+        what_to_do = remedy(error)
+        if what_to_do.startswith("move it away"):
+            what_to_do = f"delete it (no result is in it), then agentmerge resume {name}"
+        raise RunFailed(f"{checkpoints} cannot be used: {error}; {what_to_do}") from error
 
 
 def _first_input(

@@ -60,8 +60,10 @@ def write_start(
     if len(models) + (base is not None) < 2:
         raise UserError(f"a merge needs two models, and {models or [base]} is one; name another")
     starter = None
+    made: list[Path] = []
     if not tasks:
         starter = to.parent / "tasks"
+        made = [folder for folder in (starter, *starter.parents) if not folder.exists()]
         if (starter / f"{STARTER}.yaml").exists():
             raise UserError(f"{starter / STARTER}.yaml exists; use --task {STARTER}, or move it")
         _write_starter(starter)
@@ -76,6 +78,8 @@ def write_start(
         if starter is not None:
             for path in starter.glob(f"{STARTER}.*"):
                 path.unlink()
+        for folder in made:
+            folder.rmdir()
         raise
     return Start(to, text, prepared, starter and starter / f"{STARTER}.yaml")
 

@@ -2,29 +2,37 @@
 
     python -m benchmarks.kill --kills 200 --worker fake
     python -m benchmarks.kill --kills 20 --worker hf
+    python -m benchmarks.kill --kills 20 --worker vllm --apart
+    python -m benchmarks.kill --kills 40 --small-disk
 
 One search and one branch of it run undisturbed: the reference. The same two are then run again and
 again in fresh folders, and each time the process is hit at a random moment, until it is done: by
-``kill -9``, by a disk that is full (a limit on the size of files, a little above what is there), or
-by another process that holds the database locked. Printed:
+``kill -9``, by a disk that is full (a limit on the size of files, a little above what is there;
+with ``--small-disk``, for which one must be root, a small filesystem of its own that is really
+full), or by another process that holds the database locked. Printed:
 
     lost       evaluations that were committed before a fault and are not there after it
     repeated   evaluations that were paid for again although they had been committed
     diverged   candidates, words and final cards that differ from the reference's
+    left       processes of a killed search that were still there ten seconds after it
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import resource
+import shutil
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,10 +41,13 @@ import yaml
 
 from agentmerge.ledger import Ledger
 from agentmerge.report.summary import trace
-from agentmerge.session import LEDGER
+from agentmerge.session import CHECKPOINTS, LEDGER
 
 FAULTS = ("kill", "kill", "kill", "full disk", "locked")
 AT = 2  # the generation that the branch leaves the search at
+MARK = "AGENTMERGE_KILL_BENCHMARK"  # in the environment of every process that is started here
+PATIENCE_S = 10  # that what a killed search started may take to end
+DISK_MB = 32
 
 
 @dataclass
@@ -47,11 +58,15 @@ class Tally:
     lost: int = 0
     repeated: int = 0
     diverged: int = 0
+    left: int = 0
     rounds: int = 0
 
 
-def config_of(worker: str, folder: Path) -> Path:
-    """A config whose search takes a few seconds on this worker."""
+def config_of(worker: str, apart: bool, folder: Path) -> Path:
+    """A config whose search takes a few seconds on this worker.
+
+    apart: what scores runs in processes of its own: two workers, or vLLM's engine.
+    """
     body: dict[str, Any] = {
         "genome": {
             "models": ["north", "south"],
@@ -72,6 +87,10 @@ def config_of(worker: str, folder: Path) -> Path:
         body = demo_config(family, tasks)
         body |= {"task_search_path": [str(tasks)], "limit": 40}
         body["worker"] = {"kind": worker, "batch_size": 64}
+    if apart and worker == "vllm":
+        body["worker"]["options"] = {"engine_process": True}
+    elif apart:
+        body["worker"]["count"] = 2
     body["search"] = {"algorithm": "cma_es", "seed": 7, "population": 5}
     body["budget"] = {"max_evaluations": 40 if worker == "fake" else 24}
     path = folder / "config.yml"
@@ -92,7 +111,31 @@ def start(runs: Path, *arguments: str, limit: int | None = None) -> subprocess.P
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=limited,
+        env=os.environ | {MARK: str(os.getpid())},
     )
+
+
+def running() -> list[int]:
+    """Processes that were started here, or by those, and have not ended."""
+    mark = f"{MARK}={os.getpid()}".encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+        except OSError:
+            continue  # it ended, or is another user's
+    return found
+
+
+def left() -> int:
+    """How many are there ten seconds after their search; they are ended then."""
+    patience = time.monotonic() + PATIENCE_S
+    while (found := running()) and time.monotonic() < patience:
+        time.sleep(0.05)
+    for process in found:
+        os.kill(process, 9)
+    return len(found)
 
 
 def commands(config: Path) -> dict[str, list[str]]:
@@ -129,8 +172,40 @@ def status(runs: Path, name: str) -> str:
     return found[0] if found else "absent"
 
 
+@contextmanager
+def filled(folder: Path, free: int) -> Iterator[None]:
+    """The filesystem of ``folder`` with no more than ``free`` bytes free, for as long."""
+    filler = folder / "filler"
+    with filler.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(folder).free - free))
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+@contextmanager
+def place(small_disk: bool) -> Iterator[Path]:
+    """An empty folder; on a small filesystem of its own, if asked."""
+    with tempfile.TemporaryDirectory() as folder:
+        if small_disk:
+            size = f"size={DISK_MB}m"
+            subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], check=True)
+        try:
+            yield Path(folder)
+        finally:
+            if small_disk:
+                subprocess.run(["umount", "--lazy", folder], check=True)
+
+
 def disturbed(
-    runs: Path, name: str, begin: list[str], whole_s: float, rng: random.Random, tally: Tally
+    runs: Path,
+    name: str,
+    begin: list[str],
+    whole_s: float,
+    rng: random.Random,
+    tally: Tally,
+    small_disk: bool,
 ) -> None:
     """One fault upon one attempt at a search, and what it left."""
     before = committed(runs)
@@ -138,18 +213,23 @@ def disturbed(
     known = status(runs, name) != "absent"
     arguments = ["resume", name] if known else begin
     limit = None
+    disk: Any = nullcontext()
     if fault == "full disk":
+        room = rng.randrange(4_096, 200_000)
         sizes = [path.stat().st_size for path in runs.glob("*.sqlite*")] or [0]
-        limit = max(sizes) + rng.randrange(4_096, 200_000)
-    process = start(runs, *arguments, limit=limit)
-    moment = time.monotonic() + rng.uniform(0.2, 1.0) * whole_s
-    if fault == "full disk":
-        process.wait()
+        limit = None if small_disk else max(sizes) + room
+        disk = filled(runs.parent, room) if small_disk else disk
+    with disk:
+        process = start(runs, *arguments, limit=limit)
+        moment = time.monotonic() + rng.uniform(0.2, 1.0) * whole_s
+        if fault == "full disk":
+            process.wait()
     while process.poll() is None and time.monotonic() < moment:
         time.sleep(0.01)
     hit = process.poll() is None or (fault == "full disk" and process.returncode != 0)
-    if fault == "locked" and process.poll() is None and (runs / LEDGER).is_file():
-        other = sqlite3.connect(runs / LEDGER, isolation_level=None, timeout=10)
+    database = runs / rng.choice((LEDGER, CHECKPOINTS))
+    if fault == "locked" and process.poll() is None and database.is_file():
+        other = sqlite3.connect(database, isolation_level=None, timeout=10)
         other.execute("BEGIN IMMEDIATE")
         time.sleep(rng.uniform(0.1, 2.0))
         other.rollback()
@@ -160,6 +240,7 @@ def disturbed(
     if "Traceback" in err:
         raise SystemExit(f"a traceback after {fault}:\n{err}")
     tally.faults[fault] += hit
+    tally.left += left()
     after = committed(runs)
     tally.lost += sum(key not in after or after[key] != score for key, score in before.items())
 
@@ -195,12 +276,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200, help="faults that hit, of all kinds")
     parser.add_argument("--worker", default="fake", help="fake, hf or vllm")
+    parser.add_argument("--apart", action="store_true", help="what scores in processes of its own")
+    parser.add_argument("--small-disk", action="store_true", help="a disk that is really full")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     rng, tally = random.Random(asked.seed), Tally()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        begin = commands(config_of(asked.worker, folder))
+    with place(asked.small_disk) as folder:
+        begin = commands(config_of(asked.worker, asked.apart, folder))
         whole: dict[str, float] = {}
         for search, arguments in begin.items():
             began = time.monotonic()
@@ -213,19 +295,23 @@ def main() -> None:
             for search, arguments in begin.items():
                 while status(runs, search) != "done":
                     if tally.faults.total() < asked.kills:
-                        disturbed(runs, search, arguments, whole[search], rng, tally)
+                        disturbed(
+                            runs, search, arguments, whole[search], rng, tally, asked.small_disk
+                        )
                     else:
                         known = status(runs, search) != "absent"
                         start(runs, *(["resume", search] if known else arguments)).wait()
             tally.repeated += repeated(runs)
             tally.diverged += differences(reference, traces(runs))
             tally.rounds += 1
+            shutil.rmtree(runs)
             print(f"round {tally.rounds}: {dict(tally.faults)}", file=sys.stderr, flush=True)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.faults.items()))
     print(f"{tally.faults.total()} faults ({kinds}) on the {asked.worker} worker, "
           f"{tally.rounds} searches and branches")  # fmt: skip
-    print(f"lost {tally.lost}, repeated {tally.repeated}, diverged {tally.diverged}")
-    raise SystemExit(bool(tally.lost + tally.repeated + tally.diverged))
+    print(f"lost {tally.lost}, repeated {tally.repeated}, diverged {tally.diverged}; "
+          f"processes left {tally.left}")  # fmt: skip
+    raise SystemExit(bool(tally.lost + tally.repeated + tally.diverged + tally.left))
 
 
 if __name__ == "__main__":

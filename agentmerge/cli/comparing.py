@@ -30,11 +30,16 @@ def tree(
 
 
 def compare(
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Searches to compare.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME", help="Searches to compare.", autocompletion=options.searches
+        ),
+    ],
     runs_dir: options.RunsDir = Path("runs"),
     as_json: options.Json = False,
 ) -> int:
-    """Compare searches: scores by task, cost, recipes by layer group, configs, prompts, items."""
+    """Compare searches by scores, items, recipes, settings and cost."""
     from agentmerge.errors import UserError
     from agentmerge.report.compare import compare as compared
     from agentmerge.session import opened

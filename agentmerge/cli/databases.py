@@ -47,7 +47,7 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: options.Json = False,
 ) -> int:
-    """Remove results that no search has, and forget searches by name. Folders of runs stay."""
+    """Remove what no search has, forget searches. Folders of runs stay."""
     from agentmerge.maintenance import prune_results
 
     found = prune_results(runs_dir, forget or [], dry_run=dry_run)

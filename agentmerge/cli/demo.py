@@ -38,16 +38,17 @@ def run_demo(
 ) -> int:
     """Make the family (or take it from the cache), search it, and print the closing table."""
     from agentmerge import session
-    from agentmerge.cli.render import Progress, card_text
-    from agentmerge.cli.terminal import show_result, signals
+    from agentmerge.cli.live import progress
+    from agentmerge.cli.render import card_text
+    from agentmerge.cli.terminal import show_result, signals, speaker
     from agentmerge.config import SearchConfig
     from agentmerge.demo.family import cached_family
     from agentmerge.demo.tasks import demo_config, write_tasks
     from agentmerge.report.summary import run_summary
 
-    progress = Progress(max_evaluations, quiet)
-    progress.say(INTRO)
-    family = cached_family(SKILLS, 0, on_progress=progress.say)
+    say = speaker(quiet, as_json)
+    say(INTRO)
+    family = cached_family(SKILLS, 0, on_progress=say)
     directory = directory.absolute()
     tasks = write_tasks(directory / "tasks", SKILLS)
     body: dict[str, Any] = demo_config(family, tasks)
@@ -59,19 +60,20 @@ def run_demo(
     config_path.write_text(yaml.safe_dump(body, sort_keys=False))
     config = SearchConfig.from_file(config_path)
     drain = session.Drain()
-    signals(drain, quiet)
-    row = session.run(config, runs_dir=directory, emit=progress, drain=drain)
+    signals(drain, say)
+    with progress(config, quiet=quiet, as_json=as_json) as listener:
+        row = session.run(config, runs_dir=directory, emit=listener, drain=drain)
     with session.opened(directory) as ledger:
         summary = run_summary(ledger, row)
     if row.result is None:
-        progress.say(f"saved; go on with: agentmerge resume {row.name} --runs-dir {directory}")
+        say(f"saved; go on with: agentmerge resume {row.name} --runs-dir {directory}")
         show_result(summary, as_json, "stopped before the search was done")
         return 0
     show_result(summary, as_json, "\n" + card_text(row.result))
-    progress.say(BENCHMARK)
+    say(BENCHMARK)
     here = f"--runs-dir {_short(directory)}"
     program = _program()
-    progress.say(
+    say(
         f"\nNext:  {program} show {row.name} {here}\n"
         f"       {program} best {row.name} {here}\n"
         f"       {program} export {row.name} --to merged {here}\n"

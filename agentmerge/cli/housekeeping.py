@@ -16,8 +16,11 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: options.Json = False,
 ) -> int:
-    """Prune old checkpoints (each search keeps its latest) and remove parents that were made in
-    the cache and are not in use. Results and branches stay."""
+    """Free the disk of what no search needs.
+
+    Old checkpoints (each search keeps its latest), and parents that were made in the cache and are
+    not in use. Results and branches stay.
+    """
     from agentmerge.maintenance import discard_made_parents, prune_checkpoints
 
     report = prune_checkpoints(runs_dir, dry_run=dry_run)
@@ -41,7 +44,7 @@ def demo(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
-    """Make a small real model family on this machine and search its best merge."""
+    """Make a family of small real models here and find its best merge."""
     from agentmerge.cli.demo import run_demo
 
     return run_demo(
@@ -61,7 +64,7 @@ def doctor(
     runs_dir: options.RunsDir = Path("runs"),
     as_json: options.Json = False,
 ) -> int:
-    """Check versions, devices, memory, disk and keys, and say what to do."""
+    """Check this machine. Versions, devices, memory, disk, keys, and what to do."""
     from agentmerge.cli.forecast import memory_text
     from agentmerge.maintenance import diagnose, forecast, forecast_finding
 

@@ -22,7 +22,7 @@ def check(
     allow_benchmark_tasks: options.AllowBench = False,
     as_json: options.Json = False,
 ) -> int:
-    """Find every fault before a search starts, and show what it would do. Reads no weights."""
+    """Find every fault before a search. Shows what it would do; reads no weights."""
     from agentmerge.check import anchored, plan_of, prepare
     from agentmerge.config import SearchConfig
     from agentmerge.errors import ConfigError
@@ -87,7 +87,7 @@ def explain(
     ] = None,
     as_json: options.Json = False,
 ) -> int:
-    """Show the values that a recipe really has, layer by layer and tensor by tensor."""
+    """Show what a recipe really says. Layer by layer, tensor by tensor."""
     from agentmerge.cli.explain import explain_recipe
     from agentmerge.cli.render import table
     from agentmerge.recipe import Recipe
@@ -98,7 +98,7 @@ def explain(
 
 
 def methods(as_json: options.Json = False) -> int:
-    """List the merge methods: their parameters, ranges and defaults, who computes them, papers."""
+    """List the merge methods. Parameters, ranges, defaults, who computes them, papers."""
     from agentmerge.cli.render import methods_text
     from agentmerge.methods import METHODS
 

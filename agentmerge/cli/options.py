@@ -14,6 +14,33 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from agentmerge import plugins
+from agentmerge.errors import AgentmergeError
+
+
+def searches(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of searches, for the shell to complete; none where there is nothing to read."""
+    from agentmerge.assembly import LEDGER
+    from agentmerge.ledger import Ledger
+
+    path = Path(ctx.params.get("runs_dir") or "runs") / LEDGER
+    try:
+        with Ledger(path, read_only=True) as ledger:
+            return [row.name for row in ledger.runs() if row.name.startswith(incomplete)]
+    except AgentmergeError:
+        return []
+
+
+def _plugins(group: str) -> Callable[[str], list[str]]:
+    """Names of a group's plugins, for the shell to complete."""
+
+    def names(incomplete: str) -> list[str]:
+        return [name for name in plugins.known(group) if name.startswith(incomplete)]
+
+    return names
+
+
+Search = Annotated[str, typer.Argument(help="A search's name.", autocompletion=searches)]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Where searches and results live.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
@@ -29,7 +56,11 @@ AllowBench = Annotated[
 Wandb = Annotated[bool, typer.Option("--wandb/--no-wandb", help="The same as --tracker wandb.")]
 Trackers = Annotated[
     list[str] | None,
-    typer.Option("--tracker", help="Log to wandb, mlflow or a plugin; repeatable."),
+    typer.Option(
+        "--tracker",
+        help="Log to wandb, mlflow or a plugin; repeatable.",
+        autocompletion=_plugins("agentmerge.trackers"),
+    ),
 ]
 WandbProject = Annotated[str | None, typer.Option("--wandb-project")]
 WandbEntity = Annotated[str | None, typer.Option("--wandb-entity")]
@@ -38,11 +69,25 @@ WandbEntity = Annotated[str | None, typer.Option("--wandb-entity")]
 SETTINGS: dict[str, tuple[str, Any]] = {
     "search": (
         "search.algorithm",
-        Annotated[str | None, typer.Option("--search", help="random, cma_es or llm_evo.")],
+        Annotated[
+            str | None,
+            typer.Option(
+                "--search",
+                help="How to search: auto, unless a strategy is named (docs/search.md).",
+                autocompletion=_plugins("agentmerge.strategies"),
+            ),
+        ],
     ),
     "worker": (
         "worker.kind",
-        Annotated[str | None, typer.Option("--worker", help="hf, vllm, disk or fake.")],
+        Annotated[
+            str | None,
+            typer.Option(
+                "--worker",
+                help="hf, vllm, disk or fake.",
+                autocompletion=_plugins("agentmerge.workers"),
+            ),
+        ],
     ),
     "llm": (
         "agents.llm",

@@ -21,7 +21,7 @@ Override = Annotated[
 
 @app.command("list")
 def list_prompts(prompts: Override = None, as_json: options.Json = False) -> int:
-    """List the prompts: whose each is, its file, its hash and the variables it uses."""
+    """List the prompts. Whose each is, its file, its hash and the variables it uses."""
     from agentmerge.agents.prompts import VARIABLES, load_prompts
     from agentmerge.cli.render import table
 
@@ -56,7 +56,7 @@ def show(name: str, prompts: Override = None, as_json: options.Json = False) -> 
 
 @app.command()
 def eject(directory: Path, as_json: options.Json = False) -> int:
-    """Copy the prompts to a folder, to be changed there; files that exist are left alone."""
+    """Copy the prompts to a folder of yours. Files that exist are left alone."""
     from agentmerge.agents.prompts import eject as ejected
 
     written = [str(path) for path in ejected(directory)]
@@ -78,7 +78,7 @@ def try_prompt(
     runs_dir: options.RunsDir = Path("runs"),
     as_json: options.Json = False,
 ) -> int:
-    """Show what a model would be sent for a real search, and about how many tokens that is."""
+    """Show what a model would be sent. For a real search, and about how many tokens."""
     from agentmerge.previewing import preview
 
     found = preview(run, name, generation=generation, prompts=prompts, runs_dir=runs_dir)

@@ -8,11 +8,16 @@ from typing import Annotated
 import typer
 
 from agentmerge.cli import options
-from agentmerge.cli.terminal import show_result
+from agentmerge.cli.terminal import show_result, speaker
 
 
 def report(
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="The searches to show.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME", help="The searches to show.", autocompletion=options.searches
+        ),
+    ],
     to: Annotated[
         Path | None, typer.Option("--to", help="The file; RUNS/NAME/report.html unless given.")
     ] = None,
@@ -23,7 +28,7 @@ def report(
     runs_dir: options.RunsDir = Path("runs"),
     as_json: options.Json = False,
 ) -> int:
-    """Write searches as one HTML page that needs no network: charts, recipes, agents' words."""
+    """Write an HTML page of searches. Charts, items, agents' words; it needs no network."""
     from agentmerge.report.html import write_report
     from agentmerge.report.picture import take_picture
     from agentmerge.session import opened
@@ -36,7 +41,8 @@ def report(
     if open_:
         import webbrowser
 
-        webbrowser.open(path.absolute().as_uri())
+        if not webbrowser.open(path.absolute().as_uri()):
+            speaker(False, as_json)("no browser could be started; open the file yourself")
     shown = {"path": str(path)} | ({"png": str(png)} if png else {})
     show_result(shown, as_json, "\n".join(shown.values()))
     return 0

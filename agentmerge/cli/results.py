@@ -34,8 +34,10 @@ def list_runs(runs_dir: options.RunsDir = Path("runs"), as_json: options.Json = 
     return 0
 
 
-def show(name: str, runs_dir: options.RunsDir = Path("runs"), as_json: options.Json = False) -> int:
-    """Show a search: where it stands, its best, its parents, what the agents cost."""
+def show(
+    name: options.Search, runs_dir: options.RunsDir = Path("runs"), as_json: options.Json = False
+) -> int:
+    """Show where a search stands. Its best, its parents, what the agents cost."""
     from agentmerge.cli.render import summary_text
     from agentmerge.report.summary import run_summary
     from agentmerge.session import opened
@@ -46,7 +48,9 @@ def show(name: str, runs_dir: options.RunsDir = Path("runs"), as_json: options.J
     return 0
 
 
-def best(name: str, runs_dir: options.RunsDir = Path("runs"), as_json: options.Json = False) -> int:
+def best(
+    name: options.Search, runs_dir: options.RunsDir = Path("runs"), as_json: options.Json = False
+) -> int:
     """Print the best recipe of a search as mergekit YAML."""
     from agentmerge.report.summary import best_recipe
     from agentmerge.session import opened
@@ -58,7 +62,7 @@ def best(name: str, runs_dir: options.RunsDir = Path("runs"), as_json: options.J
 
 
 def export(
-    name: str,
+    name: options.Search,
     to: Annotated[Path, typer.Option("--to", help="Folder of the merged model.")],
     runs_dir: options.RunsDir = Path("runs"),
     with_: Annotated[
@@ -69,7 +73,7 @@ def export(
     ] = True,
     as_json: options.Json = False,
 ) -> int:
-    """Write the best merge of a search as a checkpoint that transformers loads."""
+    """Write the best merge as a model, with a model card. Plain transformers loads it."""
     from agentmerge import exporting
 
     report = exporting.export_run(name, to, runs_dir=runs_dir, engine=with_, verify=verify)
@@ -78,14 +82,14 @@ def export(
 
 
 def replay(
-    name: str,
+    name: options.Search,
     runs_dir: options.RunsDir = Path("runs"),
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="Other prompts: where would it differ?")
     ] = None,
     as_json: options.Json = False,
 ) -> int:
-    """Run a search again from its stored replies and results: no model, key or worker."""
+    """Run a search again from what is stored. No model, key or worker is needed."""
     from dataclasses import asdict
 
     from agentmerge.cli.render import replay_text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ import typer
 
 from agentmerge.cli import options
 from agentmerge.cli.legacy import Legacy, map_options, old_options
-from agentmerge.cli.terminal import failed, show_result, signals
+from agentmerge.cli.terminal import failed, show_result, signals, speaker
 
 
 class Answer(StrEnum):
@@ -44,8 +43,9 @@ def run(
 
     mapped = map_options(old)
     settings = SearchConfig.from_file(config, mapped.overrides | given)
-    for line in () if quiet else (*settings.warnings, *mapped.notices):
-        print(f"note: {line}", file=sys.stderr)
+    say = speaker(quiet, as_json)
+    for line in (*settings.warnings, *mapped.notices):
+        say(f"note: {line}")
     final_model = old.save_final_model is not False
     _check_storage(old.storage_path, final_model and settings.worker.kind == "fake")
     names = (*(tracker or ()), *(["wandb"] if wandb else []))
@@ -97,7 +97,7 @@ def _old_outputs(row: Any, runs_dir: Path, storage: Path | None, final_model: bo
 
 @options.settings(*options.LIMITS)
 def resume(
-    name: str,
+    name: options.Search,
     runs_dir: options.RunsDir = Path("runs"),
     *,
     given: dict[str, Any],
@@ -141,7 +141,7 @@ def resume(
 
 @options.settings(*options.BRANCH)
 def branch(
-    name: str,
+    name: options.Search,
     at: Annotated[int, typer.Option("--at", help="The generation to start from.")],
     new: Annotated[str | None, typer.Option("--as", help="What to call the new search.")] = None,
     runs_dir: options.RunsDir = Path("runs"),
@@ -154,7 +154,7 @@ def branch(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> int:
-    """Start a new search from a generation of another one, with any setting changed."""
+    """Leave a search at a generation, with any setting changed."""
     from agentmerge import session
     from agentmerge.cli.trackers import Tracking, tracked
     from agentmerge.config import SearchConfig
@@ -184,10 +184,10 @@ def _driven(
     from agentmerge.session import WAITING, Drain, opened
 
     drain = Drain()
-    signals(drain, quiet)
+    say = speaker(quiet, as_json)
+    signals(drain, say)
     with progress(config, quiet=quiet, as_json=as_json, past=past) as listener:
         row = start(listener, drain)
-    say = (lambda line: None) if quiet else _say
     with opened(runs_dir) as ledger:
         summary = run_summary(ledger, row)
     show_result(summary, as_json, summary_text(summary))
@@ -202,9 +202,6 @@ def _driven(
     if summary["best"] is None:
         why = next((c["failure"] for c in summary["failures"]), f"it stopped by {row.stop_reason}")
         return failed(f"nothing was scored: {why}", 1)
-    say(f"best recipe: {folder / 'best.yml'}")
+    if not as_json:
+        say(f"best recipe: {folder / 'best.yml'}")
     return 0
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

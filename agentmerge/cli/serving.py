@@ -19,7 +19,7 @@ def mcp(
     given: dict[str, Any],
     allow_benchmark_tasks: options.AllowBench = False,
 ) -> int:
-    """Serve the merging tools over the Model Context Protocol, on stdin and stdout."""
+    """Serve the merging tools over MCP, on stdin and stdout."""
     from agentmerge.config import SearchConfig
     from agentmerge.serving import serve_stdio
     from agentmerge.tools import MergeToolkit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +34,7 @@ def init(
     allow_benchmark_tasks: options.AllowBench = False,
     as_json: options.Json = False,
 ) -> int:
-    """Write a first config for these models, chosen from their headers; it passes check."""
+    """Write a first config for your models. Chosen from their headers; it passes check."""
     from agentmerge.starting import write_start
 
     paths = [str(path.absolute()) for path in task_search_path or []]
@@ -83,8 +84,9 @@ def search(
         raise NotFound(f"no task has {word!r} in its name or data set; try a shorter word")
     rows = [["name", "kind", "metrics (- lower is better)", "data"]]
     for entry in found[:most]:
-        metrics = " ".join(name if higher else f"-{name}" for name, higher in entry.metrics)
-        rows.append([entry.name, entry.kind, metrics or "-", entry.dataset or _few(entry.members)])
+        metrics = [name if higher else f"-{name}" for name, higher in entry.metrics]
+        named = _few(metrics, " ") or "-"
+        rows.append([entry.name, entry.kind, named, entry.dataset or _few(entry.members)])
     text = table(rows, numbers=False)
     if len(found) > most:
         text += f"\nand {len(found) - most} more (--most {len(found)})"
@@ -92,5 +94,5 @@ def search(
     return 0
 
 
-def _few(members: tuple[str, ...]) -> str:
-    return ", ".join(members[:3]) + (f" and {len(members) - 3} more" if len(members) > 3 else "")
+def _few(names: Sequence[str], between: str = ", ") -> str:
+    return between.join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
@@ -22,20 +23,26 @@ def failed(message: str, code: int) -> int:
     return code
 
 
-def signals(drain: Any, quiet: bool) -> None:
+def speaker(quiet: bool, as_json: bool) -> Callable[[str], None]:
+    """Says a line on stderr: nothing where quiet, an event where a program reads there."""
+
+    def say(line: str) -> None:
+        if not quiet:
+            text = json.dumps({"event": "note", "text": line}) if as_json else line
+            print(text, file=sys.stderr, flush=True)
+
+    return say
+
+
+def signals(drain: Any, say: Callable[[str], None]) -> None:
     """First Ctrl-C or TERM: finish the running evaluation and save. Second: stop at once."""
 
     def stop(number: int, frame: object) -> None:
         if drain.requested:
-            print("stopped at once; everything scored is saved", file=sys.stderr, flush=True)
+            say("stopped at once; everything scored is saved")
             os._exit(130)
         drain.request()
-        if not quiet:
-            print(
-                "finishing the running evaluation, then saving (once more: stop at once)",
-                file=sys.stderr,
-                flush=True,
-            )
+        say("finishing the running evaluation, then saving (once more: stop at once)")
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

@@ -14,14 +14,14 @@ from agentmerge.cli.terminal import show_result
 
 
 def watch(
-    name: str,
+    name: options.Search,
     runs_dir: options.RunsDir = Path("runs"),
     every: Annotated[float, typer.Option("--every", min=0.05, help="Seconds between looks.")] = 1.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print every event as a line of JSON.")
     ] = False,
 ) -> int:
-    """Follow a search that runs elsewhere, until it ends. Reads the results database only."""
+    """Follow a search that runs elsewhere. Reads the results database, until it ends."""
     from agentmerge.cli.live import JsonLines, progress
     from agentmerge.cli.render import summary_text
     from agentmerge.config import SearchConfig

@@ -79,7 +79,7 @@ def _entry(name: str, entry: Any) -> TaskEntry:
 
 def _metrics(cfg: Mapping[str, Any]) -> tuple[tuple[str, bool], ...]:
     listed = [
-        (str(found["metric"]), _higher(found))
+        (_named(found["metric"]), _higher(found))
         for found in _listed(cfg.get("metric_list"))
         if isinstance(found, dict) and isinstance(found.get("metric"), str)
     ]
@@ -90,6 +90,11 @@ def _metrics(cfg: Mapping[str, Any]) -> tuple[tuple[str, bool], ...]:
         if isinstance(found, dict) and "name" in found
     ] or ["none"]
     return tuple((f"{name},{filter_}", higher) for name, higher in named for filter_ in filters)
+
+
+def _named(metric: str) -> str:
+    """A metric's name; a function of the task's own is listed by its file, and named after it."""
+    return metric.rpartition(".")[2] if "/" in metric else metric
 
 
 def _higher(metric: Mapping[str, Any]) -> bool:

@@ -47,7 +47,9 @@ class Store:
                 with self._writing() as conn:
                     migrate(conn)
         except (sqlite3.Error, OSError) as error:
-            raise LedgerError(f"results database {self.path} cannot be opened: {error}") from error
+            raise LedgerError(
+                f"results database {self.path} cannot be opened: {error}; {remedy(error)}"
+            ) from error
 
     def _connect(self, query: str) -> sqlite3.Connection:
         return sqlite3.connect(
@@ -89,8 +91,7 @@ class Store:
                 if self._conn.in_transaction:
                     self._conn.rollback()
                 raise LedgerError(
-                    f"results database {self.path} cannot be written: {error}; free the disk or "
-                    "end the other writer, then resume"
+                    f"results database {self.path} cannot be written: {error}; {remedy(error)}"
                 ) from error
 
     def _rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
@@ -99,7 +100,7 @@ class Store:
                 return self._conn.execute(sql, values).fetchall()
             except sqlite3.Error as error:
                 raise LedgerError(
-                    f"results database {self.path} cannot be read: {error}"
+                    f"results database {self.path} cannot be read: {error}; {remedy(error)}"
                 ) from error
 
     def records(self, sql: str, *values: Any) -> list[dict[str, Any]]:
@@ -111,7 +112,7 @@ class Store:
                 return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
             except sqlite3.Error as error:
                 raise LedgerError(
-                    f"results database {self.path} cannot be read: {error}"
+                    f"results database {self.path} cannot be read: {error}; {remedy(error)}"
                 ) from error
 
     def shrink(self) -> None:
@@ -125,6 +126,18 @@ class Store:
                     f"results database {self.path} cannot be made smaller: {error}; what was "
                     "removed is removed, and its pages will be used again"
                 ) from error
+
+
+def remedy(error: Exception) -> str:
+    """What to do about a database that cannot be used."""
+    name = getattr(error, "sqlite_errorname", "")
+    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        return "move it away, or save what is left of it with the .recover command of sqlite3"
+    if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
+        return "make its folder writable, or name another with --runs-dir"
+    if isinstance(error, OSError):
+        return "name another folder with --runs-dir"
+    return "free the disk or end the other writer, then resume"
 
 
 def intern(conn: sqlite3.Connection, table: str, key: str, body: Mapping[str, Any]) -> int:

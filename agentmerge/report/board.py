@@ -20,6 +20,7 @@ from agentmerge.structure import STRUCTURE
 Event = Mapping[str, Any]
 
 #: Which agent speaks after which, for the name of the phase.
+_FINISH = "choosing the answer, and asking it the sealed items"
 _NEXT = {"critic": "controller", "controller": "proposer", "proposer": "next generation"}
 
 
@@ -78,7 +79,7 @@ class Board:
     def seconds_left(self) -> float | None:
         """What the rest of the budget takes at the pace so far; None before anything was paid."""
         left = self.config.budget.max_evaluations - self.evaluations
-        if not self.paid or self.reason:
+        if not self.paid or self.reason or self.phase == _FINISH:
             return None
         pace = (time.monotonic() - self.began) / self.paid * left
         if self.config.budget.timeout_s is None:
@@ -119,7 +120,8 @@ class Board:
         self.evaluations = event["evaluations"]
         if event["best"] is not None:
             self.trail.append(event["best"])
-        self.phase, self.current = "critic", ""
+        spent = self.evaluations >= self.config.budget.max_evaluations
+        self.phase, self.current = _FINISH if spent else "critic", ""
 
     def _advice(self, event: Event) -> None:
         self.phase = _NEXT.get(event["role"], "advice")
@@ -130,6 +132,9 @@ class Board:
     def _call(self, event: Event) -> None:
         self.tokens += sum(event["tokens"])
         self.cost_usd += event["cost_usd"] or 0.0
+
+    def _finish(self, event: Event) -> None:
+        self.phase, self.current = _FINISH, ""
 
     def _done(self, event: Event) -> None:
         self.phase, self.current, self.reason = "done", "", event["reason"]
@@ -142,6 +147,7 @@ _FOLDS = {
     "generation": Board._generation,
     "advice": Board._advice,
     "call": Board._call,
+    "finish": Board._finish,
     "done": Board._done,
 }
 

@@ -29,6 +29,8 @@ def write_report(ledger: Ledger, names: Sequence[str], to: Path) -> Path:
     """
     rows = [ledger.run(name) for name in dict.fromkeys(names)]
     text = page([content(ledger, row) for row in rows])
+    if to.is_dir():
+        raise UserError(f"report {to} cannot be written: it is a directory; name a file")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         draft = to.with_name(f"{to.name}.tmp")

@@ -5,10 +5,12 @@ much memory may it take. For ``check``, ``doctor`` and the engine itself; starts
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -189,6 +191,17 @@ def installed() -> tuple[str, str] | None:
     return None
 
 
+@contextmanager
+def _no_log() -> Iterator[None]:
+    """vLLM sets up loggers of its own as it is imported, and says what it has no use for."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def findings() -> list[dict[str, Any]]:
     """For ``doctor``: {what, ok, detail, remedy}. Imports vLLM where it is installed."""
     found = installed()
@@ -200,7 +213,7 @@ def findings() -> list[dict[str, Any]]:
     if not faults:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _no_log():
                 warnings.simplefilter("ignore")
                 importlib.import_module("vllm")
                 moved = _moved()

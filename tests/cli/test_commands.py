@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
-from agentmerge.cli.app import run_app
+from agentmerge.cli.app import app, run_app
 from tests.session.conftest import config_text
 
 SMALL = {"budget": {"max_evaluations": 14}}
@@ -92,6 +94,50 @@ def test_every_command_has_json(
     assert json.loads(out) is not None
 
 
+def every_command() -> dict[str, Any]:
+    """ "ledger prune" -> the command, of all that there are."""
+    found: dict[str, Any] = {}
+    waiting = [("", typer.main.get_command(app))]
+    for name, command in waiting:
+        groups = getattr(command, "commands", {})
+        waiting += [(f"{name} {word}".strip(), each) for word, each in groups.items()]
+        if not groups:
+            found[name] = command
+    return found
+
+
+def test_what_prints_a_result_prints_it_as_json() -> None:
+    speaks_a_protocol = {"mcp"}
+    lacking = {
+        name
+        for name, command in every_command().items()
+        if not any("--json" in getattr(parameter, "opts", ()) for parameter in command.params)
+    }
+    assert lacking == speaks_a_protocol
+
+
+def test_the_list_of_commands_cuts_no_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for group in ([], ["ledger"], ["prompts"], ["tasks"]):
+        _, out, _ = call(capsys, *group, "--help")
+        assert "..." not in out.split("Commands:")[1]
+
+
+def test_a_program_reads_nothing_but_events_on_stderr(
+    config_file: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--runs-dir", runs, "--json", "--merge-cuda"]  # an option with a notice
+    code, out, err = call(capsys, "run", config_file, *options)
+    assert code == 0
+    events = [json.loads(line) for line in err.splitlines()]
+    assert {"start", "candidate", "generation", "finish", "done", "note"} <= {
+        event["event"] for event in events
+    }
+    assert json.loads(out)["status"] == "done"
+
+
 def test_evaluate_and_explain_the_best(
     config_file: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +179,9 @@ def test_evaluate_and_explain_the_best(
         (["export", "a", "--to", "x", "--with", "magic"], "agentmerge or mergekit"),
         (["export", "a", "--to", "x"], "no model to export"),
         (["resume", "b"], "no run called 'b'"),
+        (["resume", "a", "--max-evaluations", "13"], "is 14 and cannot become 13"),
+        (["report", "a", "--to", "."], "it is a directory"),
+        (["run", "{config}", "--llm", "nobody:x"], "cannot use 'nobody:x' as a model: Unsupported"),
         (["best", "a", "--bogus"], "No such option"),
     ],
 )
@@ -151,6 +200,8 @@ def test_a_mistake_is_one_red_sentence_and_code_two(
     code, _, err = call(capsys, *filled, *(["--runs-dir", done] if known else []))
     assert code == 2
     assert message in err
+    assert all(line.startswith("error: ") for line in err.splitlines())
+    assert not any(line == "error: " for line in err.splitlines())
     assert "sk-canary" not in err
     names = {
         row["name"] for row in json.loads(call(capsys, "list", "--runs-dir", done, "--json")[1])
@@ -168,6 +219,16 @@ def test_a_failed_run_is_code_one(
     code, _, err = call(capsys, "run", config_file, "--runs-dir", runs)
     assert code == 1
     assert "cannot be opened" in err
+    assert "move it away" in err
+
+
+def test_a_browser_that_is_not_there_is_said(
+    done: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("webbrowser.open", lambda url: False)
+    code, out, err = call(capsys, "report", "a", "--open", "--runs-dir", done)
+    assert (code, out.strip()) == (0, str(done / "a" / "report.html"))
+    assert "open the file yourself" in err
 
 
 def test_nothing_there_yet(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

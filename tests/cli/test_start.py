@@ -15,6 +15,8 @@ from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
 from agentmerge.demo.family import Family
 from agentmerge.demo.tasks import skill_task, write_tasks
+from agentmerge.ledger import Ledger, RunRow
+from agentmerge.session import LEDGER
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def test_a_mistake_writes_nothing(
     assert run_app(filled) == 2
     assert message in capsys.readouterr().err
     assert not (here / "config.yml").exists()
-    assert not list(here.rglob("my_first_task*"))
+    assert [path.name for path in here.iterdir()] == ["there.yml"]
     assert (here / "there.yml").read_text() == "mine"
 
 
@@ -104,6 +106,13 @@ def test_tasks_search_names_tasks_and_metrics(capsys: pytest.CaptureFixture[str]
         line for line in capsys.readouterr().out.splitlines() if line.startswith("wikitext ")
     )
     assert "-word_perplexity,none" in line, "lower is better"
+    assert run_app(["tasks", "search", "mbpp"]) == 0
+    names = [
+        line.split()[0] for line in capsys.readouterr().out.splitlines() if "pass_at_1" in line
+    ]
+    assert "mbpp" in names, "a metric that is the task's own function has the function's name"
+    assert run_app(["tasks", "search", "bbq"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 200
     assert run_app(["tasks", "search", "no such word anywhere"]) == 2
     assert "no task has" in capsys.readouterr().err
 
@@ -114,9 +123,18 @@ def test_tasks_search_names_tasks_and_metrics(capsys: pytest.CaptureFixture[str]
         ("agentmerge comp", "compare"),
         ("agentmerge ledger pr", "prune"),
         ("agentmerge tas", "tasks"),
+        ("agentmerge show fi", "first"),
+        ("agentmerge compare first s", "second"),
+        ("agentmerge run --worker f", "fake"),
+        ("agentmerge branch first --search mar", "margins"),
     ],
 )
-def test_the_shell_completes_commands(typed: str, expected: str) -> None:
+def test_the_shell_completes_commands_and_names(here: Path, typed: str, expected: str) -> None:
+    with Ledger(here / "runs" / LEDGER) as ledger:
+        for name in ("first", "second"):
+            ledger.add_run(
+                RunRow(name, name, 1.0, "new", "", "", "s", 0, "x", None, None, {}, None)
+            )
     words = typed.split()
     environment = {
         "_AGENTMERGE_COMPLETE": "complete_bash",
@@ -125,6 +143,7 @@ def test_the_shell_completes_commands(typed: str, expected: str) -> None:
     }
     done = subprocess.run(
         [sys.executable, "-m", "agentmerge"],
+        cwd=here,
         env=os.environ | environment,
         capture_output=True,
         text=True,
