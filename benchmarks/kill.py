@@ -45,7 +45,6 @@ from agentmerge.session import CHECKPOINTS, LEDGER
 
 FAULTS = ("kill", "kill", "kill", "full disk", "locked")
 AT = 2  # the generation that the branch leaves the search at
-MARK = "AGENTMERGE_KILL_BENCHMARK"  # in the environment of every process that is started here
 PATIENCE_S = 10  # that what a killed search started may take to end
 DISK_MB = 32
 
@@ -111,27 +110,27 @@ def start(runs: Path, *arguments: str, limit: int | None = None) -> subprocess.P
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=limited,
-        env=os.environ | {MARK: str(os.getpid())},
+        start_new_session=True,
     )
 
 
-def running() -> list[int]:
-    """Processes that were started here, or by those, and have not ended."""
-    mark = f"{MARK}={os.getpid()}".encode()
+def running(search: int) -> list[int]:
+    """Processes of the session that a search began, which have not ended."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if mark in (process / "environ").read_bytes().split(b"\0"):
-                found.append(int(process.name))
+            state, *rest = (process / "stat").read_text().rpartition(")")[2].split()
         except OSError:
-            continue  # it ended, or is another user's
+            continue  # it ended meanwhile
+        if int(rest[2]) == search and state != "Z":
+            found.append(int(process.name))
     return found
 
 
-def left() -> int:
+def left(search: int) -> int:
     """How many are there ten seconds after their search; they are ended then."""
     patience = time.monotonic() + PATIENCE_S
-    while (found := running()) and time.monotonic() < patience:
+    while (found := running(search)) and time.monotonic() < patience:
         time.sleep(0.05)
     for process in found:
         os.kill(process, 9)
@@ -240,7 +239,7 @@ def disturbed(
     if "Traceback" in err:
         raise SystemExit(f"a traceback after {fault}:\n{err}")
     tally.faults[fault] += hit
-    tally.left += left()
+    tally.left += left(process.pid)
     after = committed(runs)
     tally.lost += sum(key not in after or after[key] != score for key, score in before.items())
 

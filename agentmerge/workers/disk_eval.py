@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from agentmerge.workers.processes import end_with
+
 
 def evaluate(task: dict[str, Any]) -> Any:
     import torch
@@ -72,6 +74,7 @@ def _by_vllm(spec: Any, task: dict[str, Any]) -> Any:
 
 
 def main() -> None:
+    end_with(os.getppid())
     task = pickle.loads(sys.stdin.buffer.read())
     answer: Path = task["answer"]
     scratch = answer.with_suffix(".part")

@@ -33,6 +33,7 @@ from agentmerge.workers.base import (
     Worker,
     WorkerSpec,
 )
+from agentmerge.workers.processes import end_with
 
 if TYPE_CHECKING:
     from agentmerge.evaluation.tasks import TaskSet
@@ -281,6 +282,7 @@ def _serve(pipe: Any, spec: WorkerSpec, make: Make | None, count: int) -> None:
 
     count: how many such processes share the machine's cores.
     """
+    end_with(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C drains the search, not its workers
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     try:

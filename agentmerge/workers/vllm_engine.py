@@ -323,8 +323,9 @@ def _started(spec: WorkerSpec) -> Iterator[None]:
     ranks = int((spec.options.get("engine_args") or {}).get("tensor_parallel_size", 1))
     if spec.device == "cpu" and ranks > 1:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores(ranks))
-    from agentmerge.workers.vllm_extension import keep_in_place
+    from agentmerge.workers.vllm_extension import SEARCH, keep_in_place
 
+    os.environ[SEARCH] = str(os.getpid())
     keep_in_place(in_place)  # it may have been imported before
     _hide_from_inspection()
     set_threads, preload = torch.set_num_threads, os.environ.get("LD_PRELOAD")
@@ -332,6 +333,7 @@ def _started(spec: WorkerSpec) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads = set_threads
+        os.environ.pop(SEARCH, None)
         if preload is None:  # meant for the engine's own processes
             os.environ.pop("LD_PRELOAD", None)
         else:

@@ -6,7 +6,7 @@ comes back. A failure is a report too, since exceptions lose their type on the w
 with the model is ``vllm_live.py``.
 
 Importing this also decides how vLLM's CPU build keeps its weights, so that the GPU's way works and
-is tested where there is no GPU.
+is tested where there is no GPU; and that an engine's process ends with the search that started it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from typing import Any
 
 from agentmerge.errors import AgentmergeError
 from agentmerge.merging.digests import digest
+from agentmerge.workers.processes import end_with
 from agentmerge.workers.vllm_live import LiveModel
 
 #: Set to 0 to let vLLM's CPU build pack its weights, as it does by itself.
 IN_PLACE = "AGENTMERGE_VLLM_IN_PLACE"
+
+#: The search's process id, while the processes of its engine start.
+SEARCH = "AGENTMERGE_SEARCH_PROCESS"
 
 _own: dict[str, Any] = {}
 
@@ -46,6 +50,16 @@ def keep_in_place(wanted: bool) -> None:
 
 
 keep_in_place(os.environ.get(IN_PLACE, "1") != "0")
+
+
+def _end_with_search() -> None:
+    search = os.environ.get(SEARCH, "")
+    if search not in ("", str(os.getpid())):
+        end_with(int(search))
+
+
+_end_with_search()  # a spawned process imports this anew
+os.register_at_fork(after_in_child=_end_with_search)  # a forked one has it already
 
 
 class MergeExtension:
