@@ -90,7 +90,9 @@ def test_a_whole_old_command_line_works(
     assert (kept["worker"]["batch_size"], kept["worker"]["trust_remote_code"]) == (3, True)
     assert kept["agents"]["max_retries"] == 1
     assert kept["task_search_path"] == [str(tmp_path), str(tmp_path / "x")]
-    notices = [line for line in err.splitlines() if line.startswith("note: ")]
+    events = [json.loads(line) for line in err.splitlines()]
+    notices = [event["text"] for event in events if event["event"] == "note"]
+    assert all(notice.startswith("note: ") for notice in notices)
     for name in ("--strategy serial", "--num-gpus 2", "--merge-cuda", "--reshard",
                  "--allow-crimes"):  # fmt: skip
         assert sum(name in line for line in notices) == 1, name
