@@ -1,6 +1,7 @@
 """What a candidate costs: merged and scored in a live vLLM engine, or on disk by a fresh lm-eval.
 
-    python -m benchmarks.evaluate [--config FILE] [--candidates 8] [--fresh 2] [--json FILE]
+    python -m benchmarks.evaluate [--config FILE] [--candidates 8] [--fresh 2] [--repeats 3]
+        [--json FILE]
 
 Without a config: the demo family. Three figures, medians, each printed and written as JSON:
     live     the vllm worker: seconds a candidate for merge and swap and for scoring, and the share
@@ -32,7 +33,6 @@ import yaml
 from benchmarks.gradient import demo_config
 
 SHOTS = 16
-REPEATS = 3
 #: Room for the examples before a question.
 ENGINE_CONTEXT = 512
 
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--config", help="a search's config")
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--fresh", type=int, default=2, help="candidates the on-disk way; 0: none")
+    parser.add_argument("--repeats", type=int, default=3, help="passes over the choices each way")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--simple", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -51,13 +52,13 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         config = asked.config or demo_config(Path(scratch))
-        result = measured(config, asked.candidates, asked.fresh, Path(scratch))
+        result = measured(config, asked, Path(scratch))
     print(table(result))
     if asked.json:
         asked.json.write_text(json.dumps(result, indent=1))
 
 
-def measured(config: str, candidates: int, fresh: int, scratch: Path) -> dict[str, Any]:
+def measured(config: str, asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     from agentmerge.check import prepare
     from agentmerge.config import SearchConfig
     from agentmerge.workers.vllm import VllmWorker
@@ -72,7 +73,7 @@ def measured(config: str, candidates: int, fresh: int, scratch: Path) -> dict[st
     space = prepared.space
     recipes = [
         space.recipe([(0.17 + 0.61 * i + 0.23 * a) % 1.0 for a in range(space.dimensions)])
-        for i in range(candidates + 1)
+        for i in range(asked.candidates + 1)
     ]
     result: dict[str, Any] = {
         "machine": {"processor": platform.processor(), "engine": worker.info.version},
@@ -81,11 +82,11 @@ def measured(config: str, candidates: int, fresh: int, scratch: Path) -> dict[st
         "way": worker._engine.way,
         "start_s": started,
         "live": live(worker, recipes, refs),
-        "choices": choices(worker, prepared.taskset),
+        "choices": choices(worker, prepared.taskset, asked.repeats),
     }
     worker.close()
-    if fresh:
-        result["fresh"] = on_disk(prepared, recipes[:fresh], config, scratch)
+    if asked.fresh:
+        result["fresh"] = on_disk(prepared, recipes[: asked.fresh], config, scratch)
         result["times_as_many"] = result["fresh"]["candidate_s"] / result["live"]["candidate_s"]
     return result
 
@@ -130,7 +131,7 @@ class _Timed:
         delattr(self._owner, self._name)
 
 
-def choices(worker: Any, taskset: Any) -> dict[str, dict[str, float]]:
+def choices(worker: Any, taskset: Any, repeats: int) -> dict[str, dict[str, float]]:
     """Multiple-choice requests of three kinds, both ways on the same engine, in turn."""
     own = [
         [(instance.args[0], instance.args[1]) for instance in instances]
@@ -147,13 +148,15 @@ def choices(worker: Any, taskset: Any) -> dict[str, dict[str, float]]:
         for item in long
     ]
     return {
-        "as the tasks ask": both_ways(worker, own),
-        f"{SHOTS} examples before": both_ways(worker, long),
-        f"{SHOTS} examples, answers of one token": both_ways(worker, single),
+        "as the tasks ask": both_ways(worker, own, repeats),
+        f"{SHOTS} examples before": both_ways(worker, long, repeats),
+        f"{SHOTS} examples, answers of one token": both_ways(worker, single, repeats),
     }
 
 
-def both_ways(worker: Any, items: Sequence[Sequence[tuple[str, str]]]) -> dict[str, float]:
+def both_ways(
+    worker: Any, items: Sequence[Sequence[tuple[str, str]]], repeats: int
+) -> dict[str, float]:
     """Items a second; each way begins with an empty cache."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.vllm_causallms import VLLM
@@ -167,7 +170,7 @@ def both_ways(worker: Any, items: Sequence[Sequence[tuple[str, str]]]) -> dict[s
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     answers = {}
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for name, way in ways.items():
             worker._engine._llm.reset_prefix_cache()
             start = time.perf_counter()

@@ -29,8 +29,11 @@ def _short(path: Path) -> Path:
 
 
 def _program() -> str:
-    """What to type: the bare name where the shell finds it, else the path this was started by."""
-    return "agentmerge" if shutil.which("agentmerge") else str(_short(Path(sys.argv[0]).absolute()))
+    """What to type: the bare name where the shell finds it, else what this was started by."""
+    if shutil.which("agentmerge"):
+        return "agentmerge"
+    started = Path(sys.argv[0]).absolute()
+    return "python -m agentmerge" if started.name == "__main__.py" else str(_short(started))
 
 
 def run_demo(
