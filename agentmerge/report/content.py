@@ -13,7 +13,7 @@ from agentmerge.genome import SearchSpace, short_name
 from agentmerge.ledger import Candidate, Ledger, RunRow, counted
 from agentmerge.recipe import Recipe
 from agentmerge.report.grid import Grid, grid
-from agentmerge.report.items import Asked, Values, asked, candidate_name, gains, paired
+from agentmerge.report.items import Asked, Values, asked, candidate_name, gains, paired, scores
 from agentmerge.report.summary import answer_of, run_summary
 
 #: Candidates whose recipe the page carries; with more, the best and the seeds are kept.
@@ -167,14 +167,20 @@ def _contenders(
     for kind, candidate in named:
         told = card.get((candidate.generation, candidate.slot), {})
         values = None if question is None else question.values(ledger, candidate.recipe_hash)
+        sealed, tasks = told.get("sealed_score"), told.get("sealed_tasks", {})
+        if not told and question is not None and question.part == "sealed" and values is not None:
+            tasks = scores(values, question)
+            weights = {o["name"]: o["signed_weight"] for o in question.objectives}
+            if tasks.keys() == weights.keys():
+                sealed = sum(weights[name] * value for name, value in tasks.items())
         found.append(
             Contender(
                 candidate,
                 candidate_name(candidate),
                 kind,
                 candidate.score,
-                told.get("sealed_score"),
-                told.get("sealed_tasks", {}),
+                sealed,
+                tasks,
                 values,
             )
         )

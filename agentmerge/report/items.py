@@ -61,6 +61,23 @@ def asked(ledger: Ledger, row: RunRow, part: Part) -> Asked | None:
     )
 
 
+def scores(values: Values, question: Asked) -> dict[str, float]:
+    """Each objective's metric on these items, of those whose metric is a mean over items."""
+    found = {}
+    for objective in question.objectives:
+        if not objective["mean"]:
+            continue
+        means = {task: _mean(values[task]) for task in objective["leaves"]}
+        size = {task: len(values[task]) if objective["by_size"] else 1 for task in means}
+        total = sum(size.values())
+        found[str(objective["name"])] = sum(means[t] * size[t] / total for t in means)
+    return found
+
+
+def _mean(results: Mapping[str, ItemResult]) -> float:
+    return sum(result.value for result in results.values()) / len(results)
+
+
 def paired(mine: Values, theirs: Values, question: Asked) -> Interval | None:
     """How far ``mine`` is ahead on the items that both have; None where a metric is no mean."""
     rows = []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from agentmerge import session
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
 from agentmerge.genome import SearchSpace
@@ -15,7 +16,7 @@ from agentmerge.ledger import Ledger
 from agentmerge.report.content import comparisons, content
 from agentmerge.report.grid import grid
 from agentmerge.report.html import page
-from agentmerge.report.items import Asked, asked, gains, paired
+from agentmerge.report.items import Asked, asked, gains, paired, scores
 from agentmerge.session import LEDGER
 from agentmerge.strategies.base import Proposal
 from agentmerge.workers.base import EngineInfo, ItemResult
@@ -182,3 +183,36 @@ def test_an_item_is_gained_by_what_its_task_calls_better(
     assert (row["gained"], row["lost"]) == counts
     difference = paired({"t": {"k": one}}, {"t": {"k": other}}, question)
     assert (difference is None) is (rebuild != "plain")
+
+
+#: Here another cheap merge than the uniform one is the best.
+CHEAP = """\
+genome:
+  {models: [red, blue], base_model: base, merge_method: task_arithmetic, normalize: false}
+tasks:
+  - {name: one, metric: "acc,none"}
+  - {name: two, metric: "acc,none", weight: 0.5}
+limit: 60
+search: {algorithm: random, seed: 3}
+worker: {kind: fake, options: {num_layers: 4, base: base}}
+budget: {max_evaluations: 14}
+"""
+
+
+def test_scores_by_task_are_of_sealed_items_for_every_contender(tmp_path: Path) -> None:
+    row = session.run(SearchConfig.from_text(CHEAP), name="first", runs_dir=tmp_path)
+    with Ledger(tmp_path / LEDGER) as ledger:
+        found = content(ledger, row)
+        question = asked(ledger, row, "sealed")
+    assert question is not None
+    assert row.result is not None
+    told = {tuple(r["candidate"]): r for r in [row.result["answer"], *row.result["parents"]]}
+    assert {c.kind for c in found.contenders} == {"answer", "parent", "best cheap merge", "uniform"}
+    for contender in found.contenders:
+        assert contender.values is not None
+        by_items = scores(contender.values, question)
+        assert contender.sealed_tasks == pytest.approx(by_items)
+        assert contender.sealed == pytest.approx(by_items["one"] + 0.5 * by_items["two"])
+        place = (contender.candidate.generation, contender.candidate.slot)
+        if place in told:
+            assert told[place]["sealed_tasks"] == pytest.approx(by_items)

@@ -13,19 +13,24 @@
       layout.margin = { ...layout.margin, l: 44, r: 8 };
       layout.font = { ...layout.font, size: 11 };
       layout.xaxis.tickangle = 0;
-      layout.xaxis.ticktext = layout.xaxis.ticktext?.map(broken);
+      if (layout.xaxis.ticktext) layout.xaxis.ticktext = short(layout.xaxis.ticktext);
       layout.legend = { ...layout.legend, y: -0.3 };
     }
     return layout;
   };
 
-  // Long names break at their joints.
-  const broken = (name) => (narrow() && typeof name === "string"
-    ? name.replaceAll("_", "_<br>") : name);
+  // Names that begin alike lose that part, and long ones break at their joints.
+  const short = (names) => {
+    if (!narrow()) return names;
+    let same = 0;
+    while (names.length > 1 && names.every((n) => n[same] && n[same] === names[0][same])) same += 1;
+    const alike = names[0].lastIndexOf("_", same - 1) + 1;
+    return names.map((name) => (alike ? "…" : "") + name.slice(alike).replaceAll("_", "_<br>"));
+  };
 
   const draw = (id, figure) => {
     const traces = figure.data.map((trace) =>
-      (id.endsWith("-tasks") ? { ...trace, x: trace.x.map(broken) } : trace));
+      (id.endsWith("-tasks") ? { ...trace, x: short(trace.x) } : trace));
     Plotly.react(document.getElementById(id), traces, fitted(figure), config);
   };
 
