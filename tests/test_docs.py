@@ -1,9 +1,10 @@
 """The documentation is true: its site builds, and every command in it runs.
 
-A command in README.md or docs/ is an indented line that begins with ``agentmerge``. It is run in a
+A command in README.md or docs/ is a line of its own that begins with ``agentmerge``. It is run in a
 folder that has what the pages speak of: a config, two searches, a recipe. What needs more than a
 test machine has (a model's service, a served tool, trained models) is named in ``PARSED`` with
-where it is run instead; its command line is parsed, so that an option that is gone is found.
+where it is run instead; its command line is parsed, so that an option that is gone is found. So are
+commands inside sentences, programs of ours besides ``agentmerge``, and the pages' Python.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -51,8 +54,21 @@ PARSED = {
 }
 
 
+def code(page: Path) -> str:
+    """The lines of a page's indented and fenced blocks."""
+    text = page.read_text()
+    fenced = re.findall(r"^```(?:sh|bash)\n(.*?)^```", text, re.M | re.S)
+    return "\n".join([*re.findall(r"^( {4}.*)$", text, re.M), *fenced])
+
+
+def spans(page: Path) -> list[str]:
+    """Commands inside sentences, without those that stand for any command."""
+    found = re.findall(r"`(agentmerge [a-z][^`]*)`", page.read_text())
+    return [" ".join(line.split()) for line in dict.fromkeys(found) if "..." not in line]
+
+
 def commands(page: Path) -> list[str]:
-    found = re.findall(r"^ {4}(agentmerge [^\n]*)$", page.read_text(), re.M)
+    found = re.findall(r"^(?: {4})?(agentmerge [a-z][^\n]*)$", code(page), re.M)
     return [re.split(r"\s{2,}#|\s#\s", line)[0].strip() for line in found]
 
 
@@ -118,6 +134,64 @@ def parse(arguments: list[str]) -> None:
         rest = [*context._protected_args, *context.args]
         name, command, rest = command.resolve_command(context, rest)
         context = command.make_context(name, rest, parent=context)
+
+
+@pytest.mark.parametrize(("page", "line"), [(page, line) for page in PAGES for line in spans(page)])
+def test_a_command_inside_a_sentence_exists(page: Path, line: str) -> None:
+    fault = ""
+    try:
+        parse(shlex.split(line)[1:])
+    except Exception as error:
+        fault = str(getattr(error, "message", error))
+    assert not fault or "Missing" in fault, "a sentence may leave out what a command needs"
+
+
+def test_other_programs_exist_as_they_are_written() -> None:
+    text = "\n".join(page.read_text() for page in PAGES)
+    targets = set(re.findall(r"(?:^ {4}|`)make ([a-z][a-z-]+)", text, re.M))
+    assert targets - set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)) == set()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = set(re.findall(r"agentmerge\[([a-z-]+)\]", text))
+    assert extras - set(project["optional-dependencies"]) == set()
+    modules = set(re.findall(r"python -m ((?:benchmarks|agentmerge)\.[a-z_.]+[a-z])", text))
+    assert len(modules) > 5
+    assert [name for name in modules if importlib.util.find_spec(name) is None] == []
+
+
+def benchmark_options() -> dict[str, set[str]]:
+    """Benchmark -> options that the pages give it."""
+    found: dict[str, set[str]] = {}
+    text = re.sub(r"\\\n\s*", " ", "\n".join(page.read_text() for page in PAGES))
+    for name, rest in re.findall(r"python -m (benchmarks\.[a-z_]+)([^`\n]*)", text):
+        found.setdefault(name, set()).update(re.findall(r"(?<=\s)--[a-z-]+", rest))
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(benchmark_options()))
+def test_a_benchmark_takes_the_options_that_the_pages_give_it(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = importlib.import_module(name).main
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    shown = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert benchmark_options()[name] - shown == set()
+
+
+@pytest.mark.parametrize(
+    ("page", "begins"),
+    [("README.md", "import agentmerge"), ("docs/ledger.md", "import pandas")],
+)
+def test_python_in_the_pages_runs(
+    page: str, begins: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(place, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    assert run_app(["ledger", "export", "--to", "parquet"]) == 0
+    blocks = re.findall(r"((?:^(?: {4}.*)?\n)+)", (ROOT / page).read_text(), re.M)
+    (block,) = [text for block in blocks if (text := dedent(block).strip()).startswith(begins)]
+    exec(compile(block.replace('name="first"', 'name="third"'), page, "exec"), {})
 
 
 def test_pages_have_commands_and_reasons_are_needed() -> None:
