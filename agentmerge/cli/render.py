@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from agentmerge.agents.forecasts import Track
@@ -142,7 +144,7 @@ def card_text(card: Mapping[str, Any]) -> str:
     if rival:
         add(rival, f"best cheap merge ({rival['name']})")
     add(answer, "this search's answer")
-    lines = [table(rows), ""]
+    lines = [_fitting(rows, tasks), ""]
     if sealed:
         lines.append(
             "search: weighted score on the items the search saw; sealed: on items it never saw."
@@ -167,6 +169,19 @@ def card_text(card: Mapping[str, Any]) -> str:
         lines.append(uplift_text(card["uplift"]))
     lines.append(card["verdict"])
     return "\n".join(lines)
+
+
+def _fitting(rows: list[list[str]], tasks: Sequence[str]) -> str:
+    """The table; on a terminal that is too narrow, tasks without what their names begin alike."""
+    text = table(rows)
+    room = shutil.get_terminal_size().columns
+    if not sys.stdout.isatty() or max(map(len, text.splitlines())) <= room or len(tasks) < 2:
+        return text
+    words = [task.split("_") for task in tasks]
+    firsts = zip(*(parts[:-1] for parts in words), strict=False)
+    alike = len(list(takewhile(lambda first: len(set(first)) == 1, firsts)))
+    short = [("…" if alike else "") + "_".join(parts[alike:]) for parts in words]
+    return table([[*rows[0][: -len(tasks)], *short], *rows[1:]])
 
 
 def uplift_text(found: Mapping[str, Any]) -> str:

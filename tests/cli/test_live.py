@@ -72,6 +72,23 @@ def test_a_terminal_gets_a_screen_and_then_the_result(tmp_path: Path) -> None:
     assert max(len(line.rstrip("\r")) for line in text.split("\n") if "│" in line) <= 100
 
 
+def test_the_closing_table_fits_a_terminal(tmp_path: Path) -> None:
+    names = {f"name: {one}": f"name: tasks_of_one_family_{one}" for one in ("one", "two")}
+    config = tmp_path / "config.yml"
+    text = CONFIG
+    for old, new in names.items():
+        text = text.replace(old, new)
+    config.write_text(text)
+    where = ("--runs-dir", str(tmp_path), "--name", "a")
+    assert run_app(["run", str(config), *where, "-q"]) == 0
+    head = next(
+        line
+        for line in plain(on_a_terminal("show", "a", *where[:2], columns=80)).splitlines()
+        if "sealed" in line and "…one" in line and "…two" in line
+    )
+    assert len(head) <= 80
+
+
 def test_elsewhere_it_is_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yml"
     config.write_text(CONFIG)
