@@ -256,7 +256,8 @@ def new_branch(
 ) -> tuple[Prepared, RunRow]:
     """A run with the past of another one, written to the ledger.
 
-    Where an override changes what is asked (tasks, limit, engine), the past is knowledge only.
+    Where an override changes what is asked (tasks, limit, engine), the past is knowledge only. Where
+    it changes the agents or their prompts, they are asked about generation ``at`` anew.
 
     Raises:
         NotFound: no such run or generation, naming those that exist.
@@ -278,8 +279,19 @@ def new_branch(
     prior = _answers(row.facts, config) != _answers(parent.facts, before)
     # Another genome is another search space: what was opened beside the old one is left behind.
     without = STRUCTURE if config.genome != before.genome else ""
-    ledger.copy_past(parent.id, row.id, at, prior=prior, without=without)
+    # Other agents speak of the generation that they take over, instead of the words it had.
+    others = models or config.agents != before.agents or _new_prompts(ledger, parent.id, config)
+    words_up_to = at - 1 if others else at
+    ledger.copy_past(parent.id, row.id, at, prior=prior, without=without, words_up_to=words_up_to)
     return prepared, row
+
+
+def _new_prompts(ledger: Ledger, run_id: str, config: SearchConfig) -> bool:
+    """Whether a run's models were told otherwise than the prompts are now."""
+    from agentmerge.agents.prompts import load_prompts
+
+    now = load_prompts(config.agents.prompts)
+    return any(getattr(now, role).text != text for role, text in ledger.prompts(run_id).items())
 
 
 @contextmanager

@@ -162,11 +162,19 @@ class Candidates(Items, Gradients):
             )
 
     def copy_past(
-        self, source: str, target: str, up_to: int, *, prior: bool, without: str = ""
+        self,
+        source: str,
+        target: str,
+        up_to: int,
+        *,
+        prior: bool,
+        without: str = "",
+        words_up_to: int | None = None,
     ) -> None:
         """The past that a branch shares with the run it came from; ``prior``: other settings.
 
-        without: a role whose words are left behind.
+        without: a role whose words are left behind. words_up_to: of which generation the last words
+        are; by default all.
         """
         columns = (
             "generation, slot, operator, label, vector, recipe_hash, twin_generation, twin_slot, "
@@ -182,7 +190,7 @@ class Candidates(Items, Gradients):
             conn.execute(
                 "INSERT OR IGNORE INTO advice SELECT ?, generation, role, body FROM advice "
                 "WHERE run_id = ? AND generation <= ? AND role <> ?",
-                (target, source, up_to, without),
+                (target, source, up_to if words_up_to is None else words_up_to, without),
             )
 
     def seconds_per_candidate(self, settings_hash: str) -> float | None:

@@ -13,6 +13,7 @@ from agentmerge import session
 from agentmerge.agents.testing import Fault, ScriptedServer
 from agentmerge.cli.render import Progress
 from agentmerge.ledger import Ledger
+from agentmerge.replay import replay
 from agentmerge.report.summary import run_summary
 from tests.session.conftest import command, config, config_text, trace_of
 from tests.session.test_resume import kill_after
@@ -161,3 +162,7 @@ def test_a_branch_may_bring_other_prompts_and_another_model(tmp_path: Path) -> N
     assert {request.body["model"] for request in server.requests} == {"other"}
     said = [r.body["messages"][0]["content"] for r in server.requests]
     assert "You judge, briefly." in said
+    with Ledger(tmp_path / session.LEDGER) as ledger:
+        words = [w for w in ledger.advice(row.id) if w["generation"] == 1]
+    assert [w["guidance"]["source"] for w in words] == ["model"] * 3, "they speak from the start"
+    assert replay("b", runs_dir=tmp_path).identical
