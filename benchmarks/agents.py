@@ -155,8 +155,8 @@ def main() -> None:
         for seed in range(options.seeds):
             for arm in ("none", "model"):
                 found.append(one(folder, arm, seed, options, url))
+                (folder / "agents.json").write_text(json.dumps(found, indent=2))
                 print(f"{arm} {seed}: sealed {found[-1]['sealed']}", file=sys.stderr, flush=True)
-    (folder / "agents.json").write_text(json.dumps(found, indent=2))
     print(report(found))
 
 

@@ -23,6 +23,8 @@ ELITES = 4
 #: Most integers of genomes in one prompt: a wide space shows fewer rows.
 MAX_INTEGERS = 6_000
 MIN_ROWS = 6
+#: Most axes whose values are said by name as well.
+MAX_NAMED = 24
 _MIN_FOR_CORRELATION = 6
 _RIVALS = ("parent", "uniform", "scale")
 
@@ -334,6 +336,11 @@ def _elites(view: HistoryView) -> list[str]:
     ]
     spread = statistics.fmean(max(values) - min(values) for values in by_axis)
     lines = [f"The best {len(elites)} differ by {spread:.0f} of {SCALE} an axis on average."]
+    if len(view.axes) <= MAX_NAMED:
+        # Small models lose count in a row of integers.
+        pairs = zip(view.axes, elites[0], strict=True)
+        named = ", ".join(f"{axis.name} {value}" for axis, value in pairs)
+        lines.insert(0, f"The best candidate has {named}.")
     if at_edge:
         lines.append(f"They all press against a bound: {', '.join(at_edge[:ELITES])}.")
     return lines
