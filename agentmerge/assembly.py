@@ -256,8 +256,8 @@ def new_branch(
 ) -> tuple[Prepared, RunRow]:
     """A run with the past of another one, written to the ledger.
 
-    Where an override changes what is asked (tasks, limit, engine), the past is knowledge only. Where
-    it changes the agents or their prompts, they are asked about generation ``at`` anew.
+    Where an override changes what is asked (tasks, limit, engine), the past is knowledge only.
+    Where it changes the agents or their prompts, they are asked about generation ``at`` anew.
 
     Raises:
         NotFound: no such run or generation, naming those that exist.
