@@ -1,7 +1,7 @@
 """What a candidate costs: merged and scored in a live vLLM engine, or on disk by a fresh lm-eval.
 
     python -m benchmarks.evaluate [--config FILE] [--candidates 8] [--fresh 2] [--repeats 3]
-        [--json FILE]
+        [--processor-time] [--json FILE]
 
 Without a config: the demo family. Three figures, medians, each printed and written as JSON:
     live     the vllm worker: seconds a candidate for merge and swap and for scoring, and the share
@@ -11,26 +11,32 @@ Without a config: the demo family. Three figures, medians, each printed and writ
     choices  multiple-choice items a second: the worker's way, and lm-eval's own vLLM class on the
              same live engine, asked the same requests; of the config's own tasks, and with examples
              before each question
+
+With --processor-time, seconds are the processor's, which other programs hardly lengthen. They mean
+something only where all is computed there: on a CPU, with one thread (OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from benchmarks.gradient import demo_config
+from benchmarks.machine import machine
+
+Clock = Callable[[], float]
 
 SHOTS = 16
 #: Room for the examples before a question.
@@ -44,6 +50,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--fresh", type=int, default=2, help="candidates the on-disk way; 0: none")
     parser.add_argument("--repeats", type=int, default=3, help="passes over the choices each way")
+    parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--simple", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -58,7 +65,15 @@ def main() -> None:
         asked.json.write_text(json.dumps(result, indent=1))
 
 
+def processor_s() -> float:
+    """Of this process and of its children that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
 def measured(config: str, asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    import torch
+
     from agentmerge.check import prepare
     from agentmerge.config import SearchConfig
     from agentmerge.workers.vllm import VllmWorker
@@ -66,9 +81,10 @@ def measured(config: str, asked: argparse.Namespace, scratch: Path) -> dict[str,
     changed: dict[str, Any] = {"worker.kind": "vllm", "worker.canary_every": 0}
     changed["worker.engine_args"] = {"max_model_len": ENGINE_CONTEXT}
     prepared = prepare(SearchConfig.from_file(config, changed), allow_benchmarks=True)
-    start = time.perf_counter()
+    clock = processor_s if asked.processor_time else time.perf_counter
+    start = clock()
     worker = VllmWorker(prepared.spec, prepared.taskset)
-    started = time.perf_counter() - start
+    started = clock() - start
     refs = prepared.taskset.refs()
     space = prepared.space
     recipes = [
@@ -76,32 +92,35 @@ def measured(config: str, asked: argparse.Namespace, scratch: Path) -> dict[str,
         for i in range(asked.candidates + 1)
     ]
     result: dict[str, Any] = {
-        "machine": {"processor": platform.processor(), "engine": worker.info.version},
+        "machine": machine(torch.get_num_threads()) | {"engine": worker.info.version},
+        "clock": "processor" if asked.processor_time else "wall",
         "family": Path(config).stem,
         "items": len(refs),
         "way": worker._engine.way,
         "start_s": started,
-        "live": live(worker, recipes, refs),
-        "choices": choices(worker, prepared.taskset, asked.repeats),
+        "live": live(worker, recipes, refs, clock),
+        "choices": choices(worker, prepared.taskset, asked.repeats, clock),
     }
     worker.close()
     if asked.fresh:
-        result["fresh"] = on_disk(prepared, recipes[: asked.fresh], config, scratch)
+        result["fresh"] = on_disk(prepared, recipes[: asked.fresh], config, scratch, clock)
         result["times_as_many"] = result["fresh"]["candidate_s"] / result["live"]["candidate_s"]
     return result
 
 
-def live(worker: Any, recipes: Sequence[Any], refs: Sequence[Any]) -> dict[str, float]:
+def live(
+    worker: Any, recipes: Sequence[Any], refs: Sequence[Any], clock: Clock
+) -> dict[str, float]:
     """Medians over candidates; the first is left out, since it sets up what later ones share."""
     engine, rows = worker._engine, []
     for recipe in recipes:
         asked = {"forward_s": 0.0}
-        with _Timed(engine, "ask", asked):
-            start = time.perf_counter()
+        with _Timed(engine, "ask", asked, clock):
+            start = clock()
             worker.load(recipe)
-            loaded = time.perf_counter()
+            loaded = clock()
             worker.score(refs)
-            end = time.perf_counter()
+            end = clock()
         rows.append({
             "load_s": loaded - start, "score_s": end - loaded, "candidate_s": end - start, **asked
         })  # fmt: skip
@@ -112,18 +131,18 @@ def live(worker: Any, recipes: Sequence[Any], refs: Sequence[Any]) -> dict[str, 
 class _Timed:
     """Adds the seconds that a method takes to ``found["forward_s"]`` meanwhile."""
 
-    def __init__(self, owner: Any, name: str, found: dict[str, float]) -> None:
-        self._owner, self._name, self._found = owner, name, found
+    def __init__(self, owner: Any, name: str, found: dict[str, float], clock: Clock) -> None:
+        self._owner, self._name, self._found, self._clock = owner, name, found, clock
 
     def __enter__(self) -> None:
         method = getattr(self._owner, self._name)
 
         def call(*args: Any) -> Any:
-            start = time.perf_counter()
+            start = self._clock()
             try:
                 return method(*args)
             finally:
-                self._found["forward_s"] += time.perf_counter() - start
+                self._found["forward_s"] += self._clock() - start
 
         setattr(self._owner, self._name, call)
 
@@ -131,7 +150,7 @@ class _Timed:
         delattr(self._owner, self._name)
 
 
-def choices(worker: Any, taskset: Any, repeats: int) -> dict[str, dict[str, float]]:
+def choices(worker: Any, taskset: Any, repeats: int, clock: Clock) -> dict[str, dict[str, float]]:
     """Multiple-choice requests of three kinds, both ways on the same engine, in turn."""
     own = [
         [(instance.args[0], instance.args[1]) for instance in instances]
@@ -148,14 +167,14 @@ def choices(worker: Any, taskset: Any, repeats: int) -> dict[str, dict[str, floa
         for item in long
     ]
     return {
-        "as the tasks ask": both_ways(worker, own, repeats),
-        f"{SHOTS} examples before": both_ways(worker, long, repeats),
-        f"{SHOTS} examples, answers of one token": both_ways(worker, single, repeats),
+        "as the tasks ask": both_ways(worker, own, repeats, clock),
+        f"{SHOTS} examples before": both_ways(worker, long, repeats, clock),
+        f"{SHOTS} examples, answers of one token": both_ways(worker, single, repeats, clock),
     }
 
 
 def both_ways(
-    worker: Any, items: Sequence[Sequence[tuple[str, str]]], repeats: int
+    worker: Any, items: Sequence[Sequence[tuple[str, str]]], repeats: int, clock: Clock
 ) -> dict[str, float]:
     """Items a second; each way begins with an empty cache."""
     from lm_eval.api.instance import Instance
@@ -173,9 +192,9 @@ def both_ways(
     for _ in range(repeats):
         for name, way in ways.items():
             worker._engine._llm.reset_prefix_cache()
-            start = time.perf_counter()
+            start = clock()
             answers[name] = way()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     rates = {f"{name}_items_s": len(items) / statistics.median(s) for name, s in seconds.items()}
     return {
         "tokens": statistics.mean(len(context) for _, context, _ in encoded),
@@ -185,21 +204,24 @@ def both_ways(
     }
 
 
-def on_disk(prepared: Any, recipes: Sequence[Any], config: str, scratch: Path) -> dict[str, float]:
+def on_disk(
+    prepared: Any, recipes: Sequence[Any], config: str, scratch: Path, clock: Clock
+) -> dict[str, float]:
     """Each candidate written, then scored by lm-eval in a fresh process."""
     from agentmerge.merging.export import export_checkpoint
 
     spec, rows = prepared.spec, []
     for recipe in recipes:
-        start = time.perf_counter()
+        start = clock()
         target = scratch / "candidate"
         paths = {name: Path(path) for name, path in spec.parents}
         export_checkpoint(
             recipe, paths, target, template_model=spec.template_model, base=spec.options["base"],
             dtype=spec.dtype,
         )  # fmt: skip
-        written = time.perf_counter()
+        written = clock()
         task = {"model": str(target), "config": config, "dtype": spec.dtype}
+        task["clock"] = clock.__name__
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.evaluate", "--simple", json.dumps(task)],
             capture_output=True,
@@ -208,7 +230,7 @@ def on_disk(prepared: Any, recipes: Sequence[Any], config: str, scratch: Path) -
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])
         shutil.rmtree(target)
-        end = time.perf_counter()
+        end = clock()
         inside = json.loads(done.stdout.splitlines()[-1])
         rows.append({"candidate_s": end - start, "write_s": written - start, **inside})
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
@@ -220,13 +242,14 @@ def simple_evaluate(task: dict[str, str]) -> None:
     from lm_eval.models.vllm_causallms import VLLM
     from lm_eval.tasks import TaskManager
 
-    start = time.perf_counter()
+    clock = processor_s if task["clock"] == processor_s.__name__ else time.perf_counter
+    start = clock()
     body = yaml.safe_load(Path(task["config"]).read_text())
     lm = VLLM(
         task["model"], dtype=task["dtype"], enforce_eager=True, kv_cache_memory_bytes=1 << 29,
         max_num_seqs=body.get("worker", {}).get("batch_size", 64),
     )  # fmt: skip
-    started = time.perf_counter()
+    started = clock()
     lm_eval.simple_evaluate(
         lm,
         tasks=[entry["name"] for entry in body["tasks"]],
@@ -236,13 +259,14 @@ def simple_evaluate(task: dict[str, str]) -> None:
         task_manager=TaskManager(include_path=body.get("task_search_path"), include_defaults=False),
     )
     print()
-    print(json.dumps({"start_s": started - start, "evaluate_s": time.perf_counter() - started}))
+    print(json.dumps({"start_s": started - start, "evaluate_s": clock() - started}))
 
 
 def table(result: dict[str, Any]) -> str:
     one, many = result["live"], result.get("fresh")
     lines = [
-        f"{result['family']}: {result['items']} items a candidate, weights by {result['way']}",
+        f"{result['family']}: {result['items']} items a candidate, weights by {result['way']}, "
+        f"{result['machine']['threads']} thread(s), {result['clock']} time",
         "",
         "| way | start | merge and swap or write | score | candidate | candidates an hour |",
         "|---|---|---|---|---|---|",

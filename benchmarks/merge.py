@@ -21,7 +21,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -42,6 +41,7 @@ from agentmerge.merging.live import LiveWeights
 from agentmerge.merging.parents import Family
 from agentmerge.recipe import Recipe
 from benchmarks.families import LAYERS, Shape, recipe, write_family
+from benchmarks.machine import machine
 from benchmarks.peers import forget, mergekit_merge
 
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_ties")
@@ -169,7 +169,12 @@ def bench(parameters: int, experts: int, threads: int) -> Iterator[Bench]:
 def measure(plan: Plan, threads: int, say: Callable[[str], None]) -> dict[str, Any]:
     """say: is told every row as it comes."""
     torch.set_num_threads(threads)
-    result: dict[str, Any] = {"machine": machine(threads), "load_average": os.getloadavg()}
+    packages = {name: version(name) for name in ("torch", "llvmlite", "mergekit", "numpy")}
+    result: dict[str, Any] = {
+        "machine": machine(threads) | packages,
+        "load_average": os.getloadavg(),
+    }
+    result["clock"] = "processor" if threads == 1 else "wall"
     with bench(plan.parameters, plan.experts, threads) as made:
         result["family"] = {
             "parameters": made.family.layout.parameters,
@@ -218,23 +223,6 @@ def _method(made: Bench, method: str, plan: Plan, copy_s: float) -> dict[str, fl
 def _times(made: Bench, groups: int, repeats: int) -> dict[str, float]:
     row = {"copy_s": made.copy_s(repeats)}
     return row | {m: made.ours(m, groups, repeats)["seconds"] for m in METHODS}
-
-
-def machine(threads: int) -> dict[str, Any]:
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line.split(":", 1) for line in info.read_text().splitlines() if ":" in line]
-        model = next((value.strip() for name, value in lines if "model name" in name), model)
-    packages = ("torch", "llvmlite", "mergekit", "numpy")
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "time": "process" if threads == 1 else "wall",
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
 
 
 def show(result: dict[str, Any], console: Console) -> None:
