@@ -28,7 +28,7 @@ from agentmerge.strategies.base import (
 )
 from agentmerge.strategies.cma_es import CmaEs
 from agentmerge.strategies.gradient import Gradient, next_step
-from agentmerge.strategies.margins import Margins, most_promising, prospect_of, table_of
+from agentmerge.strategies.margins import BOLDER, Margins, most_promising, prospect_of, table_of
 from agentmerge.strategies.one_plus_one import OnePlusOne
 from agentmerge.strategies.random import random_vectors
 
@@ -41,7 +41,6 @@ FLOOR = 0.1
 FADE = 0.9
 #: Fewer items have no noise to speak of: a score that nobody took apart.
 FEW_ITEMS = 20
-CHANGING, PART = 0.01, 0.2
 LEAST_ADVICE, MOST_ADVICE = 0.1, 0.3
 
 
@@ -103,10 +102,10 @@ def operator_of(history: Sequence[Observation], gradients: bool, rng_for: RngFor
 
 
 def nothing_to_gain(history: Sequence[Observation], rng_for: RngFor) -> bool:
-    """Whether the most promising point is expected to gain less than the items' noise can show.
+    """Whether the most promising point is expected to gain a trifle at most.
 
-    The noise is that of a difference in which ``CHANGING`` of the items change. Never where there
-    are too few items to say, or where their answers are mostly chance.
+    Twice the doubt that proposals begin with is counted: with theirs a search would end too early.
+    Never where there are too few items to say, or where their answers are mostly chance.
     """
     table = table_of(history)
     if table is None or len(table.items.weight) < FEW_ITEMS:
@@ -115,12 +114,10 @@ def nothing_to_gain(history: Sequence[Observation], rng_for: RngFor) -> bool:
     prospect = prospect_of(table)
     if later < max(2 * STALE, table.points.shape[1]) or not prospect.by_item:
         return False
-    # All of the model's doubt: the quarter that proposals use would end a search too early.
-    doubtful = replace(prospect, boldness=1.0)
-    whole = np.eye(table.points.shape[1])
+    doubtful = replace(prospect, boldness=BOLDER[0])
     rng = rng_for(next_generation(history), 0, "items")
-    noise = np.sqrt(CHANGING * float((table.items.weight**2).sum()))
-    return bool(most_promising(doubtful, rng, whole)[1] < PART * noise)
+    whole = np.eye(table.points.shape[1])
+    return most_promising(doubtful, rng, whole)[1] < prospect.trifle
 
 
 def since_gain(history: Sequence[Observation]) -> int:

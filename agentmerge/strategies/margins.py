@@ -46,6 +46,9 @@ _SOFT = 1e-3
 #: How much of the model's deviation counts. All of it sends the search far away for long, since
 #: items that all err the same way promise perfect scores anywhere unknown.
 BOLDNESS = 0.25
+BOLDER = (0.5, 1.0)
+#: A trifle is so much of the standard error of a difference in which CHANGING of the items change.
+CHANGING, PART = 0.01, 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +95,11 @@ class Prospect:
     @property
     def by_item(self) -> bool:
         return len(self.score.weight) > 1
+
+    @property
+    def trifle(self) -> float:
+        """A gain that is not worth an evaluation: far below what the items can show."""
+        return PART * float(np.sqrt(CHANGING * (self.score.weight**2).sum()))
 
     def gains(self, points: np.ndarray) -> np.ndarray:
         """Expected improvement at (c, d) points, in score."""
@@ -255,10 +263,16 @@ def believed(prospect: Prospect, point: np.ndarray) -> Prospect:
 def climbed(prospect: Prospect, space: SearchSpace, rng: np.random.Generator) -> np.ndarray:
     """The most promising point of the lowest rung that promises nearly as much as the whole space.
 
-    What few numbers can say is learned first, and from fewer candidates.
+    What few numbers can say is learned first, and from fewer candidates. Where a trifle is all
+    that is promised, more of the model's doubt is counted.
     """
     *lower, whole = rungs(space)
     point, gain = most_promising(prospect, rng, whole)
+    for boldness in BOLDER:
+        if not prospect.by_item or gain >= prospect.trifle:
+            break
+        prospect = replace(prospect, boldness=boldness)
+        point, gain = most_promising(prospect, rng, whole)
     if prospect.by_item:
         for basis in lower:
             coarse, promised = most_promising(prospect, rng, basis)
