@@ -69,7 +69,8 @@ def spans(page: Path) -> list[str]:
 
 def commands(page: Path) -> list[str]:
     found = re.findall(r"^(?: {4})?(agentmerge [a-z][^\n]*)$", code(page), re.M)
-    return [re.split(r"\s{2,}#|\s#\s", line)[0].strip() for line in found]
+    typed = [re.split(r"\s{2,}#|\s#\s", line)[0].strip() for line in found]
+    return [re.sub(r"\s+\d?> \S+", "", line) for line in typed]  # into which file is no matter
 
 
 ALL = [(page, line) for page in PAGES for line in dict.fromkeys(commands(page))]
@@ -225,6 +226,14 @@ def test_every_page_is_in_the_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text()
     missing = [page.name for page in (ROOT / "docs").glob("*.md") if page.name not in text]
     assert missing == []
+
+
+def test_the_events_of_a_search_are_written_down() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "agentmerge").rglob("*.py"))
+    page = (ROOT / "docs" / "watching.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == set(
+        re.findall(r'"event": "(\w+)"', source)
+    )
 
 
 def test_the_configuration_page_names_every_section() -> None:
