@@ -249,7 +249,7 @@ class Search:
         if candidate.state != "open" or not self.wanted():
             return
         self.emit({"event": "evaluate", "generation": generation, "slot": slot})
-        recipe = Recipe.parse(self.ledger.recipe(candidate.recipe_hash))
+        recipe = Recipe.parse(self.ledger.recipe(candidate.recipe_hash, self.run_id))
         try:
             lost, spent = run_heats(self, candidate, recipe)
             if lost is not None:
@@ -447,7 +447,7 @@ class Search:
         return (best.score or 0.0) - (cheap.score or 0.0) > 2 * noise
 
     def _recipe(self, observation: Observation) -> Recipe:
-        return Recipe.parse(self.ledger.recipe(observation.recipe_hash))
+        return Recipe.parse(self.ledger.recipe(observation.recipe_hash, self.run_id))
 
     def _point(self, space: SearchSpace, observation: Observation) -> tuple[float, ...] | None:
         """Where another space's candidate lies in this one."""
@@ -574,7 +574,7 @@ class Search:
 
     def confirm(self, candidate: Candidate) -> dict[ItemRef, ItemResult]:
         """Sealed items' results of a candidate, paid for once and kept."""
-        recipe = Recipe.parse(self.ledger.recipe(candidate.recipe_hash))
+        recipe = Recipe.parse(self.ledger.recipe(candidate.recipe_hash, self.run_id))
         answers = self.scoring.ask(
             recipe, candidate.recipe_hash, "sealed", lambda: not self.stopping()
         )
@@ -650,7 +650,7 @@ class Search:
         ]
 
     def _again(self, candidate: Candidate) -> Proposal:
-        text = self.ledger.recipe(candidate.recipe_hash)
+        text = self.ledger.recipe(candidate.recipe_hash, self.run_id)
         return Proposal(candidate.vector, "incumbent", None if candidate.vector else text)
 
     def _add(self, generation: int, proposals: Sequence[Proposal]) -> None:
@@ -685,7 +685,7 @@ class Search:
         """best.yml, replaced in one step: it is whole at every moment."""
         path = self.run_dir / "best.yml"
         draft = path.with_suffix(".tmp")
-        draft.write_text(self.ledger.recipe(best.recipe_hash))
+        draft.write_text(self.ledger.recipe(best.recipe_hash, self.run_id))
         draft.replace(path)
 
     def _candidate_event(self, candidate: Candidate) -> dict[str, Any]:

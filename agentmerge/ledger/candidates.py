@@ -38,6 +38,12 @@ class Candidates(Items, Gradients):
                 conn.execute(
                     "INSERT OR IGNORE INTO recipes VALUES (?, ?)", (recipe_hash, yaml_text)
                 )
+                if yaml_text:
+                    conn.execute(
+                        "INSERT OR IGNORE INTO run_recipes SELECT ?, hash, ? FROM recipes "
+                        "WHERE hash = ? AND yaml <> ?",
+                        (run_id, yaml_text, recipe_hash, yaml_text),
+                    )
                 place = (run_id, recipe_hash, generation, slot)
                 loss = proposal.loss if proposal.want == "gradient" else None
                 twin = whole = _earlier(conn, place, "loss_kind = ? AND state <> 'twin'", loss)
@@ -103,8 +109,15 @@ class Candidates(Items, Gradients):
             if c.state != "open" and (c.score is not None or c.estimate is not None or c.failure)
         ]
 
-    def recipe(self, recipe_hash: str) -> str:
-        rows = self._rows("SELECT yaml FROM recipes WHERE hash = ?", recipe_hash)
+    def recipe(self, recipe_hash: str, run_id: str = "") -> str:
+        """As mergekit YAML, with a run's own names for its models where others differ."""
+        rows = self._rows(
+            "SELECT yaml FROM run_recipes WHERE run_id = ? AND hash = ? "
+            "UNION ALL SELECT yaml FROM recipes WHERE hash = ?",
+            run_id,
+            recipe_hash,
+            recipe_hash,
+        )
         if not rows:
             raise NotFound(f"no recipe {recipe_hash}")
         return str(rows[0][0])
@@ -186,6 +199,11 @@ class Candidates(Items, Gradients):
                 f"INSERT OR IGNORE INTO candidates (run_id, prior, {columns}) SELECT ?, "
                 f"max(prior, ?), {columns} FROM candidates WHERE run_id = ? AND generation <= ?",
                 (target, int(prior), source, up_to),
+            )
+            conn.execute(
+                "INSERT OR IGNORE INTO run_recipes SELECT ?, hash, yaml FROM run_recipes "
+                "WHERE run_id = ?",
+                (target, source),
             )
             conn.execute(
                 "INSERT OR IGNORE INTO advice SELECT ?, generation, role, body FROM advice "

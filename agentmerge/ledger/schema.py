@@ -226,6 +226,28 @@ def m010_search_spaces(db: Any) -> None:
     _run(db, "ALTER TABLE candidates ADD COLUMN space TEXT NOT NULL DEFAULT ''")
 
 
+@migration
+def m011_recipes_by_a_runs_own_names(db: Any) -> None:
+    """A merge is the same under other names of the same parents; each search keeps its own."""
+    _run(
+        db,
+        """
+        CREATE TABLE run_recipes (
+            run_id TEXT NOT NULL REFERENCES runs(id), hash TEXT NOT NULL, yaml TEXT NOT NULL,
+            PRIMARY KEY (run_id, hash)
+        ) WITHOUT ROWID;
+        DROP VIEW scores;
+        CREATE VIEW scores AS
+            SELECT r.name AS search, c.generation, c.slot, c.operator, c.label, c.state, c.score,
+                c.tasks, c.failure, c.seconds, c.truncated, c.cut_off,
+                c.recipe_hash, coalesce(o.yaml, m.yaml) AS recipe
+            FROM candidates c JOIN runs r ON r.id = c.run_id
+            LEFT JOIN recipes m ON m.hash = c.recipe_hash
+            LEFT JOIN run_recipes o ON o.run_id = c.run_id AND o.hash = c.recipe_hash
+        """,
+    )
+
+
 def _run(db: Any, statements: str) -> None:
     for statement in statements.split(";"):
         if statement.strip():

@@ -120,11 +120,12 @@ def _recipes(
     finest = max((space for space in spaces if space), key=lambda s: s.groups, default=None)
     if finest is None or len({space.num_layers for space in spaces if space}) != 1:
         return {"columns": [], "rows": []}
-    grids = [
-        grid(finest, Recipe.parse(ledger.recipe(answer.recipe_hash)).canonical(finest.num_layers))
-        for answer in answers
+    texts = [
+        ledger.recipe(answer.recipe_hash, row.id)
+        for row, answer in zip(rows, answers, strict=True)
         if answer is not None
     ]
+    grids = [grid(finest, Recipe.parse(text).canonical(finest.num_layers)) for text in texts]
     return {"columns": list(grids[0].columns), "rows": _changed(grids[0], grids[1])}
 
 

@@ -98,7 +98,7 @@ def content(ledger: Ledger, row: RunRow) -> Content:
         names={place(c): candidate_name(c) for c in shown},
         operators=_operators(candidates, points),
         advice=ledger.advice(row.id),
-        recipe="" if answer is None else ledger.recipe(answer.recipe_hash),
+        recipe="" if answer is None else ledger.recipe(answer.recipe_hash, row.id),
         lineage=_lineage(ledger, row),
     )
 
@@ -139,7 +139,9 @@ def _grids(
         return {}
     found = {}
     for candidate in shown:
-        recipe = Recipe.parse(ledger.recipe(candidate.recipe_hash)).canonical(space.num_layers)
+        recipe = Recipe.parse(ledger.recipe(candidate.recipe_hash, row.id)).canonical(
+            space.num_layers
+        )
         found[place(candidate)] = grid(space, recipe)
     return found
 

@@ -112,7 +112,7 @@ def best_recipe(ledger: Ledger, row: RunRow) -> dict[str, Any]:
     found = answer_of(ledger, row)
     if found is None:
         raise NotFound(f"run {row.name!r} has not scored a candidate yet")
-    return {"recipe": ledger.recipe(found.recipe_hash)} | candidate_summary(found)
+    return {"recipe": ledger.recipe(found.recipe_hash, row.id)} | candidate_summary(found)
 
 
 def answer_of(ledger: Ledger, row: RunRow) -> Candidate | None:

@@ -39,6 +39,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ledger.add_candidates(run_id, 90, [(Proposal((0.5,), "x", want="gradient"), "h", "", "")])
         slope = (KEY, Gradient(0.5, 7, ()), (0.25,))
         ledger.save_evaluation(run_id, (90, 0), score=0.1, slope=slope)
+        ledger.add_candidates(run_id, 91, [(Proposal((0.5,), "x"), "h", "of: other names", "")])
     return folder
 
 
@@ -129,6 +130,7 @@ def test_an_old_database_is_used_like_a_new_one(
         ["compare", "first", "second"],
         ["ledger", "stats"],
         ["report", "second"],
+        ["replay", "second"],
         ["branch", "second", "--at", "1", "--as", "third", "-q"],
     ):
         assert run_app([*command, *where]) == 0, (command, capsys.readouterr().err)
@@ -139,20 +141,20 @@ def test_results_from_before_the_gradients_are_kept_and_gradients_work(older: An
     with Ledger(path) as ledger:
         first = ledger.run("first")
         found = ledger.candidates(first.id)
-        assert len(found) == 41
+        assert len(found) == 42
         for name, value in ADDED.items():
             assert {getattr(c, name) for c in found} == {value}
         assert {(c.gradient, c.loss, c.estimate) for c in found} == {(None, None, None)}
         scored = next(c for c in found if c.state == "scored" and c.twin is None)
         asked = Proposal(scored.vector, "x", want="gradient", loss="margin")
-        ledger.add_candidates(first.id, 91, [(asked, scored.recipe_hash, "", "")])
-        (new,) = ledger.candidates(first.id, 91)
+        ledger.add_candidates(first.id, 92, [(asked, scored.recipe_hash, "", "")])
+        (new,) = ledger.candidates(first.id, 92)
         assert (new.state, new.twin) == ("open", (scored.generation, scored.slot))
         gradient = Gradient(0.5, 7, ())
         slope = (KEY, gradient, (0.25,))
-        ledger.save_evaluation(first.id, (91, 0), score=scored.score, slope=slope)
+        ledger.save_evaluation(first.id, (92, 0), score=scored.score, slope=slope)
         assert ledger.gradient(KEY) == gradient
-        assert ledger.candidates(first.id, 91)[0].gradient == (0.25,)
+        assert ledger.candidates(first.id, 92)[0].gradient == (0.25,)
 
 
 def test_a_failed_request_of_an_old_database_is_known_as_failed(older: Any) -> None:

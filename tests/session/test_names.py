@@ -1,0 +1,59 @@
+"""The same models under other names: one merge, and each search speaks of it by its own names."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from agentmerge import exporting, session
+from agentmerge.config import SearchConfig
+from agentmerge.demo.family import Family
+from agentmerge.demo.tasks import demo_config, write_tasks
+from agentmerge.ledger import Ledger
+from agentmerge.maintenance import prune_results
+from agentmerge.recipe import Recipe
+from agentmerge.report.summary import best_recipe
+
+
+@pytest.fixture
+def moved(tmp_path: Path, family: Family) -> Family:
+    """A copy of the family elsewhere."""
+    shutil.copytree(family.base.parent, tmp_path / "family")
+    places = [tmp_path / "family" / expert.name for expert in family.experts]
+    return Family(tmp_path / "family" / family.base.name, tuple(places), family.skills, family.seed)
+
+
+def config_of(family: Family, tasks: Path, **more: Any) -> SearchConfig:
+    body = demo_config(family, tasks) | {"limit": 10, "task_search_path": [str(tasks)]}
+    body |= {"search": {"algorithm": "random", "seed": 1}, "budget": {"max_evaluations": 10}}
+    return SearchConfig.from_text(yaml.safe_dump(body | more))
+
+
+def test_a_search_over_moved_models_keeps_its_own_names(
+    tmp_path: Path, family: Family, moved: Family
+) -> None:
+    tasks, runs = write_tasks(tmp_path / "tasks", family.skills, n_items=40), tmp_path / "runs"
+    session.run(config_of(family, tasks), name="here", runs_dir=runs)
+    first = session.run(config_of(moved, tasks), name="there", runs_dir=runs)
+    #: Asks what nobody has asked, so that its merges are really made.
+    fewer = config_of(moved, tasks, limit=12)
+    second = session.run(fewer, name="anew", runs_dir=runs)
+    branched = session.branch("there", at=0, name="branched", runs_dir=runs)
+    own = {str(path) for path in (moved.base, *moved.experts)}
+    with Ledger(runs / session.LEDGER) as ledger:
+        assert all(c.reused for c in ledger.candidates(first.id) if c.state == "scored")
+        for row in (first, second, branched):
+            assert [c.failure for c in ledger.candidates(row.id) if c.failure] == []
+            assert set(Recipe.parse(best_recipe(ledger, row)["recipe"]).models) <= own
+            written = Recipe.parse(runs / row.name / "best.yml")
+            assert set(written.models) <= own
+        before = best_recipe(ledger, ledger.run("here"))["recipe"]
+        assert str(family.base.parent) in before
+    prune_results(runs, ["here"], dry_run=False)
+    shutil.rmtree(runs / "here")
+    exported = exporting.export_run("there", tmp_path / "merged", runs_dir=runs)
+    assert exported["equal"] is True
