@@ -277,8 +277,8 @@ def new_branch(
     ledger.add_run(row)
     before = SearchConfig.from_text(parent.config, parent.name)
     prior = _answers(row.facts, config) != _answers(parent.facts, before)
-    # Another genome is another search space: what was opened beside the old one is left behind.
-    without = STRUCTURE if config.genome != before.genome else ""
+    # Under another genome or other scores no trial of a search space holds: they are left behind.
+    without = STRUCTURE if prior or config.genome != before.genome else ""
     # Other agents speak of the generation that they take over, instead of the words it had.
     others = models or config.agents != before.agents or _new_prompts(ledger, parent.id, config)
     words_up_to = at - 1 if others else at

@@ -239,6 +239,10 @@ def summary_text(summary: Mapping[str, Any]) -> str:
             f"{agents['tokens_in']} tokens in, {agents['tokens_out']} out, {_cost(agents)}"
         )
         lines.append(f"forecasts: {Track(**agents['forecasts']).sentence()}")
+    for opening in summary["structure"]:
+        end = f"not opened: {opening['refusal']}" if opening["refusal"] else "opened, on trial"
+        where = f"after generation {opening['generation']}"
+        lines.append(f"another search space {where}: {opening['move']}: {end}")
     if summary["final"]:
         lines += ["", card_text(summary["final"])]
     elif summary["best"]:

@@ -10,6 +10,7 @@ from agentmerge.errors import NotFound
 from agentmerge.lease import Lease
 from agentmerge.ledger import Candidate, Ledger, RunRow
 from agentmerge.session import CHECKPOINTS
+from agentmerge.structure import openings
 
 #: Failed candidates that a summary lists; the ledger has them all.
 MAX_FAILURES = 10
@@ -44,6 +45,10 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
         "failures": [
             {"candidate": [generation, slot], "failure": failure}
             for generation, slot, failure in ledger.failures(row.id, MAX_FAILURES)
+        ],
+        "structure": [
+            {"generation": o.generation, "move": o.move.sentence, "refusal": o.refusal}
+            for o in openings(ledger.advice(row.id))
         ],
         "final": row.result,
     }

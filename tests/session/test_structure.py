@@ -131,7 +131,6 @@ def test_approval_waits_for_the_user(tmp_path: Path, capsys) -> None:
         assert "waiting for your answer: open another search space: merge method ties" in said
         assert "--answer yes (or no)" in said
         assert run_app(["resume", "a", *runs]) == 0, "no answer: it waits on"
-        assert session.opened  # the ledger is read below
         assert moves_of(tmp_path, "a")[0] == []
         assert run_app(["resume", "a", "--answer", "no", *runs]) == 0
         found, _ = moves_of(tmp_path, "a")
@@ -140,6 +139,10 @@ def test_approval_waits_for_the_user(tmp_path: Path, capsys) -> None:
         assert run_app(["resume", "a", "--answer", "yes", *runs]) == 0
     found, candidates = moves_of(tmp_path, "a")
     assert [o.refusal for o in found] == ["you said no", ""]
+    assert run_app(["show", "a", *runs]) == 0
+    shown = capsys.readouterr().out
+    assert "merge method ties (to see): not opened: you said no" in shown
+    assert "layer_granularity 1 (to see): opened, on trial" in shown
     assert len({c.space for c in candidates}) == 2
     capsys.readouterr()
     assert run_app(["resume", "a", "--answer", "yes", *runs]) == 2
