@@ -1,7 +1,7 @@
 """What a candidate costs: merged and scored in a live vLLM engine, or on disk by a fresh lm-eval.
 
     python -m benchmarks.evaluate [--config FILE] [--candidates 8] [--fresh 2] [--repeats 3]
-        [--processor-time] [--json FILE]
+        [--questions N] [--processor-time] [--json FILE]
 
 Without a config: the demo family. Three figures, medians, each printed and written as JSON:
     live     the vllm worker: seconds a candidate for merge and swap and for scoring, and the share
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--fresh", type=int, default=2, help="candidates the on-disk way; 0: none")
     parser.add_argument("--repeats", type=int, default=3, help="passes over the choices each way")
+    parser.add_argument("--questions", type=int, help="of the choices (all); 0: none")
     parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--simple", help=argparse.SUPPRESS)
@@ -99,7 +100,7 @@ def measured(config: str, asked: argparse.Namespace, scratch: Path) -> dict[str,
         "way": worker._engine.way,
         "start_s": started,
         "live": live(worker, recipes, refs, clock),
-        "choices": choices(worker, prepared.taskset, asked.repeats, clock),
+        "choices": choices(worker, prepared.taskset, asked, clock),
     }
     worker.close()
     if asked.fresh:
@@ -150,7 +151,9 @@ class _Timed:
         delattr(self._owner, self._name)
 
 
-def choices(worker: Any, taskset: Any, repeats: int, clock: Clock) -> dict[str, dict[str, float]]:
+def choices(
+    worker: Any, taskset: Any, asked: argparse.Namespace, clock: Clock
+) -> dict[str, dict[str, float]]:
     """Multiple-choice requests of three kinds, both ways on the same engine, in turn."""
     own = [
         [(instance.args[0], instance.args[1]) for instance in instances]
@@ -158,6 +161,7 @@ def choices(worker: Any, taskset: Any, repeats: int, clock: Clock) -> dict[str, 
         if task.output_type == "multiple_choice"
         for instances in (taskset.asked[task.name].requests[r.index] for r in task.part("search"))
     ]
+    own, repeats = own[: asked.questions], asked.repeats
     if not own:
         return {}
     examples = "\n".join(context + more for (context, more), *_ in own[-SHOTS:]) + "\n"

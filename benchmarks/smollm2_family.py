@@ -29,6 +29,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,10 @@ def write_experts(family: Path, trainings: tuple[Training, ...], seed: int = 0) 
     tokenizer = AutoTokenizer.from_pretrained(family / "base")
     for training in trainings:
         model = AutoModelForCausalLM.from_pretrained(family / "base", dtype=torch.float32)
+        start, used = time.perf_counter(), time.process_time()
         train(model, tokenizer, training, seed)
+        took, used = time.perf_counter() - start, time.process_time() - used
+        print(f"{training.skill}: {took:.0f} s, {used:.0f} of the processor", file=sys.stderr)
         save(model, tokenizer, family / f"expert-{training.skill}")
 
 
