@@ -293,8 +293,8 @@ def table(result: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {name} | {row['tokens']:.0f} | {row['ours_items_s']:.0f} | "
-            f"{row['lm_eval_items_s']:.0f} | {row['faster']:.1f} | "
+            f"| {name} | {row['tokens']:.0f} | {row['ours_items_s']:.3g} | "
+            f"{row['lm_eval_items_s']:.3g} | {row['faster']:.1f} | "
             f"{row['largest_difference']:.1e} |"
             for name, row in result["choices"].items()
         ]
