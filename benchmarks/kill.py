@@ -14,7 +14,7 @@ full), or by another process that holds the database locked. Printed:
     lost       evaluations that were committed before a fault and are not there after it
     repeated   evaluations that were paid for again although they had been committed
     diverged   candidates, words and final cards that differ from the reference's
-    left       processes of a killed search that were still there ten seconds after it
+    left       processes of a killed search that were still there a minute after it
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from agentmerge.session import CHECKPOINTS, LEDGER
 
 FAULTS = ("kill", "kill", "kill", "full disk", "locked")
 AT = 2  # the generation that the branch leaves the search at
-PATIENCE_S = 10  # that what a killed search started may take to end
+PATIENCE_S = 60  # that what a killed search started may take to end
 DISK_MB = 32
 
 
@@ -128,7 +128,7 @@ def running(search: int) -> list[int]:
 
 
 def left(search: int) -> int:
-    """How many are there ten seconds after their search; they are ended then."""
+    """How many are there a minute after their search; they are ended then."""
     patience = time.monotonic() + PATIENCE_S
     while (found := running(search)) and time.monotonic() < patience:
         time.sleep(0.05)

@@ -53,6 +53,25 @@ if __name__ == "__main__":
     multiprocessing.get_context("{method}").Process(target=engine).start()
     time.sleep(3600)
 """
+#: An engine that looks at nothing, and its rank, which does.
+RANK = """
+import multiprocessing, os, time
+SPAWN = multiprocessing.get_context("spawn")
+
+def rank(engine):
+    from agentmerge.workers import vllm_extension
+    print(engine, os.getpid(), flush=True)
+    time.sleep(3600)
+
+def engine():
+    SPAWN.Process(target=rank, args=(os.getpid(),)).start()
+    time.sleep(3600)
+
+if __name__ == "__main__":
+    os.environ["AGENTMERGE_SEARCH_PROCESS"] = str(os.getpid())
+    SPAWN.Process(target=engine).start()
+    time.sleep(3600)
+"""
 
 
 def killed(path: Path, program: str) -> list[int]:
@@ -99,3 +118,9 @@ def test_busy_worker_processes_end_with_a_killed_search(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_an_engines_process_ends_with_a_killed_search(tmp_path: Path, method: str) -> None:
     assert gone(killed(tmp_path / "engine.py", ENGINE.replace("{method}", method)))
+
+
+def test_an_engine_of_several_processes_ends_whole(tmp_path: Path) -> None:
+    processes = killed(tmp_path / "ranks.py", RANK)
+    assert len(processes) == 2
+    assert gone(processes)
