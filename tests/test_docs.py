@@ -154,7 +154,7 @@ def test_other_programs_exist_as_they_are_written() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = set(re.findall(r"agentmerge\[([a-z-]+)\]", text))
     assert extras - set(project["optional-dependencies"]) == set()
-    modules = set(re.findall(r"python -m ((?:benchmarks|agentmerge)\.[a-z_.]+[a-z])", text))
+    modules = set(re.findall(r"python -m ((?:benchmarks|agentmerge)\.[a-z0-9_.]+[a-z0-9])", text))
     assert len(modules) > 5
     assert [name for name in modules if importlib.util.find_spec(name) is None] == []
 
@@ -163,7 +163,7 @@ def benchmark_options() -> dict[str, set[str]]:
     """Benchmark -> options that the pages give it."""
     found: dict[str, set[str]] = {}
     text = re.sub(r"\\\n\s*", " ", "\n".join(page.read_text() for page in PAGES))
-    for name, rest in re.findall(r"python -m (benchmarks\.[a-z_]+)([^`\n]*)", text):
+    for name, rest in re.findall(r"python -m (benchmarks\.[a-z0-9_]+)([^`\n]*)", text):
         found.setdefault(name, set()).update(re.findall(r"(?<=\s)--[a-z-]+", rest))
     return found
 
