@@ -13,9 +13,10 @@ from typing import Any
 
 from agentmerge.agents.schemas import Guidance
 from agentmerge.strategies.base import Observation
+from agentmerge.strategies.llm_evo import ELITE_MEAN
 
 #: Operators whose candidates were not drawn around the proposer's mean.
-_OTHERS = ("agent", "probe", "parent", "uniform", "scale", "init", "incumbent")
+_OTHERS = ("agent", "probe", "parent", "uniform", "scale", "init", "incumbent", ELITE_MEAN)
 _SAME = 1e-9
 
 

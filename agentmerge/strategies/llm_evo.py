@@ -3,6 +3,10 @@
 The first population is uniform random. Each later one is noise around the mean that the proposer
 advised (the mean of the last generation's four best where nobody did), with the controller's sigma.
 Whole recipes that the proposer suggested take at most ``RECIPE_SHARE`` of the slots.
+
+Once there are four to take a mean of, a chat model's mean has half of a generation and theirs the
+other half; whose half was better has more of the next one (``trust``). So a model that is wrong
+cannot spend the search.
 """
 
 from __future__ import annotations
@@ -25,6 +29,9 @@ from agentmerge.strategies.random import random_vectors
 
 ELITES = 4
 RECIPE_SHARE = 0.3
+#: Operator of what was drawn around the elites' own mean beside a model's.
+ELITE_MEAN = "elite_mean"
+FIRST_TRUST, LEAST_TRUST, MOST_TRUST = 0.5, 0.125, 0.875
 #: The seed program's step sizes, used where no controller set one.
 SIGMA_LOW, SIGMA_HIGH = 0.05, 0.2
 
@@ -45,14 +52,21 @@ class LlmEvo:
         if generation == 0:
             vectors = random_vectors(space, generation, count, rng_for)
             return [Proposal(vector, "random") for vector in vectors]
-        mean = _mean(space, history, guidance)
+        mean, elites = _mean(space, history, guidance), _vectors(fittest(history, ELITES))
         sigma = guidance.sigma if guidance and guidance.sigma is not None else _sigma(history)
-        suggested = list(guidance.candidates if guidance else ())[: int(count * RECIPE_SHARE)]
+        by_model = guidance is not None and guidance.source == "model" and guidance.mean is not None
+        share = trust(history) if by_model and len(elites) == ELITES else 1.0
+        most = int(count * min(RECIPE_SHARE, share))
+        suggested = list(guidance.candidates if guidance else ())[:most]
         proposals = [Proposal(tuple(vector), "agent") for vector in suggested]
+        advised = len(proposals) + int(share * (count - len(proposals)) + 0.5)
         for slot in range(len(proposals), count):
+            mine = slot < advised
+            centre = mean if mine else np.mean(elites, axis=0)
             noise = rng_for(generation, slot, "mutate").standard_normal(space.dimensions)
-            child = np.clip(np.asarray(mean) + sigma * noise, 0.0, 1.0)
-            proposals.append(Proposal(tuple(float(x) for x in child), self.name))
+            child = np.clip(np.asarray(centre) + sigma * noise, 0.0, 1.0)
+            operator = self.name if mine else ELITE_MEAN
+            proposals.append(Proposal(tuple(float(x) for x in child), operator))
         return proposals
 
     def population(self, dimensions: int) -> int:
@@ -69,6 +83,26 @@ def _mean(
     if not elites:
         return (0.5,) * space.dimensions
     return tuple(float(x) for x in np.mean([o.vector or () for o in elites], axis=0))
+
+
+def _vectors(observations: Sequence[Observation]) -> list[tuple[float, ...]]:
+    return [o.vector for o in observations if o.vector is not None]
+
+
+def trust(history: Sequence[Observation]) -> float:
+    """A model's share of the next generation: more where the best around its mean was better than
+    the best around the elites' own, generation by generation."""
+    share = FIRST_TRUST
+    for generation in sorted({o.generation for o in history}):
+        mine, own = (
+            [o.score for o in history
+             if o.generation == generation and o.operator == operator and o.score is not None]
+            for operator in (LlmEvo.name, ELITE_MEAN)
+        )  # fmt: skip
+        if mine and own:
+            share = share * 1.5 if max(mine) > max(own) else share / 2
+            share = min(max(share, LEAST_TRUST), MOST_TRUST)
+    return share
 
 
 def _sigma(history: Sequence[Observation]) -> float:

@@ -120,6 +120,29 @@ def test_no_advice_breaks_the_contract(name: str, count: int, guidance: Guidance
         assert SPACE.recipe(proposal.vector)
 
 
+def test_a_model_that_is_wrong_cannot_spend_the_search() -> None:
+    """llm_evo with a model whose mean is always a far corner, and with one that knows the place."""
+
+    def shares_and_best(mean: tuple[float, ...]) -> tuple[list[int], float]:
+        history, shares = begun(), []
+        for generation in range(1, 9):
+            guidance = Guidance(mean=mean, sigma=0.1, source="model")
+            asked = strategy("llm_evo").propose(SPACE, tuple(history), guidance, 8, rng_factory(0))
+            shares.append(sum(p.operator == "llm_evo" for p in asked))
+            history += [
+                Observation(generation, slot, p.vector, p.operator, fitness(p.vector or ()))
+                for slot, p in enumerate(asked)
+            ]
+        return shares, fittest(history, 1)[0].score or 0.0
+
+    shares, misled = shares_and_best((1.0, 0.0, 1.0, 0.0))
+    assert shares == [8, 4, 2, 1, 1, 1, 1, 1], "all until there are four to take a mean of"
+    shares, told = shares_and_best(tuple(float(x) for x in CENTRE))
+    assert shares[:2] == [8, 4]
+    assert misled > fitness(begun()[0].vector or ()), "rules went on beside it"
+    assert told > misled
+
+
 def test_llm_evo_goes_where_it_is_advised() -> None:
     mean = (0.1, 0.9, 0.1, 0.9)
     guidance = Guidance(mean=mean, sigma=1e-4, source="model")
