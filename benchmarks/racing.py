@@ -4,8 +4,10 @@
 
 Arms: every candidate asked everything, at the budget; raced at one part in SHARE of it; and, as a
 control, every candidate asked everything at that part. The budget counts item evaluations, in
-candidates' worth. Each seed asks other items, 200 of each task to search on and 400 sealed, and all
-arms of a seed ask the same. Differences are paired by seed, with a bootstrap interval over seeds.
+candidates' worth; strategies that learn from items get the gold answer's margin beside each answer,
+in all arms, uncounted. Each seed asks other items, 200 of each task to search on and 400 sealed,
+and all arms of a seed ask the same. Differences are paired by seed, with a bootstrap interval over
+seeds.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from agentmerge import session
+from agentmerge import plugins, session
 from agentmerge.config import SearchConfig
 from agentmerge.demo.family import cached_family
 from agentmerge.demo.tasks import skill_task, write_skill_tasks
@@ -77,6 +79,7 @@ def searched(algorithm: str, seed: int, budget: int, racing: bool) -> dict[str, 
 
 def body(tasks: Path, algorithm: str, seed: int, budget: int, racing: bool) -> dict[str, Any]:
     family = cached_family(SKILLS, 0)
+    learns = getattr(plugins.load("agentmerge.strategies", algorithm), "uses_items", False)
     names = [skill_task(skill) for skill in SKILLS]
     return {
         "genome": {
@@ -91,7 +94,7 @@ def body(tasks: Path, algorithm: str, seed: int, budget: int, racing: bool) -> d
         "num_fewshot": 0,
         "apply_chat_template": False,
         "task_search_path": [str(tasks)],
-        "search": {"algorithm": algorithm, "seed": seed, "racing": racing, "companion": False},
+        "search": {"algorithm": algorithm, "seed": seed, "racing": racing, "companion": learns},
         "budget": {"max_evaluations": budget},
         "worker": {"batch_size": 200, "options": {"threads": 1}},
     }
