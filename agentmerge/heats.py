@@ -15,7 +15,8 @@ from agentmerge.probing import PROBE
 from agentmerge.recipe import Recipe
 
 if TYPE_CHECKING:
-    from agentmerge.steps import Answers, Search
+    from agentmerge.answers import Answers
+    from agentmerge.steps import Search
 
 
 @dataclass(frozen=True, slots=True)

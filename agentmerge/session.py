@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from agentmerge.answers import Scoring
 from agentmerge.assembly import (
     CHECKPOINTS,
     LEDGER,
@@ -38,7 +39,7 @@ from agentmerge.ledger import Ledger, RunRow
 from agentmerge.ledger.store import remedy
 from agentmerge.recipe import Recipe
 from agentmerge.state import GRAPH_VERSION, SearchState
-from agentmerge.steps import Emit, Scoring
+from agentmerge.steps import Emit
 
 #: A search that stopped to ask its user; the question is its stop_reason.
 WAITING = "waiting"

@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from agentmerge.advising import advise, guidance_of, paired_noise
+from agentmerge.advising import advise, guidance_of
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompts
-from agentmerge.agents.schemas import Guidance, StructuralMove
+from agentmerge.answers import Evaluator, Scoring
 from agentmerge.config import Role, SearchConfig
 from agentmerge.constraints import Floor, floors, penalised, violation
 from agentmerge.errors import (
@@ -27,7 +27,6 @@ from agentmerge.errors import (
     CandidateFailed,
     NotBegun,
     RecipeRejected,
-    UserError,
 )
 from agentmerge.evaluation.racing import Course
 from agentmerge.evaluation.tasks import Part, TaskSet
@@ -35,7 +34,14 @@ from agentmerge.evidence import Witness
 from agentmerge.final import final_card
 from agentmerge.genome import SearchSpace
 from agentmerge.heats import Lost, run_heats
-from agentmerge.ledger import Candidate, GradientKey, Ledger, ResultKey, counted
+from agentmerge.ledger import (
+    Candidate,
+    GradientKey,
+    Ledger,
+    counted,
+    evaluations,
+    incumbent,
+)
 from agentmerge.recipe import Recipe
 from agentmerge.shadow import (
     arm_of,
@@ -44,7 +50,7 @@ from agentmerge.shadow import (
     shadow_proposals,
     uplift,
 )
-from agentmerge.slopes import SlopePool, Slopes
+from agentmerge.slopes import Slopes
 from agentmerge.state import GRAPH_VERSION, SearchState
 from agentmerge.strategies.base import (
     GRADIENT_COST,
@@ -57,34 +63,18 @@ from agentmerge.strategies.base import (
 from agentmerge.strategies.chain_rule import unit_gradient
 from agentmerge.strategies.random import random_vectors
 from agentmerge.structure import (
-    REFUSED,
-    STRUCTURE,
-    WORTH,
     Standing,
     carried,
-    finer,
     first_points,
-    moved,
     openings,
     standing,
 )
-from agentmerge.workers.base import EngineInfo, Fingerprint, Gradient, ItemRef, ItemResult
+from agentmerge.workers.base import Gradient, ItemRef, ItemResult
 
 Emit = Callable[[dict[str, Any]], None]
 
 #: Generations in a row without one new merge after which the space counts as exhausted.
 BARREN_GENERATIONS = 3
-
-
-class Evaluator(SlopePool, Protocol):
-    """The worker pool, as a search sees it."""
-
-    @property
-    def info(self) -> EngineInfo: ...
-
-    def evaluate(
-        self, recipe: Recipe, refs: Sequence[ItemRef], wanted: Callable[[], bool] = ...
-    ) -> tuple[Fingerprint, list[ItemResult], float]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,74 +92,6 @@ class Outcome:
             best_score=best.score if best else None,
             stop_reason=self.stop_reason,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """Items' results, what of them was paid for just now (by task), and the proof of the swap."""
-
-    results: dict[ItemRef, ItemResult]
-    paid: list[tuple[ResultKey, str, list[ItemRef], list[ItemResult]]]
-    seconds: float = 0.0
-    fingerprint: str = ""
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """(truncated prompts, cut-off generations)."""
-        found = self.results.values()
-        return sum(r.truncated for r in found), sum(r.cut_off for r in found)
-
-
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """The one way to items' results: from the ledger where they are, else from a worker."""
-
-    ledger: Ledger
-    taskset: TaskSet
-    pool: Evaluator
-
-    def known(self, recipe_hash: str, part: Part = "search") -> dict[ItemRef, ItemResult]:
-        found = {}
-        for task in self.taskset.tasks:
-            stored = self.ledger.results(self._key(recipe_hash, task.protocol_hash))
-            found.update({ref: stored[ref.key] for ref in task.part(part) if ref.key in stored})
-        return found
-
-    def ask(
-        self,
-        recipe: Recipe,
-        recipe_hash: str,
-        part: Part = "search",
-        wanted: Callable[[], bool] = lambda: True,
-        only: Sequence[ItemRef] | None = None,
-    ) -> Answers:
-        """Every item of a part, asking a worker only what the ledger lacks. Saves nothing.
-
-        only: some of the part's items instead of all.
-
-        Raises:
-            CandidateFailed, NotBegun, WorkerLost: as the pool does.
-        """
-        results = self.known(recipe_hash, part)
-        asked = self.taskset.refs(part) if only is None else only
-        missing = [ref for ref in asked if ref not in results]
-        if not missing:
-            return Answers(results, [])
-        proof, rows, seconds = self.pool.evaluate(recipe, missing, wanted)
-        fresh = dict(zip(missing, rows, strict=True))
-        paid = []
-        for task in self.taskset.tasks:
-            refs = [ref for ref in task.part(part) if ref in fresh]
-            key = self._key(recipe_hash, task.protocol_hash)
-            paid.append((key, task.name, refs, [fresh[ref] for ref in refs]))
-        return Answers(results | fresh, paid, seconds, proof.digest)
-
-    def save(self, answers: Answers) -> None:
-        for key, task, refs, rows in answers.paid:
-            self.ledger.save_results(key, task, refs, rows, answers.fingerprint, answers.seconds)
-
-    def _key(self, recipe_hash: str, protocol_hash: str) -> ResultKey:
-        return ResultKey(recipe_hash, self.pool.info, protocol_hash)
 
 
 @dataclass
@@ -333,12 +255,12 @@ class Search:
         own_share = max(1, round(left * (1 - self.config.search.shadow))) if left else 0
         asked: list[Proposal] = []
         for space in self.standing(generation).turn:
-            asked = asked or self._asked(space, generation, own_share)
+            asked = asked or self.asked(space, generation, own_share)
         shadow = shadow_proposals(self, asked, left - sum(p.cost for p in asked))
         self._add(generation + 1, [*asked, *shadow])
         return generation + 1
 
-    def _asked(self, space: SearchSpace, generation: int, left: int) -> list[Proposal]:
+    def asked(self, space: SearchSpace, generation: int, left: int) -> list[Proposal]:
         """What the next generation asks in a space."""
         history = self.told(generation, space=space)
         own = any(o.space == space.key for o in history)
@@ -371,80 +293,6 @@ class Search:
         """The space that the next generation's first turn is in."""
         candidates = self.ledger.candidates(self.run_id)
         return self.standing(candidates[-1].generation if candidates else 0).turn[0]
-
-    def wanted_move(self, generation: int) -> StructuralMove | None:
-        """The structural move to decide on before the next generation, if there is one.
-
-        An agent's, or with ``search.structure: free`` a finer space once the strategy has nothing
-        more to ask in the present one, which was worth searching.
-        """
-        wish = self.config.search.structure
-        before = openings(self.ledger.advice(self.run_id))
-        if wish == "fixed" or any(opening.generation == generation for opening in before):
-            return None
-        now = self.standing(generation)
-        if now.trial is not None or self.evaluations_left < WORTH:
-            return None
-        guidance = guidance_of(self.ledger, self.run_id, generation)
-        move = guidance.structural_move if guidance.source == "model" else None
-        if move is None and wish == "free" and self._worth_refining(generation, now.leader):
-            move = finer(now.leader)
-        known = {(opening.move.change, opening.move.value) for opening in before}
-        return None if move is None or (move.change, move.value) in known else move
-
-    def approval(self, generation: int) -> bool | None:
-        """Whether a move may be made; None: a person has to say."""
-        if self.replies_of is not None:
-            said = openings(self.ledger.advice(self.replies_of))
-            return not any(o.generation == generation and o.refusal == REFUSED for o in said)
-        return None if self.config.search.approve else True
-
-    def question(self, generation: int, move: StructuralMove) -> dict[str, Any]:
-        """What a person is asked before a move."""
-        return {
-            "question": f"open another search space: {move.sentence}?",
-            "generation": generation,
-            "change": move.change,
-            "value": move.value,
-            "why": move.why,
-        }
-
-    def restructure(self, generation: int, move: StructuralMove, *, approved: bool) -> None:
-        """Open the space of a move, or keep why not."""
-        now = self.standing(generation)
-        refusal = ""
-        try:
-            if not approved:
-                raise UserError(REFUSED)
-            space = moved(now.leader, move)
-            if space.key in {known.key for known in now.spaces}:
-                raise UserError("that space was open before")
-            self.check(space.uniform()[0])
-        except (UserError, RecipeRejected) as error:
-            refusal = str(error)
-        word = Guidance(structural_move=move, thought=move.sentence)
-        body = {"guidance": word.to_json(), "failure": refusal}
-        self.ledger.save_advice(self.run_id, generation, STRUCTURE, body)
-        self.emit(
-            {
-                "event": "advice",
-                "role": STRUCTURE,
-                "generation": generation,
-                "source": "rules",
-                "failure": refusal,
-                "words": word.thought,
-            }
-        )
-
-    def _worth_refining(self, generation: int, space: SearchSpace) -> bool:
-        """Whether a space has nothing left to ask and gave more than noise."""
-        candidates = self.ledger.candidates(self.run_id)
-        best = incumbent(candidates)
-        cheap = incumbent([c for c in candidates if c.generation == 0])
-        if best is None or cheap is None or self._asked(space, generation, self.evaluations_left):
-            return False
-        noise = paired_noise(self)(best.observation(), cheap.observation())
-        return (best.score or 0.0) - (cheap.score or 0.0) > 2 * noise
 
     def _recipe(self, observation: Observation) -> Recipe:
         return Recipe.parse(self.ledger.recipe(observation.recipe_hash, self.run_id))
@@ -702,23 +550,6 @@ class Search:
             "reused": candidate.reused,
             "seconds": candidate.seconds,
         }
-
-
-def incumbent(candidates: Sequence[Candidate]) -> Candidate | None:
-    """The best candidate scored under the present settings: least violation, then best score."""
-    scored = [c for c in candidates if c.score is not None and not c.prior and c.twin is None]
-    return min(scored, key=lambda c: c.rank, default=None)
-
-
-def evaluations(candidates: Sequence[Candidate]) -> float:
-    """How much of the budget is used: every distinct merge of this search, failed ones too, every
-    gradient as three, and of a race's loser the share of the items that it was asked.
-
-    A merge that another search paid for counts as well, so that a search does not depend on what
-    else is in the ledger; a twin does not. Candidates still open are not counted.
-    """
-    done = ("scored", "stopped", "failed")
-    return math.fsum(c.cost for c in candidates if c.state in done and not c.prior)
 
 
 def _affordable(proposals: Sequence[Proposal], left: int) -> list[Proposal]:

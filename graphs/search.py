@@ -20,6 +20,7 @@ from langgraph.types import Command, RetryPolicy, Send, interrupt
 
 from agentmerge.context import Context, let_go, search_of
 from agentmerge.errors import WorkerLost
+from agentmerge.moves import approval, question, restructure, wanted_move
 from agentmerge.state import Assignment, SearchState
 
 Next = Literal["evaluate", "select"]
@@ -71,7 +72,7 @@ def proposer(
     limit = search.advise("proposer", state["generation"])
     if limit:
         return _advised(limit, "select")
-    if search.wanted_move(state["generation"]) is not None:
+    if wanted_move(search, state["generation"]) is not None:
         return Command(goto="structure")
     return _proposed(search, state["generation"])
 
@@ -81,12 +82,12 @@ def structure(
 ) -> Command[Literal["evaluate", "select"]]:
     """Open another search space; with ``search.approve`` only once a person has agreed."""
     search, generation = search_of(runtime), state["generation"]
-    move = search.wanted_move(generation)
+    move = wanted_move(search, generation)
     if move is not None:  # else it was decided before a crash
-        approved = search.approval(generation)
+        approved = approval(search, generation)
         if approved is None:
-            approved = interrupt(search.question(generation, move)) in (True, "yes")
-        search.restructure(generation, move, approved=approved)
+            approved = interrupt(question(generation, move)) in (True, "yes")
+        restructure(search, generation, move, approved=approved)
     return _proposed(search, generation)
 
 

@@ -13,7 +13,15 @@ from __future__ import annotations
 
 from agentmerge.ledger.overview import Overview
 from agentmerge.ledger.packing import KEY_DIGITS, pack, unpack
-from agentmerge.ledger.rows import Candidate, GradientKey, ResultKey, RunRow, counted
+from agentmerge.ledger.rows import (
+    Candidate,
+    GradientKey,
+    ResultKey,
+    RunRow,
+    counted,
+    evaluations,
+    incumbent,
+)
 from agentmerge.ledger.runs import Runs
 from agentmerge.ledger.words import Words
 
@@ -30,6 +38,8 @@ __all__ = [
     "ResultKey",
     "RunRow",
     "counted",
+    "evaluations",
+    "incumbent",
     "pack",
     "unpack",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -120,3 +122,20 @@ class GradientKey:
 def counted(cost: float) -> float:
     """A sum of costs as people read it: a whole number where no race was stopped early."""
     return int(cost) if float(cost).is_integer() else round(cost, 2)
+
+
+def incumbent(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The best candidate scored under the present settings: least violation, then best score."""
+    scored = [c for c in candidates if c.score is not None and not c.prior and c.twin is None]
+    return min(scored, key=lambda c: c.rank, default=None)
+
+
+def evaluations(candidates: Sequence[Candidate]) -> float:
+    """How much of the budget is used: every distinct merge of this search, failed ones too, every
+    gradient as three, and of a race's loser the share of the items that it was asked.
+
+    A merge that another search paid for counts as well, so that a search does not depend on what
+    else is in the ledger; a twin does not. Candidates still open are not counted.
+    """
+    done = ("scored", "stopped", "failed")
+    return math.fsum(c.cost for c in candidates if c.state in done and not c.prior)

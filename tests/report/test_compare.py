@@ -13,10 +13,9 @@ from agentmerge.agents.prompts import bundled_dir
 from agentmerge.agents.testing import ScriptedServer
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
-from agentmerge.ledger import Ledger
+from agentmerge.ledger import Ledger, evaluations, incumbent
 from agentmerge.report.compare import compare
 from agentmerge.report.summary import run_summary
-from agentmerge.steps import evaluations, incumbent
 from agentmerge.workers.base import ItemRef
 from tests.report.conftest import CONFIG, search_family
 

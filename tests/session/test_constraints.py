@@ -14,8 +14,7 @@ from agentmerge.config import Constraint, SearchConfig
 from agentmerge.constraints import PENALTY, floors, kept, penalised, violation
 from agentmerge.errors import ConfigError
 from agentmerge.evaluation.tasks import Objective
-from agentmerge.ledger import Candidate, Ledger
-from agentmerge.steps import incumbent
+from agentmerge.ledger import Candidate, Ledger, incumbent
 from agentmerge.strategies.base import Observation
 from tests.session.conftest import command, config, config_text, trace_of
 from tests.session.test_resume import kill_after

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from agentmerge import session
-from agentmerge.ledger import Ledger
-from agentmerge.steps import evaluations
+from agentmerge.ledger import Ledger, evaluations
 from agentmerge.strategies.base import GRADIENT_COST
 from tests.session.conftest import command, config, config_text, trace_of
 from tests.session.test_resume import events, kill_after
