@@ -222,7 +222,8 @@ def test_defect_07_integers_are_rounded_not_truncated(fake_config: str, tmp_path
     run(settings, tmp_path, models={"proposer": model})
     assert len(model.calls) > 1
     # What was advised as 29 is shown as 29 when it comes back as a scored candidate.
-    assert "[29, 60, 29, 60]" in _text(model.calls[-1])
+    assert "[29, 60, 29, 60]" not in _text(model.calls[0])
+    assert "[29, 60, 29, 60]" in _text(model.calls[1])
 
 
 def test_defect_08_prompts_are_bounded_and_say_what_the_search_is_about(
