@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from agentmerge.agents.schemas import Guidance, StructuralMove
+from agentmerge.agents.schemas import StructuralMove
 from agentmerge.config import GenomeConfig
 from agentmerge.errors import ConfigError, UserError
 from agentmerge.genome import SearchSpace, short_name
@@ -76,8 +76,8 @@ def openings(advice: Iterable[Mapping[str, Any]]) -> list[Opening]:
     """The moves that were decided, in order, from the ledger's rows of advice."""
     found = []
     for word in advice:
-        move = Guidance.from_json(word["guidance"]).structural_move
-        if word["role"] == STRUCTURE and move is not None:
+        if word["role"] == STRUCTURE:
+            move = StructuralMove(**word["guidance"]["structural_move"])
             found.append(Opening(word["generation"], move, word["failure"]))
     return found
 
