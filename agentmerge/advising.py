@@ -100,7 +100,7 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
         o for o in history if o.generation == generation and (o.operator, o.label) == (PROBE, role)
     ]
     history = [o for o in history if o not in own]
-    moves = openings(search.ledger.advice(search.run_id))
+    moves = openings(search.ledger, search.run_id)
     before = guidance_of(search.ledger, search.run_id, generation - 1) if generation else None
     settings = search.config.search
     metrics = {task.name: task.metric for task in search.config.tasks.tasks}

@@ -25,7 +25,7 @@ def wanted_move(search: Search, generation: int) -> StructuralMove | None:
     more to ask in the present one, which was worth searching.
     """
     wish = search.config.search.structure
-    before = openings(search.ledger.advice(search.run_id))
+    before = openings(search.ledger, search.run_id)
     if wish == "fixed" or any(opening.generation == generation for opening in before):
         return None
     now = search.standing(generation)
@@ -42,7 +42,7 @@ def wanted_move(search: Search, generation: int) -> StructuralMove | None:
 def approval(search: Search, generation: int) -> bool | None:
     """Whether a move may be made; None: a person has to say."""
     if search.replies_of is not None:
-        said = openings(search.ledger.advice(search.replies_of))
+        said = openings(search.ledger, search.replies_of)
         return not any(o.generation == generation and o.refusal == REFUSED for o in said)
     return None if search.config.search.approve else True
 

@@ -281,7 +281,7 @@ class Search:
         """The search spaces after a generation; decided: with what was decided after it."""
         moves = [
             opening
-            for opening in openings(self.ledger.advice(self.run_id))
+            for opening in openings(self.ledger, self.run_id)
             if opening.generation < generation + decided
         ]
         if not moves:
@@ -354,12 +354,11 @@ class Search:
         """
         history = penalised(self.ledger.history(self.run_id, up_to), self.taskset.objectives)
         history = [o if o.space else replace(o, space=self.space.key) for o in history]
-        if space is not None:
-            history = carried(history, space, partial(self._point, space))
-        if not self.config.search.shadow:
-            return history
-        first = first_generation(self.ledger.candidates(self.run_id, up_to=up_to))
-        return heard(history, first, shadow=shadow)
+        if self.config.search.shadow:
+            first = first_generation(self.ledger.candidates(self.run_id, up_to=up_to))
+            history = heard(history, first, shadow=shadow)
+        # After the arms are told apart: seen from another space, a candidate has no operator.
+        return history if space is None else carried(history, space, partial(self._point, space))
 
     def floors(self, candidates: Sequence[Candidate]) -> list[Floor]:
         return floors(self.config.search.constraints, self.taskset.objectives, candidates)

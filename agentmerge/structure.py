@@ -10,7 +10,7 @@ candidate. All of this is a fold over the moves and candidates in the ledger; it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from agentmerge.agents.schemas import StructuralMove
 from agentmerge.config import GenomeConfig
 from agentmerge.errors import ConfigError, UserError
 from agentmerge.genome import SearchSpace, short_name
-from agentmerge.ledger import Candidate
+from agentmerge.ledger import Candidate, Ledger
 from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
 from agentmerge.strategies.base import CARRIED, SHADOW, Observation, Proposal
@@ -72,14 +72,16 @@ class Standing:
         return next((space for space in self.spaces if space.key == key), self.spaces[0])
 
 
-def openings(advice: Iterable[Mapping[str, Any]]) -> list[Opening]:
-    """The moves that were decided, in order, from the ledger's rows of advice."""
-    found = []
-    for word in advice:
-        if word["role"] == STRUCTURE:
-            move = StructuralMove(**word["guidance"]["structural_move"])
-            found.append(Opening(word["generation"], move, word["failure"]))
-    return found
+def openings(ledger: Ledger, run_id: str) -> list[Opening]:
+    """The moves that were decided, in order."""
+    return [
+        Opening(
+            word["generation"],
+            StructuralMove(**word["guidance"]["structural_move"]),
+            word["failure"],
+        )
+        for word in ledger.advice(run_id, role=STRUCTURE)
+    ]
 
 
 def standing(

@@ -19,9 +19,13 @@ class Words(Store):
                 (run_id, generation, role, json.dumps(body)),
             )
 
-    def advice(self, run_id: str, generation: int | None = None) -> list[dict[str, Any]]:
+    def advice(
+        self, run_id: str, generation: int | None = None, role: str | None = None
+    ) -> list[dict[str, Any]]:
         """Every agent's word, ordered by (generation, role): {generation, role, ...body}."""
-        where, values = ("AND generation = ?", [generation]) if generation is not None else ("", [])
+        asked = {"generation": generation, "role": role}
+        given = {name: value for name, value in asked.items() if value is not None}
+        where, values = "".join(f" AND {name} = ?" for name in given), given.values()
         rows = self._rows(
             f"SELECT generation, role, body FROM advice WHERE run_id = ? {where} "
             "ORDER BY generation, role",

@@ -48,7 +48,7 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
         ],
         "structure": [
             {"generation": o.generation, "move": o.move.sentence, "refusal": o.refusal}
-            for o in openings(ledger.advice(row.id))
+            for o in openings(ledger, row.id)
         ],
         "final": row.result,
     }

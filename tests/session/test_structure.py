@@ -15,6 +15,7 @@ from agentmerge.errors import UserError
 from agentmerge.genome import SearchSpace
 from agentmerge.ledger import Candidate, Ledger
 from agentmerge.replay import replay
+from agentmerge.strategies.llm_evo import LlmEvo
 from agentmerge.structure import TRIAL, Opening, finer, moved, openings, standing
 from tests.session.conftest import command, config, config_text, trace_of
 from tests.session.test_agents import advised, adviser
@@ -51,7 +52,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 def moves_of(runs_dir: Path, name: str) -> tuple[list[Opening], list[Candidate]]:
     with Ledger(runs_dir / session.LEDGER) as ledger:
         row = ledger.run(name)
-        return openings(ledger.advice(row.id)), ledger.candidates(row.id)
+        return openings(ledger, row.id), ledger.candidates(row.id)
 
 
 @pytest.mark.parametrize("algorithm", ["llm_evo", "auto", "cma_es"])
@@ -164,6 +165,29 @@ def test_killed_in_a_trial_it_ends_the_same(tmp_path: Path) -> None:
         assert kill_after(command("resume", "a", "--runs-dir", torn), log, 25, 0.02)
         session.resume("a", runs_dir=torn)
     assert trace_of(torn, "a") == trace_of(calm, "a")
+
+
+def test_the_arm_that_hears_no_model_is_not_seen_from_another_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, set[tuple[int, int]]]] = []
+    propose = LlmEvo.propose
+
+    def told(self, space, history, guidance, count, rng_for):
+        if guidance is not None and guidance.source == "model":
+            seen.append((space.key, {(o.generation, o.slot) for o in history}))
+        return propose(self, space, history, guidance, count, rng_for)
+
+    monkeypatch.setattr(LlmEvo, "propose", told)
+    none = ("none", "")
+    with ScriptedServer(mover(none, none, ("granularity", "1"))) as server:
+        sections = advised(server, search={"shadow": 0.3})
+        session.run(config(**sections, budget={"max_evaluations": 90}), name="a", runs_dir=tmp_path)
+    _, candidates = moves_of(tmp_path, "a")
+    shadows = {(c.generation, c.slot) for c in candidates if c.operator == "shadow"}
+    assert shadows
+    assert len({key for key, _ in seen}) == 2, "both spaces were searched"
+    assert not any(shadows & history for _, history in seen)
 
 
 def test_a_branch_keeps_the_spaces_and_may_change_the_genome(tmp_path: Path) -> None:
