@@ -55,6 +55,33 @@ def comparisons(runs: Runs, against: str) -> str:
     return _markdown(rows)
 
 
+def standing(runs: Runs, arm: str) -> str:
+    """One arm against the best of the others, problem by problem, on sealed scores.
+
+    The best by its median, picked afterwards, which favours it; p is not corrected.
+    """
+    rows = [["problem", "pairs", arm, "best other", "sealed", "difference", "95 %", "p"]]
+    for problem in dict.fromkeys(r["problem"] for r in runs):
+        mine = of_arm(runs, problem, arm)
+        others = dict.fromkeys(r["arm"] for r in runs if r["problem"] == problem)
+        pairs = {}
+        for other in others:
+            theirs = of_arm(runs, problem, other)
+            seeds = sorted(set(mine) & set(theirs))
+            if other != arm and len(seeds) > 1:
+                pairs[other] = [np.array([_sealed(x[s]) for s in seeds]) for x in (mine, theirs)]
+        if not pairs:
+            continue
+        best = max(pairs, key=lambda other: float(np.median(pairs[other][1])))
+        a, b = pairs[best]
+        low, high = median_interval(a - b)
+        rows.append(
+            [problem, str(len(a)), f"{np.median(a):.3f}", best, f"{np.median(b):.3f}",
+             f"{np.median(a - b):+.3f}", f"{low:+.3f} to {high:+.3f}", f"{_p(a, b):.4f}"]
+        )  # fmt: skip
+    return _markdown(rows) if len(rows) > 1 else ""
+
+
 def sooner(runs: Runs, against: str) -> str:
     """Every arm's search score at a quarter of the budget, less one arm's at all of it."""
     rows = [["problem", "arm", "pairs", f"@quarter - {against}'s end", "95 %", "p (Holm)"]]

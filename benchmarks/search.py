@@ -98,7 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def written(runs: Sequence[dict[str, Any]], against: str, out: Path) -> str:
     """The tables as text, after they and the curves were written to ``out``."""
-    compared = [f(runs, against) for f in (comparing.comparisons, comparing.sooner)]
+    against_one = (comparing.comparisons, comparing.sooner, comparing.standing)
+    compared = [f(runs, against) for f in against_one]
     parts = [comparing.table(runs), *compared, comparing.harm(runs), comparing.advice(runs)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (out / "results.md").write_text(text)

@@ -14,7 +14,7 @@ import torch
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.testing import scripted_chat_model
 from agentmerge.strategies.base import Observation
-from benchmarks import search
+from benchmarks import comparing, search
 from benchmarks.advised import Adviser, dealt_anew
 from benchmarks.prefixes import NO_TOKEN, Rows, answer_logits
 from benchmarks.running import Arm, run_search
@@ -114,3 +114,17 @@ def test_prefixes_give_what_transformers_gives() -> None:
             whole = model(torch.tensor([tokens])).logits[0, -count:]
             torch.testing.assert_close(found[row, :count], whole, atol=1e-5, rtol=1e-4)
             assert (rows.gold[row, count:] == NO_TOKEN).all()
+
+
+def test_an_arm_stands_beside_the_best_of_the_others() -> None:
+    sealed = {"auto": (0.8, 0.9), "tpe": (0.7, 0.6), "cma_es": (0.5, 0.4)}
+    found = comparing.standing(
+        [
+            {"problem": "hill", "arm": arm, "seed": seed, "answers": {"chosen": {"sealed": score}}}
+            for arm, scores in sealed.items()
+            for seed, score in enumerate(scores)
+        ],
+        "auto",
+    )
+    assert found.splitlines()[2].startswith("| hill | 2 | 0.850 | tpe | 0.650 | +0.200 |")
+    assert comparing.standing([], "auto") == ""
