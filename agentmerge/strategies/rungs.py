@@ -1,4 +1,6 @@
-"""Rungs of the dimension ladder inside a search space: one value a model, then a line over depth.
+"""Rungs of the dimension ladder inside a search space.
+
+One value a model, then a line over the depth, then one a layer group, then every axis.
 
 A rung is the points ``z @ basis`` with z in the unit box of its own few coordinates. They are
 inside the space's unit box, and each rung holds the ones below it. (The scale, below them all, is
@@ -8,6 +10,8 @@ numbers, no history.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from agentmerge.genome import SearchSpace
@@ -16,22 +20,29 @@ from agentmerge.genome import SearchSpace
 def rungs(space: SearchSpace) -> list[np.ndarray]:
     """Bases, shape (coordinates, dimensions), coarse to fine, the last one the whole space.
 
-    Rows are not negative, and every column sums to one.
+    Rows are not negative, and every column sums to one. Rungs that add nothing are left out.
     """
-    whole = np.eye(space.dimensions)
+    last = max(space.groups - 1, 1)
+    lower = (
+        _rows(space, lambda group: {0: 1.0}),
+        _rows(space, lambda group: {0: 1 - group / last, last: group / last}),
+        _rows(space, lambda group: {group: 1.0}),
+    )
     found: list[np.ndarray] = []
-    for basis in (_rows(space, line=False), _rows(space, line=True), whole):
-        if len(found[-1] if found else []) < len(basis) < len(whole) or basis is whole:
+    for basis in lower:
+        if len(found[-1] if found else []) < len(basis) < space.dimensions:
             found.append(basis)
-    return found
+    return [*found, np.eye(space.dimensions)]
 
 
-def _rows(space: SearchSpace, *, line: bool) -> np.ndarray:
-    """One value for each parameter of each model; line: its values in the first and last group."""
+def _rows(space: SearchSpace, shares: Callable[[int], dict[int, float]]) -> np.ndarray:
+    """A value for each parameter of each model at some groups, and what the others take of them.
+
+    shares: a layer group -> the groups whose values it mixes, and how much of each.
+    """
     rows: dict[tuple[str | None, str, int], np.ndarray] = {}
     for index, axis in enumerate(space.axes):
-        depth = axis.group / max(space.groups - 1, 1) if line else 0.0
-        for end, share in enumerate((1.0 - depth, depth)[: 1 + line]):
-            key = (axis.model, axis.parameter, end)
+        for group, share in shares(axis.group).items():
+            key = (axis.model, axis.parameter, group)
             rows.setdefault(key, np.zeros(space.dimensions))[index] = share
-    return np.array(list(rows.values()))
+    return np.array([row for row in rows.values() if row.any()])

@@ -44,8 +44,23 @@ def test_the_first_rung_is_one_value_a_model() -> None:
     assert len(set(point)) == 3
 
 
-def test_one_group_has_no_line() -> None:
+@pytest.mark.parametrize(("filters", "sizes"), [((), [2]), (("mlp",), [2, 4])])
+def test_one_group_has_no_line(filters: tuple[str, ...], sizes: list[int]) -> None:
     genome = GenomeConfig(
-        models=("north", "south"), base_model="base", merge_method="task_arithmetic"
+        models=("north", "south"),
+        base_model="base",
+        merge_method="task_arithmetic",
+        filters=filters,
     )
-    assert [len(basis) for basis in rungs(SearchSpace(genome, 4, "float32"))] == [2]
+    assert [len(basis) for basis in rungs(SearchSpace(genome, 4, "float32"))] == sizes
+
+
+def test_filters_move_together_below_the_whole_space() -> None:
+    space = space_of("task_arithmetic", filters=("self_attn", "mlp"))
+    assert [len(basis) for basis in rungs(space)] == [3, 6, 12, 36]
+    point = np.linspace(0, 1, 12) @ rungs(space)[2]
+    told: dict[tuple[str | None, int], set[float]] = {}
+    for axis, x in zip(space.axes, point, strict=True):
+        told.setdefault((axis.model, axis.group), set()).add(float(x))
+    assert all(len(values) == 1 for values in told.values())
+    assert len(told) == 12
