@@ -1,10 +1,9 @@
 """SmolLM2 families as benchmark problems: 135 million parameters, 15 dimensions, three skills.
 
 A candidate is merged by the product's own kernels and asked by teacher-forced passes in bfloat16,
-as it is stored, in which every distinct prefix is computed once. Sums and lists are right exactly
-where greedy decoding says every token of the answer and then ends the line, so nothing is
-generated; a review's code is the likeliest of three. Each seed asks other items, 100 a skill to
-search on and 200 sealed.
+in which every distinct prefix is computed once. Sums and lists are right exactly where greedy
+decoding says every token of the answer and then ends the line, so nothing is generated; a review's
+code is the likeliest of three. Each seed asks other items, 100 a skill to search on and 200 sealed.
 """
 
 from __future__ import annotations
@@ -163,5 +162,6 @@ def _opened(name: str) -> tuple[Family, Any, SearchSpace]:
     genome = config.genome
     paths = {model: Path(model) for model in (genome.base_model or "", *genome.models)}
     family = Family.open(paths, base=genome.base_model)
-    space = SearchSpace(genome, family.layout.num_layers, family.layout.dtype)
+    dtype = config.worker.dtype or family.layout.dtype
+    space = SearchSpace(genome, family.layout.num_layers, dtype)
     return family, AutoConfig.from_pretrained(genome.base_model or ""), space

@@ -49,7 +49,7 @@ def test_answers_are_right() -> None:
     ]  # fmt: skip
     sums = {item.prompt: item.answer for item in items("addition", held_out=False)}
     sums |= {item.prompt: item.answer for item in items("addition", held_out=True)}
-    assert len(sums) == 98**2
+    assert len(sums) == 48**2
     assert sums["What is forty-two plus seven?\nAnswer:\n"] == "49"
     for item in items("reversal", held_out=True)[:5]:
         words = item.prompt.splitlines()[0].removeprefix("Reverse the list: ").split(", ")
@@ -66,8 +66,8 @@ def test_a_family_is_trained_and_its_config_is_ready_to_search(
     for skill in SKILLS:
         expert = load_file(tmp_path / f"expert-{skill}" / "model.safetensors")
         assert expert.keys() == base.keys()
-        assert all(tensor.dtype == torch.bfloat16 for tensor in expert.values())
-        assert any(not torch.equal(expert[name], base[name].bfloat16()) for name in base)
+        assert all(tensor.dtype == torch.float32 for tensor in expert.values())
+        assert any(not torch.equal(expert[name], base[name]) for name in base)
     found = scores(tmp_path / CONFIG)
     assert [*found][:4] == ["base", *(f"expert-{skill}" for skill in SKILLS)]
     assert all(0 <= value <= 1 for row in found.values() for value in row)
