@@ -4,7 +4,8 @@
 
 Writes ``DIR/runs/*.json`` (one a search: stopped and started again, it goes on where it was),
 ``DIR/results.md`` (tables) and ``DIR/PROBLEM.png`` (medians and quartiles on the way). Arms are
-strategies by name; ``auto`` asks for no gradients, ``auto_gradients`` does. With --llm there are
+strategies by name; ``auto`` asks for no gradients, ``auto_gradients`` does; ``botorch`` is Bayesian
+optimisation on the score alone. With --llm there are
 ``auto_llm`` and ``llm_evo_llm``, which a chat model advises, and their controls ``..._shuffled``,
 where what it is told of scores is shuffled; one model a DIR.
 """
@@ -61,6 +62,10 @@ def arm_of(name: str, llm: str | None = None, base_url: str | None = None) -> Ar
         return Arm(name, arm_of(own).make, partial(Adviser.of, llm, base_url, shuffled))
     if name in ("auto", "auto_gradients"):
         return Arm(name, partial(Auto, gradients_from=None if name == "auto" else 1))
+    if name == "botorch":
+        from benchmarks.botorch_rival import BoTorch
+
+        return Arm(name, BoTorch)
     return Arm(name, partial(plugins.load, "agentmerge.strategies", name))
 
 

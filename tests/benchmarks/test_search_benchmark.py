@@ -128,3 +128,15 @@ def test_an_arm_stands_beside_the_best_of_the_others() -> None:
     )
     assert found.splitlines()[2].startswith("| hill | 2 | 0.850 | tpe | 0.650 | +0.200 |")
     assert comparing.standing([], "auto") == ""
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # botorch's import
+def test_botorchs_own_search_climbs_and_repeats_itself() -> None:
+    found = [
+        run_search(SyntheticProblem("sphere", 2, False, 0), search.arm_of("botorch"), 0, 16)
+        for _ in range(2)
+    ]
+    scores = [[p["score"] for p in run["points"]] for run in found]
+    assert scores[0] == scores[1]
+    own = [p["score"] for p in found[0]["points"] if p["operator"] == "botorch"]
+    assert max(own) > 0.99 > max(scores[0][: -len(own)])
