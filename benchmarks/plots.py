@@ -21,7 +21,7 @@ def curves(runs: Sequence[dict[str, Any]], out: Path) -> list[Path]:
 
     written = []
     for problem in dict.fromkeys(r["problem"] for r in runs):
-        figure, axes = pyplot.subplots(figsize=(7, 4.2))
+        figure, axes = pyplot.subplots(figsize=(7, 4.6))
         lowest = 1.0
         for arm in dict.fromkeys(r["arm"] for r in runs if r["problem"] == problem):
             mine = list(of_arm(runs, problem, arm).values())
@@ -34,7 +34,7 @@ def curves(runs: Sequence[dict[str, Any]], out: Path) -> list[Path]:
         axes.set(title=problem, xlabel="evaluations (all search items)", ylabel="best search score")
         axes.set_ylim(bottom=max(0.0, lowest - 0.02))
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False)
         figure.tight_layout()
         path = out / f"{problem}.png"
         figure.savefig(path, dpi=110)

