@@ -19,7 +19,7 @@ from agentmerge.agents.history import HistoryView, TaskView
 from agentmerge.agents.ladder import Noise
 from agentmerge.agents.prompts import Message, prompt_hash
 from agentmerge.agents.schemas import Guidance
-from agentmerge.config import Role
+from agentmerge.config import Role, models_asked
 from agentmerge.errors import BudgetReached, ModelReplyError, ReplyMissing
 from agentmerge.ledger import Ledger
 from agentmerge.probing import PROBE
@@ -47,7 +47,7 @@ def advise(search: Search, role: Role, generation: int) -> str:
     messages, view, guidance = question(search, role, generation)
     failure = ""
     advised = agent.by_rules(view, guidance)
-    if role in search.models:
+    if role in search.models and models_asked(generation, search.population(view.space)):
         try:
             advised = _asked(search, role, messages, view, guidance)
         except ModelReplyError as error:

@@ -319,9 +319,7 @@ def plan_of(prepared: Prepared, ledger: Ledger | None, settings_hash: str) -> Pl
         dimensions=prepared.space.dimensions,
         freedoms=prepared.space.freedoms,
         algorithm=config.algorithm,
-        population=config.generation_size(
-            strategy.population(prepared.space.dimensions), advised=config.agents.any_model
-        ),
+        population=config.generation_size(strategy.population(prepared.space.dimensions)),
         max_evaluations=config.budget.max_evaluations,
         items=len(tasks.refs("search")),
         sealed_items=len(tasks.refs("sealed")),

@@ -26,8 +26,8 @@ Role = Literal["critic", "controller", "proposer"]
 ROLES: tuple[Role, ...] = ("critic", "controller", "proposer")
 
 
-#: Candidates a generation at least where models are asked about each.
-ADVISED_POPULATION = 4
+#: Candidates from one asking of the models to the next, at least.
+ADVISED_EVERY = 4
 
 
 class _Frozen(BaseModel):
@@ -354,6 +354,14 @@ _TASK_KEYS = (
 )
 
 
+def models_asked(generation: int, size: int) -> bool:
+    """Whether models are asked after a generation: all of them, unless they are small.
+
+    size: candidates a generation. Between two askings rules speak.
+    """
+    return generation % math.ceil(ADVISED_EVERY / size) == 0
+
+
 class SearchConfig(_Frozen):
     """A whole search. ``from_file`` reads a user's YAML; ``to_yaml`` writes it as resolved."""
 
@@ -370,11 +378,9 @@ class SearchConfig(_Frozen):
         """The strategy's name: as asked, else auto."""
         return self.search.algorithm or "auto"
 
-    def generation_size(self, own: int, advised: bool) -> int:
-        """Candidates a generation: as asked, else the strategy's own, enough to keep every worker
-        busy and to make it worth asking a model. own: the strategy's. advised: by a model."""
-        least = ADVISED_POPULATION if advised else 1
-        return self.search.population or max(own, least, self.worker.count)
+    def generation_size(self, own: int) -> int:
+        """Candidates a generation: as asked, else the strategy's own, and one a worker at least."""
+        return self.search.population or max(own, self.worker.count)
 
     @property
     def graph_steps(self) -> int:

@@ -449,7 +449,7 @@ class Search:
 
     def population(self, space: SearchSpace) -> int:
         own = self.strategy.population(space.dimensions)
-        return self.config.generation_size(own, advised=bool(self.models))
+        return self.config.generation_size(own)
 
     def _rng(self) -> Any:
         return rng_factory(self.config.search.seed)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from agentmerge.config import ADVISED_POPULATION
+from agentmerge.config import models_asked
 from agentmerge.evaluation.statistics import paired_score_difference
 from agentmerge.strategies.base import GRADIENT_COST, Observation, Strategy, rng_factory
 from benchmarks.advised import Adviser
@@ -72,9 +72,10 @@ def run_search(problem: Problem, arm: Arm, seed: int, budget: int) -> dict[str, 
     for slot, (operator, _, vector) in enumerate(problem.first_points()):
         tell(0, slot, operator, vector, problem.evaluate(vector))
     size = strategy.population(space.dimensions)
-    size = max(size, ADVISED_POPULATION) if adviser else size
     while spent < budget:
-        guidance = adviser.guidance(problem, history, budget - spent) if adviser else None
+        guidance = None
+        if adviser and models_asked(history[-1].generation, size):
+            guidance = adviser.guidance(problem, history, budget - spent)
         before = time.perf_counter()
         count = min(size, budget - spent)
         asked = strategy.propose(space, tuple(history), guidance, count, rng_for)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge.config import SearchConfig
+from agentmerge.config import SearchConfig, models_asked
 from agentmerge.errors import ConfigError
 
 DATA = Path(__file__).parents[1] / "data"
@@ -76,5 +76,12 @@ def test_auto_is_the_default_with_and_without_a_model() -> None:
     assert SearchConfig.from_text(BASE).algorithm == "auto"
     advised = SearchConfig.from_text(BASE + "agents: {critic: 'openai:x'}\nworker: {count: 2}\n")
     assert advised.algorithm == "auto"
-    assert [advised.generation_size(own, advised=True) for own in (1, 9)] == [4, 9]
-    assert advised.generation_size(1, advised=False) == 2
+    assert [advised.generation_size(own) for own in (1, 9)] == [2, 9]
+
+
+@pytest.mark.parametrize(
+    ("size", "asked"),
+    [(1, [0, 4, 8]), (2, [0, 2, 4, 6, 8]), (3, [0, 2, 4, 6, 8]), (9, [*range(9)])],
+)
+def test_models_are_asked_once_in_four_candidates(size: int, asked: list[int]) -> None:
+    assert [g for g in range(9) if models_asked(g, size)] == asked
