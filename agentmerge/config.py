@@ -278,10 +278,6 @@ class AgentSettings(_Frozen):
             everyone["base_url"] = self.base_url if _same_provider(own.model, self.llm) else None
         return RoleSettings(**(everyone | given))
 
-    @property
-    def any_model(self) -> bool:
-        return any(self.settings_for(role).model != "none" for role in ROLES)
-
 
 def _same_provider(one: str, other: str) -> bool:
     return other == "none" or one.partition(":")[0] == other.partition(":")[0]
@@ -355,9 +351,9 @@ _TASK_KEYS = (
 
 
 def models_asked(generation: int, size: int) -> bool:
-    """Whether models are asked after a generation: all of them, unless they are small.
+    """Whether models are asked after a generation; where they are not, rules speak.
 
-    size: candidates a generation. Between two askings rules speak.
+    size: candidates a generation. After generation 0, and then once in `ADVISED_EVERY` candidates.
     """
     return generation % math.ceil(ADVISED_EVERY / size) == 0
 
