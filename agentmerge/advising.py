@@ -130,7 +130,7 @@ def _forecasts(search: Search, generation: int) -> list[Forecast]:
 def paired_noise(search: Search) -> Noise:
     """One standard error of the difference of two scores, item by item over the search items."""
     taskset = search.taskset
-    plain = all(task.rebuild == "plain" for task in taskset.tasks)
+    plain = all(map(taskset.is_mean, taskset.objectives))
 
     def noise(a: Observation, b: Observation) -> float:
         mine, theirs = (search.item_results(o.recipe_hash) for o in (a, b))

@@ -86,8 +86,9 @@ class Prepared:
                     "higher_is_better": o.higher_is_better,
                     "leaves": list(o.leaves),
                     "by_size": o.by_size,
-                    "mean": all(self.taskset.task(n).rebuild == "plain" for n in o.leaves),
+                    "mean": self.taskset.is_mean(o),
                     "rebuild": [self.taskset.task(n).rebuild for n in o.leaves],
+                    "item_sign": [self.taskset.item_sign(self.taskset.task(n)) for n in o.leaves],
                 }
                 for o in self.taskset.objectives
             ],

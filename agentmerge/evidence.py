@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from agentmerge.evaluation.racing import Course
-from agentmerge.evaluation.tasks import Objective, TaskSet
+from agentmerge.evaluation.tasks import TaskSet
 from agentmerge.strategies.base import Evidence, Items, Observation
 from agentmerge.workers.base import ItemRef, ItemResult
 
@@ -65,7 +65,7 @@ class Witness:
         values: list[float] = []
         margins: list[float] = []
         for objective in self.taskset.objectives:
-            if not _is_mean(self.taskset, objective):
+            if not self.taskset.is_mean(objective):
                 values.append(metrics.get(objective.name, np.nan))
                 margins.append(np.nan)
                 continue
@@ -88,7 +88,7 @@ def _layout(taskset: TaskSet) -> tuple[np.ndarray, np.ndarray]:
     weights: list[float] = []
     number = 0
     for objective in taskset.objectives:
-        if not _is_mean(taskset, objective):
+        if not taskset.is_mean(objective):
             tasks.append(number)
             weights.append(objective.signed_weight)
             number += 1
@@ -100,8 +100,3 @@ def _layout(taskset: TaskSet) -> tuple[np.ndarray, np.ndarray]:
             weights += [objective.signed_weight * share / size] * size
             number += 1
     return np.array(tasks, int), np.array(weights, float)
-
-
-def _is_mean(taskset: TaskSet, objective: Objective) -> bool:
-    """Whether the objective is a mean over items, so that an item's value adds to the score."""
-    return all(taskset.task(leaf).rebuild == "plain" for leaf in objective.leaves)

@@ -138,7 +138,7 @@ def compare(search: Search, a: str, b: str) -> dict[str, Any]:
             refs = [ref for ref in task.part("search") if ref in mine and ref in theirs]
             if not refs:
                 continue
-            rows.append(_task_row(task, refs, mine, theirs))
+            rows.append(_task_row(task, search.taskset.item_sign(task), refs, mine, theirs))
             share = 1 / len(objective.leaves)
             if objective.by_size:
                 sizes = {leaf: len(search.taskset.task(leaf).search) for leaf in objective.leaves}
@@ -148,7 +148,7 @@ def compare(search: Search, a: str, b: str) -> dict[str, Any]:
                 (objective.signed_weight * share, [v[1] for v in values], [v[0] for v in values])
             )
     found: dict[str, Any] = {"a": _row(one), "b": _row(other), "tasks": rows}
-    if weighted and all(task.rebuild == "plain" for task in search.taskset.tasks):
+    if weighted and all(map(search.taskset.is_mean, search.taskset.objectives)):
         gap = paired_score_difference(weighted, search.config.search.seed)
         found["b_minus_a"] = {
             "score": _short(gap.mean),
@@ -278,12 +278,12 @@ def _named(search: Search, name: str) -> Candidate:
 
 def _task_row(
     task: ScoredTask,
+    sign: float | None,
     refs: Sequence[ItemRef],
     mine: Mapping[ItemRef, ItemResult],
     theirs: Mapping[ItemRef, ItemResult],
 ) -> dict[str, Any]:
-    sign = 1.0 if task.higher_is_better else -1.0
-    gap = {ref: sign * (theirs[ref].value - mine[ref].value) for ref in refs}
+    gap = {ref: (sign or 0.0) * (theirs[ref].value - mine[ref].value) for ref in refs}
 
     def shown(chosen: list[ItemRef]) -> dict[str, Any]:
         # The widest margin first: what one of the two knows best, and the other not at all.
@@ -342,7 +342,8 @@ def _solved(search: Search) -> list[dict[str, Any]]:
     rows = []
     for task in search.taskset.tasks:
         refs = task.part("search")
-        if any(results[name][ref].value not in (0.0, 1.0) for name in results for ref in refs):
+        binary = {results[name][ref].value for name in results for ref in refs} <= {0.0, 1.0}
+        if not binary or search.taskset.item_sign(task) is None:
             continue  # no item is solved or not: a perplexity, a class
         solvers = {ref: [name for name in results if results[name][ref].value] for ref in refs}
         alone = {name: [ref.index for ref in refs if solvers[ref] == [name]] for name in results}

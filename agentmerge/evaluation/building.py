@@ -171,13 +171,12 @@ def _scored(
         context=setting.context,
         companion=kind == "token",
     )
-    higher = task.higher_is_better().get(metric)
     scored = ScoredTask(
         name=name,
         weight=entry.weight,
         metric=metric,
         filter=filter_name,
-        higher_is_better=True if higher is None else bool(higher),
+        higher_is_better=metrics.higher_is_better(task, metric),
         output_type=str(task.OUTPUT_TYPE),
         margin_kind=kind,
         protocol_hash=protocol_hash(record),

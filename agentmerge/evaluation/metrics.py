@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from agentmerge.errors import TaskError
+from agentmerge.evaluation.aggregation import aggregation_of
 from agentmerge.evaluation.tasks import MarginKind, Rebuild
 
 #: A response to try a task's own code on, by the type of its requests.
@@ -76,25 +77,13 @@ def check_metric(task: Any, metric: str, filter_name: str, instances: Sequence[A
             f"metric '{metric},{filter_name}' does not exist in task {task.task_name!r}; "
             f"it has: {legal}"
         )
-    rule = _rule(task, metric)
+    rule = aggregation_of(aggregation(task, metric)).rebuild
     if rule is not None and (probe is None or metric not in probe or _fits(rule, probe[metric])):
         return rule
     raise TaskError(
         f"metric {metric!r} of task {task.task_name!r} needs whole answers, not a number an item, "
         "so it cannot be kept item by item; choose another metric"
     )
-
-
-def _rule(task: Any, metric: str) -> Rebuild | None:
-    from lm_eval.api import metrics
-
-    function = aggregation(task, metric)
-    if function in (metrics.weighted_perplexity, metrics.bits_per_byte):
-        return "weighted"
-    if function in (metrics.f1_score, metrics.matthews_corrcoef):
-        return "class"
-    whole = (metrics.brier_score, metrics.bleu, metrics.chrf, metrics.chrfpp, metrics.ter)
-    return None if function in (*whole, metrics.bypass_agg) else "plain"
 
 
 def _fits(rule: Rebuild, value: Any) -> bool:
@@ -113,6 +102,14 @@ def aggregation(task: Any, metric: str) -> Callable[[list[Any]], Any]:
 
     found: Callable[[list[Any]], Any] = task.aggregation().get(metric, mean)
     return found
+
+
+def higher_is_better(task: Any, metric: str) -> bool:
+    """Which way a metric is better: as the task says, else as its aggregation does."""
+    said = task.higher_is_better().get(metric)
+    if said is None:
+        said = aggregation_of(aggregation(task, metric)).higher_is_better
+    return True if said is None else bool(said)
 
 
 def static_part(task: Any, metric: str, filter_name: str, rule: Rebuild, instances: Any) -> float:

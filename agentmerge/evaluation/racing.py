@@ -150,14 +150,10 @@ class Course:
         """Weight in the score of each task of the objectives that can be raced."""
         found: dict[str, float] = {}
         for objective in self.taskset.objectives:
-            if all(self._is_bounded(self.taskset.task(name)) for name in objective.leaves):
+            bounded = all(self.taskset.task(leaf).metric in BOUNDED for leaf in objective.leaves)
+            if bounded and self.taskset.is_mean(objective):
                 found |= _leaf_weights(self.taskset, objective)
         return found
-
-    def _is_bounded(self, task: ScoredTask) -> bool:
-        function = self.taskset.aggregations.get(task.name)
-        is_mean = function is None or getattr(function, "__name__", "") == "mean"
-        return task.rebuild == "plain" and is_mean and task.metric in BOUNDED
 
 
 def _leaf_weights(taskset: TaskSet, objective: Objective) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from agentmerge.config import TasksConfig
 from agentmerge.errors import CandidateFailed, TaskError
+from agentmerge.evaluation.aggregation import aggregation_of
 from agentmerge.workers.base import ItemRef, ItemResult, WorkerSpec
 
 if TYPE_CHECKING:
@@ -110,6 +111,26 @@ class TaskSet:
     def refs(self, part: Part = "search") -> tuple[ItemRef, ...]:
         """Every item of a part, task by task, in the fixed order."""
         return tuple(ref for task in self.tasks for ref in task.part(part))
+
+    def is_mean(self, objective: Objective) -> bool:
+        """Whether an objective is a mean over items, so that an item's value adds to the score.
+
+        Where it is not (a perplexity, an F1), only the whole metric says something.
+        """
+        return all(
+            self.task(leaf).rebuild == "plain" and aggregation_of(self.aggregations.get(leaf)).mean
+            for leaf in objective.leaves
+        )
+
+    def item_sign(self, task: ScoredTask) -> float | None:
+        """1 where a higher stored value of an item is better, -1 where a lower one is.
+
+        None where a value says nothing by itself (a predicted class).
+        """
+        if task.rebuild == "class":
+            return None
+        falls = aggregation_of(self.aggregations.get(task.name)).falls or task.rebuild == "weighted"
+        return 1.0 if task.higher_is_better != falls else -1.0
 
     def aggregate(
         self,

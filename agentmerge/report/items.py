@@ -109,17 +109,17 @@ def goodness(question: Asked, task: str) -> Callable[[ItemResult], float | None]
     A perplexity's are log-likelihoods; of an f1's, predicted classes, only the margin tells right
     (1) from wrong (0), and None where there is none.
     """
-    rebuild, higher = "plain", True
+    rebuild, sign = "plain", 1.0
     for objective in question.objectives:
         if task in objective["leaves"]:
-            kinds = objective.get("rebuild") or ["plain"] * len(objective["leaves"])
-            rebuild = kinds[list(objective["leaves"]).index(task)]
-            higher = objective["higher_is_better"]
-    if rebuild == "weighted":
-        return lambda result: result.value
+            place = list(objective["leaves"]).index(task)
+            rebuild = (objective.get("rebuild") or {place: "plain"})[place]
+            # Searches from before signs were written down know the metric's direction.
+            known = 1.0 if objective["higher_is_better"] or rebuild == "weighted" else -1.0
+            sign = (objective.get("item_sign") or {place: known})[place]
     if rebuild == "class":
         return lambda result: None if result.margin is None else float(result.margin > 0)
-    return lambda result: result.value if higher else -result.value
+    return lambda result: sign * result.value
 
 
 def gains(mine: Values, theirs: Values, question: Asked) -> list[dict[str, Any]]:
