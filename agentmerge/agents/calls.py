@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 #: answered: its text was understood, or it asked for tools. refused: its text was not.
-#: retry: a fault that may pass. lower: the server does not take this shape. failed: a fault that
-#: ended the asking.
-Ending = Literal["answered", "refused", "retry", "lower", "failed"]
+#: retry: a fault that may pass. lower: the server does not take this shape. no_system: nor a
+#: message of the system. failed: a fault that ended the asking.
+Ending = Literal["answered", "refused", "retry", "lower", "no_system", "failed"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,11 +47,22 @@ def may_pass(error: Exception) -> bool:
     return status in _MAY_PASS if status is not None else _is_lost_connection(error)
 
 
+def ran_out_of_time(error: Exception) -> bool:
+    """Whether an answer did not come in time; a server that took no connection is none of these."""
+    if "ConnectTimeout" in (type(error).__name__, type(error.__cause__).__name__):
+        return False
+    return isinstance(error, TimeoutError) or "Timeout" in type(error).__name__
+
+
 def refuses(error: Exception, words: re.Pattern[str]) -> bool:
-    """Whether a server refused a request for what these words name, whatever status it chose."""
+    """Whether a server refused a request for what these words name, whatever status it chose; one
+    that says that the request was wrong and not why is taken to mean them."""
+    return status_of(error) in _SHAPE_REFUSED or refuses_for(error, words)
+
+
+def refuses_for(error: Exception, words: re.Pattern[str]) -> bool:
+    """Whether a server refused a request and its words are these, whatever status it chose."""
     status = status_of(error)
-    if status in _SHAPE_REFUSED:
-        return True
     return status is not None and status not in (401, 403, 429) and bool(words.search(_said(error)))
 
 
@@ -66,7 +77,7 @@ def retry_after_s(error: Exception) -> float | None:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(asked).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
     if math.isnan(seconds):
         return None
@@ -81,7 +92,7 @@ def reason(error: Exception) -> str:
         return f"refused the key: HTTP {status}{said}; check the key's environment variable"
     if status is not None:
         return f"answered HTTP {status}{said}"
-    if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
+    if ran_out_of_time(error):
         return "did not answer in time"
     if _is_lost_connection(error):
         return f"could not be reached, or cut the connection ({type(error).__name__})"

@@ -21,7 +21,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from agentmerge.agents.calls import Call, CallLog, Ending, NoLog
-from agentmerge.agents.faults import may_pass, reason, refuses, retry_after_s
+from agentmerge.agents.faults import (
+    may_pass,
+    ran_out_of_time,
+    reason,
+    refuses,
+    refuses_for,
+    retry_after_s,
+)
 from agentmerge.agents.prices import Price, cost_usd
 from agentmerge.agents.prompts import Message
 from agentmerge.agents.providers import resolve_model
@@ -36,16 +43,23 @@ if TYPE_CHECKING:
 LADDER = ("json_schema", "json_object", "text")
 #: A request that offers tools asks for the shape in words.
 TOOLS = "tools"
-#: The most tokens that a reply is taken to have where nobody set a limit.
+#: The most tokens that a reply is taken to have where nobody set a limit; under a budget of tokens
+#: or dollars it is the limit.
 ASSUMED_MAX_TOKENS = 8192
 #: What a server names that does not know a way of asking (llama-cpp-python: with status 500).
 _SHAPE_WORDS = re.compile(r"response_format|json_schema|json_object")
 _TOOL_WORDS = re.compile(r"\btools?\b|tool_choice")
+#: What a server, or its model's chat template, says that takes no system message.
+_SYSTEM_WORDS = re.compile(r"(?i)\bsystem\b.{0,20}\b(role|message|prompt)|\broles must alternate")
 _FIRST_PAUSE_S = 0.5
 _MAX_PAUSE_S = 8.0
 _MAX_SHOWN = 2_000
 _MAX_TOOL_CHARS = 6_000
 _CHARS_PER_TOKEN = 4
+#: No tokenizer in use makes fewer tokens of a text than this part of the estimate.
+_LEAST_SHARE = 2
+#: More tokens than any context holds: a count beyond it is no count.
+_MOST_TOKENS = 10_000_000
 #: Unanswered questions in a row after which a model is spared some, and the most it is spared.
 _PATIENCE, _MOST_SPARED = 3, 24
 
@@ -92,9 +106,12 @@ class AgentModel:
         self.price = price
         self.total_s = timeout_s * (max_retries + 1)
         self.sleep = sleep
-        #: The rung of LADDER that the server was found to take; None until it has answered once.
-        self.shape: str | None = None if chat is None or _has_shapes(chat) else "text"
+        #: A schema's title -> the rung of LADDER that the server was found to take for it. A server
+        #: that takes one schema may refuse another's keywords.
+        self.shapes: dict[str, str] = {}
+        self.has_shapes = chat is None or _has_shapes(chat)
         self.takes_tools = True
+        self.takes_system = True
         self.unanswered = 0
         self.spared = 0
 
@@ -195,7 +212,7 @@ class _Asking(Generic[R]):
     ) -> tuple[Call, R | None]:
         """The first request that was answered, after retries and, once a server, the ladder; and
         what its text was parsed to."""
-        shape = TOOLS if tools else self.model.shape or LADDER[0]
+        shape = TOOLS if tools else self._shape()
         while True:
             number, self.attempts = self.attempts, self.attempts + 1
             stored = self.log.stored(number)
@@ -214,16 +231,22 @@ class _Asking(Generic[R]):
             elif call.ending == "lower":
                 if call.shape == TOOLS:
                     self.model.takes_tools, tools = False, ()
-                    shape = self.model.shape or LADDER[0]
+                    shape = self._shape()
                 else:
                     shape = LADDER[LADDER.index(call.shape) + 1]
+            elif call.ending == "no_system":
+                self.model.takes_system = False
             elif call.ending == "retry":
                 self.retries += 1
                 self.model.sleep(pause_s)
             else:
                 if call.shape != TOOLS:
-                    self.model.shape = call.shape
+                    self.model.shapes[self.schema["title"]] = call.shape
                 return call, parsed
+
+    def _shape(self) -> str:
+        first = LADDER[0] if self.model.has_shapes else "text"
+        return self.model.shapes.get(self.schema["title"], first)
 
     def reply(self, call: Call, parsed: R) -> Reply[R]:
         latency_s = time.monotonic() - self.started
@@ -248,6 +271,8 @@ class _Asking(Generic[R]):
         """One request on the wire: (what came of it, what it was parsed to, the pause after it)."""
         model = self.model
         sent = _shaped(conversation, shape, self.schema)
+        if not model.takes_system:
+            sent = _without_system(sent)
         if model.spared and self.attempts == 1:
             model.spared -= 1
             why = f"{model.name} was not asked: it left {model.unanswered} questions unanswered"
@@ -270,7 +295,14 @@ class _Asking(Generic[R]):
                 model.answered(False)
             why = f"{model.name} {reason(error)}"
             latency_s = time.monotonic() - began
-            return Call(sent, ending, shape, error=why, latency_s=latency_s), None, pause_s
+            # Nobody answered, but what was asked may have been computed, and be charged.
+            lost = (_tokens_of(sent), most_out) if ran_out_of_time(error) else (0, 0)
+            return (
+                Call(sent, ending, shape, error=why, tokens_in=lost[0], tokens_out=lost[1],
+                     latency_s=latency_s, cost_usd=cost_usd(model.price, *lost)),
+                None,
+                pause_s,
+            )  # fmt: skip
         text, wanted = str(message.text), _tool_calls(message) if tools else ()
         tokens = _usage(message, sent, text)
         paid: dict[str, Any] = {
@@ -304,11 +336,17 @@ class _Asking(Generic[R]):
 
     def _ending(self, shape: str, error: Exception) -> tuple[Ending, float]:
         """What to do after a fault, and after which pause."""
+        if self.model.takes_system and refuses_for(error, _SYSTEM_WORDS):
+            return "no_system", 0.0
         if shape == TOOLS:
             if refuses(error, _TOOL_WORDS) or isinstance(error, NotImplementedError):
                 return "lower", 0.0
-        # A server that never answered yet may only dislike this rung.
-        elif self.model.shape is None and shape in LADDER[:-1] and refuses(error, _SHAPE_WORDS):
+        # A server that never answered to this schema may only dislike this rung.
+        elif (
+            self.schema["title"] not in self.model.shapes
+            and shape in LADDER[:-1]
+            and refuses(error, _SHAPE_WORDS)
+        ):
             return "lower", 0.0
         if self.retries >= self.model.max_retries or not may_pass(error):
             return "failed", 0.0
@@ -359,6 +397,15 @@ def _shaped(
 def _schema_in_words(schema: dict[str, Any]) -> str:
     plain = json.dumps(schema)
     return f"Answer with one JSON object that fits this JSON schema, and nothing else:\n{plain}"
+
+
+def _without_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same words with what the system was told at the head of the first user's message."""
+    told = [m["content"] for m in messages if m["role"] == "system"]
+    rest = [dict(m) for m in messages if m["role"] != "system"]
+    first = next(m for m in rest if m["role"] == "user")
+    first["content"] = "\n\n".join([*told, first["content"]])
+    return rest
 
 
 def _repair(text: str, error: str, schema: dict[str, Any]) -> list[Message]:
@@ -430,12 +477,28 @@ def _most_tokens(
 
 
 def _usage(message: AIMessage, sent: Sequence[dict[str, Any]], text: str) -> tuple[int, int]:
-    """(tokens in, tokens out), estimated from the text where the server does not say."""
-    usage = message.usage_metadata
-    if usage is not None:
-        return usage["input_tokens"], usage["output_tokens"]
-    asked = sum(len(str(m["content"])) for m in sent)
-    return asked // _CHARS_PER_TOKEN + 1, len(text) // _CHARS_PER_TOKEN + 1
+    """(tokens in, tokens out): what the server says, but no fewer than the text must have.
+
+    A budget that believed a server's zeros would never bind. Where the server says nothing, or no
+    number that tokens can have, the text is the estimate.
+    """
+    usage = message.usage_metadata or {}
+    counts = []
+    for name, estimate in (("input_tokens", _tokens_of(sent)), ("output_tokens", _tokens(text))):
+        said = usage.get(name)
+        if type(said) is not int or not 0 <= said <= _MOST_TOKENS:
+            counts.append(estimate)
+        else:
+            counts.append(max(said, estimate // _LEAST_SHARE))
+    return counts[0], counts[1]
+
+
+def _tokens_of(sent: Sequence[dict[str, Any]]) -> int:
+    return _tokens("".join(str(m["content"]) for m in sent))
+
+
+def _tokens(text: str) -> int:
+    return len(text) // _CHARS_PER_TOKEN + 1
 
 
 def _within(limit_s: float, call: Callable[[], R]) -> R:

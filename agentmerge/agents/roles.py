@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from agentmerge.agents.models import AgentModel
+from agentmerge.agents.models import ASSUMED_MAX_TOKENS, AgentModel
 from agentmerge.agents.prices import price_of
 from agentmerge.agents.providers import resolve_model, split_spec
 from agentmerge.config import ROLES, Role, RoleSettings, SearchConfig
@@ -24,7 +24,7 @@ def models_for(
     """
     shared: dict[str, AgentModel] = {}
     for role in ROLES:
-        own = config.agents.settings_for(role)
+        own = _limited(config, config.agents.settings_for(role))
         if ready.get(role) is not None:
             model = _around(config, own, ready[role], _name(ready[role]), ready=True)
             yield role, model
@@ -43,6 +43,15 @@ def models_for(
             )
             shared[key] = _around(config, own, chat, own.model)
         yield role, shared[key]
+
+
+def _limited(config: SearchConfig, own: RoleSettings) -> RoleSettings:
+    """A budget that reserves what a reply may cost must be able to hold the reply to it."""
+    budget = config.budget
+    bound = budget.max_tokens is not None or budget.max_cost_usd is not None
+    if not bound or own.max_tokens is not None:
+        return own
+    return own.model_copy(update={"max_tokens": ASSUMED_MAX_TOKENS})
 
 
 def _around(

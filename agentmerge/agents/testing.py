@@ -26,7 +26,7 @@ Content = str | Body
 FaultKind = Literal[
     "400", "401", "403", "404", "429", "500", "503", "quota", "hang", "drip", "cut", "reset",
     "empty", "prose", "fenced", "truncated", "filtered", "refusal", "null", "no_usage",
-    "no_choices", "wrong_shape", "not_json",
+    "no_choices", "wrong_shape", "not_json", "usage",
 ]  # fmt: skip
 
 _ERRORS = {
@@ -53,13 +53,15 @@ class Fault:
     not_json: a web page with status 200. wrong_shape, no_choices: JSON that is no chat completion,
     or one without an answer. empty, null, prose, refusal: such a content.
     fenced: `content` in a Markdown fence. truncated: its first half with finish_reason length.
-    filtered: finish_reason content_filter. no_usage: `content`, and no word of tokens.
+    filtered: finish_reason content_filter. no_usage: `content`, and no word of tokens. usage:
+    `content`, and `usage` in the place of what was counted.
     """
 
     kind: FaultKind
     content: Content = ""
     seconds: float = 30.0
     retry_after_s: float | str = 0.0
+    usage: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,8 @@ class ScriptedServer:
 
     A request beyond the script gets status 410, which no client retries. `shapes` are the
     response_format types that it takes: another one is refused with status `refusal` and uses up no
-    reply; so are tools where it takes none. Every request is in `requests`, refused ones too.
+    reply; so are tools where it takes none, and whatever `refuses` has a message for. Every request
+    is in `requests`, refused ones too.
     """
 
     def __init__(
@@ -97,7 +100,9 @@ class ScriptedServer:
         shapes: Sequence[str] = ("json_schema", "json_object", "text"),
         tools: bool = True,
         refusal: int = 400,
+        refuses: Callable[[Body], str | None] = lambda body: None,
     ) -> None:
+        self.refuses = refuses
         self.refusal = refusal
         self.shapes = tuple(shapes)
         self.tools = tools
@@ -139,6 +144,9 @@ class ScriptedServer:
                 return self.refusal, "tools must not be an empty list"
             if "tools" in request.body and not self.tools:
                 return self.refusal, "tools are not supported"
+            why = self.refuses(request.body)
+            if why is not None:
+                return self.refusal, why
             if callable(self._replies):
                 return self._replies(request.body)
             if self._used >= len(self._replies):
@@ -214,6 +222,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._complete(text[: len(text) // 2], body, finish_reason="content_filter")
         elif kind == "no_usage":
             self._complete(text, body, usage=False)
+        elif kind == "usage":
+            self._complete(text, body, usage=fault.usage)
         elif kind == "truncated":
             self._complete(text[: len(text) // 2], body, finish_reason="length")
         elif kind == "fenced":
@@ -241,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
         body: Body,
         finish_reason: str = "stop",
         extra: Body | None = None,
-        usage: bool = True,
+        usage: Any = True,
     ) -> None:
         text = _text(content)
         sent = sum(len(str(message.get("content"))) for message in body["messages"])
@@ -250,7 +260,7 @@ class _Handler(BaseHTTPRequestHandler):
             "completion_tokens": len(text) // _CHARS_PER_TOKEN + 1,
         }
         counted["total_tokens"] = sum(counted.values())
-        tail = {"usage": counted} if usage else {}
+        tail = {"usage": counted if usage is True else usage} if usage else {}
         head = {"id": "scripted", "created": 0, "model": body.get("model", "scripted")}
         message = {"role": "assistant", "content": text, **(extra or {})}
         if not body.get("stream"):

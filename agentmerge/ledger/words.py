@@ -89,7 +89,8 @@ class Words(Store):
         """What the agents cost: {calls, failures, tokens_in, tokens_out, cost_usd, unpriced}.
 
         cost_usd: of the requests whose price was known; unpriced: how many were not, so that the
-        sum is a lower bound. Requests that failed have no known cost and count as none.
+        sum is a lower bound. Requests that failed count as nothing, but for those that were not
+        answered in time: they count as the longest reply that was allowed.
         """
         row = self._rows(
             "SELECT count(*), coalesce(sum(error IS NOT NULL), 0), coalesce(sum(tokens_in), 0), "

@@ -244,7 +244,7 @@ def test_a_key_in_the_servers_words_is_not_repeated(ask):
 @pytest.mark.parametrize(
     ("header", "seconds"),
     [("7", 7.0), ("-3", 0.0), ("1e9", 30.0), ("nan", None), ("soon", None), (None, None),
-     ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0)],
+     ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("Fri, 01 Jan 99999999999 00:00:00 GMT", None)],
 )  # fmt: skip
 def test_retry_after_is_read_and_capped(header, seconds):
     class Response:
@@ -341,3 +341,68 @@ def test_inside_a_streaming_graph_the_reply_and_its_tokens_arrive(ask):
     update = next(part for mode, part in parts if mode == "updates")
     assert update["node"]["sigma"] == 0.1
     assert update["node"]["tokens"] > 100
+
+
+class TestOneSchemaIsRefused:
+    """A grammar engine that takes one role's schema may refuse a keyword of another's."""
+
+    @staticmethod
+    def refuses(body):
+        form = body.get("response_format", {})
+        if form.get("type") == "json_schema" and "sigma" in str(form):
+            return "Grammar error: Unimplemented keys: ['minimum'] in json_schema"
+        return None
+
+    def test_the_role_speaks_in_another_shape(self, ask):
+        other = {"title": "Words", "type": "object", "properties": {"said": {"type": "string"}}}
+        with ScriptedServer([{"said": "fine"}, GOOD, GOOD], refuses=self.refuses) as server:
+            model = ask.model(server)
+            assert "fine" in model.ask(ask.messages, other, lambda text: text).parsed
+            assert ask(model).parsed.sigma == 0.1
+            assert ask(model).parsed.sigma == 0.1
+            forms = [r.body.get("response_format", {}).get("type") for r in server.requests]
+        assert forms == ["json_schema", "json_schema", "json_object", "json_object"]
+
+
+def test_a_server_without_a_system_role_is_told_the_same_by_the_user(ask):
+    def refuses(body):
+        if any(message["role"] == "system" for message in body["messages"]):
+            return "System role not supported"
+        return None
+
+    with ScriptedServer([GOOD, GOOD], refuses=refuses) as server:
+        model = ask.model(server)
+        assert ask(model).parsed.sigma == 0.1
+        assert ask(model).parsed.sigma == 0.1
+        system, user = (m["content"] for m in ask.messages[:2])
+        first, second, third = (r.body["messages"] for r in server.requests)
+    assert first[0]["role"] == "system"
+    assert [m["role"] for m in second] == ["user"]
+    assert second[0]["content"].startswith(f"{system}\n\n{user}")
+    assert third == second
+
+
+ABSURD = {
+    "zero": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+    "negative": {"prompt_tokens": -5, "completion_tokens": -7, "total_tokens": -12},
+    "huge": {"prompt_tokens": 2**63, "completion_tokens": 2**63, "total_tokens": 2**64},
+    "float": {"prompt_tokens": 1e30, "completion_tokens": 1e30, "total_tokens": 1e30},
+}
+
+
+@pytest.mark.parametrize("usage", ABSURD.values(), ids=ABSURD)
+def test_tokens_are_bounded_by_the_text_whatever_a_server_says(ask, usage):
+    with ScriptedServer([GOOD, Fault("usage", GOOD, usage=usage)]) as server:
+        model = ask.model(server)
+        honest, told = ask(model), ask(model)
+    assert honest.tokens_in / 2 - 1 <= told.tokens_in <= honest.tokens_in
+    assert honest.tokens_out / 2 - 1 <= told.tokens_out <= honest.tokens_out
+
+
+def test_what_was_not_answered_in_time_is_charged_as_the_longest_reply(ask):
+    with ScriptedServer([Fault("hang", seconds=3)]) as server:
+        chat = resolve_model("openai:scripted", base_url=server.base_url, timeout_s=0.3)
+        model = AgentModel(chat, timeout_s=0.3, max_retries=0, max_tokens=700)
+        failed = failing(ask, model)
+    assert failed.tokens_out == 700
+    assert failed.tokens_in > 500
