@@ -103,6 +103,7 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
     moves = openings(search.ledger, search.run_id)
     before = guidance_of(search.ledger, search.run_id, generation - 1) if generation else None
     settings = search.config.search
+    left = search.budget_left(generation) * (1 - settings.shadow)
     metrics = {task.name: task.metric for task in search.config.tasks.tasks}
     return HistoryView(
         space=space,
@@ -115,7 +116,7 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
         sigma_low=settings.sigma_low,
         sigma_high=settings.sigma_high,
         improved_last=improved(history) if history else False,
-        budget_left=int(search.budget_left(up_to=generation) * (1 - settings.shadow)) + len(own),
+        budget_left=math.floor(left + 1e-9) + len(own),
         forecasts=track(_forecasts(search, generation)).sentence(),
         noise=paired_noise(search),
         moves=tuple(verdicts(now, [o for o in moves if o.generation < generation])),
@@ -228,7 +229,7 @@ def _asked(
     if probes:
         from agentmerge.toolset import tools_of
 
-        tools = tools_of(search, view.generation, role)
+        tools = tools_of(search, view.generation, role, view.noise)
     reply = search.models[role].ask(
         messages,
         agent.schema(view),

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from agentmerge.agents.ladder import Noise, release
 from agentmerge.agents.schemas import SCALE, unit
 from agentmerge.errors import (
     CandidateFailed,
@@ -49,6 +51,38 @@ _IGNORED_KEYS = {"dtype", "out_dtype", "merge_seed"}
 _adding = threading.Lock()
 
 
+@dataclass(frozen=True)
+class Release:
+    """Scores as the Ladder lets the search's own agents see them: in prompts and by tools alike.
+
+    noise: one standard error of the difference of two candidates' scores.
+    """
+
+    search: Search
+    noise: Noise
+
+    def of(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The same, one that is better only within the noise with the score of the best before."""
+        released = release(self.search.told(space=self.search.present), self.noise)
+        shown = {(o.generation, o.slot): o for o in released.entries}
+        found = []
+        for candidate in candidates:
+            at = (candidate.generation, candidate.slot)
+            if at in released.tied:
+                candidate = replace(candidate, score=shown[at].score, tasks=shown[at].tasks)
+            found.append(candidate)
+        return found
+
+    def apart(self, one: Candidate, other: Candidate) -> bool:
+        """Whether two scores differ by more than the noise."""
+        gap = abs((one.score or 0.0) - (other.score or 0.0))
+        return gap > self.noise(one.observation(), other.observation())
+
+
+def _shown(release: Release | None, candidate: Candidate) -> Candidate:
+    return candidate if release is None else release.of([candidate])[0]
+
+
 def merge_and_evaluate(
     search: Search,
     recipe: str,
@@ -56,6 +90,7 @@ def merge_and_evaluate(
     limit: int | None = None,
     generation: int | None = None,
     who: str = "",
+    release: Release | None = None,
 ) -> dict[str, Any]:
     """Score a recipe; a merge that was scored before costs nothing.
 
@@ -63,6 +98,7 @@ def merge_and_evaluate(
     tasks, limit: only these objectives, only so many items a task: cheaper, and not comparable with
     a whole score, so it does not become a candidate.
     generation: which one a new candidate joins; by default one of its own. who: its label.
+    release: what hides scores that differ by noise only; by default all are shown.
 
     Raises:
         UserError: the recipe or a task cannot be understood, or the budget is used up.
@@ -73,7 +109,7 @@ def merge_and_evaluate(
     if tasks is None and limit is None:
         text = None if point else parsed.to_yaml()
         proposal = Proposal(point, PROBE, text, who, space=search.present.key)
-        return _as_candidate(search, proposal, parsed, generation)
+        return _as_candidate(search, proposal, parsed, generation, release)
     names = [o.name for o in search.taskset.objectives]
     wrong = [name for name in tasks or () if name not in names]
     if wrong:
@@ -83,16 +119,16 @@ def merge_and_evaluate(
     chosen = [o for o in search.taskset.objectives if not tasks or o.name in tasks]
     leaves = [search.taskset.task(name) for o in chosen for name in o.leaves]
     items = {task.name: task.part("search")[:limit] for task in leaves}
-    answers = search.scoring.ask(
-        parsed,
-        parsed.hash(search.identities),
-        only=[ref for refs in items.values() for ref in refs],
-    )
+    only = [ref for refs in items.values() for ref in refs]
+    _reserve(search, {"recipe": recipe, "tasks": tasks, "limit": limit}, len(only), generation)
+    answers = search.scoring.ask(parsed, parsed.hash(search.identities), only=only)
     search.scoring.save(answers)
     scores = {}
     for task in leaves:
         results = [answers.results[ref] for ref in items[task.name]]
         scores[task.name] = search.taskset.aggregate(task, results, items[task.name])
+        if release is not None:
+            scores[task.name] = _coarse(scores[task.name], [r.value for r in results])
     return {
         "partial": True,
         "tasks": _by_objective(search, scores, {o.name for o in chosen}, items),
@@ -102,16 +138,16 @@ def merge_and_evaluate(
     }
 
 
-def list_candidates(search: Search, count: int = 10) -> dict[str, Any]:
+def list_candidates(
+    search: Search, count: int = 10, release: Release | None = None
+) -> dict[str, Any]:
     """The best candidates so far, parents and cheap merges among them, and what may be spent."""
     if not 1 <= count <= MAX_LISTED:
         raise UserError(f"count {count} must be from 1 to {MAX_LISTED}")
     found = search.ledger.candidates(search.run_id)
     heard = [c for c in found if c.operator != SHADOW]
-    ranked = sorted(
-        (c for c in heard if c.score is not None and c.twin is None and not c.prior),
-        key=lambda c: c.rank,
-    )
+    scored = [c for c in heard if c.score is not None and c.twin is None and not c.prior]
+    ranked = sorted(scored if release is None else release.of(scored), key=lambda c: c.rank)
     return {
         "candidates": [_row(candidate) for candidate in ranked[:count]],
         "scored": len(ranked),
@@ -121,7 +157,7 @@ def list_candidates(search: Search, count: int = 10) -> dict[str, Any]:
     }
 
 
-def compare(search: Search, a: str, b: str) -> dict[str, Any]:
+def compare(search: Search, a: str, b: str, release: Release | None = None) -> dict[str, Any]:
     """Two candidates, task by task and item by item: what b lost that a had, and what it gained.
 
     a, b: "generation.slot", a parent's name, or the start of a recipe's hash.
@@ -130,6 +166,10 @@ def compare(search: Search, a: str, b: str) -> dict[str, Any]:
         NotFound: no such candidate, or it was not scored.
     """
     one, other = _named(search, a), _named(search, b)
+    if release is not None and not release.apart(one, other):
+        shown = (_shown(release, candidate) for candidate in (one, other))
+        both = {name: _row(candidate) for name, candidate in zip("ab", shown, strict=True)}
+        return both | {"note": "these two cannot be told apart on the search's items"}
     mine, theirs = (search.item_results(c.recipe_hash) for c in (one, other))
     rows, weighted = [], []
     for objective in search.taskset.objectives:
@@ -147,7 +187,8 @@ def compare(search: Search, a: str, b: str) -> dict[str, Any]:
             weighted.append(
                 (objective.signed_weight * share, [v[1] for v in values], [v[0] for v in values])
             )
-    found: dict[str, Any] = {"a": _row(one), "b": _row(other), "tasks": rows}
+    shown_one, shown_other = _shown(release, one), _shown(release, other)
+    found: dict[str, Any] = {"a": _row(shown_one), "b": _row(shown_other), "tasks": rows}
     if weighted and all(map(search.taskset.is_mean, search.taskset.objectives)):
         gap = paired_score_difference(weighted, search.config.search.seed)
         found["b_minus_a"] = {
@@ -208,8 +249,35 @@ def read_recipe(search: Search, text: str) -> tuple[Recipe, tuple[float, ...] | 
     return canonical, point_or_none
 
 
+def _reserve(
+    search: Search, arguments: Mapping[str, Any], items: int, generation: int | None
+) -> None:
+    """Promise a call its items, out of the same budget as candidates; once for the same call.
+
+    Raises:
+        UserError: the budget has fewer left.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    tool = merge_and_evaluate.__name__
+    with _adding:
+        if search.ledger.probed(search.run_id, tool, given):
+            return
+        left = search.items_left
+        if items > left:
+            raise UserError(
+                f"{items} items are more than this search's budget has left ({left}); "
+                "give a lower limit, or fewer tasks"
+            )
+        at = -1 if generation is None else generation
+        search.ledger.save_probe(search.run_id, tool, given, "", items, at)
+
+
 def _as_candidate(
-    search: Search, proposal: Proposal, recipe: Recipe, generation: int | None
+    search: Search,
+    proposal: Proposal,
+    recipe: Recipe,
+    generation: int | None,
+    release: Release | None = None,
 ) -> dict[str, Any]:
     """Score a recipe as a candidate of the run, unless it is one already."""
     recipe_hash = recipe.hash(search.identities)
@@ -235,7 +303,10 @@ def _as_candidate(
         raise NotBegun("the search was told to stop before this candidate's turn")
     if candidate.failure:
         raise CandidateFailed(candidate.failure)
-    return _row(candidate) | {"known": bool(known), "evaluations_left": search.evaluations_left}
+    return _row(_shown(release, candidate)) | {
+        "known": bool(known),
+        "evaluations_left": search.evaluations_left,
+    }
 
 
 def _row(candidate: Candidate) -> dict[str, Any]:
@@ -360,6 +431,12 @@ def _solved(search: Search) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _coarse(score: float, values: Sequence[float]) -> float:
+    """A score to within its standard error: what so few items can say."""
+    step = statistics.pstdev(values) / math.sqrt(len(values))
+    return score if not step else round(score / step) * step
 
 
 def _by_objective(

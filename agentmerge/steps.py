@@ -431,19 +431,31 @@ class Search:
     @property
     def evaluations_left(self) -> int:
         """What of the budget is neither used nor promised to an open candidate."""
-        return self.budget_left()
+        return math.floor(self.budget_left() + 1e-9)
 
-    def budget_left(self, up_to: int | None = None) -> int:
-        """The same as it was after generation ``up_to``."""
+    @property
+    def items_left(self) -> int:
+        """The same in items."""
+        return math.floor(self.budget_left() * self._items_each + 1e-9)
+
+    def budget_left(self, up_to: int | None = None) -> float:
+        """The budget in evaluations, as it was before what agents did after generation ``up_to``.
+
+        Items that tools asked beside candidates are parts of evaluations.
+        """
         found = self.ledger.candidates(self.run_id, up_to=up_to)
         budget = self.config.budget
+        probed = self.ledger.probe_totals(self.run_id, None if up_to is None else up_to - 1)
         used = evaluations(found) + sum(c.cost for c in found if c.state == "open" and not c.prior)
+        used += probed["items"] / self._items_each
         left = budget.max_evaluations - used
         if budget.max_items is not None:
-            each = max(1, len(self.taskset.refs("search")))
-            probed = self.ledger.probe_totals(self.run_id)["items"]
-            left = min(left, (budget.max_items - probed) / each - used)
-        return max(0, math.floor(left + 1e-9))
+            left = min(left, budget.max_items / self._items_each - used)
+        return max(0.0, left)
+
+    @property
+    def _items_each(self) -> int:
+        return max(1, len(self.taskset.refs("search")))
 
     # --- proposing --------------------------------------------------------------------------
 

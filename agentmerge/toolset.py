@@ -18,6 +18,7 @@ from agentmerge import probing
 from agentmerge.errors import CandidateFailed, NotBegun, UserError
 
 if TYPE_CHECKING:
+    from agentmerge.agents.ladder import Noise
     from agentmerge.steps import Search
 
 
@@ -83,27 +84,38 @@ _OFFERED: dict[str, tuple[Callable[..., dict[str, Any]], type[BaseModel], str]] 
 }
 
 
-def tools_of(search: Search, generation: int | None = None, who: str = "") -> list[BaseTool]:
+def tools_of(
+    search: Search, generation: int | None = None, who: str = "", noise: Noise | None = None
+) -> list[BaseTool]:
     """The tools of an open search.
 
     generation: which one new candidates join; by default one of their own. who: their label.
+    noise: of a pair of candidates; where it is given, scores are shown as the Ladder releases them
+    (the search's own agents are told no more by tools than by their prompts).
     """
-    return [_tool(name, search, generation, who) for name in _OFFERED]
+    release = None if noise is None else probing.Release(search, noise)
+    return [_tool(name, search, generation, who, release) for name in _OFFERED]
 
 
-def _tool(name: str, search: Search, generation: int | None, who: str) -> BaseTool:
+def _tool(
+    name: str, search: Search, generation: int | None, who: str, release: probing.Release | None
+) -> BaseTool:
     function, arguments, description = _OFFERED[name]
-    fixed = {"generation": generation, "who": who} if name == "merge_and_evaluate" else {}
+    fixed: dict[str, Any] = {}
+    if name == "merge_and_evaluate":
+        fixed = {"generation": generation, "who": who}
+    if name != "inspect_parents":
+        fixed["release"] = release
 
     def call(**given: Any) -> str:
+        given = {key: value for key, value in given.items() if value is not None}
+        at = -1 if generation is None else generation
         try:
-            found = function(search, **given, **fixed)
+            answer = json.dumps(function(search, **given, **fixed))
         except (UserError, CandidateFailed, NotBegun) as error:
-            search.ledger.save_probe(search.run_id, name, given, str(error), 0)
+            search.ledger.save_probe(search.run_id, name, given, str(error), generation=at)
             raise ToolException(str(error)) from None
-        answer = json.dumps(found)
-        items = sum(found["items"].values()) if found.get("partial") else 0
-        search.ledger.save_probe(search.run_id, name, given, answer, items)
+        search.ledger.save_probe(search.run_id, name, given, answer, generation=at)
         return answer
 
     async def acall(**given: Any) -> str:

@@ -248,6 +248,12 @@ def m011_recipes_by_a_runs_own_names(db: Any) -> None:
     )
 
 
+@migration
+def m012_whose_probe(db: Any) -> None:
+    """The generation that a tool call was made in; -1: in none, or before this was kept."""
+    _run(db, "ALTER TABLE probes ADD COLUMN generation INTEGER NOT NULL DEFAULT -1")
+
+
 def _run(db: Any, statements: str) -> None:
     for statement in statements.split(";"):
         if statement.strip():

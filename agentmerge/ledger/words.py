@@ -115,22 +115,39 @@ class Words(Store):
         return dict(self._rows("SELECT role, text FROM run_prompts WHERE run_id = ?", run_id))
 
     def save_probe(
-        self, run_id: str, tool: str, arguments: Mapping[str, Any], answer: str, items: int
+        self,
+        run_id: str,
+        tool: str,
+        arguments: Mapping[str, Any],
+        answer: str,
+        items: int = 0,
+        generation: int = -1,
     ) -> None:
-        """A tool call of an agent; the same one again changes nothing.
+        """A tool call of an agent; the same one again only has a new answer.
 
-        items: how many were asked besides those of candidates.
+        items: how many are asked besides those of candidates, once they are promised. generation:
+        whose agents asked, -1 where it was nobody's of the search.
         """
         with self._writing() as conn:
             conn.execute(
-                "INSERT OR IGNORE INTO probes (run_id, tool, arguments, answer, items, created) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
-                (run_id, tool, json.dumps(arguments, sort_keys=True), answer, items, time.time()),
-            )
+                "INSERT INTO probes (run_id, tool, arguments, answer, items, created, generation) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+                "answer = excluded.answer, items = max(items, excluded.items)",
+                (run_id, tool, json.dumps(arguments, sort_keys=True), answer, items, time.time(),
+                 generation),
+            )  # fmt: skip
 
-    def probe_totals(self, run_id: str) -> dict[str, int]:
-        """{calls, items}."""
+    def probed(self, run_id: str, tool: str, arguments: Mapping[str, Any]) -> bool:
+        """Whether this call was promised its items before."""
+        where = "run_id = ? AND tool = ? AND arguments = ? AND items > 0"
+        key = (run_id, tool, json.dumps(arguments, sort_keys=True))
+        return bool(self._rows(f"SELECT 1 FROM probes WHERE {where}", *key))
+
+    def probe_totals(self, run_id: str, up_to: int | None = None) -> dict[str, int]:
+        """{calls, items}; up_to: of no later generation."""
         sums = "SELECT count(*), coalesce(sum(items), 0) FROM probes WHERE run_id = ?"
+        if up_to is not None:
+            sums += f" AND generation <= {int(up_to)}"
         return dict(zip(("calls", "items"), self._rows(sums, run_id)[0], strict=True))
 
 

@@ -25,13 +25,13 @@ def anthropic(text: str) -> dict[str, Any]:
     return {
         "id": "m", "type": "message", "role": "assistant", "model": "m", "stop_reason": "end_turn",
         "content": [{"type": "text", "text": text}],
-        "usage": {"input_tokens": 11, "output_tokens": 7},
+        "usage": {"input_tokens": 111, "output_tokens": 7},
     }  # fmt: skip
 
 
 def google(text: str) -> dict[str, Any]:
     content = {"role": "model", "parts": [{"text": text}]}
-    usage = {"promptTokenCount": 11, "candidatesTokenCount": 7, "totalTokenCount": 18}
+    usage = {"promptTokenCount": 111, "candidatesTokenCount": 7, "totalTokenCount": 118}
     candidate = {"content": content, "finishReason": "STOP", "index": 0}
     return {"candidates": [candidate], "usageMetadata": usage, "modelVersion": "m"}
 
@@ -40,7 +40,7 @@ def ollama(text: str) -> dict[str, Any]:
     return {
         "model": "m", "created_at": "2026-01-01T00:00:00Z", "done": True, "done_reason": "stop",
         "message": {"role": "assistant", "content": text},
-        "prompt_eval_count": 11, "eval_count": 7,
+        "prompt_eval_count": 111, "eval_count": 7,
     }  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def provider(request, monkeypatch) -> Iterator[Any]:
 def test_a_reply_is_read_with_its_tokens(provider) -> None:
     reply = provider(GOOD)
     assert reply.parsed.sigma == 0.1
-    assert (reply.tokens_in, reply.tokens_out) == (11, 7)
+    assert (reply.tokens_in, reply.tokens_out) == (111, 7)
     (path, headers, body) = provider.seen[0]
     assert path == provider.path
     assert "99" in json.dumps(body), "the longest reply was set"

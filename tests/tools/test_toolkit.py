@@ -9,17 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import yaml
 from langchain.agents import create_agent
 from langchain_core.messages import AIMessage, ToolMessage
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode
 
 from agentmerge import MergeToolkit, SearchConfig, session
+from agentmerge.agents.ladder import release
 from agentmerge.agents.testing import scripted_chat_model
 from agentmerge.errors import LeaseHeld, NotFound, UserError
 from agentmerge.ledger import Ledger
 from agentmerge.report.summary import best_recipe, run_summary
 from agentmerge.session import LEDGER
+from agentmerge.toolset import tools_of
 
 GENOME = "[50, 40, 30, 20]"
 
@@ -93,6 +96,59 @@ def test_a_part_of_the_items_is_no_candidate(ask, toolkit) -> None:
         == 2
     ), "items are nested, so the first seven were paid for"
     assert json.loads(ask("list_candidates")[1])["candidates"] == []
+
+
+@pytest.mark.parametrize("limits", [{"max_items": 200}, {"max_evaluations": 3}])
+def test_parts_of_the_items_are_in_the_budget(fake_config: str, tmp_path: Path, limits) -> None:
+    """200 items, or three evaluations of 80 items."""
+    body = yaml.safe_load(fake_config) | {"budget": {"max_evaluations": 19} | limits}
+    config = SearchConfig.from_text(yaml.safe_dump(body))
+    with MergeToolkit(config, runs_dir=tmp_path) as kit:
+        merge = next(t for t in kit.get_tools() if t.name == "merge_and_evaluate")
+        most = limits.get("max_items", 3 * 80)
+        asks = [{"recipe": json.dumps([n, 9, 9, 9]), "limit": 5 + n % 3} for n in range(60)]
+        with ThreadPoolExecutor(8) as threads:
+            said = [*threads.map(merge.invoke, asks)]
+        paid = sum(sum(json.loads(t)["items"].values()) for t in said if t.startswith("{"))
+        left = kit.search.items_left
+        assert paid + left == most
+        assert left < 10
+        assert sum("more than this search's budget has left" in t for t in said) > 20
+        first = next(a for a, t in zip(asks, said, strict=True) if t.startswith("{"))
+        assert merge.invoke(first).startswith("{"), "what was paid for is there for nothing"
+        assert kit.search.items_left == left
+
+
+def test_the_searchs_own_agents_see_what_the_ladder_releases(toolkit) -> None:
+    """Whoever sees exact scores of the same items fits them, by a prompt or by a tool."""
+    search = toolkit.search
+    open_to_all = {tool.name: tool for tool in toolkit.get_tools()}
+    own = {tool.name: tool for tool in tools_of(search, None, "critic", lambda a, b: 0.2)}
+    tries = [json.dumps([n, 100 - n, n, 40]) for n in range(0, 100, 9)]
+    said = [json.loads(own["merge_and_evaluate"].invoke({"recipe": r})) for r in tries]
+    truth = json.loads(open_to_all["list_candidates"].invoke({"count": 50}))["candidates"]
+    shown = json.loads(own["list_candidates"].invoke({"count": 50}))["candidates"]
+    raw = {row["id"]: row["score"] for row in truth}
+    assert len({row["score"] for row in shown}) < len(set(raw.values()))
+    released = search.told(space=search.present)
+    expected = {
+        f"{o.generation}.{o.slot}": round(o.score, 4)
+        for o in release(released, lambda a, b: 0.2).entries
+    }
+    assert {row["id"]: row["score"] for row in shown} == expected
+    assert {row["id"]: row["score"] for row in said} == expected
+    one, other = sorted(raw, key=raw.__getitem__)[-2:]
+    told = json.loads(own["compare"].invoke({"a": one, "b": other}))
+    assert "cannot be told apart" in told["note"]
+    assert "tasks" not in told
+    assert "tasks" in json.loads(open_to_all["compare"].invoke({"a": one, "b": other}))
+    low, high = min(raw, key=raw.__getitem__), max(raw, key=raw.__getitem__)
+    assert "b_minus_a" in json.loads(own["compare"].invoke({"a": low, "b": high}))
+    part = json.loads(own["merge_and_evaluate"].invoke({"recipe": tries[3], "limit": 25}))
+    exact = json.loads(open_to_all["merge_and_evaluate"].invoke({"recipe": tries[3], "limit": 25}))
+    assert part["items"] == exact["items"]
+    assert all(abs(part["tasks"][t] - exact["tasks"][t]) <= 0.06 for t in exact["tasks"])
+    assert part["tasks"] != exact["tasks"]
 
 
 def test_compare_shows_what_was_lost(ask) -> None:
