@@ -482,7 +482,7 @@ def _usage(message: AIMessage, sent: Sequence[dict[str, Any]], text: str) -> tup
     A budget that believed a server's zeros would never bind. Where the server says nothing, or no
     number that tokens can have, the text is the estimate.
     """
-    usage = message.usage_metadata or {}
+    usage: dict[str, Any] = dict(message.usage_metadata or {})
     counts = []
     for name, estimate in (("input_tokens", _tokens_of(sent)), ("output_tokens", _tokens(text))):
         said = usage.get(name)
