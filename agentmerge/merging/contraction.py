@@ -34,7 +34,7 @@ from agentmerge.merging.kernels import (
     blocks,
     magnitude_mask,
     present,
-    rescaling,
+    rescalings,
     summed,
     working_dtype,
 )
@@ -146,10 +146,10 @@ def frozen(
         return Frozen(tuple(found[0]), tuple(found[1]))
     ground, working = base.reshape(-1), working_dtype([base, *(o.tensor for o in operands)])
     masks = [mask_of(base, operand) for operand in operands]
-    scales = tuple(
-        rescaling(ground, operand.tensor.reshape(-1), mask, working) if shared["rescale"] else 1.0
-        for operand, mask in zip(operands, masks, strict=True)
-    )
+    scales = (1.0,) * len(operands)
+    if shared["rescale"]:
+        flat = [operand.tensor.reshape(-1) for operand in operands]
+        scales = tuple(rescalings(ground, flat, masks, working))
     if agreeing:
         masks = list(_agreement(ground, operands, masks, scales, working))
     return Frozen(tuple(None if mask is None else pack_bits(mask) for mask in masks), scales)
@@ -164,7 +164,7 @@ def _agreement(
 ) -> torch.Tensor:
     """(operands, elements): kept, and of the sign of the weighted sum (``sign_consensus``'s)."""
     agree = torch.zeros((len(operands), ground.numel()), dtype=torch.bool, device=ground.device)
-    for block in blocks(ground.numel()):
+    for block in blocks(ground.numel(), ground.device):
         origin = ground[block].to(working)
         rows = origin.new_zeros((len(operands), origin.numel()))
         for row, operand, mask, scale in zip(rows, operands, masks, scales, strict=True):
@@ -201,7 +201,7 @@ def contract_sum(
         pulls = torch.zeros(len(operands), dtype=torch.float64, device=gradient.device)
         flat = gradient.reshape(-1)
         working = working_dtype([gradient, *(operand.tensor for operand in operands)])
-        for block in blocks(flat.numel()):
+        for block in blocks(flat.numel(), flat.device):
             rows = _added(ground, operands, held, block, working)
             pulls += (rows @ flat[block].to(working)).double()
         pulls = pulls.cpu()
@@ -238,7 +238,7 @@ def _agreeing(
     working = working_dtype([gradient, *(operand.tensor for operand in operands)])
     weights = torch.tensor([o.weight for o in operands], dtype=working, device=flat.device)
     found = torch.zeros(len(operands) + 1, dtype=torch.float64, device=flat.device)
-    for block in blocks(flat.numel()):
+    for block in blocks(flat.numel(), flat.device):
         pull = flat[block].to(working)
         rows = _added(base, operands, held, block, working)
         mean = weights @ rows

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from agentmerge.merging import engines
+from agentmerge.merging.kernels import blocks
 
 _PERIOD = 1 << 16
 
@@ -50,9 +51,17 @@ def _by_torch(data: torch.Tensor) -> int:
     words = data.view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=data.device)
     factors = _place_factors(str(data.device))
-    for index, start in enumerate(range(0, words.numel(), _PERIOD)):
-        block = words[start : start + _PERIOD]
-        total += (factors[: block.numel()] * block).sum() * (2 * index + 1)
+    for block in blocks(words.numel(), data.device):  # whole periods, but for the last
+        whole = (block.stop - block.start) // _PERIOD * _PERIOD
+        first = block.start // _PERIOD
+        if whole:
+            periods = words[block.start : block.start + whole].view(-1, _PERIOD)
+            odd = torch.arange(first, first + len(periods), device=data.device).mul_(2).add_(1)
+            total += (factors * periods).sum(1).mul_(odd).sum()
+        rest = words[block.start + whole : block.stop]
+        if rest.numel():
+            odd_one = 2 * (first + whole // _PERIOD) + 1
+            total += (factors[: rest.numel()] * rest).sum() * odd_one
     return int(total)
 
 

@@ -99,5 +99,5 @@ def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds nothing that is infinite or not a number."""
     if not tensor.numel():
         return True
-    low, high = torch.aminmax(tensor)  # one pass; both are NaN if anything is
-    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+    ends = torch.stack(torch.aminmax(tensor))  # one pass; both are NaN if anything is
+    return bool(torch.isfinite(ends).all())

@@ -45,8 +45,14 @@ import torch
 
 from agentmerge.recipe import CANCEL_SHARE
 
-#: Elements worked on at a time: few enough that the wide intermediates stay in the cache.
+#: Elements worked on at a time in the host's memory: few enough that the wide intermediates stay
+#: in the cache.
 BLOCK = 1 << 16
+#: The same on a device, where each operation is a launch of some microseconds: so many that moving
+#: them takes ten times as long, and few enough that the intermediates take a gigabyte at most.
+DEVICE_BLOCK = 1 << 24
+#: Bits of a magnitude that one pass over a device's tensor decides.
+_DIGIT = 8
 
 _NORM_FLOOR = 1e-7
 _SLERP_LINEAR_COSINE = 0.9995
@@ -96,7 +102,7 @@ def linear(
     result = empty_as(live[0].tensor, out)
     working = working_dtype([operand.tensor for operand in live])
     flat = [operand.tensor.reshape(-1) for operand in live]
-    for block in blocks(result.numel()):
+    for block in blocks(result.numel(), result.device):
         total = flat[0][block].to(working, copy=True).mul_(factors[0])
         for tensor, factor in zip(flat[1:], factors[1:], strict=True):
             total.add_(tensor[block], alpha=factor)
@@ -117,7 +123,7 @@ def slerp(
     a, b = start.reshape(-1), end.reshape(-1)
     to_a, to_b = arc_shares(t, cosine(a, b))
     result, working = empty_as(start, out), working_dtype([start, end])
-    for block in blocks(result.numel()):
+    for block in blocks(result.numel(), result.device):
         total = a[block].to(working, copy=True).mul_(to_a)
         result.view(-1)[block] = total.add_(b[block], alpha=to_b)
     return result
@@ -140,7 +146,7 @@ def task_arithmetic(
     result = empty_as(base, out)
     working = working_dtype([base, *(operand.tensor for operand in live)])
     ground, flat = base.reshape(-1), [operand.tensor.reshape(-1) for operand in live]
-    for block in blocks(result.numel()):
+    for block in blocks(result.numel(), result.device):
         origin = ground[block].to(working)
         total = torch.zeros_like(origin)
         for tensor, factor in zip(flat, factors, strict=True):
@@ -211,21 +217,21 @@ def sign_consensus(
     result = empty_as(base, out)
     working = working_dtype([base, *(operand.tensor for operand, _ in pairs)])
     ground, flat = base.reshape(-1), [operand.tensor.reshape(-1) for operand, _ in pairs]
-    factors = [
-        operand.weight * (rescaling(ground, tensor, mask, working) if shared["rescale"] else 1.0)
-        for tensor, (operand, mask) in zip(flat, pairs, strict=True)
-    ]
+    factors = [operand.weight for operand, _ in pairs]
+    if shared["rescale"]:
+        scales = rescalings(ground, flat, [mask for _, mask in pairs], working)
+        factors = [factor * scale for factor, scale in zip(factors, scales, strict=True)]
     weights = torch.tensor(
         [[operand.weight] for operand, _ in pairs], dtype=working, device=base.device
     )
-    for block in blocks(result.numel()):
+    for block in blocks(result.numel(), result.device):
         origin = ground[block].to(working)
         deltas = origin.new_empty((len(pairs), origin.numel()))
         for row, tensor, (_, mask), factor in zip(deltas, flat, pairs, factors, strict=True):
             torch.sub(tensor[block].to(working), origin, out=row).mul_(factor)
             if mask is not None:
                 row.masked_fill_(~mask[block], 0)
-        sign = torch.where(summed(deltas) >= 0, 1, -1).to(working)
+        sign = torch.where(summed(deltas) >= 0, 1.0, -1.0).to(working)
         deltas.mul_(sign)  # now an element agrees where it is positive
         total = summed(deltas.clamp(min=0)).mul_(sign)
         if normalize:
@@ -254,17 +260,78 @@ def largest_mask(base: torch.Tensor, tensor: torch.Tensor, keep: int) -> torch.T
     """Where the task vector is among its ``keep`` largest elements, zeros left out; flat."""
     if keep <= 0:
         return torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
-    working = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    # Narrow, since selecting is what takes the time; rounding keeps the order up to equality.
-    size = tensor.reshape(-1).to(working).sub(base.reshape(-1)).abs_()
-    smallest = _kth_largest(size, keep)
-    mask = size > smallest
-    if float(smallest) > 0:  # where it is zero, what is left to keep adds nothing
-        equal = torch.nonzero(size == smallest).reshape(-1)
-        exact = (tensor.reshape(-1)[equal].double() - base.reshape(-1)[equal].double()).abs()
-        order = torch.argsort(exact, descending=True, stable=True)
-        mask[equal[order[: keep - int(mask.sum())]]] = True
+    ground, flat = base.reshape(-1), tensor.reshape(-1)
+    find = _equal_in_host if is_host(tensor.device) else _equal_on_device
+    mask, equal = find(ground, flat, min(keep, flat.numel()))
+    if equal is not None:
+        left = keep - int(mask.sum())
+        if left < equal.numel():
+            exact = (flat[equal].double() - ground[equal].double()).abs()
+            low, high = torch.aminmax(exact)
+            if bool(low < high):  # else those first in memory, as they are listed
+                equal = equal[torch.argsort(exact, descending=True, stable=True)]
+        mask[equal[:left]] = True
     return mask
+
+
+def _equal_in_host(
+    ground: torch.Tensor, flat: torch.Tensor, keep: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Where the magnitude is above the ``keep``-th largest, and the places where it equals that,
+    ascending; None where it is zero, since what is left to keep then adds nothing."""
+    # Narrow, since selecting is what takes the time; rounding keeps the order up to equality.
+    size = _magnitudes(ground, flat)
+    at = size.numel() - keep
+    smallest = float(np.partition(size.numpy(), at)[at])  # ten times faster than torch's
+    return size > smallest, torch.nonzero(size == smallest).reshape(-1) if smallest else None
+
+
+def _equal_on_device(
+    ground: torch.Tensor, flat: torch.Tensor, keep: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As ``_equal_in_host``, digit by digit of the magnitudes' bits from the highest.
+
+    Each pass counts how many of those that agree so far have each digit. torch's own selection
+    reads a whole tensor with one processor of the device, and its ``nonzero`` refuses tensors of
+    more than 2**31 elements; nothing here is as large as the tensor but the mask.
+    """
+    mask = torch.empty(flat.numel(), dtype=torch.bool, device=flat.device)
+    spans = [*blocks(flat.numel(), flat.device)]
+    wide = 8 * _magnitudes(ground[:0], flat[:0]).element_size()
+    known, left = 0, keep
+    for shift in range(wide - _DIGIT, -1, -_DIGIT):
+        counts = torch.zeros(2**_DIGIT + 1, dtype=torch.int64, device=flat.device)
+        for span in spans:
+            bits = _magnitude_bits(ground[span], flat[span])
+            digits = (bits >> shift) & (2**_DIGIT - 1)
+            if shift + _DIGIT < wide:
+                digits.masked_fill_((bits >> (shift + _DIGIT)) != known, 2**_DIGIT)
+            counts += torch.bincount(digits, minlength=2**_DIGIT + 1)
+        digit, found = 2**_DIGIT, counts[:-1].tolist()
+        while left > 0:
+            digit -= 1
+            left -= found[digit]
+        left += found[digit]
+        known = known << _DIGIT | digit
+    equal = []
+    for span in spans:
+        bits = _magnitude_bits(ground[span], flat[span])
+        torch.gt(bits, known, out=mask[span])
+        if known:
+            equal.append(torch.nonzero(bits == known).reshape(-1) + span.start)
+    return mask, torch.cat(equal) if equal else None
+
+
+def _magnitudes(ground: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+    """Of a task vector; in float32, but of float64 in float64."""
+    working = torch.float64 if flat.dtype == torch.float64 else torch.float32
+    return flat.to(working).sub(ground).abs_()
+
+
+def _magnitude_bits(ground: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+    """Magnitudes as integers, which are in the same order."""
+    size = _magnitudes(ground, flat)
+    return size.view(torch.int64 if size.dtype == torch.float64 else torch.int32)
 
 
 def random_mask(
@@ -284,11 +351,13 @@ def random_mask(
 
 
 def hashes(
-    key: str, count: int, device: torch.device | str = "cpu"
+    key: str, count: int, device: torch.device | str = "cpu", start: int = 0
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The hash of the module's head of every element, block by block, less 2**31 (as int32)."""
-    counter = torch.arange(min(BLOCK, count), dtype=torch.int32, device=device)
-    for block in blocks(count):
+    """The hash of the module's head of the elements from ``start`` to ``count``, block by block,
+    less 2**31 (as int32)."""
+    longest = min(block_size(device), count - start)
+    counter = torch.arange(longest, dtype=torch.int32, device=device)
+    for block in blocks(count, device, start):
         k0, k1 = hash_keys(key, block.start >> 32)
         start = (block.start + k0) & 0xFFFFFFFF
         h = counter[: block.stop - block.start] + _signed(start)
@@ -342,18 +411,25 @@ def summed(rows: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def rescaling(
-    ground: torch.Tensor, tensor: torch.Tensor, mask: torch.Tensor | None, working: torch.dtype
-) -> float:
-    """What brings the masked task vector back to its L1 norm."""
-    if mask is None:
-        return 1.0
-    before = after = 0.0
-    for block in blocks(ground.numel()):
-        size = tensor[block].to(working).sub(ground[block]).abs_()
-        before += float(size.sum(dtype=torch.float64))
-        after += float(size.mul_(mask[block]).sum(dtype=torch.float64))
-    return restored(before, after)
+def rescalings(
+    ground: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor | None],
+    working: torch.dtype,
+) -> list[float]:
+    """What brings each masked task vector back to its L1 norm; tensors and masks are flat."""
+    norms = torch.zeros((len(tensors), 2), dtype=torch.float64, device=ground.device)
+    for (before, after), tensor, mask in zip(norms, tensors, masks, strict=True):
+        if mask is None:
+            continue
+        for block in blocks(ground.numel(), ground.device):
+            size = tensor[block].to(working).sub(ground[block]).abs_()
+            before += size.sum(dtype=torch.float64)
+            after += size.mul_(mask[block]).sum(dtype=torch.float64)
+    return [
+        1.0 if mask is None else restored(*pair)
+        for mask, pair in zip(masks, norms.tolist(), strict=True)
+    ]
 
 
 def restored(before: float, after: float) -> float:
@@ -371,28 +447,38 @@ def arc_shares(t: float, cosine: float) -> tuple[float, float]:
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     # Plain float64 sums: nothing a stored float32 can hold overflows or cancels them to noise.
-    squares_a = squares_b = product = 0.0
-    for block in blocks(a.numel()):
+    sums = torch.zeros(3, dtype=torch.float64, device=a.device)
+    for block in blocks(a.numel(), a.device):
         x, y = a[block].double(), b[block].double()
-        squares_a += float(x.dot(x))
-        squares_b += float(y.dot(y))
-        product += float(x.dot(y))
+        for total, one, other in zip(sums, (x, y, x), (x, y, y), strict=True):
+            total += one.dot(other)
+    squares_a, squares_b, product = sums.tolist()
     length_a, length_b = math.sqrt(squares_a), math.sqrt(squares_b)
     for length in (length_a, length_b):
         product /= length if length > _SLERP_SHORT else 1.0
     return min(max(product, -1.0), 1.0)
 
 
-def _kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
-    at = values.numel() - k
-    if values.device.type == "cpu":  # numpy's selection is ten times faster than torch's
-        return torch.tensor(np.partition(values.numpy(), at)[at], dtype=values.dtype)
-    return torch.kthvalue(values, at + 1).values
+def is_host(device: torch.device | str) -> bool:
+    """Whether a device's memory is the machine's own, where an operation costs no launch."""
+    return torch.device(device).type == "cpu"
 
 
-def blocks(count: int) -> Iterator[slice]:
-    for start in range(0, count, BLOCK):
-        yield slice(start, min(start + BLOCK, count))
+def block_size(device: torch.device | str) -> int:
+    """Elements worked on at a time; a power of two."""
+    return BLOCK if is_host(device) else DEVICE_BLOCK
+
+
+def blocks(count: int, device: torch.device | str, start: int = 0) -> Iterator[slice]:
+    """The elements from ``start`` to ``count`` in order, so many at a time as suit a device.
+
+    All but the first begin at a multiple of ``block_size``, so that none holds one of 2**32.
+    """
+    step = block_size(device)
+    while start < count:
+        stop = min((start // step + 1) * step, count)
+        yield slice(start, stop)
+        start = stop
 
 
 def working_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:

@@ -13,12 +13,14 @@ Kernels as in ``kernels.py``, with its precision, its rules at the edges and its
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from agentmerge.merging.kernels import (
     Kernel,
     Operand,
+    block_size,
     blocks,
     copied,
     empty_as,
@@ -26,7 +28,7 @@ from agentmerge.merging.kernels import (
     largest_mask,
     present,
     random_mask,
-    rescaling,
+    rescalings,
     scaled,
     sign_consensus,
     working_dtype,
@@ -64,10 +66,16 @@ def della_mask(base: torch.Tensor, operand: Operand) -> torch.Tensor | None:
     mask = torch.zeros(base.numel(), dtype=torch.bool, device=base.device)
     if operand.density <= 0:
         return mask
-    probability = della_probabilities(base, operand).reshape(-1)
-    for block, h in hashes(operand.key, base.numel(), base.device):
-        limits = probability[block].mul(2**32).ceil_().sub_(2**31)
-        mask[block] = h < limits
+    rows = base.shape[0] if base.ndim > 1 else 1
+    inner = base.numel() // rows
+    step = max(1, block_size(base.device) // inner)  # whole rows, whose ranks are their own
+    for first in range(0, rows, step):
+        part = slice(first, first + step) if rows > 1 else slice(None)
+        some = replace(operand, tensor=operand.tensor[part])
+        limits = della_probabilities(base[part], some).mul_(2**32).ceil_().sub_(2**31).reshape(-1)
+        start, stop = first * inner, first * inner + limits.numel()
+        for block, h in hashes(operand.key, stop, base.device, start):
+            torch.lt(h, limits[block.start - start : block.stop - start], out=mask[block])
     return mask
 
 
@@ -106,12 +114,11 @@ def masked_sum(
         return copied(pairs[0][0].tensor, out)
     result, ground = empty_as(base, out), base.reshape(-1)
     working = working_dtype([base, *(operand.tensor for operand, _, _ in pairs)])
-    rows = []
-    for operand, mask, factor in pairs:
-        tensor = operand.tensor.reshape(-1)
-        scale = rescaling(ground, tensor, mask, working) if shared["rescale"] else 1.0
-        rows.append((tensor, mask, factor * scale))
-    for block in blocks(result.numel()):
+    flat, kept = [o.tensor.reshape(-1) for o, _, _ in pairs], [mask for _, mask, _ in pairs]
+    scales = rescalings(ground, flat, kept, working) if shared["rescale"] else [1.0] * len(pairs)
+    factors = [factor * scale for (_, _, factor), scale in zip(pairs, scales, strict=True)]
+    rows = [*zip(flat, kept, factors, strict=True)]
+    for block in blocks(result.numel(), result.device):
         origin = ground[block].to(working)
         total = torch.zeros_like(origin)
         for tensor, mask, factor in rows:
