@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,7 +52,8 @@ BLOCK = 1 << 16
 #: them takes ten times as long, and few enough that the intermediates take a gigabyte at most.
 DEVICE_BLOCK = 1 << 24
 #: Bits of a magnitude that one pass over a device's tensor decides.
-_DIGIT = 8
+_DIGIT = 11
+_MOST = 2**63 - 1
 
 _NORM_FLOOR = 1e-7
 _SLERP_LINEAR_COSINE = 0.9995
@@ -257,69 +258,104 @@ def kept_count(density: float, count: int) -> int:
 
 
 def largest_mask(base: torch.Tensor, tensor: torch.Tensor, keep: int) -> torch.Tensor:
-    """Where the task vector is among its ``keep`` largest elements, zeros left out; flat."""
-    if keep <= 0:
-        return torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
+    """Where the task vector is among its ``keep`` largest elements, zeros left out; flat.
+
+    Ranks are by magnitude in float32, then in float64, then the first in memory.
+    """
     ground, flat = base.reshape(-1), tensor.reshape(-1)
-    find = _equal_in_host if is_host(tensor.device) else _equal_on_device
-    mask, equal = find(ground, flat, min(keep, flat.numel()))
-    if equal is not None:
-        left = keep - int(mask.sum())
-        if left < equal.numel():
-            exact = (flat[equal].double() - ground[equal].double()).abs()
-            low, high = torch.aminmax(exact)
-            if bool(low < high):  # else those first in memory, as they are listed
-                equal = equal[torch.argsort(exact, descending=True, stable=True)]
-        mask[equal[:left]] = True
-    return mask
+    keep = min(keep, flat.numel())
+    if keep <= 0:
+        return torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
+    if is_host(flat.device):
+        return _largest_in_host(ground, flat, keep)
+    return _largest_on_device(ground, flat, keep)
 
 
-def _equal_in_host(
-    ground: torch.Tensor, flat: torch.Tensor, keep: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Where the magnitude is above the ``keep``-th largest, and the places where it equals that,
-    ascending; None where it is zero, since what is left to keep then adds nothing."""
+def _largest_in_host(ground: torch.Tensor, flat: torch.Tensor, keep: int) -> torch.Tensor:
     # Narrow, since selecting is what takes the time; rounding keeps the order up to equality.
     size = _magnitudes(ground, flat)
     at = size.numel() - keep
     smallest = float(np.partition(size.numpy(), at)[at])  # ten times faster than torch's
-    return size > smallest, torch.nonzero(size == smallest).reshape(-1) if smallest else None
+    mask = size > smallest
+    if smallest > 0:  # where it is zero, what is left to keep adds nothing
+        equal = torch.nonzero(size == smallest).reshape(-1)
+        exact = (flat[equal].double() - ground[equal].double()).abs()
+        order = torch.argsort(exact, descending=True, stable=True)
+        mask[equal[order[: keep - int(mask.sum())]]] = True
+    return mask
 
 
-def _equal_on_device(
-    ground: torch.Tensor, flat: torch.Tensor, keep: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As ``_equal_in_host``, digit by digit of the magnitudes' bits from the highest.
+def _largest_on_device(ground: torch.Tensor, flat: torch.Tensor, keep: int) -> torch.Tensor:
+    """Block by block, so that nothing is as large as the tensor but the mask.
 
-    Each pass counts how many of those that agree so far have each digit. torch's own selection
-    reads a whole tensor with one processor of the device, and its ``nonzero`` refuses tensors of
-    more than 2**31 elements; nothing here is as large as the tensor but the mask.
+    torch's own selection needs the tensor several times and reads it with one of the device's
+    processors, and its ``nonzero`` refuses tensors of more than 2**31 elements.
     """
     mask = torch.empty(flat.numel(), dtype=torch.bool, device=flat.device)
     spans = [*blocks(flat.numel(), flat.device)]
-    wide = 8 * _magnitudes(ground[:0], flat[:0]).element_size()
-    known, left = 0, keep
-    for shift in range(wide - _DIGIT, -1, -_DIGIT):
-        counts = torch.zeros(2**_DIGIT + 1, dtype=torch.int64, device=flat.device)
+    nothing = torch.full((), -1, dtype=torch.int64, device=flat.device)
+
+    def rough(span: slice) -> torch.Tensor:
+        return _bits(_magnitudes(ground[span], flat[span]))
+
+    smallest, left, equal = _kth_largest(rough, spans, keep, flat.device)
+    if smallest == 0 or left == equal:  # zeros add nothing
         for span in spans:
-            bits = _magnitude_bits(ground[span], flat[span])
-            digits = (bits >> shift) & (2**_DIGIT - 1)
-            if shift + _DIGIT < wide:
-                digits.masked_fill_((bits >> (shift + _DIGIT)) != known, 2**_DIGIT)
-            counts += torch.bincount(digits, minlength=2**_DIGIT + 1)
-        digit, found = 2**_DIGIT, counts[:-1].tolist()
+            torch.ge(rough(span), max(1, smallest), out=mask[span])
+        return mask
+
+    def exact(span: slice) -> torch.Tensor:
+        """Of those that are equal so far; of others, less than any."""
+        size = _bits(flat[span].double().sub_(ground[span]).abs_())
+        return torch.where(rough(span) == smallest, size, nothing)
+
+    ends = torch.tensor([-1, -_MOST], device=flat.device)  # the largest, and minus the least
+    for span in spans:
+        size = exact(span)
+        found = size.amax(), size.masked_fill(size < 0, _MOST).neg_().amax()
+        torch.maximum(ends, torch.stack(found), out=ends)
+    threshold, negated = ends.tolist()
+    if threshold != -negated:
+        threshold, left, _ = _kth_largest(exact, spans, left, flat.device)
+    seen = torch.zeros_like(nothing)
+    for span in spans:
+        size = exact(span)
+        tied = size == threshold
+        first = tied.cumsum(0).add_(seen) <= left
+        seen += tied.sum()
+        mask[span] = (rough(span) > smallest) | (size > threshold) | (tied & first)
+    return mask
+
+
+def _kth_largest(
+    bits_of: Callable[[slice], torch.Tensor],
+    spans: Sequence[slice],
+    k: int,
+    device: torch.device,
+) -> tuple[int, int, int]:
+    """The k-th largest of some integers, how many equal ones are among the k, and in all.
+
+    Digit by digit from the highest: each pass counts how many of those that agree so far have each
+    digit. bits_of: a block's; those below zero are not there.
+    """
+    known, left, count = 0, k, 0
+    high = 8 * bits_of(slice(0, 0)).element_size() - 1
+    while high:
+        shift = max(0, high - _DIGIT)
+        size = 1 << (high - shift)
+        counts = torch.zeros(size + 1, dtype=torch.int64, device=device)
+        for span in spans:
+            bits = bits_of(span)
+            digits = (bits >> shift) & (size - 1)
+            digits.masked_fill_((bits >> (high - 1) >> 1) != known, size)
+            counts += torch.bincount(digits, minlength=size + 1)
+        digit, found = size, counts[:-1].tolist()
         while left > 0:
             digit -= 1
             left -= found[digit]
-        left += found[digit]
-        known = known << _DIGIT | digit
-    equal = []
-    for span in spans:
-        bits = _magnitude_bits(ground[span], flat[span])
-        torch.gt(bits, known, out=mask[span])
-        if known:
-            equal.append(torch.nonzero(bits == known).reshape(-1) + span.start)
-    return mask, torch.cat(equal) if equal else None
+        count = found[digit]
+        left, known, high = left + count, known << (high - shift) | digit, shift
+    return known, left, count
 
 
 def _magnitudes(ground: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
@@ -328,10 +364,9 @@ def _magnitudes(ground: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
     return flat.to(working).sub(ground).abs_()
 
 
-def _magnitude_bits(ground: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-    """Magnitudes as integers, which are in the same order."""
-    size = _magnitudes(ground, flat)
-    return size.view(torch.int64 if size.dtype == torch.float64 else torch.int32)
+def _bits(magnitudes: torch.Tensor) -> torch.Tensor:
+    """As integers, which are in the same order."""
+    return magnitudes.view(torch.int64 if magnitudes.dtype == torch.float64 else torch.int32)
 
 
 def random_mask(
