@@ -487,7 +487,7 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
         x, y = a[block].double(), b[block].double()
         for total, one, other in zip(sums, (x, y, x), (x, y, y), strict=True):
             total += one.dot(other)
-    squares_a, squares_b, product = sums.tolist()
+    squares_a, squares_b, product = map(float, sums.tolist())
     length_a, length_b = math.sqrt(squares_a), math.sqrt(squares_b)
     for length in (length_a, length_b):
         product /= length if length > _SLERP_SHORT else 1.0

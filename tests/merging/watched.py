@@ -10,10 +10,11 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,14 +22,23 @@ from agentmerge.merging import kernels
 
 
 class Watched(TorchDispatchMode):
-    """calls: operators run, but for views. reads: single values given to Python. peak_bytes: the
-    most that tensors made in between held at once."""
+    """calls: operators run, but for views. reads: how often values were given to Python.
+    peak_bytes: the most that tensors made in between held at once."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = self.reads = self.peak_bytes = 0
         self._bytes = 0
         self._holders: Counter[int] = Counter()
+
+    def __enter__(self) -> Self:
+        self._lists = _Lists(self)
+        self._lists.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._lists.__exit__(*raised)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
@@ -52,6 +62,18 @@ class Watched(TorchDispatchMode):
         self._holders[key] -= 1
         if not self._holders[key]:
             self._bytes -= size
+
+
+class _Lists(TorchFunctionMode):
+    """``tolist`` is no operator on a CPU."""
+
+    def __init__(self, watched: Watched) -> None:
+        super().__init__()
+        self._watched = watched
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._watched.reads += func is torch.Tensor.tolist
+        return func(*args, **(kwargs or {}))
 
 
 def _is_tensor(leaf: Any) -> bool:
