@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from agentmerge.assembly import (
     CHECKPOINTS,
@@ -29,10 +31,20 @@ from agentmerge.assembly import (
 from agentmerge.check import Prepared, anchored, prepare
 from agentmerge.checkpoints import RUNS_DIR_VARIABLE
 from agentmerge.config import SearchConfig
-from agentmerge.errors import NotFound, UserError
+from agentmerge.errors import ConfigError, NotFound, UserError
 from agentmerge.lease import Lease
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.steps import Search
+
+#: The file with the sections of a search that are a server's own.
+SERVER_CONFIG_VARIABLE = "AGENTMERGE_SERVER_CONFIG"
+#: What a server's client may set, sections whole or key by key.
+CLIENT_KEYS = (
+    "genome", "tasks", "limit", "num_fewshot", "shuffle", "apply_chat_template",
+    "fewshot_as_multiturn", "random_init", "search", "budget",
+)  # fmt: skip
+#: And what of these sections it may not: files that are read, code that is run, what tokens cost.
+_SERVERS_OWN = frozenset({"search.graph", "search.init", "budget.prices"})
 
 _OPEN: dict[str, Search] = {}
 _HELD: dict[str, ExitStack] = {}
@@ -40,18 +52,20 @@ _opening = threading.Lock()
 
 
 @dataclass(kw_only=True)
-class Context:
-    """Which search a graph works on.
+class ClientContext:
+    """Which search a graph works on, as whoever sends JSON to a server may say it.
 
-    run: id or name; by default the thread's id, which is the run's. runs_dir: where searches live,
-        by default $AGENTMERGE_RUNS_DIR, else ``runs``.
+    run: id or name; by default the thread's id, which is the run's.
     config: YAML of a new search, for a thread that is none yet. name: what to call it.
     branch_of, at, overrides: instead of a config, another search (id or name), the generation to
         start from, and dotted settings to change.
+
+    A client says what is searched (``CLIENT_KEYS``). Where it runs, who advises, which files are
+    read as code and where results go is the server's own: ``$AGENTMERGE_SERVER_CONFIG`` names a
+    YAML file with those sections, ``$AGENTMERGE_RUNS_DIR`` the folder.
     """
 
     run: str = ""
-    runs_dir: str = ""
     config: str = ""
     name: str | None = None
     branch_of: str = ""
@@ -60,7 +74,98 @@ class Context:
 
     @property
     def folder(self) -> Path:
-        return Path(self.runs_dir or os.environ.get(RUNS_DIR_VARIABLE) or "runs")
+        return Path(os.environ.get(RUNS_DIR_VARIABLE) or "runs")
+
+    def search_config(self) -> SearchConfig:
+        """The config of a new search: a client's, with the rest from the server's own file.
+
+        Raises:
+            ConfigError: a fault in either.
+            UserError: the client's sets what is the server's.
+        """
+        asked = _mapping(self.config, "the config")
+        _refuse_foreign(_dotted(asked))
+        own = _servers_own()
+        budget = _tighter(own.get("budget") or {}, asked.get("budget") or {})
+        search = (own.get("search") or {}) | (asked.get("search") or {})
+        whole = own | asked | {"budget": budget, "search": search}
+        return SearchConfig.from_text(yaml.safe_dump(whole), "the config")
+
+    def changes(self) -> dict[str, Any]:
+        """A branch's settings.
+
+        Raises:
+            UserError: one of them is the server's.
+        """
+        _refuse_foreign(self.overrides)
+        return self.overrides
+
+
+@dataclass(kw_only=True)
+class Context(ClientContext):
+    """The same from a program of one's own, which is trusted with every setting.
+
+    runs_dir: where searches live, by default $AGENTMERGE_RUNS_DIR, else ``runs``.
+    """
+
+    runs_dir: str = ""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs_dir) if self.runs_dir else super().folder
+
+    def search_config(self) -> SearchConfig:
+        return SearchConfig.from_text(self.config)
+
+    def changes(self) -> dict[str, Any]:
+        return self.overrides
+
+
+def _mapping(text: str, source: str) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{source} must be a mapping, not {type(found).__name__}")
+    return found
+
+
+def _servers_own() -> dict[str, Any]:
+    path = os.environ.get(SERVER_CONFIG_VARIABLE)
+    if not path:
+        return {}
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"${SERVER_CONFIG_VARIABLE}: {path} cannot be read: {error}") from None
+    return _mapping(text, path)
+
+
+def _refuse_foreign(dotted: Iterable[str]) -> None:
+    for key in dotted:
+        section = str(key).partition(".")[0]
+        if section not in CLIENT_KEYS or key in _SERVERS_OWN:
+            raise UserError(
+                f"{key} is the server's own to set, in the file that ${SERVER_CONFIG_VARIABLE} "
+                f"names; a client may set {', '.join(CLIENT_KEYS)}"
+            )
+
+
+def _dotted(config: Mapping[str, Any]) -> Iterator[str]:
+    for section, body in config.items():
+        yield section
+        if isinstance(body, dict):
+            yield from (f"{section}.{key}" for key in body)
+
+
+def _tighter(own: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """A client's budget within the server's: of two limits the lower one."""
+    found = dict(own) | dict(asked)
+    for key in own.keys() & asked.keys():
+        if all(isinstance(b[key], (int, float)) for b in (own, asked)):
+            found[key] = min(own[key], asked[key])
+    return found
 
 
 def search_of(runtime: Any) -> Search:
@@ -100,7 +205,7 @@ def at_hand(search: Search) -> Iterator[None]:
         _OPEN.pop(search.run_id, None)
 
 
-def _hold(context: Context, key: str) -> None:
+def _hold(context: ClientContext, key: str) -> None:
     with ExitStack() as stack:
         ledger = stack.enter_context(Ledger(context.folder / LEDGER))
         prepared, row = _run(context, key, ledger)
@@ -116,18 +221,18 @@ def _hold(context: Context, key: str) -> None:
         _HELD[row.id] = stack.pop_all()
 
 
-def _run(context: Context, key: str, ledger: Ledger) -> tuple[Prepared, RunRow]:
+def _run(context: ClientContext, key: str, ledger: Ledger) -> tuple[Prepared, RunRow]:
     """The run of this key, or a new one: as a branch, or from a config."""
     try:
         row = ledger.run(key)
     except NotFound:
         if context.branch_of:
             return new_branch(
-                ledger, context.branch_of, context.at, context.name, context.overrides, run_id=key
+                ledger, context.branch_of, context.at, context.name, context.changes(), run_id=key
             )
         if not context.config:
             raise
-        prepared = prepare(anchored(SearchConfig.from_text(context.config)), fresh=True)
+        prepared = prepare(anchored(context.search_config()), fresh=True)
         check_resources(prepared.config)
         row = new_row(ledger, prepared, context.name, run_id=key)
         ledger.add_run(row)

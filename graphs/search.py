@@ -18,7 +18,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import Command, RetryPolicy, Send, interrupt
 
-from agentmerge.context import Context, let_go, search_of
+from agentmerge.context import ClientContext, Context, let_go, search_of
 from agentmerge.errors import WorkerLost
 from agentmerge.moves import approval, question, restructure, wanted_move
 from agentmerge.state import Assignment, SearchState
@@ -115,9 +115,9 @@ def _dispatch(slots: list[tuple[int, int]], done: Literal["select", "critic"] = 
     return sends or done
 
 
-def build() -> StateGraph[SearchState, Context]:
-    """The uncompiled graph."""
-    graph = StateGraph(SearchState, context_schema=Context)
+def build(context: type[ClientContext] = Context) -> StateGraph[SearchState, Any]:
+    """The uncompiled graph. context: what whoever invokes it is trusted to say."""
+    graph: StateGraph[SearchState, Any] = StateGraph(SearchState, context_schema=context)
     graph.add_node("seed", seed)
     graph.add_node(
         "evaluate", evaluate, retry_policy=RetryPolicy(retry_on=WorkerLost, max_attempts=2)
@@ -131,3 +131,5 @@ def build() -> StateGraph[SearchState, Context]:
 
 
 graph = build()
+#: What a LangGraph server offers: its clients say what is searched, and nothing else.
+served = build(ClientContext)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from langgraph_sdk import get_sync_client
 from langgraph_sdk.client import SyncLangGraphClient
 
@@ -24,7 +25,7 @@ from agentmerge.cli.app import run_app
 from agentmerge.ledger import Ledger
 from agentmerge.merging.headers import cache_dir
 from agentmerge.session import LEDGER
-from tests.session.conftest import config_text
+from tests.session.conftest import BODY, config_text
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -44,6 +45,7 @@ def environment(runs_dir: Path) -> dict[str, str]:
         "AGENTMERGE_RUNS_DIR": str(runs_dir),
         "LANGGRAPH_CLI_NO_ANALYTICS": "1",
         "PYTHONPATH": str(ROOT),
+        "AGENTMERGE_SERVER_CONFIG": str(runs_dir.parent / "server.yml"),
     }
     return {name: value for name, value in os.environ.items() if "API_KEY" not in name} | own
 
@@ -63,6 +65,7 @@ def server(langgraph: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url, runs = f"http://127.0.0.1:{port}", tmp_path / "runs"
+    (tmp_path / "server.yml").write_text(yaml.safe_dump({"worker": BODY["worker"]}))
     line = [langgraph, "dev", "--no-browser", "--no-reload"]
     log = (tmp_path / "server.log").open("w")
     process = subprocess.Popen(
@@ -95,13 +98,28 @@ def test_a_server_and_the_command_line_share_searches(server, capsys) -> None:
         share(client, runs, capsys)
 
 
+def test_another_sites_page_may_not_speak_to_it(server) -> None:
+    url, _ = server
+    asked = urllib.request.Request(f"{url}/ok", headers={"Origin": "https://evil.example"})
+    with urllib.request.urlopen(asked, timeout=5) as answer:
+        assert answer.headers.get("access-control-allow-origin") is None
+
+
 def share(client: SyncLangGraphClient, runs: Path, capsys) -> None:
     (assistant,) = client.assistants.search(graph_id="search")
     drawn = client.assistants.get_graph(assistant["assistant_id"])
     assert {"seed", "evaluate", "select", "critic", "finish"} <= {n["id"] for n in drawn["nodes"]}
 
     thread = client.threads.create(thread_id=str(uuid.uuid4()))["thread_id"]
-    context = {"config": config_text(), "name": "served"}
+    evil = yaml.safe_load(config_text()) | {"agents": {"llm": "openai:m", "base_url": "http://x"}}
+    for context in ({"config": yaml.safe_dump(evil)}, {"runs_dir": "elsewhere"}):
+        other = client.threads.create(thread_id=str(uuid.uuid4()))["thread_id"]
+        with pytest.raises(Exception, match=r"UserError|NotFound"):
+            client.runs.wait(other, assistant["assistant_id"], input={}, context=context)
+    assert not (ROOT / "elsewhere").exists()
+
+    body = {key: value for key, value in BODY.items() if key != "worker"}
+    context = {"config": yaml.safe_dump(body), "name": "served"}
     modes = ["updates", "custom"]
     parts = [
         *client.runs.stream(
