@@ -10,7 +10,8 @@
     │   ├── NotFound                a run, generation or candidate that does not exist
     │   └── LeaseHeld               another process works on this search
     ├── RunFailed                   a search that cannot go on
-    │   ├── WorkerLost              a worker process died; the candidate is tried again
+    │   ├── WorkerLost              a worker died twice over a candidate
+    │   │   └── NoWorker            none can be started, or all die: the machine, not the candidate
     │   └── LedgerError             the results database cannot be written
     ├── CandidateFailed             one bad candidate: recorded as data, never ends a run
     │   └── RecipeRejected          refused before any worker saw it
@@ -76,7 +77,11 @@ class RunFailed(AgentmergeError):
 
 
 class WorkerLost(RunFailed):
-    """A worker died while it held a candidate."""
+    """A worker died while it held a candidate, and so did the next."""
+
+
+class NoWorker(WorkerLost):
+    """No worker can be started, or candidate after candidate loses them."""
 
 
 class LedgerError(RunFailed):

@@ -4,19 +4,20 @@ The best-seen of many candidates is often the luckiest (SEARCH: 100 candidates o
 overstate by about 3 points). So the few best compete on many random halves of the search items,
 and the one that wins most halves is the answer (after arXiv 2605.05973), if it is ahead of the best
 cheap rival by more than the items' noise. The answer then goes once to the sealed items, beside
-every parent and every cheap rival, and differences are paired by item.
+every parent and the best cheap rival, and differences are paired by item. Whatever fails there
+(a candidate, a task's code, a worker), there is an answer, and the card says what is missing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from agentmerge.constraints import kept
-from agentmerge.errors import CandidateFailed
+from agentmerge.errors import CandidateFailed, TaskError, WorkerLost
 from agentmerge.evaluation.statistics import Interval, paired_score_difference
 from agentmerge.genome import short_name
 from agentmerge.ledger import Candidate
@@ -38,19 +39,19 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any
     scored = [c for c in candidates if c.score is not None and c.twin is None and not c.prior]
     ranked = sorted(scored, key=lambda c: c.rank)
     allowed = [c for c in ranked if not c.violation] or ranked[:1]
-    choice = choose(search, allowed[:SHORTLIST])
     parents = [c for c in scored if c.operator == "parent"]
     rivals = [c for c in ranked if c.operator in RIVALS]
-    cheap = [c for c in allowed if c.operator in (*RIVALS, "parent")]
-    answer, doubt = beyond_noise(search, choice.winner, cheap[0] if cheap else None)
     best_rival = rivals[0] if rivals else None
-    others = [*parents, *rivals]
-    sealed = bool(search.taskset.refs("sealed"))
+    found = confirmed(search, allowed)
+    choice, answer, sealed = found.choice, found.answer, found.sealed
+    # Search items are known of all of them; sealed ones are asked of the best cheap merge alone.
+    others = [*parents, *(rivals[:1] if sealed else rivals)]
     rows = {}
     for candidate in dict.fromkeys([answer, *others]):
         rows[candidate.generation, candidate.slot] = _row(search, candidate, sealed)
     part: Literal["search", "sealed"] = "sealed" if sealed else "search"
-    differences = _differences(search, answer, others, part)
+    known = [c for c in others if "sealed_failure" not in rows[c.generation, c.slot]]
+    differences = _differences(search, answer, known, part)
     interval = _paired(search, search_results(search, answer, part), None, part)
     chosen = rows[answer.generation, answer.slot]
     all_parents = [rows[c.generation, c.slot] for c in parents]
@@ -64,14 +65,63 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any
         "sealed": sealed,
         "differences": differences,
         "notes": [
-            *doubt,
+            *found.notes,
+            *_unasked(rows.values()),
             *search.taskset.notes,
             *_unfair(rows.values()),
             *(broken if answer.violation else []),
         ],
         "constraints": kept(search.floors(scored), chosen, all_parents),
+        "fallen": found.fallen,
+        "lost": found.lost,
     }
     return card | {"verdict": verdict(answer, best_rival, differences, part)}
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """The answer and the contest that it won. sealed: whether its sealed items were scored.
+
+    fallen: recipe hash -> why its sealed items could not be. lost: why nobody could be asked.
+    """
+
+    choice: Choice
+    answer: Candidate
+    sealed: bool
+    notes: list[str]
+    fallen: dict[str, str]
+    lost: str = ""
+
+
+def confirmed(search: Search, allowed: Sequence[Candidate]) -> Confirmed:
+    """The best of ``allowed`` (best first, at least one) whose sealed items can be scored.
+
+    One whose sealed items cannot be (a value is not finite, the task's code raises) leaves the
+    contest, which is then held among the others. Where a worker is lost, or every try failed, the
+    answer is the one that the search items say.
+    """
+    first: Confirmed | None = None
+    left, fallen, notes = list(allowed), dict[str, str](), list[str]()
+    while left and len(fallen) < SHORTLIST:
+        choice = choose(search, left[:SHORTLIST])
+        cheap = next((c for c in left if c.operator in (*RIVALS, "parent")), None)
+        answer, doubt = beyond_noise(search, choice.winner, cheap)
+        first = first or Confirmed(choice, answer, False, doubt, fallen)
+        if not search.taskset.refs("sealed"):
+            return first
+        try:
+            search.taskset.score(search.confirm(answer), "sealed")
+            return Confirmed(choice, answer, True, [*notes, *doubt], fallen)
+        except WorkerLost as error:
+            doubt = [*doubt, f"the sealed items were not asked; resume asks them: {error}"]
+            return Confirmed(choice, answer, False, [*notes, *doubt], fallen, str(error))
+        except (CandidateFailed, TaskError) as error:
+            fallen[answer.recipe_hash] = str(error)
+            notes.append(f"{name_of(answer)} was chosen, and its sealed items failed: {error}")
+            left.remove(answer)
+    assert first is not None
+    notes = [notes[0], f"so did those of {len(notes) - 1} more; it is not confirmed"]
+    return replace(first, notes=[*first.notes, *notes])
 
 
 def beyond_noise(
@@ -105,16 +155,13 @@ def _differences(
     others: Sequence[Candidate],
     part: Literal["search", "sealed"],
 ) -> list[dict[str, Any]]:
-    """How far the answer is ahead of each other, paired by item; a failed one is left out."""
+    """How far the answer is ahead of each other, paired by item; all have been asked."""
     mine = search_results(search, answer, part)
     found = []
     for other in others:
         if other is answer:
             continue
-        try:
-            ahead = _paired(search, mine, search_results(search, other, part), part)
-        except CandidateFailed:
-            continue
+        ahead = _paired(search, mine, search_results(search, other, part), part)
         if ahead is not None:
             row = {"against": name_of(other), "operator": other.operator}
             found.append(row | ahead._asdict())
@@ -135,7 +182,7 @@ def difference(
     """How far one is ahead on sealed items, or on search items where none are sealed, and which.
 
     Raises:
-        CandidateFailed: one of them cannot be scored there.
+        CandidateFailed, TaskError, WorkerLost: one of them cannot be scored there.
     """
     part: Literal["search", "sealed"] = "sealed" if search.taskset.refs("sealed") else "search"
     one, other = (search_results(search, c, part) for c in (mine, theirs))
@@ -225,9 +272,18 @@ def _row(search: Search, candidate: Candidate, sealed: bool) -> dict[str, Any]:
         try:
             score = search.taskset.score(search.confirm(candidate), "sealed")
             row |= {"sealed_score": score.value, "sealed_tasks": dict(score.tasks)}
-        except CandidateFailed as error:
+        except (CandidateFailed, TaskError, WorkerLost) as error:
             row |= {"sealed_score": None, "sealed_failure": str(error)}
     return row
+
+
+def _unasked(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Whom the sealed items could not compare, and why."""
+    return [
+        f"{short_name(row['name'])} is not compared on sealed items: {row['sealed_failure']}"
+        for row in rows
+        if "sealed_failure" in row
+    ]
 
 
 def _unfair(rows: Iterable[dict[str, Any]]) -> list[str]:

@@ -23,7 +23,13 @@ from agentmerge.assembly import LEDGER, TOOLS, assembled, changed_facts, existin
 from agentmerge.check import Prepared, prepare
 from agentmerge.config import ROLES, Role, SearchConfig
 from agentmerge.context import Context, at_hand
-from agentmerge.errors import CandidateFailed, NotBegun, ReplyMissing, UserError
+from agentmerge.errors import (
+    CandidateFailed,
+    NotBegun,
+    ReplyMissing,
+    UserError,
+    WorkerLost,
+)
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.probing import PROBE
 from agentmerge.recipe import Recipe
@@ -111,7 +117,11 @@ def _search(
     }
     search.replies_of = row.id
     never_begun = {c.recipe_hash for c in ledger.candidates(row.id) if c.state == "open"}
-    search.pool = _StoredResults(search.pool, prepared, _failures(ledger, row), never_begun)
+    flat = {c.recipe_hash for c in ledger.candidates(row.id) if c.gradient is None}
+    lost = str((row.result or {}).get("lost", ""))
+    search.pool = _StoredResults(
+        search.pool, prepared, _failures(ledger, row), never_begun, flat, lost
+    )
     return search
 
 
@@ -183,7 +193,8 @@ def _failures(ledger: Ledger, row: RunRow) -> dict[str, str]:
     rows = [card.get("answer"), card.get("best_rival"), *card.get("parents", ())]
     sealed = {r["recipe_hash"]: r["sealed_failure"] for r in rows if r and "sealed_failure" in r}
     failed = {c.recipe_hash: c.failure for c in ledger.candidates(row.id) if c.failure}
-    return sealed | failed
+    fallen: dict[str, str] = card.get("fallen", {})
+    return fallen | sealed | failed
 
 
 def _drive(search: Search, folder: Path) -> None:
@@ -201,12 +212,17 @@ def _drive(search: Search, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _StoredResults:
-    """A pool that has no workers: what the ledger lacks was never asked."""
+    """A pool that has no workers: what the ledger lacks was never asked.
+
+    flat: merges whose gradient never came. lost: why the end could not ask any.
+    """
 
     real: Any
     prepared: Prepared
     failures: Mapping[str, str]
     never_begun: Set[str]
+    flat: Set[str]
+    lost: str
 
     @property
     def info(self) -> EngineInfo:
@@ -233,14 +249,20 @@ class _StoredResults:
         weights: Sequence[float],
         wanted: Callable[[], bool] = lambda: True,
     ) -> tuple[Gradient, float]:
-        raise self._unknown(recipe)
+        found = self._unknown(recipe)
+        if isinstance(found, ReplyMissing) and recipe.hash(self.prepared.identities) in self.flat:
+            raise CandidateFailed("its gradient never came")
+        raise found
 
     def _unknown(self, recipe: Recipe) -> Exception:
         recipe_hash = recipe.hash(self.prepared.identities)
         if recipe_hash in self.never_begun:
             return NotBegun("nor was it in the search that this one follows")
         known = self.failures.get(recipe_hash)
-        return CandidateFailed(known) if known else ReplyMissing("a merge was not scored before")
+        if known or not self.lost:
+            unknown = ReplyMissing("a merge was not scored before")
+            return CandidateFailed(known) if known else unknown
+        return WorkerLost(self.lost)
 
 
 def _compared(ledger: Ledger, row: RunRow, again: RunRow, stopped: str) -> Replay:

@@ -26,7 +26,10 @@ from agentmerge.errors import (
     AgentmergeError,
     CandidateFailed,
     NotBegun,
+    NoWorker,
     RecipeRejected,
+    TaskError,
+    WorkerLost,
 )
 from agentmerge.evaluation.racing import Course
 from agentmerge.evaluation.tasks import Part, TaskSet
@@ -166,7 +169,11 @@ class Search:
         ]
 
     def evaluate(self, generation: int, slot: int) -> None:
-        """Score one candidate and commit what it cost; a bad candidate becomes a failed row."""
+        """Score one candidate and commit what it cost; a bad candidate becomes a failed row.
+
+        So does one that loses two workers, or breaks a task's code, once another has been scored:
+        until then it is the machine or the task.
+        """
         candidate = self.ledger.candidate(self.run_id, generation, slot)
         if candidate.state != "open" or not self.wanted():
             return
@@ -178,11 +185,15 @@ class Search:
                 self._save_loser(candidate, lost, spent)
                 return
             answers = self.scoring.ask(recipe, candidate.recipe_hash, wanted=self.wanted)
+            if candidate.want == "gradient":  # whatever becomes of it, these are paid for
+                self.scoring.save(answers)
             score = self.taskset.score(answers.results)
             slope, more_seconds = self._slope(candidate, recipe)
         except NotBegun:
             return  # left open: whoever goes on with this search scores it
-        except CandidateFailed as error:
+        except (CandidateFailed, TaskError, WorkerLost) as error:
+            if not isinstance(error, CandidateFailed) and self._all_may_fail(error):
+                raise
             self.ledger.save_evaluation(
                 self.run_id, (generation, slot), score=None, failure=str(error)
             )
@@ -200,6 +211,11 @@ class Search:
                 slope=slope,
             )
         self.emit(self._candidate_event(self.ledger.candidate(self.run_id, generation, slot)))
+
+    def _all_may_fail(self, error: AgentmergeError) -> bool:
+        """Whether a fault is perhaps not this candidate's alone."""
+        found = self.ledger.candidates(self.run_id)
+        return isinstance(error, NoWorker) or all(c.score is None or c.prior for c in found)
 
     def select(self, generation: int) -> Outcome:
         """Find the incumbent, save its recipe, and decide what comes next."""
@@ -398,7 +414,7 @@ class Search:
     ) -> tuple[tuple[GradientKey, Gradient, tuple[float, ...]] | None, float]:
         """A candidate's gradient with itself in the unit box, if it wants one, and the seconds.
 
-        One that fails is told and left out: the score stands without it.
+        One that fails, in whatever way, is told and left out: the score stands without it.
         """
         if candidate.want != "gradient" or candidate.loss_kind is None:
             return None, 0.0
@@ -407,12 +423,12 @@ class Search:
             key, kept, seconds = slopes.ask(
                 recipe, candidate.recipe_hash, candidate.loss_kind, self.wanted
             )
-        except CandidateFailed as error:
+            space = self.standing(candidate.generation).of(candidate.space)
+            unit = unit_gradient(space, candidate.vector or (), slopes.named(kept))
+        except (CandidateFailed, TaskError, WorkerLost) as error:
             at = {"generation": candidate.generation, "slot": candidate.slot}
             self.emit({"event": "no_gradient", "failure": str(error)} | at)
             return None, 0.0
-        space = self.standing(candidate.generation).of(candidate.space)
-        unit = unit_gradient(space, candidate.vector or (), slopes.named(kept))
         return (key, kept, unit), seconds
 
     def item_results(self, recipe_hash: str, part: Part = "search") -> dict[ItemRef, ItemResult]:

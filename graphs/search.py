@@ -16,10 +16,9 @@ from typing import Any, Literal
 
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
-from langgraph.types import Command, RetryPolicy, Send, interrupt
+from langgraph.types import Command, Send, interrupt
 
 from agentmerge.context import ClientContext, Context, let_go, search_of
-from agentmerge.errors import WorkerLost
 from agentmerge.moves import approval, question, restructure, wanted_move
 from agentmerge.state import Assignment, SearchState
 
@@ -119,9 +118,7 @@ def build(context: type[ClientContext] = Context) -> StateGraph[SearchState, Any
     """The uncompiled graph. context: what whoever invokes it is trusted to say."""
     graph: StateGraph[SearchState, Any] = StateGraph(SearchState, context_schema=context)
     graph.add_node("seed", seed)
-    graph.add_node(
-        "evaluate", evaluate, retry_policy=RetryPolicy(retry_on=WorkerLost, max_attempts=2)
-    )
+    graph.add_node("evaluate", evaluate)
     for node in (select, critic, controller, proposer, structure, finish):
         graph.add_node(node.__name__, node)
     graph.add_edge(START, "seed")

@@ -5,15 +5,24 @@ is deterministic everywhere. It knows recipes and items; it imports no torch.
 
 Every task has its own optimum, different by depth; parents take sides in turn, so that a uniform
 merge is never the best. The nearer a merge is to the optimum, the more items it answers; an item's
-margin also leans its own way, as real ones do.
+margin also leans its own way, as real ones do. A task's metric says what an item is worth, as it
+does in lm-eval: right or wrong with a margin (``acc`` and any other name), right or wrong without
+one (``exact_match``), a loss whose mean should be low (``mse``), or the log-likelihood of a text
+(``perplexity``, ``word_perplexity``), which is no mean over items and should be low.
 
 Options (``worker.options``):
     base: the parent that counts as nobody's expert (no optimum of its own).
     delay_s: how long a score takes.
+    documents: items a task has before limits and sealing.
+    groups: task -> of how many leaves it is the group, each with fewer items than the one before.
+    scales: what margins are multiplied by: an item has one of these, as its key says.
     fail_when: recipe hashes, or "max_weight>0.95" (also min_weight, mean_weight, and "<"): these
         candidates fail.
-    die_at: the worker is lost at its n-th load(); with ``die_hard``, the whole process is.
-    documents: items a task has before limits and sealing.
+    fail_items, fail_items_when: numbers of documents that have no finite answer, on all merges or
+        on those that ``fail_items_when`` (as ``fail_when``) names.
+    die_when: these candidates lose the worker at load(), every time. die_at: it is lost at its n-th
+        load(). With ``die_hard``, the whole process is.
+    no_gradient: "failed", or "lost" with the worker, as where memory runs out.
 """
 
 from __future__ import annotations
@@ -25,8 +34,9 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -51,37 +61,82 @@ _KINDS = ("self_attn", "mlp")
 _WIDTH, _GAIN, _LEAN = 0.35, 8.0, 1.5
 
 
-def fake_tasks(config: TasksConfig, documents: int = 400) -> TaskSet:
-    """A task set of invented items under the names of ``config``; nothing is loaded."""
-    tasks, notes = [], []
+@dataclass(frozen=True, slots=True)
+class _Metric:
+    """What lm-eval would say of a metric's task."""
+
+    output_type: str = "multiple_choice"
+    margin_kind: Literal["choice"] | None = "choice"
+    rebuild: Literal["plain", "weighted"] = "plain"
+    higher_is_better: bool = True
+
+
+_METRICS = {
+    "exact_match": _Metric("generate_until", None),
+    "mse": _Metric("generate_until", None, higher_is_better=False),
+    "perplexity": _Metric("loglikelihood", None, "weighted", False),
+    "word_perplexity": _Metric("loglikelihood_rolling", None, "weighted", False),
+}
+
+
+def fake_tasks(
+    config: TasksConfig, documents: int = 400, groups: Mapping[str, int] | None = None
+) -> TaskSet:
+    """A task set of invented items under the names of ``config``; nothing is loaded.
+
+    groups: task -> of how many leaves it is the group; by default none is one.
+    """
+    tasks, objectives, notes = [], [], []
     for entry in config.tasks:
-        refs = [ItemRef(entry.name, i, _key("item", entry.name, i)) for i in range(documents)]
-        chosen = choose_documents(documents, config, entry.name)
-        items, search, sealed, note = split(
-            [refs[n] for n in chosen.search], [refs[n] for n in chosen.beyond], config
-        )
-        notes += [note] if note else []
-        metric, _, filter_name = entry.metric.partition(",")
-        tasks.append(
-            ScoredTask(
-                name=entry.name,
-                weight=entry.weight,
-                metric=metric,
-                filter=filter_name or "none",
-                higher_is_better=True,
-                output_type="multiple_choice",
-                margin_kind="choice",
-                protocol_hash=_key("protocol", entry.name, entry.metric),
-                items=items,
-                search=search,
-                sealed=sealed,
-                objective=entry.name,
+        count = (groups or {}).get(entry.name, 1)
+        leaves = [entry.name] if count == 1 else [f"{entry.name}_{n}" for n in range(count)]
+        for n, leaf in enumerate(leaves):
+            size = max(1, documents // (n + 1))
+            refs = [ItemRef(leaf, i, _key("item", leaf, i)) for i in range(size)]
+            chosen = choose_documents(size, config, leaf)
+            items, search, sealed, note = split(
+                [refs[n] for n in chosen.search], [refs[n] for n in chosen.beyond], config
+            )
+            notes += [note] if note else []
+            metric, _, filter_name = entry.metric.partition(",")
+            kind = _METRICS.get(metric, _Metric())
+            words = [float(_words(ref.key, metric)) for ref in items]
+            tasks.append(
+                ScoredTask(
+                    name=leaf,
+                    weight=entry.weight,
+                    metric=metric,
+                    filter=filter_name or "none",
+                    higher_is_better=kind.higher_is_better,
+                    output_type=kind.output_type,
+                    margin_kind=kind.margin_kind,
+                    protocol_hash=_key("protocol", leaf, entry.metric),
+                    items=items,
+                    search=search,
+                    sealed=sealed,
+                    rebuild=kind.rebuild,
+                    statics=tuple(words) if kind.rebuild == "weighted" else (),
+                    objective=entry.name,
+                )
+            )
+        objectives.append(
+            Objective(
+                entry.name, entry.weight, tasks[-1].higher_is_better, tuple(leaves), count > 1
             )
         )
     tasks, more = stand_in(tasks)
-    notes += more
-    objectives = tuple(Objective(t.name, t.weight, True, (t.name,)) for t in tasks)
-    return TaskSet(tuple(tasks), objectives, tuple(notes))
+    texts = {task.name: _perplexity for task in tasks if task.rebuild == "weighted"}
+    return TaskSet(tuple(tasks), tuple(objectives), (*notes, *more), texts)
+
+
+def _words(key: str, metric: str) -> int:
+    """How many a text has; lm-eval's "perplexity" counts each text as one."""
+    return 1 if metric == "perplexity" else 4 + int(key, 16) % 13
+
+
+def _perplexity(values: Sequence[tuple[float, int]]) -> float:
+    total, words = (sum(column) for column in zip(*values, strict=True))
+    return math.exp(-total / words)
 
 
 class FakeWorker:
@@ -91,11 +146,19 @@ class FakeWorker:
         options = spec.options
         self._parents = [name for name, _ in spec.parents if name != options.get("base")]
         self._delay_s = float(options.get("delay_s", 0.0))
+        self._metrics = {task.name: task.metric for task in self.tasks(spec).tasks}
+        self._scales = tuple(float(scale) for scale in options.get("scales", (1.0,)))
         self._fails = _predicate(options.get("fail_when", ()))
+        self._bad_items = frozenset(options.get("fail_items", ()))
+        bad_on = options.get("fail_items_when")
+        self._bad_on = _predicate(bad_on) if bad_on is not None else lambda *_: True
+        self._no_gradient = str(options.get("no_gradient", ""))
+        self._dies = _predicate(options.get("die_when", ()))
         self._die_at = int(options.get("die_at", 0))
         self._die_hard = bool(options.get("die_hard", False))
         self._loads = 0
         self._live: np.ndarray | None = None
+        self._on_bad_merge = False
         self._info = self.describe(spec)
 
     @staticmethod
@@ -105,11 +168,13 @@ class FakeWorker:
             raise UserError(
                 f"worker.options.documents {documents!r} must be a whole number above 0"
             )
-        return fake_tasks(spec.tasks, documents)
+        return fake_tasks(spec.tasks, documents, spec.options.get("groups"))
 
     @staticmethod
     def describe(spec: WorkerSpec) -> EngineInfo:
-        return EngineInfo("fake", "1", "cpu", spec.dtype, str(spec.batch_size), scoring="fake")
+        scales = spec.options.get("scales")
+        scoring = f"fake, scales {scales}" if scales else "fake"
+        return EngineInfo("fake", "1", "cpu", spec.dtype, str(spec.batch_size), scoring=scoring)
 
     @property
     def info(self) -> EngineInfo:
@@ -118,16 +183,17 @@ class FakeWorker:
     def load(self, recipe: Recipe) -> Fingerprint:
         self._live = None
         self._loads += 1
-        if self._loads == self._die_at:
+        point = _point(recipe, self._parents)
+        if self._loads == self._die_at or self._dies(recipe, point):
             if self._die_hard:
                 os._exit(9)
             raise WorkerLost(f"the fake worker died at load {self._loads}, as it was told to")
-        point = _point(recipe, self._parents)
         if self._fails(recipe, point):
             raise CandidateFailed("the fake worker fails this candidate, as it was told to")
         if not (np.abs(point) < np.finfo(np.float32).max).all():
             raise CandidateFailed("the merge is not finite; the weights are too large")
         self._live = point
+        self._on_bad_merge = bool(self._bad_items) and self._bad_on(recipe, point)
         digest = hashlib.sha256(point.tobytes()).hexdigest()[:16]
         return Fingerprint(recipe.hash(), digest, point.size)
 
@@ -135,7 +201,30 @@ class FakeWorker:
         point = _live(self._live)
         if self._delay_s:
             time.sleep(self._delay_s)
-        return [_result(item, point, tuple(self._parents)) for item in items]
+        if self._on_bad_merge:
+            for item in items:
+                if item.index in self._bad_items:
+                    raise CandidateFailed(
+                        f"log-likelihood nan for document {item.index} of task {item.task!r}"
+                    )
+        return [self._result(item, point) for item in items]
+
+    def _result(self, item: ItemRef, point: np.ndarray) -> ItemResult:
+        margin, _ = self._margin(item, point)
+        likelihood, metric = -float(np.logaddexp(0.0, -margin)), self._metrics[item.task]
+        if metric == "exact_match":
+            return ItemResult(float(margin > 0))
+        if metric == "mse":
+            return ItemResult(-likelihood)
+        if _METRICS.get(metric, _Metric()).rebuild == "weighted":
+            text = _words(item.key, metric) * (likelihood - 0.5)
+            return ItemResult(text, text)
+        return ItemResult(float(margin > 0), likelihood, margin)
+
+    def _margin(self, item: ItemRef, point: np.ndarray) -> tuple[float, np.ndarray]:
+        margin, lean = _margin(item, point, tuple(self._parents))
+        scale = self._scales[int(item.key, 16) % len(self._scales)]
+        return scale * margin, scale * lean
 
     def gradient(
         self,
@@ -148,16 +237,19 @@ class FakeWorker:
         self.load(recipe)
         if not METHODS[recipe.merge_method].differentiable:
             raise CandidateFailed(f"{recipe.merge_method} has no weights to take a gradient of")
+        if self._no_gradient:
+            kind = WorkerLost if self._no_gradient == "lost" else CandidateFailed
+            raise kind("the fake worker has no gradient, as it was told to")
         if not items:
             raise CandidateFailed("no item has a gold answer to take a gradient of")
         if self._delay_s:
             time.sleep(self._delay_s)
-        point, parents = _live(self._live), tuple(self._parents)
+        point = _live(self._live)
         shares = np.ones(len(items)) if weights is None else np.asarray(weights, dtype=float)
         shares = shares / np.abs(shares).sum()
         total, slope = 0.0, np.zeros_like(point)
         for item, share in zip(items, shares, strict=True):
-            margin, lean = _margin(item, point, parents)
+            margin, lean = self._margin(item, point)
             total += share * float(np.logaddexp(0.0, -margin))
             slope -= share * lean / (1.0 + math.exp(min(margin, 700.0)))
         return Gradient(total, len(items), tuple(_slopes(recipe, slope, self._parents)))
@@ -241,11 +333,6 @@ def _evenly(shared: Mapping[str, float]) -> float:
     if "t" in shared:
         return min(max(1 + math.log10(max(shared["t"], 1e-9)) / 6, 0.0), 1.0)
     return shared.get("select_topk", 1.0) * (1.0 - 0.2 * shared.get("filter_wise", 0.0))
-
-
-def _result(item: ItemRef, point: np.ndarray, parents: tuple[str, ...]) -> ItemResult:
-    margin, _ = _margin(item, point, parents)
-    return ItemResult(float(margin > 0), -float(np.logaddexp(0.0, -margin)), margin)
 
 
 def _margin(item: ItemRef, point: np.ndarray, parents: tuple[str, ...]) -> tuple[float, np.ndarray]:

@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from agentmerge import plugins
-from agentmerge.errors import AgentmergeError, NotBegun, RunFailed, WorkerLost
+from agentmerge.errors import AgentmergeError, NotBegun, NoWorker, RunFailed, WorkerLost
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import (
     Differentiator,
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from agentmerge.evaluation.tasks import TaskSet
 
 Make = Callable[..., Worker]
+#: Candidates in a row, each of which lost two workers, after which the machine is at fault.
+LOSSES = 3
 #: Seconds that a worker process may take to end by itself.
 _CLOSING_S = 30
 T = TypeVar("T")
@@ -73,6 +75,7 @@ class Pool:
         self._size = count
         self._change = threading.Condition()
         self._stopped = False
+        self._lost_in_a_row = 0
 
     @cached_property
     def info(self) -> EngineInfo:
@@ -93,7 +96,8 @@ class Pool:
         Raises:
             NotBegun: it was no longer wanted.
             CandidateFailed: the recipe's fault; the pool goes on.
-            WorkerLost: two workers were lost over it.
+            WorkerLost: two workers were lost over it, whatever their errors.
+            NoWorker: none can be started, or ``LOSSES`` candidates in a row lost two each.
             RunFailed: the pool was stopped before this candidate was begun.
         """
 
@@ -134,22 +138,41 @@ class Pool:
         try:
             if not wanted():
                 raise NotBegun("the search was told to stop before this candidate's turn")
-            for again in (True, False):
+            # Where all were lost lately, one more try shows whether that is over.
+            for again in (False,) if self._lost_in_a_row >= LOSSES else (True, False):
                 start = time.monotonic()
                 try:
-                    if worker is None:
-                        worker = self._build()
-                    return job(worker), time.monotonic() - start
-                except WorkerLost:
-                    lost, worker = worker, None
-                    _close_quietly(lost)
-                    if not again:
+                    worker = worker or self._build()
+                    done = job(worker), time.monotonic() - start
+                except AgentmergeError as error:
+                    if not isinstance(error, WorkerLost):
+                        self._lost_in_a_row = 0
                         raise
+                    lost = error
+                except Exception as error:  # the worker's own fault, or of what it runs on
+                    lost = WorkerLost(f"{type(error).__name__}: {error}")
+                    lost.__cause__ = error
+                else:
+                    self._lost_in_a_row = 0
+                    return done
+                built, worker = worker, None
+                _close_quietly(built)
+                if not again:
+                    raise self._lost(lost, built is not None) from lost.__cause__
             raise AssertionError("unreachable")
         finally:
             with self._change:
                 self._free.append(worker)
                 self._change.notify()
+
+    def _lost(self, error: WorkerLost, built: bool) -> WorkerLost:
+        """What to raise where the second worker was lost, too; built: it had been started."""
+        if not built:
+            return NoWorker(f"no worker can be started: {error}")
+        self._lost_in_a_row += 1
+        if self._lost_in_a_row >= LOSSES:
+            return NoWorker(f"{LOSSES} candidates in a row lost two workers each: {error}")
+        return error
 
     def stop(self) -> None:
         """Let running evaluations end and begin no other."""
@@ -201,6 +224,8 @@ def _close_quietly(worker: Worker | None) -> RunFailed | None:
             pass
         except RunFailed as failure:
             return failure
+        except Exception:  # of a broken worker there is nothing left to be closed
+            pass
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,44 @@ BODY = {
 }
 
 
+#: Objectives that are not a mean of right and wrong with a margin each: a text's perplexity (lower
+#: is better, no mean over items) beside a group of right and wrong without margins, whose leaves
+#: have unequal sizes; a loss that should be low beside margins of two scales.
+OBJECTIVES: dict[str, dict] = {
+    "accuracy": {},
+    "perplexity": {
+        "tasks": [
+            {"name": "one", "metric": "exact_match,none"},
+            {"name": "two", "metric": "word_perplexity,none", "weight": 0.2},
+        ],
+        "worker": {"kind": "fake", "options": {"base": "base", "groups": {"one": 2}}},
+    },
+    "loss": {
+        "tasks": [
+            {"name": "one", "metric": "acc,none"},
+            {"name": "two", "metric": "mse,none", "weight": 0.3},
+        ],
+        "worker": {"kind": "fake", "options": {"base": "base", "scales": [0.05, 4.0]}},
+    },
+}
+
+
+@pytest.fixture(params=OBJECTIVES, scope="module")
+def objectives(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every search of a module on each of these: ``pytestmark`` with ``usefixtures``."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in OBJECTIVES[request.param].items():
+            patch.setitem(BODY, key, value)
+        yield request.param
+
+
 def config_text(**sections: dict) -> str:
     """BODY with some keys of some sections replaced."""
     body = {key: dict(value) if isinstance(value, dict) else value for key, value in BODY.items()}
     for section, values in sections.items():
         body.setdefault(section, {}).update(values)
+    options = body["worker"]["options"]
+    body["worker"]["options"] = BODY["worker"]["options"] | options
     return yaml.safe_dump(body)
 
 

@@ -1,0 +1,122 @@
+"""The end of a search is total: whatever sealed items do, there is an answer, and the card says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agentmerge import session
+from agentmerge.ledger import Ledger, RunRow
+from agentmerge.ledger.packing import unpack_keys
+from agentmerge.recipe import Recipe
+from agentmerge.replay import replay
+from agentmerge.workers.fake import FakeWorker
+from tests.session.conftest import config
+
+pytestmark = pytest.mark.usefixtures("objectives")
+
+
+def ended(folder: Path, name: str = "a", **options: object) -> RunRow:
+    budget = {"max_evaluations": 18}
+    settings = config(budget=budget, worker={"options": options})
+    return session.run(settings, name=name, runs_dir=folder)
+
+
+def own_hash(folder: Path, recipe_hash: str) -> str:
+    """A recipe's hash as the fake worker computes it."""
+    with Ledger(folder / session.LEDGER) as ledger:
+        return Recipe.parse(ledger.recipe(recipe_hash)).hash()
+
+
+def sealed_document(folder: Path) -> int:
+    with Ledger(folder / session.LEDGER) as ledger:
+        spec = session.prepare(session.SearchConfig.from_text(ledger.run("a").config)).spec
+    return FakeWorker.tasks(spec).refs("sealed")[0].index
+
+
+def test_the_next_best_is_the_answer_where_a_sealed_item_of_the_best_fails(tmp_path: Path) -> None:
+    before = ended(tmp_path / "sound")
+    chosen = before.result["answer"]
+    bad = {
+        "fail_items": [sealed_document(tmp_path / "sound")],
+        "fail_items_when": [own_hash(tmp_path / "sound", chosen["recipe_hash"])],
+    }
+    row = ended(tmp_path, **bad)
+    card = row.result
+    assert (row.status, row.stop_reason) == ("done", "budget")
+    assert card["answer"]["recipe_hash"] != chosen["recipe_hash"]
+    assert card["answer"]["sealed_score"] is not None
+    assert any("was chosen, and its sealed items failed" in note for note in card["notes"])
+    best = (tmp_path / "a" / "best.yml").read_text()
+    assert Recipe.parse(best).hash() == own_hash(tmp_path, card["answer"]["recipe_hash"])
+    assert replay("a", runs_dir=tmp_path).identical
+    assert session.resume("a", runs_dir=tmp_path).result == card
+
+
+def test_where_no_sealed_item_can_be_scored_the_search_items_decide(tmp_path: Path) -> None:
+    answer = ended(tmp_path / "sound").result["answer"]
+    row = ended(tmp_path, fail_items=[sealed_document(tmp_path / "sound")])
+    assert row.status == "done"
+    assert row.result["answer"]["recipe_hash"] == answer["recipe_hash"]
+    assert not row.result["sealed"]
+    assert any("it is not confirmed" in note for note in row.result["notes"])
+    assert "search" in row.result["verdict"] or "cheap" in row.result["verdict"]
+    assert replay("a", runs_dir=tmp_path).identical
+
+
+def test_a_parent_that_fails_on_sealed_items_is_left_out_and_named(tmp_path: Path) -> None:
+    sound = ended(tmp_path / "sound").result
+    parent = next(p for p in sound["parents"] if p["recipe_hash"] != sound["answer"]["recipe_hash"])
+    row = ended(
+        tmp_path,
+        fail_items=[sealed_document(tmp_path / "sound")],
+        fail_items_when=[own_hash(tmp_path / "sound", parent["recipe_hash"])],
+    )
+    assert row.result["answer"]["recipe_hash"] == sound["answer"]["recipe_hash"]
+    assert any("is not compared on sealed items" in note for note in row.result["notes"])
+    assert parent["name"] not in {d["against"] for d in row.result["differences"]}
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("no kernel image"), MemoryError()], ids=str)
+def test_a_worker_lost_at_the_end_leaves_a_card_that_resume_completes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    sound = ended(tmp_path / "sound").result
+    score, broken = FakeWorker.score, [True]
+
+    def dying(self, items):
+        if broken and items[0].index >= 60:
+            raise fault
+        return score(self, items)
+
+    monkeypatch.setattr(FakeWorker, "score", dying)
+    row = ended(tmp_path)
+    assert row.status == "done"
+    assert row.result["answer"]["recipe_hash"] == sound["answer"]["recipe_hash"]
+    assert any("resume asks them" in note for note in row.result["notes"])
+    assert (tmp_path / "a" / "best.yml").is_file()
+    assert replay("a", runs_dir=tmp_path).identical
+    broken.clear()
+    assert session.resume("a", runs_dir=tmp_path).result == sound
+
+
+def test_sealed_items_are_asked_of_the_answer_the_parents_and_the_best_cheap_merge(
+    tmp_path: Path,
+) -> None:
+    row = ended(tmp_path)
+    card = row.result
+    search_items = {item for keys in items(tmp_path, "search").values() for item in keys}
+    with Ledger(tmp_path / session.LEDGER) as ledger:
+        blocks = ledger.records(
+            "SELECT recipe_hash, s.keys AS keys FROM results r JOIN item_sets s "
+            "ON s.id = r.item_set_id"
+        )
+    asked = {b["recipe_hash"] for b in blocks if not set(unpack_keys(b["keys"])) & search_items}
+    due = {row["recipe_hash"] for row in [card["answer"], card["best_rival"], *card["parents"]]}
+    assert asked == due
+
+
+def items(folder: Path, part: str) -> dict[str, list[str]]:
+    with Ledger(folder / session.LEDGER) as ledger:
+        return ledger.item_keys(ledger.run("a").id, part)
