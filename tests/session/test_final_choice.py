@@ -46,7 +46,7 @@ def test_a_gain_beyond_the_noise_is(fake_config: str, tmp_path: Path) -> None:
     assert card["answer"]["operator"] == "margins"
     assert not any("within the noise" in note for note in card["notes"])
     against = {d["against"] for d in card["differences"]}
-    assert len(against) == 3 + 1 + 5 + 1  # parents, uniform, scales, the depth line
+    assert len(against) == 3 + 1  # parents, the best cheap merge
     low, high = card["answer"]["interval"]
     assert low < card["answer"]["sealed_score"] < high
     assert card["answer"]["estimate"] <= card["answer"]["score"] + 0.02
