@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import queue
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,9 @@ from typing import Any
 from agentmerge.errors import AgentmergeError, UserError
 
 Emit = Callable[[dict[str, Any]], None]
+
+#: Seconds that a tracker may take to begin, and all of them together after the search.
+START_S, END_S = 10.0, 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,23 +30,67 @@ class Tracking:
     entity: str | None = None
 
 
-@dataclass
 class _Guarded:
-    """A tracker that has not failed yet, or why it did."""
+    """A tracker on a thread of its own: the search hands it events and waits for nothing.
 
-    name: str
-    tracker: Any
-    broken: list[Exception] = field(default_factory=list)
+    A tracker speaks to a server, and one that does not answer must cost the search no time: it has
+    ``START_S`` to begin (the only thing that is waited for, so that a mistake is told before the
+    search is paid for) and ``END_S`` after the search to take what it was told.
+    """
 
-    def call(self, action: Callable[[Any], None], *, even_broken: bool = False) -> None:
-        if self.broken and not even_broken:
-            return
+    def __init__(self, name: str, build: Callable[[], Any]) -> None:
+        self.name = name
+        self._build = build
+        self._told: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
+        self._began: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
+
+    def start(self) -> None:
+        """Raises UserError: the tracker cannot be used at all."""
+        self._thread.start()
         try:
-            action(self.tracker)
+            error = self._began.get(timeout=START_S)
+        except queue.Empty:
+            _say(f"{self.name} has not answered in {START_S:g} s; the search does not wait for it")
+            return
+        if isinstance(error, UserError):
+            raise error
+
+    def call(self, action: Callable[[Any], None]) -> None:
+        self._told.put(action)
+
+    def end(self, deadline: float) -> None:
+        """Close it; give up at the deadline (``time.monotonic``)."""
+        self._told.put(None)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            _say(f"{self.name} did not take everything in {END_S:g} s; it lacks the rest")
+
+    def _work(self) -> None:
+        try:
+            tracker = self._build()
+        except UserError as error:
+            self._began.put(error)
+            return
         except Exception as error:
-            if not self.broken:
+            _say(f"{self.name} did not start ({error}); the search goes on")
+            self._began.put(error)
+            return
+        self._began.put(None)
+        broken = False
+        while (action := self._told.get()) is not None:
+            if broken:
+                continue
+            try:
+                action(tracker)
+            except Exception as error:
+                broken = True
                 _say(f"{self.name} failed ({error}); the search goes on without it")
-            self.broken.append(error)
+        try:
+            tracker.close()
+        except Exception as error:
+            if not broken:
+                _say(f"{self.name} failed at its end ({error})")
 
 
 @contextmanager
@@ -69,27 +119,23 @@ def tracked(
         yield tell
     finally:
         fruits = _fruits(runs_dir, run[0]) if run else []
+        deadline = time.monotonic() + END_S
         for guarded in trackers:
             for kind, path in fruits:
                 guarded.call(partial(_keep, kind=kind, path=path))
-            guarded.call(lambda tracker: tracker.close(), even_broken=True)
+        for guarded in trackers:
+            guarded.end(deadline)
 
 
 def _started(config: Any, tracking: Tracking, name: str | None) -> list[_Guarded]:
     from agentmerge import plugins
 
-    found = []
-    for kind in dict.fromkeys(tracking.names):
-        try:
-            tracker = plugins.load("agentmerge.trackers", kind)(
-                config, name=name, project=tracking.project, entity=tracking.entity
-            )
-        except UserError:
-            raise
-        except Exception as error:
-            _say(f"{kind} did not start ({error}); the search goes on")
-            continue
-        found.append(_Guarded(kind, tracker))
+    kinds = dict.fromkeys(tracking.names)
+    classes = {kind: plugins.load("agentmerge.trackers", kind) for kind in kinds}
+    where = {"name": name, "project": tracking.project, "entity": tracking.entity}
+    found = [_Guarded(kind, partial(build, config, **where)) for kind, build in classes.items()]
+    for guarded in found:
+        guarded.start()
     return found
 
 

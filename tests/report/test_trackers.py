@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from agentmerge.cli import trackers
 from agentmerge.cli.app import run_app
 from agentmerge.cli.trackers import Tracking, tracked
 from agentmerge.ledger import Ledger
@@ -177,3 +183,68 @@ def test_a_tracker_that_does_not_start_stops_nothing(
         tell({"event": "start"})
     assert seen
     assert "no login" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("silent", ["start", "tell", "close"])
+def test_a_tracker_that_never_answers_costs_the_search_no_time(
+    silent: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forever = threading.Event()
+
+    class Silent:
+        def __init__(self, *_: object, **__: object) -> None:
+            self.answer("start")
+
+        def answer(self, to: str) -> None:
+            if to == silent:
+                forever.wait(60)
+
+        def tell(self, event: dict) -> None:
+            self.answer("tell")
+
+        def close(self) -> None:
+            self.answer("close")
+
+    monkeypatch.setattr("agentmerge.plugins.load", lambda group, name: Silent)
+    monkeypatch.setattr(trackers, "START_S", 0.3)
+    monkeypatch.setattr(trackers, "END_S", 0.5)
+    seen: list[dict] = []
+    began = time.monotonic()
+    with tracked(seen.append, config(), Tracking(("mlflow", "wandb")), Path("runs"), None) as tell:
+        for _ in range(40):
+            tell({"event": "candidate"})
+        within = time.monotonic() - began
+    took = time.monotonic() - began
+    forever.set()
+    assert len(seen) == 40
+    assert within < 10
+    assert took < 20, "two that hang share one deadline"
+    said = capsys.readouterr().err
+    for name in ("mlflow", "wandb"):
+        assert f"{name} did not take everything in 0.5 s" in said
+
+
+def test_a_server_that_takes_no_request_does_not_hold_a_real_tracker(
+    config_file: Path, tmp_path: Path
+) -> None:
+    """MLflow's client tries for minutes; the search is over before its first try is."""
+    pytest.importorskip("mlflow")
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        where = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        runs = tmp_path / "runs"
+        code = (
+            "import sys; from agentmerge.cli import trackers; from agentmerge.cli.app import "
+            "run_app; trackers.START_S = trackers.END_S = 0.5; sys.exit(run_app(sys.argv[1:]))"
+        )
+        line = ["run", str(config_file), "--runs-dir", str(runs), "-q", "--tracker", "mlflow"]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *line],
+            env=os.environ | {"MLFLOW_TRACKING_URI": where},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+    assert done.returncode == 0, done.stderr
+    assert "mlflow has not answered in 0.5 s" in done.stderr
+    with Ledger(runs / "agentmerge.sqlite") as ledger:
+        assert [row.status for row in ledger.runs()] == ["done"]
