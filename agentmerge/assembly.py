@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from agentmerge import plugins
 from agentmerge.check import Prepared, prepare
 from agentmerge.config import Role, SearchConfig
-from agentmerge.errors import ConfigError, NotFound, UserError
+from agentmerge.errors import NotFound, UserError
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.steps import Emit, Search
 from agentmerge.structure import STRUCTURE
@@ -86,19 +87,28 @@ def assembled(
     return search
 
 
-def check_resources(config: SearchConfig, ready: Mapping[Role, Any] | None = None) -> None:
-    """Models, prompts and graph exist: found out before a run is written down."""
+def resource_faults(config: SearchConfig, ready: Mapping[Role, Any] | None = None) -> list[str]:
+    """What is wrong with models, prompts and graph: found out before a run is written down."""
     from agentmerge.agents.prompts import load_prompts
 
-    if not _models(config, ready) and config.search.shadow:
-        raise ConfigError(
-            [
+    faults = []
+    try:
+        if not _models(config, ready) and config.search.shadow:
+            faults.append(
                 f"search.shadow {config.search.shadow:g} measures what a language model adds, and "
                 "none advises: name one (agents.llm, --llm), or leave shadow out"
-            ]
-        )
-    load_prompts(config.agents.prompts)
-    load_graph(config.search.graph)
+            )
+    except UserError as error:
+        faults.append(str(error))
+    for load in (
+        lambda: load_prompts(config.agents.prompts),
+        lambda: load_graph(config.search.graph),
+    ):
+        try:
+            load()
+        except UserError as error:
+            faults += str(error).splitlines()
+    return faults
 
 
 def new_row(
@@ -115,7 +125,7 @@ def new_row(
     Raises:
         UserError: the name is taken, or is none.
     """
-    config = prepared.config
+    config, warnings = prepared.config, list(prepared.warnings)
     taken = {row.name for row in ledger.runs()}
     if name is not None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}", name):
@@ -139,7 +149,7 @@ def new_row(
         algorithm=config.algorithm,
         parent_run=parent[0] if parent else None,
         parent_generation=parent[1] if parent else None,
-        facts=prepared.facts(),
+        facts=prepared.facts() | ({"warnings": warnings} if warnings else {}),
         result=None,
     )
 
@@ -271,8 +281,11 @@ def new_branch(
         raise NotFound(f"run {parent.name!r} has no finished generation {at}; it has {known}")
     seed = {"search.seed": parent.seed}
     config = SearchConfig.from_text(parent.config, parent.name, seed | dict(overrides))
-    prepared = prepare(config, allow_benchmarks=True)
-    check_resources(config, models)
+    faults = resource_faults(config, models)
+    prepared = replace(
+        prepare(config, allow_benchmarks=True, known_faults=faults),
+        warnings=tuple(parent.facts.get("warnings", ())),
+    )
     row = new_row(ledger, prepared, name or f"{parent.name}-b{at}", (parent.id, at), run_id)
     ledger.add_run(row)
     before = SearchConfig.from_text(parent.config, parent.name)

@@ -6,14 +6,16 @@ also says what it would cost. Knows no search state.
 
 from __future__ import annotations
 
+import difflib
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentmerge import plugins
-from agentmerge.config import SearchConfig
+from agentmerge.config import ROLES, SearchConfig
 from agentmerge.errors import (
     AgentmergeError,
     ConfigError,
@@ -25,7 +27,7 @@ from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.genome import SearchSpace
 from agentmerge.ledger import Ledger
 from agentmerge.recipe import Recipe
-from agentmerge.workers.base import WorkerSpec
+from agentmerge.workers.base import OPTIONS, WorkerSpec
 from agentmerge.workers.pool import worker_class
 
 if TYPE_CHECKING:  # both are read only where models are
@@ -46,6 +48,7 @@ class Prepared:
     identities: model name -> content fingerprint. check: raises RecipeRejected for a recipe that
     these models cannot make. memory: None where no model is read. made_bytes: on disk, of the
     parents that are no plain checkpoints as they are. notes: what to know of the parents.
+    warnings: what in the config or a warm start is most likely a mistake; it goes with the results.
     """
 
     config: SearchConfig
@@ -57,6 +60,7 @@ class Prepared:
     memory: MemoryPlan | None = None
     made_bytes: int = 0
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -125,33 +129,71 @@ def prepare(
     fresh: bool = False,
     tasks: bool = True,
     weights: bool = True,
+    known_faults: Sequence[str] = (),
 ) -> Prepared:
     """Resolve models, tasks, strategy and worker.
 
     also: models beside the genome's that recipes may name. fresh: a search begins, so its warm
     starts are looked at too. tasks: leave them out where nothing is scored. weights: False for a
-    look at the plan alone: no weight is read, no parent made, nothing can be run.
+    look at the plan alone: no weight is read, no parent made, nothing can be run. known_faults:
+    what the caller found wrong already, told with the rest.
 
     Raises:
         ConfigError: every fault found, one sentence each.
     """
-    faults = [] if allow_benchmarks else benchmark_faults(config)
-    faults += _tokenizer_faults(config) + _plugin_faults(config) + _device_faults(config)
-    if fresh:
-        faults += init_faults(config)
+    faults = [*known_faults, *([] if allow_benchmarks else benchmark_faults(config))]
+    faults += _tokenizer_faults(config) + _plugin_faults(config) + _option_faults(config)
+    faults += init_faults(config) if fresh else []
+    if devices := _device_faults(config):
+        faults += devices
+        worker = config.worker.model_copy(update={"device": "cpu"})  # for the rest of the faults
+        config = config.model_copy(update={"worker": worker})
     if config.worker.kind == "fake":
-        prepared = _prepare_fake(config, faults)
+        prepared = _prepare_fake(config, fresh, faults)
     else:
-        prepared = _prepare_real(config, also, tasks, weights, faults)
-    if fresh:
-        faults = [*_depth_faults(config, prepared.space)]
-        if faults:
-            raise ConfigError(faults)
-    return prepared
+        prepared = _prepare_real(config, also, tasks, weights, fresh, faults)
+    return replace(prepared, warnings=(*config.warnings, *(init_notes(config) if fresh else ())))
+
+
+def all_faults(error: ConfigError, look: Callable[[SearchConfig], object]) -> list[str]:
+    """The faults of a config's text, and those that ``look`` finds in what can be read of it."""
+    faults = list(error.faults)
+    if error.readable is not None:
+        try:
+            look(error.readable)
+        except ConfigError as more:
+            faults += [fault for fault in more.faults if fault not in faults]
+    return faults
+
+
+def named_faults(config: SearchConfig) -> list[str]:
+    """Names of workers, strategies and models' providers that nobody knows; imports nothing heavy,
+    so that they are told at once."""
+    from agentmerge.agents.providers import split_spec
+
+    faults = []
+    for group, name in _named_plugins(config):
+        try:
+            plugins.named(group, name)
+        except UserError as error:
+            faults.append(str(error))
+    for role in ROLES:
+        settings = config.agents.settings_for(role)
+        if settings.model not in (None, "none"):
+            try:
+                split_spec(str(settings.model), settings.base_url)
+            except UserError as error:
+                faults.append(str(error))
+    return list(dict.fromkeys(faults))
 
 
 def _prepare_real(
-    config: SearchConfig, also: Sequence[str], tasks: bool, weights: bool, faults: list[str]
+    config: SearchConfig,
+    also: Sequence[str],
+    tasks: bool,
+    weights: bool,
+    fresh: bool,
+    faults: list[str],
 ) -> Prepared:
     from agentmerge.merging.headers import content_fingerprint
     from agentmerge.merging.plain import known_identities, make_plain
@@ -170,6 +212,7 @@ def _prepare_real(
                     config.worker.dtype or layout.dtype,
                     merge_seed=config.search.seed,
                 )
+                faults += _depth_faults(config, space) if fresh else []
             except ConfigError as error:
                 faults += error.faults
         taskset, spec, memory = TaskSet((), ()), None, None
@@ -267,18 +310,28 @@ def _tasks(spec: WorkerSpec, faults: list[str]) -> TaskSet:
     return TaskSet((), ())
 
 
+def anchored_name(name: str) -> str:
+    """A model or file that is here as an absolute path; any other name as it stands."""
+    path = Path(name).expanduser()
+    if "+" in name and not path.exists():  # a model and its adapter
+        return "+".join(map(anchored_name, name.split("+")))
+    return str(path.absolute()) if path.exists() and not path.is_absolute() else name
+
+
+def warm_start(path: str | Path) -> Recipe:
+    """A recipe to begin with, its models named as an anchored config names them.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    return Recipe.parse(Path(path)).renamed(anchored_name)
+
+
 def anchored(config: SearchConfig) -> SearchConfig:
     """The config with local folders and files absolute, so that it means the same from anywhere.
 
     mergekit, too, takes a relative ``a/b`` for a hub id; hub ids stay as they are.
     """
-
-    def absolute(name: str) -> str:
-        path = Path(name).expanduser()
-        if "+" in name and not path.exists():  # a model and its adapter
-            return "+".join(map(absolute, name.split("+")))
-        return str(path.absolute()) if path.exists() and not path.is_absolute() else name
-
     genome = config.genome
     graph_file, colon, function = config.search.graph.partition(":")
     base, source = genome.base_model, genome.tokenizer_source
@@ -286,26 +339,28 @@ def anchored(config: SearchConfig) -> SearchConfig:
         update={
             "genome": genome.model_copy(
                 update={
-                    "models": tuple(absolute(model) for model in genome.models),
-                    "base_model": base and absolute(base),
+                    "models": tuple(anchored_name(model) for model in genome.models),
+                    "base_model": base and anchored_name(base),
                     "tokenizer_source": source
                     if source in (None, "union", "base")
-                    else absolute(source),
+                    else anchored_name(source),
                 }
             ),
             "tasks": config.tasks.model_copy(
-                update={"task_search_path": tuple(map(absolute, config.tasks.task_search_path))}
+                update={
+                    "task_search_path": tuple(map(anchored_name, config.tasks.task_search_path))
+                }
             ),
             "search": config.search.model_copy(
                 update={
-                    "init": tuple(map(absolute, config.search.init)),
-                    "graph": absolute(graph_file) + colon + function
+                    "init": tuple(map(anchored_name, config.search.init)),
+                    "graph": anchored_name(graph_file) + colon + function
                     if graph_file.endswith(".py")
                     else config.search.graph,
                 }
             ),
             "agents": config.agents.model_copy(
-                update={"prompts": config.agents.prompts and absolute(config.agents.prompts)}
+                update={"prompts": config.agents.prompts and anchored_name(config.agents.prompts)}
             ),
         }
     )
@@ -329,8 +384,8 @@ def plan_of(prepared: Prepared, ledger: Ledger | None, settings_hash: str) -> Pl
         seconds_per_candidate=(
             None if ledger is None else ledger.seconds_per_candidate(settings_hash)
         ),
-        warnings=config.warnings,
-        notes=(*prepared.notes, *tasks.notes),
+        warnings=prepared.warnings,
+        notes=(*config.notices, *prepared.notes, *tasks.notes),
     )
 
 
@@ -359,16 +414,44 @@ def _tokenizer_faults(config: SearchConfig) -> list[str]:
     ]
 
 
-def _plugin_faults(config: SearchConfig) -> list[str]:
-    faults = []
-    for group, name in (
+def _named_plugins(config: SearchConfig) -> tuple[tuple[str, str], ...]:
+    return (
         ("agentmerge.strategies", config.algorithm),
         ("agentmerge.workers", config.worker.kind),
-    ):
+    )
+
+
+def _plugin_faults(config: SearchConfig) -> list[str]:
+    faults = []
+    for group, name in _named_plugins(config):
         try:
             plugins.load(group, name)
         except UserError as error:
             faults.append(str(error))
+    return faults
+
+
+def _option_faults(config: SearchConfig) -> list[str]:
+    """Keys of ``worker.options`` that the worker does not know."""
+    kind = config.worker.kind
+    try:
+        own = getattr(plugins.load("agentmerge.workers", kind), "options", OPTIONS.get(kind))
+    except UserError:
+        return []  # said already
+    if own is None:
+        return []
+    faults = []
+    for key in config.worker.options:
+        if key in own:
+            continue
+        near = difflib.get_close_matches(key, own, 1, 0.6)
+        others = [name for name, options in OPTIONS.items() if key in options]
+        hint = f"the {kind} worker knows {', '.join(sorted(own))}"
+        if near:
+            hint = f"did you mean {near[0]!r}?"
+        elif others:
+            hint = f"it is one of the {others[0]} worker's; {hint}"
+        faults.append(f"worker.options.{key} is not a known option; {hint}")
     return faults
 
 
@@ -414,7 +497,7 @@ def init_faults(config: SearchConfig) -> list[str]:
     faults = []
     for path in config.search.init:
         try:
-            recipe = Recipe.parse(Path(path))
+            recipe = warm_start(path)
         except UserError as error:
             faults.append(f"--init {path}: {error}")
             continue
@@ -427,13 +510,24 @@ def init_faults(config: SearchConfig) -> list[str]:
     return faults
 
 
+def init_notes(config: SearchConfig) -> list[str]:
+    """What in the warm starts does nothing."""
+    notes = []
+    for path in config.search.init:
+        with suppress(UserError):  # a fault, said as one
+            notes += [f"--init {path}: {note}" for note in warm_start(path).notes]
+    return notes
+
+
 def _depth_faults(config: SearchConfig, space: SearchSpace) -> Iterator[str]:
     """Warm starts that these models cannot make."""
     for path in config.search.init:
         try:
-            Recipe.parse(Path(path)).canonical(space.num_layers)
+            warm_start(path).canonical(space.num_layers)
         except RecipeRejected as error:
             yield f"--init {path}: {error}"
+        except UserError:
+            continue  # said already
 
 
 def _parents(
@@ -525,22 +619,33 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _prepare_fake(config: SearchConfig, faults: list[str]) -> Prepared:
+def _prepare_fake(config: SearchConfig, fresh: bool, faults: list[str]) -> Prepared:
     """A search on FakeWorker: no model is read, so the depth is an option of the worker."""
-    if faults:
-        raise ConfigError(faults)
     from agentmerge.workers.fake import FakeWorker
 
     names = list(config.genome.parents)
     depth = config.worker.options.get("num_layers", 4)
     if type(depth) is not int or depth < 1:
-        raise ConfigError(f"worker.options.num_layers {depth!r} must be a whole number above 0")
+        faults.append(f"worker.options.num_layers {depth!r} must be a whole number above 0")
+        raise ConfigError(faults)
     spec = _spec(config, {name: Path(name) for name in names}, "float32", device="cpu")
+    try:
+        space = SearchSpace(config.genome, depth, "float32", config.search.seed)
+        faults += _depth_faults(config, space) if fresh else []
+    except ConfigError as error:
+        faults += error.faults
+    taskset = TaskSet((), ())
+    try:
+        taskset = FakeWorker.tasks(spec)
+    except AgentmergeError as error:
+        faults += str(error).splitlines()
+    if faults:
+        raise ConfigError(faults)
     return Prepared(
         config,
         spec,
-        SearchSpace(config.genome, depth, "float32", config.search.seed),
-        FakeWorker.tasks(spec),
+        space,
+        taskset,
         {name: f"fake:{name}" for name in names},
         lambda recipe: recipe.effective("model.layers.0.weight", 0),
     )

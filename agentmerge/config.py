@@ -1,9 +1,10 @@
 """The configuration of a search: what a user writes, validated and frozen.
 
 ``genome`` and the task fields are mergekit-evolve's and LLM-Evo-Merge's own, and their files load
-unmodified: unknown keys there are a warning, as the old programs ignore them. ``search``,
-``agents``, ``worker`` and ``budget`` are ours; unknown keys there are faults that name the nearest
-known key and the line. Knows nothing of models on disk: that is ``check.py``.
+unmodified: unknown keys there are a note, as the old programs ignore them, and a warning where
+they are a known key but for a letter or two. ``search``, ``agents``, ``worker`` and ``budget`` are
+ours; unknown keys there are faults that name the nearest known key and the line. Knows nothing of
+models on disk: that is ``check.py``.
 """
 
 from __future__ import annotations
@@ -11,16 +12,26 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from agentmerge.errors import ConfigError
 from agentmerge.methods import METHODS, Method, Parameter
+from agentmerge.yaml_text import key_lines, misspelt, twice_text
 
 Role = Literal["critic", "controller", "proposer"]
 ROLES: tuple[Role, ...] = ("critic", "controller", "proposer")
@@ -235,11 +246,31 @@ class SearchSettings(_Frozen):
         return {True: RacingSettings(), False: None}[value] if isinstance(value, bool) else value
 
 
+def _server(value: str | None) -> str | None:
+    """A server's address, which a misprint would otherwise leave unreached to the end."""
+    if value is None:
+        return None
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or any(map(str.isspace, value)):
+        raise ValueError(f"{value!r} is no address of a server; write http://HOST:PORT/v1")
+    return value
+
+
+def _named_model(value: str) -> str:
+    if not value.strip():
+        raise ValueError("it is empty; write none, or provider:model such as openai:gpt-4o")
+    return value
+
+
+ModelName = Annotated[str, AfterValidator(_named_model)]
+BaseUrl = Annotated[str | None, AfterValidator(_server)]
+
+
 class RoleSettings(_Frozen):
     """One agent's own model; what is not set is as for all agents."""
 
-    model: str | None = None
-    base_url: str | None = None
+    model: ModelName | None = None
+    base_url: BaseUrl = None
     temperature: float | None = Field(None, ge=0)
     timeout_s: float | None = Field(None, gt=0)
     max_retries: int | None = Field(None, ge=0)
@@ -254,11 +285,11 @@ class RoleSettings(_Frozen):
 class AgentSettings(_Frozen):
     """Who advises: ``llm`` is "none" or "provider:model"; each role may have its own."""
 
-    llm: str = "none"
+    llm: ModelName = "none"
     proposer: RoleSettings | None = None
     critic: RoleSettings | None = None
     controller: RoleSettings | None = None
-    base_url: str | None = None
+    base_url: BaseUrl = None
     temperature: float | None = Field(None, ge=0)
     timeout_s: float = Field(60.0, gt=0)
     max_retries: int = Field(3, ge=0)
@@ -359,7 +390,11 @@ def models_asked(generation: int, size: int) -> bool:
 
 
 class SearchConfig(_Frozen):
-    """A whole search. ``from_file`` reads a user's YAML; ``to_yaml`` writes it as resolved."""
+    """A whole search. ``from_file`` reads a user's YAML; ``to_yaml`` writes it as resolved.
+
+    warnings: what is most likely a mistake and is passed over all the same (a misspelt key of the
+        old programs' sections); it is told wherever results are. notices: what is said once.
+    """
 
     genome: GenomeConfig
     tasks: TasksConfig
@@ -368,6 +403,7 @@ class SearchConfig(_Frozen):
     worker: WorkerSettings = WorkerSettings()
     budget: BudgetSettings = BudgetSettings()
     warnings: tuple[str, ...] = Field(default=(), exclude=True)
+    notices: tuple[str, ...] = Field(default=(), exclude=True)
 
     @property
     def algorithm(self) -> str:
@@ -416,7 +452,7 @@ class SearchConfig(_Frozen):
         if not isinstance(raw, dict):
             raise ConfigError(f"{source} must be a mapping with 'genome' and 'tasks'")
         try:
-            lines = _key_lines(text)
+            lines, twice = key_lines(text)
         except RecursionError:
             raise ConfigError(f"{source} has an alias (*name) that contains itself") from None
         for dotted, value in (overrides or {}).items():
@@ -427,7 +463,7 @@ class SearchConfig(_Frozen):
             if not isinstance(target, dict):
                 raise ConfigError(f"{source}: {section} must be a mapping, not {target!r}")
             target[key or section] = value
-        return _resolve(raw, source, lines)
+        return _resolve(raw, source, lines, twice)
 
     def to_yaml(self) -> str:
         """The config as resolved; ``from_text`` reads it back to an equal object."""
@@ -447,8 +483,9 @@ class SearchConfig(_Frozen):
 class _Faults:
     source: str
     lines: dict[str, int]
-    faults: list[str]
-    warnings: list[str]
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
     def where(self, key: str) -> str:
         if not key:
@@ -461,13 +498,29 @@ class _Faults:
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
         dotted = f"{section}.{key}" if section else key
         text = f"{self.where(dotted)} is not a known key; {hint}"
-        (self.faults if fatal else self.warnings).append(
-            text if fatal else f"{text} (ignored, as mergekit-evolve does)"
-        )
+        if fatal:
+            self.faults.append(text)
+        elif any(misspelt(key, other) for other in known):
+            self.warnings.append(f"{text} (as it stands it does nothing)")
+        else:
+            self.notices.append(f"{text} (ignored, as mergekit-evolve does)")
+
+    def twice(self, key: str, lines: tuple[int, int]) -> None:
+        """A key that is written twice: a fault in our sections, a warning in the old ones."""
+        ours = key.split(".")[0] in _OWN_SECTIONS
+        text = f"{self.source}: {twice_text(key, lines)}"
+        (self.faults if ours else self.warnings).append(text)
 
 
-def _resolve(raw: dict[str, Any], source: str, lines: dict[str, int]) -> SearchConfig:
-    out = _Faults(source, lines, [], [])
+def _resolve(
+    raw: dict[str, Any],
+    source: str,
+    lines: dict[str, int],
+    twice: Mapping[str, tuple[int, int]],
+) -> SearchConfig:
+    out = _Faults(source, lines)
+    for key, places in twice.items():
+        out.twice(key, places)
     top = {*_OWN_SECTIONS, *_TASK_KEYS, "genome", "random_init", "task_search_path"}
     for key in raw:
         if key not in top:
@@ -501,8 +554,28 @@ def _resolve(raw: dict[str, Any], source: str, lines: dict[str, int]) -> SearchC
         )
     _check_constraints(search, parts["tasks"], out)
     if out.faults:
-        raise ConfigError(out.faults)
-    return SearchConfig(**parts, warnings=tuple(out.warnings))
+        whole = {name: part for name, part in parts.items() if part is not None}
+        readable = {"genome", "tasks"} <= whole.keys()
+        raise ConfigError(out.faults, SearchConfig(**whole) if readable else None)
+    _note_slerp(parts["genome"], out)
+    return SearchConfig(**parts, warnings=tuple(out.warnings), notices=tuple(out.notices))
+
+
+def _note_slerp(genome: GenomeConfig, out: _Faults) -> None:
+    """slerp merges two models, the base being one of them; what else is named is told."""
+    if genome.merge_method != "slerp":
+        return
+    if genome.base_model not in (None, *genome.models):
+        out.notices.append(
+            f"{out.where('genome.base_model')}: {genome.base_model!r} is not among the models, so "
+            "it is no part of a slerp merge: it is scored as a parent only; name it in models to "
+            "merge with it"
+        )
+    if len(genome.models) > 2:
+        out.notices.append(
+            f"{out.where('genome.models')}: slerp merges two models, so with {len(genome.models)} "
+            "the search also chooses which two a layer group is made of"
+        )
 
 
 def _check_constraints(search: SearchSettings, tasks: TasksConfig | None, out: _Faults) -> None:
@@ -560,24 +633,43 @@ def _build(model: type[_Frozen], body: dict[str, Any], section: str, out: _Fault
             if problem["type"] == "too_short" and len(problems) > 1:
                 continue  # what was left after faulty entries were dropped
             path = ".".join(str(part) for part in (section, *problem["loc"]) if part != "")
-            message = problem["msg"].removeprefix("Value error, ")
-            got = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
-            out.faults.append(f"{out.where(path)}: {message}{got}")
+            out.faults.append(f"{out.where(path)}{_in_our_words(problem)}")
         return None
 
 
-def _key_lines(text: str) -> dict[str, int]:
-    """Dotted key -> line number, 1-based, for messages."""
+#: pydantic's kinds of faults, by how their names begin, and what to say instead.
+_WORDS = {
+    "missing": "is missing",
+    "extra_forbidden": "is not a known key",
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be above {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be below {lt:g}",
+    "literal_error": "must be {expected}",
+    "too_short": "needs {min_length} entries or more",
+    "too_long": "takes {max_length} entries at most",
+    "finite_number": "must be a finite number",
+    "tuple": "must be a list, as in [a, b]",
+    "list": "must be a list, as in [a, b]",
+    "dict": "must be a mapping, as in {{key: value}}",
+    "model": "must be a mapping, as in {{key: value}}",
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "bool": "must be true or false",
+    "string": "must be text",
+}
 
-    def walk(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                dotted = f"{prefix}{key.value}"
-                yield dotted, key.start_mark.line + 1
-                yield from walk(value, f"{dotted}.")
-        elif isinstance(node, yaml.SequenceNode):
-            for index, value in enumerate(node.value):
-                yield f"{prefix}{index}", value.start_mark.line + 1
-                yield from walk(value, f"{prefix}{index}.")
 
-    return dict(walk(yaml.compose(text, Loader=yaml.SafeLoader), ""))
+def _in_our_words(problem: Mapping[str, Any]) -> str:
+    """What follows the key's name."""
+    kind = problem["type"]
+    if kind in ("value_error", "assertion_error"):
+        return ": " + str(problem["msg"]).partition(", ")[2]
+    words = next((text for name, text in _WORDS.items() if kind.startswith(name)), None)
+    said = words.format(**problem.get("ctx", {})) if words else f": {problem['msg']}"
+    return said if not words else f" {said}" + ("" if kind == "missing" else _got(problem))
+
+
+def _got(problem: Mapping[str, Any]) -> str:
+    text = repr(problem["input"])
+    return f", not {text if len(text) <= 80 else text[:77] + '...'}"

@@ -23,9 +23,9 @@ from agentmerge.assembly import (
     assembled,
     begun,
     changed_facts,
-    check_resources,
     new_branch,
     new_row,
+    resource_faults,
     silent,
 )
 from agentmerge.check import Prepared, anchored, prepare
@@ -232,8 +232,8 @@ def _run(context: ClientContext, key: str, ledger: Ledger) -> tuple[Prepared, Ru
             )
         if not context.config:
             raise
-        prepared = prepare(anchored(context.search_config()), fresh=True)
-        check_resources(prepared.config)
+        config = anchored(context.search_config())
+        prepared = prepare(config, fresh=True, known_faults=resource_faults(config))
         row = new_row(ledger, prepared, context.name, run_id=key)
         ledger.add_run(row)
         return prepared, row

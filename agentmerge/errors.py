@@ -26,6 +26,7 @@ A message says what, which value, and what to do. It knows nothing of how messag
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class AgentmergeError(Exception):
@@ -41,10 +42,15 @@ class UserError(AgentmergeError):
 
 
 class ConfigError(UserError):
-    """One or more faults in a config; ``faults`` holds one sentence each."""
+    """One or more faults in a config; ``faults`` holds one sentence each.
 
-    def __init__(self, faults: str | Sequence[str]) -> None:
+    readable: the config without the sections that are at fault, where the rest can be read, so
+        that the faults of its models and tasks can be told with them.
+    """
+
+    def __init__(self, faults: str | Sequence[str], readable: Any = None) -> None:
         self.faults = [faults] if isinstance(faults, str) else list(faults)
+        self.readable = readable
         super().__init__("\n".join(self.faults))
 
 

@@ -64,6 +64,7 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any
         "best_rival": rows[best_rival.generation, best_rival.slot] if best_rival else None,
         "sealed": sealed,
         "differences": differences,
+        "warnings": search.ledger.run(search.run_id).facts.get("warnings", []),
         "notes": [
             *found.notes,
             *_unasked(rows.values()),

@@ -65,11 +65,11 @@ def known(group: str) -> dict[str, EntryPoint]:
     return found
 
 
-def load(group: str, name: str) -> Any:
-    """The object that ``name`` stands for.
+def named(group: str, name: str) -> EntryPoint:
+    """Where the object is that ``name`` stands for; nothing is imported.
 
     Raises:
-        UserError: unknown, with the known names; or its package cannot be imported.
+        UserError: unknown, with the known names.
     """
     found = known(group)
     if name not in found:
@@ -80,9 +80,19 @@ def load(group: str, name: str) -> Any:
             f"{name!r} is not one of the {kind}; {hint}"
             f"known: {', '.join(found) or 'none installed'}"
         )
+    return found[name]
+
+
+def load(group: str, name: str) -> Any:
+    """The object that ``name`` stands for.
+
+    Raises:
+        UserError: unknown, with the known names; or its package cannot be imported.
+    """
+    point = named(group, name)
     try:
-        return found[name].load()
+        return point.load()
     except ImportError as error:
         raise UserError(
-            f"{name!r} ({found[name].value}) cannot be imported: {error}; install what it needs"
+            f"{name!r} ({point.value}) cannot be imported: {error}; install what it needs"
         ) from error

@@ -21,17 +21,17 @@ from agentmerge.assembly import (
     assembled,
     begun,
     changed_facts,
-    check_resources,
     existing_runs,
     load_graph,
     new_branch,
     new_row,
     opened,
     pool_of,
+    resource_faults,
     settings_hash,
     silent,
 )
-from agentmerge.check import Prepared, anchored, prepare
+from agentmerge.check import Prepared, anchored, anchored_name, prepare
 from agentmerge.config import Role, SearchConfig
 from agentmerge.context import Context, at_hand
 from agentmerge.errors import CandidateFailed, NotBegun, RunFailed, UserError
@@ -82,8 +82,8 @@ def run(
     config = anchored(config)
     if Path(runs_dir).exists() and not Path(runs_dir).is_dir():
         raise UserError(f"--runs-dir {runs_dir} is a file; name a folder")
-    prepared = prepare(config, allow_benchmarks=allow_benchmarks, fresh=True)
-    check_resources(config, models)
+    faults = resource_faults(config, models)
+    prepared = prepare(config, allow_benchmarks=allow_benchmarks, fresh=True, known_faults=faults)
     runs_dir = Path(runs_dir)
     with Ledger(runs_dir / LEDGER) as ledger:
         row = new_row(ledger, prepared, name)
@@ -174,15 +174,15 @@ def branch(
 def evaluate(
     recipe: Recipe, config: SearchConfig, *, runs_dir: Path | str = "runs"
 ) -> dict[str, Any]:
-    """Score any recipe under a config's tasks: {score, tasks, recipe_hash, reused, items}.
+    """Score any recipe under a config's tasks: {score, tasks, recipe_hash, reused, items, notes}.
 
     Raises:
         ConfigError: its models cannot be merged with the config's.
         CandidateFailed: it cannot be merged or scored.
     """
-    prepared = prepare(
-        _under_its_tokenizer(config, recipe), allow_benchmarks=True, also=recipe.models
-    )
+    recipe = recipe.renamed(anchored_name)
+    settings = _under_its_tokenizer(anchored(config), recipe)
+    prepared = prepare(settings, allow_benchmarks=True, also=recipe.models)
     canonical = recipe.canonical(prepared.space.num_layers)
     prepared.check(canonical)
     recipe_hash = canonical.hash(prepared.identities)
@@ -197,6 +197,7 @@ def evaluate(
         "recipe_hash": recipe_hash,
         "reused": not answers.paid,
         "items": len(answers.results),
+        "notes": list(recipe.notes),
     }
 
 
@@ -330,11 +331,11 @@ __all__ = [
     "Drain",
     "branch",
     "changed_facts",
-    "check_resources",
     "evaluate",
     "existing_runs",
     "load_graph",
     "opened",
+    "resource_faults",
     "resume",
     "run",
     "settings_hash",

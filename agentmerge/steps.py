@@ -20,6 +20,7 @@ from agentmerge.advising import advise, guidance_of
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompts
 from agentmerge.answers import Evaluator, Scoring
+from agentmerge.check import warm_start
 from agentmerge.config import Role, SearchConfig
 from agentmerge.constraints import Floor, floors, penalised, violation
 from agentmerge.errors import (
@@ -498,7 +499,7 @@ class Search:
     def _seed_population(self) -> list[Proposal]:
         seeds = self._rivals()
         for path in self.config.search.init:
-            recipe = Recipe.parse(Path(path)).canonical(self.space.num_layers)
+            recipe = warm_start(path).canonical(self.space.num_layers)
             try:
                 point = self.space.vector(recipe)
             except RecipeRejected:

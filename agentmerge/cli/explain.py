@@ -15,7 +15,7 @@ _KINDS = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weig
 
 
 def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> dict[str, Any]:
-    """{hash, canonical, rows}: rows are a head and one line for each group of equal tensors.
+    """{hash, canonical, notes, rows}: rows are a head and one line for each group of equal tensors.
 
     Raises:
         UserError: the depth is unknown: the recipe has no layer ranges and no model was named.
@@ -45,6 +45,7 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
     return {
         "hash": canonical.hash(),
         "canonical": canonical.to_dict(),
+        "notes": list(recipe.notes),
         "rows": rows,
     }
 

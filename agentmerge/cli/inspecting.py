@@ -8,12 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from agentmerge.cli import options
-from agentmerge.cli.terminal import show_result
+from agentmerge.cli.terminal import show_result, tell_notes
 
 
-@options.settings(
-    "task_search_path", "search", "worker", "llm", "limit", "max_evaluations", "population"
-)
+@options.settings(*options.RUN)
 def check(
     config: Annotated[Path, typer.Argument(help="A genome config.")],
     runs_dir: options.RunsDir = Path("runs"),
@@ -23,32 +21,43 @@ def check(
     as_json: options.Json = False,
 ) -> int:
     """Find every fault before a search. Shows what it would do; reads no weights."""
-    from agentmerge.check import anchored, plan_of, prepare
+    from agentmerge.check import all_faults, anchored, plan_of, prepare
     from agentmerge.config import SearchConfig
     from agentmerge.errors import ConfigError
-    from agentmerge.ledger import Ledger
-    from agentmerge.session import LEDGER, check_resources, settings_hash
+
+    def looked_at(settings: SearchConfig) -> Any:
+        from agentmerge.assembly import resource_faults
+
+        settings = anchored(settings)
+        return prepare(
+            settings,
+            allow_benchmarks=allow_benchmark_tasks,
+            fresh=True,
+            weights=False,
+            known_faults=resource_faults(settings),
+        )
 
     try:
-        settings = SearchConfig.from_file(config, given)
-        settings = anchored(settings)
-        prepared = prepare(
-            settings, allow_benchmarks=allow_benchmark_tasks, fresh=True, weights=False
-        )
-        check_resources(settings)
+        try:
+            settings = SearchConfig.from_file(config, given)
+        except ConfigError as error:
+            raise ConfigError(all_faults(error, looked_at)) from None
+        prepared = looked_at(settings)
     except ConfigError as error:
         if as_json:
             show_result({"ok": False, "faults": error.faults}, True)
             return 2
         raise
+    from agentmerge.assembly import LEDGER, settings_hash
+    from agentmerge.cli.forecast import memory_text
+    from agentmerge.cli.render import plan_text
+    from agentmerge.ledger import Ledger
+
     path = runs_dir / LEDGER
     ledger = Ledger(path) if path.is_file() else None
     plan = plan_of(prepared, ledger, settings_hash(prepared))
     if ledger is not None:
         ledger.close()
-    from agentmerge.cli.forecast import memory_text
-    from agentmerge.cli.render import plan_text
-
     text = plan_text(plan) + (f"\n\n{memory_text(plan.memory)}" if plan.memory else "")
     show_result({"ok": True, "plan": plan.to_dict()}, as_json, text)
     return 0
@@ -71,6 +80,7 @@ def evaluate(
 
     settings = SearchConfig.from_file(config, given)
     found = session.evaluate(Recipe.parse(recipe), settings, runs_dir=runs_dir)
+    tell_notes(found["notes"], as_json)
     rows = [["task", "value"], *([t, number(v)] for t, v in found["tasks"].items())]
     rows.append(["score", number(found["score"])])
     show_result(found, as_json, table(rows))
@@ -93,6 +103,7 @@ def explain(
     from agentmerge.recipe import Recipe
 
     found = explain_recipe(Recipe.parse(recipe), model, layers)
+    tell_notes(found["notes"], as_json)
     show_result(found, as_json, table(found["rows"], numbers=False) + f"\nhash {found['hash']}")
     return 0
 

@@ -164,6 +164,7 @@ def card_text(card: Mapping[str, Any]) -> str:
         for d in card["differences"]
     ]
     lines += [f"constraint: {constraint_text(row)}" for row in card.get("constraints", ())]
+    lines += [f"warning: {line}" for line in card.get("warnings", ())]
     lines += [f"note: {note}" for note in card["notes"]]
     if card.get("uplift"):
         lines.append(uplift_text(card["uplift"]))
@@ -243,6 +244,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         end = f"not opened: {opening['refusal']}" if opening["refusal"] else "opened, on trial"
         where = f"after generation {opening['generation']}"
         lines.append(f"another search space {where}: {opening['move']}: {end}")
+    if not summary["final"]:
+        lines += [f"warning: {line}" for line in summary["warnings"]]
     if summary["final"]:
         lines += ["", card_text(summary["final"])]
     elif summary["best"]:
@@ -284,8 +287,9 @@ def plan_text(plan: Any) -> str:
         rows.append(["disk", disk])
     width = max(len(row[0]) for row in rows)
     lines = [f"{name.ljust(width)}  {value}" for name, value in rows[1:]]
-    lines += [f"note: {line}" for line in (*plan.warnings, *plan.notes)]
-    return "\n".join(["no faults found", *lines])
+    lines += [f"note: {line}" for line in plan.notes]
+    warnings = [f"warning: {line}" for line in plan.warnings]
+    return "\n".join(["no faults found", *warnings, *lines])
 
 
 def replay_text(found: Any) -> str:

@@ -11,7 +11,7 @@ import typer
 
 from agentmerge.cli import options
 from agentmerge.cli.legacy import Legacy, map_options, old_options
-from agentmerge.cli.terminal import failed, show_result, signals, speaker
+from agentmerge.cli.terminal import failed, show_result, signals, speaker, warned
 
 
 class Answer(StrEnum):
@@ -37,19 +37,24 @@ def run(
     old: Legacy,
 ) -> int:
     """Search for the best merge of a config's models."""
-    from agentmerge import session
+    from agentmerge.check import init_notes
     from agentmerge.cli.trackers import Tracking, tracked
     from agentmerge.config import SearchConfig
 
     mapped = map_options(old)
     settings = SearchConfig.from_file(config, mapped.overrides | given)
+    refuse_unknown_names(settings)
     say = speaker(quiet, as_json)
-    for line in (*settings.warnings, *mapped.notices):
+    for line in (*settings.warnings, *init_notes(settings)):
+        say(warned(line))
+    for line in (*settings.notices, *mapped.notices):
         say(f"note: {line}")
     final_model = old.save_final_model is not False
     _check_storage(old.storage_path, final_model and settings.worker.kind == "fake")
     names = (*(tracker or ()), *(["wandb"] if wandb else []))
     tracking = Tracking(names, wandb_project, wandb_entity)
+
+    from agentmerge import session
 
     def start(emit: Any, drain: Any) -> Any:
         with tracked(emit, settings, tracking, runs_dir, name) as tell:
@@ -65,6 +70,15 @@ def run(
         return row
 
     return _driven(start, settings, runs_dir, as_json, quiet)
+
+
+def refuse_unknown_names(settings: Any) -> None:
+    """Mistakes that need no model are told before what loads models is imported."""
+    from agentmerge.check import named_faults
+    from agentmerge.errors import ConfigError
+
+    if faults := named_faults(settings):
+        raise ConfigError(faults)
 
 
 def _check_storage(storage: Path | None, modelless: bool) -> None:

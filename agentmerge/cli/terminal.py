@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -15,12 +15,28 @@ def show_result(value: Any, as_json: bool, text: str | None = None) -> None:
     print(json.dumps(value, indent=2) if as_json or text is None else text)
 
 
+def tell_notes(notes: Sequence[str], as_json: bool) -> None:
+    """Each note a line on stderr; nothing where the JSON result holds them."""
+    for note in () if as_json else notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def failed(message: str, code: int) -> int:
     """Say why in red, a line a fault; returns ``code``."""
-    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     for line in message.splitlines() or ["failed"]:
-        print(f"\x1b[31merror:\x1b[0m {line}" if colour else f"error: {line}", file=sys.stderr)
+        print(_coloured("error:", "31", line), file=sys.stderr)
     return code
+
+
+def warned(line: str) -> str:
+    """A line that stands out among notes."""
+    return _coloured("warning:", "33;1", line)
+
+
+def _coloured(word: str, colour: str, rest: str) -> str:
+    if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+        word = f"\x1b[{colour}m{word}\x1b[0m"
+    return f"{word} {rest}"
 
 
 def speaker(quiet: bool, as_json: bool) -> Callable[[str], None]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,19 @@ import yaml
 from agentmerge.errors import RecipeError, RecipeRejected
 from agentmerge.methods import METHODS, SUM_NORMALIZED, Method, method_named
 from agentmerge.recipe.canonical import canonical
+from agentmerge.recipe.copying import COPYING, copied_layers
 from agentmerge.recipe.parts import Effective, Parameters, Setting, Slice, Source, length, round12
 from agentmerge.recipe.text import (
     load_yaml,
+    one_module,
     parameters_yaml,
+    read_body,
     read_model_name,
     read_parameters,
-    read_slice,
-    read_source,
     slice_yaml,
     source_yaml,
 )
+from agentmerge.recipe.unread import unread_keys
 
 __all__ = [
     "CANCEL_SHARE",
@@ -50,7 +52,10 @@ CANCEL_SHARE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A parsed merge recipe. Models are named as the user named them."""
+    """A parsed merge recipe. Models are named as the user named them.
+
+    notes: what its author should know of the text, such as keys that do nothing.
+    """
 
     merge_method: str
     slices: tuple[Slice, ...]
@@ -61,6 +66,7 @@ class Recipe:
     tokenizer_source: str | None = None
     chat_template: str | None = None
     merge_seed: int | None = None
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def parse(cls, text: str | Path | Mapping[str, Any]) -> Recipe:
@@ -69,24 +75,17 @@ class Recipe:
         Raises:
             RecipeError: naming the part that cannot be read.
         """
-        raw = load_yaml(text)
-        method = method_named(str(raw.get("merge_method", "")))
-        if raw.get("modules"):
-            raise RecipeError("recipes with 'modules:' are not supported; use 'slices:'")
-        if bool(raw.get("models")) == bool(raw.get("slices")):
-            raise RecipeError("a recipe needs either 'models:' or 'slices:', and not both")
-        for key in ("models", "slices"):
-            if not isinstance(raw.get(key) or [], list):
-                raise RecipeError(f"{key} must be a list, not {raw[key]!r}")
-        if raw.get("slices"):
-            rows = enumerate(raw["slices"])
-            slices = tuple(read_slice(item, f"slices[{i}]") for i, item in rows)
-        else:
-            sources = tuple(
-                read_source(item, f"models[{i}]") for i, item in enumerate(raw["models"])
-            )
-            slices = (Slice(tuple(replace(source, layer_range=None) for source in sources)),)
-        base = raw.get("base_model")
+        raw, notes = load_yaml(text)
+        name = str(raw.get("merge_method", ""))
+        method = COPYING if name == COPYING.name else method_named(name)
+        body, module = one_module(raw)
+        slices = read_body(body, "modules.default." if module else "")
+        notes += unread_keys(raw, body, method)
+        base = None
+        if raw.get("base_model") is not None:
+            base = read_model_name(raw["base_model"], "base_model")
+        if body.get("models"):
+            slices = _with_base(slices, base, method)
         seed = raw.get("merge_seed")
         if seed is not None and type(seed) is not int:
             raise RecipeError(f"merge_seed {seed!r} must be a whole number")
@@ -97,17 +96,22 @@ class Recipe:
                 raise RecipeError(
                     f"tokenizer.{more[0]} is not supported; write tokenizer_source alone"
                 )
-        return cls(
+        recipe = cls(
             merge_method=method.name,
             slices=slices,
-            base_model=None if base is None else read_model_name(base, "base_model"),
-            parameters=read_parameters(raw.get("parameters"), "parameters"),
+            base_model=base,
+            parameters=_filled(
+                read_parameters(module.get("parameters"), "modules.default.parameters"),
+                read_parameters(raw.get("parameters"), "parameters"),
+            ),
             dtype=raw.get("dtype"),
             out_dtype=raw.get("out_dtype"),
             tokenizer_source=None if tokenizer is None else str(tokenizer),
             chat_template=raw.get("chat_template"),
             merge_seed=seed,
+            notes=tuple(notes),
         )
+        return copied_layers(recipe) if method is COPYING else recipe
 
     @classmethod
     def of_model(cls, model: str, num_layers: int, dtype: str | None = None) -> Recipe:
@@ -122,6 +126,28 @@ class Recipe:
         names += [piece.base_model for piece in self.slices if piece.base_model]
         names += [self.base_model] if self.base_model else []
         return tuple(dict.fromkeys(names))
+
+    def renamed(self, new: Callable[[str], str]) -> Recipe:
+        """The same merge of models under other names."""
+
+        def of(name: str | None) -> str | None:
+            return None if name is None else new(name)
+
+        slices = tuple(
+            replace(
+                piece,
+                base_model=of(piece.base_model),
+                sources=tuple(replace(s, model=new(s.model)) for s in piece.sources),
+            )
+            for piece in self.slices
+        )
+        source = self.tokenizer_source
+        return replace(
+            self,
+            slices=slices,
+            base_model=of(self.base_model),
+            tokenizer_source=source if source in ("union", "base") else of(source),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as mergekit reads it (``merge_seed`` is ours; mergekit ignores it)."""
@@ -226,13 +252,30 @@ class Recipe:
         raise RecipeRejected(f"the recipe has {start} layers, and layer {layer} was asked for")
 
 
+def _with_base(slices: tuple[Slice, ...], base: str | None, method: Method) -> tuple[Slice, ...]:
+    """mergekit adds a base that ``models`` does not name; where it is set apart, ``canonical``
+    does."""
+    sources = slices[0].sources
+    beside = base is not None and base not in {source.model for source in sources}
+    if not beside or base is None or method is COPYING or method.sets_apart(base):
+        return slices
+    return (Slice((*sources, Source(base))),)
+
+
+def _filled(first: Parameters, then: Parameters) -> Parameters:
+    """Two scopes in one: the second serves what the first leaves out."""
+    second = dict(then)
+    own = {name: setting.then(second.get(name)) for name, setting in first}
+    return tuple((second | own).items())
+
+
 def _refuse_cancelled(effective: Effective, tensor: str) -> None:
     method = METHODS[effective.method]
     if method.name not in SUM_NORMALIZED or not method.ratios_only(dict(effective.shared)):
         return
     weights = [dict(own)["weight"] for _, _, own in effective.sources if own]
     size = math.fsum(abs(weight) for weight in weights)
-    if abs(math.fsum(weights)) <= CANCEL_SHARE * size:
+    if weights and abs(math.fsum(weights)) <= CANCEL_SHARE * size:  # without any it is the base
         switch = method.normalize_param
         raise RecipeRejected(
             f"the weights {weights} for {tensor!r} add up to nothing, and "

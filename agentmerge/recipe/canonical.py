@@ -76,9 +76,10 @@ def _canonical_slice(recipe: Recipe, piece: Slice, num_layers: int) -> Slice:
         for scope in (recipe.parameters, piece.parameters):
             if "t" in dict(scope):
                 t = dict(scope)["t"].then(t)
+        sources.sort(key=lambda source: source.model != base)  # the base first: one form
         return Slice(tuple(sources), base, (("t", _round_setting(t)),))
     shared = _shared_settings(recipe, piece)
-    if _always_ratios(method, shared):
+    if any(source.parameters for source in sources) and _always_ratios(method, shared):
         sources = _scaled(sources, signed=method.name in SUM_NORMALIZED)
     return Slice(
         tuple(replace(s, parameters=_rounded(s.parameters)) for s in sources),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,68 @@ import yaml
 from agentmerge.errors import RecipeError
 from agentmerge.methods import INERT_PARAMS, SWITCHES
 from agentmerge.recipe.parts import Parameters, Setting, Slice, Source
+from agentmerge.yaml_text import key_lines, twice_text
 
 
-def load_yaml(text: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+def load_yaml(text: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """What a recipe says, and a note on each key that is written twice."""
     if isinstance(text, Mapping):
-        return text
+        return text, []
     source = str(text) if isinstance(text, Path) else "the recipe"
     try:
-        raw = yaml.safe_load(text.read_text() if isinstance(text, Path) else text)
+        written = text.read_text() if isinstance(text, Path) else text
+        raw = yaml.safe_load(written)
+        twice = key_lines(written)[1]
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {source}") from None
     except OSError as error:
         raise RecipeError(f"{source} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise RecipeError(f"{source} has an alias (*name) that contains itself") from None
     if not isinstance(raw, dict):
         raise RecipeError(
             f"{source} must be a mapping with 'merge_method', not {type(raw).__name__}"
         )
-    return raw
+    return raw, [twice_text(key, lines) for key, lines in twice.items()]
+
+
+def one_module(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The mapping that holds ``models`` or ``slices``, and the module's own ``parameters``.
+
+    mergekit writes them under ``modules: {default: ...}``, the one module of a language model.
+    """
+    modules = raw.get("modules")
+    if not modules:
+        return raw, {}
+    if raw.get("models") or raw.get("slices"):
+        raise RecipeError("a recipe needs one of 'models:', 'slices:' and 'modules:', not two")
+    if not isinstance(modules, dict) or list(modules) != ["default"]:
+        named = ", ".join(map(str, modules)) if isinstance(modules, dict) else repr(modules)
+        raise RecipeError(
+            f"modules {named} is not supported: a language model has one module, 'default'; write "
+            "modules: {default: {slices: ...}}, or slices: alone"
+        )
+    module = modules["default"]
+    if not isinstance(module, dict):
+        raise RecipeError(f"modules.default must be a mapping, not {module!r}")
+    return module, {"parameters": module.get("parameters")}
+
+
+def read_body(body: Mapping[str, Any], where: str) -> tuple[Slice, ...]:
+    """``models`` or ``slices``; ``models`` are one slice of whole models."""
+    for key in ("models", "slices"):
+        if not isinstance(body.get(key) or [], list):
+            raise RecipeError(f"{where}{key} must be a list, not {body[key]!r}")
+    if bool(body.get("models")) == bool(body.get("slices")):
+        what = where.rstrip(".") or "a recipe"
+        raise RecipeError(f"{what} needs either 'models:' or 'slices:', and not both")
+    if body.get("slices"):
+        rows = enumerate(body["slices"])
+        return tuple(read_slice(item, f"{where}slices[{i}]") for i, item in rows)
+    sources = (read_source(item, f"{where}models[{i}]") for i, item in enumerate(body["models"]))
+    return (Slice(tuple(replace(source, layer_range=None) for source in sources)),)
 
 
 def read_slice(raw: Any, where: str) -> Slice:

@@ -127,7 +127,7 @@ def _section(found: Content, key: str) -> dict[str, Any]:
         "algorithm": row.algorithm,
         "seed": row.seed,
         "verdict": card.get("verdict", ""),
-        "notes": [shortened(note) for note in card.get("notes", [])],
+        "notes": [shortened(note) for note in (*card.get("warnings", []), *card.get("notes", []))],
         "answer": None if found.answer is None else found.answer.score,
         "sealed": (card.get("answer") or {}).get("sealed_score"),
         "best_parent": best_parent,

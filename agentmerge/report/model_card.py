@@ -98,6 +98,7 @@ def _summary(row: RunRow, recipe: Recipe, final: Mapping[str, Any]) -> str:
     ]
     if final.get("verdict"):
         lines += ["", shortened(str(final["verdict"]))]
+    lines += [f"\nWarning: {shortened(line)}" for line in final.get("warnings", [])]
     lines += [f"\nNote: {shortened(note)}" for note in final.get("notes", [])]
     return "\n".join(lines)
 

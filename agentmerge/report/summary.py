@@ -50,6 +50,7 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
             {"generation": o.generation, "move": o.move.sentence, "refusal": o.refusal}
             for o in openings(ledger, row.id)
         ],
+        "warnings": row.facts.get("warnings", []),
         "final": row.result,
     }
 

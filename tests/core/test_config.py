@@ -41,10 +41,40 @@ def test_unknown_keys_in_our_sections_name_the_nearest_and_the_line() -> None:
     ]
 
 
-def test_unknown_keys_in_theirs_are_a_warning() -> None:
-    config = SearchConfig.from_text(GENOME + "  fitlers: []\ntasks: [x]\nnum_gpus: 2\n")
-    assert len(config.warnings) == 2
-    assert "did you mean 'filters'" in " ".join(config.warnings)
+def test_unknown_keys_in_theirs_are_a_note_and_misspelt_ones_a_warning() -> None:
+    text = GENOME + "  fitlers: []\ntasks: [{name: x, metirc: acc}]\nnum_gpus: 2\nLimit: 3\n"
+    config = SearchConfig.from_text(text)
+    assert [line.split("did you mean ")[1] for line in config.warnings] == [
+        "'limit'? (as it stands it does nothing)",
+        "'filters'? (as it stands it does nothing)",
+        "'metric'? (as it stands it does nothing)",
+    ]
+    (notice,) = config.notices
+    assert notice.startswith("config:6: num_gpus is not a known key")
+
+
+def test_a_key_that_is_written_twice_is_told() -> None:
+    text = GENOME + "tasks: [x]\nlimit: 3\nlimit: 5\n"
+    config = SearchConfig.from_text(text, "c.yml")
+    assert config.tasks.limit == 5, "as YAML and the old programs read it"
+    assert config.warnings == (
+        "c.yml: limit is written on lines 5 and 6: the last one counts; remove one",
+    )
+    inside = BASE + "budget: {max_evaluations: 3, max_evaluations: 9}\n"
+    assert faults(inside) == [
+        "c.yml: budget.max_evaluations is written twice on line 5: the last one counts; remove one"
+    ]
+
+
+def test_what_slerp_does_with_more_than_two_models_is_told() -> None:
+    head = "genome:\n  merge_method: slerp\n"
+    two = head + "  models: [a, b]\n  base_model: a\ntasks: [x]\n"
+    assert SearchConfig.from_text(two).notices == ()
+    ancestor, three = SearchConfig.from_text(
+        head + "  models: [a, b, c]\n  base_model: old\ntasks: [x]\n"
+    ).notices
+    assert "'old' is not among the models, so it is no part of a slerp merge" in ancestor
+    assert "which two a layer group is made of" in three
 
 
 def test_all_faults_at_once() -> None:

@@ -513,7 +513,7 @@ REFUSED = {
     "no method": ("models: [{model: a}]", "is not known; use one of"),
     "neither models nor slices": ("merge_method: linear", "either 'models:' or 'slices:'"),
     "both": ("merge_method: linear\nmodels: [{model: a}]\nslices: [{}]", "and not both"),
-    "modules": ("merge_method: linear\nmodules: {x: {}}", "'modules:' are not supported"),
+    "modules": ("merge_method: linear\nmodules: {x: {}}", "modules x is not supported"),
     "a source without a model": ("merge_method: linear\nmodels: [{weight: 1}]", "models[0] needs"),
     "slice without sources": ("merge_method: linear\nslices: [{}]", "slices[0] needs a list"),
     "slice source without layers": (

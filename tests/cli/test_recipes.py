@@ -1,0 +1,90 @@
+"""Recipes from elsewhere on the command line: scored, explained and begun with alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from agentmerge.cli.app import run_app
+from agentmerge.ledger import Ledger
+from agentmerge.session import LEDGER
+
+#: One that only relative names fit, in mergekit's longest form, with a key that does nothing.
+MODULES = """\
+merge_method: task_arithmetic
+base_model: models/base
+modules:
+  default:
+    slices:
+      - sources:
+          - {model: models/north, layer_range: [0, 4], parameters: {weight: 0.7}}
+          - {model: models/base, layer_range: [0, 4]}
+lambda: 2
+"""
+BASE_ALONE = """\
+merge_method: ties
+base_model: models/base
+models: [{model: models/base}]
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, fake_config: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of models under relative names, a config that has them, and recipes."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("north", "south", "base"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    text = fake_config.replace("[north, south]", "[models/north, models/south]")
+    Path("config.yml").write_text(text.replace("base_model: base", "base_model: models/base"))
+    Path("modules.yml").write_text(MODULES)
+    Path("base.yml").write_text(BASE_ALONE)
+    return tmp_path
+
+
+def test_evaluate_scores_every_form_and_names_what_does_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_app(["evaluate", "modules.yml", "--config", "config.yml"]) == 0
+    assert "note: lambda does nothing; write it under parameters:" in capsys.readouterr().err
+    assert run_app(["evaluate", "modules.yml", "--config", "config.yml", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["reused"] is True
+    assert found["notes"] == ["lambda does nothing; write it under parameters:"]
+    assert run_app(["evaluate", "base.yml", "--config", "config.yml"]) == 0
+
+
+def test_evaluate_takes_absolute_names_for_the_configs_relative_ones(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "absolute.yml").write_text(MODULES.replace("models/", f"{here}/models/"))
+    for recipe in ("modules.yml", "absolute.yml"):
+        assert run_app(["evaluate", recipe, "--config", "config.yml", "--json"]) == 0
+    text = capsys.readouterr().out
+    assert '"reused": true' in text, "it is the same merge"
+
+
+def test_explain_shows_every_form(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(["explain", "modules.yml", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"][3][:2] == ["layer 0", "model.layers.0.self_attn.q_proj.weight and 2 more"]
+    assert found["notes"] == ["lambda does nothing; write it under parameters:"]
+
+
+@pytest.mark.parametrize("recipe", ["modules.yml", "base.yml"])
+def test_a_search_begins_with_what_evaluate_takes(
+    here: Path, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_app(["check", "config.yml", "--init", recipe]) == 0
+    out = capsys.readouterr().out
+    assert ("lambda does nothing" in out) == (recipe == "modules.yml")
+    assert run_app(["run", "config.yml", "--init", recipe, "--name", "a", "-q"]) == 0
+    with Ledger(here / "runs" / LEDGER) as ledger:
+        row = ledger.run("a")
+        first = [c for c in ledger.candidates(row.id, 0) if c.operator == "init"]
+        assert [c.score is not None or c.twin is not None for c in first] == [True]
+    capsys.readouterr()
+    if recipe == "modules.yml":
+        assert run_app(["show", "a"]) == 0
+        assert "lambda does nothing" in capsys.readouterr().out
