@@ -118,7 +118,7 @@ def new_row(
     parent: tuple[str, int] | None = None,
     run_id: str | None = None,
 ) -> RunRow:
-    """A run that is not in the ledger yet.
+    """A run that is not in the ledger yet; without a name it gets one there (``Ledger.add_run``).
 
     parent: run id and generation of the one it branches from. run_id: a UUID, by default a new one.
 
@@ -130,16 +130,18 @@ def new_row(
     if name is not None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}", name):
             raise UserError(f"run name {name!r} may hold letters, digits, '.', '_' and '-' only")
+        if name.lower().startswith((LEDGER, CHECKPOINTS)):
+            raise UserError(
+                f"run name {name!r} is that of a database in the same folder; choose another name"
+            )
         if name in taken:
             raise UserError(
                 f"a run called {name!r} exists; `agentmerge resume {name}`, or choose another name"
             )
-    else:
-        name = next(f"run-{n}" for n in range(1, len(taken) + 2) if f"run-{n}" not in taken)
     run_id = run_id or str(uuid.uuid4())
     return RunRow(
         id=run_id,
-        name=name,
+        name=name or "",
         created=time.time(),
         status="new",
         stop_reason="",
@@ -287,7 +289,7 @@ def new_branch(
         warnings=tuple(parent.facts.get("warnings", ())),
     )
     row = new_row(ledger, prepared, name or f"{parent.name}-b{at}", (parent.id, at), run_id)
-    ledger.add_run(row)
+    row = ledger.add_run(row)
     before = SearchConfig.from_text(parent.config, parent.name)
     prior = _answers(row.facts, config) != _answers(parent.facts, before)
     # Under another genome or other scores no trial of a search space holds: they are left behind.

@@ -235,7 +235,7 @@ def _run(context: ClientContext, key: str, ledger: Ledger) -> tuple[Prepared, Ru
         config = anchored(context.search_config())
         prepared = prepare(config, fresh=True, known_faults=resource_faults(config))
         row = new_row(ledger, prepared, context.name, run_id=key)
-        ledger.add_run(row)
+        row = ledger.add_run(row)
         return prepared, row
     prepared = prepare(SearchConfig.from_text(row.config, row.name), allow_benchmarks=True)
     changes = changed_facts(row.facts, prepared.facts())

@@ -96,7 +96,7 @@ def _search(
     if changes:
         raise UserError(f"{'; '.join(changes)} since {row.name!r} began: it cannot be replayed")
     again = replace(row, id=str(uuid.uuid4()), name=f"{row.name}-replay", status="new", result=None)
-    ledger.add_run(again)
+    again = ledger.add_run(again)
     if row.parent_generation is not None:
         ledger.copy_past(row.id, again.id, row.parent_generation, prior=False)
     (folder / again.name).mkdir()

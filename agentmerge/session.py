@@ -87,7 +87,7 @@ def run(
     runs_dir = Path(runs_dir)
     with Ledger(runs_dir / LEDGER) as ledger:
         row = new_row(ledger, prepared, name)
-        ledger.add_run(row)
+        row = ledger.add_run(row)
         return _drive(prepared, row, runs_dir, ledger, emit, drain, models)
 
 

@@ -71,7 +71,7 @@ class MergeToolkit:
         prepared = prepare(anchored(config), allow_benchmarks=allow_benchmarks or row is not None)
         if row is None:
             row = replace(new_row(ledger, prepared, name), algorithm=TOOLS)
-            ledger.add_run(row)
+            row = ledger.add_run(row)
         changes = changed_facts(row.facts, prepared.facts())
         if changes:
             more = f" and {len(changes) - 1} more such" if len(changes) > 1 else ""

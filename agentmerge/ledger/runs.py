@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import count
 from typing import Any
 
-from agentmerge.errors import NotFound
+from agentmerge.errors import NotFound, UserError
 from agentmerge.ledger.rows import RunRow
 from agentmerge.ledger.store import Store
 
 
 class Runs(Store):
-    def add_run(self, row: RunRow) -> None:
+    def add_run(self, row: RunRow) -> RunRow:
+        """The row as written; one without a name gets the first "run-N" that is free.
+
+        Raises:
+            UserError: the name is taken.
+        """
+        with self._writing() as conn:  # one writer at a time: what is free stays free
+            taken = {name for (name,) in conn.execute("SELECT name FROM runs")}
+            if not row.name:
+                free = next(f"run-{n}" for n in count(1) if f"run-{n}" not in taken)
+                row = replace(row, name=free)
+            if row.name in taken:
+                raise UserError(
+                    f"a run called {row.name!r} exists; `agentmerge resume {row.name}`, or choose "
+                    "another name"
+                )
+            self._insert(conn, row)
+        return row
+
+    @staticmethod
+    def _insert(conn: sqlite3.Connection, row: RunRow) -> None:
         body = asdict(row) | {
             "facts": json.dumps(row.facts),
             "result": None if row.result is None else json.dumps(row.result),
         }
         marks = ", ".join(f":{key}" for key in body)
-        with self._writing() as conn:
-            conn.execute(f"INSERT INTO runs ({', '.join(body)}) VALUES ({marks})", body)
+        conn.execute(f"INSERT INTO runs ({', '.join(body)}) VALUES ({marks})", body)
 
     def run(self, name: str) -> RunRow:
         """The run called ``name`` (or with that id).

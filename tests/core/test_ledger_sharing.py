@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentmerge.errors import LedgerError, NotFound
+from agentmerge.errors import LedgerError, NotFound, UserError
 from agentmerge.ledger import Ledger, ResultKey, RunRow, pack, unpack
 from agentmerge.strategies.base import Proposal
 from agentmerge.workers.base import EngineInfo, ItemRef, ItemResult
@@ -266,5 +266,5 @@ def test_what_does_not_exist_is_not_found(ledger: Ledger) -> None:
         ledger.recipe("nothing")
     with pytest.raises(NotFound, match=r"no candidate 3\.1"):
         ledger.candidate("r", 3, 1)
-    with pytest.raises(LedgerError, match="UNIQUE"):
+    with pytest.raises(UserError, match="choose another name"):
         ledger.add_run(row())

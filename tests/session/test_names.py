@@ -13,10 +13,13 @@ from agentmerge import exporting, session
 from agentmerge.config import SearchConfig
 from agentmerge.demo.family import Family
 from agentmerge.demo.tasks import demo_config, write_tasks
+from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger
 from agentmerge.maintenance import prune_results
 from agentmerge.recipe import Recipe
 from agentmerge.report.summary import best_recipe
+from tests.session.conftest import command, config_text
+from tests.session.conftest import config as fake_config
 
 
 @pytest.fixture
@@ -57,3 +60,22 @@ def test_a_search_over_moved_models_keeps_its_own_names(
     shutil.rmtree(runs / "here")
     exported = exporting.export_run("there", tmp_path / "merged", runs_dir=runs)
     assert exported["equal"] is True
+
+
+def test_searches_without_a_name_may_begin_together(tmp_path: Path) -> None:
+    """Three processes; each number is given once."""
+    path = tmp_path / "config.yml"
+    path.write_text(config_text(budget={"max_evaluations": 5}))
+    line = ("run", path, "--runs-dir", tmp_path / "runs", "-q")
+    together = [command(*line) for _ in range(3)]
+    said = [process.communicate() for process in together]
+    assert [process.returncode for process in together] == [0] * 3, said
+    with Ledger(tmp_path / "runs" / session.LEDGER) as ledger:
+        assert sorted(row.name for row in ledger.runs()) == [f"run-{n}" for n in range(1, 4)]
+
+
+@pytest.mark.parametrize("name", ["agentmerge.sqlite-journal", "Checkpoints.sqlite"])
+def test_a_name_of_the_databases_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="that of a database"):
+        session.run(fake_config(), name=name, runs_dir=tmp_path)
+    assert not list(tmp_path.glob("*/"))
