@@ -28,7 +28,7 @@ from agentmerge.genome import SearchSpace
 from agentmerge.ledger import Ledger
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import OPTIONS, WorkerSpec
-from agentmerge.workers.pool import worker_class
+from agentmerge.workers.pool import crowd_of, devices_for, worker_class
 
 if TYPE_CHECKING:  # both are read only where models are
     from agentmerge.merging.layout import Layout
@@ -265,18 +265,18 @@ def _memory(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryPla
     """Where the parents are kept, decided once for all workers: each alone would see what the
     others have not taken yet."""
     from agentmerge.merging.headers import read_config, text_config
-    from agentmerge.merging.placement import PLACEMENTS, bytes_per_token, plan_memory
+    from agentmerge.merging.placement import Demand, bytes_per_token, plan_memory
 
-    kind = worker_class(spec)
+    demand = getattr(worker_class(spec), "demand", None)
     template = dict(spec.parents)[spec.template_model]
     return plan_memory(
         layout,
         dtype=spec.dtype,
         device=spec.device,
-        method=config.genome.merge_method,
+        method=spec.method,
         workers=config.worker.count,
-        processes=getattr(kind, "processes", 1),
-        possible=getattr(kind, "placements", PLACEMENTS),
+        devices=len(set(devices_for(spec, config.worker.count))),
+        demand=demand(spec) if demand else Demand(),
         asked=config.worker.placement,
         memory_gb=config.worker.memory_gb,
         token_bytes=bytes_per_token(text_config(read_config(Path(template))), spec.dtype),
@@ -461,12 +461,16 @@ def _device_faults(config: SearchConfig) -> list[str]:
         return []
     import torch
 
+    from agentmerge.merging.memory import cuda_devices
+
     try:
-        kind = torch.device(device).type
+        wanted = torch.device(device)
     except RuntimeError:
         return [f"worker.device {device!r} is not a device; use cpu or cuda"]
-    if kind == "cuda" and not torch.cuda.is_available():
-        return [f"worker.device {device!r} is not on this machine; use cpu"]
+    there = cuda_devices()
+    if wanted.type == "cuda" and (wanted.index or 0) >= there:
+        other = f"one of the {there} that are (cuda:0, ...)" if there else "cpu"
+        return [f"worker.device {device!r} is not on this machine; use {other}"]
     return []
 
 
@@ -576,7 +580,7 @@ def _base_among(config: SearchConfig, names: Collection[str]) -> str | None:
 def _spec(
     config: SearchConfig, paths: Mapping[str, Path], dtype: str, device: str | None = None
 ) -> WorkerSpec:
-    return WorkerSpec(
+    spec = WorkerSpec(
         kind=config.worker.kind,
         parents=tuple((name, str(path)) for name, path in paths.items()),
         template_model=_template_model(config, paths),
@@ -586,7 +590,9 @@ def _spec(
         device=device or config.worker.device or _device(),
         trust_remote_code=config.worker.trust_remote_code,
         options={"base": config.genome.base_model} | _engine(config) | config.worker.options,
+        method=config.genome.merge_method,
     )
+    return replace(spec, crowd=crowd_of(spec, config.worker.count))
 
 
 def _engine(config: SearchConfig) -> dict[str, Any]:
@@ -614,9 +620,9 @@ def _template_model(config: SearchConfig, paths: Mapping[str, Path]) -> str:
 
 
 def _device() -> str:
-    import torch
+    from agentmerge.merging.memory import cuda_devices
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if cuda_devices() else "cpu"
 
 
 def _prepare_fake(config: SearchConfig, fresh: bool, faults: list[str]) -> Prepared:

@@ -169,9 +169,15 @@ def _device() -> dict[str, Any]:
         import torch
     except ImportError as error:
         return _finding("device", False, f"torch cannot be imported: {error}", "pip install torch")
-    if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory / 1e9
-        return _finding("device", True, f"{torch.cuda.get_device_name(0)}, {total:.0f} GB")
+    from agentmerge.merging.memory import cuda_devices, device_of
+
+    try:
+        there = [device_of(f"cuda:{index}") for index in range(cuda_devices())]
+    except UserError as error:
+        return _finding("device", False, str(error), "see nvidia-smi; or worker.device: cpu")
+    if there:
+        said = (f"{device.name}, {device.total_bytes / 1e9:.0f} GB" for device in there)
+        return _finding("device", True, "; ".join(said))
     return _finding("device", True, f"CPU, {torch.get_num_threads()} threads")
 
 

@@ -6,9 +6,15 @@ an error that says that there was no more.
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from agentmerge.errors import UserError
 
 _UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number near 2**63
 
@@ -43,12 +49,69 @@ def host_limit(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Limit:
     return min(limits, key=lambda limit: limit.size_bytes)
 
 
-def device_limit(device: str) -> Limit:
-    """The same of a CUDA device's own memory."""
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A CUDA device: free_bytes are of the moment."""
+
+    name: str
+    free_bytes: int
+    total_bytes: int
+
+
+def cuda_devices() -> int:
+    """How many CUDA devices this process may use; asked without a context on one."""
     import torch
 
-    free, _ = torch.cuda.mem_get_info(device)
-    return Limit(free, f"free on {torch.cuda.get_device_name(device)}")
+    return torch.cuda.device_count()
+
+
+def device_of(device: str) -> Device:
+    """A CUDA device as it is now.
+
+    A context takes half a gigabyte of the device and forbids to fork, so a process that has none is
+    not given one: another process looks.
+
+    Raises:
+        UserError: it cannot be asked.
+    """
+    import torch
+
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return Device(torch.cuda.get_device_name(device), *torch.cuda.mem_get_info(device))
+    done = subprocess.run([sys.executable, "-c", _LOOK, device], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"the device {device!r} cannot be asked for its memory: {reason}")
+    return Device(*json.loads(done.stdout.splitlines()[-1]))
+
+
+def device_name(device: str) -> str:
+    """What its maker calls it."""
+    return _first_look(device).name
+
+
+def device_total(device: str) -> int:
+    """All of its memory, in bytes."""
+    return _first_look(device).total_bytes
+
+
+@cache
+def _first_look(device: str) -> Device:
+    """What does not change is asked once, before an engine hides other devices from its process."""
+    return device_of(device)
+
+
+def device_limit(device: str) -> Limit:
+    """How much of a CUDA device's memory is free."""
+    found = device_of(device)
+    return Limit(found.free_bytes, f"free on {found.name}")
+
+
+_LOOK = """\
+import json, sys, torch
+device = sys.argv[1]
+print(json.dumps([torch.cuda.get_device_name(device), *torch.cuda.mem_get_info(device)]))
+"""
 
 
 def ran_out(error: BaseException) -> bool:

@@ -12,14 +12,14 @@ One is taken where its forecast and a tenth more fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from agentmerge.errors import UserError
-from agentmerge.merging.layout import Layout, TensorSpec
+from agentmerge.merging.layout import Layout
 from agentmerge.merging.memory import Limit, device_limit, host_limit, resident_bytes
-from agentmerge.methods import METHODS
+from agentmerge.merging.scratch import RANKING_METHODS, WIDTHS, scratch_bytes, size_bytes, slabs
 
 Placement = Literal["device", "host", "stream"]
 PLACEMENTS: tuple[Placement, ...] = ("device", "host", "stream")
@@ -27,21 +27,8 @@ PLACEMENTS: tuple[Placement, ...] = ("device", "host", "stream")
 #: How far from the forecast the peak may be.
 MARGIN = 0.1
 
-_WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-#: Blocks in flight of kernels and digests, whatever the tensor's size.
-_BLOCKS_BYTES = 4_000_000
 #: What comes with the first model and the first merge: transformers' modules, compiled loops.
 _LATER_BYTES = 80_000_000
-#: What torch and mergekit take beside inputs and result: bytes an element, and those for each
-#: expert. Upper bounds: selecting takes more where many magnitudes are equal.
-_BLOCKWISE = ("linear", "slerp", "task_arithmetic")
-_MASKING, _MASKING_METHODS = (1.0, 1.2), ("dare_ties", "dare_linear")
-_SORTING = (34.0, 0.0)
-_MERGEKIT = (20.0, 20.0)
-#: The same of the fused loops: magnitudes in float32 while an order is made, or a bit an element.
-_RANKING, _RANKING_METHODS = (4.0, 0.0), ("ties", "breadcrumbs", "breadcrumbs_ties")
-_RANKING_BLOCKS_BYTES = 12_000_000
-_FUSED_MASKING = (0.0, 0.125)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +36,8 @@ class Share:
     """Bytes of one kind of memory that one worker needs at its peak.
 
     statistics: of the parents' tensors, remembered from merge to merge. scratch: what merging the
-    largest tensor takes. runtime: interpreter and libraries.
+    largest tensor takes, or as many as are merged at a time. runtime: interpreter and libraries.
+    beside: what the worker's engine takes besides.
     """
 
     parents: int
@@ -57,10 +45,12 @@ class Share:
     statistics: int
     scratch: int
     runtime: int
+    beside: int = 0
 
     @property
     def total(self) -> int:
-        return self.parents + self.live + self.statistics + self.scratch + self.runtime
+        held = self.parents + self.live + self.statistics
+        return held + self.scratch + self.runtime + self.beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +60,25 @@ class Forecast:
     placement: Placement
     host: Share
     device: Share | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a kind of worker is made of.
+
+    possible: placements that it can do. processes: of each worker. ranks: processes that share the
+        live model and have whole parents each, on a device of their own. threads: tensors merged
+        at a time in the host's memory. beside_bytes: what its engine takes of each device besides.
+    """
+
+    possible: tuple[Placement, ...] = PLACEMENTS
+    processes: int = 1
+    ranks: int = 1
+    threads: int = 1
+    beside_bytes: int = 0
+
+
+_ALONE = Demand()
 
 
 @dataclass(frozen=True)
@@ -128,8 +137,8 @@ def plan_memory(
     device: str = "cpu",
     method: str | None = None,
     workers: int = 1,
-    processes: int = 1,
-    possible: Sequence[Placement] = PLACEMENTS,
+    devices: int = 1,
+    demand: Demand = _ALONE,
     asked: Placement | Literal["auto"] = "auto",
     memory_gb: float | None = None,
     token_bytes: int = 0,
@@ -137,15 +146,14 @@ def plan_memory(
     """Forecast every placement, and choose.
 
     dtype: of the live model; by default as stored. method: the merge method, for what its kernel
-        needs besides; where it is not known, nothing. workers: how many there are, each with a
-        family, on the same device; processes: of each worker. possible: what the kind of worker
-        can do. memory_gb: at most so much is used in all, even if there is more.
+        needs besides. workers: how many there are, each with a family, spread evenly over so many
+        ``devices``. memory_gb: at most so much is used in all (of each device, where there are
+        any), even if there is more.
     """
     cuda = device.startswith("cuda")
-    runtime = (resident_bytes() + _LATER_BYTES) * processes
     forecasts = tuple(
-        _forecast(placement, layout, dtype, method, runtime, cuda)
-        for placement in possible
+        _forecast(placement, layout, dtype, method, demand, cuda)
+        for placement in demand.possible
         if placement != "host" or cuda
     )
     host = _with_this_process(host_limit())
@@ -158,20 +166,21 @@ def plan_memory(
             on_device = min(on_device, given, key=lambda limit: limit.size_bytes)
     if asked == "host" and not cuda:
         asked = "device"
-    shorts = {f.placement: _short(f, workers, host, on_device) for f in forecasts}
+    crowd = -(-workers // devices)
+    shorts = {f.placement: _short(f, workers, crowd, host, on_device) for f in forecasts}
     chosen, reason = _choice(shorts, asked, cuda)
     return MemoryPlan(forecasts, workers, host, on_device, chosen, reason, token_bytes)
 
 
 def layout_bytes(layout: Layout, dtype: str | None = None) -> int:
     """A model of this layout, in ``dtype`` or as stored."""
-    return sum(_size(spec, dtype) for spec in layout.tensors)
+    return sum(size_bytes(spec, dtype) for spec in layout.tensors)
 
 
 def bytes_per_token(config: Mapping[str, Any], dtype: str) -> int:
     """What scoring holds for each token of a batch: keys, values and logits (and their softmax in
     float32). From a text model's config; what it does not say counts nothing."""
-    width = _WIDTHS.get(dtype, 2)
+    width = WIDTHS.get(dtype, 2)
     layers = config.get("num_hidden_layers") or 0
     heads = config.get("num_attention_heads") or 1
     key_heads = config.get("num_key_value_heads") or heads
@@ -185,24 +194,32 @@ def _forecast(
     layout: Layout,
     dtype: str | None,
     method: str | None,
-    runtime: int,
+    demand: Demand,
     cuda: bool,
 ) -> Forecast:
-    count = len(layout.parents)
+    count, ranks = len(layout.parents), demand.ranks
     parents = layout_bytes(layout) * count
     live = layout_bytes(layout, dtype)
+    runtime = (resident_bytes() + _LATER_BYTES) * demand.processes
     fused = not cuda and _is_fused(layout, method)
-    statistics = _statistics(layout) if fused and method in _RANKING_METHODS else 0
-    inputs_move = placement == "stream" or (cuda and placement == "host")
-    scratch = _scratch(layout, dtype, method, fused, count if inputs_move else 0)
-    if not cuda:
-        held = 0 if placement == "stream" else parents
-        return Forecast(placement, Share(held, live, statistics, scratch, runtime))
-    mapped = max((_size(spec, None) for spec in layout.tensors), default=0)
-    host = Share(
-        parents if placement == "host" else 0, 0, 0, mapped if placement == "stream" else 0, runtime
+    inputs = count if placement == "stream" or (cuda and placement == "host") else 0
+    # Only loops are free of torch's own threads; and where memory is short, one tensor at a time.
+    threads = demand.threads if fused and placement != "stream" else 1
+    scratch = scratch_bytes(
+        layout, dtype, method, fused=fused, on_device=cuda, inputs=inputs, threads=threads
     )
-    on_device = Share(parents if placement == "device" else 0, live, 0, scratch, 0)
+    if not cuda:
+        known = _statistics(layout) if fused and method in RANKING_METHODS else 0
+        held = 0 if placement == "stream" else parents
+        share = Share(held * ranks, live, known * ranks, scratch * ranks, runtime)
+        return Forecast(placement, share)
+    sizes = [size_bytes(spec) for spec in layout.tensors]
+    pinned = sum(slabs(sizes)[1]) * count if placement == "host" else 0
+    mapped = max(sizes, default=0) if placement == "stream" else 0
+    host = Share(pinned * ranks, 0, 0, mapped * ranks, runtime)
+    on_device = Share(
+        parents if placement == "device" else 0, live // ranks, 0, scratch, 0, demand.beside_bytes
+    )
     return Forecast(placement, host, on_device)
 
 
@@ -221,51 +238,25 @@ def _statistics(layout: Layout) -> int:
     return experts * sum(order_bytes(math.prod(spec.shape)) for spec in layout.tensors)
 
 
-def _scratch(
-    layout: Layout, dtype: str | None, method: str | None, fused: bool, inputs: int
-) -> int:
-    """The most that merging one tensor takes; inputs: parents' tensors that come and go with it."""
-    fixed, each = _temporary(method, fused)
-    experts = max(1, len(layout.parents) - 1)
-    most = 0.0
-    for spec in layout.tensors:
-        temporary = math.prod(spec.shape) * (fixed + each * experts)
-        most = max(most, inputs * _size(spec, None) + _size(spec, dtype) + temporary)
-    blocks = _RANKING_BLOCKS_BYTES if fused and method in _RANKING_METHODS else _BLOCKS_BYTES
-    return int(most) + blocks
-
-
-def _temporary(method: str | None, fused: bool) -> tuple[float, float]:
-    """Bytes an element, and those for each expert."""
-    if method is None or method in _BLOCKWISE:
-        return 0, 0
-    if fused:
-        return _RANKING if method in _RANKING_METHODS else _FUSED_MASKING
-    if METHODS[method].engine == "mergekit":
-        return _MERGEKIT
-    return _MASKING if method in _MASKING_METHODS else _SORTING
-
-
-def _size(spec: TensorSpec, dtype: str | None) -> int:
-    return math.prod(spec.shape) * _WIDTHS[dtype or spec.dtype]
-
-
 def _with_this_process(limit: Limit) -> Limit:
     """A forecast counts interpreter and libraries, which are there already."""
     return Limit(limit.size_bytes + resident_bytes(), limit.source)
 
 
 def _short(
-    forecast: Forecast, workers: int, host: Limit, device: Limit | None
+    forecast: Forecast, workers: int, crowd: int, host: Limit, device: Limit | None
 ) -> tuple[int, Limit] | None:
-    """What ``workers`` of these need, and the limit that this exceeds; None where it fits."""
+    """What ``workers`` of these need, and the limit that this exceeds; None where it fits.
+
+    crowd: workers on one device.
+    """
     # With several workers this process is one more, without a model.
     needed = forecast.host.total * workers + (forecast.host.runtime if workers > 1 else 0)
     spare = MARGIN * workers * (forecast.host.total - forecast.host.runtime)
     if needed + spare > host.size_bytes:
         return needed, host
     if forecast.device is not None and device is not None:
-        needed = forecast.device.total * workers
+        needed = forecast.device.total * crowd
         if needed * (1 + MARGIN) > device.size_bytes:
             return needed, device
     return None

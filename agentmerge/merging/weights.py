@@ -9,7 +9,6 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +22,7 @@ from agentmerge.merging.headers import (
     safetensors_files,
 )
 from agentmerge.merging.layout import Layout
+from agentmerge.merging.scratch import size_bytes, slabs
 
 _Stamp = tuple[int, int, int]  # size in bytes, time of change in ns, inode
 
@@ -131,13 +131,8 @@ class Resident:
         self.identities = dict(source.identities)
         self._device = device
         pinned = torch.device(home).type != torch.device(device).type
-        self._weights = {
-            model: {
-                spec.name: _kept(source.tensor(model, spec.name), home, pinned)
-                for spec in layout.tensors
-            }
-            for model in layout.parents
-        }
+        keep = _kept_in_slabs if pinned else _kept
+        self._weights = {model: keep(source, model, layout, home) for model in layout.parents}
         source.verify()
 
     def tensor(self, model: str, name: str) -> torch.Tensor:
@@ -147,11 +142,31 @@ class Resident:
         """Nothing to look at: files are no longer read."""
 
 
-def _kept(tensor: torch.Tensor, home: str, pinned: bool) -> torch.Tensor:
-    if pinned:
-        with suppress(RuntimeError):  # more than the system lets a process lock: slower, not wrong
-            return tensor.pin_memory()
-    return tensor.to(home, copy=True)
+def _kept(source: TensorSource, model: str, layout: Layout, home: str) -> dict[str, torch.Tensor]:
+    return {
+        spec.name: source.tensor(model, spec.name).to(home, copy=True) for spec in layout.tensors
+    }
+
+
+def _kept_in_slabs(
+    source: TensorSource, model: str, layout: Layout, home: str
+) -> dict[str, torch.Tensor]:
+    """In page-locked memory, from which a device copies by itself and twice as fast."""
+    places, sizes = slabs([size_bytes(spec) for spec in layout.tensors])
+    memory = [_page_locked(size) for size in sizes]
+    kept = {}
+    for spec, (slab, start) in zip(layout.tensors, places, strict=True):
+        tensor = source.tensor(model, spec.name)
+        room = memory[slab][start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        kept[spec.name] = room.copy_(tensor)
+    return kept
+
+
+def _page_locked(size: int) -> torch.Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:  # more than the system lets a process lock: slower, not wrong
+        return torch.empty(size, dtype=torch.uint8)
 
 
 def _stamp(found: os.stat_result) -> _Stamp:

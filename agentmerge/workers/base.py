@@ -133,6 +133,8 @@ class WorkerSpec:
     template_model: the parent whose tokenizer (and chat template) asks the questions.
     placement: where parents are kept (``merging.placement``); "auto" looks at what is free when
         the worker starts, and counts on being the only one.
+    method: the search's merge method, for what merging takes; None where it is not known.
+    crowd: how many such workers share the device.
     options: the worker's own settings from the config's ``worker`` section.
     """
 
@@ -146,6 +148,8 @@ class WorkerSpec:
     trust_remote_code: bool = False
     placement: Literal["auto", "device", "host", "stream"] = "auto"
     options: dict[str, Any] = field(default_factory=dict)
+    method: str | None = None
+    crowd: int = 1
 
 
 @runtime_checkable

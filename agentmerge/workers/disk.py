@@ -27,6 +27,7 @@ import torch
 from agentmerge.errors import AgentmergeError, ConfigError, RunFailed, WorkerLost
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.merging.export import export_checkpoint
+from agentmerge.merging.placement import Demand
 from agentmerge.merging.plan import plan, read_layout
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
@@ -34,11 +35,6 @@ from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult
 
 class DiskWorker:
     """See the module's head; the contract is ``workers/base.py``."""
-
-    #: For the forecast of memory: parents are read from their files, and a process of its own
-    #: scores.
-    placements = ("stream",)
-    processes = 2
 
     def __init__(self, spec: WorkerSpec, taskset: TaskSet | None = None) -> None:
         self._spec = spec
@@ -53,6 +49,11 @@ class DiskWorker:
     @staticmethod
     def tasks(spec: WorkerSpec) -> TaskSet:
         return tasks_for(spec)
+
+    @staticmethod
+    def demand(spec: WorkerSpec) -> Demand:
+        """Parents are read from their files, and a process of its own scores."""
+        return Demand(("stream",), processes=2)
 
     @staticmethod
     def describe(spec: WorkerSpec) -> EngineInfo:

@@ -12,6 +12,7 @@ forward passes are too short to share), ``base`` (the parent others are compared
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -28,9 +29,11 @@ from agentmerge.evaluation.losses import item_loss
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.merging.contraction import Contraction
+from agentmerge.merging.layout import read_layout
 from agentmerge.merging.live import LiveWeights
-from agentmerge.merging.memory import ran_out
+from agentmerge.merging.memory import device_name, ran_out
 from agentmerge.merging.parents import Family
+from agentmerge.merging.placement import Demand
 from agentmerge.merging.skeleton import auto_class
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import (
@@ -89,6 +92,12 @@ class HfWorker:
     @staticmethod
     def describe(spec: WorkerSpec) -> EngineInfo:
         return describe("hf", spec)
+
+    @staticmethod
+    def demand(spec: WorkerSpec) -> Demand:
+        """As many tensors are merged at a time as torch has threads here."""
+        layout = read_layout({name: Path(path) for name, path in spec.parents})
+        return Demand(threads=threads_of(spec, layout.parameters))
 
     @property
     def info(self) -> EngineInfo:
@@ -193,10 +202,16 @@ def _room_for(path: Path) -> Iterator[None]:
 
 def threads_for(spec: WorkerSpec, model: Any) -> int:
     """torch's threads for this model, in this process."""
+    return threads_of(spec, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def threads_of(spec: WorkerSpec, parameters: int) -> int:
+    """The same, of a model of so many parameters; several workers share the cores."""
     if "threads" in spec.options:
         return int(spec.options["threads"])
-    small = sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL
-    return 1 if small and spec.device == "cpu" else torch.get_num_threads()
+    if parameters < SMALL_MODEL and spec.device == "cpu":
+        return 1
+    return min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // spec.crowd))
 
 
 @contextmanager
@@ -238,7 +253,7 @@ def live_lm(spec: WorkerSpec, model: Any) -> LiveLM:
 def describe(engine: str, spec: WorkerSpec) -> EngineInfo:
     device = spec.device
     if device.startswith("cuda"):
-        device = torch.cuda.get_device_name(device)
+        device = device_name(device)
     versions = f"transformers {version('transformers')}, torch {torch.__version__}"
     if "attn_implementation" in spec.options:
         versions += f", {spec.options['attn_implementation']}"

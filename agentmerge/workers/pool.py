@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -52,6 +53,25 @@ def worker_class(spec: WorkerSpec) -> Any:
     return plugins.load("agentmerge.workers", spec.kind)
 
 
+def devices_for(spec: WorkerSpec, count: int) -> list[str]:
+    """The device of each of ``count`` workers: where only ``cuda`` is asked for, they take turns
+    (each as many in a row as its engine has ranks)."""
+    if spec.device != "cuda" or count == 1:
+        return [spec.device] * count
+    from agentmerge.merging.memory import cuda_devices
+
+    args = spec.options.get("engine_args") or {}
+    ranks = int(args.get("tensor_parallel_size") or 1)
+    places = max(1, cuda_devices() // ranks)
+    return [f"cuda:{worker % places * ranks}" for worker in range(count)]
+
+
+def crowd_of(spec: WorkerSpec, count: int) -> int:
+    """How many of ``count`` workers share the fullest device."""
+    devices = devices_for(spec, count)
+    return max(map(devices.count, devices))
+
+
 class Pool:
     """Workers of one spec.
 
@@ -71,6 +91,8 @@ class Pool:
         self._make = make
         self._taskset = taskset
         self._apart = count > 1
+        self._devices = devices_for(spec, count)
+        self._crowd = crowd_of(spec, count)
         self._free: list[Worker | None] = [None] * count
         self._size = count
         self._change = threading.Condition()
@@ -156,7 +178,7 @@ class Pool:
                     self._lost_in_a_row = 0
                     return done
                 built, worker = worker, None
-                _close_quietly(built)
+                self._discard(built)
                 if not again:
                     raise self._lost(lost, built is not None) from lost.__cause__
             raise AssertionError("unreachable")
@@ -210,9 +232,21 @@ class Pool:
 
     def _build(self) -> Worker:
         if self._apart:
-            return _WorkerProcess(self.spec, self._make, self._size)
+            with self._change:
+                device = self._devices.pop(0)
+            own = replace(self.spec, device=device, crowd=self._crowd)
+            try:
+                return _WorkerProcess(own, self._make, self._size)
+            except BaseException:
+                self._devices.append(device)
+                raise
         make = self._make or worker_class(self.spec)
         return make(self.spec, self._taskset)
+
+    def _discard(self, lost: Worker | None) -> None:
+        _close_quietly(lost)
+        if isinstance(lost, _WorkerProcess):
+            self._devices.append(lost.device)
 
 
 def _close_quietly(worker: Worker | None) -> RunFailed | None:
@@ -238,6 +272,7 @@ class _WorkerProcess:
         self._process = context.Process(
             target=_serve, args=(theirs, spec, make, count), daemon=True
         )
+        self.device = spec.device
         self._process.start()
         theirs.close()
         self._info: EngineInfo = self._receive()

@@ -22,10 +22,12 @@ from agentmerge.errors import RunFailed
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.merging.layout import read_layout
+from agentmerge.merging.memory import device_name
+from agentmerge.merging.placement import Demand
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
 from agentmerge.workers.canary import Canary
-from agentmerge.workers.vllm_check import installed, preflight
+from agentmerge.workers.vllm_check import demand, installed, preflight
 
 #: Raised with any change of what is asked: results by different rules are never mixed.
 SCORING = "vllm-1"
@@ -78,6 +80,10 @@ class VllmWorker:
         return preflight(spec)
 
     @staticmethod
+    def demand(spec: WorkerSpec) -> Demand:
+        return demand(spec)
+
+    @staticmethod
     def describe(spec: WorkerSpec) -> EngineInfo:
         args = spec.options.get("engine_args") or {}
         release = (installed() or ("vllm", "not installed"))[1]
@@ -86,9 +92,7 @@ class VllmWorker:
             versions += f", {json.dumps(args, sort_keys=True)}"
         device = spec.device
         if device.startswith("cuda"):
-            import torch
-
-            device = torch.cuda.get_device_name(device)
+            device = device_name(device)
         return EngineInfo(
             "vllm",
             versions,

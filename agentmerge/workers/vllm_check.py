@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from typing import Any
 from agentmerge.errors import AgentmergeError
 from agentmerge.merging.headers import read_config, text_config
 from agentmerge.merging.layout import Layout, read_layout
-from agentmerge.merging.placement import layout_bytes
+from agentmerge.merging.memory import device_total
+from agentmerge.merging.placement import Demand, layout_bytes
+from agentmerge.merging.scratch import scratch_bytes, size_bytes
 from agentmerge.workers import vllm_setup
 from agentmerge.workers.base import WorkerSpec
 
@@ -40,10 +41,11 @@ _PRIVATE = (
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """How a GPU's memory is divided, in bytes of one rank.
+    """How a GPU's memory is divided, in bytes of one rank of one engine.
 
-    model: live weights. parents: kept there, or 0 where they are on the host. spike: of prompt
-    log-probabilities, outside vLLM's own estimate. utilization: vLLM's part of ``total``.
+    model: live weights. parents: kept there, or 0 where they are on the host or in their files.
+    scratch: what merging takes beside them. spike: of prompt log-probabilities, outside vLLM's own
+    estimate. engines: how many share the GPU. utilization: one engine's part of ``total``.
     """
 
     total: int
@@ -51,11 +53,18 @@ class Share:
     parents: int
     scratch: int
     spike: int
+    engines: int = 1
+
+    @property
+    def beside(self) -> int:
+        """What an engine needs at least of a GPU besides: as much again as the model for keys and
+        values, activations and graphs, and the reserve."""
+        return self.model + self.spike + GIB
 
     @property
     def utilization(self) -> float:
         outside = self.parents + self.scratch + self.spike + GIB
-        return max(0.0, 1 - outside / self.total)
+        return max(0.0, 1 / self.engines - outside / self.total)
 
     @property
     def cache(self) -> int:
@@ -65,8 +74,9 @@ class Share:
     def __str__(self) -> str:
         parts = ("parents", "scratch", "spike")
         outside = ", ".join(f"{name} {getattr(self, name) / GIB:.1f}" for name in parts)
+        several = f" as one of {self.engines} engines" if self.engines > 1 else ""
         return (
-            f"vLLM takes {self.utilization:.2f} of {self.total / GIB:.0f} GiB "
+            f"vLLM takes {self.utilization:.2f} of {self.total / GIB:.0f} GiB{several} "
             f"(gpu_memory_utilization), of which the model {self.model / GIB:.1f} GiB; outside it, "
             f"in GiB: {outside}, reserve 1.0"
         )
@@ -80,19 +90,31 @@ def gpu_share(
     ranks: int,
     total: int,
     placement: str = "auto",
+    *,
+    method: str | None = None,
+    engines: int = 1,
 ) -> Share:
-    """vLLM's part of each GPU: 1 - (parents + scratch + spike + 1 GiB) / total.
+    """vLLM's part of each GPU: 1 / engines - (parents + scratch + spike + 1 GiB) / total.
 
     Every rank has whole parents. They count where they fit beside the model and as much again for
-    keys and values; else they stay in the host's memory.
+    keys and values; else they stay in the host's memory, and one tensor of each comes along with
+    the one that is merged. method: where it is not known, the one that takes most.
     """
     model = layout_bytes(layout, dtype) // ranks
-    parents = layout_bytes(layout) * len(layout.parents)  # whole on every rank
-    largest = max((4 * math.prod(tensor.shape) for tensor in layout.tensors), default=0)
+    count = len(layout.parents)
     spike = int(batched_tokens * vocabulary * _SPIKE_BYTES)
-    near = Share(total, model, parents, largest, spike)
-    here = placement == "device" or (placement == "auto" and near.cache > model)
-    return near if here else Share(total, model, 0, largest, spike)
+
+    def share(here: bool) -> Share:
+        scratch = scratch_bytes(layout, dtype, method, on_device=True, inputs=0 if here else count)
+        # Beside the merged tensor itself: of one that lies in parts in the model, a whole copy.
+        scratch += max((size_bytes(spec, dtype) for spec in layout.tensors), default=0)
+        parents = layout_bytes(layout) * count if here else 0
+        return Share(total, model, parents, scratch, spike, engines)
+
+    near = share(here=True)
+    if placement == "device" or (placement == "auto" and near.cache > model):
+        return near
+    return share(here=False)
 
 
 def batched_tokens(vocabulary: int) -> int:
@@ -136,14 +158,38 @@ def preflight(spec: WorkerSpec) -> tuple[list[str], list[str]]:
 
 
 def share_of(spec: WorkerSpec, layout: Layout) -> Share:
-    import torch
-
     vocabulary = int(config_of(spec).get("vocab_size") or 0)
     args = spec.options.get("engine_args") or {}
     tokens = int(args.get("max_num_batched_tokens") or batched_tokens(vocabulary))
-    ranks = int(args.get("tensor_parallel_size") or 1)
-    _, total = torch.cuda.mem_get_info(spec.device)
-    return gpu_share(layout, spec.dtype, vocabulary, tokens, ranks, total, spec.placement)
+    return gpu_share(
+        layout,
+        spec.dtype,
+        vocabulary,
+        tokens,
+        ranks_of(spec),
+        device_total(spec.device),
+        spec.placement,
+        method=spec.method,
+        engines=spec.crowd,
+    )
+
+
+def ranks_of(spec: WorkerSpec) -> int:
+    args = spec.options.get("engine_args") or {}
+    return int(args.get("tensor_parallel_size") or 1)
+
+
+def demand(spec: WorkerSpec) -> Demand:
+    """What a forecast of memory has to know of an engine."""
+    ranks = ranks_of(spec)
+    layout = read_layout({name: Path(path) for name, path in spec.parents})
+    if spec.device == "cpu":
+        from agentmerge.workers.hf import threads_of
+
+        processes, threads = (ranks + 1 if ranks > 1 else 1), threads_of(spec, layout.parameters)
+        return Demand(processes=processes, ranks=ranks, threads=threads)
+    beside = share_of(replace(spec, placement="stream"), layout).beside
+    return Demand(processes=ranks + 1, ranks=ranks, beside_bytes=beside)
 
 
 def placement(spec: WorkerSpec) -> str:

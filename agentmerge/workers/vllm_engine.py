@@ -25,11 +25,18 @@ from agentmerge.errors import AgentmergeError, RunFailed, UserError, WorkerLost
 from agentmerge.evaluation.loading import quiet
 from agentmerge.merging.headers import num_layers
 from agentmerge.merging.layout import read_layout
-from agentmerge.merging.memory import ran_out
+from agentmerge.merging.memory import cuda_devices, ran_out
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import WorkerSpec
 from agentmerge.workers.hf import SMALL_MODEL
-from agentmerge.workers.vllm_check import batched_tokens, config_of, head_size, placement, share_of
+from agentmerge.workers.vllm_check import (
+    batched_tokens,
+    config_of,
+    head_size,
+    placement,
+    ranks_of,
+    share_of,
+)
 
 _CPU_BLOCK = 32
 _EXTENSION = "agentmerge.workers.vllm_extension.MergeExtension"
@@ -48,6 +55,7 @@ _OURS = {
 _LAST_WORDS_S = 5
 #: Length of a greedy answer of the self-test, in tokens.
 PROBE_TOKENS = 12
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -68,7 +76,7 @@ def engine_args(spec: WorkerSpec, longest: int) -> dict[str, Any]:
         if name in _OURS:
             raise UserError(f"worker.engine_args.{name} cannot be set: {_OURS[name]}")
     path = dict(spec.parents)[spec.template_model]
-    ranks = int(asked.get("tensor_parallel_size") or 1)
+    ranks = ranks_of(spec)
     if ranks > 1 and multiprocessing.current_process().daemon:
         raise UserError(
             f"worker.engine_args.tensor_parallel_size {ranks} needs worker.count 1: a worker's own "
@@ -320,11 +328,14 @@ def _started(spec: WorkerSpec) -> Iterator[None]:
     in_place = bool(spec.options.get("in_place", True))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(_apart(spec)))
     os.environ["AGENTMERGE_VLLM_IN_PLACE"] = str(int(in_place))
-    ranks = int((spec.options.get("engine_args") or {}).get("tensor_parallel_size", 1))
+    ranks = ranks_of(spec)
     if spec.device == "cpu" and ranks > 1:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores(ranks))
     from agentmerge.workers.vllm_extension import SEARCH, keep_in_place
 
+    visible, before = _visible(spec), os.environ.get(_VISIBLE)
+    if visible is not None:
+        os.environ[_VISIBLE] = visible
     os.environ[SEARCH] = str(os.getpid())
     keep_in_place(in_place)  # it may have been imported before
     _hide_from_inspection()
@@ -334,10 +345,43 @@ def _started(spec: WorkerSpec) -> Iterator[None]:
     finally:
         torch.set_num_threads = set_threads
         os.environ.pop(SEARCH, None)
-        if preload is None:  # meant for the engine's own processes
-            os.environ.pop("LD_PRELOAD", None)
-        else:
-            os.environ["LD_PRELOAD"] = preload
+        _restore("LD_PRELOAD", preload)  # meant for the engine's own processes
+        if visible is not None and _apart(spec):
+            _restore(_VISIBLE, before)
+
+
+def _restore(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def _visible(spec: WorkerSpec) -> str | None:
+    """The GPUs that an engine may see: its own, which it takes for the first ones; None on a CPU.
+
+    Raises:
+        UserError: there are not so many from its first one on, or this process has begun to use
+            another one already.
+    """
+    if spec.device == "cpu":
+        return None
+    first, ranks = torch.device(spec.device).index or 0, ranks_of(spec)
+    given = os.environ.get(_VISIBLE)
+    names = given.split(",") if given else [str(place) for place in range(cuda_devices())]
+    own = names[first : first + ranks]
+    if len(own) < ranks:
+        raise UserError(
+            f"worker.device {spec.device} and worker.engine_args.tensor_parallel_size {ranks} need "
+            f"GPUs {first} to {first + ranks - 1}; this process sees {len(names)}"
+        )
+    begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if first and begun and not _apart(spec):
+        raise UserError(
+            f"worker.device {spec.device} cannot be taken in a process that uses a GPU already; "
+            "leave worker.options.engine_process out"
+        )
+    return ",".join(own)
 
 
 def _cores(ranks: int) -> str:

@@ -145,17 +145,18 @@ class LiveModel:
                 )
 
     def _recorded(self) -> WeightMap:
-        tensors = {name: self._family.tensor(self._first, name) for name in self._names}
+        specs = {
+            spec.name: (spec.shape, getattr(torch, spec.dtype))
+            for spec in self._family.layout.tensors
+        }
         try:
             if not self._packed:
-                return record(self._model, tensors)
+                return record(self._model, specs)
             with torch.no_grad(), self._seeing_packing():
-                fresh = (
-                    (name, tensor.to(self._dtype, copy=True)) for name, tensor in tensors.items()
-                )
+                fresh = ((name, self._fresh(name)) for name in self._names)
                 self._worker.reload_weights(weights_iterator=fresh)
             with self._unpacked():
-                return record(self._model, tensors)
+                return record(self._model, specs)
         except Unmappable as error:
             raise RunFailed(
                 f"no swap into this model could be proved: {error}; use worker.kind: hf or disk"
@@ -181,7 +182,11 @@ class LiveModel:
             merge.failure = error
             for name in self._names:
                 if name not in merge.lines:
-                    yield name, self._family.tensor(self._first, name).to(self._dtype, copy=True)
+                    yield name, self._fresh(name)
+
+    def _fresh(self, name: str) -> torch.Tensor:
+        """The first parent's tensor, for a loader to keep: one on the device at a time."""
+        return self._family.tensor(self._first, name).to(self._dtype, copy=True)
 
     @contextmanager
     def _seeing_packing(self) -> Iterator[None]:

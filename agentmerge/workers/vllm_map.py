@@ -1,9 +1,9 @@
 """Where a checkpoint's tensors lie inside a vLLM model, recorded from the model's own loader.
 
 vLLM fuses and shards weights: q, k and v of a checkpoint are rows of one ``qkv_proj``, and a rank
-of a tensor-parallel engine has some of them. ``record`` runs ``model.load_weights`` once on a
-parent's tensors, lets no copy happen, and keeps for each name which part of it goes to which part
-of which parameter. With that, tensors can be written in place and read back. It knows copies
+of a tensor-parallel engine has some of them. ``record`` runs ``model.load_weights`` once on
+tensors without memory, lets no copy happen, and keeps for each name which part of it goes to which
+part of which parameter. With that, tensors can be written in place and read back. It knows copies
 between tensors; it imports nothing of vLLM and knows no recipe.
 """
 
@@ -19,6 +19,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Parameters = Mapping[str, torch.Tensor]
+
+
+_WHAT_LOADERS_RAISE = (
+    RuntimeError,  # NotImplementedError is one: numbers are asked of a tensor that has none
+    ValueError,
+    KeyError,
+    AssertionError,
+    AttributeError,
+    TypeError,
+)
 
 
 class Unmappable(Exception):
@@ -71,21 +81,26 @@ class WeightMap:
         return (piece.target.of(live[piece.parameter]) for piece in self.pieces[name])
 
 
-def record(model: Any, tensors: Parameters) -> WeightMap:
-    """Run the loader of ``model`` on ``tensors`` without a copy being made.
+def record(model: Any, specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> WeightMap:
+    """Run the loader of ``model`` on a checkpoint of these tensors without a copy being made.
 
-    model: a vLLM model whose parameters are loaded and not packed. tensors: a whole checkpoint,
-    each contiguous.
+    model: a vLLM model whose parameters are loaded and not packed. specs: shape and dtype of every
+    tensor of a whole checkpoint. They are stood for by tensors without memory: where a copy would
+    go is all that is looked at.
 
     Raises:
         Unmappable: a tensor that is not copied, one that is changed on the way, a parameter that
             is written twice, or one of which a part is never written.
     """
+    tensors = {
+        name: torch.empty(shape, dtype=dtype, device="meta")
+        for name, (shape, dtype) in specs.items()
+    }
     watcher = _Watcher(tensors, dict(model.named_parameters()))
     try:
         with torch.no_grad(), watcher:
             model.load_weights(iter(tensors.items()))
-    except (RuntimeError, ValueError, KeyError, AssertionError, AttributeError, TypeError) as error:
+    except _WHAT_LOADERS_RAISE as error:
         raise Unmappable(f"its loader cannot be run again ({error})") from error
     missing = sorted(tensors.keys() - watcher.pieces.keys())
     if missing:
@@ -102,7 +117,8 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.pieces: dict[str, list[Piece]] = {}
         self._parameters = parameters
-        self._sources = _Places(tensors)
+        # A view has its tensor's storage, and a storage without memory is told by what it is.
+        self._sources = {_storage(tensor): name for name, tensor in tensors.items()}
         self._targets = _Places(parameters)
         self._padding: Counter[str] = Counter()
 
@@ -116,18 +132,21 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found = self._targets.of(args[0])
             if found is not None:
                 self._padding[found[0]] += args[0].numel()
+        elif func is torch.ops.aten._to_copy.default and _storage(args[0]) in self._sources:
+            wanted = (kwargs or {}).get("dtype")
+            if wanted in (None, args[0].dtype):  # to another device: the same numbers
+                return args[0].as_strided(args[0].size(), args[0].stride())
         return func(*args, **(kwargs or {}))
 
     def _note(
         self, parameter: str, offset: int, target: torch.Tensor, source: torch.Tensor
     ) -> None:
-        found = self._sources.of(source)
-        if found is None:
+        name = self._sources.get(_storage(source))
+        if name is None:
             raise Unmappable(f"its loader changes what it copies into {parameter!r}")
-        name, begin = found
         if source.shape != target.shape:
             raise Unmappable(f"its loader spreads {name!r} over {parameter!r}")
-        size = tuple(source.shape)
+        size, begin = tuple(source.shape), int(source.storage_offset())
         self.pieces.setdefault(name, []).append(
             Piece(
                 Region(size, tuple(source.stride()), begin),
@@ -169,6 +188,10 @@ class _Places:
         start, end, name = self._spans[place]
         offset = view.data_ptr() - start
         return (name, offset // view.element_size()) if view.data_ptr() < end else None
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _numel(region: Region) -> int:

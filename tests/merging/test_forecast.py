@@ -15,6 +15,7 @@ from agentmerge.errors import UserError
 from agentmerge.merging.layout import Layout, TensorSpec
 from agentmerge.merging.memory import host_limit, resident_bytes
 from agentmerge.merging.placement import (
+    Demand,
     Forecast,
     MemoryPlan,
     Placement,
@@ -184,7 +185,7 @@ class TestChoice:
         refused = self.limited(2, asked="device")
         assert refused.chosen is None
         assert refused.reason.startswith("worker.placement: device needs ")
-        impossible = plan_memory(layout_of(), possible=("stream",), asked="device")
+        impossible = plan_memory(layout_of(), demand=Demand(("stream",)), asked="device")
         assert "not possible with this kind of worker" in impossible.reason
 
     def test_every_worker_has_a_family_of_its_own(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from agentmerge.config import TasksConfig
@@ -33,13 +34,6 @@ def main() -> None:
     if asked["address_space"] is not None:
         limit = status("VmSize") + asked["address_space"]
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    plan = plan_memory(
-        layout,
-        dtype="bfloat16",
-        method=recipes[0].merge_method,
-        asked=asked["placement"],
-        memory_gb=asked["memory_gb"],
-    )
     spec = WorkerSpec(
         kind="hf",
         parents=tuple((name, str(path)) for name, path in paths.items()),
@@ -47,9 +41,17 @@ def main() -> None:
         tasks=TasksConfig(tasks=["none"]),
         dtype="bfloat16",
         batch_size=1,
-        placement=plan.placement,
-        options={"base": "base"},
+        options={"base": "base", "threads": asked["threads"]},
     )
+    plan = plan_memory(
+        layout,
+        dtype="bfloat16",
+        method=recipes[0].merge_method,
+        demand=HfWorker.demand(spec),
+        asked=asked["placement"],
+        memory_gb=asked["memory_gb"],
+    )
+    spec = replace(spec, placement=plan.placement)
     worker = HfWorker(spec, TaskSet((), ()))
     digests = [worker.load(recipe).digest for recipe in recipes]
     share = next(f.host for f in plan.forecasts if f.placement == plan.chosen)

@@ -57,6 +57,7 @@ def loaded(
     recipes: tuple[str, ...] = (TIES, LINEAR),
     memory_gb: float | None = None,
     address_space: int | None = None,
+    threads: int = 1,
 ) -> dict[str, Any]:
     asked = {
         "parents": {name: str(path) for name, path in paths.items()},
@@ -64,6 +65,7 @@ def loaded(
         "placement": placement,
         "memory_gb": memory_gb,
         "address_space": address_space,
+        "threads": threads,
     }
     done = subprocess.run(
         [sys.executable, str(PROCESS), json.dumps(asked)], capture_output=True, text=True
@@ -103,6 +105,17 @@ def test_peaks_are_as_forecast_and_a_family_that_does_not_fit_streams(
     assert "resident needs" in lowered["reason"]
     assert_as_forecast(lowered)
     assert lowered["digests"] == resident["digests"]
+
+
+def test_tensors_that_are_merged_at_a_time_are_all_counted(tmp_path: Path) -> None:
+    """Ties makes an order of each: 4 bytes an element of each, three of which are large."""
+    shape = {"hidden_size": 256, "intermediate_size": 30_000, "num_hidden_layers": 1}
+    paths = write_family(tmp_path, **shape)
+    one, four = (loaded(paths, "device", recipes=(TIES,), threads=n) for n in (1, 4))
+    assert four["forecast"] - one["forecast"] > 2 * 6 * 256 * 30_000
+    assert one["digests"] == four["digests"]
+    for found in (one, four):
+        assert_as_forecast(found)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from agentmerge.config import TasksConfig
 from agentmerge.errors import CandidateFailed, RunFailed, UserError, WorkerLost
 from agentmerge.workers.base import WorkerSpec
 from agentmerge.workers.fake import FakeWorker
-from agentmerge.workers.pool import Pool
+from agentmerge.workers.pool import Pool, crowd_of, devices_for
 
 TASKS = TasksConfig(tasks=({"name": "code"}, {"name": "reading"}), limit=20)
 REFS = FakeWorker.tasks(WorkerSpec("fake", (), "base", TASKS, "float32", 8)).refs()
@@ -121,3 +122,45 @@ def test_a_process_that_keeps_dying_is_said() -> None:
     wrong = Pool(spec(fail_when="nonsense"), count=2)
     with wrong as pool, pytest.raises(UserError, match="is not understood"):
         pool.evaluate(recipe(0.5, 0.1), REFS)
+
+
+def a_machine(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
+    monkeypatch.setattr("agentmerge.merging.memory.cuda_devices", lambda: gpus)
+
+
+def test_workers_take_turns_on_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_machine(monkeypatch, 3)
+    on = replace(spec(), device="cuda")
+    assert devices_for(on, 1) == ["cuda"]
+    assert devices_for(on, 4) == ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]
+    assert crowd_of(on, 4) == 2
+    two_each = replace(on, options={"engine_args": {"tensor_parallel_size": 2}})
+    assert devices_for(two_each, 2) == ["cuda:0", "cuda:0"]  # the third has no partner
+    a_machine(monkeypatch, 4)
+    assert devices_for(two_each, 2) == ["cuda:0", "cuda:2"]
+    assert devices_for(replace(on, device="cuda:2"), 2) == ["cuda:2"] * 2  # as was asked for
+    assert devices_for(spec(), 2) == ["cpu", "cpu"]
+
+
+class SaysWhere(FakeWorker):
+    """A digest that tells the spec's device and crowd; a dozen scores and it dies."""
+
+    def __init__(self, given: WorkerSpec, taskset: Any) -> None:
+        super().__init__(replace(given, device="cpu"), taskset)
+        self.where = f"{given.device} {given.crowd}"
+
+    def load(self, asked: Any) -> Any:
+        return replace(super().load(asked), digest=self.where)
+
+
+def test_each_worker_process_is_told_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_machine(monkeypatch, 2)
+    given = replace(spec(delay_s=0.3, die_at=3), device="cuda")
+    seen: list[str] = []
+    with Pool(given, count=2, make=SaysWhere) as pool, ThreadPoolExecutor(2) as threads:
+        for _ in range(3):  # the last two are of new workers, on the devices of the old ones
+            points = [(0.1, 0.5), (0.2, 0.5)]
+            found = threads.map(lambda p: pool.evaluate(recipe(*p), REFS), points)
+            seen += [fingerprint.digest for fingerprint, _, _ in found]
+    assert sorted(set(seen)) == ["cuda:0 1", "cuda:1 1"]
+    assert len(seen) == 6

@@ -13,7 +13,11 @@ import tiny
 
 from agentmerge.config import SearchConfig
 from agentmerge.errors import ConfigError, UserError, WorkerLost
+from agentmerge.merging import placement
 from agentmerge.merging.layout import Layout, TensorSpec, read_layout
+from agentmerge.merging.memory import Limit
+from agentmerge.merging.placement import Demand, plan_memory
+from agentmerge.merging.scratch import scratch_bytes
 from agentmerge.workers import vllm_check, vllm_setup
 from agentmerge.workers.base import WorkerSpec
 from agentmerge.workers.vllm_check import GIB, batched_tokens, gpu_share, preflight
@@ -34,7 +38,8 @@ def layout(parameters: int, parents: int) -> Layout:
 
 def test_the_share_is_the_written_rule() -> None:
     """80 GB, 8 B parameters in bf16, three parents beside the model: about 0.35."""
-    share = gpu_share(layout(8_000_000_000, 3), "bfloat16", 128_000, 2048, 1, 80 * GIB)
+    family = layout(8_000_000_000, 3)
+    share = gpu_share(family, "bfloat16", 128_000, 2048, 1, 80 * GIB, method="linear")
     assert 0.3 < share.utilization < 0.42
     assert share.utilization == pytest.approx(
         1 - (share.parents + share.scratch + share.spike + GIB) / share.total
@@ -47,6 +52,70 @@ def test_parents_that_do_not_fit_stay_on_the_host() -> None:
     share = gpu_share(layout(8_000_000_000, 6), "bfloat16", 128_000, 2048, 1, 80 * GIB)
     assert share.parents == 0
     assert share.cache > share.model
+
+
+def test_all_that_is_outside_the_engine_is_counted() -> None:
+    """Llama 8 B on 80 GiB, its head and embedding of 128,256 x 4,096: what merging takes by method,
+    and where parents are on the host, a tensor of each beside it."""
+    block = [(4096, 4096), (1024, 4096), (14336, 4096), (14336, 4096), (14336, 4096)]
+    shapes = [(128_256, 4096)] * 2 + block * 32
+    tensors = tuple(TensorSpec(f"t{i}", s, "bfloat16", None, False) for i, s in enumerate(shapes))
+    family = Layout(tensors, 32, "bfloat16", False, ("base", "a", "b", "c"))
+
+    def share(method: str | None, placement: str, **more: Any) -> vllm_check.Share:
+        return gpu_share(
+            family, "bfloat16", 128_256, 2048, 1, 80 * GIB, placement, method=method, **more
+        )
+
+    head = 128_256 * 4096
+    for method in ("linear", "ties", "dare_ties", "della", "sce"):
+        near, far = share(method, "device"), share(method, "host")
+        asked = scratch_bytes(family, "bfloat16", method, on_device=True)
+        assert near.scratch == asked + 2 * head  # and the whole of a tensor that lies in parts
+        assert far.scratch == near.scratch + 4 * 2 * head
+        assert (near.parents > 0, far.parents) == (True, 0)
+        assert far.cache > far.model  # it starts
+    assert share("linear", "device").scratch < share("ties", "device").scratch
+    assert share("ties", "device").scratch < 34 * head / 2  # not the whole tensor many times
+    alone, two = share("linear", "host"), share("linear", "host", engines=2)
+    assert two.utilization == pytest.approx(alone.utilization - 0.5)
+    assert "as one of 2 engines" in str(two)
+
+
+def test_ranks_are_counted(
+    tied: dict[str, Path], tasks_dir: Path, a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has whole parents: page-locked ones of its own where they are on the host."""
+    monkeypatch.setattr(placement, "device_limit", lambda _: Limit(79 * GIB, "free on a GPU"))
+    plans = []
+    for ranks in (1, 2):
+        options = {"engine_args": {"tensor_parallel_size": ranks}}
+        own = spec(tied, tasks_dir, device="cuda", options=options)
+        family = read_layout({name: Path(path) for name, path in own.parents})
+        plans.append(plan_memory(family, device="cuda", demand=vllm_check.demand(own)))
+    one, two = plans
+    for placed, again in zip(one.forecasts, two.forecasts, strict=True):
+        assert again.host.parents == 2 * placed.host.parents
+        assert again.host.runtime > placed.host.runtime
+        assert placed.device is not None
+        assert again.device is not None
+        assert again.device.parents == placed.device.parents
+        assert again.device.live == placed.device.live // 2
+        assert placed.device.beside > GIB
+
+
+def test_parents_come_onto_the_gpu_only_where_the_cache_has_room_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three models of 16 GB and a live one fit 79 GiB, but not with keys and values beside them."""
+    family = layout(8_000_000_000, 3)
+    monkeypatch.setattr(placement, "device_limit", lambda _: Limit(79 * GIB, "free on a GPU"))
+    share = gpu_share(family, "bfloat16", 128_000, 2048, 1, 80 * GIB, "host", method="linear")
+    for beside, wanted in ((0, "device"), (share.beside, "host")):
+        monkeypatch.setattr(placement, "host_limit", lambda: Limit(200 * GIB, "available"))
+        demand = Demand(beside_bytes=beside)
+        plan = plan_memory(family, device="cuda", method="linear", demand=demand)
+        assert plan.chosen == wanted, plan.reason
 
 
 def test_a_large_vocabulary_lowers_what_is_batched() -> None:
@@ -234,9 +303,7 @@ def test_out_of_memory_says_what_to_lower_and_ends_the_engine(
 
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (79 * GIB, 80 * GIB))
+    monkeypatch.setattr(vllm_check, "device_total", lambda _: 80 * GIB)
 
 
 def test_the_share_is_asked_of_the_engine_and_said_by_check(
@@ -251,7 +318,7 @@ def test_the_share_is_asked_of_the_engine_and_said_by_check(
     assert args["gpu_memory_utilization"] == share.utilization
     assert "enforce_eager" not in args
     assert preflight(own) == ([], [str(share)])
-    monkeypatch.setattr(vllm_check, "gpu_share", lambda *_: replace(share, spike=80 * GIB))
+    monkeypatch.setattr(vllm_check, "gpu_share", lambda *_, **__: replace(share, spike=80 * GIB))
     assert "do not fit" in preflight(own)[0][0]
 
 
