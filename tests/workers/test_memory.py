@@ -108,14 +108,11 @@ def test_peaks_are_as_forecast_and_a_family_that_does_not_fit_streams(
 
 
 def test_tensors_that_are_merged_at_a_time_are_all_counted(tmp_path: Path) -> None:
-    """Ties makes an order of each: 4 bytes an element of each, three of which are large."""
+    """Ties makes an order of each: 4 bytes an element, of three large ones."""
     shape = {"hidden_size": 256, "intermediate_size": 30_000, "num_hidden_layers": 1}
-    paths = write_family(tmp_path, **shape)
-    one, four = (loaded(paths, "device", recipes=(TIES,), threads=n) for n in (1, 4))
-    assert four["forecast"] - one["forecast"] > 2 * 6 * 256 * 30_000
-    assert one["digests"] == four["digests"]
-    for found in (one, four):
-        assert_as_forecast(found)
+    found = loaded(write_family(tmp_path, **shape), "device", recipes=(TIES,), threads=4)
+    assert_as_forecast(found)
+    assert found["forecast"] - found["runtime"] > (5 * 2 + 3 * 6) * 3 * 256 * 30_000
 
 
 @pytest.mark.slow
