@@ -23,6 +23,7 @@ from agentmerge.check import Prepared, prepare
 from agentmerge.config import Role, SearchConfig
 from agentmerge.errors import NotFound, UserError
 from agentmerge.ledger import Ledger, RunRow
+from agentmerge.recipe import Recipe
 from agentmerge.steps import Emit, Search
 from agentmerge.structure import STRUCTURE
 
@@ -154,6 +155,25 @@ def new_row(
         facts=prepared.facts() | ({"warnings": warnings} if warnings else {}),
         result=None,
     )
+
+
+def unseen(ledger: Ledger, prepared: Prepared) -> Prepared:
+    """A new search that seals nothing of what the searches saw whose finds it begins with.
+
+    A warm start is known by its merge, in this ledger and in that of the folder that it lies in,
+    and by its place: a search's own folder.
+    """
+    searched: set[str] = set()
+    for path in map(Path, prepared.config.search.init):
+        recipe = Recipe.parse(path).canonical(prepared.space.num_layers)
+        own = [recipe.hash(prepared.identities)]
+        searched |= ledger.searched_before([], own)
+        folder = path.absolute().parent
+        if (folder.parent / LEDGER).is_file():
+            with Ledger(folder.parent / LEDGER, read_only=True) as found:
+                runs = [run.id for run in found.runs() if run.name == folder.name]
+                searched |= found.searched_before(runs, own)
+    return prepared.without(searched)
 
 
 def existing_runs(runs_dir: Path | str) -> Path:
@@ -288,6 +308,7 @@ def new_branch(
         prepare(config, allow_benchmarks=True, known_faults=faults),
         warnings=tuple(parent.facts.get("warnings", ())),
     )
+    prepared = prepared.without(ledger.searched_before([parent.id]))
     row = new_row(ledger, prepared, name or f"{parent.name}-b{at}", (parent.id, at), run_id)
     row = ledger.add_run(row)
     before = SearchConfig.from_text(parent.config, parent.name)

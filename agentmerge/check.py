@@ -23,6 +23,7 @@ from agentmerge.errors import (
     RecipeRejected,
     UserError,
 )
+from agentmerge.evaluation.splitting import unsealed
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.genome import SearchSpace
 from agentmerge.ledger import Ledger
@@ -49,6 +50,7 @@ class Prepared:
     these models cannot make. memory: None where no model is read. made_bytes: on disk, of the
     parents that are no plain checkpoints as they are. notes: what to know of the parents.
     warnings: what in the config or a warm start is most likely a mistake; it goes with the results.
+    searched: keys of items that would be sealed, had an earlier search not seen them.
     """
 
     config: SearchConfig
@@ -61,10 +63,18 @@ class Prepared:
     made_bytes: int = 0
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    searched: tuple[str, ...] = ()
 
     @property
     def paths(self) -> dict[str, Path]:
         return {name: Path(path) for name, path in self.spec.parents}
+
+    def without(self, searched: Collection[str]) -> Prepared:
+        """The same, none of these items (by key) sealed: an earlier search saw them."""
+        sealed = {ref.key for ref in self.taskset.refs("sealed")}
+        found = sealed.intersection(searched)
+        taskset = unsealed(self.taskset, found)
+        return replace(self, taskset=taskset, searched=(*self.searched, *sorted(found)))
 
     def facts(self) -> dict[str, Any]:
         """What decides answers besides the config; compared on resume."""
@@ -83,6 +93,7 @@ class Prepared:
             "num_layers": self.space.num_layers,
             "dtype": self.space.dtype,
             "notes": [*self.notes, *self.taskset.notes],
+            "searched": list(self.searched),
             "objectives": [
                 {
                     "name": o.name,

@@ -27,6 +27,7 @@ from agentmerge.assembly import (
     new_row,
     resource_faults,
     silent,
+    unseen,
 )
 from agentmerge.check import Prepared, anchored, prepare
 from agentmerge.checkpoints import RUNS_DIR_VARIABLE
@@ -234,10 +235,12 @@ def _run(context: ClientContext, key: str, ledger: Ledger) -> tuple[Prepared, Ru
             raise
         config = anchored(context.search_config())
         prepared = prepare(config, fresh=True, known_faults=resource_faults(config))
+        prepared = unseen(ledger, prepared)
         row = new_row(ledger, prepared, context.name, run_id=key)
         row = ledger.add_run(row)
         return prepared, row
-    prepared = prepare(SearchConfig.from_text(row.config, row.name), allow_benchmarks=True)
+    config = SearchConfig.from_text(row.config, row.name)
+    prepared = prepare(config, allow_benchmarks=True).without(row.facts.get("searched", ()))
     changes = changed_facts(row.facts, prepared.facts())
     if changes:
         raise UserError(f"{'; '.join(changes)} since {row.name!r} began; branch it")

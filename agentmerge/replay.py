@@ -91,7 +91,7 @@ def _search(
         raise UserError(f"run {row.name!r} was made by tools: there is no search to replay")
     overrides = {"agents.prompts": None}  # its own are in the ledger; their folder may be gone
     config = SearchConfig.from_text(row.config, row.name, overrides)
-    prepared = prepare(config, allow_benchmarks=True)
+    prepared = prepare(config, allow_benchmarks=True).without(row.facts.get("searched", ()))
     changes = changed_facts(row.facts, prepared.facts())
     if changes:
         raise UserError(f"{'; '.join(changes)} since {row.name!r} began: it cannot be replayed")

@@ -30,6 +30,7 @@ from agentmerge.assembly import (
     resource_faults,
     settings_hash,
     silent,
+    unseen,
 )
 from agentmerge.check import Prepared, anchored, anchored_name, prepare
 from agentmerge.config import Role, SearchConfig
@@ -86,6 +87,7 @@ def run(
     prepared = prepare(config, allow_benchmarks=allow_benchmarks, fresh=True, known_faults=faults)
     runs_dir = Path(runs_dir)
     with Ledger(runs_dir / LEDGER) as ledger:
+        prepared = unseen(ledger, prepared)
         row = new_row(ledger, prepared, name)
         row = ledger.add_run(row)
         return _drive(prepared, row, runs_dir, ledger, emit, drain, models)
@@ -122,7 +124,7 @@ def resume(
             )
         _raised(SearchConfig.from_text(row.config, row.name), overrides or {}, row.name)
         config = SearchConfig.from_text(row.config, row.name, overrides)
-        prepared = prepare(config, allow_benchmarks=True)
+        prepared = prepare(config, allow_benchmarks=True).without(row.facts.get("searched", ()))
         changes = changed_facts(row.facts, prepared.facts())
         if changes:
             raise UserError(

@@ -72,6 +72,7 @@ class MergeToolkit:
         if row is None:
             row = replace(new_row(ledger, prepared, name), algorithm=TOOLS)
             row = ledger.add_run(row)
+        prepared = prepared.without(row.facts.get("searched", ()))
         changes = changed_facts(row.facts, prepared.facts())
         if changes:
             more = f" and {len(changes) - 1} more such" if len(changes) > 1 else ""

@@ -6,17 +6,18 @@ Pure functions of the config and of what the items ask; it knows no task and no 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from agentmerge.config import TasksConfig
-from agentmerge.evaluation.tasks import ScoredTask
+from agentmerge.evaluation.tasks import ScoredTask, TaskSet
 from agentmerge.workers.base import ItemRef
 
 #: With fewer sealed items than this a confirmation says nothing, so sealing is off.
 MIN_SEALED = 20
+_STANDS_IN = "is confirmed on its search items"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +92,34 @@ def stand_in(tasks: Sequence[ScoredTask]) -> tuple[list[ScoredTask], list[str]]:
     if not any(task.sealed for task in tasks):
         return list(tasks), []
     notes = [
-        f"task {task.name!r} is confirmed on its search items: too few can be set aside"
+        f"task {task.name!r} {_STANDS_IN}: too few can be set aside"
         for task in tasks
         if not task.sealed
     ]
     return [task if task.sealed else replace(task, sealed=task.search) for task in tasks], notes
+
+
+def unsealed(taskset: TaskSet, searched: Set[str]) -> TaskSet:
+    """The same without sealed items that a search before it saw, by their keys.
+
+    They are asked no more. Where too few are left, sealing is off for that task, with a note.
+    """
+    tasks, more = [], []
+    for task in taskset.tasks:
+        own = () if task.sealed == task.search else task.sealed  # else its search items stand in
+        left = tuple(i for i in own if task.items[i].key not in searched)
+        if own and len(left) < MIN_SEALED:
+            more.append(
+                f"task {task.name!r}: no sealed items, since an earlier search that this one goes "
+                f"on from saw {len(own) - len(left)} of {len(own)}"
+            )
+            left = ()
+        tasks.append(replace(task, sealed=left))
+    if not more and all(a.sealed == b.sealed for a, b in zip(tasks, taskset.tasks, strict=True)):
+        return taskset
+    tasks, standing = stand_in(tasks)
+    notes = [note for note in taskset.notes if _STANDS_IN not in note]
+    return replace(taskset, tasks=tuple(tasks), notes=(*notes, *more, *standing))
 
 
 def _share_of(key: str) -> float:

@@ -29,8 +29,9 @@ Rebuild = Literal["plain", "weighted", "class"]
 class ScoredTask:
     """One lm-eval task (a leaf, never a group) with the items that are asked.
 
-    search, sealed: positions in ``items``; together all of them, and disjoint. Where other tasks
-        are sealed and this one has too few items for it, its search items stand for both.
+    search, sealed: positions in ``items``, disjoint; together all of them but what an earlier
+        search saw (``splitting.unsealed``). Where other tasks are sealed and this one has too few
+        items for it, its search items stand for both.
     protocol_hash: everything about how it is asked that is not an item.
     rebuild: how the metric comes back from stored values: "plain" (values), "weighted"
         (log-likelihoods, with the counts of words or bytes in ``statics``), "class" (predicted

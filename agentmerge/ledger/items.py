@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 
 from agentmerge.ledger.packing import pack, pack_keys, unpack, unpack_keys
@@ -86,6 +87,41 @@ class Items(Store):
             part,
         )
         return {task: unpack_keys(keys) for task, keys in rows}
+
+    def searched_before(self, runs: Iterable[str], recipes: Iterable[str] = ()) -> set[str]:
+        """Keys of the items that these searches asked, and those which they went on from, as a
+        branch or by a merge that another had found (``init``).
+
+        recipes: hashes of merges that a new search begins with.
+        """
+        known: set[str] = set()
+        left = [*runs, *(run for recipe in recipes for run in self._finders(recipe))]
+        while left:
+            run = left.pop()
+            if run not in known:
+                known.add(run)
+                parents = "SELECT parent_run FROM runs WHERE id = ? AND parent_run IS NOT NULL"
+                left += [row[0] for row in self._rows(parents, run)]
+                begun = self._rows(
+                    "SELECT c.recipe_hash, r.created FROM candidates c JOIN runs r "
+                    "ON r.id = c.run_id WHERE r.id = ? AND c.operator = 'init'",
+                    run,
+                )
+                left += [found for row in begun for found in self._finders(*row)]
+        return {
+            key for run in known for keys in self.item_keys(run, "search").values() for key in keys
+        }
+
+    def _finders(self, recipe_hash: str, before: float = math.inf) -> list[str]:
+        """The searches that had found a merge; what every search tries is nobody's find."""
+        rows = self._rows(
+            "SELECT DISTINCT c.run_id FROM candidates c JOIN runs r ON r.id = c.run_id "
+            "WHERE c.recipe_hash = ? AND r.created < ? "
+            "AND c.operator NOT IN ('parent', 'uniform', 'scale', 'depth')",
+            recipe_hash,
+            before,
+        )
+        return [row[0] for row in rows]
 
 
 def intern_items(conn: sqlite3.Connection, items: Sequence[ItemRef]) -> int:

@@ -65,17 +65,20 @@ def objectives(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def config_text(**sections: dict) -> str:
+def config_text(**sections: object) -> str:
     """BODY with some keys of some sections replaced."""
     body = {key: dict(value) if isinstance(value, dict) else value for key, value in BODY.items()}
     for section, values in sections.items():
-        body.setdefault(section, {}).update(values)
+        if isinstance(values, dict):
+            body.setdefault(section, {}).update(values)
+        else:
+            body[section] = values
     options = body["worker"]["options"]
     body["worker"]["options"] = BODY["worker"]["options"] | options
     return yaml.safe_dump(body)
 
 
-def config(**sections: dict) -> SearchConfig:
+def config(**sections: object) -> SearchConfig:
     return SearchConfig.from_text(config_text(**sections))
 
 

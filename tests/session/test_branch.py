@@ -10,7 +10,13 @@ from agentmerge import session
 from agentmerge.errors import NotFound
 from agentmerge.ledger import Ledger
 from agentmerge.maintenance import prune_checkpoints
+from agentmerge.replay import replay
 from tests.session.conftest import config, trace_of
+
+pytestmark = pytest.mark.usefixtures("objectives")
+
+#: A search that finds something on many items, for branches that ask fewer.
+WIDE = {"limit": 200, "search": {"algorithm": "random"}, "budget": {"max_evaluations": 24}}
 
 
 @pytest.fixture
@@ -86,3 +92,56 @@ def test_a_killed_search_can_be_branched(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="0 to 1"):
         session.branch("cut", at=2, runs_dir=tmp_path)
     assert session.branch("cut", at=1, name="on", runs_dir=tmp_path).status == "done"
+
+
+def keys(runs: Path, name: str, part: str) -> dict[str, set[str]]:
+    with Ledger(runs / session.LEDGER) as ledger:
+        found = ledger.item_keys(ledger.run(name).id, part)
+    return {task: set(items) for task, items in found.items()}
+
+
+class TestSealing:
+    """What the searches saw that a search goes on from is never sealed."""
+
+    @pytest.fixture
+    def wide(self, tmp_path: Path) -> Path:
+        session.run(config(**WIDE), name="wide", runs_dir=tmp_path)
+        return tmp_path
+
+    def test_a_branch_with_a_lower_limit(self, wide: Path) -> None:
+        row = session.branch("wide", at=1, name="b", runs_dir=wide, overrides={"limit": 60})
+        again = session.branch("b", at=1, name="c", runs_dir=wide, overrides={"limit": 50})
+        for name in ("b", "c"):
+            searched, sealed = keys(wide, "wide", "search"), keys(wide, name, "sealed")
+            assert sealed
+            for task, items in sealed.items():
+                if items == keys(wide, name, "search")[task]:  # it stands in, and that is said
+                    assert any(f"{task!r} is confirmed" in note for note in row.result["notes"])
+                    continue
+                assert len(items) >= 20
+                assert not items & searched[task]
+        assert row.result["sealed"]
+        assert session.resume("b", runs_dir=wide).result == row.result
+        assert replay("c", runs_dir=wide).identical
+        assert again.facts["searched"]
+
+    def test_too_few_left_means_none_and_it_is_said(self, tmp_path: Path) -> None:
+        few = WIDE | {"worker": {"options": {"documents": 215}}}
+        session.run(config(**few), name="wide", runs_dir=tmp_path)
+        row = session.branch("wide", at=1, name="b", runs_dir=tmp_path, overrides={"limit": 30})
+        assert not row.result["sealed"]
+        assert any("saw" in note and "no sealed items" in note for note in row.result["notes"])
+        assert not keys(tmp_path, "b", "sealed")
+        assert "sealed" not in row.result["verdict"]
+
+    @pytest.mark.parametrize("runs", ["runs", "others"])
+    def test_a_warm_start_from_a_searchs_best(self, wide: Path, runs: str) -> None:
+        best = wide / "wide" / "best.yml"
+        folder = wide if runs == "runs" else wide / runs
+        asked = config(**WIDE | {"limit": 60, "search": {"init": [str(best)]}})
+        row = session.run(asked, name="b", runs_dir=folder)
+        searched = keys(wide, "wide", "search")
+        assert row.facts["searched"]
+        for task, items in keys(folder, "b", "sealed").items():
+            assert not items & searched[task] or items == keys(folder, "b", "search")[task]
+        assert session.resume("b", runs_dir=folder).result == row.result
