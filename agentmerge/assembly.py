@@ -315,10 +315,24 @@ def new_branch(
     prior = _answers(row.facts, config) != _answers(parent.facts, before)
     # Under another genome or other scores no trial of a search space holds: they are left behind.
     without = STRUCTURE if prior or config.genome != before.genome else ""
-    # Other agents speak of the generation that they take over, instead of the words it had.
+    # Other agents speak of the generation that they take over, instead of the words it had; in
+    # another space no advice of before means anything.
     others = models or config.agents != before.agents or _new_prompts(ledger, parent.id, config)
     words_up_to = at - 1 if others else at
-    ledger.copy_past(parent.id, row.id, at, prior=prior, without=without, words_up_to=words_up_to)
+    if config.genome != before.genome:
+        words_up_to = -1
+    old_space = replace(
+        prepared.space, genome=before.genome, num_layers=parent.facts["num_layers"]
+    ).key
+    ledger.copy_past(
+        parent.id,
+        row.id,
+        at,
+        prior=prior,
+        without=without,
+        words_up_to=words_up_to,
+        space=old_space,
+    )
     return prepared, row
 
 

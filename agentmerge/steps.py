@@ -26,6 +26,7 @@ from agentmerge.constraints import Floor, floors, penalised, violation
 from agentmerge.errors import (
     AgentmergeError,
     CandidateFailed,
+    LedgerError,
     NotBegun,
     NoWorker,
     RecipeRejected,
@@ -146,8 +147,8 @@ class Search:
         last = past[-1].generation
         if all(candidate.prior for candidate in past):
             known = [c for c in past if c.score is not None and c.operator != "parent"]
-            best = max(known, key=lambda c: c.score or 0.0, default=None)
-            again = [] if best is None else [self._again(best)]
+            found = (self._again(c) for c in sorted(known, key=lambda c: c.rank))
+            again = [proposal for proposal in found if proposal is not None][:1]
             self._add(last + 1, [*again, *self._rivals()][: self.evaluations_left])
             return last + 1
         return last
@@ -374,8 +375,18 @@ class Search:
         if self.config.search.shadow:
             first = first_generation(self.ledger.candidates(self.run_id, up_to=up_to))
             history = heard(history, first, shadow=shadow)
+        if space is None:
+            return history
         # After the arms are told apart: seen from another space, a candidate has no operator.
-        return history if space is None else carried(history, space, partial(self._point, space))
+        history = carried(history, space, partial(self._point, space))
+        for o in history:
+            if o.vector is not None and len(o.vector) != space.dimensions:
+                raise LedgerError(
+                    f"candidate {o.generation}.{o.slot} has {len(o.vector)} coordinates, and its "
+                    f"search space {space.dimensions}: the ledger was edited, or made by another "
+                    "version; start anew"
+                )
+        return history
 
     def floors(self, candidates: Sequence[Candidate]) -> list[Floor]:
         return floors(self.config.search.constraints, self.taskset.objectives, candidates)
@@ -525,9 +536,18 @@ class Search:
             for p in proposals
         ]
 
-    def _again(self, candidate: Candidate) -> Proposal:
-        text = self.ledger.recipe(candidate.recipe_hash, self.run_id)
-        return Proposal(candidate.vector, "incumbent", None if candidate.vector else text)
+    def _again(self, candidate: Candidate) -> Proposal | None:
+        """A candidate of before as the merge that it is; None where its models are not here.
+
+        Its vector may be another space's: here it has the point of its recipe, if there is one.
+        """
+        recipe = Recipe.parse(self.ledger.recipe(candidate.recipe_hash, self.run_id))
+        if not set(recipe.models) <= set(self.identities):
+            return None
+        point = self._point(self.space, candidate.observation())
+        if point and self.space.recipe(point).hash(self.identities) == candidate.recipe_hash:
+            return Proposal(point, "incumbent")
+        return Proposal(None, "incumbent", recipe.to_yaml())
 
     def _add(self, generation: int, proposals: Sequence[Proposal]) -> None:
         rows: list[tuple[Proposal, str, str, str]] = []

@@ -183,22 +183,25 @@ class Candidates(Items, Gradients):
         prior: bool,
         without: str = "",
         words_up_to: int | None = None,
+        space: str = "",
     ) -> None:
         """The past that a branch shares with the run it came from; ``prior``: other settings.
 
         without: a role whose words are left behind. words_up_to: of which generation the last words
-        are; by default all.
+        are; by default all. space: the key of the first run's own space, which candidates of before
+        spaces had keys lie in.
         """
         columns = (
             "generation, slot, operator, label, vector, recipe_hash, twin_generation, twin_slot, "
             "state, score, tasks, failure, reused, truncated, cut_off, seconds, fingerprint, "
-            "want, loss_kind, loss, gradient, estimate, rung, share, violation, space"
+            "want, loss_kind, loss, gradient, estimate, rung, share, violation"
         )
         with self._writing() as conn:
             conn.execute(
-                f"INSERT OR IGNORE INTO candidates (run_id, prior, {columns}) SELECT ?, "
-                f"max(prior, ?), {columns} FROM candidates WHERE run_id = ? AND generation <= ?",
-                (target, int(prior), source, up_to),
+                f"INSERT OR IGNORE INTO candidates (run_id, prior, space, {columns}) SELECT ?, "
+                f"max(prior, ?), coalesce(nullif(space, ''), ?), {columns} FROM candidates "
+                "WHERE run_id = ? AND generation <= ?",
+                (target, int(prior), space, source, up_to),
             )
             conn.execute(
                 "INSERT OR IGNORE INTO run_recipes SELECT ?, hash, yaml FROM run_recipes "
