@@ -238,7 +238,7 @@ def _prepare_real(
             spec = _spec(config, paths, dtype)
             if tasks:
                 taskset = _tasks(spec, faults)
-                notes += _preflight(spec, faults)
+                notes += _preflight(spec, layout, faults)
             if layout is not None:
                 memory = _memory(config, spec, layout)
                 faults += [memory.reason] if tasks and memory.chosen is None else []
@@ -294,13 +294,13 @@ def _memory(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryPla
     )
 
 
-def _preflight(spec: WorkerSpec, faults: list[str]) -> list[str]:
+def _preflight(spec: WorkerSpec, layout: Layout | None, faults: list[str]) -> list[str]:
     """What a kind of worker has to say before it is built, where it has: its faults are added."""
     try:
         look = getattr(worker_class(spec), "preflight", None)
     except UserError:
         return []  # said already
-    found, notes = look(spec) if look else ([], [])
+    found, notes = look(spec, layout) if look else ([], [])
     faults += found
     return list(notes)
 

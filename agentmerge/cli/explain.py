@@ -20,7 +20,7 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
     Raises:
         UserError: the depth is unknown: the recipe has no layer ranges and no model was named.
     """
-    depth, names = _tensors(recipe, model, layers)
+    depth, names, carried = _tensors(recipe, model, layers)
     canonical = recipe.canonical(depth)
     groups: list[tuple[str, str, Effective]] = []
     for name, layer, after in names:
@@ -42,6 +42,9 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
                 values = f"t {t:g} away" if model_name == effective.base_model else f"t {t:g}"
             rows.append([place, name, short_name(model_name), values])
             place = name = ""
+    if carried:
+        owner = recipe.base_model or recipe.models[0]
+        rows.append(["outside the text model", carried, short_name(owner), "as it is there"])
     return {
         "hash": canonical.hash(),
         "canonical": canonical.to_dict(),
@@ -52,12 +55,15 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
 
 def _tensors(
     recipe: Recipe, model: Path | None, layers: int | None
-) -> tuple[int, list[tuple[str, int | None, bool]]]:
+) -> tuple[int, list[tuple[str, int | None, bool]], str]:
+    """Depth, tensors (name, layer, whether after the layers), and what no recipe touches."""
     if model is not None:
+        from agentmerge.merging.checkpoint import parts_of
         from agentmerge.merging.layout import read_layout
 
         layout = read_layout({str(model): model}, None)
-        return layout.num_layers, [(t.name, t.layer, t.after) for t in layout.tensors]
+        tensors = [(t.name, t.layer, t.after) for t in layout.tensors]
+        return layout.num_layers, tensors, parts_of(layout.carried)
     depth = layers or sum(length(piece) for piece in recipe.slices)
     if not depth:
         raise UserError(
@@ -66,7 +72,7 @@ def _tensors(
     names: list[tuple[str, int | None, bool]] = [("model.embed_tokens.weight", None, False)]
     for layer in range(depth):
         names += [(f"model.layers.{layer}.{kind}", layer, False) for kind in _KINDS]
-    return depth, [*names, ("model.norm.weight", None, True)]
+    return depth, [*names, ("model.norm.weight", None, True)], ""
 
 
 def _grouped(

@@ -13,10 +13,10 @@ from agentmerge.merging.checkpoint import (
     EMBEDDINGS,
     HEADS,
     Checkpoint,
-    checked_num_layers,
     is_one_of,
     layer_of,
 )
+from agentmerge.merging.configs import class_config, rope_of, turns_alike
 from agentmerge.merging.headers import TensorHeader
 
 #: Settings that change what the weights mean; where both models state them, they must agree.
@@ -64,16 +64,17 @@ def differences(first: Member, other: Member) -> Iterator[str]:
         return f"{other.name}: {what} is {theirs!r}, and {ours!r} in {first.name}"
 
     yield from _architecture_differences(first, other)
-    layers = checked_num_layers(two), checked_num_layers(one)
-    if layers[0] != layers[1]:
-        yield differ("the number of layers", *layers)
+    ours, theirs = (class_config(m.checkpoint.config).layer_counts for m in (first, other))
+    if ours and theirs and ours != theirs:
+        yield differ("the number of layers", theirs[0], ours[0])
     for key in MEANING:
         if None not in (one.get(key), two.get(key)) and one[key] != two[key]:
             yield differ(key, two[key], one[key])
-    ours, theirs = _rope(one), _rope(two)
-    for key in sorted(ours.keys() & theirs.keys()):
-        if ours[key] != theirs[key]:
-            yield differ(key, theirs[key], ours[key])
+    turns, others = rope_of(one), rope_of(two)
+    if turns != others and not turns_alike(one, two):
+        for key in sorted(turns.keys() | others.keys()):
+            if turns.get(key) != others.get(key):
+                yield differ(key, others.get(key), turns.get(key))
     yield from _vocabulary_differences(first, other)
     if None not in (first.tied, other.tied) and first.tied != other.tied:
         its, base = (
@@ -122,13 +123,20 @@ def _vocabulary_differences(first: Member, other: Member) -> Iterator[str]:
     for member in (first, other):
         embedding = next((n for n in member.tensors if is_one_of(n, EMBEDDINGS)), None)
         rows = member.tensors[embedding].shape[0] if embedding else None
-        counts.append((rows, member.checkpoint.text_config.get("vocab_size")))
-    if counts[0] != counts[1]:
-        (our_rows, our_size), (rows, size) = counts
+        counts.append((rows, _written(member, "vocab_size")))
+    (our_rows, our_size), (rows, size) = counts
+    if rows != our_rows or (size != our_size and None not in (size, our_size)):
         yield (
             f"{other.name}: the vocabulary has {rows} embedding rows (vocab_size {size}), and "
             f"{our_rows} ({our_size}) in {first.name}; set tokenizer_source to align them"
         )
+
+
+def _written(member: Member, key: str) -> Any:
+    """What a config itself says of its text model, without its class."""
+    config = member.checkpoint.config
+    inner = config.get("text_config")
+    return (inner if isinstance(inner, Mapping) else config).get(key)
 
 
 def _tensor_differences(first: Member, other: Member) -> Iterator[str]:
@@ -162,20 +170,3 @@ def _tensor_differences(first: Member, other: Member) -> Iterator[str]:
 def _differs_in_rows_only(name: str, one: tuple[int, ...], two: tuple[int, ...]) -> bool:
     """A difference in vocabulary, which is said by itself."""
     return is_one_of(name, EMBEDDINGS + HEADS) and one[1:] == two[1:]
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rope settings in one form for old and new configs; empty where they vary by layer type."""
-    now = config.get("rope_parameters")
-    if isinstance(now, Mapping) and any(isinstance(value, Mapping) for value in now.values()):
-        return {}
-    scaling = dict(now or config.get("rope_scaling") or {})
-    # 10000 is what every architecture with rope means by saying nothing.
-    theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-    scaling.pop("type", None)
-    scaling.pop("partial_rotary_factor", None)
-    return {
-        "rope_theta": float(theta),
-        "rope_scaling": None if kind == "default" else {"rope_type": kind, **scaling},
-    }

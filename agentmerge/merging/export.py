@@ -18,7 +18,7 @@ import torch
 
 from agentmerge.errors import UserError
 from agentmerge.merging.digests import digest
-from agentmerge.merging.headers import read_config, read_headers, text_config
+from agentmerge.merging.headers import read_config, read_headers
 from agentmerge.merging.parents import merged_tensor
 from agentmerge.merging.plan import MergePlan, TensorPlan, plan, read_layout
 from agentmerge.merging.weights import ParentFiles
@@ -144,7 +144,8 @@ def _config_of(config: Mapping[str, Any], merge_plan: MergePlan, tied: bool) -> 
     result = _with_dtype(config, dtype)
     if not {"dtype", "torch_dtype"} & result.keys():
         result["torch_dtype"] = dtype
-    if "tie_word_embeddings" not in {**text_config(result), **result}:
+    inner = result.get("text_config")
+    if "tie_word_embeddings" not in {**(inner if isinstance(inner, Mapping) else {}), **result}:
         result["tie_word_embeddings"] = tied
     return result
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmerge.errors import ParentError
+from agentmerge.merging.configs import class_config
 
 #: Safetensors' names of dtypes -> torch's; others (integers, 8-bit floats) keep their own.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -25,7 +26,6 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 _CHUNK = 1 << 22
 _MAX_HEADER = 100_000_000  # the limit of the format's own library
 _CACHED_FINGERPRINTS = 2000
-_LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 #: The file by which a checkpoint says that it was made from others.
 MADE = "agentmerge_made_from.json"
 
@@ -115,9 +115,8 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part that describes the text model: ``text_config`` where a wrapper has one."""
-    inner = config.get("text_config")
-    return dict(inner) if isinstance(inner, Mapping) else dict(config)
+    """The settings of the text model, with what the file leaves to its class."""
+    return dict(class_config(config).text)
 
 
 def chat_template(directory: Path) -> str | None:
@@ -145,13 +144,13 @@ def num_layers(config: Mapping[str, Any]) -> int:
     Raises:
         ParentError: the config does not say.
     """
-    text = text_config(config)
-    for key in _LAYER_COUNT_KEYS:
-        if isinstance(text.get(key), int):
-            return int(text[key])
-    raise ParentError(
-        f"config.json has none of {', '.join(_LAYER_COUNT_KEYS)}; the number of layers is unknown"
-    )
+    counts = class_config(config).layer_counts
+    if not counts:
+        raise ParentError(
+            "config.json does not say num_hidden_layers, nor does a class of transformers; the "
+            "number of layers is unknown"
+        )
+    return counts[0]
 
 
 def same_bytes(first: TensorHeader, second: TensorHeader) -> bool:

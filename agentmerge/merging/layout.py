@@ -18,7 +18,6 @@ from pathlib import Path
 from agentmerge.errors import ParentError
 from agentmerge.merging.checkpoint import HEADS, Checkpoint, at_layer, is_one_of, layer_of
 from agentmerge.merging.differences import Member, differences, is_after, name_position
-from agentmerge.merging.headers import num_layers
 
 __all__ = ["Layout", "TensorSpec", "at_layer", "layer_of", "layout_faults", "read_layout"]
 
@@ -86,14 +85,14 @@ def read_layout(parents: Mapping[str, Path | Checkpoint], base: str | None = Non
         dtype = header.dtype
         for other in found[1:]:
             dtype = _wider(dtype, other.tensors[name].dtype)
-        index = layer_of(name)
+        index = first.checkpoint.layer_of(name)
         specs.append(TensorSpec(name, header.shape, dtype, index, is_after(name, index)))
     sizes: Counter[str] = Counter()
     for spec in specs:
         sizes[spec.dtype] += math.prod(spec.shape)
     return Layout(
         tensors=tuple(sorted(specs, key=lambda spec: name_position(spec.name))),
-        num_layers=num_layers(first.checkpoint.config),
+        num_layers=first.checkpoint.depth,
         dtype=sizes.most_common(1)[0][0],
         tied=bool(first.tied),
         parents=tuple(parents),

@@ -22,7 +22,7 @@ from agentmerge.merging.aligning import (
     own_rows,
     write_aligned_side_files,
 )
-from agentmerge.merging.checkpoint import Checkpoint
+from agentmerge.merging.checkpoint import Checkpoint, parts_of
 from agentmerge.merging.headers import (
     chat_template,
     content_fingerprint,
@@ -106,7 +106,8 @@ def survey(
             made_bytes[name] = made_bytes.get(name, 0) + sum(e.size_bytes for e in entries)
     if first.carried:
         notes.append(
-            f"{len(first.carried)} tensors outside the text model are taken over from {owner}"
+            f"{len(first.carried)} tensors outside the text model are taken over from {owner}: "
+            f"{parts_of(first.carried)}"
         )
     directories = {p.name: p.model for p in parents if p.name in checkpoints}
     if tokenizer_source is None:

@@ -5,9 +5,6 @@ It knows transformers' classes. It loads no weights and knows no merging.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 import transformers
 
 from agentmerge.errors import ParentError
+from agentmerge.merging.configs import quiet_transformers
 
 
 def auto_class(config: Any) -> Any:
@@ -33,7 +31,7 @@ def skeleton(directory: Path, *, trust_remote_code: bool = False) -> Any:
         ParentError: transformers cannot build it.
     """
     try:
-        with _quiet():
+        with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(
                 str(directory), trust_remote_code=trust_remote_code
             )
@@ -44,13 +42,3 @@ def skeleton(directory: Path, *, trust_remote_code: bool = False) -> Any:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ParentError(f"{directory}: transformers cannot build this model: {reason}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(level)

@@ -159,6 +159,8 @@ def _parents(row: RunRow, recipe: Recipe) -> str:
     for name in recipe.models:
         link = f"[{name}](https://huggingface.co/{name})" if on_the_hub(name) else short_name(name)
         lines.append(f"- {link}, weights SHA-256 `{identities.get(name, 'unknown')[:16]}…`")
+    carried = [note for note in row.facts.get("notes", []) if "outside the text model" in note]
+    lines += [f"\n{shortened(note)}." for note in carried]
     lines += ["", "Their licences hold for this merge: check each before you publish or use it."]
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ from agentmerge.errors import AgentmergeError, ConfigError, RunFailed, WorkerLos
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.merging.export import export_checkpoint
 from agentmerge.merging.placement import Demand
-from agentmerge.merging.plan import plan, read_layout
+from agentmerge.merging.plan import Layout, plan, read_layout
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
 
@@ -69,12 +69,14 @@ class DiskWorker:
         return describe("disk", spec)
 
     @staticmethod
-    def preflight(spec: WorkerSpec) -> tuple[list[str], list[str]]:
-        if spec.options.get("evaluate_with") != "vllm":
-            return [], []
-        from agentmerge.workers.vllm_check import preflight
+    def preflight(spec: WorkerSpec, layout: Layout | None) -> tuple[list[str], list[str]]:
+        if spec.options.get("evaluate_with") == "vllm":
+            from agentmerge.workers.vllm_check import preflight
 
-        return preflight(spec)
+            return preflight(spec, layout)
+        from agentmerge.workers.hf import preflight as look
+
+        return look(spec, layout)
 
     @property
     def info(self) -> EngineInfo:

@@ -3,7 +3,8 @@ fit (``merging.placement``).
 
 Every load writes the tensors that change straight into the live model and proves the swap: every
 expected name exactly once, all finite, and every live tensor read back and equal to what was merged
-into it (``merging/live.py``). Buffers are never touched. Knows nothing of searches.
+into it (``merging/live.py``). Buffers that the files do not hold are never touched. Knows nothing
+of searches.
 
 Options (``worker.options``): ``max_length`` (context in tokens), ``attn_implementation``,
 ``threads`` (torch's, while it works; by default one for models under 20 million parameters, whose
@@ -22,19 +23,21 @@ from typing import Any
 import torch
 import transformers
 
-from agentmerge.errors import RunFailed, WorkerLost
+from agentmerge.errors import ParentError, RunFailed, WorkerLost
 from agentmerge.evaluation.live import LiveLM, context_length, parent_path, tokenizer_of
 from agentmerge.evaluation.loading import quiet
 from agentmerge.evaluation.losses import item_loss
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.merging.contraction import Contraction
+from agentmerge.merging.headers import read_config
 from agentmerge.merging.layout import read_layout
 from agentmerge.merging.live import LiveWeights
 from agentmerge.merging.memory import device_name, ran_out
 from agentmerge.merging.parents import Family
 from agentmerge.merging.placement import Demand
-from agentmerge.merging.skeleton import auto_class
+from agentmerge.merging.plan import Layout
+from agentmerge.merging.skeleton import auto_class, skeleton
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import (
     EngineInfo,
@@ -45,7 +48,7 @@ from agentmerge.workers.base import (
     Loss,
     WorkerSpec,
 )
-from agentmerge.workers.targets import live_targets
+from agentmerge.workers.targets import live_targets, pairing_faults, parts_of
 
 #: Parameters below which a second thread costs more than it brings: on a busy machine of two cores
 #: the demo family (0.4 M) scored 8 to 50 times slower with two.
@@ -70,18 +73,18 @@ class HfWorker:
             placement=spec.placement,
         )
         layout = self._family.layout
-        # What is carried over is the first parent's, so that one has to be the live model.
-        opened = layout.first if layout.carried else spec.template_model
+        opened = _opened(spec, layout)
         self._model = open_model(spec, parent_path(spec, opened))
+        self._lm = live_lm(spec, self._model)  # first: it may put a tied head's bias elsewhere
         self._live = live_targets(
             self._model,
             layout.by_name,
             layout.carried,
             lambda name: self._family.tensor(opened, name),
         )
+        self._places = _places(self._model)
         self._threads = threads_for(spec, self._model)
         self._weights = LiveWeights(self._family, self._live)
-        self._lm = live_lm(spec, self._model)
         self._scorer = ItemScorer(self._lm, taskset or tasks_for(spec))
         self._ready = False
 
@@ -99,6 +102,10 @@ class HfWorker:
         layout = read_layout({name: Path(path) for name, path in spec.parents})
         return Demand(threads=threads_of(spec, layout.parameters))
 
+    @staticmethod
+    def preflight(spec: WorkerSpec, layout: Layout | None) -> tuple[list[str], list[str]]:
+        return preflight(spec, layout)
+
     @property
     def info(self) -> EngineInfo:
         return self._info
@@ -108,6 +115,8 @@ class HfWorker:
         with self._guarded(), torch.no_grad():
             plan = self._family.plan(recipe)
             loaded = self._weights.load(plan)
+        if _places(self._model) != self._places:
+            raise RunFailed("the live model's weights are no longer where they were; start anew")
         self._ready = True
         return Fingerprint(plan.digest, loaded.digest, loaded.tensors)
 
@@ -134,7 +143,7 @@ class HfWorker:
         slopes = Contraction(self._family.plan(recipe), self._family, self._family.statistics)
         asked = item_loss(self._scorer, self._lm, items, loss, weights)
         total = 0.0
-        with self._guarded(), each_gradient(self._live, slopes.add):
+        with self._guarded(), each_gradient(self._model, self._live, slopes.add):
             for part in asked.parts(self._lm):
                 total += float(part.detach())
                 part.backward()  # type: ignore[no-untyped-call]
@@ -164,6 +173,36 @@ class HfWorker:
         del self._scorer, self._lm, self._weights, self._model, self._family
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def preflight(spec: WorkerSpec, layout: Layout | None) -> tuple[list[str], list[str]]:
+    """(faults, notes): whether transformers' class of the models has the tensors of their files.
+
+    layout: None where the models cannot be merged with each other.
+    """
+    if layout is None or (spec.trust_remote_code and _has_own_code(spec, layout)):
+        return [], []  # a model's own code runs when the search does
+    opened = Path(dict(spec.parents)[_opened(spec, layout)])
+    try:
+        model = skeleton(opened)
+    except ParentError as error:
+        return [str(error)], []
+    shapes = {tensor.name: tensor.shape for tensor in layout.tensors}
+    return pairing_faults(model, shapes, layout.carried), []
+
+
+def _opened(spec: WorkerSpec, layout: Layout) -> str:
+    """The parent that becomes the live model: what is carried over is the first one's."""
+    return layout.first if layout.carried else spec.template_model
+
+
+def _has_own_code(spec: WorkerSpec, layout: Layout) -> bool:
+    return "auto_map" in read_config(Path(dict(spec.parents)[_opened(spec, layout)]))
+
+
+def _places(model: Any) -> list[int]:
+    """Where each stored tensor of a model is in memory."""
+    return [tensor.data_ptr() for tensor in model.state_dict().values()]
 
 
 def open_model(spec: WorkerSpec, path: Path) -> Any:
@@ -216,32 +255,36 @@ def threads_of(spec: WorkerSpec, parameters: int) -> int:
 
 @contextmanager
 def each_gradient(
-    parameters: Mapping[str, torch.nn.Parameter], take: Callable[[str, torch.Tensor], None]
+    model: Any, targets: Mapping[str, torch.Tensor], take: Callable[[str, torch.Tensor], None]
 ) -> Iterator[None]:
-    """Within: ``take(name, gradient)`` as a backward pass has each parameter's gradient whole (a
-    tied one's once, summed), which is freed after that. Parameters are left as they were."""
+    """Within: ``take(name, gradient)`` for each of ``targets`` as a backward pass has its
+    parameter's gradient whole (a tied one's once, summed), which is freed after that. Parameters
+    are left as they were; a buffer has no gradient."""
 
-    def taker(name: str) -> Callable[[torch.Tensor], None]:
+    def taker(parts: Mapping[str, tuple[Any, ...]]) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             if gradient is not None:
-                take(name, gradient)
+                gradient = gradient.contiguous()
+                for name, place in parts.items():
+                    take(name, gradient.as_strided(*place))
 
         return hook
 
-    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    wanted = [(parameter, parts) for parameter, parts in parts_of(model, targets) if parts]
+    before = [parameter.requires_grad for parameter, _ in wanted]
     hooks = []
     try:
-        for name, parameter in parameters.items():
+        for parameter, parts in wanted:
             parameter.requires_grad_(True)
             register: Any = parameter.register_post_accumulate_grad_hook
-            hooks.append(register(taker(name)))
+            hooks.append(register(taker(parts)))
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(before[name])
+        for (parameter, _), required in zip(wanted, before, strict=True):
+            parameter.requires_grad_(required)
             parameter.grad = None
 
 

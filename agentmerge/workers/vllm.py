@@ -21,7 +21,7 @@ from typing import Any
 from agentmerge.errors import RunFailed
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
-from agentmerge.merging.layout import read_layout
+from agentmerge.merging.layout import Layout, read_layout
 from agentmerge.merging.memory import device_name
 from agentmerge.merging.placement import Demand
 from agentmerge.recipe import Recipe
@@ -76,8 +76,8 @@ class VllmWorker:
         return tasks_for(spec)
 
     @staticmethod
-    def preflight(spec: WorkerSpec) -> tuple[list[str], list[str]]:
-        return preflight(spec)
+    def preflight(spec: WorkerSpec, layout: Layout | None) -> tuple[list[str], list[str]]:
+        return preflight(spec, layout)
 
     @staticmethod
     def demand(spec: WorkerSpec) -> Demand:

@@ -15,7 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from agentmerge.errors import AgentmergeError
 from agentmerge.merging.headers import read_config, text_config
 from agentmerge.merging.layout import Layout, read_layout
 from agentmerge.merging.memory import device_total
@@ -132,17 +131,15 @@ def head_size(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or (config.get("hidden_size") or config["n_embd"]) // heads)
 
 
-def preflight(spec: WorkerSpec) -> tuple[list[str], list[str]]:
-    """(faults, notes) of a search on this worker."""
+def preflight(spec: WorkerSpec, layout: Layout | None) -> tuple[list[str], list[str]]:
+    """(faults, notes) of a search on this worker; layout: None where there is none."""
     faults = _install_faults()
     if faults:
         return faults, []
     config = config_of(spec)
     if spec.dtype == "float64":
         faults.append("worker.dtype float64 is not possible with vLLM; use worker.kind: hf")
-    try:
-        layout = read_layout({name: Path(path) for name, path in spec.parents})
-    except AgentmergeError:
+    if layout is None:
         return faults, []  # said already
     if layout.carried:
         faults.append(

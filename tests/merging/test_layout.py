@@ -44,13 +44,49 @@ def test_a_tied_head_that_is_written_all_the_same_is_dropped(own_family: dict[st
     assert "lm_head.weight" not in layout.by_name
 
 
-def test_tying_is_decided_from_the_files_where_no_config_says(own_family: dict[str, Path]) -> None:
+def test_tying_is_what_the_class_means_where_no_config_says(own_family: dict[str, Path]) -> None:
+    """Llama's class takes silence for false, Gemma's for true; the files must fit."""
     for path in own_family.values():
         edit_config(path, tie_word_embeddings=...)
     assert not read_layout(own_family, "base").tied
     for path in own_family.values():
         edit_weights(path, lm_head__weight=None)
+    assert layout_faults(own_family, "base")[0] == (
+        "base: config.json does not say otherwise than its class, which means "
+        "tie_word_embeddings: false and the files hold no head; write tie_word_embeddings: true "
+        "into config.json"
+    )
+    for path in own_family.values():
+        edit_config(path, model_type="gemma", architectures=["GemmaForCausalLM"])
     assert read_layout(own_family, "base").tied
+
+
+def test_masks_of_old_checkpoints_are_no_weights(own_family: dict[str, Path]) -> None:
+    mask = torch.ones(1, 1, 8, 8)
+    edit_weights(
+        own_family["a"],
+        **{"model.layers.0.attn.bias": mask, "model.layers.1.attention.bias": mask.bool()},
+        **{"model.layers.0.attn.masked_bias": torch.tensor(-1e9)},
+        **{"model.embeddings.position_ids": torch.arange(8)[None]},
+    )
+    assert len(read_layout(own_family, "base").tensors) == 21
+
+
+def test_a_bias_of_attention_is_a_weight_all_the_same(own_family: dict[str, Path]) -> None:
+    for path in own_family.values():
+        edit_weights(path, **{"model.layers.0.attn.bias": torch.ones(8)})
+    assert "model.layers.0.attn.bias" in read_layout(own_family, "base").by_name
+
+
+def test_nothing_of_a_model_that_is_no_wrapper_is_carried_over(
+    own_family: dict[str, Path],
+) -> None:
+    own = {"lm_head.bias": torch.ones(24), "v_head.summary.weight": torch.ones(1, 16)}
+    for path in own_family.values():
+        edit_weights(path, **own)
+    layout = read_layout(own_family, "base")
+    assert layout.carried == ()
+    assert own.keys() <= layout.by_name.keys()
 
 
 def test_rotary_buffers_of_old_checkpoints_are_no_weights(own_family: dict[str, Path]) -> None:
@@ -161,9 +197,22 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "a: config.json says tie_word_embeddings: false and the files hold no head",
     ),
     "several stacks": (
-        lambda path: edit_weights(path, **{"vision.layers.0.weight": torch.ones(4)}),
+        lambda path: (
+            edit_config(path, num_hidden_layers=5),
+            edit_weights(path, **{"vision.layers.0.weight": torch.ones(4)}),
+        ),
         "a: it has several stacks of layers (model.layers, vision.layers), and it cannot be told "
         "which is the text model's",
+    ),
+    "encoder and decoder": (
+        lambda path: edit_config(path, model_type="t5", is_encoder_decoder=True),
+        "a: it is an encoder-decoder model, and only models that continue a text (decoder-only) "
+        "can be merged here",
+    ),
+    "whole numbers": (
+        lambda path: edit_weights(path, **{"model.table": torch.ones(4, dtype=torch.int64)}),
+        "a: 1 tensors are not floating-point numbers that can be averaged, the first is "
+        "model.table of I64",
     ),
     "no config": (
         lambda path: (path / "config.json").unlink(),
@@ -213,6 +262,34 @@ def test_equal_rope_settings_in_old_and_new_words(own_family: dict[str, Path]) -
     assert layout_faults(own_family, "base") == []
     edit_config(own_family["b"], rope_parameters=...)
     assert len(layout_faults(own_family, "base")) == 1
+
+
+def test_one_rope_in_two_spellings_is_one(own_family: dict[str, Path]) -> None:
+    """As the Hub has it, and as transformers writes what it read from there."""
+    hub = {"rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    scaling = {"long_factor": [2.0, 3.0], "short_factor": [1.0, 1.5]}
+    spellings = {
+        "base": hub | {"rope_scaling": {"type": "longrope", **scaling}},
+        "a": hub | {"rope_scaling": {"type": "su", "attention_factor": None, **scaling}},
+        "b": {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 32,
+                "partial_rotary_factor": 1.0,
+                **scaling,
+            },
+            "original_max_position_embeddings": 32,
+        },
+    }
+    for name, spelling in spellings.items():
+        edit_config(own_family[name], rope_parameters=...)
+        edit_config(own_family[name], model_type="phi3", architectures=["Phi3ForCausalLM"])
+        edit_config(own_family[name], max_position_embeddings=64, **spelling)
+    assert layout_faults(own_family, "base") == []
+    scaling["long_factor"] = [2.0, 4.0]
+    edit_config(own_family["a"], rope_scaling={"type": "su", **scaling})
+    assert [fault for fault in layout_faults(own_family, "base") if "rope_scaling" in fault]
 
 
 def test_a_base_that_is_not_there() -> None:

