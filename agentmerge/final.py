@@ -2,26 +2,30 @@
 
 The best-seen of many candidates is often the luckiest (SEARCH: 100 candidates on 250 items
 overstate by about 3 points). So the few best compete on many random halves of the search items,
-and the one that wins most halves is the answer (after arXiv 2605.05973), if it is ahead of the best
-cheap rival by more than the items' noise. The answer then goes once to the sealed items, beside
-every parent and the best cheap rival, and differences are paired by item. Whatever fails there
-(a candidate, a task's code, a worker), there is an answer, and the card says what is missing.
+and the one that wins most halves is the answer (after arXiv 2605.05973), if it is ahead of every
+cheap rival by more than the items' noise, all tries counted. The answer then goes to the sealed
+items, beside every parent and the best cheap merge, and differences are paired by item. A searched
+merge that is not ahead there of the rival that was best before is not handed out, and neither is
+anything that a rival is ahead of beyond their noise. Whatever fails there (a candidate, a task's
+code, a worker), there is an answer, and the card says what is missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from agentmerge.constraints import kept
 from agentmerge.errors import CandidateFailed, TaskError, WorkerLost
-from agentmerge.evaluation.statistics import Interval, paired_score_difference
+from agentmerge.evaluation.leads import lead, least_leads
+from agentmerge.evaluation.statistics import Interval
+from agentmerge.evaluation.tasks import Part
 from agentmerge.genome import short_name
 from agentmerge.ledger import Candidate
-from agentmerge.strategies.base import rng_factory
+from agentmerge.strategies.base import CHEAP, RIVALS, rng_factory
 from agentmerge.workers.base import ItemRef, ItemResult
 
 if TYPE_CHECKING:
@@ -29,7 +33,6 @@ if TYPE_CHECKING:
 
 SHORTLIST = 5
 SPLITS = 200
-RIVALS = ("uniform", "scale", "depth")
 
 Results = dict[ItemRef, ItemResult]
 
@@ -42,23 +45,26 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any
     parents = [c for c in scored if c.operator == "parent"]
     rivals = [c for c in ranked if c.operator in RIVALS]
     best_rival = rivals[0] if rivals else None
-    found = confirmed(search, allowed)
+    found = confirmed(search, allowed, [c for c in ranked if c.operator not in CHEAP])
     choice, answer, sealed = found.choice, found.answer, found.sealed
     # Search items are known of all of them; sealed ones are asked of the best cheap merge alone.
     others = [*parents, *(rivals[:1] if sealed else rivals)]
+    doubts = list[str]()
+    if sealed:
+        answer, doubts = undenied(search, answer, [c for c in allowed if c in others])
     rows = {}
     for candidate in dict.fromkeys([answer, *others]):
         rows[candidate.generation, candidate.slot] = _row(search, candidate, sealed)
-    part: Literal["search", "sealed"] = "sealed" if sealed else "search"
+    part: Part = "sealed" if sealed else "search"
     known = [c for c in others if "sealed_failure" not in rows[c.generation, c.slot]]
     differences = _differences(search, answer, known, part)
-    interval = _paired(search, search_results(search, answer, part), None, part)
+    interval = _lead(search, search_results(search, answer, part), None, part)
     chosen = rows[answer.generation, answer.slot]
     all_parents = [rows[c.generation, c.slot] for c in parents]
     broken = ["no candidate kept every constraint; this one breaks them least"]
     card = {
         "answer": chosen
-        | {"votes": choice.votes, "splits": SPLITS, "estimate": choice.estimate}
+        | {"votes": choice.votes, "splits": SPLITS}
         | {"interval": None if interval is None else [interval.low, interval.high]},
         "parents": all_parents,
         "best_rival": rows[best_rival.generation, best_rival.slot] if best_rival else None,
@@ -67,6 +73,7 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any
         "warnings": search.ledger.run(search.run_id).facts.get("warnings", []),
         "notes": [
             *found.notes,
+            *doubts,
             *_unasked(rows.values()),
             *search.taskset.notes,
             *_unfair(rows.values()),
@@ -76,7 +83,9 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any
         "fallen": found.fallen,
         "lost": found.lost,
     }
-    return card | {"verdict": verdict(answer, best_rival, differences, part)}
+    known_parents = {c.label for c in parents}
+    missing = [label for label, _, _ in search.space.parents() if label not in known_parents]
+    return card | {"verdict": verdict(answer, scored, differences, _where(search, part), missing)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +103,9 @@ class Confirmed:
     lost: str = ""
 
 
-def confirmed(search: Search, allowed: Sequence[Candidate]) -> Confirmed:
+def confirmed(
+    search: Search, allowed: Sequence[Candidate], tried: Sequence[Candidate]
+) -> Confirmed:
     """The best of ``allowed`` (best first, at least one) whose sealed items can be scored.
 
     One whose sealed items cannot be (a value is not finite, the task's code raises) leaves the
@@ -105,8 +116,8 @@ def confirmed(search: Search, allowed: Sequence[Candidate]) -> Confirmed:
     left, fallen, notes = list(allowed), dict[str, str](), list[str]()
     while left and len(fallen) < SHORTLIST:
         choice = choose(search, left[:SHORTLIST])
-        cheap = next((c for c in left if c.operator in (*RIVALS, "parent")), None)
-        answer, doubt = beyond_noise(search, choice.winner, cheap)
+        cheap = [c for c in left if c.operator in CHEAP]
+        answer, doubt = beyond_noise(search, choice.winner, tried, cheap)
         first = first or Confirmed(choice, answer, False, doubt, fallen)
         if not search.taskset.refs("sealed"):
             return first
@@ -126,35 +137,83 @@ def confirmed(search: Search, allowed: Sequence[Candidate]) -> Confirmed:
 
 
 def beyond_noise(
-    search: Search, winner: Candidate, cheap: Candidate | None
+    search: Search, winner: Candidate, tried: Sequence[Candidate], cheap: Sequence[Candidate]
 ) -> tuple[Candidate, list[str]]:
-    """(answer, note): a searched merge only where search items put it ahead of every cheap rival.
+    """(answer, notes): a searched merge only where search items put it ahead of every cheap rival.
 
-    Within the noise of the items the best of many tries is ahead by luck, and the cheap rival, one
-    of a few, is the better bet.
+    The best of many tries is ahead by luck, so its lead has to be more than the luckiest of so many
+    would have. Ahead of each rival means ahead of the best of them, whichever that is in truth.
+
+    tried: every searched merge, best first; cheap: every cheap rival, best first.
     """
-    if cheap is None or winner.operator in (*RIVALS, "parent"):
+    if not cheap or winner.operator in CHEAP:
         return winner, []
-    ahead = _paired(
-        search,
-        search_results(search, winner, "search"),
-        search_results(search, cheap, "search"),
-        "search",
-    )
-    if ahead is None or ahead.low > 0:
-        return winner, []
-    span = f"{ahead.mean:+.3f} ({ahead.low:+.3f} to {ahead.high:+.3f}, 95 %)"
-    return cheap, [
-        f"the best searched merge, {name_of(winner)}, was ahead of {name_of(cheap)} by {span} on "
-        "search items: within the noise, so the cheap one is the answer"
+    every = len(search.taskset.refs("search"))
+    results = {c: search_results(search, c, "search") for c in tried}
+    counted = [c for c in tried if c is winner or len(results[c]) == every]
+    name = name_of(winner)
+    for rival in cheap:
+        theirs = search_results(search, rival, "search")
+        seed = search.config.search.seed
+        least = least_leads(search.taskset, [results[c] for c in counted], theirs, seed)
+        if least is None:
+            return cheap[0], [
+                f"{every} search items are too few to tell a lead from luck, so {name_of(cheap[0])}"
+                f" is the answer and not the best searched merge, {name}; ask at least ten"
+            ]
+        if (lowest := least[counted.index(winner)]) <= 0:
+            ahead = _lead(search, results[winner], theirs, "search")
+            lead_told = 0.0 if ahead is None else ahead.mean
+            return cheap[0], [
+                f"the best searched merge, {name}, was ahead of {name_of(rival)} by "
+                f"{lead_told:+.3f} on search items, where the best of {len(tried)} tries can be by "
+                f"{lead_told - lowest:+.3f} through luck: within the noise, so {name_of(cheap[0])} "
+                "is the answer"
+            ]
+    return winner, []
+
+
+def undenied(
+    search: Search, answer: Candidate, cheap: Sequence[Candidate]
+) -> tuple[Candidate, list[str]]:
+    """(answer, notes): what sealed items, on which nothing was chosen, leave of a choice.
+
+    answer: scored there. cheap: the rivals that are asked there, best first on the search items;
+    one that cannot be scored is left out.
+    """
+    mine = search_results(search, answer, "sealed")
+    theirs = {}
+    for rival in cheap:
+        if rival is not answer:
+            try:
+                theirs[rival] = search_results(search, rival, "sealed")
+            except (CandidateFailed, TaskError, WorkerLost):
+                continue
+    if not theirs:
+        return answer, []
+    first = cheap[0]
+    if answer.operator not in CHEAP and first in theirs:
+        ahead = _lead(search, mine, theirs[first], "sealed")
+        if ahead is not None and ahead.mean <= 0:
+            return first, [
+                f"the best searched merge, {name_of(answer)}, was not ahead of {name_of(first)} on "
+                f"sealed items ({_span(ahead)}), so the cheap one is the answer"
+            ]
+    seed = search.config.search.seed
+    least = least_leads(search.taskset, list(theirs.values()), mine, seed, "sealed") or [0.0]
+    if max(least) <= 0:
+        return answer, []
+    better = list(theirs)[least.index(max(least))]
+    ahead = _lead(search, theirs[better], mine, "sealed")
+    span = "" if ahead is None else f" by {_span(ahead)}"
+    return better, [
+        f"on sealed items {name_of(better)} is ahead of {name_of(answer)}{span}, beyond the noise "
+        f"of {len(theirs)} rivals, so it is the answer"
     ]
 
 
 def _differences(
-    search: Search,
-    answer: Candidate,
-    others: Sequence[Candidate],
-    part: Literal["search", "sealed"],
+    search: Search, answer: Candidate, others: Sequence[Candidate], part: Part
 ) -> list[dict[str, Any]]:
     """How far the answer is ahead of each other, paired by item; all have been asked."""
     mine = search_results(search, answer, part)
@@ -162,43 +221,36 @@ def _differences(
     for other in others:
         if other is answer:
             continue
-        ahead = _paired(search, mine, search_results(search, other, part), part)
+        ahead = _lead(search, mine, search_results(search, other, part), part)
         if ahead is not None:
             row = {"against": name_of(other), "operator": other.operator}
             found.append(row | ahead._asdict())
     return found
 
 
-def search_results(
-    search: Search, candidate: Candidate, part: Literal["search", "sealed"]
-) -> Results:
+def search_results(search: Search, candidate: Candidate, part: Part) -> Results:
     if part == "sealed":
         return search.confirm(candidate)
     return search.item_results(candidate.recipe_hash)
 
 
-def difference(
-    search: Search, mine: Candidate, theirs: Candidate
-) -> tuple[Literal["search", "sealed"], Interval | None]:
+def difference(search: Search, mine: Candidate, theirs: Candidate) -> tuple[Part, Interval | None]:
     """How far one is ahead on sealed items, or on search items where none are sealed, and which.
 
     Raises:
         CandidateFailed, TaskError, WorkerLost: one of them cannot be scored there.
     """
-    part: Literal["search", "sealed"] = "sealed" if search.taskset.refs("sealed") else "search"
+    part: Part = "sealed" if search.taskset.refs("sealed") else "search"
     one, other = (search_results(search, c, part) for c in (mine, theirs))
-    return part, _paired(search, one, other, part)
+    return part, _lead(search, one, other, part)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """winner: of most halves; votes: how many. estimate: the mean score on the other halves of
-    whoever won a half, which the choosing has not flattered; None where halves cannot be scored.
-    """
+    """winner: of most halves; votes: how many."""
 
     winner: Candidate
     votes: int
-    estimate: float | None
 
 
 def choose(search: Search, shortlist: Sequence[Candidate]) -> Choice:
@@ -208,26 +260,19 @@ def choose(search: Search, shortlist: Sequence[Candidate]) -> Choice:
     same mix; the draws are the same for every candidate.
     """
     if len(shortlist) < 2:
-        return Choice(shortlist[0], SPLITS, shortlist[0].score)
+        return Choice(shortlist[0], SPLITS)
     known = [search.item_results(candidate.recipe_hash) for candidate in shortlist]
     rng = rng_factory(search.config.search.seed)(0, 0, "items")
     votes = [0] * len(shortlist)
-    rest_scores = []
     for _ in range(SPLITS):
         half: dict[str, list[ItemRef]] = {}
-        rest: dict[str, list[ItemRef]] = {}
         for task in search.taskset.tasks:
             items = task.part("search")
             order = rng.permutation(len(items))
-            cut = max(1, len(items) // 2)
-            half[task.name] = [items[i] for i in order[:cut]]
-            rest[task.name] = [items[i] for i in order[cut:]] or half[task.name]
-        first = int(np.argmax([_score(search, results, half) for results in known]))
-        votes[first] += 1
-        rest_scores.append(_score(search, known[first], rest))
+            half[task.name] = [items[i] for i in order[: max(1, len(items) // 2)]]
+        votes[int(np.argmax([_score(search, results, half) for results in known]))] += 1
     winner = int(np.argmax(votes))
-    estimate = float(np.mean(rest_scores))
-    return Choice(shortlist[winner], votes[winner], estimate if np.isfinite(estimate) else None)
+    return Choice(shortlist[winner], votes[winner])
 
 
 def name_of(candidate: Candidate) -> str:
@@ -236,26 +281,80 @@ def name_of(candidate: Candidate) -> str:
 
 def verdict(
     answer: Candidate,
-    rival: Candidate | None,
+    scored: Sequence[Candidate],
     differences: Sequence[dict[str, Any]],
-    part: Literal["search", "sealed"],
+    where: str,
+    missing: Sequence[str] = (),
 ) -> str:
-    """One honest sentence about what the search was worth."""
-    where = "sealed" if part == "sealed" else "search"
+    """What the search was worth, in a sentence or two, and nothing that was not asked.
+
+    scored: every candidate with a score. differences: of the answer to parents and cheap merges.
+    where: the items that they are of. missing: parents without a score.
+    """
+    words = _worth(answer, scored, differences, where)
+    best = min(differences, key=lambda d: float(d["mean"]), default=None)
+    if answer.operator in CHEAP and best is not None and best["high"] < 0:
+        words += f" But {_called(best)} is ahead of it on {where} by {_span(_turned(best))}."
+    if missing:
+        words += f" Without a score: {', '.join(f'parent {short_name(name)}' for name in missing)}."
+    return words
+
+
+def _worth(
+    answer: Candidate,
+    scored: Sequence[Candidate],
+    differences: Sequence[dict[str, Any]],
+    where: str,
+) -> str:
+    name = short_name(answer.label) if answer.operator == "parent" else name_of(answer)
     if answer.operator == "parent":
-        return f"No merge beat the parent {name_of(answer)}: use it as it is."
+        if all(c.operator == "parent" for c in scored):
+            return f"No merge was scored: {name} is the best of the parents that were."
+        return f"No merge beat the parent {name}: use it as it is."
     if answer.operator in RIVALS:
-        return f"Nothing beat the cheap {name_of(answer)} merge: there was nothing to gain."
-    found = [d for d in differences if rival is not None and d["against"] == name_of(rival)]
-    if not found:
+        if all(c.operator in CHEAP for c in scored):
+            return (
+                f"No searched merge was scored: the cheap {name} merge is the best of the others."
+            )
+        return f"Nothing beat the cheap {name} merge: there was nothing to gain."
+    if all(c.operator not in CHEAP for c in scored):
         return "There was no cheap rival to compare with."
-    mean, low, high = found[0]["mean"], found[0]["low"], found[0]["high"]
-    span = f"{mean:+.3f} ({low:+.3f} to {high:+.3f}, 95 %)"
-    if low > 0:
-        return f"The searched merge beats the best cheap rival on {where} items by {span}."
-    if high < 0:
-        return f"The searched merge is worse than the best cheap rival on {where} items: {span}."
-    return f"The searched merge and the best cheap rival cannot be told apart on {where}: {span}."
+    if not differences:
+        return f"The cheap rivals cannot be compared with: there are too few {where}."
+    best = min(differences, key=lambda d: float(d["mean"]))
+    rival = f"the best cheap rival, {_called(best)},"
+    if best["high"] < 0:
+        return f"The searched merge is worse than {rival} on {where}: {_span(best)}."
+    if best["low"] > 0 and all(d["low"] > 0 for d in differences):
+        return f"The searched merge beats {rival} on {where} by {_span(best)}."
+    near = min(differences, key=lambda d: float(d["low"]))
+    rival = rival if near is best else f"{_called(near)}, a cheap rival,"
+    return f"The searched merge and {rival} cannot be told apart on {where}: {_span(near)}."
+
+
+def _called(difference: Mapping[str, Any]) -> str:
+    if difference["operator"] == "parent":
+        return f"parent {short_name(difference['against'])}"
+    return f"the {difference['against']} merge"
+
+
+def _turned(difference: Mapping[str, Any]) -> Interval:
+    return Interval(-difference["mean"], -difference["high"], -difference["low"])
+
+
+def _span(found: Interval | Mapping[str, Any]) -> str:
+    ends = found._asdict() if isinstance(found, Interval) else found
+    return f"{ends['mean']:+.3f} ({ends['low']:+.3f} to {ends['high']:+.3f}, 95 %)"
+
+
+def _where(search: Search, part: Part) -> str:
+    """The items that differences are of, in words."""
+    if part == "search":
+        return "search items, by which it was chosen"
+    stand_in = [task.name for task in search.taskset.tasks if task.sealed == task.search]
+    if not stand_in:
+        return "sealed items"
+    return f"sealed items (of {', '.join(stand_in)} its search items, for want of sealed ones)"
 
 
 def _row(search: Search, candidate: Candidate, sealed: bool) -> dict[str, Any]:
@@ -315,27 +414,5 @@ def _score(search: Search, results: Results, half: dict[str, list[ItemRef]]) -> 
     return taskset.objective(taskset.combine(leaves, sizes))
 
 
-def _paired(
-    search: Search, mine: Results, theirs: Results | None, part: Literal["search", "sealed"]
-) -> Interval | None:
-    """How far one candidate's score is ahead (of nothing: the score itself), paired by item.
-
-    None where a metric is no mean over items.
-    """
-    taskset = search.taskset
-    if any(task.rebuild != "plain" for task in taskset.tasks):
-        return None
-    rows = []
-    for objective in taskset.objectives:
-        parts = {name: taskset.task(name).part(part) for name in objective.leaves}
-        total = sum(map(len, parts.values()))
-        for items in parts.values():
-            share = len(items) / total if objective.by_size else 1 / len(parts)
-            rows.append(
-                (
-                    objective.signed_weight * share,
-                    [mine[ref].value for ref in items],
-                    [0.0 if theirs is None else theirs[ref].value for ref in items],
-                )
-            )
-    return paired_score_difference(rows, search.config.search.seed)
+def _lead(search: Search, mine: Results, theirs: Results | None, part: Part) -> Interval | None:
+    return lead(search.taskset, mine, theirs, search.config.search.seed, part)

@@ -27,7 +27,7 @@ from agentmerge.errors import (
     RecipeRejected,
     UserError,
 )
-from agentmerge.evaluation.statistics import paired_score_difference
+from agentmerge.evaluation.leads import lead
 from agentmerge.genome import short_name
 from agentmerge.ledger import Candidate
 from agentmerge.methods import METHODS
@@ -171,7 +171,7 @@ def compare(search: Search, a: str, b: str, release: Release | None = None) -> d
         both = {name: _row(candidate) for name, candidate in zip("ab", shown, strict=True)}
         return both | {"note": "these two cannot be told apart on the search's items"}
     mine, theirs = (search.item_results(c.recipe_hash) for c in (one, other))
-    rows, weighted = [], []
+    rows = []
     for objective in search.taskset.objectives:
         for name in objective.leaves:
             task = search.taskset.task(name)
@@ -179,18 +179,10 @@ def compare(search: Search, a: str, b: str, release: Release | None = None) -> d
             if not refs:
                 continue
             rows.append(_task_row(task, search.taskset.item_sign(task), refs, mine, theirs))
-            share = 1 / len(objective.leaves)
-            if objective.by_size:
-                sizes = {leaf: len(search.taskset.task(leaf).search) for leaf in objective.leaves}
-                share = sizes[name] / sum(sizes.values())
-            values = [(mine[ref].value, theirs[ref].value) for ref in refs]
-            weighted.append(
-                (objective.signed_weight * share, [v[1] for v in values], [v[0] for v in values])
-            )
     shown_one, shown_other = _shown(release, one), _shown(release, other)
     found: dict[str, Any] = {"a": _row(shown_one), "b": _row(shown_other), "tasks": rows}
-    if weighted and all(map(search.taskset.is_mean, search.taskset.objectives)):
-        gap = paired_score_difference(weighted, search.config.search.seed)
+    gap = lead(search.taskset, theirs, mine, search.config.search.seed)
+    if gap is not None:
         found["b_minus_a"] = {
             "score": _short(gap.mean),
             "interval_95": [_short(gap.low), _short(gap.high)],

@@ -115,6 +115,9 @@ def table(rows: list[dict[str, Any]], arms: list[str]) -> str:
     sealed = {arm: [row["sealed"] for row in rows if row["arm"] == arm] for arm in arms}
     for one, other in (("raced", "full"), ("raced", "full, less")):
         gap = paired_difference(sealed[one], sealed[other], 0)
+        if gap is None:
+            lines.append(f"sealed, {one} minus {other}: too few seeds for an interval")
+            continue
         lines.append(
             f"sealed, {one} minus {other}: {gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f}, "
             f"{len(sealed[one])} seeds)"

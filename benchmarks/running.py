@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 
 from agentmerge.config import models_asked
-from agentmerge.evaluation.statistics import paired_score_difference
-from agentmerge.strategies.base import GRADIENT_COST, Observation, Strategy, rng_factory
+from agentmerge.strategies.base import CHEAP, GRADIENT_COST, Observation, Strategy, rng_factory
 from benchmarks.advised import Adviser
-from benchmarks.choosing import most_wins
+from benchmarks.choosing import Asked, beyond_noise, most_wins
 from benchmarks.problems import Outcome, Problem
 
 Make = Callable[[int], Problem]
@@ -123,12 +122,17 @@ def _answers(problem: Problem, history: Sequence[Observation], seed: int) -> dic
     """The best-seen point, the choice by repeated splits, and the best cheap rival, sealed."""
     scored = [o for o in history if o.score is not None and o.vector is not None]
     ranked = sorted(scored, key=lambda o: (-(o.score or 0.0), o.generation, o.slot))
-    rivals = [o for o in ranked if o.operator in ("parent", "uniform", "scale", "depth")]
+    rivals = [o for o in ranked if o.operator in CHEAP]
     winner = _chosen(ranked[:SHORTLIST], seed)
-    answer = winner if _beyond_noise(winner, rivals[0], seed) else rivals[0]
-    found = {"best": ranked[0], "chosen": answer, "rival": rivals[0]}
+    answer = winner if _beyond_noise(winner, ranked, rivals, seed) else rivals[0]
     answers = {}
     sealed: dict[Any, np.ndarray] = {}
+    if answer.operator not in CHEAP:  # the product's second question: what do sealed items say?
+        for one in (answer, rivals[0]):
+            sealed[one.vector] = problem.sealed(one.vector or ())
+        if sealed[answer.vector].sum() <= sealed[rivals[0].vector].sum():
+            answer = rivals[0]
+    found = {"best": ranked[0], "chosen": answer, "rival": rivals[0]}
     for name, observation in found.items():
         vector = observation.vector
         if vector not in sealed:
@@ -155,17 +159,23 @@ def _chosen(shortlist: Sequence[Observation], seed: int) -> Observation:
     return shortlist[winner]
 
 
-def _beyond_noise(winner: Observation, rival: Observation, seed: int) -> bool:
-    """The product's rule (``agentmerge.final``): ahead of every cheap rival beyond items' noise."""
-    if winner.evidence is None or rival.evidence is None:
-        return True
+def _beyond_noise(
+    winner: Observation, ranked: Sequence[Observation], rivals: Sequence[Observation], seed: int
+) -> bool:
+    """The product's rule (``agentmerge.final``): ahead of each rival, all tries counted."""
+    if winner.operator in CHEAP:
+        return False
+    tried = [o for o in ranked if o.operator not in CHEAP]
+    values = []
+    for group in (tried, rivals):
+        found = [o.evidence.values for o in group if o.evidence is not None]
+        if len(found) != len(group):
+            return True
+        values.append(np.stack(found, 1))
+    assert winner.evidence is not None
     items = winner.evidence.items
-    rows = []
-    for task in np.unique(items.task):
-        mine = items.task == task
-        weight = float(items.weight[mine].sum())
-        rows.append((weight, winner.evidence.values[mine], rival.evidence.values[mine]))
-    return paired_score_difference(rows, seed).low > 0
+    asked = Asked(items.task, items.weight)
+    return beyond_noise(asked, values[0], tried.index(winner), values[1], seed)
 
 
 def run_suite(

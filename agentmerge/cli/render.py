@@ -154,10 +154,6 @@ def card_text(card: Mapping[str, Any]) -> str:
         lines.append(
             f"The answer's score lies between {low:.3f} and {high:.3f} (95 %, over items)."
         )
-    if answer.get("estimate") is not None:
-        lines.append(
-            f"Search score less the luck of choosing: {number(answer['estimate'])} (other halves)"
-        )
     lines += [
         f"Ahead of {short_name(d['against'])} by {d['mean']:+.3f} "
         f"({d['low']:+.3f} to {d['high']:+.3f})"

@@ -27,6 +27,11 @@ PURPOSES = {"sample": 0, "mutate": 1, "cma": 2, "seed": 3, "items": 4}
 #: What a gradient costs, in scores of as many items: one forward pass, and a backward pass of two.
 GRADIENT_COST = 3
 
+#: Operators of the cheap merges that every search scores first, and with the parents of all that a
+#: searched merge has to beat.
+RIVALS = ("uniform", "scale", "depth")
+CHEAP = ("parent", *RIVALS)
+
 #: The operator of candidates of the arm that hears no model (``agentmerge.shadow``).
 SHADOW = "shadow"
 

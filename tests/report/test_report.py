@@ -61,7 +61,7 @@ def test_numbers_are_the_ledgers(runs: Path) -> None:
 def test_differences_are_the_final_cards(runs: Path) -> None:
     """Computed from stored items alone, without tasks, they come out as the search said."""
     with Ledger(runs / LEDGER) as ledger:
-        row = ledger.run("second")
+        row = ledger.run("first")
         found = comparisons(content(ledger, row))
     assert row.result is not None
     told = {d["against"]: (d["mean"], d["low"], d["high"]) for d in row.result["differences"]}

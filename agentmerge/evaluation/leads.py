@@ -1,0 +1,195 @@
+"""How far candidates are ahead of each other beyond the noise of the items, from stored results.
+
+Every metric that can be a score is resampled as what it is: means and lm-eval's perplexities, F1
+and MCC as arithmetic on counts of items, any other aggregation by calling it on the items drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from agentmerge.evaluation.aggregation import Aggregation, aggregation_of
+from agentmerge.evaluation.statistics import RESAMPLES, Interval, Leads, Metric, Strand, leads, mean
+from agentmerge.evaluation.tasks import Part, ScoredTask, TaskSet
+from agentmerge.workers.base import ItemRef, ItemResult
+
+Results = Mapping[ItemRef, ItemResult]
+
+#: Tries that are counted, the best and of the others as many, evenly over their ranks.
+MAX_TRIED = 1000
+#: The same where an aggregation has to be called for each of them and each resample.
+MAX_TRIED_CALLED, RESAMPLES_CALLED = 20, 500
+
+
+def lead(
+    taskset: TaskSet, mine: Results, theirs: Results | None, seed: int, part: Part = "search"
+) -> Interval | None:
+    """How far one is ahead of another (of nothing: its score), paired by item.
+
+    Items count that both have. None where they are too few for an interval, or a task has none.
+    """
+    found = _leads(taskset, [mine], theirs, seed, part)
+    return None if found is None else found.interval()
+
+
+def least_leads(
+    taskset: TaskSet, tried: Sequence[Results], theirs: Results, seed: int, part: Part = "search"
+) -> list[float] | None:
+    """Lower ends of how far each of those tried is ahead, that hold for all at once (97.5 %).
+
+    So what is said of one that was chosen among them counts how many there were. tried: best first.
+    None with too few items; minus infinity where nothing can be said.
+    """
+    most = MAX_TRIED_CALLED if _called(taskset) else MAX_TRIED
+    best = range(min(len(tried), most // 2))
+    places = sorted({*best, *np.linspace(0, len(tried) - 1, most - len(best)).astype(int).tolist()})
+    found = _leads(taskset, [tried[i] for i in places], theirs, seed, part)
+    if found is None:
+        return None
+    least = dict(zip(places, found.at_least().tolist(), strict=True))
+    return [least.get(i, -math.inf) for i in range(len(tried))]
+
+
+def _leads(
+    taskset: TaskSet, mine: Sequence[Results], theirs: Results | None, seed: int, part: Part
+) -> Leads | None:
+    strands = []
+    for objective in taskset.objectives:
+        shared = {
+            name: [
+                ref
+                for ref in taskset.task(name).part(part)
+                if (theirs is None or ref in theirs) and all(ref in one for one in mine)
+            ]
+            for name in objective.leaves
+        }
+        total = sum(map(len, shared.values()))
+        for name, refs in shared.items():
+            if not refs:
+                return None
+            share = len(refs) / total if objective.by_size else 1 / len(shared)
+            weight = objective.signed_weight * share
+            strands.append(_strand(taskset, taskset.task(name), weight, refs, mine, theirs))
+    return leads(strands, seed, RESAMPLES_CALLED if _called(taskset) else RESAMPLES)
+
+
+def _strand(
+    taskset: TaskSet,
+    task: ScoredTask,
+    weight: float,
+    refs: Sequence[ItemRef],
+    mine: Sequence[Results],
+    theirs: Results | None,
+) -> Strand:
+    statics = None
+    if task.rebuild != "plain":
+        place = {ref: i for i, ref in enumerate(task.items)}
+        statics = np.array([task.statics[place[ref]] for ref in refs], float)
+    return Strand(
+        weight,
+        np.array([[one[ref].value for one in mine] for ref in refs], float),
+        None if theirs is None else np.array([theirs[ref].value for ref in refs], float),
+        _metric(taskset, task) or _calling(taskset, task),
+        statics,
+        labels=task.rebuild == "class",
+    )
+
+
+def _called(taskset: TaskSet) -> bool:
+    """Whether some metric is nothing but a function to call."""
+    return any(_metric(taskset, task) is None for task in taskset.tasks)
+
+
+def _metric(taskset: TaskSet, task: ScoredTask) -> Metric | None:
+    """A task's metric as arithmetic on counts; None where its aggregation is not known."""
+    function = taskset.aggregations.get(task.name)
+    found = aggregation_of(function)
+    if task.rebuild == "plain" and found.mean:
+        return mean
+    if found == Aggregation():  # a task's own, whatever it is called
+        return None
+    return _ARITHMETIC.get((task.rebuild, getattr(function, "__name__", "")))
+
+
+def _perplexity(counts: np.ndarray, values: np.ndarray, statics: np.ndarray | None) -> np.ndarray:
+    found: np.ndarray = np.exp(-mean(counts, values, None))
+    return found
+
+
+def _nats(counts: np.ndarray, values: np.ndarray, statics: np.ndarray | None) -> np.ndarray:
+    """Nats a word or a byte, of which ``statics`` says how many an item has."""
+    assert statics is not None
+    found: np.ndarray = -(counts @ values) / (counts @ statics)
+    return found
+
+
+def _weighted_perplexity(
+    counts: np.ndarray, values: np.ndarray, statics: np.ndarray | None
+) -> np.ndarray:
+    found: np.ndarray = np.exp(_nats(counts, values, statics))
+    return found
+
+
+def _bits(counts: np.ndarray, values: np.ndarray, statics: np.ndarray | None) -> np.ndarray:
+    return _nats(counts, values, statics) / math.log(2)
+
+
+def _f1(counts: np.ndarray, values: np.ndarray, statics: np.ndarray | None) -> np.ndarray:
+    """Of class 1; 0 where there is none of it, as scikit-learn has it."""
+    assert statics is not None
+    both = counts @ ((values == 1) & (statics == 1)).astype(float)
+    either = counts @ (values == 1).astype(float) + counts @ (statics == 1).astype(float)
+    found: np.ndarray = np.where(either > 0, 2 * both / np.maximum(either, 1.0), 0.0)
+    return found
+
+
+def _mcc(counts: np.ndarray, values: np.ndarray, statics: np.ndarray | None) -> np.ndarray:
+    """Matthews' coefficient of any number of classes (Gorodkin 2004); 0 where it is undefined."""
+    assert statics is not None
+    size = counts.sum(1, keepdims=True)
+    right = counts @ (values == statics).astype(float)
+    said = [counts @ (values == one).astype(float) for one in np.union1d(values, statics)]
+    true = [counts @ (statics == one).astype(float) for one in np.union1d(values, statics)]
+    cross = right * size - sum(s * t for s, t in zip(said, true, strict=True))
+    spread = (size**2 - sum(s * s for s in said)) * (size**2 - sum(t * t for t in true))
+    found: np.ndarray = np.where(spread > 0, cross / np.sqrt(np.maximum(spread, 1e-300)), 0.0)
+    return found
+
+
+_ARITHMETIC: Mapping[tuple[str, str], Metric] = {
+    ("plain", "perplexity"): _perplexity,
+    ("weighted", "weighted_perplexity"): _weighted_perplexity,
+    ("weighted", "bits_per_byte"): _bits,
+    ("class", "f1_score"): _f1,
+    ("class", "matthews_corrcoef"): _mcc,
+}
+
+
+def _calling(taskset: TaskSet, task: ScoredTask) -> Metric:
+    """A metric of which only the function is known."""
+    function: Callable[[list[Any]], Any] = taskset.aggregations[task.name]
+
+    def metric(counts: np.ndarray, values: np.ndarray, statics: np.ndarray | None) -> np.ndarray:
+        found = np.empty((len(counts), values.shape[1]))
+        for row, often in enumerate(counts.astype(int)):
+            for column in range(values.shape[1]):
+                drawn: list[Any] = np.repeat(values[:, column], often).tolist()
+                if statics is not None:
+                    known = np.repeat(statics[:, column], often).astype(int).tolist()
+                    classes = task.rebuild == "class"
+                    drawn = (
+                        list(zip(known, map(int, drawn), strict=True))
+                        if classes
+                        else list(zip(drawn, known, strict=True))
+                    )
+                try:
+                    found[row, column] = float(function(drawn))
+                except (ArithmeticError, ValueError):
+                    found[row, column] = math.nan
+        return found
+
+    return metric

@@ -1,0 +1,147 @@
+"""Differences and intervals of every kind of metric, each resampled as what it is."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from lm_eval.api import metrics
+
+from agentmerge.evaluation.leads import lead, least_leads
+from agentmerge.evaluation.tasks import Objective, Rebuild, ScoredTask, TaskSet
+from agentmerge.workers.base import ItemRef, ItemResult
+
+Results = dict[ItemRef, ItemResult]
+
+
+def task(
+    name: str, size: int, rebuild: Rebuild = "plain", statics: Any = (), higher: bool = True
+) -> ScoredTask:
+    refs = tuple(ItemRef(name, i, f"{name}{i}") for i in range(size))
+    return ScoredTask(
+        name, 1.0, "m", "none", higher, "loglikelihood", None, name, refs, tuple(range(size)),
+        tuple(range(size)), rebuild, tuple(map(float, statics)), name,
+    )  # fmt: skip
+
+
+def taskset(*found: tuple[ScoredTask, Callable[[Any], Any] | None]) -> TaskSet:
+    return TaskSet(
+        tuple(t for t, _ in found),
+        tuple(Objective(t.name, t.weight, t.higher_is_better, (t.name,)) for t, _ in found),
+        aggregations={t.name: f for t, f in found if f is not None},
+    )
+
+
+def results(one: ScoredTask, values: Any) -> Results:
+    return {ref: ItemResult(float(v)) for ref, v in zip(one.items, values, strict=True)}
+
+
+RNG = np.random.default_rng(0)
+WORDS = RNG.integers(5, 40, 60)
+GOLD = RNG.integers(0, 2, 60)
+CLASSES = RNG.integers(0, 3, 60)
+NATS = -RNG.gamma(3.0, 1.0, 60)
+LESS = NATS - RNG.gamma(1.0, 0.3, 60)
+KINDS: dict[str, tuple[ScoredTask, Callable[[Any], Any] | None, Any, Any]] = {
+    "mean": (task("a", 60), None, GOLD, GOLD * 0),
+    "lower is better": (task("a", 60, higher=False), metrics.mean, -NATS, -LESS),
+    "perplexity": (task("a", 60, higher=False), metrics.perplexity, NATS, LESS),
+    "word perplexity": (
+        task("a", 60, "weighted", WORDS, higher=False),
+        metrics.weighted_perplexity,
+        NATS * WORDS,
+        LESS * WORDS,
+    ),
+    "bits a byte": (
+        task("a", 60, "weighted", WORDS, higher=False),
+        metrics.bits_per_byte,
+        NATS * WORDS,
+        LESS * WORDS,
+    ),
+    "f1": (
+        task("a", 60, "class", GOLD),
+        metrics.f1_score,
+        np.where(np.arange(60) % 10 == 0, 1 - GOLD, GOLD),
+        np.where(np.arange(60) % 2 == 0, 1 - GOLD, GOLD),
+    ),
+    "mcc": (
+        task("a", 60, "class", CLASSES),
+        metrics.matthews_corrcoef,
+        np.where(np.arange(60) % 10 == 0, (CLASSES + 1) % 3, CLASSES),
+        np.where(np.arange(60) % 2 == 0, (CLASSES + 1) % 3, CLASSES),
+    ),
+    "a task's own": (task("a", 60), statistics.median, NATS, LESS),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_metric_has_its_difference_and_an_interval(kind: str) -> None:
+    one, function, better, worse = KINDS[kind]
+    tasks = taskset((one, function))
+    mine, theirs = results(one, better), results(one, worse)
+    found = lead(tasks, mine, theirs, 0)
+    assert found is not None
+    truth = tasks.score(mine).value - tasks.score(theirs).value
+    assert found.mean == pytest.approx(truth, rel=1e-9)
+    assert found.low < truth < found.high
+    assert found.low > 0, "a difference on every other item, or on all, is beyond noise"
+    back = lead(tasks, theirs, mine, 0)
+    assert back is not None
+    assert back.high < 0
+    # resampled as lm-eval would: the spread of the aggregate over draws of items
+    rng = np.random.default_rng(1)
+    draws = []
+    for _ in range(300):
+        drawn = rng.integers(60, size=60)
+        refs = [one.items[i] for i in drawn]
+        draws.append(
+            tasks.objective({"a": tasks.aggregate(one, [mine[r] for r in refs], refs)})
+            - tasks.objective({"a": tasks.aggregate(one, [theirs[r] for r in refs], refs)})
+        )
+    width = float(np.quantile(draws, 0.975) - np.quantile(draws, 0.025))
+    if kind != "a task's own":
+        assert found.high - found.low == pytest.approx(width, rel=0.35, abs=0.05 * abs(truth))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_alike_is_not_certain(kind: str) -> None:
+    one, function, better, _ = KINDS[kind]
+    tasks = taskset((one, function))
+    mine = results(one, better)
+    found = lead(tasks, mine, mine, 0)
+    if found is not None:  # an aggregation that resamples do not move has no interval
+        assert found.mean == 0
+        assert found.low < 0 < found.high
+    alone = lead(tasks, mine, None, 0)
+    assert alone is not None
+    assert alone.mean == pytest.approx(tasks.score(mine).value)
+    assert alone.low < alone.mean < alone.high
+
+
+def test_a_perplexity_beside_an_accuracy() -> None:
+    """Both count; and one that explodes in some resamples is a number all the same."""
+    acc, ppl = task("acc", 80), task("ppl", 40, higher=False)
+    tasks = taskset((acc, None), (ppl, metrics.perplexity))
+    right = np.random.default_rng(2).integers(0, 2, 80)
+    mine = results(acc, right) | results(ppl, np.full(40, -1.0) - np.linspace(0, 1, 40))
+    wild = results(acc, right) | results(ppl, np.where(np.arange(40) < 39, -1.0, -30_000.0))
+    found = lead(tasks, mine, wild, 0)
+    assert found is not None
+    assert np.isfinite(found).all()
+    least = least_leads(tasks, [mine, wild], mine, 0)
+    assert least is not None
+    assert least[0] <= 0
+    assert least[1] <= 0
+
+
+def test_tries_beyond_those_counted_are_stood_for_by_some() -> None:
+    one = task("a", 30)
+    tasks = taskset((one, statistics.median))
+    rows = [results(one, row) for row in np.random.default_rng(2).normal(size=(50, 30))]
+    least = least_leads(tasks, rows, rows[0], 0)
+    assert least is not None
+    assert len(least) == 50
+    assert 15 <= sum(np.isfinite(least)) < 20  # one is the rival itself, which never differs
