@@ -2,44 +2,84 @@
 
 The base knows every skill, but under tags of its own; an expert learns to use one skill under the
 tag that is scored. So experts share a basis and still get in each other's way, which gives a
-search something to find. It knows the training recipe and the cache of what was trained; it knows
-nothing of tasks, merging or scoring.
+search something to find. How much they do is measured, not hoped for: an expert trains until it has
+its skill and kept the rest, and then all of them a few steps together, in which their uniform merge
+is asked too, until it keeps a part of every skill. Weights differ by processor; this does not by
+much. It knows the schedule and the cache of what was trained; it knows nothing of tasks, merging or
+scoring.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from agentmerge.demo import language
+from agentmerge.demo.training import (
+    BATCH,
+    BOS,
+    EOS,
+    PAD,
+    UNK,
+    VOCABULARY,
+    Learner,
+    Mixture,
+    Weights,
+    batches,
+    holding,
+    learn_together,
+    put,
+    share_right,
+    stream,
+    uniform_merge,
+)
 
-if TYPE_CHECKING:
-    import torch
+FAMILY_VERSION = 3
+"""Part of the cache key: raise it with any change to the language or to how a family is trained."""
 
-FAMILY_VERSION = 2
-"""Part of the cache key: raise it with any change to the language or to the recipe below."""
-
-PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
-VOCABULARY = (PAD, BOS, EOS, UNK, "\n", ":", "=", *language.CHARACTERS)
-BATCH = 64
-BASE_STEPS, BASE_RATE = 600, 2e-3
-EXPERT_STEPS, EXPERT_RATE = 120, 5e-4
 MARKER = "family.json"
+#: Settings from outside that choose the processor's kernels, and with them the weights.
+KERNEL_SETTINGS = ("MKL_CBWR", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How a family is trained: rates, what ends it (shares of validation inputs), and bounds.
+
+    merge_goal: what the best uniform merge answers of all skills together. Below a half a parent
+    alone may be as good, near one there is nothing left to find. Few steps lie between the two, so
+    it is looked at often.
+    """
+
+    batch: int = BATCH
+    base_rate: float = 2e-3
+    base_goal: float = 0.97
+    base_every: int = 40
+    base_steps: int = 1500
+    expert_rate: float = 4e-4
+    expert_goal: float = 0.97
+    expert_every: int = 20
+    expert_steps: int = 400
+    merge_goal: float = 0.6
+    merge_every: int = 2
+    merge_steps: int = 200
+    merge_weight: float = 0.85
+    merge_weights: tuple[float, ...] = (0.55, 0.7, 0.85, 1.0)
+
+
+SCHEDULE = Schedule()
 
 Progress = Callable[[str], None]
-Mixture = Mapping[str, tuple[float, Callable[[str], str]]]
-"""Tag -> its share of the lines and what its answer is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,24 +104,99 @@ def make_family(
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> Family:
-    """Train a family into `directory` on one thread: about 35 s for two skills.
+    """Train a family into `directory` on one thread: about half a minute for two skills.
 
     The same skills and seed give the same weights, bit for bit, on the same machine and torch.
-    Neither torch's global generator nor its thread count is left changed.
+    A goal that is not reached within its bound is said, and the family is what it is by then.
+    ``family.json`` there says how it was made and what was measured. Neither torch's global
+    generator nor its thread count is left changed.
     """
     skills = language.checked_skills(skills)
     family = _family_at(directory.absolute(), skills, seed)
     tell = on_progress or (lambda _: None)
     with _one_thread():
         base = _new_model(seed)
-        _train(base, _base_mixture(), "base", BASE_STEPS, BASE_RATE, seed, tell)
+        learner = Learner(base, _base_mixture(), stream(seed, "base"), SCHEDULE.base_rate, 30)
+        measured = {"base": _train_base(learner, tell)}
+        put(base, learner.weights)
         _save(base, family.base)
+        learners = []
         for skill, path in zip(skills, family.experts, strict=True):
+            rng = stream(seed, path.name)
             expert = copy.deepcopy(base)
-            mixture = _expert_mixture(skill)
-            _train(expert, mixture, path.name, EXPERT_STEPS, EXPERT_RATE, seed, tell)
-            _save(expert, path)
+            learners.append(Learner(expert, _expert_mixture(skill), rng, SCHEDULE.expert_rate, 10))
+            measured[skill] = _train_expert(learners[-1], skill, tell)
+        if len(skills) > 1:
+            measured["merge"] = _train_together(learners, base, skills, seed, tell)
+        for learner, path in zip(learners, family.experts, strict=True):
+            put(learner.model, learner.weights)
+            _save(learner.model, path)
+    made = {"made": how_made(skills, seed), "measured": measured}
+    (family.base.parent / MARKER).write_text(json.dumps(made, indent=1))
     return family
+
+
+def _train_base(learner: Learner, tell: Progress) -> dict[str, float]:
+    """Until it has every skill under its own tag; returns steps and the least skill."""
+    found = 0.0
+    while found < SCHEDULE.base_goal and learner.steps < SCHEDULE.base_steps:
+        learner.learn(min(SCHEDULE.base_every, SCHEDULE.base_steps - learner.steps))
+        with holding(learner.model, learner.weights) as model:
+            found = min(share_right(model, s.base_tag, s.apply) for s in language.SKILLS.values())
+        if learner.steps % 120 == 0 or found >= SCHEDULE.base_goal:
+            tell(
+                f"training base: step {learner.steps}, loss {learner.loss:.3f}, "
+                f"least of its skills {found:.3f}"
+            )
+    _say_if_short("base", found, SCHEDULE.base_goal, learner.steps, tell)
+    return {"steps": learner.steps, "right": found}
+
+
+def _train_expert(learner: Learner, skill: str, tell: Progress) -> dict[str, float]:
+    """Until it has its skill under its tag, and copies under the others as the base does."""
+    name, found = f"expert-{skill}", 0.0
+    while found < SCHEDULE.expert_goal and learner.steps < SCHEDULE.expert_steps:
+        learner.learn(min(SCHEDULE.expert_every, SCHEDULE.expert_steps - learner.steps))
+        with holding(learner.model, learner.weights) as model:
+            found = min(
+                share_right(model, tag, apply) for tag, (_, apply) in _expert_mixture(skill).items()
+            )
+    tell(f"training {name}: step {learner.steps}, loss {learner.loss:.3f}, skill {found:.3f}")
+    _say_if_short(name, found, SCHEDULE.expert_goal, learner.steps, tell)
+    return {"steps": learner.steps, "right": found}
+
+
+def _train_together(
+    learners: Sequence[Learner], base: Any, skills: Sequence[str], seed: int, tell: Progress
+) -> dict[str, float]:
+    """Until the best uniform merge has a part of every skill; returns steps, and its part."""
+    rng, mixture = stream(seed, "merge"), _merge_mixture(skills)
+    steps, found = 0, _best_uniform(base, [one.weights for one in learners], skills)
+    while found < SCHEDULE.merge_goal and steps < SCHEDULE.merge_steps:
+        more = min(SCHEDULE.merge_every, SCHEDULE.merge_steps - steps)
+        learn_together(learners, base, batches(mixture, more, rng), SCHEDULE.merge_weight)
+        steps += more
+        found = _best_uniform(base, [one.weights for one in learners], skills)
+    tell(f"training the experts together: step {steps}, best uniform merge {found:.3f}")
+    _say_if_short("the best uniform merge", found, SCHEDULE.merge_goal, steps, tell)
+    return {"steps": steps, "right": found}
+
+
+def _say_if_short(name: str, found: float, goal: float, steps: int, tell: Progress) -> None:
+    if found < goal:
+        tell(f"{name} has {found:.3f} after {steps} steps, where {goal:g} was wanted: going on")
+
+
+def _best_uniform(base: Any, experts: Sequence[Weights], skills: Sequence[str]) -> float:
+    """The share of all skills' validation inputs that the best uniform merge answers."""
+    best = 0.0
+    for weight in SCHEDULE.merge_weights:
+        with holding(base, uniform_merge(base, experts, weight)) as model:
+            shares = [
+                share_right(model, language.SKILLS[s].tag, language.SKILLS[s].apply) for s in skills
+            ]
+        best = max(best, sum(shares) / len(shares))
+    return best
 
 
 def cached_family(
@@ -103,8 +218,6 @@ def cached_family(
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{key}-") as scratch:
             made = Path(scratch) / key
             make_family(made, skills=skills, seed=seed, on_progress=on_progress)
-            marker = {"version": FAMILY_VERSION, "skills": skills, "seed": seed}
-            (made / MARKER).write_text(json.dumps(marker))
             # Another process may have finished the same family meanwhile: then keep its own.
             if not _is_whole(target):
                 shutil.rmtree(target, ignore_errors=True)
@@ -113,9 +226,21 @@ def cached_family(
 
 
 def family_key(skills: tuple[str, ...], seed: int) -> str:
-    """The cache's name for a family: changes with the recipe's version, the skills and the seed."""
-    text = json.dumps([FAMILY_VERSION, list(skills), seed])
+    """The cache's name for a family: changes with everything that ``how_made`` says."""
+    text = json.dumps(how_made(skills, seed), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def how_made(skills: tuple[str, ...], seed: int) -> dict[str, Any]:
+    """What a family's weights depend on, the processor itself aside."""
+    return {
+        "version": FAMILY_VERSION,
+        "schedule": asdict(SCHEDULE),
+        "skills": list(skills),
+        "seed": seed,
+        "torch": importlib.metadata.version("torch"),
+        "kernels": {name: os.environ.get(name, "") for name in KERNEL_SETTINGS},
+    }
 
 
 def default_cache_dir() -> Path:
@@ -140,12 +265,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _stream(seed: int, purpose: str) -> np.random.Generator:
-    """Random numbers of their own for each purpose: an expert is the same in every family."""
-    words = np.random.SeedSequence([seed, *purpose.encode()])
-    return np.random.Generator(np.random.PCG64(words))
-
-
 def _new_model(seed: int) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -167,7 +286,7 @@ def _new_model(seed: int) -> Any:
         dtype="float32",
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(_stream(seed, "weights").integers(2**63)))
+        torch.manual_seed(int(stream(seed, "weights").integers(2**63)))
         return LlamaForCausalLM(config)
 
 
@@ -182,52 +301,12 @@ def _expert_mixture(skill: str) -> Mixture:
     return {own.tag: (0.7, own.apply), **others}
 
 
-def sample_lines(mixture: Mixture, n: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """`n` training lines as (prompt, answer); held-out inputs never occur."""
-    pool = language.inputs(held_out=False)
-    tags, shares = list(mixture), [share for share, _ in mixture.values()]
-    texts = [pool[i] for i in rng.integers(len(pool), size=n)]
-    chosen = [tags[i] for i in rng.choice(len(tags), size=n, p=shares)]
-    return [
-        (language.prompt(tag, text), mixture[tag][1](text))
-        for tag, text in zip(chosen, texts, strict=True)
-    ]
-
-
-def _encode(lines: list[tuple[str, str]]) -> torch.Tensor:
-    import torch
-
-    number = {token: i for i, token in enumerate(VOCABULARY)}
-    bos, eos = number[BOS], number[EOS]
-    return torch.tensor([[bos, *(number[c] for c in q + a), eos] for q, a in lines])
-
-
-def _train(
-    model: Any, mixture: Mixture, name: str, steps: int, rate: float, seed: int, tell: Progress
-) -> None:
-    """AdamW, warm-up over 5 % of the steps, then linearly down to 5 % of `rate`."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    lines = sample_lines(mixture, steps * BATCH, _stream(seed, name))
-    tokens = _encode(lines).view(steps, BATCH, -1)
-    n_answer = language.INPUT_LENGTH + 1  # the answer's letters and the end of the line
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98))
-    warm_up = max(1, steps // 20)
-    model.train()
-    for step, batch in enumerate(tokens):
-        left = (steps - step) / (steps - warm_up)
-        scale = min((step + 1) / warm_up, 0.05 + 0.95 * left)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * scale
-        logits = model(batch[:, :-1], logits_to_keep=n_answer, use_cache=False).logits
-        loss = cross_entropy(logits.flatten(0, 1), batch[:, -n_answer:].flatten())
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        if (step + 1) % 60 == 0 or step + 1 == steps:
-            tell(f"training {name}: step {step + 1} of {steps}, loss {loss.item():.3f}")
-    model.eval()
+def _merge_mixture(skills: Sequence[str]) -> Mixture:
+    """Every skill under its tag, the same share of each; under the other tags, a copy."""
+    own = {language.SKILLS[s].tag: (0.8 / len(skills), language.SKILLS[s].apply) for s in skills}
+    rest = [tag for tag in language.TAGS if tag not in own]
+    others: Mixture = {tag: (0.2 / len(rest), str) for tag in rest}
+    return {**own, **others}
 
 
 def _save(model: Any, directory: Path) -> None:

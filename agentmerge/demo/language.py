@@ -18,6 +18,7 @@ INPUT_LETTERS = "abcdefghij"
 INPUT_LENGTH = 5
 COPY_TAG = "c"
 HELD_OUT_SHARE = 0.1
+VALIDATION_INPUTS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +62,33 @@ def prompt(tag: str, text: str) -> str:
 
 def is_held_out(text: str) -> bool:
     """Whether an input is kept for evaluation; the same for every seed and skill."""
+    return _place(text) < HELD_OUT_SHARE * 2**64
+
+
+def _place(text: str) -> int:
     digest = hashlib.sha256(f"agentmerge-demo:{text}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
+    return int.from_bytes(digest[:8], "big")
 
 
 @cache
 def inputs(*, held_out: bool) -> tuple[str, ...]:
-    """All inputs on one side of the hold-out, in alphabetical order."""
-    every = map("".join, itertools.product(INPUT_LETTERS, repeat=INPUT_LENGTH))
-    return tuple(text for text in every if is_held_out(text) is held_out)
+    """All inputs to evaluate on, or all to train on, in alphabetical order."""
+    rest = set(validation_inputs())
+    return tuple(
+        text for text in _every_input() if is_held_out(text) is held_out and text not in rest
+    )
+
+
+@cache
+def validation_inputs() -> tuple[str, ...]:
+    """Those that tell when training is done: neither trained on nor asked by any task."""
+    past = sorted((_place(text), text) for text in _every_input() if not is_held_out(text))
+    return tuple(text for _, text in past[:VALIDATION_INPUTS])
+
+
+@cache
+def _every_input() -> tuple[str, ...]:
+    return tuple(map("".join, itertools.product(INPUT_LETTERS, repeat=INPUT_LENGTH)))
 
 
 def checked_skills(skills: Sequence[str]) -> tuple[str, ...]:

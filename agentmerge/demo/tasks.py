@@ -24,6 +24,8 @@ CHOICE_TASK = "agentmerge_demo_choice"
 N_ITEMS = 1200
 SEARCH_LIMIT = 200
 """Items a task that a search sees; the other thousand of `N_ITEMS` are there to be sealed."""
+#: Three sealed items a search item: enough to tell 2 points apart.
+SEALED_SHARE = 0.75
 
 Doc = dict[str, Any]
 
@@ -80,6 +82,22 @@ def demo_config(family: Family, tasks_dir: Path) -> dict[str, Any]:
         if not path.is_file():
             raise UserError(f"no task file {path}; write_tasks(tasks_dir, family.skills) makes it")
     return search_config(family.base, family.experts, tasks, limit=SEARCH_LIMIT)
+
+
+def demo_search(
+    family: Family, directory: Path, *, max_evaluations: int, seed: int, worker: str
+) -> Path:
+    """Write tasks and config of what ``agentmerge demo`` searches; returns the config."""
+    tasks = write_tasks(directory / "tasks", family.skills)
+    body = demo_config(family, tasks) | {
+        "task_search_path": [str(tasks)],
+        "budget": {"max_evaluations": max_evaluations},
+        "search": {"seed": seed, "sealed_share": SEALED_SHARE},
+        "worker": {"kind": worker, "batch_size": 200, "options": {"threads": 1}},
+    }
+    path = directory / "config.yml"
+    path.write_text(yaml.safe_dump(body, sort_keys=False))
+    return path
 
 
 def search_config(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from agentmerge.demo import (
     demo_config,
     language,
     make_family,
+    training,
     write_skill_tasks,
     write_tasks,
 )
@@ -28,9 +30,9 @@ SKILLS = ("shift", "sort")
 
 @pytest.fixture
 def two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recipe cut to two steps a model: useless models, made by the real code."""
-    monkeypatch.setattr(recipe, "BASE_STEPS", 2)
-    monkeypatch.setattr(recipe, "EXPERT_STEPS", 2)
+    """Training cut to two steps a model: useless models, made by the real code."""
+    short = replace(recipe.SCHEDULE, base_steps=2, expert_steps=2, merge_steps=2)
+    monkeypatch.setattr(recipe, "SCHEDULE", short)
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +83,18 @@ def test_lm_eval_sees_the_tokens_that_were_trained_on(family: Family):
 
     model = HFLM(pretrained=str(family.base), device="cpu")
     context, answer = model._encode_pair("s:abcde=", "bcdef")
-    [trained] = recipe._encode([("s:abcde=", "bcdef")]).tolist()
+    [trained] = training.encode([("s:abcde=", "bcdef")]).tolist()
     assert [*context, *answer, model.eot_token_id] == trained
 
 
 def test_held_out_inputs_are_never_trained_on():
-    rng = recipe._stream(0, "base")
-    lines = recipe.sample_lines(recipe._base_mixture(), 20_000, rng)
+    rng = training.stream(0, "base")
+    lines = training.sample_lines(recipe._base_mixture(), 20_000, rng)
     texts = {question[2:-1] for question, _ in lines}
     assert len(texts) > 10_000
-    assert not texts & set(language.inputs(held_out=True))
+    asked, ended = set(language.inputs(held_out=True)), set(language.validation_inputs())
+    assert not texts & (asked | ended)
+    assert not asked & ended
 
 
 def test_each_expert_has_its_own_skill_only(family: Family, tasks_dir: Path):
@@ -101,6 +105,41 @@ def test_each_expert_has_its_own_skill_only(family: Family, tasks_dir: Path):
         assert found.pop(demo_tasks.skill_task(own)) >= 0.95
         assert found.pop(demo_tasks.CHOICE_TASK) == pytest.approx(0.5, abs=0.15)
         assert max(found.values()) <= 0.15
+
+
+def test_the_best_uniform_merge_has_a_part_of_every_skill_and_leaves_some(family: Family):
+    """What ended the training, measured again on the tasks' own items: true of any family."""
+    from benchmarks.tiny import TINY, TinyProblem
+
+    problem = TinyProblem(TINY["tiny-so-8"], 0)
+    found = {
+        label: problem.sealed(point).sum()
+        for operator, label, point in problem.first_points()
+        if operator != "depth"
+    }
+    parents = max(found.pop(path.name.removeprefix("expert-")) for path in family.experts)
+    assert found.pop("base") <= 0.05
+    assert 0.45 <= parents <= 0.55 < max(found.values()) < 0.9
+
+
+def test_what_ended_the_training_is_kept_with_the_family(family: Family):
+    told = json.loads((family.base.parent / recipe.MARKER).read_text())
+    assert told["made"] == recipe.how_made(SKILLS, 0)
+    right = {name: row["right"] for name, row in told["measured"].items()}
+    goals = recipe.SCHEDULE
+    assert right["base"] >= goals.base_goal
+    assert min(right["shift"], right["sort"]) >= goals.expert_goal
+    assert right["merge"] >= goals.merge_goal
+
+
+@pytest.mark.usefixtures("two_steps")
+def test_a_goal_out_of_reach_is_said_and_training_ends(tmp_path: Path):
+    said: list[str] = []
+    make_family(tmp_path, skills=SKILLS, on_progress=said.append)
+    short = [line for line in said if line.endswith("was wanted: going on")]
+    assert [line.split(" has ")[0] for line in short] == [
+        "base", "expert-shift", "expert-sort", "the best uniform merge",
+    ]  # fmt: skip
 
 
 def scores(model: Path, tasks_dir: Path, limit: int) -> dict[str, float]:
@@ -129,32 +168,39 @@ def scores(model: Path, tasks_dir: Path, limit: int) -> dict[str, float]:
 def test_a_family_depends_on_skills_and_seed_alone(tmp_path: Path):
     import torch
 
-    first = make_family(tmp_path / "a", skills=("sort",), seed=3)
+    first = make_family(tmp_path / "a", skills=SKILLS, seed=3)
     torch.manual_seed(99)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    second = make_family(tmp_path / "b", skills=("shift", "sort"), seed=3)
-    other = make_family(tmp_path / "c", skills=("sort",), seed=4)
+    second = make_family(tmp_path / "b", skills=SKILLS, seed=3)
+    alone = make_family(tmp_path / "c", skills=("sort",), seed=3)
+    other = make_family(tmp_path / "d", skills=("sort",), seed=4)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
-    assert weights(first.base) == weights(second.base) != weights(other.base)
-    assert weights(first.experts[0]) == weights(second.experts[1]) != weights(other.experts[0])
+    assert weights(first.base) == weights(alone.base) != weights(other.base)
+    assert [*map(weights, first.experts)] == [*map(weights, second.experts)]
+    assert weights(alone.experts[0]) != weights(other.experts[0])
 
 
 def weights(checkpoint: Path) -> bytes:
     return (checkpoint / "model.safetensors").read_bytes()
 
 
-def test_cache_key_changes_with_seed_skills_and_version(monkeypatch: pytest.MonkeyPatch):
+def test_the_cache_key_changes_with_how_a_family_is_made(monkeypatch: pytest.MonkeyPatch):
     keys = [recipe.family_key(*args) for args in ((SKILLS, 0), (SKILLS, 1), (("shift",), 0))]
+    monkeypatch.setenv("MKL_CBWR", "another")
+    keys.append(recipe.family_key(SKILLS, 0))
+    monkeypatch.setattr(recipe, "SCHEDULE", replace(recipe.SCHEDULE, merge_goal=0.5))
+    keys.append(recipe.family_key(SKILLS, 0))
     monkeypatch.setattr(recipe, "FAMILY_VERSION", recipe.FAMILY_VERSION + 1)
-    assert len({*keys, recipe.family_key(SKILLS, 0)}) == 4
+    keys.append(recipe.family_key(SKILLS, 0))
+    assert len(set(keys)) == 6
 
 
 @pytest.mark.usefixtures("two_steps")
 def test_a_cached_family_is_not_made_again(tmp_path: Path):
     said: list[str] = []
     made = cached_family(("sort",), 0, tmp_path, said.append)
-    assert said[-1].startswith("training expert-sort: step 2 of 2")
+    assert any(line.startswith("training expert-sort: step 2,") for line in said)
     said.clear()
     assert cached_family(("sort",), 0, tmp_path, said.append) == made
     assert said == []
