@@ -22,6 +22,7 @@ from agentmerge.config import GenomeConfig
 from agentmerge.demo import language
 from agentmerge.demo.family import BOS, EOS, VOCABULARY, cached_family
 from agentmerge.demo.tasks import skill_inputs
+from agentmerge.demo.training import Weights
 from agentmerge.genome import SearchSpace
 from agentmerge.merging.parents import Family
 from agentmerge.strategies.base import Evidence, Items
@@ -31,6 +32,14 @@ from benchmarks.prefixes import Rows, answer_logits
 from benchmarks.problems import Outcome, first_points
 
 SEARCH_ITEMS, SEALED_ITEMS = 200, 400
+#: What the expert of a damaged family is left with at the best weight of its task vector.
+DAMAGED = (0.75, 0.9)
+#: Where that weight is looked for; then nearer.
+STRETCHES = tuple(0.7 * 1.15**i for i in range(13))
+NEARER = tuple(0.88 + 0.04 * i for i in range(7))
+FEW, MANY = 200, 800  # items that measure it
+#: Part of these families' names: raise it with any change to how they are made.
+TWIST_VERSION = 3
 _NUMBER = {token: i for i, token in enumerate(VOCABULARY)}
 _ENDS = (_NUMBER[EOS], _NUMBER["\n"])
 
@@ -41,8 +50,8 @@ class TinySetting:
 
     experts: "own"; or, where nothing can be gained, "useless" (the one expert, and noise of the
     same size) or "halves" (its task vector in two random halves, doubled: their mean is it).
-    damage: noise that base and experts of these two share, in deviations of each weight matrix, so
-    that no merge answers everything. granularity: 0 is one group of all layers.
+    damaged: base and experts of these two share noise, as much as leaves the expert `DAMAGED` of
+    its answers, so that no merge answers everything. granularity: 0 is one group of all layers.
     """
 
     name: str
@@ -50,7 +59,7 @@ class TinySetting:
     method: str = "task_arithmetic"
     filters: tuple[str, ...] = ()
     experts: Literal["own", "useless", "halves"] = "own"
-    damage: float = 0.0
+    damaged: bool = False
     granularity: int = 1
 
     @property
@@ -74,8 +83,8 @@ TINY = {
         TinySetting("tiny-halves", ("shift",), experts="halves"),
         # Below the ceiling, where luck can pass for a gain. One group: layer by layer, a merge can
         # make up for some of the damage.
-        TinySetting("tiny-useless-2", ("shift",), experts="useless", damage=0.45, granularity=0),
-        TinySetting("tiny-halves-2", ("shift",), experts="halves", damage=0.45, granularity=0),
+        TinySetting("tiny-useless-2", ("shift",), experts="useless", damaged=True, granularity=0),
+        TinySetting("tiny-halves-2", ("shift",), experts="halves", damaged=True, granularity=0),
     )
 }
 HEADROOM = ("tiny-so-8", "tiny-so-24", "tiny-so-16-ties", "tiny-sro-12")
@@ -208,34 +217,102 @@ def _opened(setting: TinySetting) -> tuple[Family, Any]:
 
 
 def _twisted(base: Path, expert: Path, setting: TinySetting) -> dict[str, Path]:
-    """A base and two experts made of one, beside the family."""
-    from safetensors.torch import load_file, save_file
+    """A base and two experts made of one, beside the family.
+
+    That nothing can be gained is so by construction, whatever the family: what training decides
+    (how much noise the expert bears, at which weight it is best, on which side of it the useless
+    one does harm) is measured, on items that no search asks, and chosen so.
+    """
+    from safetensors.torch import save_file
+
+    paths = {
+        model: base.parent / f"{setting.name}-{TWIST_VERSION}-{model}"
+        for model in ("base", "first", "second")
+    }
+    if not all((path / "model.safetensors").is_file() for path in paths.values()):
+        made = _made_of_one(base, expert, setting)
+        for model, path in paths.items():
+            shutil.copytree(base, path, dirs_exist_ok=True)
+            save_file(made[model], path / "model.safetensors", metadata={"format": "pt"})
+    return paths
+
+
+def _made_of_one(base: Path, expert: Path, setting: TinySetting) -> dict[str, Weights]:
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
 
     start, end = (load_file(path / "model.safetensors") for path in (base, expert))
-    rng, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
-    made: dict[str, dict[str, torch.Tensor]] = {"base": {}, "first": {}, "second": {}}
-    for name, weight in start.items():
-        task = end[name] - weight
-        if setting.experts == "useless":
-            other = torch.randn(weight.shape, generator=rng)
-            parts = (task, other * task.norm() / other.norm())
-        else:
-            mask = torch.rand(weight.shape, generator=rng) < 0.5
-            parts = (2 * task * mask, 2 * task * ~mask)
-        hurt = weight
-        if weight.dim() > 1:
-            hurt = weight + setting.damage * weight.std() * torch.randn(
-                weight.shape, generator=noise
-            )
-        for model, part in zip(made, (torch.zeros_like(weight), *parts), strict=True):
-            made[model][name] = hurt + part
-    paths = {}
-    for model, tensors in made.items():
-        paths[model] = base.parent / f"{setting.name}-{model}"
-        if not paths[model].exists():
-            shutil.copytree(base, paths[model])
-            save_file(tensors, paths[model] / "model.safetensors", metadata={"format": "pt"})
-    return paths
+    task = {name: end[name] - weight for name, weight in start.items()}
+    left = _Left(AutoConfig.from_pretrained(str(base)), setting.skills[0])
+    if setting.damaged:
+        start, task = _damaged(start, task, left)
+    rng = torch.Generator().manual_seed(0)
+    if setting.experts == "useless":
+        drawn = {name: torch.randn(weight.shape, generator=rng) for name, weight in start.items()}
+        noise = {name: other * task[name].norm() / other.norm() for name, other in drawn.items()}
+        sides = [
+            {name: weight + task[name] + side * noise[name] for name, weight in start.items()}
+            for side in (0.5, -0.5)
+        ]
+        side = 1.0 if left.loss(sides[0]) > left.loss(sides[1]) else -1.0
+        parts = [(task[name], side * noise[name]) for name in start]
+    else:
+        masks = [torch.rand(weight.shape, generator=rng) < 0.5 for weight in start.values()]
+        parts = [
+            (2 * part * mask, 2 * part * ~mask)
+            for part, mask in zip(task.values(), masks, strict=True)
+        ]
+    first, second = (
+        {name: start[name] + part[side] for name, part in zip(start, parts, strict=True)}
+        for side in (0, 1)
+    )
+    return {"base": start, "first": first, "second": second}
+
+
+def _damaged(start: Weights, task: Weights, left: _Left) -> tuple[Weights, Weights]:
+    """(base, task vector): noise that leaves the expert `DAMAGED`, at the best of its weights."""
+    rng = torch.Generator().manual_seed(1)
+    noise = {
+        name: weight.std() * torch.randn(weight.shape, generator=rng) * (weight.dim() > 1)
+        for name, weight in start.items()
+    }
+    low, high = 0.0, 3.0
+    for _ in range(12):
+        size = (low + high) / 2
+        hurt = {name: weight + size * noise[name] for name, weight in start.items()}
+        share, best = max((left.share(plus(hurt, task, c), FEW), c) for c in STRETCHES)
+        if DAMAGED[0] <= share <= DAMAGED[1]:
+            break
+        low, high = (size, high) if share > DAMAGED[1] else (low, size)
+    _, best = max((left.share(plus(hurt, task, best * c)), best * c) for c in NEARER)
+    return hurt, {name: best * value for name, value in task.items()}
+
+
+def plus(start: Weights, task: Weights, weight: float) -> Weights:
+    return {name: value + weight * task[name] for name, value in start.items()}
+
+
+class _Left:
+    """What weights still have of a skill, on inputs that no search asks."""
+
+    def __init__(self, config: Any, skill: str) -> None:
+        self._config, self._rows = config, {}
+        for count in (FEW, MANY):
+            texts = language.inputs(held_out=False)
+            rows = [_encoded(skill, text) for text in texts[:: len(texts) // count]]
+            self._rows[count] = Rows.of([row for row, _ in rows], [gold for _, gold in rows])
+
+    def share(self, weights: Weights, count: int = MANY) -> float:
+        found = read_answers(self._logits(weights, count), self._rows[count].gold)
+        return float(found[0].mean())
+
+    def loss(self, weights: Weights) -> float:
+        margins = margins_of(self._logits(weights, MANY), self._rows[MANY].gold)
+        return float(torch.nn.functional.softplus(-margins).mean())
+
+    @torch.no_grad()
+    def _logits(self, weights: Weights, count: int) -> torch.Tensor:
+        return answer_logits(weights, self._config, self._rows[count])
 
 
 def _rows(skills: tuple[str, ...], seed: int) -> tuple[Rows, Rows]:

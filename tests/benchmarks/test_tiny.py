@@ -47,12 +47,14 @@ def test_it_scores_as_the_worker_does(family: Family, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NO_HEADROOM)
 def test_where_nothing_can_be_gained_a_cheap_rival_is_best(family: Family, name: str) -> None:
+    """Beyond noise: what is asserted holds of any family, whatever the machine trained."""
     problem = TinyProblem(TINY[name], 0)
-    rivals = {
-        label: problem.sealed(point).sum() for _, label, point in problem.first_points() if point
-    }
-    best = "first" if "useless" in name else "uniform"
-    assert rivals[best] == max(rivals.values()) > 0.9
+    rivals = {label: problem.sealed(point) for _, label, point in problem.first_points()}
+    named = rivals["first" if "useless" in name else "uniform"]
+    least, most = (0.6, 0.97) if TINY[name].damaged else (0.9, 1.0)
+    assert least <= named.sum() <= most
     rng = np.random.default_rng(0)
-    for point in rng.random((20, problem.space.dimensions)):
-        assert problem.sealed(tuple(point)).sum() <= rivals[best]
+    points = rng.random((20, problem.space.dimensions))
+    for other in [*rivals.values(), *(problem.sealed(tuple(point)) for point in points)]:
+        gap = (other - named) * len(other)
+        assert gap.mean() <= 3 * gap.std() / np.sqrt(len(gap)) + 0.01
