@@ -235,7 +235,7 @@ def how_made(skills: tuple[str, ...], seed: int) -> dict[str, Any]:
     """What a family's weights depend on, the processor itself aside."""
     return {
         "version": FAMILY_VERSION,
-        "schedule": asdict(SCHEDULE),
+        "schedule": asdict(SCHEDULE) | {"merge_weights": list(SCHEDULE.merge_weights)},
         "skills": list(skills),
         "seed": seed,
         "torch": importlib.metadata.version("torch"),
