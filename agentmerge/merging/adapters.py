@@ -142,7 +142,7 @@ def _shape_faults(
             odd.setdefault(
                 "whole",
                 f"the adapter's {module} has shape {list(whole.shape)}, and "
-                f"{list(tensors[name].shape)} in the model",
+                f"{list(tensors[name].shape)} in the model{_way_out(whole, tensors[name])}",
             )
         if pair == [None, None]:
             continue
@@ -167,3 +167,15 @@ def _shape_faults(
                 f"{list(tensors[name].shape)} in the model",
             )
     yield from odd.values()
+
+
+def _way_out(own: TensorHeader, model: TensorHeader) -> str:
+    """What to do about rows that an adapter's training added for new tokens."""
+    if len(own.shape) != 2 or own.shape[1:] != model.shape[1:] or own.shape[0] <= model.shape[0]:
+        return ""
+    rows = own.shape[0]
+    return (
+        f": it was trained with added tokens; resize_token_embeddings({rows}) of the model, peft's "
+        "merge_and_unload and save_pretrained make a whole model of the two, and "
+        "tokenizer_source: union merges that with the others"
+    )

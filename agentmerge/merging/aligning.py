@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from agentmerge.merging.checkpoint import EMBEDDINGS, HEADS, Checkpoint, is_one_of
+from agentmerge.merging.checkpoint import EMBEDDINGS, HEADS, Checkpoint, is_one_of, layer_of
 from agentmerge.merging.headers import chat_template, content_fingerprint, read_config, read_json
 from agentmerge.merging.made import identity_of, made
 from agentmerge.merging.vocabulary import Alignment
@@ -34,17 +34,31 @@ _WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, str]:
-    """The tensors with a row a token: inner name -> name in the files."""
+    """The tensors with a row a token: inner name -> name in the files. A bias is one that has a
+    number a token."""
+    text = checkpoint.text
+    rows = own_rows(checkpoint)
     return {
-        inner: own for inner, own in checkpoint.text.items() if is_one_of(own, EMBEDDINGS + HEADS)
+        inner: own
+        for inner, own in text.items()
+        if is_one_of(own, EMBEDDINGS + HEADS)
+        or (
+            own.endswith("bias")
+            and checkpoint.tensors[own].shape == (rows,)
+            and layer_of(own) is None
+        )
     }
 
 
 def own_rows(checkpoint: Checkpoint) -> int:
     """How many rows a model's embedding has."""
-    tensors = vocabulary_tensors(checkpoint)
-    inner = next((name for name in EMBEDDINGS if name in tensors), None)
-    return checkpoint.tensors[tensors[inner]].shape[0] if inner else 0
+    own = _embedding(checkpoint)
+    return checkpoint.tensors[own].shape[0] if own else 0
+
+
+def _embedding(checkpoint: Checkpoint) -> str | None:
+    """The embedding's name in the files."""
+    return next((own for own in checkpoint.text.values() if is_one_of(own, EMBEDDINGS)), None)
 
 
 def aligned_checkpoint(checkpoint: Checkpoint, alignment: Alignment) -> Checkpoint:
@@ -107,9 +121,8 @@ def _write(directory: Path, name: str, paths: Mapping[str, Path], alignment: Ali
     def tensor_of(model: str, inner: str) -> torch.Tensor:
         checkpoint = checkpoints[model]
         names = vocabulary_tensors(checkpoint)
-        if inner not in names:  # a tied head
-            inner = next(key for key in EMBEDDINGS if key in names)
-        return stored_tensor(checkpoint.tensors[names[inner]], names[inner])
+        file = names.get(inner) or str(_embedding(checkpoint))  # a head that is tied here
+        return stored_tensor(checkpoint.tensors[file], file)
 
     def result(file: str) -> torch.Tensor:
         if file not in inner_of:

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from agentmerge.merging.configs import class_config
+from agentmerge.merging.configs import class_config, live_name
 from agentmerge.merging.headers import (
     DTYPES,
     TensorHeader,
@@ -111,6 +111,7 @@ class Checkpoint:
             inner = self._inner_name(name, prefix)
             if inner is None or is_derived(name, header):
                 continue
+            inner = live_name(self.config, inner)
             found[name if inner in found else inner] = name
         return found
 

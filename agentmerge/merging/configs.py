@@ -120,6 +120,31 @@ def _has_parts(made: Any) -> bool:
     return any(isinstance(part, transformers.PreTrainedConfig) for part in parts)
 
 
+def live_name(config: Mapping[str, Any], name: str) -> str:
+    """What transformers calls a tensor of a file, as far as its table of conversions renames it.
+
+    One model's files may have either name. Tensors that the table fuses keep their own names.
+    """
+    for entry in _renamings(
+        str(next(iter(config.get("architectures") or [""]), "")), str(config.get("model_type"))
+    ):
+        name, _ = entry.rename_source_key(name)
+    return name
+
+
+@lru_cache(maxsize=16)
+def _renamings(architecture: str, model_type: str) -> tuple[Any, ...]:
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # a transformers that has moved it
+        return ()
+    known = get_checkpoint_conversion_mapping
+    table = known(architecture) or known(model_type) or []
+    entries = [*table, *(known("legacy") or [])]
+    return tuple(entry for entry in entries if type(entry) is WeightRenaming)
+
+
 def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rope settings of a text model in one spelling; settings by kind of layer by its name."""
     now = config.get("rope_parameters")

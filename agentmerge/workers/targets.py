@@ -20,6 +20,8 @@ from agentmerge.errors import ParentError
 from agentmerge.merging.configs import quiet_transformers
 from agentmerge.merging.naming import NameIndex
 
+_OTHER_LOADER = "; worker.kind: vllm, which has loaders of its own, may take them"
+
 
 def live_targets(
     model: Any,
@@ -109,14 +111,14 @@ def _paired(
         ]
         return {}, [
             f"transformers' {kind} has other tensors than the files, so merges cannot be written "
-            f"into it: {', '.join(filter(None, said))}"
+            f"into it: {', '.join(filter(None, said))}{_OTHER_LOADER}"
         ]
     moved = [name for name, target in targets.items() if _home(target) not in homes]
     moved += [name for name, count in covered.items() if name and count < live[name].numel()]
     if moved:
         return {}, [
             f"transformers' {kind} rearranges what the files hold, so merges cannot be written "
-            f"into it, e.g. {moved[0]}; worker.kind: vllm has a loader of its own"
+            f"into it, e.g. {moved[0]}{_OTHER_LOADER}"
         ]
     return targets, []
 

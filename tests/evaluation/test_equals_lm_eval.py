@@ -15,7 +15,11 @@ from transformers import AutoModelForCausalLM
 from agentmerge.evaluation.live import LiveLM, context_length, tokenizer_of
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
+from agentmerge.recipe import Recipe
 from agentmerge.workers.base import ItemRef, ItemResult, WorkerSpec
+from agentmerge.workers.disk import DiskWorker
+from agentmerge.workers.hf import HfWorker
+from benchmarks import architectures
 
 NAMES = list(tiny.METRICS)
 
@@ -143,3 +147,44 @@ def test_a_document_asks_the_same_whatever_the_limit(parent: Path, tasks_dir: Pa
         some = tasks_for(tiny.spec({"a": parent}, config), check_built_ins=False)
         assert some.tasks[0].items
         assert all(keys[ref.index] == ref.key for ref in some.tasks[0].items)
+
+
+@pytest.mark.parametrize("model_type", ["phi", "gptj", "mixtral", "bert"])
+def test_a_parent_alone_is_that_parent(model_type: str, tmp_path: Path, tasks_dir: Path) -> None:
+    """What the worker scores of a parent among others, once a merge was live, is what lm-eval
+    scores of its folder: biases of heads, fused experts and embeddings outside the stack too."""
+    paths = architectures.write_family(model_type, tmp_path)
+    for path in paths.values():
+        tiny.tokenizer().save_pretrained(path)
+    spec = tiny.spec(paths, tiny.tasks_config(tasks_dir, "tiny_choice", "tiny_cloze"))
+    worker = HfWorker(spec)
+    halves = "merge_method: linear\nparameters: {weight: 0.5}\nmodels: [{model: a}, {model: b}]"
+    worker.load(Recipe.parse(halves).canonical(2))
+    worker.load(Recipe.of_model("a", 2).canonical(2))
+    taskset = worker.tasks(spec)
+    refs = taskset.refs()
+    results = dict(zip(refs, worker.score(refs), strict=True))
+    worker.close()
+    assert_equal(taskset, results, simple(spec))
+
+
+@pytest.mark.slow
+def test_the_disk_worker_scores_fused_experts_as_the_hf_worker_does(
+    tmp_path: Path, tasks_dir: Path
+) -> None:
+    paths = architectures.write_family("mixtral", tmp_path)
+    for path in paths.values():
+        tiny.tokenizer().save_pretrained(path)
+    spec = tiny.spec(paths, tiny.tasks_config(tasks_dir, "tiny_choice", limit=12))
+    recipe = Recipe.parse(
+        "merge_method: ties\nbase_model: base\n"
+        "models: [{model: a, parameters: {weight: 0.5, density: 0.5}}, {model: b}]\n"
+        "parameters: {weight: 1, density: 0.6}"
+    ).canonical(2)
+    found = []
+    for kind in (HfWorker, DiskWorker):
+        worker = kind(spec)
+        worker.load(recipe)
+        found.append(worker.score(worker.tasks(spec).refs()))
+        worker.close()
+    assert found[0] == found[1]

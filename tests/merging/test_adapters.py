@@ -176,7 +176,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "other rows": (
         tensors(lambda w: w.update({"base_model.model.lm_head.weight": torch.ones(30, 16)})),
-        "the adapter's lm_head has shape [30, 16], and [24, 16] in the model",
+        "the adapter's lm_head has shape [30, 16], and [24, 16] in the model: it was trained with "
+        "added tokens; resize_token_embeddings(30) of the model, peft's merge_and_unload and "
+        "save_pretrained make a whole model of the two, and tokenizer_source: union merges that "
+        "with the others",
     ),
 }
 

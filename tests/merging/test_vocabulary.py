@@ -20,10 +20,12 @@ from agentmerge.merging.layout import read_layout
 from agentmerge.merging.plain import make_plain, survey
 from agentmerge.merging.sources import Parent, find_parent
 from agentmerge.recipe import Recipe
+from benchmarks import architectures
 from tests.evaluation import tiny
 
 Family = dict[str, Path]
 ROWS = len(tiny.TOKENS)
+ROWS_OF_TINY = architectures.ROWS
 
 
 def add(path: Path, tokens: list[str], padding: int = 0) -> None:
@@ -182,3 +184,26 @@ def test_settings_of_single_tokens_are_not_dropped_in_silence() -> None:
     assert (
         Recipe.parse(RECIPES["linear"] + "\ntokenizer: {source: base}").tokenizer_source == "base"
     )
+
+
+@pytest.mark.parametrize("model_type", ["phi", "bert"])
+def test_a_heads_bias_is_aligned_with_the_head(model_type: str, tmp_path: Path) -> None:
+    family = architectures.write_family(model_type, tmp_path)
+    tokens = ["<one>", "<two>"]
+    model = architectures.opened(family["a"])
+    model.resize_token_embeddings(ROWS_OF_TINY + len(tokens), mean_resizing=False)
+    model.save_pretrained(family["a"])
+    for path in family.values():
+        tokenizer = tiny.tokenizer()
+        tokenizer.add_tokens([f"<{n}>" for n in range(ROWS_OF_TINY - len(tokenizer))])
+        tokenizer.add_tokens(tokens if path == family["a"] else [])
+        tokenizer.save_pretrained(path)
+    paths = plain(family, "union")
+    rows = ROWS_OF_TINY + len(tokens)
+    layout = read_layout(paths, "base")
+    vocabulary = [t.name for t in layout.tensors if t.shape[0] == rows]
+    assert len(vocabulary) == (3 if model_type == "phi" else 2)
+    for name in vocabulary:
+        before, after = load_all(family["base"])[name], load_all(paths["base"])[name]
+        assert torch.equal(after[:ROWS_OF_TINY], before)
+        assert torch.equal(after[ROWS_OF_TINY:], load_all(family["a"])[name][ROWS_OF_TINY:])

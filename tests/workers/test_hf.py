@@ -123,7 +123,7 @@ def test_a_live_tensor_with_other_values_than_the_file_is_refused(
     short = {name.removeprefix("model."): value for name, value in weights.items()}
     with pytest.raises(ParentError, match=r"other values than .* has in the files"):
         live_targets(worker._model, short, (), lambda name: short[name] + 1)
-    with pytest.raises(ParentError, match=r"1 only in the files \(e\.g\. other\.thing\)"):
+    with pytest.raises(ParentError, match=r"1 only in the files \(e\.g\. other\.thing\);"):
         live_targets(worker._model, [*short, "other.thing"], (), lambda name: short[name])
 
 
