@@ -28,6 +28,7 @@ from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.genome import SearchSpace
 from agentmerge.ledger import Ledger
 from agentmerge.recipe import Recipe
+from agentmerge.recipe.cancelling import cancelling_notes
 from agentmerge.workers.base import OPTIONS, WorkerSpec
 from agentmerge.workers.pool import crowd_of, devices_for, worker_class
 
@@ -163,7 +164,8 @@ def prepare(
         prepared = _prepare_fake(config, fresh, faults)
     else:
         prepared = _prepare_real(config, also, tasks, weights, fresh, faults)
-    return replace(prepared, warnings=(*config.warnings, *(init_notes(config) if fresh else ())))
+    warm = init_notes(config, prepared.space.num_layers) if fresh else []
+    return replace(prepared, warnings=(*config.warnings, *warm))
 
 
 def all_faults(error: ConfigError, look: Callable[[SearchConfig], object]) -> list[str]:
@@ -525,12 +527,16 @@ def init_faults(config: SearchConfig) -> list[str]:
     return faults
 
 
-def init_notes(config: SearchConfig) -> list[str]:
-    """What in the warm starts does nothing."""
+def init_notes(config: SearchConfig, num_layers: int | None = None) -> list[str]:
+    """What in the warm starts does nothing, and where the depth is known, what nearly cancels."""
     notes = []
     for path in config.search.init:
-        with suppress(UserError):  # a fault, said as one
-            notes += [f"--init {path}: {note}" for note in warm_start(path).notes]
+        with suppress(UserError, RecipeRejected):  # a fault, or a failed candidate, said as such
+            recipe = warm_start(path)
+            notes += [f"--init {path}: {note}" for note in recipe.notes]
+            if num_layers is not None:
+                found = cancelling_notes(recipe.canonical(num_layers))
+                notes += [f"--init {path}: {note}" for note in found]
     return notes
 
 

@@ -30,7 +30,7 @@ from pydantic import (
 )
 
 from agentmerge.errors import ConfigError
-from agentmerge.methods import METHODS, Method, Parameter
+from agentmerge.methods import METHODS, Method, Parameter, divides_by_agreeing
 from agentmerge.yaml_text import key_lines, misspelt, twice_text
 
 Role = Literal["critic", "controller", "proposer"]
@@ -558,6 +558,7 @@ def _resolve(
         readable = {"genome", "tasks"} <= whole.keys()
         raise ConfigError(out.faults, SearchConfig(**whole) if readable else None)
     _note_slerp(parts["genome"], out)
+    _note_cancelling(parts["genome"], out)
     return SearchConfig(**parts, warnings=tuple(out.warnings), notices=tuple(out.notices))
 
 
@@ -575,6 +576,16 @@ def _note_slerp(genome: GenomeConfig, out: _Faults) -> None:
         out.notices.append(
             f"{out.where('genome.models')}: slerp merges two models, so with {len(genome.models)} "
             "the search also chooses which two a layer group is made of"
+        )
+
+
+def _note_cancelling(genome: GenomeConfig, out: _Faults) -> None:
+    method = METHODS[genome.merge_method]
+    if genome.allow_negative_weights and genome.normalizes and divides_by_agreeing(method):
+        out.notices.append(
+            f"{out.where('genome.allow_negative_weights')}: {method.name} with normalize divides "
+            "by the weights that agree in sign, and weights of both signs can nearly cancel: task "
+            "vectors then count many times; normalize: false does not divide"
         )
 
 

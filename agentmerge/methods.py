@@ -371,6 +371,12 @@ SUM_NORMALIZED = frozenset(
     }
 )
 
+
+def divides_by_agreeing(method: Method) -> bool:
+    """Whether the method can divide each element by the weights that agree in its sign."""
+    return method.normalize_param is not None and method.name not in SUM_NORMALIZED
+
+
 #: Parameters that mergekit accepts and that change nothing in the merged weights.
 INERT_PARAMS = frozenset({"int8_mask"})
 

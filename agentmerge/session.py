@@ -39,6 +39,7 @@ from agentmerge.errors import CandidateFailed, NotBegun, RunFailed, UserError
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.ledger.store import remedy
 from agentmerge.recipe import Recipe
+from agentmerge.recipe.cancelling import cancelling_notes
 from agentmerge.state import GRAPH_VERSION, SearchState
 from agentmerge.steps import Emit
 
@@ -199,7 +200,7 @@ def evaluate(
         "recipe_hash": recipe_hash,
         "reused": not answers.paid,
         "items": len(answers.results),
-        "notes": list(recipe.notes),
+        "notes": [*recipe.notes, *cancelling_notes(canonical)],
     }
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from agentmerge import plugins
 from agentmerge.agents.faults import keep_secret, redact
 from agentmerge.errors import UserError
+from agentmerge.yaml_text import misspelt
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
@@ -89,6 +90,9 @@ def split_spec(spec: str, base_url: str | None) -> tuple[str, str, str | None]:
     known = own or provider in KEY_VARIABLES or provider == "ollama"
     if not head or (known and colon and not rest):
         raise UserError(f"{spec!r} names no model: write provider:model, such as openai:gpt-4o")
+    near = next((name for name in KEY_VARIABLES if misspelt(provider, name)), None)
+    if colon and not known and near:
+        raise UserError(f"no provider {head!r} of {spec!r} is known; did you mean {near!r}?")
     server = base_url or os.environ.get("OPENAI_BASE_URL")
     if colon and known and provider != "openai":
         return provider, rest, base_url
@@ -127,8 +131,17 @@ def read_keys(path: Path | str | None) -> dict[str, str]:
 
 def _key(provider: str, model: str, base_url: str | None, keys: Mapping[str, str]) -> Any:
     variable = KEY_VARIABLES.get(provider)
-    if variable is None or os.environ.get(variable):
+    if variable is None:
         return {}
+    given = os.environ.get(variable, "")
+    if key := given.strip():
+        keep_secret(key)
+        if len(key.split()) > 1 or not key.isprintable():
+            raise UserError(
+                f"{variable} holds a space or a line break, which no key has; set it again"
+            )
+        # As it stands a line break at its end makes every request fail before it is sent.
+        return {} if key == given else {"api_key": key}
     if variable in keys:
         return {"api_key": keys[variable]}
     if base_url is None:

@@ -82,6 +82,10 @@ def run_app(arguments: list[str]) -> int:
     except BrokenPipeError:  # `agentmerge ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            return failed(f"{_first_line(error)} (details in {_crash_file()})", 1)
+        return failed(f"{error.filename} cannot be used: {error.strerror}", 2)
     except Exception as error:
         usage = getattr(error, "format_message", None)  # typer's and click's own errors have it
         if usage is None:

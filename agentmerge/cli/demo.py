@@ -56,10 +56,11 @@ def run_demo(
     from agentmerge.demo.tasks import demo_search
     from agentmerge.report.summary import run_summary
 
+    directory = directory.absolute()
+    directory.mkdir(parents=True, exist_ok=True)  # before a family is trained for it
     say = speaker(quiet, as_json)
     say(INTRO)
     family = cached_family(SKILLS, 0, on_progress=say)
-    directory = directory.absolute()
     config_path = demo_search(
         family, directory, max_evaluations=max_evaluations, seed=seed, worker=worker
     )

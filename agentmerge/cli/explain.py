@@ -9,6 +9,7 @@ from agentmerge.errors import UserError
 from agentmerge.genome import short_name
 from agentmerge.methods import METHODS
 from agentmerge.recipe import Effective, Recipe, length
+from agentmerge.recipe.cancelling import cancelling_notes
 
 #: Stand-ins where no model says what its tensors are called.
 _KINDS = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight")
@@ -48,7 +49,7 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
     return {
         "hash": canonical.hash(),
         "canonical": canonical.to_dict(),
-        "notes": list(recipe.notes),
+        "notes": [*recipe.notes, *cancelling_notes(canonical)],
         "rows": rows,
     }
 

@@ -187,3 +187,27 @@ agents:
 def test_a_spec_is_split() -> None:
     assert split_spec("google:gemini-x", None)[:2] == ("google_genai", "gemini-x")
     assert split_spec("ollama:llama3:8b", None) == ("ollama", "llama3:8b", None)
+
+
+@pytest.mark.parametrize("around", ["{}\n", " {}\r\n"])
+def test_a_key_with_a_line_break_at_its_end_is_the_key(
+    monkeypatch: pytest.MonkeyPatch, around: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", around.format(KEY))
+    chat: Any = resolve_model("openai:m", base_url="http://localhost:1/v1")
+    assert chat.openai_api_key.get_secret_value() == KEY
+
+
+def test_a_key_with_a_line_break_inside_is_refused_without_being_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\nmore")
+    with pytest.raises(UserError, match="OPENAI_API_KEY holds a space or a line break") as caught:
+        resolve_model("openai:m")
+    assert KEY not in str(caught.value)
+
+
+def test_a_misspelt_provider_is_told_by_its_name() -> None:
+    with pytest.raises(UserError, match="did you mean 'anthropic'"):
+        split_spec("antropic:claude", None)
+    assert split_spec("mine:8b", "http://localhost:1/v1")[:2] == ("openai", "mine:8b")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from agentmerge.config import SearchConfig
 from agentmerge.recipe import Recipe
+from agentmerge.recipe.cancelling import cancelling_notes
 
 ONE = "{model: a, parameters: {weight: 1}}"
 
@@ -92,3 +94,38 @@ def test_notes_make_no_other_recipe() -> None:
     assert strange.notes
     assert plain == strange
     assert plain.canonical(2).hash() == strange.canonical(2).hash()
+
+
+def two(method: str, first: str, second: str, shared: str) -> Recipe:
+    return Recipe.parse(
+        f"merge_method: {method}\nbase_model: base\nmodels: [{{model: a, parameters: {{weight: "
+        f"{first}}}}}, {{model: b, parameters: {{weight: {second}}}}}]\nparameters: {{{shared}}}"
+    ).canonical(4)
+
+
+@pytest.mark.parametrize(
+    ("method", "first", "second", "shared", "told"),
+    [
+        ("ties", "1", "-0.9875", "normalize: true", "may count 80 times"),
+        ("della", "1", "[0.5, -0.99]", "normalize: true", "may count 100 times"),
+        ("dare_ties", "[{filter: mlp, value: -0.95}, {value: 1}]", "1", "normalize: 1", "20 times"),
+        ("ties", "1", "-0.9875", "normalize: false", ""),
+        ("ties", "1", "0.9875", "normalize: true", ""),
+        ("ties", "1", "-0.2", "normalize: true", ""),
+    ],
+)
+def test_weights_that_nearly_cancel_are_told(
+    method: str, first: str, second: str, shared: str, told: str
+) -> None:
+    notes = cancelling_notes(two(method, first, second, shared))
+    assert [told in note for note in notes] == ([True] if told else [])
+
+
+def test_a_search_that_may_make_them_is_told() -> None:
+    text = (
+        "genome: {models: [a, b], base_model: base, merge_method: ties, "
+        "allow_negative_weights: true}\ntasks: [x]\n"
+    )
+    assert "then count many times" in SearchConfig.from_text(text).notices[0]
+    calm = text.replace("merge_method: ties", "merge_method: ties, normalize: false")
+    assert SearchConfig.from_text(calm).notices == ()

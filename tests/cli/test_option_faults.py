@@ -1,0 +1,126 @@
+"""``worker.options`` that nobody reads, devices that are not there, names that nobody knows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agentmerge.check import prepare
+from agentmerge.cli.app import run_app
+from agentmerge.config import SearchConfig
+from agentmerge.errors import ConfigError
+
+NOWHERE = """\
+genome: {models: [./one, ./two], merge_method: linear}
+tasks: [no_such_task]
+"""
+
+
+def faults(text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        prepare(SearchConfig.from_text(NOWHERE + text), fresh=True, weights=False)
+    return caught.value.faults
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("hf", "{thread: 2}", "worker.options.thread is not a known option; did you mean"),
+        ("hf", "{in_place: false}", "it is one of the vllm worker's; the hf worker knows"),
+        ("disk", "{store: /x}", "worker.options.store is not a known option; did you mean"),
+    ],
+)
+def test_an_option_that_the_worker_does_not_know_is_a_fault(
+    kind: str, options: str, words: str
+) -> None:
+    found = faults(f"worker: {{kind: {kind}, options: {options}}}")
+    assert any(words in fault for fault in found), found
+    assert any("./one" in fault for fault in found), "told with the rest"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "nonsense"])
+def test_a_device_that_is_not_there_is_one_of_the_faults(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    found = faults(f"worker: {{device: '{device}'}}")
+    assert any(fault.startswith(f"worker.device '{device}'") for fault in found), found
+    assert any("./one" in fault for fault in found)
+
+
+def test_check_tells_faults_of_every_kind_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yml").write_text(
+        NOWHERE + "search: {sead: 1, graph: none}\nworker: {options: {thread: 1}}\n"
+    )
+    arguments = ["--init", "nowhere.yml", "--prompts", "no-folder", "--llm", "openai:x"]
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert run_app(["check", "c.yml", *arguments]) == 2
+    told = capsys.readouterr().err
+    for words in (
+        "search.sead is not a known key",
+        "./one",
+        "./two",
+        "worker.options.thread",
+        "no-folder",
+        "OPENAI_API_KEY is not set",
+    ):
+        assert words in told, told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--worker", "fakes"], "did you mean 'fake'"),
+        (["--search", "cma"], "did you mean 'cma_es'"),
+        (["--llm", ""], "agents.llm: it is empty"),
+        (["--llm", "opneai:gpt"], "did you mean 'openai'"),
+        (["--base-url", "not a url"], "is no address of a server"),
+    ],
+)
+def test_a_name_that_nobody_knows_is_told_before_anything_heavy_is_imported(
+    tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    (tmp_path / "c.yml").write_text(NOWHERE)
+    script = (
+        "import sys\nfrom agentmerge.cli.app import run_app\n"
+        f"code = run_app(['run', 'c.yml', *{arguments!r}])\n"
+        "heavy = {'torch', 'langgraph', 'langchain', 'lm_eval'} & set(sys.modules)\n"
+        "print(sorted(heavy))\nsys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo", "--dir", "file/below"],
+        ["run", "c.yml", "--worker", "fake", "--runs-dir", "file/below"],
+        ["init", "north", "south", "--to", "file/below/c.yml"],
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_one_sentence(
+    tmp_path: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("agentmerge.demo.family.cached_family", None)
+    Path("file").write_text("mine")
+    Path("c.yml").write_text(NOWHERE.replace("no_such_task", "one").replace("./", ""))
+    assert run_app(arguments) in (1, 2)
+    told = capsys.readouterr().err
+    assert "file" in told
+    assert "unexpected" not in told
+    assert len(told.splitlines()) == 1
