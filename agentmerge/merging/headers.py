@@ -111,6 +111,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         ParentError: there is none, or it is not JSON.
     """
+    adapter = directory / "adapter_config.json"
+    if adapter.is_file() and not (directory / "config.json").exists():
+        trained = read_json(adapter).get("base_model_name_or_path") or "MODEL"
+        raise ParentError(
+            f"{directory} is an adapter without its model; name both, as in {trained}+{directory}"
+        )
     return read_json(directory / "config.json", f"{directory} has no config.json; name a model")
 
 

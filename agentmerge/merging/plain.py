@@ -32,7 +32,13 @@ from agentmerge.merging.headers import (
 )
 from agentmerge.merging.made import identity_of, made
 from agentmerge.merging.sources import Parent
-from agentmerge.merging.vocabulary import Alignment, align, read_tokens, token_differences
+from agentmerge.merging.vocabulary import (
+    Alignment,
+    align,
+    read_tokens,
+    token_differences,
+    tokens_apart,
+)
 from agentmerge.merging.writing import (
     Entry,
     copy_side_files,
@@ -129,7 +135,7 @@ def survey(
 def _token_differences(
     directories: Mapping[str, Path], checkpoints: Mapping[str, Checkpoint], first: str
 ) -> tuple[list[str], list[str]]:
-    """Of every parent and the first, where rows are as many and both tokenizers can be read."""
+    """Of every parent and the first, where both tokenizers can be read."""
     faults, notes = [], []
     one = read_tokens(directories[first])
     for name, checkpoint in checkpoints.items():
@@ -140,6 +146,8 @@ def _token_differences(
             more, said = token_differences(first, one, name, two)
             faults += more
             notes += said
+        else:  # the number of rows is a fault of its own
+            faults.append(tokens_apart(first, one, name, two))
     return faults, notes
 
 

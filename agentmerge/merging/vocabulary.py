@@ -22,6 +22,9 @@ import torch
 
 from agentmerge.errors import ParentError
 
+#: Tokens that a sentence names.
+_NAMED = 8
+
 #: Token -> its row, and which of the tokens were added to the vocabulary (special ones, mostly).
 Tokens = tuple[dict[str, int], frozenset[str]]
 
@@ -76,6 +79,20 @@ def token_differences(
             f"{(theirs.get(at) or ours.get(at))!r} of {owner}; rows are merged as they are"
         )
     return [], notes
+
+
+def tokens_apart(first: str, one: Tokens, other: str, two: Tokens) -> str:
+    """Which tokens two vocabularies of unequal size do not share."""
+    if one[0].keys() == two[0].keys():
+        return f"{other}: its tokens are those of {first}; the rows beyond them are padding"
+    said = []
+    for name, mine, theirs in ((other, two[0], one[0]), (first, one[0], two[0])):
+        alone = sorted(mine.keys() - theirs.keys(), key=mine.__getitem__)
+        if alone:
+            named = ", ".join(map(repr, alone[:_NAMED]))
+            more = f" and {len(alone) - _NAMED} more" if len(alone) > _NAMED else ""
+            said.append(f"only {name} has the tokens {named}{more}")
+    return f"{other}: {'; '.join(said)}"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,10 @@ def test_without_a_policy_rows_that_differ_are_refused_or_named(family: Family) 
     seen = survey(found_parents(family), str(family["base"]))
     with pytest.raises(ParentError, match=r"embedding rows .*; set tokenizer_source to align them"):
         read_layout(seen.checkpoints, str(family["base"]))
+    assert seen.faults == [
+        f"{family['b']}: only {family['b']} has the tokens '<one>', '<two>'",
+        f"{family['c']}: only {family['c']} has the tokens '<three>', '<two>'",
+    ]
     two = {name: family[name] for name in ("b", "c")}
     b, c = str(family["b"]), str(family["c"])
     (note,) = survey(found_parents(two)).notes
@@ -207,3 +212,22 @@ def test_a_heads_bias_is_aligned_with_the_head(model_type: str, tmp_path: Path) 
         before, after = load_all(family["base"])[name], load_all(paths["base"])[name]
         assert torch.equal(after[:ROWS_OF_TINY], before)
         assert torch.equal(after[ROWS_OF_TINY:], load_all(family["a"])[name][ROWS_OF_TINY:])
+
+
+def test_rows_beyond_the_tokens_are_told_as_padding(family: Family) -> None:
+    padded = family["b"].with_name("padded")
+    shutil.copytree(family["b"], padded)
+    add(padded, [], padding=2)
+    (fault,) = survey(found_parents({"b": family["b"], "d": padded})).faults
+    assert fault == (
+        f"{padded}: its tokens are those of {family['b']}; the rows beyond them are padding"
+    )
+
+
+def test_an_adapter_alone_is_told_as_one(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(ParentError) as caught:
+        find_parent(str(tmp_path))
+    assert str(caught.value) == (
+        f"{tmp_path} is an adapter without its model; name both, as in org/base+{tmp_path}"
+    )
