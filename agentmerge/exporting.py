@@ -6,8 +6,10 @@ stranger would, and says whether they score the same. Knows runs and cards; know
 
 from __future__ import annotations
 
+import os
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,15 @@ from typing import Any
 from agentmerge.check import Prepared, prepare
 from agentmerge.config import SearchConfig
 from agentmerge.errors import UserError
+from agentmerge.genome import public_names
 from agentmerge.ledger import Ledger, ResultKey
 from agentmerge.recipe import Recipe
 from agentmerge.report.model_card import model_card
 from agentmerge.report.summary import best_recipe
 from agentmerge.session import opened
+
+#: The recipe beside an exported model.
+RECIPE = "mergekit_config.yml"
 
 
 def export_run(
@@ -33,11 +39,11 @@ def export_run(
 ) -> dict[str, Any]:
     """Write a run's answer to ``to``: {path, score, disk_score, equal, differing_items, warning}.
 
-    engine: "agentmerge" or "mergekit". overwrite: remove what is there. ``equal`` is None where
-    ``verify`` is off.
+    engine: "agentmerge" or "mergekit". overwrite: in place of an export that is there, which goes
+    once the new one is written. ``equal`` is None where ``verify`` is off.
 
     Raises:
-        UserError: an unknown engine, or a folder that is not empty.
+        UserError: an unknown engine, or a folder that is not empty, or not an export's.
     """
     if engine not in ("agentmerge", "mergekit"):
         raise UserError(f"--with {engine!r} is not known; use agentmerge or mergekit")
@@ -49,9 +55,9 @@ def export_run(
         if config.worker.kind == "fake":
             raise UserError(f"run {name!r} searched on the fake worker: it has no model to export")
         recipe = Recipe.parse(found["recipe"])
-        if overwrite and to.exists():
-            shutil.rmtree(to)
-        warning = _write(prepared, recipe, to, engine, model_card(ledger, row, found))
+        with replaced(to) if overwrite else nullcontext():
+            warning = _write(prepared, recipe, to, engine, model_card(ledger, row, found))
+            _publish_recipe(to / RECIPE)
         report: dict[str, Any] = {
             "path": str(to),
             "score": found["score"],
@@ -63,6 +69,59 @@ def export_run(
         if verify:
             report |= _verified(prepared, ledger, found, to)
     return report
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises UserError where there is something at ``folder`` that no export of ours wrote."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise UserError(f"{folder} is no folder, so no model is written over it; name another")
+    if any(folder.iterdir()) and not _is_export(folder):
+        raise UserError(
+            f"{folder} holds files that agentmerge did not write, so they are not removed; name "
+            "another folder, or move them away"
+        )
+
+
+def _is_export(folder: Path) -> bool:
+    """A recipe beside a model card with our tag."""
+    try:
+        with (folder / "README.md").open(encoding="utf-8", errors="replace") as card:
+            return (folder / RECIPE).is_file() and "agentmerge" in card.read(1 << 16)
+    except OSError:
+        return False
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[None]:
+    """Inside, ``folder`` is free for a new export; the old one goes when that is there, or comes
+    back where it fails."""
+    refuse_foreign(folder)
+    if not folder.exists():
+        yield
+        return
+    kept = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+    folder.rename(kept)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        kept.rename(folder)
+        raise
+    shutil.rmtree(kept)
+
+
+def _publish_recipe(file: Path) -> None:
+    """An export is made to be shown to others: local folders are named by their last part."""
+    recipe = Recipe.parse(file)
+    names = public_names(recipe.models)
+    if any(new != name for name, new in names.items()):
+        text = recipe.renamed(lambda name: names.get(name, name)).to_yaml()
+        head = (
+            "# Local folders are named by their last part; best.yml of the search has all of it.\n"
+        )
+        file.write_text(head + text, encoding="utf-8")
 
 
 def report_text(report: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ code, a worker), there is an answer, and the card says what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,7 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any
             *doubts,
             *_unasked(rows.values()),
             *search.taskset.notes,
-            *_unfair(rows.values()),
+            *_unfair(rows.values(), chosen, len(search.taskset.refs("search"))),
             *(broken if answer.violation else []),
         ],
         "constraints": kept(search.floors(scored), chosen, all_parents),
@@ -386,9 +386,15 @@ def _unasked(rows: Iterable[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _unfair(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """A published ten-point gain was parents' answers being cut off more often: say so."""
+def _unfair(rows: Collection[dict[str, Any]], chosen: dict[str, Any], items: int) -> list[str]:
+    """A published ten-point gain was parents' answers being cut off more often: say so. Where all
+    are cut alike, how many."""
     found = []
+    if chosen["truncated"]:
+        found.append(
+            f"{chosen['truncated']} of {items} prompts were cut to fit the context, so their "
+            "beginnings were not asked; make them shorter, or give models a longer context"
+        )
     for key, what in (("truncated", "prompts cut to fit"), ("cut_off", "answers cut off")):
         counts = {short_name(row["name"]): row[key] for row in rows}
         if len(set(counts.values())) > 1:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from agentmerge.agents.ladder import Noise, release
 from agentmerge.agents.schemas import SCALE, Bounds, clean_text, percent
-from agentmerge.genome import Axis, SearchSpace, short_name
+from agentmerge.genome import Axis, SearchSpace, public_names, short_name
 from agentmerge.methods import METHODS
 from agentmerge.strategies.base import Observation, fittest
 from agentmerge.strategies.llm_evo import improved
@@ -109,6 +109,19 @@ class HistoryView:
 def variables(view: HistoryView) -> dict[str, str]:
     """The prompt variables that every role has (prompts.COMMON), as the Ladder releases them."""
     view = view.told()
+    names = public_names(view.space.genome.parents)
+    return {name: _published(text, names) for name, text in _variables(view).items()}
+
+
+def _published(text: str, names: Mapping[str, str]) -> str:
+    """Labels and failures name models as the user's machine does; a provider need not know."""
+    for name in sorted(names, key=len, reverse=True):
+        if names[name] != name:
+            text = text.replace(name, names[name])
+    return text
+
+
+def _variables(view: HistoryView) -> dict[str, str]:
     return {
         "models": _models(view),
         "method": _method(view),

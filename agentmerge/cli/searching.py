@@ -50,7 +50,7 @@ def run(
     for line in (*settings.notices, *mapped.notices):
         say(f"note: {line}")
     final_model = old.save_final_model is not False
-    _check_storage(old.storage_path, final_model and settings.worker.kind == "fake")
+    _check_storage(old.storage_path, final_model, settings.worker.kind)
     names = (*(tracker or ()), *(["wandb"] if wandb else []))
     tracking = Tracking(names, wandb_project, wandb_entity)
 
@@ -81,13 +81,14 @@ def refuse_unknown_names(settings: Any) -> None:
         raise ConfigError(faults)
 
 
-def _check_storage(storage: Path | None, modelless: bool) -> None:
+def _check_storage(storage: Path | None, final_model: bool, kind: str) -> None:
     """Found out before the search is paid for."""
     from agentmerge.errors import UserError
+    from agentmerge.exporting import refuse_foreign
 
     if storage is None:
         return
-    if modelless:
+    if final_model and kind == "fake":
         raise UserError("the fake worker has no model to save; add --no-save-final-model")
     try:
         storage.mkdir(parents=True, exist_ok=True)
@@ -95,6 +96,8 @@ def _check_storage(storage: Path | None, modelless: bool) -> None:
         raise UserError(f"--storage-path {storage} cannot be made: {error.strerror}") from None
     if not os.access(storage, os.W_OK):
         raise UserError(f"--storage-path {storage} cannot be written")
+    if final_model:
+        refuse_foreign(storage / "final_model")
 
 
 def _old_outputs(row: Any, runs_dir: Path, storage: Path | None, final_model: bool) -> None:
@@ -136,7 +139,7 @@ def resume(
         row = ledger.run(name)
         past = [e for e in Follower(ledger, row).news() if e["event"] != "done"]
     settings = SearchConfig.from_text(row.config, name, given)
-    _check_storage(storage_path, save_final_model and settings.worker.kind == "fake")
+    _check_storage(storage_path, save_final_model, settings.worker.kind)
 
     def start(emit: Any, drain: Any) -> Any:
         row = session.resume(

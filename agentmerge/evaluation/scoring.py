@@ -7,6 +7,7 @@ answer is kept from one call to the next. Knows nothing of merging.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,17 @@ from agentmerge.evaluation import metrics
 from agentmerge.evaluation.rendering import Asked
 from agentmerge.evaluation.tasks import ScoredTask, TaskSet
 from agentmerge.workers.base import ItemRef, ItemResult
+
+
+def _is_told_in_results(record: logging.LogRecord) -> bool:
+    """Drops what lm-eval and tokenizers log of each cut prompt at each scoring: a line an item,
+    over the live screen. Results count them, and the closing card says how many there are."""
+    text = record.getMessage()
+    return not any(words in text for words in ("runcat", "Token indices sequence length"))
+
+
+for _name in ("lm_eval.models.huggingface", "transformers.tokenization_utils_base"):
+    logging.getLogger(_name).addFilter(_is_told_in_results)
 
 
 class ScoringModel(Protocol):

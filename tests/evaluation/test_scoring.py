@@ -164,10 +164,13 @@ def test_truncated_prompts_and_cut_off_answers_are_counted(parent: Path, tmp_pat
     assert [results[ref].truncated for ref in taskset.refs()] == [False, True]
 
 
-def test_a_shorter_context_is_honoured(parent: Path, tasks_dir: Path) -> None:
+def test_a_shorter_context_is_honoured(
+    parent: Path, tasks_dir: Path, capfd: pytest.CaptureFixture[str], caplog: Any
+) -> None:
     config = tiny.tasks_config(tasks_dir, "tiny_answer")
     _, results, _ = score(parent, config, options={"max_length": 11})
     assert all(result.truncated for result in results.values())
+    assert "runcat" not in capfd.readouterr().err + caplog.text, "not a line an item"
 
 
 def test_answers_that_do_not_fit(parent: Path, tmp_path: Path) -> None:

@@ -1,0 +1,188 @@
+"""A user's own small models and tasks under relative names, from a recipe to an export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from agentmerge.cli.app import run_app
+from agentmerge.errors import UserError
+from agentmerge.exporting import export_run, refuse_foreign
+from agentmerge.ledger import Ledger
+from agentmerge.session import LEDGER
+from tests.evaluation import tiny
+
+RECIPES = {
+    "modules": {
+        "merge_method": "ties",
+        "base_model": "models/base",
+        "modules": {
+            "default": {
+                "slices": [
+                    {
+                        "sources": [
+                            {
+                                "model": f"models/{name}",
+                                "layer_range": [0, 2],
+                                "parameters": {"weight": 0.6, "density": 0.7},
+                            }
+                            for name in ("b", "c")
+                        ]
+                    }
+                ]
+            }
+        },
+    },
+    "slerp": {
+        "merge_method": "slerp",
+        "base_model": "models/base",
+        "models": [{"model": "models/b"}],
+        "parameters": {"t": 0.45},
+    },
+    "base alone": {
+        "merge_method": "della_linear",
+        "base_model": "models/base",
+        "models": [{"model": "models/base"}],
+        "parameters": {"normalize": True, "lambda": 0.9},
+    },
+    "copied": {
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [{"model": "models/b", "layer_range": [0, 1]}]},
+            {"sources": [{"model": "models/c", "layer_range": [1, 2]}]},
+        ],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, a perplexity beside an accuracy whose prompts do not all fit, recipes, and a search
+    with each recipe as a warm start."""
+    root = tmp_path_factory.mktemp("own")
+    tiny.write_family(root / "models")
+    long = [{"q": "s:" + "ab" * n + "=", "gold": "ab"} for n in (2, 3, 50, 60)]
+    tiny.write_task(
+        root / "tasks", "own_acc", long, "loglikelihood", doc_to_target="gold",
+        metric_list=tiny.metric_list("acc"),
+    )  # fmt: skip
+    tiny.write_task(
+        root / "tasks", "own_ppl", long[:2], "loglikelihood", doc_to_target="gold",
+        metric_list=tiny.metric_list("perplexity"),
+    )  # fmt: skip
+    for name, recipe in RECIPES.items():
+        (root / f"{name}.yml").write_text(yaml.safe_dump(recipe | {"dtype": "float32"}))
+    (root / "c.yml").write_text(
+        "genome: {models: [models/b, models/c], base_model: models/base, merge_method: ties}\n"
+        "tasks:\n- {name: own_acc, metric: 'acc,none'}\n"
+        "- {name: own_ppl, metric: 'perplexity,none', weight: -0.001}\n"
+        "task_search_path: [tasks]\napply_chat_template: false\n"
+        "search: {algorithm: random, sealed_share: 0}\nworker: {options: {threads: 1}}\n"
+        "budget: {max_evaluations: 13}\n"
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def searched(made: Path) -> tuple[dict[str, Any], str]:
+    """The search's summary, and what it said on stderr."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        return _search()
+
+
+def _search() -> tuple[dict[str, Any], str]:
+    import contextlib
+    import io
+
+    out, err = io.StringIO(), io.StringIO()
+    inits = [part for name in RECIPES for part in ("--init", f"{name}.yml")]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert run_app(["run", "c.yml", "--name", "a", "--json", *inits]) == 0
+    return json.loads(out.getvalue()), err.getvalue()
+
+
+def test_every_form_is_a_candidate(made: Path, searched: Any) -> None:
+    summary, _ = searched
+    assert summary["evaluations"]["failed"] == 0
+    with Ledger(made / "runs" / LEDGER) as ledger:
+        row = ledger.run("a")
+        first = ledger.candidates(row.id, 0)
+    begun = {c.label: c for c in first if c.operator == "init"}
+    assert set(begun) == {f"{name}.yml" for name in RECIPES}
+    base = next(c for c in first if c.operator == "parent" and c.label.endswith("/base"))
+    alone = begun["base alone.yml"]
+    assert alone.tasks == base.tasks
+
+
+def test_evaluate_scores_them_as_the_search_did(
+    made: Path, searched: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made)
+    with Ledger(made / "runs" / LEDGER) as ledger:
+        begun = {
+            c.label: c.score
+            for c in ledger.candidates(ledger.run("a").id, 0)
+            if c.operator == "init"
+        }
+    for name in RECIPES:
+        assert run_app(["evaluate", f"{name}.yml", "--config", "c.yml", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["reused"] is True, "names mean the same everywhere"
+        assert found["score"] == begun[f"{name}.yml"] or begun[f"{name}.yml"] is None  # a twin
+
+
+def test_cut_prompts_are_counted_once_and_leave_json_whole(made: Path, searched: Any) -> None:
+    summary, said = searched
+    (note,) = [note for note in summary["final"]["notes"] if "were cut" in note]
+    assert note.startswith("2 of 6 prompts were cut to fit the context")
+    for line in said.splitlines():
+        json.loads(line)
+
+
+def test_an_export_names_no_folder_of_this_machine(
+    made: Path, searched: Any, tmp_path: Path
+) -> None:
+    report = export_run("a", tmp_path / "out", runs_dir=made / "runs", verify=False)
+    for file in ("mergekit_config.yml", "README.md"):
+        assert str(made) not in (Path(report["path"]) / file).read_text(), file
+
+
+def test_only_an_export_of_ours_is_replaced(made: Path, searched: Any, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="agentmerge did not write"):
+        export_run("a", theirs, runs_dir=made / "runs", overwrite=True, verify=False)
+    assert (theirs / "thesis.txt").read_text() == "mine"
+    link = tmp_path / "link"
+    link.symlink_to(theirs)
+    with pytest.raises(UserError, match="is no folder"):
+        refuse_foreign(link)
+    ours = tmp_path / "ours"
+    export_run("a", ours, runs_dir=made / "runs", verify=False)
+    (ours / "old").write_text("")
+    export_run("a", ours, runs_dir=made / "runs", overwrite=True, verify=False)
+    assert not (ours / "old").exists()
+    assert [path.name for path in tmp_path.iterdir() if "replaced" in path.name] == []
+
+
+def test_what_was_there_comes_back_where_an_export_fails(
+    made: Path, searched: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = tmp_path / "ours"
+    export_run("a", ours, runs_dir=made / "runs", verify=False)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr("agentmerge.exporting._write", fails)
+    with pytest.raises(UserError, match="full"):
+        export_run("a", ours, runs_dir=made / "runs", overwrite=True, verify=False)
+    assert (ours / "config.json").is_file()
+    shutil.rmtree(ours)
