@@ -30,6 +30,9 @@ BOUNDED = frozenset(
 #: Stakes of the gamblers whose mean wealth is the evidence, as shares of the most that is safe.
 _STAKES = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9])
 
+#: What float sums make of a candidate that the best answers would make exactly equal.
+ROUNDING = 1e-9
+
 Results = Mapping[ItemRef, ItemResult]
 
 
@@ -78,8 +81,10 @@ def evidence_against(strands: Sequence[Strand], head_start: float = 0.0) -> floa
         slack = float(np.abs(weights * (totals / left - ratio)).sum())
         least = -ratio * head_start - slack - float(weights @ (seen / left))
         room = widest - least
-        if room <= 0:  # not even the best answers to all that is left would do
+        if room < -ROUNDING:  # not even the best answers to all that is left would do
             return math.inf
+        if room <= ROUNDING:  # only they would: a stake on anything else has no limit
+            continue
         drawn = float(weights @ (fresh / (after - before)))
         wealth = wealth * (1.0 - _STAKES / room * (drawn - least))
         most = max(most, float(wealth.mean()))

@@ -76,6 +76,19 @@ def test_what_cannot_be_caught_up_is_certain() -> None:
     assert evidence_against([Strand(1.0, np.full(60, 1.0), 100)]) == 1.0
 
 
+@pytest.mark.parametrize("weights", [(1.0,), (0.1, 0.2), (0.7, 0.1, 0.2)])
+def test_what_the_best_answers_would_make_equal_is_not_certain_to_lose(
+    weights: tuple[float, ...],
+) -> None:
+    """Half lost, and all of the other half won: exactly as good in the end."""
+    values = np.repeat([-1.0, 1.0], 30)
+    for seen in range(30, 60):
+        found = evidence_against([Strand(w, values[:seen], 60) for w in weights])
+        assert math.isfinite(found), seen
+    worse = np.append(values[:30], [-1.0, 1.0])
+    assert evidence_against([Strand(w, worse, 60) for w in weights]) == math.inf
+
+
 def test_tasks_asked_in_full_give_a_head_start() -> None:
     values = sign(np.random.default_rng(6), 100, 0.1, 0.3)[:50]
     level, behind, ahead = (
