@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from agentmerge.config import models_asked
-from agentmerge.strategies.base import CHEAP, GRADIENT_COST, Observation, Strategy, rng_factory
+from agentmerge.strategies.base import CHEAP, Observation, Strategy, cost_of, rng_factory
 from benchmarks.advised import Adviser
 from benchmarks.choosing import Asked, beyond_noise, most_wins
 from benchmarks.problems import Outcome, Problem
@@ -51,7 +51,8 @@ def run_search(problem: Problem, arm: Arm, seed: int, budget: int) -> dict[str, 
 
     def tell(generation: int, slot: int, operator: str, vector: Any, outcome: Outcome) -> None:
         nonlocal spent
-        spent += GRADIENT_COST if outcome.gradient is not None else 1
+        again = outcome.gradient is not None and any(o.vector == vector for o in history)
+        spent += cost_of(outcome.gradient is not None) - again  # its score is known
         history.append(
             Observation(
                 generation,
@@ -86,7 +87,7 @@ def run_search(problem: Problem, arm: Arm, seed: int, budget: int) -> dict[str, 
         for slot, proposal in enumerate(asked):
             if spent >= budget:
                 break
-            wanted = proposal.want == "gradient" and spent + GRADIENT_COST <= budget
+            wanted = proposal.want == "gradient" and spent + proposal.cost <= budget
             ask = problem.gradient if wanted else problem.evaluate
             assert proposal.vector is not None
             tell(generation, slot, proposal.operator, proposal.vector, ask(proposal.vector))

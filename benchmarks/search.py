@@ -40,9 +40,11 @@ def problems_of(suite: str) -> dict[str, Make]:
         from benchmarks.smollm2 import FAMILIES, SmolLM2Problem
 
         return {name: partial(SmolLM2Problem, name) for name in FAMILIES}
-    from benchmarks.tiny import HEADROOM, NO_HEADROOM, TINY, TinyProblem
+    from benchmarks.tiny import HEADROOM, NO_HEADROOM, SPARE, TINY, TinyProblem
 
-    names = {"tiny": HEADROOM, "no-headroom": NO_HEADROOM, "fine": ("tiny-so-64",)}[suite]
+    names = {"tiny": HEADROOM, "no-headroom": NO_HEADROOM, "fine": ("tiny-so-64",), "spare": SPARE}[
+        suite
+    ]
     return {name: partial(TinyProblem, TINY[name]) for name in names}
 
 
@@ -72,7 +74,9 @@ def arm_of(name: str, llm: str | None = None, base_url: str | None = None) -> Ar
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.search", description=__doc__)
     parser.add_argument(
-        "--suite", choices=("synthetic", "tiny", "no-headroom", "fine", "smollm2"), required=True
+        "--suite",
+        choices=("synthetic", "tiny", "no-headroom", "spare", "fine", "smollm2"),
+        required=True,
     )
     parser.add_argument("--problems", help="comma-separated names of the suite's; by default all")
     parser.add_argument("--arms", default="cma_es,tpe,one_plus_one,null_llm,auto")

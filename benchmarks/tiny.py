@@ -48,8 +48,9 @@ _ENDS = (_NUMBER[EOS], _NUMBER["\n"])
 class TinySetting:
     """One problem of the suite. skills: what is asked, and whose experts are merged.
 
-    experts: "own"; or, where nothing can be gained, "useless" (the one expert, and noise of the
-    same size) or "halves" (its task vector in two random halves, doubled: their mean is it).
+    experts: "own"; "spare" (and one that nothing is asked of); or, where nothing can be gained,
+    "useless" (the one expert, and noise of the same size) or "halves" (its task vector in two
+    random halves, doubled: their mean is it).
     damaged: base and experts of these two share noise, as much as leaves the expert `DAMAGED` of
     its answers, so that no merge answers everything. granularity: 0 is one group of all layers.
     """
@@ -58,15 +59,18 @@ class TinySetting:
     skills: tuple[str, ...]
     method: str = "task_arithmetic"
     filters: tuple[str, ...] = ()
-    experts: Literal["own", "useless", "halves"] = "own"
+    experts: Literal["own", "spare", "useless", "halves"] = "own"
     damaged: bool = False
     granularity: int = 1
 
     @property
     def models(self) -> tuple[str, ...]:
-        return self.skills if self.experts == "own" else ("first", "second")
+        own = {"own": self.skills, "spare": (self.skills[0], SPARE_SKILL, *self.skills[1:])}
+        return own.get(self.experts, ("first", "second"))
 
 
+#: The expert that families have besides those that are asked.
+SPARE_SKILL = "reverse"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 #: Written down before anything was run.
@@ -77,6 +81,8 @@ TINY = {
         TinySetting("tiny-so-24", ("shift", "sort"), filters=("self_attn", "mlp")),
         TinySetting("tiny-so-16-ties", ("shift", "sort"), "ties"),
         TinySetting("tiny-sro-12", ("shift", "reverse", "sort")),
+        # Merges are poor until the third expert is found to be of no use.
+        TinySetting("tiny-so-12-spare", ("shift", "sort"), experts="spare"),
         # Finer than the suite: how far the search reaches, and what gradients are worth there.
         TinySetting("tiny-so-64", ("shift", "sort"), filters=PROJECTIONS),
         TinySetting("tiny-useless", ("shift",), experts="useless"),
@@ -88,6 +94,7 @@ TINY = {
     )
 }
 HEADROOM = ("tiny-so-8", "tiny-so-24", "tiny-so-16-ties", "tiny-sro-12")
+SPARE = ("tiny-so-12-spare",)
 NO_HEADROOM = ("tiny-useless", "tiny-halves", "tiny-useless-2", "tiny-halves-2")
 
 
@@ -207,9 +214,10 @@ def margins_of(logits: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
 def _opened(setting: TinySetting) -> tuple[Family, Any]:
     from transformers import AutoConfig
 
-    found = cached_family(setting.skills if setting.experts == "own" else ("shift", "sort"), 0)
+    own = setting.experts in ("own", "spare")
+    found = cached_family(setting.models if own else ("shift", "sort"), 0)
     paths: dict[str, Path] = {"base": found.base}
-    if setting.experts == "own":
+    if own:
         paths |= dict(zip(setting.models, found.experts, strict=True))
     else:
         paths = _twisted(found.base, found.experts[0], setting)
