@@ -3,8 +3,9 @@
 Every call replays the whole search: the same asks with the same injected random numbers, then the
 scores that came back. Only full populations of the present size are told, failures as worse than
 the worst; a generation that the budget cut short is asked and not told. Starts at the best point
-that was known before its first own generation. A user's population is the one that is asked for;
-advice from agents is not used here (``llm_evo`` is the strategy that follows it).
+that was known before its first own generation. A user's population is the one that is asked for,
+but of one: asked for one at a time, it collects its default population over as many generations.
+Advice from agents is not used here (``llm_evo`` is the strategy that follows it).
 """
 
 from __future__ import annotations
@@ -46,9 +47,16 @@ class CmaEs:
         generation = next_generation(history)
         if generation == 0 or count == 0:
             return []
-        size = max(_size(history, count, self.name), 2)
-        points = self._replay(space, history, generation, size, rng_for)
-        return [Proposal(point, self.name) for point in points[:count]]
+        own = _populations(history, self.name)
+        size, begun = _size(own, count), 0
+        if size == 1:
+            size = default_population(space.dimensions)
+            own = _collected(own, size)
+            last = max(own, default=generation)
+            if own and len(own[last]) < size:  # the population that is being asked
+                generation, begun = last, len(own.pop(last))
+        points = self._replay(space, history, own, generation, size, rng_for)
+        return [Proposal(point, self.name) for point in points[begun : begun + count]]
 
     def population(self, dimensions: int) -> int:
         return default_population(dimensions)
@@ -57,11 +65,11 @@ class CmaEs:
         self,
         space: SearchSpace,
         history: Sequence[Observation],
+        own: dict[int, list[Observation]],
         generation: int,
         size: int,
         rng_for: RngFor,
     ) -> list[tuple[float, ...]]:
-        own = _populations(history, self.name)
         first = min((g for g, found in own.items() if len(found) == size), default=generation)
         told = {g: found for g, found in own.items() if g >= first}
         start = fittest([o for o in history if o.generation < first], 1)
@@ -79,15 +87,25 @@ class CmaEs:
 def _populations(history: Sequence[Observation], name: str) -> dict[int, list[Observation]]:
     found: dict[int, list[Observation]] = {}
     for observation in history:
-        if observation.operator == name:
+        if observation.operator == name and not observation.prior:
             found.setdefault(observation.generation, []).append(observation)
     return found
 
 
-def _size(history: Sequence[Observation], count: int, name: str) -> int:
+def _size(own: dict[int, list[Observation]], count: int) -> int:
     """The population: as many as are asked for, unless that is what a budget's end cut it to."""
-    before = [len(found) for found in _populations(history, name).values()]
+    before = [len(found) for found in own.values()]
     return before[-1] if before and count < before[-1] else count
+
+
+def _collected(own: dict[int, list[Observation]], size: int) -> dict[int, list[Observation]]:
+    """Generations of one as populations of ``size``, the last one perhaps not full; each under the
+    number of its first generation."""
+    single = [(g, found[0]) for g, found in sorted(own.items()) if len(found) == 1]
+    return {
+        single[start][0]: [o for _, o in single[start : start + size]]
+        for start in range(0, len(single), size)
+    }
 
 
 def _engine(x0: tuple[float, ...], sigma0: float, size: int) -> tuple[Any, Any]:
