@@ -2,7 +2,8 @@
 
 A floor is set by the parents' own metrics on the search items, so it is known after generation 0. A
 candidate's violation is what it lacks to its floors, in the metrics' own units; it is kept with the
-candidate. Less violation ranks first, then more score. Knows no strategy.
+candidate. Less violation ranks first, then more score. What strategies learn from items have the
+floors among them (``evidence.py``), so that they can predict what keeps them. Knows no strategy.
 """
 
 from __future__ import annotations
@@ -32,10 +33,15 @@ class Floor:
     parent: Candidate
     metric: float
 
+    @property
+    def least(self) -> float:
+        """The worst metric that is allowed, higher for better."""
+        return (self.metric if self.higher_is_better else -self.metric) - self.max_drop
+
     def lacking(self, metric: float) -> float:
         """How far a metric is beyond the allowed drop, 0 where it is not."""
         sign = 1.0 if self.higher_is_better else -1.0
-        beyond = sign * (self.metric - metric) - self.max_drop
+        beyond = self.least - sign * metric
         return beyond if beyond > _ROUNDING else 0.0
 
 
@@ -66,13 +72,18 @@ def violation(found: Sequence[Floor], tasks: Mapping[str, float]) -> float:
     return sum(floor.lacking(tasks[floor.task]) for floor in found if floor.task in tasks)
 
 
+def steepness(objectives: Sequence[Objective]) -> float:
+    """What each unit of violation takes from the score that a strategy is told."""
+    return PENALTY * sum(abs(objective.weight) for objective in objectives)
+
+
 def penalised(history: Sequence[Observation], objectives: Sequence[Objective]) -> list[Observation]:
     """The history as strategies are told it: a violation lowers the score steeply.
 
     Linear, so that the way back is seen from afar, and the same for every generation, so that a
     strategy that is rebuilt from its history is told what it was told before.
     """
-    steep = PENALTY * sum(abs(objective.weight) for objective in objectives)
+    steep = steepness(objectives)
     return [
         replace(o, score=o.score - steep * o.violation)
         if o.violation and o.score is not None

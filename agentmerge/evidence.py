@@ -3,7 +3,8 @@
 Where an objective is a mean over items, each item stands for itself: its signal is the margin if
 every candidate has one there and the value says right or wrong, else the value. An objective that
 is no mean (a perplexity, an F1) is one item with the metric as its value. The loser of a race has
-the items of its rung, whatever else the ledger holds of it. Pays for nothing; knows no strategy.
+the items of its rung, whatever else the ledger holds of it; a candidate from before a branch that
+asks something else has what is asked still. Pays for nothing; knows no strategy.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from agentmerge.constraints import Floor, steepness
 from agentmerge.evaluation.racing import Course
 from agentmerge.evaluation.tasks import TaskSet
-from agentmerge.strategies.base import Evidence, Items, Observation
+from agentmerge.strategies.base import Bound, Evidence, Items, Observation
 from agentmerge.workers.base import ItemRef, ItemResult
 
 Results = Mapping[ItemRef, ItemResult]
@@ -31,11 +34,14 @@ class Witness:
 
     taskset: TaskSet
     known: Callable[[str], Results]
-    _read: dict[tuple[str, float], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    _read: dict[Any, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
-    def of(self, history: Sequence[Observation]) -> list[Observation]:
-        """The same history; every scored observation has its evidence, all with the same items."""
-        scored = [o for o in history if o.score is not None]
+    def of(self, history: Sequence[Observation], floors: Sequence[Floor] = ()) -> list[Observation]:
+        """The same history; what was scored has its evidence, all with the same items.
+
+        floors: what candidates must keep; the items say what it is made of.
+        """
+        scored = [o for o in history if not o.failed]
         if not scored:
             return list(history)
         for observation in scored:
@@ -44,13 +50,22 @@ class Witness:
         values, margins = (np.stack([self._read[_key(o)][part] for o in scored]) for part in (0, 1))
         binary = np.isin(values, (0.0, 1.0)) | np.isnan(values)
         usable = (np.isfinite(margins) | np.isnan(values)).all(0) & binary.all(0)
-        items = Items(*_layout(self.taskset), usable & np.isfinite(margins).any(0))
+        task, share, documents = _layout(self.taskset)
+        weight = share * np.array([o.signed_weight for o in self.taskset.objectives])[task]
+        bounds = tuple(self._bound(floor, task, share) for floor in floors)
+        shows = usable & np.isfinite(margins).any(0)
+        items = Items(task, weight, shows, documents, bounds)
         signals = np.where(items.margins, margins, values)
         found = iter(zip(signals, values, strict=True))
         return [
-            o if o.score is None else replace(o, evidence=Evidence(items, *next(found)))
-            for o in history
+            o if o.failed else replace(o, evidence=Evidence(items, *next(found))) for o in history
         ]
+
+    def _bound(self, floor: Floor, task: np.ndarray, share: np.ndarray) -> Bound:
+        names = [objective.name for objective in self.taskset.objectives]
+        mine = np.where(task == names.index(floor.task), share, 0.0)
+        sign = 1.0 if floor.higher_is_better else -1.0
+        return Bound(mine, sign, floor.least, steepness(self.taskset.objectives))
 
     @cached_property
     def _course(self) -> Course:
@@ -61,7 +76,7 @@ class Witness:
         results = self.known(observation.recipe_hash)
         if observation.censored:
             results = {ref: results[ref] for ref in self._course.refs(observation.rung)}
-        metrics = dict(observation.tasks)
+        metrics = {} if observation.prior else dict(observation.tasks)
         values: list[float] = []
         margins: list[float] = []
         for objective in self.taskset.objectives:
@@ -78,25 +93,30 @@ class Witness:
         return np.array(values, float), np.array(margins, float)
 
 
-def _key(observation: Observation) -> tuple[str, float]:
-    return observation.recipe_hash, observation.rung
+def _key(observation: Observation) -> tuple[str, float, bool]:
+    return observation.recipe_hash, observation.rung, observation.prior
 
 
-def _layout(taskset: TaskSet) -> tuple[np.ndarray, np.ndarray]:
-    """(task number, weight) of each item."""
+def comparable(history: Sequence[Observation]) -> list[Observation]:
+    """The same history without scores and gradients of what other settings asked for."""
+    return [replace(o, score=None, gradient=None, loss=None) if o.prior else o for o in history]
+
+
+def _layout(taskset: TaskSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(objective's number, share in its metric, documents it stands for) of each item."""
     tasks: list[int] = []
-    weights: list[float] = []
-    number = 0
-    for objective in taskset.objectives:
+    shares: list[float] = []
+    documents: list[int] = []
+    for number, objective in enumerate(taskset.objectives):
+        sizes = [len(taskset.task(leaf).part("search")) for leaf in objective.leaves]
         if not taskset.is_mean(objective):
             tasks.append(number)
-            weights.append(objective.signed_weight)
-            number += 1
+            shares.append(1.0)
+            documents.append(sum(sizes))
             continue
-        sizes = [len(taskset.task(leaf).part("search")) for leaf in objective.leaves]
         for size in sizes:
             share = size / sum(sizes) if objective.by_size else 1 / len(sizes)
             tasks += [number] * size
-            weights += [objective.signed_weight * share / size] * size
-            number += 1
-    return np.array(tasks, int), np.array(weights, float)
+            shares += [share / size] * size
+            documents += [1] * size
+    return np.array(tasks, int), np.array(shares, float), np.array(documents, float)

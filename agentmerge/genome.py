@@ -37,6 +37,9 @@ SLERP_POINTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 #: A uniform merge whose weight rises with depth (LiNeS, arXiv 2410.17146): first and last layer's.
 DEPTH_LINE = (0.4, 1.0)
 
+#: How far a point that is no merge is moved towards the uniform one, until it is one.
+_TOWARDS_UNIFORM = (1e-3, 0.01, 0.1, 0.5)
+
 #: How far past an end of its axis a value may lie and still be that end, for rounding's sake.
 _SLACK = 1e-9
 
@@ -156,6 +159,36 @@ class SearchSpace:
         if self.is_slerp or not self.method.source or not scaled:
             return self.dimensions
         return self.dimensions - len(self.filters) * (1 if self.genome.smooth else self.groups)
+
+    @property
+    def only_ratios(self) -> bool:
+        """Whether a point and its multiples are one merge, weight by weight of a group's filter."""
+        weighs = any(axis.parameter == "weight" for axis in self.axes)
+        return weighs and self.genome.normalizes and not self.picks_partner
+
+    def legal(self, vector: Sequence[float]) -> bool:
+        """Whether a point is a merge at all: weights that cancel under ``normalize`` are none."""
+        if not self.only_ratios:
+            return True
+        try:
+            recipe = self.recipe(vector)
+            for layer in range(self.num_layers):
+                for filter_ in self.filters:
+                    recipe.effective(filter_ or "", layer)
+        except RecipeRejected:
+            return False
+        return True
+
+    def made_legal(self, vector: Sequence[float]) -> tuple[float, ...]:
+        """The point itself, or where it is no merge, one a little nearer to the uniform merge."""
+        uniform = self.uniform()[1]
+        if uniform is None or self.legal(vector):
+            return tuple(vector)
+        for share in _TOWARDS_UNIFORM:
+            found = tuple(x + share * (u - x) for x, u in zip(vector, uniform, strict=True))
+            if self.legal(found):
+                return found
+        return uniform
 
     def recipe(self, vector: Sequence[float]) -> Recipe:
         """The canonical recipe at a point of the unit box.

@@ -35,7 +35,7 @@ from agentmerge.errors import (
 )
 from agentmerge.evaluation.racing import Course
 from agentmerge.evaluation.tasks import Part, TaskSet
-from agentmerge.evidence import Witness
+from agentmerge.evidence import Witness, comparable
 from agentmerge.final import final_card
 from agentmerge.genome import SearchSpace
 from agentmerge.heats import Lost, run_heats
@@ -58,6 +58,7 @@ from agentmerge.shadow import (
 from agentmerge.slopes import Slopes
 from agentmerge.state import GRAPH_VERSION, SearchState
 from agentmerge.strategies.base import (
+    ADVICE,
     GRADIENT_COST,
     SHADOW,
     Observation,
@@ -280,12 +281,14 @@ class Search:
 
     def asked(self, space: SearchSpace, generation: int, left: int) -> list[Proposal]:
         """What the next generation asks in a space."""
-        history = self.told(generation, space=space)
+        history = comparable(self.told(generation, space=space))
         own = any(o.space == space.key for o in history)
         found: list[Proposal] = [] if own else first_points(space, history, self._recipe)
         if not found:
             if getattr(self.strategy, "uses_items", False):
-                history = self.witness.of(history)
+                bound = self.config.search.constraints
+                known = self.ledger.candidates(self.run_id, up_to=generation) if bound else []
+                history = self.witness.of(history, self.floors(known))
             guidance = guidance_of(self.ledger, self.run_id, generation)
             if space.key != self.standing(generation, decided=False).turn[0].key:
                 guidance = replace(guidance, mean=None, candidates=(), forecasts=())
@@ -529,10 +532,20 @@ class Search:
         return _affordable([*seeds, *self._possible(self.space, draws)], budget)
 
     def _possible(self, space: SearchSpace, proposals: Sequence[Proposal]) -> list[Proposal]:
-        """The same, in this space, asking for a score alone where no gradient can be had."""
+        """The same, in this space, asking for a score alone where no gradient can be had.
+
+        What an agent asked for is asked as it is, so that it hears why it is no merge.
+        """
         possible = space.method.differentiable and self.slopes.possible
         return [
-            replace(p, space=space.key, want=p.want if possible and p.vector else "score")
+            replace(
+                p,
+                vector=space.made_legal(p.vector)
+                if p.vector and p.operator != ADVICE
+                else p.vector,
+                space=space.key,
+                want=p.want if possible and p.vector else "score",
+            )
             for p in proposals
         ]
 

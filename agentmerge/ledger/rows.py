@@ -81,6 +81,7 @@ class Candidate:
             rung=1.0 if self.score is not None else self.rung,
             violation=self.violation,
             space=self.space,
+            prior=self.prior,
         )
 
 

@@ -5,7 +5,8 @@ After the cheap rivals every generation belongs to one operator. ``gradient`` ha
 works. When nothing was gained for ``STALE`` evaluations, the operators share the budget by what
 each gained an evaluation, older gains counting less (a bandit on improvement per item evaluation).
 What agents propose enters as extra points, at most ``MOST_ADVICE`` of all, and less unless it earns
-its share. A search whose next candidate is expected to gain less than the noise of the items ends.
+its share. A search whose next candidate is expected to gain less than the noise of the items ends,
+unless its own candidates still climb.
 """
 
 from __future__ import annotations
@@ -18,29 +19,33 @@ import numpy as np
 from agentmerge.agents.schemas import Guidance
 from agentmerge.genome import SearchSpace
 from agentmerge.strategies.base import (
+    ADVICE,
     CARRIED,
-    GRADIENT_COST,
     Observation,
     Proposal,
     RngFor,
     Strategy,
+    cost_of,
+    first_generation,
     next_generation,
 )
-from agentmerge.strategies.cma_es import CmaEs
 from agentmerge.strategies.gradient import Gradient, next_step
-from agentmerge.strategies.margins import BOLDER, Margins, most_promising, prospect_of, table_of
+from agentmerge.strategies.margins import (
+    BOLDER,
+    Margins,
+    Prospect,
+    most_promising,
+    prospect_for,
+)
 from agentmerge.strategies.one_plus_one import OnePlusOne
 from agentmerge.strategies.random import random_vectors
 
-ADVICE = "agent"
 GRADIENT_STEPS = 6
 #: In fewer dimensions the items' model is as good without: six steps cost what 23 candidates do.
 GRADIENTS_FROM = 33
 STALE = 8
 FLOOR = 0.1
 FADE = 0.9
-#: Fewer items have no noise to speak of: a score that nobody took apart.
-FEW_ITEMS = 20
 LEAST_ADVICE, MOST_ADVICE = 0.1, 0.3
 
 
@@ -64,12 +69,20 @@ class Auto:
         generation = next_generation(history)
         if generation == 0 or count == 0:
             return []
-        if since_gain(history) >= STALE and nothing_to_gain(history, rng_for):
-            return []
+        prospect: Prospect | None = None
+        stale = since_gain(history) >= STALE
+        if stale:
+            prospect = prospect_for(space, history)
+            if prospect and nothing_to_gain(space, history, prospect, rng_for):
+                return []
         advised = fresh(advice(history, guidance, count), history)
         gradients = self.gradients_from is not None and space.dimensions >= self.gradients_from
         operator = operator_of(history, gradients, rng_for)
-        asked = operator.propose(space, history, guidance, count - len(advised), rng_for)
+        count_own = count - len(advised)
+        if stale and isinstance(operator, Margins):  # fitted already
+            asked = operator.climbing(space, prospect, generation, count_own, rng_for)
+        else:
+            asked = operator.propose(space, history, guidance, count_own, rng_for)
         found = fresh([*advised, *asked], history)
         if not found:  # nothing new is no reason to stop
             vectors = random_vectors(space, generation, count, rng_for)
@@ -86,7 +99,7 @@ def operator_of(history: Sequence[Observation], gradients: bool, rng_for: RngFor
     open_gradient = gradients and next_step(history) is not None
     if open_gradient and steps < GRADIENT_STEPS:
         return Gradient()
-    operators: list[Strategy] = [Margins(), OnePlusOne(), CmaEs()]
+    operators: list[Strategy] = [Margins(), OnePlusOne()]
     if open_gradient:
         operators.append(Gradient())
     if since_gain(history) < STALE:
@@ -101,31 +114,40 @@ def operator_of(history: Sequence[Observation], gradients: bool, rng_for: RngFor
     return operators[int(rng.choice(len(operators), p=np.array(shares) / sum(shares)))]
 
 
-def nothing_to_gain(history: Sequence[Observation], rng_for: RngFor) -> bool:
+def nothing_to_gain(
+    space: SearchSpace, history: Sequence[Observation], prospect: Prospect, rng_for: RngFor
+) -> bool:
     """Whether the most promising point is expected to gain a trifle at most.
 
     Twice the doubt that proposals begin with is counted: with theirs a search would end too early.
-    Never where there are too few items to say, or where their answers are mostly chance.
+    Never while the search's own candidates climb, however far below a rival they are: what a model
+    promises of a region that it has hardly seen is no reason to leave it.
     """
-    table = table_of(history)
-    if table is None or len(table.items.weight) < FEW_ITEMS:
+    own = later(history)
+    if len(own) < max(2 * STALE, space.dimensions) or since_rise(own) < STALE:
         return False
-    later = sum(o.generation > 0 for o in history)
-    prospect = prospect_of(table)
-    if later < max(2 * STALE, table.points.shape[1]) or not prospect.by_item:
-        return False
-    doubtful = replace(prospect, boldness=BOLDER[0])
+    doubtful = replace(prospect, boldness=max(prospect.boldness, BOLDER[0]))
     rng = rng_for(next_generation(history), 0, "items")
-    whole = np.eye(table.points.shape[1])
-    return most_promising(doubtful, rng, whole)[1] < prospect.trifle
+    return most_promising(doubtful, space, rng, np.eye(space.dimensions))[1] < prospect.trifle
+
+
+def later(history: Sequence[Observation]) -> list[Observation]:
+    """What a search tried in this space after its cheap rivals."""
+    first = first_generation(history)
+    return [o for o in history if o.generation > first and not o.prior and o.operator != CARRIED]
 
 
 def since_gain(history: Sequence[Observation]) -> int:
     """Evaluations in this search space since the best score last rose there."""
-    best, since = -np.inf, 0
+    first = first_generation(history)
+    rivals = [o.score for o in history if o.generation == first and o.score is not None]
+    return since_rise(later(history), max(rivals, default=-np.inf))
+
+
+def since_rise(history: Sequence[Observation], best: float = -np.inf) -> int:
+    """How many observations there are since one was above ``best`` and all before it."""
+    since = 0
     for observation in history:
-        if observation.operator == CARRIED:
-            continue
         score = -np.inf if observation.score is None else observation.score
         since = 0 if score > best else since + 1
         best = max(best, score)
@@ -135,14 +157,17 @@ def since_gain(history: Sequence[Observation]) -> int:
 def gain_rate(history: Sequence[Observation], operator: str) -> float:
     """What an operator's generations added to the best score, an evaluation; old ones fade."""
     best, before, generation = -np.inf, -np.inf, -1
+    first = first_generation(history)
     gained, spent = 0.0, 0.0
     for observation in history:
+        if observation.prior:
+            continue
         if observation.generation != generation:
             generation, before = observation.generation, best
             gained, spent = FADE * gained, FADE * spent
         score = -np.inf if observation.score is None else observation.score
-        if observation.operator == operator and generation > 0:
-            spent += GRADIENT_COST if observation.gradient is not None else 1
+        if observation.operator == operator and generation > first:
+            spent += cost_of(observation.gradient is not None)
             gained += max(0.0, score - max(best, before)) if np.isfinite(best) else 0.0
         best = max(best, score)
     return gained / spent if spent else 0.0
@@ -152,13 +177,13 @@ def advice(history: Sequence[Observation], guidance: Guidance | None, count: int
     """A model's points as extra ones, as many as its share allows."""
     if guidance is None or guidance.source != "model":
         return []
-    later = [o for o in history if o.generation > 0]
-    asked = sum(o.operator == ADVICE for o in later)
+    own = later(history)
+    asked = sum(o.operator == ADVICE for o in own)
     mine = gain_rate(history, ADVICE)
     others = max(gain_rate(history, name) for name in (Margins.name, Gradient.name))
     earned = mine / (mine + others) if mine + others else 0.0
     share = LEAST_ADVICE + (MOST_ADVICE - LEAST_ADVICE) * earned
-    allowed = int(share * (len(later) + count) - asked + 0.5)
+    allowed = int(share * (len(own) + count) - asked + 0.5)
     points = [*guidance.candidates, *([guidance.mean] if guidance.mean else [])]
     return [Proposal(tuple(point), ADVICE) for point in points[: max(0, min(allowed, count))]]
 

@@ -32,6 +32,14 @@ GRADIENT_COST = 3
 RIVALS = ("uniform", "scale", "depth")
 CHEAP = ("parent", *RIVALS)
 
+def cost_of(with_gradient: bool) -> int:
+    """What a candidate takes of the budget, in scores: it is always scored."""
+    return 1 + GRADIENT_COST * with_gradient
+
+
+#: The operator of whole candidates that an agent asked for.
+ADVICE = "agent"
+
 #: The operator of candidates of the arm that hears no model (``agentmerge.shadow``).
 SHADOW = "shadow"
 
@@ -76,7 +84,26 @@ class Proposal:
     @property
     def cost(self) -> int:
         """What it takes of the budget, in scores."""
-        return 1 + GRADIENT_COST * (self.want == "gradient")
+        return cost_of(self.want == "gradient")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bound:
+    """A constraint on one task's metric: ``sign * (values @ share)`` is at least ``least``.
+
+    share: (m,) what one unit of an item's value adds to the metric. steep: what each unit below
+    takes from the score that a strategy is told.
+    """
+
+    share: np.ndarray
+    sign: float
+    least: float
+    steep: float
+
+    def lacking(self, values: np.ndarray) -> np.ndarray:
+        """How far the metric is below the least, (..., m) -> (...); negative where it is not."""
+        found: np.ndarray = self.least - self.sign * (values @ self.share)
+        return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,12 +112,20 @@ class Items:
 
     task: (m,) the number of each item's task. weight: (m,) what one unit of the item's value adds
     to the score. margins: (m,) whether its signal is a margin, whose sign says right or wrong;
-    where it is not, the signal is the value itself.
+    where it is not, the signal is the value itself. documents: (m,) how many each stands for, by
+    default one; a whole metric stands for all of its task's. bounds: what candidates must keep.
     """
 
     task: np.ndarray
     weight: np.ndarray
     margins: np.ndarray
+    documents: np.ndarray | None = None
+    bounds: tuple[Bound, ...] = ()
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(m,) how many documents each item stands for."""
+        return np.ones(len(self.weight)) if self.documents is None else self.documents
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,7 +143,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """A proposal with what came of it; ``score`` is None where the candidate failed.
+    """A proposal with what came of it; ``score`` is None where it failed, or is prior.
 
     score: weighted sum of the tasks' metrics, higher is better (a task's weight may be negative).
     tasks: (task name, metric value), unweighted.
@@ -123,6 +158,8 @@ class Observation:
     violation: what it lacks to the constraints, in the metrics' units; the score that a strategy
         is told is lowered by a steep multiple of it.
     space: the key of the search space that it was made in; ``vector`` is in the present one.
+    prior: it was scored under other settings, before a branch that asks something else. Its items
+        that are asked still are evidence; it has no score that compares with others'.
     """
 
     generation: int
@@ -140,6 +177,11 @@ class Observation:
     rung: float = 1.0
     violation: float = 0.0
     space: str = ""
+    prior: bool = False
+
+    @property
+    def failed(self) -> bool:
+        return self.score is None and not self.prior
 
     @property
     def censored(self) -> bool:
@@ -180,6 +222,11 @@ def default_population(dimensions: int) -> int:
 def next_generation(history: Sequence[Observation]) -> int:
     """The generation that is being proposed: one after the last in ``history``, 0 if empty."""
     return history[-1].generation + 1 if history else 0
+
+
+def first_generation(history: Sequence[Observation]) -> int:
+    """The one of the cheap rivals: 0, or where a branch that asks something else began anew."""
+    return min((o.generation for o in history if not o.prior), default=0)
 
 
 def fittest(history: Sequence[Observation], count: int) -> list[Observation]:

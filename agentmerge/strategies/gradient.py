@@ -14,7 +14,13 @@ import numpy as np
 
 from agentmerge.agents.schemas import Guidance
 from agentmerge.genome import SearchSpace
-from agentmerge.strategies.base import Observation, Proposal, RngFor, fittest
+from agentmerge.strategies.base import (
+    Observation,
+    Proposal,
+    RngFor,
+    first_generation,
+    fittest,
+)
 from agentmerge.strategies.one_plus_one import OnePlusOne
 
 RATE, PULL = 0.06, 0.02
@@ -45,11 +51,14 @@ class Gradient:
 
 def next_step(history: Sequence[Observation]) -> tuple[float, ...] | None:
     """Where the next gradient is due; None where gradients were asked for and none came."""
-    own = [o for o in history if o.operator == Gradient.name and o.vector is not None]
+    own = [
+        o for o in history if o.operator == Gradient.name and o.vector is not None and not o.prior
+    ]
     steps = [o for o in own if o.gradient is not None]
     if own and not steps:
         return None
-    start = fittest([o for o in history if o.generation == 0], 1) or fittest(history, 1)
+    rivals = [o for o in history if o.generation == first_generation(history)]
+    start = fittest(rivals, 1) or fittest(history, 1)
     if not steps:
         return start[0].vector if start else None
     home = np.array(steps[0].vector)

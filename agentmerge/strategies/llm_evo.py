@@ -18,6 +18,7 @@ import numpy as np
 from agentmerge.agents.schemas import Guidance
 from agentmerge.genome import SearchSpace
 from agentmerge.strategies.base import (
+    ADVICE,
     Observation,
     Proposal,
     RngFor,
@@ -58,7 +59,7 @@ class LlmEvo:
         share = trust(history) if by_model and len(elites) == ELITES else 1.0
         most = int(count * min(RECIPE_SHARE, share))
         suggested = list(guidance.candidates if guidance else ())[:most]
-        proposals = [Proposal(tuple(vector), "agent") for vector in suggested]
+        proposals = [Proposal(tuple(vector), ADVICE) for vector in suggested]
         advised = len(proposals) + int(share * (count - len(proposals)) + 0.5)
         for slot in range(len(proposals), count):
             mine = slot < advised
@@ -110,7 +111,7 @@ def _sigma(history: Sequence[Observation]) -> float:
 
 
 def improved(history: Sequence[Observation]) -> bool:
-    """Did the last generation beat all before it? Generation 0 counts as an improvement."""
+    """Did the last generation beat all before it? The first one counts as an improvement."""
     last = history[-1].generation
     new = [o.score for o in history if o.score is not None and o.generation == last]
     old = [o.score for o in history if o.score is not None and o.generation < last]

@@ -49,7 +49,8 @@ class OnePlusOne:
 def step_size(history: Sequence[Observation], operator: str, dimensions: int) -> float:
     """Sigma after every child of ``operator``: up by a success, down a quarter as far by a failure.
 
-    A success is a score above every one before its generation.
+    A success is a score above every one before its generation; what was asked under other settings
+    is neither.
     """
     log_sigma, best, before = math.log(SIGMA0), -math.inf, -math.inf
     damping, generation = 1.0 + dimensions / 3.0, -1
@@ -57,7 +58,7 @@ def step_size(history: Sequence[Observation], operator: str, dimensions: int) ->
         if observation.generation != generation:
             generation, before = observation.generation, best
         score = -math.inf if observation.score is None else observation.score
-        if observation.operator == operator:
+        if observation.operator == operator and not observation.prior:
             log_sigma += (1.0 if score > before else -0.25) / damping
         best = max(best, score)
     return min(max(math.exp(log_sigma), SIGMA_LEAST), SIGMA_MOST)

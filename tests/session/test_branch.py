@@ -65,6 +65,30 @@ def test_a_branch_that_asks_other_questions_scores_the_best_again(trunk: Path) -
     assert best.recipe_hash in {c.recipe_hash for c in again}
 
 
+@pytest.mark.parametrize("algorithm", ["auto", "one_plus_one"])
+def test_strategies_learn_from_a_branchs_past_and_hear_no_score_of_it(
+    tmp_path: Path, algorithm: str
+) -> None:
+    """Other weights are another scale: what was 1.1 there is 0.011 here, and no reason to stop."""
+    search = {"algorithm": algorithm, "population": 1}
+    session.run(
+        config(search=search, budget={"max_evaluations": 20}), name="trunk", runs_dir=tmp_path
+    )
+    weights = [{"name": "one", "weight": 0.01}, {"name": "two", "weight": 0.005}]
+    changes = {"tasks": weights, "budget.max_evaluations": 16}
+    past = candidates(tmp_path, "trunk")[-1].generation
+    row = session.branch("trunk", at=past, name="low", runs_dir=tmp_path, overrides=changes)
+    found = candidates(tmp_path, "low")
+    first = min(c.generation for c in found if not c.prior)
+    own = [c for c in found if c.generation > first]
+    assert len(own) >= 3
+    assert row.stop_reason == "budget"
+    rivals = {c.vector: c.score for c in found if c.generation == first and c.vector}
+    point = max(rivals, key=lambda vector: rivals[vector])
+    away = max(abs(a - b) for a, b in zip(point, own[0].vector, strict=True))
+    assert away > 0.02, "a step that shrank on the past's scores"
+
+
 def test_a_generation_that_does_not_exist_names_those_that_do(trunk: Path) -> None:
     with pytest.raises(NotFound, match=r"no finished generation 44; it has 0 to \d+"):
         session.branch("trunk", at=44, runs_dir=trunk)

@@ -96,6 +96,21 @@ def test_what_breaks_one_is_never_the_answer_where_something_keeps_it(tmp_path: 
     assert sum(not c.violation for c in late) > len(late) / 2
 
 
+def test_the_default_search_keeps_them_too(tmp_path: Path) -> None:
+    """It predicts every task; (1+1), which is told a penalty only, is no better but by an item."""
+    asked = [{"task": "two", "max_drop": 0.05}]
+    best = {}
+    for algorithm in ("auto", "one_plus_one"):
+        search = {"algorithm": algorithm, "population": 1}
+        _, found, best[algorithm] = searched(tmp_path / algorithm, "a", asked, 28, **search)
+        own = [c for c in found if c.generation > 0]
+        assert sum(not c.violation for c in own) > 0.6 * len(own), algorithm
+        assert best[algorithm].violation == 0.0
+    assert best["auto"].score > best["one_plus_one"].score - 1.5 / 60
+    cheap = max(c.score for c in found if c.generation == 0 and not c.violation)
+    assert best["auto"].score > cheap
+
+
 def test_where_nothing_keeps_them_the_least_violation_is_the_best() -> None:
     far, near = (
         replace(parent(str(slot), slot, one=one), operator="x", violation=v)

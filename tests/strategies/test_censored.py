@@ -7,8 +7,8 @@ import pytest
 
 from agentmerge.strategies.base import Evidence, Items, Observation
 from agentmerge.strategies.censored import completed
-from agentmerge.strategies.margins import table_of
 from agentmerge.strategies.surrogate import conditioned, fitted
+from agentmerge.strategies.table import table_of
 
 
 def answers(points: np.ndarray, items: int = 40) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import entry_points
 
 import numpy as np
@@ -11,6 +12,7 @@ from agentmerge import plugins
 from agentmerge.config import GenomeConfig
 from agentmerge.genome import SearchSpace
 from agentmerge.strategies.base import Observation, Strategy, rng_factory
+from tests.strategies.objectives import KINDS, Objective
 
 NAMES = sorted(plugins.known("agentmerge.strategies"))
 
@@ -130,6 +132,82 @@ def test_a_cut_generation_and_a_small_budget(strategy: Strategy) -> None:
 def test_one_dimension(strategy: Strategy) -> None:
     found = search(strategy, 3, dimensions=1)
     assert all(len(o.vector or ()) == 1 for o in found)
+
+
+def driven(
+    strategy: Strategy, objective: Objective, evaluations: int, past: tuple[Observation, ...] = ()
+) -> tuple[Observation, ...]:
+    """A search of an objective that fails in places."""
+    there = space()
+    points = [p for _, _, p in [*there.parents(), *there.scale_points()] if p]
+    found = list(past) or [
+        objective.observe(0, slot, point, "scale", fail=True) for slot, point in enumerate(points)
+    ]
+    while len(found) < evaluations:
+        count = min(strategy.population(4), evaluations - len(found))
+        asked = strategy.propose(there, tuple(found), None, count, rng_factory(3))
+        if not asked:
+            break
+        generation = found[-1].generation + 1
+        for slot, proposal in enumerate(asked):
+            assert proposal.vector is not None
+            assert all(0.0 <= x <= 1.0 for x in proposal.vector)
+            found.append(
+                objective.observe(generation, slot, proposal.vector, proposal.operator, fail=True)
+            )
+    return tuple(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_gains_whatever_the_objective_is_like(strategy: Strategy, kind: str) -> None:
+    objective = Objective(kind, (0.3, 0.45, 0.6, 0.4))
+    found = driven(strategy, objective, 26)
+    rivals = [o.score for o in found if o.generation == 0 and o.score is not None]
+    own = [o.score for o in found if o.generation > 0 and o.score is not None]
+    assert any(o.score is None for o in found), "nothing failed"
+    if strategy.name not in ("random", "sobol", "tpe"):  # that one draws at random for long
+        assert max(own) > max(rivals)
+    part = tuple(o for o in found if o.generation <= found[-1].generation // 2)
+    assert driven(strategy, objective, 26, part) == found
+
+
+def test_what_was_scored_under_other_settings_is_no_failure(strategy: Strategy) -> None:
+    """A branch that asks something else: candidates of before have evidence and no score."""
+    objective = Objective("margins", (0.3, 0.45, 0.6, 0.4))
+    before = [
+        replace(o, score=None, prior=True)
+        for o in driven(strategy, objective, 26)
+        if o.score is not None
+    ]
+    again = before[-1].generation + 1
+    rivals = [
+        objective.observe(again, slot, point, "scale")
+        for slot, (_, _, point) in enumerate(space().scale_points())
+        if point
+    ]
+    count = strategy.population(4)
+    asked = strategy.propose(space(), (*before, *rivals), None, count, rng_factory(3))
+    assert len(asked) == count
+    without = strategy.propose(space(), tuple(rivals), None, count, rng_factory(3))
+    if not getattr(strategy, "uses_items", False) and strategy.name != "sobol":
+        assert asked == without, "what has no score was taken for something"
+
+
+def test_cma_es_one_at_a_time_is_told_what_a_population_is() -> None:
+    """Asked for one at a time it gains as it does in populations: none of them stays untold."""
+    strategy = plugins.load("agentmerge.strategies", "cma_es")
+    size = strategy.population(4)
+    there, found = space(), list(search(strategy, 0))
+    for _ in range(12 * size):
+        (asked,) = strategy.propose(there, tuple(found), None, 1, rng_factory(0))
+        point = asked.vector or ()
+        found.append(
+            Observation(found[-1].generation + 1, 0, point, asked.operator, fitness(point))
+        )
+    own = [o.score for o in found if o.generation > 0]
+    assert len({o.vector for o in found}) == len(found)
+    assert np.median(own[-size:]) > np.median(own[:size]) + 0.02
+    assert max(own) > -1e-2
 
 
 def test_cma_es_beats_random_on_a_sphere() -> None:

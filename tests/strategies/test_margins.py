@@ -9,16 +9,10 @@ import pytest
 
 from agentmerge.strategies.base import Items, rng_factory
 from agentmerge.strategies.cma_es import CmaEs
-from agentmerge.strategies.margins import (
-    Margins,
-    SoftScore,
-    Table,
-    prospect_of,
-    softened,
-    table_of,
-    thinned,
-)
+from agentmerge.strategies.margins import Margins, prospect_of
+from agentmerge.strategies.soft_score import SoftScore
 from agentmerge.strategies.surrogate import _cost, conditioned, fitted
+from agentmerge.strategies.table import Table, softened, table_of, thinned
 from tests.strategies.item_searches import COUNT, SPACE, Quiz, best, searched
 
 
@@ -121,7 +115,7 @@ def test_softening_follows_how_well_margins_tell_right_from_wrong() -> None:
 
 
 def test_a_soft_score_counts_values_as_they_are() -> None:
-    score = SoftScore(np.array([0.5, 2.0]), np.array([True, False]), np.array([1.0, 1.0]))
+    score = SoftScore(np.array([0.5, 2.0]), np.array([True, False]), np.ones(2), np.zeros(2))
     assert score(np.array([0.0, 0.25])) == pytest.approx(0.25 + 0.5)
 
 
@@ -132,7 +126,7 @@ def test_many_items_and_points_are_thinned_and_still_say_the_score() -> None:
     points = rng.random((450, 3))
     signals = rng.normal(size=3000) * 2 + (points @ [1.0, 2.0, -1.0])[:, None]
     values = (signals > 0).astype(float)
-    few = thinned(Table(points, signals, values, items))
+    few = thinned(Table(points, signals, values, items, np.zeros(3000), np.ones(450, bool)))
     assert few.signals.shape == few.values.shape == (400, 1000)
     assert few.items.weight.sum() == pytest.approx(1.0)
     scores = values @ items.weight

@@ -1,0 +1,73 @@
+"""Searches whose objective is no mean over items, on a real model: which way, and on what scale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from agentmerge import session
+from agentmerge.config import SearchConfig
+from agentmerge.ledger import Candidate, Ledger
+from tests.evaluation import tiny
+
+RIVALS = 10
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], Path]:
+    """A family, and tasks whose gold answers are half what one of its experts says."""
+    root = tmp_path_factory.mktemp("family")
+    family = tiny.write_family(root)
+    return family, tiny.write_tasks(root / "tasks", family["b"], count=40)
+
+
+def searched(
+    parts: tuple[dict[str, Path], Path], runs: Path, *tasks: dict, budget: int = RIVALS + 9
+) -> list[Candidate]:
+    family, folder = parts
+    body = {
+        "genome": {
+            "models": [str(family["b"]), str(family["c"])],
+            "base_model": str(family["base"]),
+            "merge_method": "task_arithmetic",
+            "layer_granularity": 1,
+            "normalize": False,
+        },
+        "tasks": list(tasks),
+        "task_search_path": [str(folder)],
+        "sealed_share": 0.0,
+        "search": {"algorithm": "auto", "seed": 1},
+        "budget": {"max_evaluations": budget},
+        "worker": {
+            "kind": "hf",
+            "batch_size": 32,
+            "lm_eval_args": {"apply_chat_template": False},
+            "options": {"threads": 1},
+        },
+    }
+    config = SearchConfig.from_text(yaml.safe_dump(body))
+    row = session.run(config, name="a", runs_dir=runs)
+    assert row.status == "done"
+    with Ledger(runs / session.LEDGER) as ledger:
+        return ledger.candidates(row.id)
+
+
+PERPLEXITY = {"name": "tiny_cloze", "metric": "perplexity,none"}
+
+
+@pytest.mark.parametrize(
+    "others", [(), ({"name": "tiny_choice", "metric": "acc,none"},)], ids=["alone", "beside"]
+)
+def test_a_perplexity_of_many_decades_is_searched_the_right_way(
+    parts: tuple[dict[str, Path], Path], tmp_path: Path, others: tuple[dict, ...]
+) -> None:
+    found = searched(parts, tmp_path, PERPLEXITY, *others)
+    told = {False: [], True: []}
+    for candidate in found:
+        told[candidate.generation > 0].append(dict(candidate.tasks)["tiny_cloze"])
+    assert max(told[False]) > 500 * min(told[False]), "the family leaves it no decades"
+    assert min(told[True]) < min(told[False])
+    middle = sorted(told[True])[len(told[True]) // 2]
+    assert middle < 2 * min(told[False]), "most candidates are among the better"
