@@ -32,6 +32,7 @@ GRADIENT_COST = 3
 RIVALS = ("uniform", "scale", "depth")
 CHEAP = ("parent", *RIVALS)
 
+
 def cost_of(with_gradient: bool) -> int:
     """What a candidate takes of the budget, in scores: it is always scored."""
     return 1 + GRADIENT_COST * with_gradient
