@@ -25,6 +25,7 @@ from agentmerge.merging.kernels import (
     restored,
     scaled,
 )
+from agentmerge.merging.lanes import WIDTH
 from agentmerge.merging.loops import COUNTS, WORDS, Mask, loop_for
 from agentmerge.merging.machine import Compiled
 from agentmerge.merging.orders import NOTHING, Cut, dtype_names, working_name
@@ -304,15 +305,21 @@ def run(
     reals: Sequence[float] = (),
     *,
     sums: int = 0,
+    writes_bits: bool = False,
 ) -> tuple[list[float], int]:
     """Run a loop over task vectors of so many elements: its sums, and its count 0.
 
-    It runs in stretches of memory in which no mask flips. A loop that writes bits must start at a
-    multiple of its width; masks of kind hash never flip, and no method mixes them with others.
+    It runs in stretches of memory in which no mask flips. A loop that writes bits writes those of
+    ``WIDTH`` elements at once, so from a flip to the next multiple of it is a stretch of its own,
+    which is too short for that. (Masks of kind hash, whose bits ``norms`` writes, never flip, and
+    no method mixes them with others.)
     """
-    flips = {flip for mask in masks for flip in mask.flips if 0 < flip < count}
+    cuts = {flip for mask in masks for flip in mask.flips}
+    if writes_bits:
+        cuts |= {-(-flip // WIDTH) * WIDTH for flip in cuts}
+    inner = sorted(cut for cut in cuts if 0 < cut < count)
     totals, counts = np.zeros(sums), [0] * (1 + COUNTS * len(masks))
-    for start, stop in pairwise([0, *sorted(flips), count]):
+    for start, stop in pairwise([0, *inner, count]):
         words: list[int] = []
         for k, mask in enumerate(masks):
             words += mask.words(start, counts[1 + COUNTS * k :][:COUNTS])

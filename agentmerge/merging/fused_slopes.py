@@ -50,7 +50,7 @@ def agreement(
     addresses += [mask.bits.ctypes.data if isinstance(mask, Bits) else 0 for mask in masks]
     addresses += [packed[at].data_ptr() for at in some]
     reals = [(operands[at].weight or 1.0) * scales[at] for at in some]
-    run(loop, base.numel(), masks, addresses, reals)
+    run(loop, base.numel(), masks, addresses, reals, writes_bits=True)
     return packed, scales
 
 

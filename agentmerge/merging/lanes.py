@@ -334,7 +334,8 @@ class Loop:
         return Lanes(self, build.bitcast(build.load(kept), self._lanes(_BIT)))
 
     def store_truth(self, array: int, truth: Lanes) -> None:
-        """Write one bit an element; a loop that does must start at a multiple of ``WIDTH``."""
+        """Write one bit an element. A loop that does must start at a multiple of ``WIDTH``, or end
+        before it has gone so far."""
         build, place = self.build, self._truth_place(array)
         bits = build.bitcast(truth.value, ir.IntType(self._width))
         if self._width == 1:

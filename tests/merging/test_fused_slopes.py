@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from agentmerge.merging.contraction import contract_agreeing, contract_sum, frozen
-from agentmerge.merging.engines import fused_agreement, fused_pulls
+from agentmerge.merging.engines import KERNELS, fused_agreement, fused_pulls
 from agentmerge.merging.fused import CONSENSUS
 from agentmerge.merging.kernels import Operand
 from agentmerge.merging.statistics import Statistics
@@ -91,3 +91,64 @@ def test_sums_are_the_same_as_by_torch(method: str, dtype: torch.dtype) -> None:
         )
         rounding = 1e-12 if dtype == torch.float64 else 1e-4
         torch.testing.assert_close(found, other, rtol=rounding, atol=rounding / 10)
+
+
+def tied_in_single(seed: int, elements: int) -> tuple[torch.Tensor, list[Operand]]:
+    """Task vectors of three magnitudes in float32 and of more in float64, in no order."""
+    draw = torch.Generator().manual_seed(seed)
+    base = torch.randint(-3, 4, (elements,), generator=draw) * 2.0**-40
+    steps = torch.tensor([2.0**-12, -(2.0**-11), 2.0**-10])
+    weights, densities = (0.7, 0.4), (0.4, 0.55)
+    return base, [
+        Operand(
+            steps[torch.randint(0, 3, (elements,), generator=draw)],
+            weight,
+            density,
+            gamma=0.1,
+            pair=str(weight),
+        )
+        for weight, density in zip(weights, densities, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs_ties"])
+def test_cuts_that_flip_between_float32_and_float64(method: str) -> None:
+    """They begin and end anywhere, not where a loop's bytes do: masks are torch's nevertheless, and
+    slopes are the merge's own, by finite differences in float64."""
+    flips = 0
+    for seed in range(20):
+        base, operands = tied_in_single(seed, 1000 + seed)
+        known, shared = Statistics(), {"rescale": 1.0, "lambda": 0.8, "normalize": 0.0}
+        masks = CONSENSUS[method](base, operands, known)
+        flips += sum(flip % 32 > 0 for mask in masks for flip in mask.flips)
+        held = frozen(method, base, operands, shared, known)
+        want = frozen(method, strided(base), by_torch(operands), shared, known)
+        assert held.scales == pytest.approx(want.scales, rel=1e-5)
+        assert all(map(torch.equal, held.kept, want.kept))
+        gradient = torch.randn(len(base), generator=torch.Generator().manual_seed(seed))
+        found = contract_agreeing(base, operands, held, shared, gradient)
+        for at in range(2):
+            assert float(found[at]) == pytest.approx(
+                slope(method, base, operands, shared, gradient, at), rel=1e-4, abs=1e-6
+            )
+    assert flips > 100
+
+
+def slope(
+    method: str,
+    base: torch.Tensor,
+    operands: list[Operand],
+    shared: dict[str, float],
+    gradient: torch.Tensor,
+    at: int,
+    step: float = 1e-5,
+) -> float:
+    """Of <gradient, merge> in one weight."""
+
+    def pull(change: float) -> float:
+        moved = [*operands]
+        moved[at] = replace(operands[at], weight=operands[at].weight + change)
+        merged = KERNELS[method](base, moved, shared, torch.float64)
+        return float(merged @ gradient.double())
+
+    return (pull(step) - pull(-step)) / (2 * step)
