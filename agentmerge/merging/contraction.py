@@ -22,12 +22,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from agentmerge.errors import CandidateFailed
 from agentmerge.merging import sparse
+from agentmerge.merging.device import kept
 from agentmerge.merging.engines import fused_agreement, fused_pulls
 from agentmerge.merging.kernels import (
     Operand,
@@ -289,8 +289,10 @@ def unpack_bits(packed: torch.Tensor, block: slice, dtype: torch.dtype) -> torch
     return bits.reshape(-1)[: block.stop - block.start]
 
 
-@lru_cache(maxsize=8)
 def _bits_of_a_byte(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """(256, 8): looked up, which is twice as fast as shifting."""
-    byte = torch.arange(256, device=device).unsqueeze(1)
-    return ((byte >> torch.arange(8, device=device)) & 1).to(dtype)
+
+    def made() -> torch.Tensor:
+        return ((torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1).to(dtype)
+
+    return kept(f"bits as {dtype}", device, made)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from functools import lru_cache
 
 import numpy as np
 import torch
 
 from agentmerge.merging import engines
+from agentmerge.merging.device import kept
 from agentmerge.merging.kernels import blocks
 
 _PERIOD = 1 << 16
@@ -50,7 +50,7 @@ def _by_torch(data: torch.Tensor) -> int:
         data = data.clone()
     words = data.view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=data.device)
-    factors = _place_factors(str(data.device))
+    factors = _place_factors(data.device)
     for block in blocks(words.numel(), data.device):  # whole periods, but for the last
         whole = (block.stop - block.start) // _PERIOD * _PERIOD
         first = block.start // _PERIOD
@@ -70,7 +70,7 @@ def _by_loop(data: torch.Tensor) -> int:
 
     assert CHECKSUM_PERIOD == _PERIOD
     words, rest = divmod(data.numel(), 4)
-    factors = _place_factors("cpu")
+    factors = _place_factors(data.device)
     loop = loop_for("checksum", ("int32", "int64"), "float32")
     _, (total,) = loop(0, words, [data.data_ptr(), factors.data_ptr()])
     if rest:
@@ -80,7 +80,9 @@ def _by_loop(data: torch.Tensor) -> int:
     return total
 
 
-@lru_cache(maxsize=8)
-def _place_factors(device: str) -> torch.Tensor:
-    noise = hashlib.shake_256(b"agentmerge").digest(8 * _PERIOD)
-    return torch.from_numpy(np.frombuffer(noise, dtype="<i8") | 1).to(device)
+def _place_factors(device: torch.device) -> torch.Tensor:
+    def made() -> torch.Tensor:
+        noise = hashlib.shake_256(b"agentmerge").digest(8 * _PERIOD)
+        return torch.from_numpy(np.frombuffer(noise, dtype="<i8") | 1)
+
+    return kept("place factors", device, made)

@@ -267,12 +267,19 @@ class Loop:
         self.build.store(self.build.add(self.build.load(variable), value), variable)
 
     def collect(
-        self, place: int, array: int, truth: Lanes, notes: Callable[[], Sequence[Lanes]]
+        self,
+        place: int,
+        array: int,
+        truth: Lanes,
+        notes: Callable[[], Sequence[Lanes]],
+        most: int,
     ) -> None:
         """Append the element numbers where ``truth`` holds to an int64 array; a count counts them.
 
         notes: what else to write of these elements, as float64, in the arrays that follow; computed
-            only where there is one. The arrays need room for one more than there are.
+            only where there is one. most: place of the given word that says how many are expected.
+            The arrays have room for one more, where all beyond that go: elements of a file that is
+            overwritten meanwhile are not those that were counted.
         """
         build, hits = self.build, truth.value
         if self._width > 1:
@@ -280,6 +287,7 @@ class Loop:
         none = ir.Constant(hits.type, 0)
         with build.if_then(build.icmp_unsigned("!=", hits, none), likely=False):
             count = self._argument(_COUNTS, place, build)
+            limit = build.zext(self._loaded(_WORDS, most), _I64)
             values = [self._cast(note.value, _DOUBLE) for note in notes()]
             starts = [
                 build.inttoptr(self._loaded(_ADDRESSES, array + at), kind.as_pointer())
@@ -291,8 +299,10 @@ class Loop:
                 noted = [self._lane(value, lane) for value in values]
                 # Always written, and kept only where it counts: no branch a lane.
                 element = build.add(self._at, ir.Constant(_I64, lane))
+                within = build.icmp_unsigned("<", seen, limit)
+                at = build.select(within, seen, limit)
                 for start, value in zip(starts, (element, *noted), strict=True):
-                    build.store(value, build.gep(start, [seen]))
+                    build.store(value, build.gep(start, [at]))
                 build.store(build.add(seen, build.zext(bit, _I64)), count)
 
     def first_equal(self, place: int, words: Lanes, wanted: int, most: int) -> Lanes:

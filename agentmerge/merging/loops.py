@@ -191,9 +191,10 @@ def between(experts: int) -> Body:
         origin = loop.load(1)
         for k in range(experts):
             value, arrays = loop.load(2 + k), 2 + experts + 3 * k
-            low, width = loop.given_word(2 * k), loop.given_word(2 * k + 1)
+            low, width = loop.given_word(3 * k), loop.given_word(3 * k + 1)
             inside = magnitude_bits(loop, value, origin) - low <= width
-            loop.collect(k, arrays, inside, partial(_magnitudes, loop, value, origin))
+            notes = partial(_magnitudes, loop, value, origin)
+            loop.collect(k, arrays, inside, notes, most=3 * k + 2)
 
     return body
 
@@ -208,7 +209,7 @@ def inexact(collected: bool) -> Body:
         rounded, exact = _magnitudes(loop, loop.load(2), loop.load(1))
         differ = exact.differs(loop.double(rounded))
         if collected:
-            loop.collect(0, 3, differ, lambda: (rounded, exact))
+            loop.collect(0, 3, differ, lambda: (rounded, exact), most=0)
         else:
             loop.add_to_count(0, differ)
 

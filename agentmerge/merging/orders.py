@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from agentmerge.errors import RunFailed
 from agentmerge.merging.kernels import working_dtype
 from agentmerge.merging.loops import loop_for
 
@@ -166,13 +167,13 @@ def _noted(
         if isinstance(bracket, Bracket):
             inside, count = (bracket.low, bracket.high - bracket.low), bracket.count
         notes.append(_Notes.room(count))
-        words += inside
+        words += (*inside, count)
     stored, working = dtype_names(base, base, *tensors), working_name(base, *tensors)
     loop = loop_for("between", stored, working, len(tensors))
     addresses = [0, base.data_ptr(), *(tensor.data_ptr() for tensor in tensors)]
     addresses += [address for note in notes for address in note.addresses]
     _, found = loop(0, base.numel(), addresses, words=words, counts=len(tensors))
-    return [note.cut(count) for note, count in zip(notes, found, strict=True)]
+    return [note.filled(count) for note, count in zip(notes, found, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,13 @@ class _Notes:
     def addresses(self) -> list[int]:
         return [column.ctypes.data for column in (self.places, self.sizes, self.exact)]
 
-    def cut(self, count: int) -> _Notes:
+    def filled(self, count: int) -> _Notes:
+        """Raises RunFailed where as many were not found as there is room for."""
+        if count != len(self.places) - 1:
+            raise RunFailed(
+                "a parent's tensor is not the one whose magnitudes were ranked: its file was "
+                "overwritten while merges were read from it; put the old file back and resume"
+            )
         return _Notes(self.places[:count], self.sizes[:count], self.exact[:count])
 
 
@@ -225,8 +232,9 @@ def _inexact(base: torch.Tensor, tensor: torch.Tensor) -> npt.NDArray[np.uint32]
     if count > _MOST_INEXACT:
         return None
     noted = _Notes.room(count)
-    loop_for("inexact", stored, working, True)(0, base.numel(), addresses + noted.addresses)
-    return np.unique(noted.sizes[:count].astype(np.float32)).view(np.uint32)
+    collect = loop_for("inexact", stored, working, True)
+    _, (found,) = collect(0, base.numel(), addresses + noted.addresses, words=[count])
+    return np.unique(noted.filled(found).sizes.astype(np.float32)).view(np.uint32)
 
 
 def dtype_names(*tensors: torch.Tensor) -> tuple[str, ...]:

@@ -16,10 +16,13 @@ from agentmerge.recipe import Recipe
 from agentmerge.workers.base import Fingerprint, ItemRef, ItemResult
 
 _ITEMS_A_TASK = 4
-#: How far apart log-likelihoods of the same weights may be; at half precision the order of sums
-#: shows.
-_TOLERANCE = {"float32": 1e-4}
-_HALF_TOLERANCE = 2e-2
+#: Bits after the point of a number's first digit, by dtype.
+_BITS = {"float64": 52, "float32": 23, "float16": 10}
+_HALF_BITS = 7
+#: Logits are below this, mostly; a log-likelihood may move by two of their steps when sums are
+#: taken in another order, as a device's kernels do from run to run.
+_LOGITS = 64
+_LEAST_TOLERANCE, _RELATIVE_HALF = 1e-4, 2e-2
 
 Ask = Callable[[Recipe, Sequence[ItemRef]], tuple[Fingerprint, list[ItemResult]]]
 
@@ -34,7 +37,9 @@ class Canary:
     def __init__(self, parent: Recipe, taskset: TaskSet, dtype: str, every: int, ask: Ask) -> None:
         self._parent = parent
         self._refs = [ref for task in taskset.tasks for ref in task.items[:_ITEMS_A_TASK]]
-        self._tolerance = _TOLERANCE.get(dtype, _HALF_TOLERANCE)
+        step = _LOGITS / 2 * 2.0 ** -_BITS.get(dtype, _HALF_BITS)
+        self._absolute = max(_LEAST_TOLERANCE, 2 * step)
+        self._relative = _LEAST_TOLERANCE if step < _LEAST_TOLERANCE else _RELATIVE_HALF
         self._every = every
         self._ask = ask
         self._first: tuple[Fingerprint, list[ItemResult]] | None = None
@@ -80,7 +85,7 @@ class Canary:
     def _near(self, old: float | None, new: float | None) -> bool:
         if old is None or new is None:
             return old is new
-        return math.isclose(old, new, rel_tol=self._tolerance, abs_tol=self._tolerance)
+        return math.isclose(old, new, rel_tol=self._relative, abs_tol=self._absolute)
 
 
 def _said(fingerprint: Fingerprint, results: Sequence[ItemResult]) -> str:

@@ -26,6 +26,7 @@ import torch
 
 from agentmerge.errors import AgentmergeError, ConfigError, RunFailed, WorkerLost
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
+from agentmerge.merging.device import release
 from agentmerge.merging.export import export_checkpoint
 from agentmerge.merging.placement import Demand
 from agentmerge.merging.plan import Layout, plan, read_layout
@@ -93,7 +94,9 @@ class DiskWorker:
             template_model=self._spec.template_model,
             base=self._base,
             dtype=self._spec.dtype,
+            device=self._spec.device,
         )
+        release(self._spec.device)  # it is the scoring process's now
         fingerprint = Fingerprint(planned.digest, exported.digest, exported.tensors)
         self._loaded = (target, fingerprint)
         return fingerprint

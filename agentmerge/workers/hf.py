@@ -30,6 +30,7 @@ from agentmerge.evaluation.losses import item_loss
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.merging.contraction import Contraction
+from agentmerge.merging.device import current, release
 from agentmerge.merging.headers import read_config
 from agentmerge.merging.layout import read_layout
 from agentmerge.merging.live import LiveWeights
@@ -152,11 +153,13 @@ class HfWorker:
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """The right number of threads; out of memory as a lost worker that says what to lower."""
+        """The right device and number of threads; out of memory as a lost worker that says what to
+        lower."""
         before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
-            yield
+            with current(self._spec.device):
+                yield
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
@@ -171,8 +174,7 @@ class HfWorker:
         self._ready = False
         self._live = {}
         del self._scorer, self._lm, self._weights, self._model, self._family
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release(self._spec.device)
 
 
 def preflight(spec: WorkerSpec, layout: Layout | None) -> tuple[list[str], list[str]]:

@@ -30,7 +30,7 @@ from agentmerge.workers.canary import Canary
 from agentmerge.workers.vllm_check import demand, installed, preflight
 
 #: Raised with any change of what is asked: results by different rules are never mixed.
-SCORING = "vllm-1"
+SCORING = "vllm-2"
 
 #: Room for the self-test, where all requests are shorter.
 _LEAST_CONTEXT = 64

@@ -36,10 +36,15 @@ Ask = Callable[[Sequence[list[int]], Sequence[SamplingParams]], list[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One token of a continuation: its log-probability and the best of all others', in nats."""
+    """One token of a continuation: its log-probability and the best of all others', in nats.
+
+    greedy: it is what decoding takes; of equally likely tokens (at half precision they are common)
+    that is the first of the vocabulary, as for the ``hf`` worker.
+    """
 
     own: float
     other: float
+    greedy: bool
 
 
 class VllmLM(Tokenised, VLLM):  # type: ignore[misc]
@@ -101,7 +106,7 @@ class VllmLM(Tokenised, VLLM):  # type: ignore[misc]
         found.update(zip(single, self._next_tokens([requests[i] for i in single]), strict=True))
         rest = [i for i in range(len(requests)) if i not in found]
         for i, rows in zip(rest, self._rows([requests[i][1:] for i in rest]), strict=True):
-            found[i] = (sum(row.own for row in rows), all(row.own >= row.other for row in rows))
+            found[i] = (sum(row.own for row in rows), all(row.greedy for row in rows))
         return [found[i] for i in range(len(requests))]
 
     def _next_tokens(self, requests: Sequence[Encoded]) -> list[tuple[float, bool]]:
@@ -220,5 +225,6 @@ def _settings(**more: Any) -> SamplingParams:
 
 
 def _row(found: Any, token: int) -> Row:
-    others = [entry.logprob for other, entry in found.items() if other != token]
-    return Row(found[token].logprob, max(others))
+    own = found[token].logprob
+    best = min(found, key=lambda other: (-found[other].logprob, other))
+    return Row(own, max(e.logprob for other, e in found.items() if other != token), best == token)

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge_cases import merged
 
+from agentmerge.errors import RunFailed
 from agentmerge.merging import digests
 from agentmerge.merging.engines import KERNELS, has_fused, merge_tensor
 from agentmerge.merging.fused import FUSED, MOST_EXPERTS
 from agentmerge.merging.kernels import Operand, largest_mask
-from agentmerge.merging.orders import KEPT, Cut, Order, cuts, order_bytes
+from agentmerge.merging.orders import KEPT, Bracket, Cut, Order, cuts, order_bytes
 from agentmerge.merging.statistics import Statistics
 
 bounded = settings(max_examples=150, deadline=None, derandomize=True)
@@ -242,3 +243,18 @@ def test_what_is_remembered_changes_nothing() -> None:
             want = merged(method, base, used, shared, torch.bfloat16, fused=True)
             assert torch.equal(target, want)
     assert 0 < known.size_bytes <= 2 * order_bytes(5000)
+
+
+@pytest.mark.parametrize("all_inside", [True, False])
+def test_a_tensor_that_was_overwritten_after_it_was_ranked(all_inside: bool) -> None:
+    """A file may be, while it is mapped: what is noted keeps to its room, and the run ends."""
+    tensor = torch.randn(300_000, generator=torch.Generator().manual_seed(1))
+    base = torch.zeros_like(tensor)
+    order = Order.of(base, tensor)
+    keeps = [k for k in range(1000, 200_000, 777) if isinstance(order.bracket(k), Bracket)]
+    bracket = order.bracket(keeps[0])
+    assert isinstance(bracket, Bracket)
+    inside = torch.tensor([bracket.low], dtype=torch.int32).view(torch.float32)
+    tensor.copy_(inside.expand(300_000) if all_inside else torch.zeros(300_000))
+    with pytest.raises(RunFailed, match="overwritten while merges were read from it"):
+        cuts(base, [tensor], [order], [keeps[0]])

@@ -111,7 +111,9 @@ def test_tensors_that_are_merged_at_a_time_are_all_counted(tmp_path: Path) -> No
     """Ties makes an order of each: 4 bytes an element, of three large ones."""
     shape = {"hidden_size": 256, "intermediate_size": 30_000, "num_hidden_layers": 1}
     found = loaded(write_family(tmp_path, **shape), "device", recipes=(TIES,), threads=4)
-    assert found["peak"] < 1.1 * found["forecast"], found  # less where a busy machine lets fewer run
+    assert found["peak"] < 1.1 * found["forecast"], (
+        found
+    )  # less where a busy machine lets fewer run
     assert found["forecast"] - found["runtime"] > (5 * 2 + 6) * 3 * 256 * 30_000
 
 
