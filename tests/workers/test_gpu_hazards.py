@@ -34,8 +34,8 @@ from agentmerge.workers.vllm import VllmWorker
 from agentmerge.workers.vllm_check import GIB
 from agentmerge.workers.vllm_engine import Engine, _started, _visible, _wait_for_memory
 
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM imports
+#: What vLLM imports says it.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def no_context(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
 def test_a_context_in_the_searchs_process(
     spec: WorkerSpec, no_context: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes half a gigabyte of the GPU and forbids to fork; names and sizes are asked outside."""
+    """It takes half a gigabyte of the GPU and forbids forks; names and sizes are asked outside."""
     from agentmerge.maintenance import _device
     from agentmerge.merging.layout import read_layout
     from agentmerge.merging.placement import plan_memory
