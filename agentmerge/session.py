@@ -296,14 +296,16 @@ def readable(checkpoints: Path, name: str) -> Iterator[None]:
 def _first_input(
     graph: Any, thread: Any, row: RunRow, prepared: Prepared, answer: bool | None
 ) -> Any:
-    """What to invoke with: a first state, an answer, None to go on, or None after reopening a done
-    search."""
+    """What to invoke with: a first state, or an answer.
+
+    A search goes on from its ledger, whatever step its checkpoints are at: ``seed`` finds the last
+    generation there, and what was scored, advised or decided is read again and costs nothing. So
+    two files that do not fit, as after a power cut, cannot lead it astray.
+    """
     from langgraph.types import Command
 
     snapshot = graph.get_state(thread)
     values = snapshot.values
-    if not values and answer is None:
-        return SearchState(run_id=row.id, graph_version=GRAPH_VERSION)
     if values.get("graph_version", GRAPH_VERSION) != GRAPH_VERSION:
         raise RunFailed(
             f"search {row.name!r} was saved by graph version {values.get('graph_version')}, and "
@@ -314,16 +316,7 @@ def _first_input(
         return Command(resume="yes" if answer else "no")
     if answer is not None:
         raise UserError(f"search {row.name!r} asks nothing: leave the answer out")
-    if snapshot.tasks:  # not `next`, which leaves out steps that ended just before a kill
-        return None
-    if values.get("status") != "done":
-        raise RunFailed(
-            f"search {row.name!r} has no next step and is not done: its checkpoints do not fit "
-            f"this graph; `agentmerge branch {row.name}` goes on from its ledger"
-        )
-    # Done, and asked to go on: back to `select`, which sees the limits as they are now.
-    graph.update_state(thread, {"status": "running", "stop_reason": ""}, as_node="evaluate")
-    return None
+    return SearchState(run_id=row.id, graph_version=GRAPH_VERSION)
 
 
 __all__ = [

@@ -81,6 +81,8 @@ Emit = Callable[[dict[str, Any]], None]
 
 #: Generations in a row without one new merge after which the space counts as exhausted.
 BARREN_GENERATIONS = 3
+#: Gradients in a row that did not come (no memory, a worker lost) after which none is asked.
+FRUITLESS_GRADIENTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +92,12 @@ class Outcome:
     best: Candidate | None
     stop_reason: str = ""
     open_slots: list[tuple[int, int]] = field(default_factory=list)
+    generation: int = 0
 
     def update(self) -> SearchState:
         best = self.best
         return SearchState(
+            generation=self.generation,
             best=[best.generation, best.slot] if best else None,
             best_score=best.score if best else None,
             stop_reason=self.stop_reason,
@@ -131,6 +135,7 @@ class Search:
     deadline: float | None = None
     stopping: Callable[[], bool] = lambda: False
     still_mine: Callable[[], None] = lambda: None
+    _had_no_proposal: int = -1
     _points: dict[tuple[str, str], tuple[float, ...] | None] = field(default_factory=dict)
 
     # --- nodes ------------------------------------------------------------------------------
@@ -177,9 +182,11 @@ class Search:
         So does one that loses two workers, or breaks a task's code, once another has been scored:
         until then it is the machine or the task.
         """
-        candidate = self.ledger.candidate(self.run_id, generation, slot)
-        if candidate.state != "open" or not self.wanted():
+        found = self.ledger.candidates(self.run_id, generation, slot=slot)
+        # Where a server's checkpoint is ahead of the ledger there is none: `select` puts it right.
+        if not found or found[0].state != "open" or not self.wanted():
             return
+        candidate = found[0]
         self.emit({"event": "evaluate", "generation": generation, "slot": slot})
         recipe = Recipe.parse(self.ledger.recipe(candidate.recipe_hash, self.run_id))
         try:
@@ -224,18 +231,22 @@ class Search:
         """Find the incumbent, save its recipe, and decide what comes next."""
         self.still_mine()
         candidates = self._judged()
+        if candidates[-1].generation < generation != self._had_no_proposal:
+            # The strategy had none, or the ledger is behind the graph's checkpoint: it decides.
+            generation = self.propose(candidates[-1].generation)
+            candidates = self._judged()
         best = incumbent(candidates)
         if best is not None:
             self._write_best(best)
         if self.seconds_left <= 0:
-            return Outcome(best, "timeout")
+            return Outcome(best, "timeout", generation=generation)
         still_open = [
             (c.generation, c.slot)
             for c in candidates
             if c.generation == generation and c.state == "open"
         ]
         if still_open:
-            return Outcome(best, open_slots=still_open)
+            return Outcome(best, open_slots=still_open, generation=generation)
         self.emit(
             {
                 "event": "generation",
@@ -256,7 +267,7 @@ class Search:
             reason = "nothing new"
         elif candidates[-1].generation < generation:
             reason = "nothing more to gain"  # the strategy had no proposal
-        return Outcome(best, reason)
+        return Outcome(best, reason, generation=generation)
 
     def advise(self, role: Role, generation: int) -> str:
         """Ask one agent and keep its word; without a model, or where it fails, its rules speak.
@@ -277,6 +288,8 @@ class Search:
             asked = asked or self.asked(space, generation, own_share)
         shadow = shadow_proposals(self, asked, left - sum(p.cost for p in asked))
         self._add(generation + 1, [*asked, *shadow])
+        if not asked and not shadow:
+            self._had_no_proposal = generation + 1
         return generation + 1
 
     def asked(self, space: SearchSpace, generation: int, left: int) -> list[Proposal]:
@@ -536,7 +549,7 @@ class Search:
 
         What an agent asked for is asked as it is, so that it hears why it is no merge.
         """
-        possible = space.method.differentiable and self.slopes.possible
+        possible = space.method.differentiable and self.slopes.possible and not self._no_slope
         return [
             replace(
                 p,
@@ -548,6 +561,14 @@ class Search:
             )
             for p in proposals
         ]
+
+    @property
+    def _no_slope(self) -> bool:
+        """Whether the last gradients that were asked never came: none is asked any more."""
+        found = self.ledger.candidates(self.run_id)
+        asked = [c for c in found if c.want == "gradient" and c.state == "scored" and not c.prior]
+        last = asked[-FRUITLESS_GRADIENTS:]
+        return len(last) == FRUITLESS_GRADIENTS and all(c.gradient is None for c in last)
 
     def _again(self, candidate: Candidate) -> Proposal | None:
         """A candidate of before as the merge that it is; None where its models are not here.

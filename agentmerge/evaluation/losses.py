@@ -40,16 +40,16 @@ class ItemLoss:
     terms: tuple[Term, ...]
     items: int
 
-    def parts(self, lm: LiveLM) -> Iterator[torch.Tensor]:
-        """Scalars that add up to the loss, each on a graph of its own, about ``lm.batch_size``
-        sequences at a time; longest first, so that what does not fit is known at once.
+    def parts(self, lm: LiveLM, size: int) -> Iterator[torch.Tensor]:
+        """Scalars that add up to the loss, each on a graph of its own, about ``size`` sequences at
+        a time; longest first, so that what does not fit is known at once.
 
         Raises:
             CandidateFailed: one is not finite.
         """
         terms = sorted(self.terms, key=lambda term: -_length(term))
         while terms:
-            batch, terms = _batch(terms, int(lm.batch_size))
+            batch, terms = _batch(terms, size)
             lls, margins = lm.differentiable([pair for term in batch for pair in term.pairs])
             total, start = lls.new_zeros(()), 0
             for term in batch:

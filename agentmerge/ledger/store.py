@@ -42,7 +42,7 @@ class Store:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._conn = self._connect("")
             self._conn.execute("PRAGMA journal_mode=WAL")
-            self._conn.execute("PRAGMA synchronous=NORMAL")
+            self._conn.execute("PRAGMA synchronous=FULL")
             if pending(self._conn):
                 with self._writing() as conn:
                     migrate(conn)

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 import transformers
 
-from agentmerge.errors import ParentError, RunFailed, WorkerLost
+from agentmerge.errors import CandidateFailed, ParentError, RunFailed, WorkerLost
 from agentmerge.evaluation.live import LiveLM, context_length, parent_path, tokenizer_of
 from agentmerge.evaluation.loading import quiet
-from agentmerge.evaluation.losses import item_loss
+from agentmerge.evaluation.losses import ItemLoss, item_loss
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.merging.contraction import Contraction
@@ -88,6 +88,7 @@ class HfWorker:
         self._weights = LiveWeights(self._family, self._live)
         self._scorer = ItemScorer(self._lm, taskset or tasks_for(spec))
         self._ready = False
+        self._sequences = 0  # that a gradient takes at a time, once memory has run out
 
     @staticmethod
     def tasks(spec: WorkerSpec) -> TaskSet:
@@ -138,37 +139,64 @@ class HfWorker:
 
         Each tensor's gradient is contracted with what the recipe's weights add and freed as it
         appears, so that about one is there at a time. Sequences go through about
-        ``worker.batch_size`` at a time; their activations are the rest of the memory it takes.
+        ``worker.batch_size`` at a time, half as many where their activations find no memory; one
+        that finds none alone is the recipe's failure, and the worker stays usable.
         """
         self.load(recipe)
-        slopes = Contraction(self._family.plan(recipe), self._family, self._family.statistics)
         asked = item_loss(self._scorer, self._lm, items, loss, weights)
-        total = 0.0
-        with self._guarded(), each_gradient(self._model, self._live, slopes.add):
-            for part in asked.parts(self._lm):
-                total += float(part.detach())
-                part.backward()  # type: ignore[no-untyped-call]
+        size = self._sequences or int(self._lm.batch_size)
+        while True:
+            slopes = Contraction(self._family.plan(recipe), self._family, self._family.statistics)
+            try:
+                total = self._backward(asked, slopes, size)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error):
+                    raise
+                why = str(error)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if size == 1:
+                raise CandidateFailed(
+                    f"no memory on {self._spec.device} for the gradient of one item: {why}"
+                )
+            size = self._sequences = size // 2
         self._family.verify()
         return Gradient(total, asked.items, slopes.slopes())
 
+    def _backward(self, asked: ItemLoss, slopes: Contraction, size: int) -> float:
+        """The loss; its gradient goes to ``slopes``, ``size`` sequences at a time."""
+        total = 0.0
+        with self._threaded(), each_gradient(self._model, self._live, slopes.add):
+            for part in asked.parts(self._lm, size):
+                total += float(part.detach())
+                part.backward()  # type: ignore[no-untyped-call]
+        return total
+
     @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """The right device and number of threads; out of memory as a lost worker that says what to
-        lower."""
+    def _threaded(self) -> Iterator[None]:
+        """The right device and number of threads."""
         before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
             with current(self._spec.device):
                 yield
-        except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
-                raise
-            raise WorkerLost(
-                f"out of memory on {self._spec.device}: {error}; lower worker.batch_size "
-                f"(now {self._spec.batch_size}) or the tasks' context"
-            ) from error
         finally:
             torch.set_num_threads(before)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """The right number of threads; out of memory as a lost worker that says what to lower."""
+        with self._threaded():
+            try:
+                yield
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error):
+                    raise
+                raise WorkerLost(
+                    f"out of memory on {self._spec.device}: {error}; lower worker.batch_size "
+                    f"(now {self._spec.batch_size}) or the tasks' context"
+                ) from error
 
     def close(self) -> None:
         self._ready = False

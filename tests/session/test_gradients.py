@@ -9,6 +9,7 @@ import pytest
 
 from agentmerge import session
 from agentmerge.ledger import Ledger, evaluations
+from agentmerge.replay import replay
 from agentmerge.strategies.base import GRADIENT_COST
 from tests.session.conftest import command, config, config_text, trace_of
 from tests.session.test_resume import events, kill_after
@@ -87,6 +88,27 @@ def test_where_there_is_no_gradient_a_score_is_asked(tmp_path: Path) -> None:
         found = ledger.candidates(row.id)
     assert {c.want for c in found} == {"score"}
     assert row.status == "done"
+
+
+@pytest.mark.parametrize("fault", ["failed", "lost"])
+def test_a_gradient_that_never_comes_costs_two_and_no_score(tmp_path: Path, fault: str) -> None:
+    row = session.run(
+        config(
+            search=SEARCH,
+            budget={"max_evaluations": BUDGET},
+            worker={"options": {"base": "base", "no_gradient": fault}},
+        ),
+        name="a",
+        runs_dir=tmp_path,
+    )
+    with Ledger(tmp_path / session.LEDGER) as ledger:
+        found = ledger.candidates(row.id)
+    asked = [c for c in found if c.want == "gradient"]
+    assert row.status == "done"
+    assert row.result["answer"]["sealed_score"] is not None
+    assert len([c for c in asked if c.state == "scored"]) <= 2
+    assert all(c.score is not None and c.gradient is None for c in asked)
+    assert replay("a", runs_dir=tmp_path).identical
 
 
 def test_killed_in_the_middle_it_ends_as_if_never_killed(tmp_path: Path, plugin: str) -> None:

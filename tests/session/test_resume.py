@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import sqlite3
+import threading
 import time
 from collections import Counter
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
 from agentmerge import session
+from agentmerge.assembly import assembled
 from agentmerge.checkpoints import open_saver
 from agentmerge.errors import LeaseHeld, RunFailed, UserError
 from agentmerge.lease import Lease
@@ -179,7 +182,7 @@ def test_a_graph_that_ends_without_finishing_fails_loudly(tmp_path: Path) -> Non
     )
     with pytest.raises(RunFailed, match="ended without finishing"):
         session.run(config(search={"graph": f"{graph}:build"}), name="a", runs_dir=tmp_path)
-    with pytest.raises(RunFailed, match="no next step"):
+    with pytest.raises(RunFailed, match="ended without finishing"):
         session.resume("a", runs_dir=tmp_path)
 
 
@@ -219,3 +222,53 @@ def test_stopped_between_a_generations_last_score_and_the_next_step(tmp_path: Pa
         conn.execute("DROP TRIGGER full")
     assert session.resume("a", runs_dir=runs).status == "done"
     assert trace_of(runs, "a") == trace_of(tmp_path / "calm", "a")
+
+
+@pytest.mark.parametrize("behind", ["ledger", "checkpoints"])
+def test_databases_of_different_moments_go_on_from_the_ledger(tmp_path: Path, behind: str) -> None:
+    """As after a power cut: one file is older than the other. The ledger decides."""
+    calm = tmp_path / "calm"
+    moments: list[Path] = []
+    copying = threading.Lock()
+
+    def keep(event: dict) -> None:
+        if event["event"] not in ("generation", "candidate"):
+            return
+        with copying:
+            folder = tmp_path / str(len(moments))
+            folder.mkdir()
+            for name in (session.LEDGER, session.CHECKPOINTS):
+                with (
+                    closing(sqlite3.connect(calm / name)) as old,
+                    closing(sqlite3.connect(folder / name)) as new,
+                ):
+                    old.backup(new)
+            moments.append(folder)
+
+    session.run(config(budget={"max_evaluations": 24}), name="a", runs_dir=calm, emit=keep)
+    rng = random.Random(3)
+    for _ in range(4):
+        early, late = sorted(rng.sample(range(6, len(moments)), 2))
+        ledger, checkpoints = (early, late) if behind == "ledger" else (late, early)
+        runs = tmp_path / f"mixed-{early}-{late}"
+        runs.mkdir()
+        shutil.copy(moments[ledger] / session.LEDGER, runs / session.LEDGER)
+        shutil.copy(moments[checkpoints] / session.CHECKPOINTS, runs / session.CHECKPOINTS)
+        row = session.resume("a", runs_dir=runs)
+        assert (row.status, row.stop_reason) == ("done", "budget"), (early, late)
+        assert trace_of(runs, "a") == trace_of(calm, "a")
+
+
+def test_a_missing_generation_is_not_an_empty_one(tmp_path: Path) -> None:
+    """A server's graph goes on from its own checkpoint, which may be ahead of the ledger."""
+    row = session.run(config(budget={"max_evaluations": 24}), name="a", runs_dir=tmp_path)
+    with Ledger(tmp_path / session.LEDGER) as ledger, ExitStack() as stack:
+        last = ledger.candidates(row.id)[-1].generation
+        with ledger._writing() as conn:
+            conn.execute("DELETE FROM candidates WHERE generation = ?", (last,))
+        prepared = session.prepare(session.SearchConfig.from_text(row.config))
+        search = assembled(prepared, row, tmp_path, ledger, lambda event: None, stack)
+        search.evaluate(last, 0)
+        outcome = search.select(last)
+        assert (outcome.stop_reason, outcome.generation) == ("", last)
+        assert outcome.open_slots[0] == (last, 0)

@@ -137,7 +137,7 @@ def loss_of(worker: HfWorker, refs: tuple[ItemRef, ...], loss: Loss) -> float:
     """The loss of what is live, forward only."""
     with torch.no_grad():
         asked = item_loss(worker._scorer, worker._lm, refs, loss)
-        return sum(float(part) for part in asked.parts(worker._lm))
+        return sum(float(part) for part in asked.parts(worker._lm, 16))
 
 
 # --- frozen masks and signs: a merge of its own, written down once more ---------------------------
@@ -299,6 +299,30 @@ def test_several_micro_batches_are_one(
         parts = HfWorker(replace(spec, batch_size=size)).gradient(asked, refs)
         assert parts.loss == pytest.approx(whole.loss, rel=1e-12)
         assert relative(flat(parts), flat(whole)) < 1e-12
+
+
+def test_where_memory_runs_out_fewer_sequences_go_through_at_a_time(
+    spec: WorkerSpec, worker: HfWorker, refs: tuple[ItemRef, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = worker.gradient(recipe_of("dare_ties", density=0.6), refs)
+    scores = worker.score(refs)
+    batches, most, forward = [], [4], worker._lm.differentiable
+
+    def small(pairs: Any) -> Any:
+        batches.append(len(pairs))
+        if len(pairs) > most[0]:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 128.00 GiB")
+        return forward(pairs)
+
+    monkeypatch.setattr(worker._lm, "differentiable", small)
+    monkeypatch.setattr(worker, "_sequences", 0)
+    found = worker.gradient(recipe_of("dare_ties", density=0.6), refs)
+    assert found.loss == pytest.approx(whole.loss)
+    assert batches[0] > 4 >= max(batches[-3:])
+    most[0] = 0
+    with pytest.raises(CandidateFailed, match="no memory on cpu for the gradient of one item"):
+        worker.gradient(recipe_of("dare_ties", density=0.6), refs)
+    assert repr(worker.score(refs)) == repr(scores), "the worker is as good as before"
 
 
 def test_items_count_as_they_are_weighted(worker: HfWorker, refs: tuple[ItemRef, ...]) -> None:
