@@ -37,6 +37,7 @@ from agentmerge.config import Role, SearchConfig
 from agentmerge.context import Context, at_hand
 from agentmerge.errors import CandidateFailed, NotBegun, RunFailed, UserError
 from agentmerge.ledger import Ledger, RunRow
+from agentmerge.ledger.archive import remove_runs
 from agentmerge.ledger.store import remedy
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.cancelling import cancelling_notes
@@ -88,10 +89,24 @@ def run(
     prepared = prepare(config, allow_benchmarks=allow_benchmarks, fresh=True, known_faults=faults)
     runs_dir = Path(runs_dir)
     with Ledger(runs_dir / LEDGER) as ledger:
+        if name is not None:
+            _clear_false_start(ledger, runs_dir, name)
         prepared = unseen(ledger, prepared)
         row = new_row(ledger, prepared, name)
         row = ledger.add_run(row)
         return _drive(prepared, row, runs_dir, ledger, emit, drain, models)
+
+
+def _clear_false_start(ledger: Ledger, runs_dir: Path, name: str) -> None:
+    """A search that failed before anything was scored gives its name free."""
+    from agentmerge.lease import Lease
+
+    for row in ledger.runs():
+        if row.name == name and row.status in ("new", "interrupted", "failed"):
+            begun_with = ledger.candidates(row.id)
+            held = Lease.holder(runs_dir / CHECKPOINTS, row.id)
+            if all(c.state == "open" or not c.cost for c in begun_with) and held is None:
+                remove_runs(ledger, [row.id])
 
 
 def resume(
@@ -128,9 +143,12 @@ def resume(
         prepared = prepare(config, allow_benchmarks=True).without(row.facts.get("searched", ()))
         changes = changed_facts(row.facts, prepared.facts())
         if changes:
+            way = f"`agentmerge branch {row.name}` to score the best again"
+            if all(c.score is None for c in ledger.candidates(row.id)):
+                way = f"`agentmerge run` under the name {row.name} again, since nothing is scored"
             raise UserError(
                 f"{'; '.join(changes)} since {row.name!r} began: old and new scores cannot be "
-                f"compared; put it back, or `agentmerge branch {row.name}` to score the best again"
+                f"compared; put it back, or {way}"
             )
         return _drive(prepared, row, runs_dir, ledger, emit, drain, models, answer)
 

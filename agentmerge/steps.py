@@ -30,6 +30,7 @@ from agentmerge.errors import (
     NotBegun,
     NoWorker,
     RecipeRejected,
+    RunFailed,
     TaskError,
     WorkerLost,
 )
@@ -348,6 +349,7 @@ class Search:
         card: dict[str, Any] = {}
         if incumbent(candidates) is not None:
             card = final_card(self, candidates)
+            card["notes"] += self._unused(stop_reason)
             if self.config.search.shadow:
                 card["uplift"] = uplift(self, candidates)
             self._write_best(self.ledger.candidate(self.run_id, *card["answer"]["candidate"]))
@@ -356,6 +358,19 @@ class Search:
         )
         self.emit({"event": "done", "reason": stop_reason, "card": card})
         return SearchState(status="done", stop_reason=stop_reason)
+
+    def _unused(self, stop_reason: str) -> list[str]:
+        """Why evaluations are left, where neither a limit nor a person ended the search."""
+        why = {
+            "nothing more to gain": "has nothing more to propose",
+            "nothing new": "proposes only merges that were tried",
+        }.get(stop_reason)
+        if why is None or not self.evaluations_left:
+            return []
+        return [
+            f"{self.evaluations_left} evaluations are left: {self.config.algorithm} {why}, and a "
+            "larger budget changes nothing; a branch with another strategy goes on from here"
+        ]
 
     # --- scoring ----------------------------------------------------------------------------
 
@@ -615,8 +630,12 @@ class Search:
         """best.yml, replaced in one step: it is whole at every moment."""
         path = self.run_dir / "best.yml"
         draft = path.with_suffix(".tmp")
-        draft.write_text(self.ledger.recipe(best.recipe_hash, self.run_id))
-        draft.replace(path)
+        text = self.ledger.recipe(best.recipe_hash, self.run_id)
+        try:
+            draft.write_text(text)
+            draft.replace(path)
+        except OSError as error:
+            raise RunFailed(f"{path} cannot be written: {error}; mend that, then resume") from error
 
     def _candidate_event(self, candidate: Candidate) -> dict[str, Any]:
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,7 @@ def prune(ledger: Ledger, run_ids: Sequence[str], *, dry_run: bool) -> dict[str,
         return found
     before = ledger.path.stat().st_size
     with ledger._writing() as conn:
-        for table in _OF_A_RUN:
-            conn.execute(f"DELETE FROM {table} WHERE run_id IN ({marks})", run_ids)
-        conn.execute(f"DELETE FROM runs WHERE id IN ({marks})", run_ids)
+        _remove(conn, run_ids)
         for table in ("results", "gradients"):
             conn.execute(f"DELETE FROM {table} WHERE {_UNUSED}")
         conn.execute(
@@ -81,6 +80,19 @@ def prune(ledger: Ledger, run_ids: Sequence[str], *, dry_run: bool) -> dict[str,
         )
     ledger.shrink()
     return found | {"freed_bytes": max(0, before - ledger.path.stat().st_size)}
+
+
+def remove_runs(ledger: Ledger, run_ids: Sequence[str]) -> None:
+    """Forget these searches; items' results stay."""
+    with ledger._writing() as conn:
+        _remove(conn, run_ids)
+
+
+def _remove(conn: sqlite3.Connection, run_ids: Sequence[str]) -> None:
+    marks = ", ".join("?" for _ in run_ids)
+    for table in _OF_A_RUN:
+        conn.execute(f"DELETE FROM {table} WHERE run_id IN ({marks})", run_ids)
+    conn.execute(f"DELETE FROM runs WHERE id IN ({marks})", run_ids)
 
 
 def export_parquet(ledger: Ledger, folder: Path) -> dict[str, int]:

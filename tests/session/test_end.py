@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from agentmerge import session
+from agentmerge.errors import NoWorker, UserError
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.ledger.packing import unpack_keys
 from agentmerge.recipe import Recipe
@@ -120,3 +121,40 @@ def test_sealed_items_are_asked_of_the_answer_the_parents_and_the_best_cheap_mer
 def items(folder: Path, part: str) -> dict[str, list[str]]:
     with Ledger(folder / session.LEDGER) as ledger:
         return ledger.item_keys(ledger.run("a").id, part)
+
+
+def test_a_search_that_never_began_gives_its_name_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = FakeWorker.__init__
+
+    def refused(self, *given):
+        raise RuntimeError("this parent is broken")
+
+    monkeypatch.setattr(FakeWorker, "__init__", refused)
+    with pytest.raises(NoWorker):
+        ended(tmp_path)
+    monkeypatch.setattr(FakeWorker, "__init__", made)
+    with Ledger(tmp_path / session.LEDGER) as ledger:
+        row = ledger.run("a")
+        identities = dict.fromkeys(row.facts["identities"], "as it was")
+        ledger.update_run(row.id, facts=row.facts | {"identities": identities})
+    with pytest.raises(UserError, match="under the name a again, since nothing is scored"):
+        session.resume("a", runs_dir=tmp_path)
+    assert ended(tmp_path).status == "done"
+    with pytest.raises(UserError, match="a run called 'a' exists"):
+        ended(tmp_path)
+
+
+def test_evaluations_that_are_left_are_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agentmerge.strategies.random import STRATEGY
+
+    monkeypatch.setattr(type(STRATEGY), "propose", lambda *given: [])
+    settings = config(search={"algorithm": "random"}, budget={"max_evaluations": 30})
+    row = session.run(settings, name="a", runs_dir=tmp_path)
+    row = session.resume("a", runs_dir=tmp_path, overrides={"budget.max_evaluations": 240})
+    assert row.stop_reason == "nothing more to gain"
+    (note,) = [note for note in row.result["notes"] if "evaluations are left" in note]
+    assert "random has nothing more to propose, and a larger budget changes nothing" in note
