@@ -144,10 +144,7 @@ class GenomeConfig(_Frozen):
         """Upstream's default: on for linear, ties and dare_ties; for others, mergekit's own."""
         if self.normalize is not None:
             return self.normalize
-        if self.merge_method == "dare_ties":
-            return True
-        method = METHODS[self.merge_method]
-        return method.ratios_only({name: value or 0.0 for name, value in method.shared_params})
+        return METHODS[self.merge_method].search_normalizes
 
 
 class TaskConfig(_Frozen):

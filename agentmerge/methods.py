@@ -89,6 +89,13 @@ class Method:
         return names[0] if names else None
 
     @property
+    def search_normalizes(self) -> bool:
+        """What ``genome.normalize`` is where a config does not say: mergekit's own default, and
+        mergekit-evolve's for dare_ties."""
+        shared = {name: value or 0.0 for name, value in self.shared_params}
+        return self.name == "dare_ties" or self.ratios_only(shared)
+
+    @property
     def differentiable(self) -> bool:
         """Whether a merge has a slope in its weights (and lambda), masks and signs held fixed."""
         return self.engine == "agentmerge" and any(p.name == "weight" for p in self.source)
@@ -112,7 +119,11 @@ class Method:
                 "high": parameter.high,
                 "searched": parameter.searched,
                 "doc": parameter.doc,
-            }
+            } | (
+                {"search_default": float(self.search_normalizes)}
+                if parameter.name == self.normalize_param
+                else {}
+            )
 
         return {
             "name": self.name,

@@ -66,7 +66,7 @@ def run_demo(
     )
     config = SearchConfig.from_file(config_path)
     drain = session.Drain()
-    signals(drain, say)
+    caught = signals(drain, say)
     with progress(config, quiet=quiet, as_json=as_json) as listener:
         row = session.run(config, runs_dir=directory, emit=listener, drain=drain)
     with session.opened(directory) as ledger:
@@ -74,7 +74,7 @@ def run_demo(
     if row.result is None:
         say(f"saved; go on with: agentmerge resume {row.name} --runs-dir {directory}")
         show_result(summary, as_json, "stopped before the search was done")
-        return 0
+        return 128 + caught[0] if caught else 0
     show_result(summary, as_json, "\n" + card_text(row.result))
     say("\n" + measured_here(row.result, summary["evaluations"]["total"], max_evaluations))
     here = f"--runs-dir {_short(directory)}"

@@ -335,6 +335,9 @@ def _parameter_row(parameter: Mapping[str, Any]) -> list[str]:
         span += {"log": " (log)", "int": " (whole)"}.get(parameter["kind"], "")
         default = None if default is None else f"{default:g}"
     said = f"{span}, default {default}" if default is not None else span
+    searched = parameter.get("search_default", parameter["default"])
+    if searched != parameter["default"]:
+        said += f" ({str(bool(searched)).lower()} in a search)"
     return [
         parameter["name"] + ("" if parameter["searched"] else "*"),
         scope,

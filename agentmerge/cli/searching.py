@@ -202,7 +202,7 @@ def _driven(
 
     drain = Drain()
     say = speaker(quiet, as_json)
-    signals(drain, say)
+    caught = signals(drain, say)
     with progress(config, quiet=quiet, as_json=as_json, past=past) as listener:
         row = start(listener, drain)
     with opened(runs_dir) as ledger:
@@ -215,7 +215,7 @@ def _driven(
             say(f"waiting for your answer: {row.stop_reason}")
             where += " --answer yes (or no)"
         say(f"saved; go on with: agentmerge resume {row.name}{where}")
-        return 0
+        return 128 + caught[0] if caught else 0  # so that `run && export` does not go on
     if summary["best"] is None:
         why = next((c["failure"] for c in summary["failures"]), f"it stopped by {row.stop_reason}")
         return failed(f"nothing was scored: {why}", 1)

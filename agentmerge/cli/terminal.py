@@ -50,15 +50,21 @@ def speaker(quiet: bool, as_json: bool) -> Callable[[str], None]:
     return say
 
 
-def signals(drain: Any, say: Callable[[str], None]) -> None:
-    """First Ctrl-C or TERM: finish the running evaluation and save. Second: stop at once."""
+def signals(drain: Any, say: Callable[[str], None]) -> list[int]:
+    """First Ctrl-C or TERM: finish the running evaluation and save. Second: stop at once.
+
+    Returns a list that is empty until then, and holds the signal's number afterwards.
+    """
+    caught: list[int] = []
 
     def stop(number: int, frame: object) -> None:
         if drain.requested:
             say("stopped at once; everything scored is saved")
-            os._exit(130)
+            os._exit(128 + number)
+        caught.append(number)
         drain.request()
         say("finishing the running evaluation, then saving (once more: stop at once)")
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    return caught

@@ -33,6 +33,7 @@ class Store:
         self.path = Path(path)
         self._lock = threading.RLock()
         self._timeout_s = busy_timeout_s
+        was_there = self.path.exists()
         try:
             if read_only:
                 self._conn = self._connect("?mode=ro")
@@ -46,7 +47,14 @@ class Store:
             if pending(self._conn):
                 with self._writing() as conn:
                     migrate(conn)
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, LedgerError) as error:
+            cause = error.__cause__ if isinstance(error, LedgerError) else error
+            if lacks_shared_memory(cause) and not was_there:
+                self._conn.close()
+                for end in ("", "-wal", "-shm"):  # where nobody can open it, nobody else made it
+                    self.path.with_name(self.path.name + end).unlink(missing_ok=True)
+            if isinstance(error, LedgerError):
+                raise
             raise LedgerError(
                 f"results database {self.path} cannot be opened: {error}; {remedy(error)}"
             ) from error
@@ -128,9 +136,25 @@ class Store:
                 ) from error
 
 
+def lacks_shared_memory(error: BaseException | None) -> bool:
+    """Whether the folder's file system cannot map SQLite's -shm file."""
+    return str(getattr(error, "sqlite_errorname", "")).startswith("SQLITE_IOERR_SHM")
+
+
 def remedy(error: Exception) -> str:
     """What to do about a database that cannot be used."""
     name = getattr(error, "sqlite_errorname", "")
+    if lacks_shared_memory(error):
+        return (
+            "this file system has no shared memory for SQLite (Lustre, GPFS and some NFS mounts "
+            "have none); name a folder on a local disk with --runs-dir"
+        )
+    if name == "SQLITE_FULL":
+        return "free the disk, then resume"
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return "end the other writer, then resume"
+    if name.startswith("SQLITE_IOERR"):
+        return "the disk failed or is full: free or change it, then resume"
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
         return "move it away, or save what is left of it with the .recover command of sqlite3"
     if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):

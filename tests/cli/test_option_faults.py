@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +125,43 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(
     assert "file" in told
     assert "unexpected" not in told
     assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_search_that_was_stopped_says_so_by_its_exit_code(
+    tmp_path: Path, number: str, code: int, fake_config: str
+) -> None:
+    (tmp_path / "c.yml").write_text(fake_config)
+    script = (
+        "import os, signal, sys\nfrom agentmerge.cli.app import run_app\n"
+        "from agentmerge.workers.fake import FakeWorker\nload = FakeWorker.load\n"
+        "def stopped(self, recipe):\n"
+        f"    if os.environ.pop('STOP', ''):\n        os.kill(os.getpid(), signal.{number})\n"
+        "    return load(self, recipe)\nFakeWorker.load = stopped\n"
+        "sys.exit(run_app(sys.argv[1:]))"
+    )
+
+    def call(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", script, *arguments]
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=os.environ | more,
+            check=False,
+        )
+
+    stopped = call("run", "c.yml", "--name", "a", STOP="1")
+    assert stopped.returncode == code, stopped.stderr
+    assert "go on with: agentmerge resume a" in stopped.stderr
+    assert call("resume", "a").returncode == 0
+
+
+def test_methods_say_what_a_search_normalizes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(["methods"]) == 0
+    text = capsys.readouterr().out
+    (ties, dare) = (text.partition(f"\n{name}: ")[2] for name in ("ties", "dare_ties"))
+    line = next(line for line in dare.splitlines() if "normalize*" in line)
+    assert "default false (true in a search)" in line
+    assert "in a search)" not in ties.partition("\n\n")[0]
