@@ -103,7 +103,7 @@ def resource_faults(config: SearchConfig, ready: Mapping[Role, Any] | None = Non
         faults.append(str(error))
     for load in (
         lambda: load_prompts(config.agents.prompts),
-        lambda: load_graph(config.search.graph),
+        lambda: _look_at_graph(config.search.graph),
     ):
         try:
             load()
@@ -226,16 +226,27 @@ def settings_hash(prepared: Prepared) -> str:
     return sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _look_at_graph(name: str) -> None:
+    """Ours is only looked for: what it imports takes seconds. A user's own is loaded."""
+    if _graph_file(name).parent != graphs_dir():
+        load_graph(name)
+
+
+def _graph_file(name: str) -> Path:
+    text = name.partition(":")[0]
+    path = Path(text) if text.endswith(".py") else graphs_dir() / f"{text}.py"
+    if not path.is_file():
+        raise UserError(f"no graph at {path}; give a name from graphs/ or path.py:build")
+    return path
+
+
 def load_graph(name: str) -> Any:
     """The uncompiled graph: ``search``, another file in graphs/, or ``path.py:build``.
 
     Raises:
         UserError: no such file or function.
     """
-    path_text, _, function = name.partition(":")
-    path = Path(path_text) if path_text.endswith(".py") else graphs_dir() / f"{path_text}.py"
-    if not path.is_file():
-        raise UserError(f"no graph at {path}; give a name from graphs/ or path.py:build")
+    path, function = _graph_file(name), name.partition(":")[2]
     spec = importlib.util.spec_from_file_location(f"agentmerge_graph_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} cannot be loaded as Python")

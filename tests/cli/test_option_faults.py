@@ -165,3 +165,13 @@ def test_methods_say_what_a_search_normalizes(capsys: pytest.CaptureFixture[str]
     line = next(line for line in dare.splitlines() if "normalize*" in line)
     assert "default false (true in a search)" in line
     assert "in a search)" not in ties.partition("\n\n")[0]
+
+
+def test_check_imports_no_graph_library(tmp_path: Path, fake_config: str) -> None:
+    (tmp_path / "c.yml").write_text(fake_config)
+    script = (
+        "import sys\nfrom agentmerge.cli.app import run_app\ncode = run_app(['check', 'c.yml'])\n"
+        "sys.exit(code or (3 if {'langgraph.graph', 'torch'} & set(sys.modules) else 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False)
+    assert done.returncode == 0
