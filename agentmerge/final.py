@@ -21,7 +21,7 @@ import numpy as np
 from agentmerge.constraints import kept
 from agentmerge.errors import CandidateFailed, TaskError, WorkerLost
 from agentmerge.evaluation.leads import lead, least_leads
-from agentmerge.evaluation.statistics import Interval
+from agentmerge.evaluation.statistics import Interval, figure
 from agentmerge.evaluation.tasks import Part
 from agentmerge.genome import short_name
 from agentmerge.ledger import Candidate
@@ -78,6 +78,7 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any
             *search.taskset.notes,
             *_unfair(rows.values(), chosen, len(search.taskset.refs("search"))),
             *(broken if answer.violation else []),
+            *_at_bounds(search, answer),
         ],
         "constraints": kept(search.floors(scored), chosen, all_parents),
         "fallen": found.fallen,
@@ -163,12 +164,12 @@ def beyond_noise(
             ]
         if (lowest := least[counted.index(winner)]) <= 0:
             ahead = _lead(search, results[winner], theirs, "search")
-            lead_told = 0.0 if ahead is None else ahead.mean
+            told = 0.0 if ahead is None else ahead.mean
+            by, luck = figure(told, "+"), figure(told - lowest, "+")
             return cheap[0], [
-                f"the best searched merge, {name}, was ahead of {name_of(rival)} by "
-                f"{lead_told:+.3f} on search items, where the best of {len(tried)} tries can be by "
-                f"{lead_told - lowest:+.3f} through luck: within the noise, so {name_of(cheap[0])} "
-                "is the answer"
+                f"the best searched merge, {name}, was ahead of {name_of(rival)} by {by} on search "
+                f"items, where the best of {len(tried)} tries can be by {luck} through luck: "
+                f"within the noise, so {name_of(cheap[0])} is the answer"
             ]
     return winner, []
 
@@ -344,7 +345,8 @@ def _turned(difference: Mapping[str, Any]) -> Interval:
 
 def _span(found: Interval | Mapping[str, Any]) -> str:
     ends = found._asdict() if isinstance(found, Interval) else found
-    return f"{ends['mean']:+.3f} ({ends['low']:+.3f} to {ends['high']:+.3f}, 95 %)"
+    mean, low, high = (figure(ends[key], "+") for key in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high}, 95 %)"
 
 
 def _where(search: Search, part: Part) -> str:
@@ -375,6 +377,26 @@ def _row(search: Search, candidate: Candidate, sealed: bool) -> dict[str, Any]:
         except (CandidateFailed, TaskError, WorkerLost) as error:
             row |= {"sealed_score": None, "sealed_failure": str(error)}
     return row
+
+
+def _at_bounds(search: Search, answer: Candidate) -> list[str]:
+    """An answer on the edge of what was searched: beyond it may be a better one."""
+    if answer.operator in CHEAP or answer.vector is None:
+        return []
+    space = search.standing(answer.generation).of(answer.space or search.space.key)
+    found = [
+        f"{axis.name} ({end:g})"
+        for axis, unit in zip(space.axes, answer.vector, strict=True)
+        for edge, end in ((0.0, axis.low), (1.0, axis.high))
+        if abs(unit - edge) < 1e-6
+    ]
+    if not found:
+        return []
+    named = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+    return [
+        f"the answer lies on the bound of {len(found)} of {len(space.axes)} values: {named}; a "
+        "wider range may hold a better one"
+    ]
 
 
 def _unasked(rows: Iterable[dict[str, Any]]) -> list[str]:

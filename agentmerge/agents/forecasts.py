@@ -1,7 +1,8 @@
 """What the proposer expected, against what came: whether its forecasts are worth anything.
 
 A forecast is of a candidate that was tried as it was proposed, or of a mean, which is held against
-the median of the generation drawn around it. Pure functions of advice and history.
+its own score where it was tried, else against the median of what ``llm_evo`` drew around it. Where
+neither came, nothing is held against it. Pure functions of advice and history.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ from typing import Any
 
 from agentmerge.agents.schemas import Guidance
 from agentmerge.strategies.base import Observation
-from agentmerge.strategies.llm_evo import ELITE_MEAN
+from agentmerge.strategies.llm_evo import LlmEvo
 
-#: Operators whose candidates were not drawn around the proposer's mean.
-_OTHERS = ("agent", "probe", "parent", "uniform", "scale", "init", "incumbent", ELITE_MEAN)
 _SAME = 1e-9
 
 
@@ -66,7 +65,9 @@ def forecasts(
             continue
         guidance = Guidance.from_json(word["guidance"])
         tried = by_generation.get(word["generation"] + 1, [])
-        drawn = [e.score for e in tried if e.operator not in _OTHERS and e.score is not None]
+        itself = [e.score for e in tried if _same(e.vector, guidance.mean or ())]
+        around = [e.score for e in tried if e.operator == LlmEvo.name]
+        drawn = [score for score in itself or around if score is not None]
         where = word["generation"] + 1
         if guidance.expected_score is not None and drawn:
             actual = statistics.median(drawn)

@@ -15,7 +15,7 @@ from agentmerge.agents.ladder import Noise, release
 from agentmerge.agents.schemas import SCALE, Bounds, clean_text, percent
 from agentmerge.genome import Axis, SearchSpace, public_names, short_name
 from agentmerge.methods import METHODS
-from agentmerge.strategies.base import Observation, fittest
+from agentmerge.strategies.base import CHEAP, Observation, fittest
 from agentmerge.strategies.llm_evo import improved
 
 BEST_SHOWN = 8
@@ -26,7 +26,6 @@ MIN_ROWS = 6
 #: Most axes whose values are said by name as well.
 MAX_NAMED = 24
 _MIN_FOR_CORRELATION = 6
-_RIVALS = ("parent", "uniform", "scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +96,8 @@ class HistoryView:
 
     @property
     def rivals(self) -> tuple[Observation, ...]:
-        """The parents and the uniform merges: what a searched merge has to beat."""
-        return tuple(entry for entry in self.entries if entry.operator in _RIVALS)
+        """The parents and the cheap merges: what a searched merge has to beat."""
+        return tuple(entry for entry in self.entries if entry.operator in CHEAP)
 
     @property
     def last(self) -> tuple[Observation, ...]:

@@ -72,9 +72,10 @@ def _node_text(node: Mapping[str, Any]) -> str:
     from agentmerge.cli.render import number
 
     at = "" if node["generation"] is None else f" (from generation {node['generation']})"
+    answer = "" if node["answer"] is None else f", answer {number(node['answer'])}"
     return (
         f"{node['name']}{at}: {node['status']}, {node['search']}, "
-        f"{node['evaluations']} evaluations, best {number(node['best'])}"
+        f"{node['evaluations']} evaluations, best seen {number(node['best'])}{answer}"
     )
 
 

@@ -31,17 +31,23 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
         groups.append((place, name, effective))
     rows = [["where", "tensors", "source", "values"]]
     for place, name, effective in _grouped(groups):
-        for model_name, _, own in effective.sources:
+        total, where = _total(effective), place
+        for model_name, at, own in effective.sources:
             apart = METHODS[effective.method].sets_apart(effective.base_model)
             if apart and model_name == effective.base_model:
                 values = "base"
             else:
                 found = own or effective.shared  # of a method without weights
-                values = ", ".join(f"{key} {value:g}" for key, value in found) or "the model"
+                values = ", ".join(
+                    f"{key} {value / total if key == 'weight' else value:g}" for key, value in found
+                )
+                values = values or "the model"
             if effective.method == "slerp":
                 t = dict(effective.shared)["t"]
                 values = f"t {t:g} away" if model_name == effective.base_model else f"t {t:g}"
-            rows.append([place, name, short_name(model_name), values])
+            moved = at is not None and f"layer {at}" != where
+            source = short_name(model_name) + (f", layer {at}" if moved else "")
+            rows.append([place, name, source, values])
             place = name = ""
     if carried:
         owner = recipe.base_model or recipe.models[0]
@@ -52,6 +58,14 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
         "notes": [*recipe.notes, *cancelling_notes(canonical)],
         "rows": rows,
     }
+
+
+def _total(effective: Effective) -> float:
+    """What weights are divided by: their sum, where only their ratios matter."""
+    method = METHODS[effective.method]
+    if not method.ratios_only(dict(effective.shared)):
+        return 1.0
+    return sum(dict(own).get("weight", 0.0) for _, _, own in effective.sources) or 1.0
 
 
 def _tensors(

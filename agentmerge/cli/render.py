@@ -10,6 +10,7 @@ from itertools import takewhile
 from typing import Any
 
 from agentmerge.agents.forecasts import Track
+from agentmerge.evaluation.statistics import figure
 from agentmerge.genome import short_name
 from agentmerge.structure import STRUCTURE
 
@@ -117,7 +118,7 @@ def table(rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
 
 
 def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None else figure(value)
 
 
 def card_text(card: Mapping[str, Any]) -> str:
@@ -152,11 +153,11 @@ def card_text(card: Mapping[str, Any]) -> str:
     if answer.get("interval"):
         low, high = answer["interval"]
         lines.append(
-            f"The answer's score lies between {low:.3f} and {high:.3f} (95 %, over items)."
+            f"The answer's score lies between {figure(low)} and {figure(high)} (95 %, over items)."
         )
     lines += [
-        f"Ahead of {short_name(d['against'])} by {d['mean']:+.3f} "
-        f"({d['low']:+.3f} to {d['high']:+.3f})"
+        f"Ahead of {short_name(d['against'])} by {figure(d['mean'], '+')} "
+        f"({figure(d['low'], '+')} to {figure(d['high'], '+')})"
         for d in card["differences"]
     ]
     lines += [f"constraint: {constraint_text(row)}" for row in card.get("constraints", ())]

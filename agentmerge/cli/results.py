@@ -19,7 +19,7 @@ def list_runs(runs_dir: options.RunsDir = Path("runs"), as_json: options.Json = 
 
     with opened(runs_dir) as ledger:
         found = [run_summary(ledger, row) for row in ledger.runs()]
-    rows = [["name", "status", "search", "evaluations", "best"]]
+    rows = [["name", "status", "search", "evaluations", "best seen", "answer"]]
     rows += [
         [
             s["name"],
@@ -27,6 +27,7 @@ def list_runs(runs_dir: options.RunsDir = Path("runs"), as_json: options.Json = 
             s["search"],
             str(s["evaluations"]["total"]),
             number(s["best"]["score"] if s["best"] else None),
+            number(s["answer"]["score"] if s["answer"] else None),
         ]
         for s in found
     ]

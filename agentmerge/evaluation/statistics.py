@@ -45,6 +45,12 @@ class Interval(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
+def figure(value: float, sign: str = "", digits: int = 3) -> str:
+    """A score as text, short however large: a perplexity may have seventy digits."""
+    large = abs(value) >= 1e5
+    return f"{value:{sign}.{digits + 1}g}" if large else f"{value:{sign}.{digits}f}"
+
+
 def wilson(values: Sequence[float]) -> Interval:
     """Wilson's 95 % interval for the mean of zeros and ones (Wilson 1927); never outside [0, 1].
 

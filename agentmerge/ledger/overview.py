@@ -6,10 +6,7 @@ from dataclasses import dataclass
 
 from agentmerge.ledger.candidates import Candidates
 from agentmerge.ledger.rows import Candidate, counted
-from agentmerge.strategies.base import GRADIENT_COST
-
-#: Candidates of these operators are a search's cheap rivals.
-SEED_OPERATORS = ("parent", "uniform", "scale")
+from agentmerge.strategies.base import CHEAP, GRADIENT_COST
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +55,10 @@ class Overview(Candidates):
     def seeds(self, run_id: str) -> list[Candidate]:
         """The scored parents and cheap rivals, in the order they were asked."""
         rows = self._rows(
-            "SELECT generation, slot FROM candidates WHERE run_id = ? AND operator IN (?, ?, ?) "
+            "SELECT generation, slot FROM candidates WHERE run_id = ? AND operator IN (?, ?, ?, ?) "
             "AND prior = 0 AND score IS NOT NULL AND twin_slot IS NULL ORDER BY generation, slot",
             run_id,
-            *SEED_OPERATORS,
+            *CHEAP,
         )
         return [self.candidate(run_id, *row) for row in rows]
 

@@ -15,6 +15,7 @@ from agentmerge.config import SearchConfig
 from agentmerge.genome import short_name
 from agentmerge.ledger import Candidate, Ledger, RunRow
 from agentmerge.ledger.rows import counted
+from agentmerge.strategies.base import RIVALS
 from agentmerge.structure import STRUCTURE
 
 Event = Mapping[str, Any]
@@ -40,7 +41,7 @@ class Board:
     config: SearchConfig
     began: float = field(default_factory=time.monotonic)
     run: str = ""
-    phase: str = "starting"
+    phase: str = "reading models and tasks"
     generation: int = 0
     current: str = ""
     best: Line | None = None
@@ -50,6 +51,7 @@ class Board:
     advisers: tuple[str, ...] = ()
     evaluations: float = 0
     paid: int = 0
+    paid_at: float = 0.0
     failed: int = 0
     tokens: int = 0
     cost_usd: float = 0.0
@@ -81,7 +83,9 @@ class Board:
         left = self.config.budget.max_evaluations - self.evaluations
         if not self.paid or self.reason or self.phase == _FINISH:
             return None
-        pace = (time.monotonic() - self.began) / self.paid * left
+        # As it was when the last one came: a pace that a clock moves on would rise until the next.
+        pace = (self.paid_at - self.began) / self.paid * left
+        pace = max(0.0, pace - (time.monotonic() - self.paid_at))
         if self.config.budget.timeout_s is None:
             return pace
         return min(pace, max(0.0, self.config.budget.timeout_s - (time.monotonic() - self.began)))
@@ -92,14 +96,15 @@ class Board:
 
     def _evaluate(self, event: Event) -> None:
         self.generation = event["generation"]
-        self.current = f"{event['generation']}.{event['slot']}"
+        self.current = f"candidate {event['slot']}"
         self.phase = "evaluating"
 
     def _candidate(self, event: Event) -> None:
         self.generation = max(self.generation, event["generation"])
         self.evaluations += not event.get("twin", False)
         self.phase = "evaluating"
-        self.paid += not (event["reused"] or event.get("past", False))
+        if not (event["reused"] or event.get("past", False)):
+            self.paid, self.paid_at = self.paid + 1, time.monotonic()
         score = event["score"]
         if score is None:
             self.failed += bool(event["failure"])  # else it lost a race, and has an estimate
@@ -109,7 +114,7 @@ class Board:
                     event["tasks"])  # fmt: skip
         if event["operator"] == "parent":
             self.rivals[f"parent {name}"] = line
-        elif event["operator"] in ("uniform", "scale"):
+        elif event["operator"] in RIVALS:
             before = self.rivals.get("best cheap merge")
             if before is None or score > before.score:
                 self.rivals["best cheap merge"] = line

@@ -8,6 +8,7 @@ from typing import Any
 
 from agentmerge.config import SearchConfig
 from agentmerge.errors import AgentmergeError
+from agentmerge.evaluation.statistics import Interval
 from agentmerge.genome import SearchSpace, short_name
 from agentmerge.ledger import Candidate, Ledger, RunRow, counted
 from agentmerge.recipe import Recipe
@@ -200,6 +201,8 @@ def comparisons(content: Content) -> list[dict[str, Any]]:
     if question is None or not content.contenders:
         return []
     mine = content.contenders[0].values
+    card = content.row.result or {}
+    told = {d["against"]: d for d in card.get("differences", ())}
     found = []
     for other in content.contenders[1:]:
         if mine is None or other.values is None or other.candidate == content.answer:
@@ -208,11 +211,17 @@ def comparisons(content: Content) -> list[dict[str, Any]]:
             {
                 "name": other.name,
                 "kind": other.kind,
-                "difference": paired(mine, other.values, question),
+                "difference": _told(told.get(other.candidate.label))
+                or paired(mine, other.values, question),
                 "tasks": gains(mine, other.values, question),
             }
         )
     return found
+
+
+def _told(row: Mapping[str, Any] | None) -> Interval | None:
+    """A difference as the search found it: of metrics that stored values alone do not make."""
+    return None if row is None else Interval(row["mean"], row["low"], row["high"])
 
 
 def _operators(candidates: Sequence[Candidate], points: Sequence[Point]) -> list[dict[str, Any]]:

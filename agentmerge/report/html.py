@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmerge.errors import UserError
+from agentmerge.evaluation.statistics import figure
 from agentmerge.ledger import Ledger
 from agentmerge.report import figures
 from agentmerge.report.content import Content, comparisons, content, place, shortened, words
@@ -116,7 +117,12 @@ def _section(found: Content, key: str) -> dict[str, Any]:
     row, summary = found.row, found.summary
     card = row.result or {}
     best_parent = max(
-        (c.search for c in found.contenders if c.kind == "parent" and c.search is not None),
+        (
+            score
+            for c in found.contenders
+            for score in [c.sealed if card.get("sealed") else c.search]
+            if c.kind == "parent" and score is not None
+        ),
         default=None,
     )
     return {
@@ -220,7 +226,7 @@ def _command(found: Content) -> str:
 
 
 def _score(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+    return "–" if value is None else figure(value, digits=4)
 
 
 def _breakable(name: str) -> Any:
@@ -231,7 +237,7 @@ def _breakable(name: str) -> Any:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.4f}"
+    return figure(value, "+", 4)
 
 
 def _duration(seconds: float) -> str:

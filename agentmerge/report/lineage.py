@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from agentmerge.ledger import Ledger
-from agentmerge.report.summary import run_status
+from agentmerge.report.summary import answer_of, run_status
 
 
 def lineage(ledger: Ledger) -> list[dict[str, Any]]:
-    """Every search, oldest first: {name, parent, generation, status, search, evaluations, best}.
+    """Every search, oldest first: {name, parent, generation, status, search, evaluations, best,
+    answer}: the best score seen, and the answer's.
 
     A branch whose parent is gone stands by itself.
     """
@@ -18,6 +19,7 @@ def lineage(ledger: Ledger) -> list[dict[str, Any]]:
     found = []
     for row in rows:
         best = ledger.best_candidate(row.id)
+        answer = answer_of(ledger, row)
         parent = names.get(row.parent_run or "")
         found.append(
             {
@@ -28,6 +30,7 @@ def lineage(ledger: Ledger) -> list[dict[str, Any]]:
                 "search": row.algorithm,
                 "evaluations": ledger.tally(row.id).evaluations,
                 "best": None if best is None else best.score,
+                "answer": answer.score if row.result and answer else None,
             }
         )
     return found

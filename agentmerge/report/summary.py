@@ -17,8 +17,12 @@ MAX_FAILURES = 10
 
 
 def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
-    """name, status, seed, search, generations, parents, best, evaluations, agents, final card."""
+    """name, status, seed, search, generations, parents, best, answer, evaluations, agents, final.
+
+    best: of all seen, by search items. answer: what a finished search chose; often another.
+    """
     best, tally = ledger.best_candidate(row.id), ledger.tally(row.id)
+    answer = answer_of(ledger, row) if row.result else None
     parent = None
     if row.parent_run is not None:
         names = {found.id: found.name for found in ledger.runs()}  # it may have been forgotten
@@ -39,7 +43,12 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
         }
         | ({"stopped": tally.stopped} if tally.stopped else {}),
         "best": None if best is None else candidate_summary(best),
-        "parents": [candidate_summary(c) for c in ledger.seeds(row.id) if c.operator != "scale"],
+        "answer": None if answer is None else candidate_summary(answer),
+        "parents": [
+            candidate_summary(c)
+            for c in ledger.seeds(row.id)
+            if c.operator in ("parent", "uniform")
+        ],
         "seconds": tally.seconds,
         "agents": ledger.call_totals(row.id) | {"forecasts": _forecasts(ledger, row)},
         "failures": [

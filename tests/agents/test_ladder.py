@@ -95,6 +95,28 @@ def test_forecasts_are_held_against_what_was_tried(observe) -> None:
 
 
 @pytest.mark.parametrize(
+    "operator",
+    ["margins", "one_plus_one", "cma_es", "gradient", "structure", "shadow", "depth", "elite_mean"],
+)
+def test_what_is_not_drawn_around_the_mean_says_nothing_of_it(observe, operator: str) -> None:
+    advice = [proposed(0, mean=(0.5,), expected_score=0.7)]
+    others = [observe(1, 0, (0.45,), 0.2, operator), observe(1, 1, (0.55,), 0.3, operator)]
+    assert forecasts(advice, others) == []
+    # with ``auto`` the mean is a candidate, beside the strategy's own
+    tried = [*others, observe(1, 2, (0.5,), 0.6, "agent")]
+    assert forecasts(advice, tried) == [Forecast(1, "mean", 0.7, 0.6)]
+
+
+def test_models_are_told_of_every_cheap_rival(observe, make_view) -> None:
+    history = [
+        observe(0, slot, (slot / 10,) * 4, slot / 10, operator)
+        for slot, operator in enumerate(("parent", "uniform", "scale", "depth", "margins"))
+    ]
+    told = [entry.operator for entry in make_view(history).rivals]
+    assert told == ["parent", "uniform", "scale", "depth"]
+
+
+@pytest.mark.parametrize(
     ("actual", "correlation"), [([1, 2, 3], 1.0), ([3, 2, 1], -1.0), ([2, 2, 2], None)]
 )
 def test_the_rank_correlation_is_spearmans(actual, correlation) -> None:

@@ -64,6 +64,12 @@ def test_show_holds_what_the_project_promises(
     found = json.loads(call(capsys, "show", "a", "--runs-dir", done, "--json")[1])
     assert found["evaluations"] == {"total": 14, "reused": 0, "failed": 0}
     assert set(found["best"]) >= {"score", "tasks", "recipe_hash", "generation", "operator"}
+    chosen = found["final"]["answer"]
+    assert found["answer"]["recipe_hash"] == chosen["recipe_hash"], "which best need not be"
+    listed = json.loads(call(capsys, "list", "--runs-dir", done, "--json")[1])
+    assert listed[0]["answer"] == found["answer"]
+    assert "best seen" in call(capsys, "list", "--runs-dir", done)[1]
+    assert ", answer " in call(capsys, "tree", "--runs-dir", done)[1]
     assert {row["operator"] for row in found["parents"]} == {"parent", "uniform"}
     costs = {"calls", "failures", "tokens_in", "tokens_out", "cost_usd", "unpriced"}
     assert set(found["agents"]) == costs | {"forecasts"}

@@ -156,6 +156,34 @@ def test_what_a_watcher_reads_is_what_the_driver_told(tmp_path: Path) -> None:
     assert one.phase == other.phase == "done"
 
 
+def test_the_board_knows_every_cheap_merge_and_names_candidates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    board = Board(SearchConfig.from_text(CONFIG))
+    assert board.phase == "reading models and tasks"
+    now = [board.began]
+    monkeypatch.setattr("agentmerge.report.board.time.monotonic", lambda: now[0])
+
+    def told(slot: int, operator: str, score: float) -> None:
+        board.tell({"event": "evaluate", "generation": 0, "slot": slot})
+        now[0] += 2.0
+        board.tell(
+            {"event": "candidate", "generation": 0, "slot": slot, "operator": operator}
+            | {"label": operator, "score": score, "tasks": {}, "failure": "", "reused": False}
+        )
+
+    told(9, "uniform", 0.5)
+    told(10, "depth", 0.9)
+    assert board.rivals["best cheap merge"].name == "depth"
+    assert (board.generation, board.current) == (0, "candidate 10"), "0.10 reads as a tenth"
+    before = board.seconds_left
+    now[0] += 1.0
+    after = board.seconds_left
+    assert before is not None
+    assert after is not None
+    assert after < before, "time goes on while a candidate is scored"
+
+
 def test_watch_follows_a_search_until_it_ends(tmp_path: Path) -> None:
     config = tmp_path / "config.yml"
     config.write_text(CONFIG.replace("num_layers: 4", "num_layers: 4, delay_s: 0.02"))

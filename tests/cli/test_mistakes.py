@@ -215,6 +215,31 @@ def test_explain_shows_effective_values(place: Path, capsys: pytest.CaptureFixtu
         assert words in text
 
 
+def test_explain_shows_what_weights_come_to_and_where_layers_go(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = "".join(
+        f"  - {{model: {name}, parameters: {{weight: {weight}}}}}\n"
+        for name, weight in (("north", 0.3), ("south", 0.9))
+    )
+    (place / "even.yml").write_text(
+        f"merge_method: linear\nmodels:\n{models}parameters: {{normalize: true}}\ndtype: float32\n"
+    )
+    found = json.loads(call(capsys, "explain", "even.yml", "--layers", 2, "--json")[1])
+    text = json.dumps(found["rows"])
+    assert "weight 0.25" in text
+    assert "weight 0.75" in text
+    assert "0.333" not in text
+    (place / "turned.yml").write_text(
+        "merge_method: linear\ndtype: float32\nslices:\n"
+        "- sources: [{model: north, layer_range: [1, 2], parameters: {weight: 1}}]\n"
+        "- sources: [{model: north, layer_range: [0, 1], parameters: {weight: 1}}]\n"
+    )
+    text = call(capsys, "explain", "turned.yml", "--layers", 2)[1]
+    assert "north, layer 1" in text
+    assert "north, layer 0" in text
+
+
 def test_explain_refuses_a_negative_depth(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(capsys, "explain", "half.yml", "--layers", -1)[0] == 2
 

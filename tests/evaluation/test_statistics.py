@@ -8,6 +8,7 @@ import pytest
 
 from agentmerge.evaluation.statistics import (
     Strand,
+    figure,
     leads,
     paired_difference,
     paired_score_difference,
@@ -94,6 +95,15 @@ def test_a_score_of_which_every_item_is_right_is_no_certainty() -> None:
         assert found.mean == right
         assert found.low == pytest.approx(known.low, abs=0.06)
         assert found.high == pytest.approx(known.high, abs=0.06)
+
+
+def test_figures_are_short_however_large() -> None:
+    assert [figure(0.5), figure(-0.1234, "+"), figure(0.1, "+", 4)] == [
+        "0.500",
+        "-0.123",
+        "+0.1000",
+    ]
+    assert len(figure(-1.23456e70, "+")) < 12
 
 
 def test_one_chosen_among_many_alike_is_held_to_more() -> None:

@@ -41,7 +41,8 @@ def test_tree_hangs_branches_from_their_searches(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = said(capsys, "tree", "--runs-dir", runs).splitlines()
-    assert lines[0].startswith("first: done, cma_es, 40 evaluations, best 0.")
+    assert lines[0].startswith("first: done, cma_es, 40 evaluations, best seen 0.")
+    assert ", answer 0." in lines[0]
     assert lines[1].startswith("└─ second (from generation 1): done, random, 30 evaluations")
     assert lines[2].startswith("weighted: ")
     nodes = json.loads(said(capsys, "tree", "--runs-dir", runs, "--json"))

@@ -296,3 +296,19 @@ def test_classes_are_judged_by_their_f1() -> None:
     assert "beats the best cheap rival" in card["verdict"]
     sealed = [row["sealed_score"] for row in (card["answer"], card["best_rival"])]
     assert card["differences"][0]["mean"] == pytest.approx(sealed[0] - sealed[1])
+
+
+def test_an_answer_on_a_bound_of_the_box_says_so() -> None:
+    rng = np.random.default_rng(0)
+    given = Given([one_task()])
+    given.add("uniform", "uniform", shares(rng, 0.4, 0.4))
+    given.candidates.append(
+        replace(given.add("margins", "", shares(rng, 0.8, 0.8)), vector=(0.5, 1.0))
+    )
+    del given.candidates[1]
+    axes = [SimpleNamespace(name=name, low=0.0, high=2.0) for name in ("a weight", "b weight")]
+    space = SimpleNamespace(axes=axes, parents=list, key="k")
+    given.space = space
+    given.standing = lambda generation: SimpleNamespace(of=lambda key: space)  # type: ignore[attr-defined]
+    (note,) = given.card()["notes"]
+    assert "on the bound of 1 of 2 values: b weight (2)" in note
