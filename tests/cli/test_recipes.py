@@ -88,3 +88,26 @@ def test_a_search_begins_with_what_evaluate_takes(
     if recipe == "modules.yml":
         assert run_app(["show", "a"]) == 0
         assert "lambda does nothing" in capsys.readouterr().out
+
+
+def test_a_misspelt_key_of_the_old_sections_stays_with_the_results(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Path("config.yml").read_text().replace("layer_granularity", "layer_granularty")
+    Path("config.yml").write_text(text + "num_gpus: 2\n")
+    told = "layer_granularty is not a known key; did you mean 'layer_granularity'?"
+    assert run_app(["check", "config.yml", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert [told in line for line in plan["warnings"]] == [True], "and num_gpus is a note"
+    assert run_app(["run", "config.yml", "--name", "a"]) == 0
+    said = capsys.readouterr()
+    (warning,) = [line for line in said.err.splitlines() if line.startswith("warning: ")]
+    assert told in warning
+    (closing,) = [line for line in said.out.splitlines() if line.startswith("warning: ")]
+    assert told in closing
+    assert run_app(["show", "a"]) == 0
+    assert told in capsys.readouterr().out
+    assert run_app(["branch", "a", "--at", "0", "--as", "b", "--json", "-q"]) == 0
+    assert told in json.loads(capsys.readouterr().out)["warnings"][0], "a branch inherits it"
+    assert run_app(["report", "a"]) == 0
+    assert "layer_granularty" in (here / "runs" / "a" / "report.html").read_text()
