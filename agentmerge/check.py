@@ -278,10 +278,16 @@ def _memory(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryPla
     """Where the parents are kept, decided once for all workers: each alone would see what the
     others have not taken yet."""
     from agentmerge.merging.headers import read_config, text_config
-    from agentmerge.merging.placement import Demand, bytes_per_token, plan_memory
+    from agentmerge.merging.placement import (
+        Demand,
+        bytes_per_token,
+        gradient_bytes_per_token,
+        plan_memory,
+    )
 
     demand = getattr(worker_class(spec), "demand", None)
-    template = dict(spec.parents)[spec.template_model]
+    text = text_config(read_config(Path(dict(spec.parents)[spec.template_model])))
+    has_gradient = hasattr(worker_class(spec), "gradient")
     return plan_memory(
         layout,
         dtype=spec.dtype,
@@ -292,7 +298,8 @@ def _memory(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryPla
         demand=demand(spec) if demand else Demand(),
         asked=config.worker.placement,
         memory_gb=config.worker.memory_gb,
-        token_bytes=bytes_per_token(text_config(read_config(Path(template))), spec.dtype),
+        token_bytes=bytes_per_token(text, spec.dtype),
+        gradient_token_bytes=gradient_bytes_per_token(text, spec.dtype) if has_gradient else 0,
     )
 
 

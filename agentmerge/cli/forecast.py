@@ -22,6 +22,13 @@ def memory_text(memory: MemoryPlan) -> str:
     there = ", ".join(f"{limit.size_bytes / 1e9:.2f} GB {limit.source}" for limit in limits)
     chosen = "none" if memory.chosen is None else memory.name_of(memory.chosen)
     scoring = memory.token_bytes / 1e3
+    lines = []
+    if (tokens := memory.tokens_of_a_gradient) is not None:
+        each = memory.gradient_token_bytes / 1e6
+        lines.append(
+            f"             a gradient, about {each:.2f} MB for each token of a batch: {tokens:,} "
+            "tokens at a time fit"
+        )
     return "\n".join(
         [
             *tables,
@@ -29,6 +36,7 @@ def memory_text(memory: MemoryPlan) -> str:
             f"placement:   {chosen} ({memory.reason})",
             f"not counted: what scoring adds (keys, values, logits), about {scoring:.2f} MB for "
             "each 1,000 tokens of a batch",
+            *lines,
         ]
     )
 
@@ -46,6 +54,7 @@ def _table(head: str, shares: Sequence[Share], names: Sequence[str], workers: in
         ("statistics of the parents", [share.statistics for share in shares]),
         ("merging the largest tensor", [share.scratch for share in shares]),
         ("interpreter and libraries", [share.runtime for share in shares]),
+        ("vLLM's cache and reserve", [share.beside for share in shares]),
     ):
         if any(values):
             rows.append(row(name, values))

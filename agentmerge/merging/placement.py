@@ -87,7 +87,8 @@ class MemoryPlan:
 
     chosen: None where nothing fits (or not what was asked for); ``reason`` then says so.
     host, device: what the workers may use in all, with what this process has already.
-    token_bytes: what scoring adds for each token of a batch; not in the forecast.
+    token_bytes, gradient_token_bytes: what scoring adds for each token of a batch, and what a
+        gradient does (0 where the worker has none); not in the forecast.
     """
 
     forecasts: tuple[Forecast, ...]
@@ -97,6 +98,22 @@ class MemoryPlan:
     chosen: Placement | None
     reason: str
     token_bytes: int
+    gradient_token_bytes: int = 0
+    crowd: int = 1
+
+    @property
+    def tokens_of_a_gradient(self) -> int | None:
+        """How many tokens' activations fit beside the chosen placement; None where a gradient is
+        not to be had."""
+        if self.chosen is None or not self.gradient_token_bytes:
+            return None
+        forecast = next(f for f in self.forecasts if f.placement == self.chosen)
+        crowd = self.workers if forecast.device is None else self.crowd
+        limit = self.host if forecast.device is None else self.device
+        need = forecast.host if forecast.device is None else forecast.device
+        assert limit is not None
+        free = limit.size_bytes / crowd - need.total * (1 + MARGIN)
+        return max(0, int(free / self.gradient_token_bytes))
 
     @property
     def placement(self) -> Placement:
@@ -142,6 +159,7 @@ def plan_memory(
     asked: Placement | Literal["auto"] = "auto",
     memory_gb: float | None = None,
     token_bytes: int = 0,
+    gradient_token_bytes: int = 0,
 ) -> MemoryPlan:
     """Forecast every placement, and choose.
 
@@ -169,7 +187,17 @@ def plan_memory(
     crowd = -(-workers // devices)
     shorts = {f.placement: _short(f, workers, crowd, host, on_device) for f in forecasts}
     chosen, reason = _choice(shorts, asked, cuda)
-    return MemoryPlan(forecasts, workers, host, on_device, chosen, reason, token_bytes)
+    return MemoryPlan(
+        forecasts,
+        workers,
+        host,
+        on_device,
+        chosen,
+        reason,
+        token_bytes,
+        gradient_token_bytes,
+        crowd,
+    )
 
 
 def layout_bytes(layout: Layout, dtype: str | None = None) -> int:
@@ -187,6 +215,25 @@ def bytes_per_token(config: Mapping[str, Any], dtype: str) -> int:
     head_size = config.get("head_dim") or (config.get("hidden_size") or 0) // heads
     cache = 2 * layers * key_heads * head_size * width
     return int(cache + (config.get("vocab_size") or 0) * (width + 4))
+
+
+def gradient_bytes_per_token(config: Mapping[str, Any], dtype: str) -> int:
+    """What a backward pass keeps of each token: every layer's activations (of a decoder with a
+    gated feed-forward part, as most are), and logits with their softmax and its gradient.
+
+    A norm is taken in float32 whatever the dtype. From a text model's config, as
+    ``bytes_per_token``; attention that writes out its weights takes more.
+    """
+    width = WIDTHS.get(dtype, 2)
+    hidden = config.get("hidden_size") or 0
+    heads = config.get("num_attention_heads") or 1
+    head_size = config.get("head_dim") or hidden // heads
+    keys = (config.get("num_key_value_heads") or heads) * head_size
+    inner = config.get("intermediate_size") or 4 * hidden
+    wide = max(width, 4)
+    layer = (6 * width + 2 * wide) * hidden + 2 * width * keys + 4 * width * inner
+    logits = (config.get("vocab_size") or 0) * (width + 2 * wide)
+    return int((config.get("num_hidden_layers") or 0) * layer + logits)
 
 
 def _forecast(

@@ -20,6 +20,7 @@ from agentmerge.merging.placement import (
     MemoryPlan,
     Placement,
     bytes_per_token,
+    gradient_bytes_per_token,
     layout_bytes,
     plan_memory,
 )
@@ -156,6 +157,55 @@ class TestForecast:
         cache = 2 * 2 * 2 * 16 * 2
         assert bytes_per_token(config, "bfloat16") == cache + 100 * (2 + 4)
         assert bytes_per_token({}, "bfloat16") == 0
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    @pytest.mark.parametrize("inner", [448, 896])
+    def test_what_a_gradient_keeps_of_each_token(self, dtype: str, inner: int) -> None:
+        """Against what autograd saves, parameters aside."""
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        shape = {
+            "hidden_size": 256,
+            "intermediate_size": inner,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 1000,
+        }
+        config = LlamaConfig(**shape, dtype=dtype, attn_implementation="sdpa")
+        model = LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage()._cdata not in own:
+                kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        tokens = torch.zeros((2, 64), dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(tokens, use_cache=False).logits.float().log_softmax(-1)
+            logits[..., 0].sum()
+        saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / tokens.numel()
+        assert 0.9 * saved < gradient_bytes_per_token(shape, dtype) < 1.2 * saved
+
+    def test_a_gradient_of_8_billion_parameters(self) -> None:
+        shape = {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128_256,
+        }
+        each = gradient_bytes_per_token(shape, "bfloat16")
+        assert 64 * 256 * each == pytest.approx(127 * GB, rel=0.02)
+        plan = plan_memory(layout_of(0.001), gradient_token_bytes=each, memory_gb=30)
+        free = 30 * GB - 1.1 * of(plan, "device").host.total
+        limit = min(plan.host.size_bytes, 30 * GB)
+        assert plan.tokens_of_a_gradient == int((limit - 30 * GB + free) / each)
+        assert plan_memory(layout_of(0.001)).tokens_of_a_gradient is None
 
 
 class TestChoice:

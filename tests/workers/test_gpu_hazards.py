@@ -84,7 +84,7 @@ def test_a_context_in_the_searchs_process(
     assert plan.device is not None
     assert plan.device.size_bytes == 70 * GIB
     monkeypatch.setattr(vllm_check, "_install_faults", list)
-    assert "80 GiB" in vllm_check.preflight(on)[1][0]
+    assert "80 GiB" in vllm_check.preflight(on, family)[1][0]
     assert _device()["detail"] == "Card, 86 GB; Card, 86 GB"
     assert {command[-1] for command in no_context} == {"cuda:0", "cuda:1"}
 
