@@ -20,7 +20,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false 
 	LANGGRAPH_CLI_NO_ANALYTICS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-vllm demo docs test test-vllm test-all test-browser lint format wheel clean
+.PHONY: help install install-dev install-vllm demo docs test test-vllm test-gpu test-all test-browser lint format wheel clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,15 @@ test: $(DEV_STAMP) $(VLLM_STAMP)  ## Run the tests, without the slow ones
 
 test-vllm: $(DEV_STAMP) $(VLLM_STAMP)  ## Run every test of the workers, vLLM's slow ones too
 	$(TEST_ENV) $(PY) -m pytest tests/workers
+
+# Kernels, digests, parents, gradients and the workers on every device that there is, and a table
+# for docs/performance.md. Without a GPU it says so and runs all of it on the CPU.
+GPU_TESTS := tests/merging/test_devices.py tests/merging/test_device_blocks.py \
+	tests/merging/test_scratch.py tests/workers/test_gpu_hazards.py tests/workers/test_contract.py
+
+test-gpu: $(DEV_STAMP) $(VLLM_STAMP)  ## Run what a GPU must get right on the GPUs here, and measure
+	$(TEST_ENV) $(PY) -m benchmarks.gpu
+	$(TEST_ENV) $(PY) -m pytest $(GPU_TESTS)
 
 test-all: $(DEV_STAMP) $(VLLM_STAMP)  ## Run every test
 	$(TEST_ENV) $(PY) -m pytest

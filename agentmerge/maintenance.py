@@ -126,6 +126,21 @@ def diagnose(runs_dir: Path | str) -> list[dict[str, Any]]:
     return found
 
 
+def selftest_findings() -> list[dict[str, Any]]:
+    """Whether each device here computes what the CPU does, and what is trusted on it."""
+    from agentmerge.selftest import devices, try_device
+
+    found = []
+    for device in devices():
+        trials = try_device(device)
+        found += [_finding(f"{device}, {t.what}", t.ok, t.detail) for t in trials]
+        wrong = [trial.what for trial in trials if not trial.ok]
+        good = ", ".join(trial.what for trial in trials if trial.ok) or "nothing"
+        remedy = f"search on another device than {device}: {', '.join(wrong)} cannot be trusted"
+        found.append(_finding(f"{device}, trusted", not wrong, good, remedy))
+    return found
+
+
 def forecast(config: Path) -> MemoryPlan | None:
     """What a config's search needs in each placement; None where its worker reads no models.
 

@@ -37,3 +37,11 @@ search: {algorithm: cma_es, seed: 3, population: 5}
 worker: {kind: fake}
 budget: {max_evaluations: 19}
 """
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes ``device`` runs on every one that there is."""
+    if "device" in metafunc.fixturenames:
+        from agentmerge.selftest import devices
+
+        metafunc.parametrize("device", devices(), scope="module")

@@ -62,13 +62,18 @@ def doctor(
         Path | None, typer.Argument(help="A genome config, to forecast its memory too.")
     ] = None,
     runs_dir: options.RunsDir = Path("runs"),
+    selftest: Annotated[
+        bool,
+        typer.Option("--selftest", help="Try what each device computes, in about half a minute."),
+    ] = False,
     as_json: options.Json = False,
 ) -> int:
     """Check this machine. Versions, devices, memory, disk, keys, and what to do."""
     from agentmerge.cli.forecast import memory_text
-    from agentmerge.maintenance import diagnose, forecast, forecast_finding
+    from agentmerge.maintenance import diagnose, forecast, forecast_finding, selftest_findings
 
     found = diagnose(runs_dir)
+    found += selftest_findings() if selftest else []
     memory = None if config is None else forecast(config)
     if memory is not None:
         found.append(forecast_finding(memory))

@@ -42,10 +42,12 @@ def same(ours: list[ItemResult], theirs: list[ItemResult]) -> bool:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def spec(request: pytest.FixtureRequest, tasks_dir: Path) -> WorkerSpec:
+def spec(request: pytest.FixtureRequest, tasks_dir: Path, device: str) -> WorkerSpec:
+    if request.param == "fake" and device != "cpu":
+        pytest.skip("the fake worker is on no device")
     config = tiny.tasks_config(tasks_dir, *NAMES, limit=30)
     family = request.getfixturevalue("tied" if request.param == "vllm" else "parents")
-    return tiny.spec(family, config, kind=request.param, options={"base": "base"})
+    return tiny.spec(family, config, kind=request.param, device=device, options={"base": "base"})
 
 
 @pytest.fixture(scope="module")
