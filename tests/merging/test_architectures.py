@@ -5,6 +5,7 @@ The whole table is ``python -m benchmarks.architectures``; here are some that sh
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from merge_cases import edit_config, edit_weights
 from safetensors.torch import save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from agentmerge.cli.explain import explain_recipe
+from agentmerge.merging.checkpoint import Checkpoint
 from agentmerge.merging.headers import TensorHeader
 from agentmerge.merging.layout import layout_faults, read_layout
 from agentmerge.merging.plain import make_plain
 from agentmerge.merging.skeleton import skeleton
 from agentmerge.merging.sources import find_parent
+from agentmerge.recipe import Recipe
 from agentmerge.workers.hf import each_gradient
 from agentmerge.workers.targets import live_targets, pairing_faults
 from benchmarks import architectures
@@ -225,10 +229,6 @@ HUB: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 @pytest.mark.parametrize("name", HUB)
 def test_wrappers_with_the_configs_of_the_hub(name: str, tmp_path: Path) -> None:
     """What their short configs leave out comes from their classes; no weight is there at all."""
-    import json
-
-    from agentmerge.merging.checkpoint import Checkpoint
-
     config, names = HUB[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = skeleton(tmp_path)
@@ -245,3 +245,41 @@ def test_wrappers_with_the_configs_of_the_hub(name: str, tmp_path: Path) -> None
     assert all("vis" in key or "projector" in key for key in layout.carried)
     shapes = {tensor.name: tensor.shape for tensor in layout.tensors}
     assert pairing_faults(model, shapes, layout.carried) == []
+
+
+def test_lists_of_a_text_model_inside_a_wrapper_are_its_own_and_no_layers(tmp_path: Path) -> None:
+    """Gemma 3n: three projections beside its layers are the text model's, towers are not."""
+    text = {"num_hidden_layers": 2, "hidden_size": 8, "num_kv_shared_layers": 0}
+    config = {"model_type": "gemma3n", "text_config": text}
+    inner = "model.language_model."
+    shapes = {
+        f"{inner}embed_tokens.weight": (16, 8),
+        f"{inner}norm.weight": (8,),
+        "model.embed_audio.embedding.weight": (4, 8),
+    }
+    shapes |= {f"{inner}layers.{n}.mlp.up_proj.weight": (8, 8) for n in range(2)}
+    shapes |= {f"{inner}altup_projections.{n}.weight": (8, 8) for n in range(3)}
+    shapes |= {f"model.vision_tower.timm_model.blocks.{n}.0.conv.weight": (4,) for n in range(4)}
+    shapes |= {f"model.audio_tower.conformer.{n}.norm.weight": (4,) for n in range(2)}
+    headers = {
+        name: TensorHeader(shape, "bfloat16", Path("x.bin"), 0, 0) for name, shape in shapes.items()
+    }
+    layout = read_layout({name: Checkpoint(config, headers) for name in ("base", "a")}, "base")
+    assert {name for name in shapes if not name.startswith(inner)} == set(layout.carried)
+    layers = {spec.name: spec.layer for spec in layout.tensors}
+    assert layers.pop(f"{inner}layers.1.mlp.up_proj.weight") == 1
+    assert [layers[f"{inner}altup_projections.{n}.weight"] for n in range(3)] == [None] * 3
+
+
+def test_what_is_carried_over_is_listed_by_explain(tmp_path: Path) -> None:
+    paths = architectures.write_family("gemma3", tmp_path)
+    base = str(paths["base"])
+    recipe = Recipe.parse(
+        f"merge_method: linear\nbase_model: {base}\nparameters: {{weight: 0.5}}\n"
+        f"models: [{{model: {base}}}, {{model: {paths['a']}}}]"
+    )
+    *_, last = explain_recipe(recipe, paths["base"], None)["rows"]
+    assert last[0] == "outside the text model"
+    assert "vision_tower (" in last[1]
+    assert "multi_modal_projector (" in last[1]
+    assert last[2:] == ["base", "as it is there"]

@@ -21,6 +21,7 @@ from agentmerge.merging.scratch import scratch_bytes
 from agentmerge.workers import vllm_check, vllm_setup
 from agentmerge.workers.base import WorkerSpec
 from agentmerge.workers.vllm_check import GIB, batched_tokens, gpu_share, preflight
+from benchmarks import architectures
 
 
 def spec(family: dict[str, Path], tasks_dir: Path, **changes: Any) -> WorkerSpec:
@@ -333,3 +334,16 @@ def test_a_text_model_inside_a_wrapper_is_refused(
         read_layout({name: Path(p) for name, p in own.parents}), carried=("vision_tower.weight",)
     )
     assert "vision_tower.weight" in preflight(own, wrapped)[0][0]
+
+
+def test_a_wrapper_base_with_text_experts_is_refused_in_a_sentence(
+    tasks_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compared with the base, as the search does, whichever of them is named first."""
+    monkeypatch.setattr(vllm_check, "_install_faults", list)
+    paths = architectures.write_family("gemma3", tmp_path / "wrapper")
+    text = architectures.write_family("gemma3_text", tmp_path / "text")
+    family = {"expert": text["a"], "base": paths["base"]}
+    faults, _ = preflight(spec(family, tasks_dir), read_layout(family, "base"))
+    assert len(faults[0]) < 250
+    assert "parts besides the text model" in faults[0]
