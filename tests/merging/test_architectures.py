@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from merge_cases import edit_config, edit_weights
+from mergekit.config import MergeConfiguration
+from mergekit.merge import MergeOptions, run_merge
 from safetensors.torch import save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from agentmerge.cli.explain import explain_recipe
 from agentmerge.merging.checkpoint import Checkpoint
+from agentmerge.merging.export import export_checkpoint
 from agentmerge.merging.headers import TensorHeader
 from agentmerge.merging.layout import layout_faults, read_layout
 from agentmerge.merging.plain import make_plain
@@ -283,3 +287,27 @@ def test_what_is_carried_over_is_listed_by_explain(tmp_path: Path) -> None:
     assert "vision_tower (" in last[1]
     assert "multi_modal_projector (" in last[1]
     assert last[2:] == ["base", "as it is there"]
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_experts_are_merged_as_mergekit_merges_them(model_type: str, tmp_path: Path) -> None:
+    """mergekit writes transformers' fused names, so the opened models are compared."""
+    paths = architectures.write_family(model_type, tmp_path / "family")
+    text = (
+        "merge_method: task_arithmetic\nbase_model: base\ndtype: float32\n"
+        "models: [{model: a, parameters: {weight: 0.6}}, {model: b, parameters: {weight: 0.3}}]"
+    )
+    export_checkpoint(
+        Recipe.parse(text).canonical(2), paths, tmp_path / "o", template_model="a", base="base"
+    )
+    body = yaml.safe_load(text)
+    body["base_model"] = str(paths["base"])
+    for entry in body["models"]:
+        entry["model"] = str(paths[entry["model"]])
+    config = MergeConfiguration.model_validate(body)
+    run_merge(config, str(tmp_path / "t"), MergeOptions(copy_tokenizer=False, quiet=True))
+    assert any(".experts.3." in name for name in architectures.load(tmp_path / "o"))
+    ours, theirs = (architectures.opened(tmp_path / x).state_dict() for x in ("o", "t"))
+    assert any(name.endswith("experts.gate_up_proj") for name in ours)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
