@@ -1,4 +1,4 @@
-"""Searches whose objective is no mean over items, on a real model: which way, and on what scale."""
+"""Searches of objectives that are no accuracy: which way they go, and on what scale."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from agentmerge import session
 from agentmerge.config import SearchConfig
 from agentmerge.ledger import Candidate, Ledger
 from tests.evaluation import tiny
+from tests.session.conftest import OBJECTIVES, config
 
 RIVALS = 10
 
@@ -71,3 +72,35 @@ def test_a_perplexity_of_many_decades_is_searched_the_right_way(
     assert min(told[True]) < min(told[False])
     middle = sorted(told[True])[len(told[True]) // 2]
     assert middle < 2 * min(told[False]), "most candidates are among the better"
+
+
+@pytest.mark.parametrize("kind", ["perplexity", "loss"])
+def test_the_default_search_gains_and_keeps_a_constraint_on_what_should_be_low(
+    tmp_path: Path, kind: str
+) -> None:
+    """Candidates fail in places; a text's perplexity is no mean, a loss has no margins."""
+    sections = {key: value for key, value in OBJECTIVES[kind].items() if key != "worker"}
+    options = OBJECTIVES[kind]["worker"]["options"] | {"fail_when": "mean_weight>0.75"}
+    search = {
+        "algorithm": "auto",
+        "population": 1,
+        "constraints": [{"task": "two", "max_drop": 0.05}],
+    }
+    row = session.run(
+        config(
+            search=search, budget={"max_evaluations": 26}, worker={"options": options}, **sections
+        ),
+        name="a",
+        runs_dir=tmp_path,
+    )
+    assert row.status == "done"
+    with Ledger(tmp_path / session.LEDGER) as ledger:
+        found = ledger.candidates(row.id)
+    rivals = [c for c in found if c.generation == 0]
+    own = [c for c in found if c.generation > 0]
+    kept = [c for c in own if c.score is not None and not c.violation]
+    assert any(c.failure for c in rivals), "nothing failed"
+    assert sum(c.score is None for c in own) <= len(own) / 4
+    assert len(kept) > 0.6 * len(own)
+    cheap = [c.score for c in rivals if c.score is not None and not c.violation]
+    assert max(c.score for c in kept) > max(cheap)
