@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from agentmerge.demo import (
     Family,
@@ -278,13 +277,6 @@ def test_items_are_the_seeds_alone(tmp_path: Path, tasks_dir: Path):
 def test_too_many_items_are_refused_with_the_limit(tmp_path: Path):
     with pytest.raises(UserError, match="at most"):
         write_skill_tasks(tmp_path, ("sort",), n_items=100_000)
-
-
-def test_task_names_are_not_lm_evals_own(tasks_dir: Path):
-    from lm_eval.tasks import TaskManager
-
-    ours = {yaml.safe_load(path.read_text())["task"] for path in tasks_dir.glob("*.yaml")}
-    assert not ours & set(TaskManager().all_tasks)
 
 
 def test_demo_config_names_the_family_and_the_tasks_written(family: Family, tasks_dir: Path):
