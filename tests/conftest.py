@@ -40,8 +40,9 @@ budget: {max_evaluations: 19}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes ``device`` runs on every one that there is."""
-    if "device" in metafunc.fixturenames:
+    """A test that takes ``device``, and names none itself, runs on every one that there is."""
+    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "device" in metafunc.fixturenames and not any("device" in names for names in own):
         from agentmerge.selftest import devices
 
         metafunc.parametrize("device", devices(), scope="module")
