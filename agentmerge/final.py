@@ -20,7 +20,7 @@ import numpy as np
 
 from agentmerge.constraints import kept
 from agentmerge.errors import CandidateFailed, TaskError, WorkerLost
-from agentmerge.evaluation.leads import lead, least_leads
+from agentmerge.evaluation.leads import counted, lead, least_leads
 from agentmerge.evaluation.statistics import Interval, figure
 from agentmerge.evaluation.tasks import Part
 from agentmerge.genome import short_name
@@ -150,19 +150,20 @@ def beyond_noise(
     if not cheap or winner.operator in CHEAP:
         return winner, []
     every = len(search.taskset.refs("search"))
-    results = {c: search_results(search, c, "search") for c in tried}
-    counted = [c for c in tried if c is winner or len(results[c]) == every]
+    some = [tried[place] for place in counted(search.taskset, len(tried))]
+    results = {c: search_results(search, c, "search") for c in some}
+    some = [c for c in some if c is winner or len(results[c]) == every]
     name = name_of(winner)
     for rival in cheap:
         theirs = search_results(search, rival, "search")
         seed = search.config.search.seed
-        least = least_leads(search.taskset, [results[c] for c in counted], theirs, seed)
+        least = least_leads(search.taskset, [results[c] for c in some], theirs, seed)
         if least is None:
             return cheap[0], [
                 f"{every} search items are too few to tell a lead from luck, so {name_of(cheap[0])}"
                 f" is the answer and not the best searched merge, {name}; ask at least ten"
             ]
-        if (lowest := least[counted.index(winner)]) <= 0:
+        if (lowest := least[some.index(winner)]) <= 0:
             ahead = _lead(search, results[winner], theirs, "search")
             told = 0.0 if ahead is None else ahead.mean
             by, luck = figure(told, "+"), figure(told - lowest, "+")

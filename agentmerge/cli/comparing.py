@@ -126,6 +126,7 @@ def _difference_text(found: Mapping[str, Any]) -> str:
 
 def _score_text(score: Mapping[str, Any]) -> str:
     from agentmerge.cli.render import table
+    from agentmerge.evaluation.statistics import figure
 
     if "reason" in score:
         return f"  scores cannot be compared item by item: {score['reason']}"
@@ -137,8 +138,8 @@ def _score_text(score: Mapping[str, Any]) -> str:
         for task in score["tasks"]
     ]
     head = (
-        f"  on {score['items']} {score['part']} items: {score['mean']:+.4f} "
-        f"({low:+.4f} to {high:+.4f}, 95 %, paired by item){apart}"
+        f"  on {score['items']} {score['part']} items: {figure(score['mean'], '+', 4)} "
+        f"({figure(low, '+', 4)} to {figure(high, '+', 4)}, 95 %, paired by item){apart}"
     )
     return "\n".join([head, *(f"  {line}" for line in table(rows).splitlines())])
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from agentmerge.cli.render import Progress, duration, number
 from agentmerge.config import SearchConfig
+from agentmerge.evaluation.statistics import figure
 from agentmerge.genome import short_name
 from agentmerge.report.board import Board, Event
 
@@ -96,7 +97,11 @@ def drawn(board: Board) -> Any:
     head.append(f"  {board.config.algorithm}, generation {board.generation}: {board.phase}{where}")
     parts: list[Any] = [head, _scores(board)]
     if board.trail:
-        parts.append(Text(f"best by generation  {sparkline(board.trail)}  {board.trail[-1]:.4f}"))
+        parts.append(
+            Text(
+                f"best by generation  {sparkline(board.trail)}  {figure(board.trail[-1], digits=4)}"
+            )
+        )
     for role, words in board.words.items():
         line = Text(f"{role}: ", style="dim", no_wrap=True, overflow="ellipsis")
         parts.append(line.append(words, style="not dim"))
@@ -127,7 +132,9 @@ def _scores(board: Board) -> Any:
     for name, line in rows:
         cells = (number(line.tasks.get(task)) for task in tasks)
         best = line is board.best
-        table.add_row(name, f"{line.score:.4f}", *cells, style="bold green" if best else "")
+        table.add_row(
+            name, figure(line.score, digits=4), *cells, style="bold green" if best else ""
+        )
     return table
 
 

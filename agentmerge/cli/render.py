@@ -84,8 +84,12 @@ class Progress:
 
     def _generation(self, event: dict[str, Any]) -> None:
         done = event["evaluations"]
-        best = "none" if event["best"] is None else f"{event['best']:.4f}"
-        parent = "" if self.best_parent is None else f" (best parent {self.best_parent:.4f})"
+        best = "none" if event["best"] is None else figure(event["best"], digits=4)
+        parent = (
+            ""
+            if self.best_parent is None
+            else f" (best parent {figure(self.best_parent, digits=4)})"
+        )
         line = f"generation {event['generation']:>3}   {done:>4g} of {self.budget} evaluations   "
         left = self.budget - done
         if self.scored and left > 0:
@@ -190,7 +194,8 @@ def uplift_text(found: Mapping[str, Any]) -> str:
     if gap is None:
         why = found.get("failure", "nothing to compare")
         return f"The models' advice ({price}) could not be judged: {why}."
-    earned = f"{gap['mean']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f}, 95 %)"
+    mean, low, high = (figure(gap[key], "+") for key in ("mean", "low", "high"))
+    earned = f"{mean} ({low} to {high}, 95 %)"
     if gap["low"] <= 0 <= gap["high"]:
         earned += ", which is within the noise of the items"
     return (
@@ -204,7 +209,7 @@ def constraint_text(row: Mapping[str, Any]) -> str:
     """One constraint of the closing card: what is allowed, and whether it was kept."""
 
     def held(kept: bool, mine: float, best: float) -> str:
-        return f"{'kept' if kept else 'BROKEN'} ({mine:.3f} against {best:.3f})"
+        return f"{'kept' if kept else 'BROKEN'} ({figure(mine)} against {figure(best)})"
 
     text = (
         f"{row['task']} may be {row['max_drop']:g} worse than the best parent: search items "

@@ -19,7 +19,7 @@ from agentmerge.workers.base import ItemRef, ItemResult
 
 Results = Mapping[ItemRef, ItemResult]
 
-#: Tries that are counted, the best and of the others as many, evenly over their ranks.
+#: Most tries that are counted.
 MAX_TRIED = 1000
 #: The same where an aggregation has to be called for each of them and each resample.
 MAX_TRIED_CALLED, RESAMPLES_CALLED = 20, 500
@@ -41,17 +41,23 @@ def least_leads(
 ) -> list[float] | None:
     """Lower ends of how far each of those tried is ahead, that hold for all at once (97.5 %).
 
-    So what is said of one that was chosen among them counts how many there were. tried: best first.
-    None with too few items; minus infinity where nothing can be said.
+    So what is said of one that was chosen among them counts how many there were. None with too few
+    items; minus infinity where nothing can be said.
+    """
+    found = _leads(taskset, tried, theirs, seed, part)
+    return None if found is None else found.at_least().tolist()
+
+
+def counted(taskset: TaskSet, size: int) -> list[int]:
+    """Which of so many tries, ranked, are counted: the best, and of the others some of every rank.
+
+    Neighbours are alike, and all of ten thousand would not fit into memory with their items.
     """
     most = MAX_TRIED_CALLED if _called(taskset) else MAX_TRIED
-    best = range(min(len(tried), most // 2))
-    places = sorted({*best, *np.linspace(0, len(tried) - 1, most - len(best)).astype(int).tolist()})
-    found = _leads(taskset, [tried[i] for i in places], theirs, seed, part)
-    if found is None:
-        return None
-    least = dict(zip(places, found.at_least().tolist(), strict=True))
-    return [least.get(i, -math.inf) for i in range(len(tried))]
+    if size <= most:
+        return list(range(size))
+    best = most // 2
+    return [*range(best), *np.linspace(best, size - 1, most - best).astype(int).tolist()]
 
 
 def _leads(

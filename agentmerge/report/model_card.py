@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from agentmerge.config import SearchConfig
+from agentmerge.evaluation.statistics import figure
 from agentmerge.genome import short_name
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.recipe import Recipe
@@ -120,34 +121,35 @@ def _scores(
     for task, value in found["tasks"].items():
         entry = weights.get(task)
         metric, weight = (entry.metric, entry.weight) if entry else ("", "")
-        cells = f"| {task} | {metric} | {weight} | {value:.4f} |"
+        cells = f"| {task} | {metric} | {weight} | {figure(value, digits=4)} |"
         if sealed:
-            shown = "–" if sealed.get(task) is None else f"{sealed[task]:.4f}"
+            shown = "–" if sealed.get(task) is None else figure(sealed[task], digits=4)
             cells += f" {shown}{intervals.get(task, '')} |"
         lines.append(cells)
-    total = f"| **weighted score** | | | {found['score']:.4f} |"
+    total = f"| **weighted score** | | | {figure(found['score'], digits=4)} |"
     if sealed:
-        total += f" {answer['sealed_score']:.4f} |"
+        total += f" {figure(answer['sealed_score'], digits=4)} |"
     lines.append(total)
     if sealed:
         lines += ["", "Sealed items were never seen by the search. Intervals are Wilson's, 95 %."]
     for difference in final.get("differences", []):
         lines.append(
-            f"\nAgainst {short_name(difference['against'])}: {difference['mean']:+.4f} "
-            f"({difference['low']:+.4f} to {difference['high']:+.4f}, 95 %, paired by item)."
+            f"\nAgainst {short_name(difference['against'])}: {figure(difference['mean'], '+', 4)} "
+            f"({figure(difference['low'], '+', 4)} to {figure(difference['high'], '+', 4)}, 95 %, "
+            "paired by item)."
         )
     return "\n".join(lines)
 
 
 def _intervals(ledger: Ledger, row: RunRow, recipe_hash: str) -> dict[str, str]:
-    from agentmerge.evaluation.statistics import wilson
+    from agentmerge.evaluation.statistics import MIN_ITEMS, wilson
 
     question = asked(ledger, row, "sealed")
     values = None if question is None else question.values(ledger, recipe_hash)
     found = {}
     for task, results in (values or {}).items():
         shown = [result.value for result in results.values()]
-        if shown and all(value in (0.0, 1.0) for value in shown):
+        if len(shown) >= MIN_ITEMS and all(value in (0.0, 1.0) for value in shown):
             _, low, high = wilson(shown)
             found[task] = f" ({low:.4f} to {high:.4f})"
     return found

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from lm_eval.api import metrics
 
-from agentmerge.evaluation.leads import lead, least_leads
+from agentmerge.evaluation.leads import counted, lead, least_leads
 from agentmerge.evaluation.tasks import Objective, Rebuild, ScoredTask, TaskSet
 from agentmerge.workers.base import ItemRef, ItemResult
 
@@ -139,9 +139,10 @@ def test_a_perplexity_beside_an_accuracy() -> None:
 
 def test_tries_beyond_those_counted_are_stood_for_by_some() -> None:
     one = task("a", 30)
-    tasks = taskset((one, statistics.median))
-    rows = [results(one, row) for row in np.random.default_rng(2).normal(size=(50, 30))]
-    least = least_leads(tasks, rows, rows[0], 0)
-    assert least is not None
-    assert len(least) == 50
-    assert 15 <= sum(np.isfinite(least)) < 20  # one is the rival itself, which never differs
+    mean, own = taskset((one, None)), taskset((one, statistics.median))
+    assert counted(mean, 40) == list(range(40))
+    for tasks, size, most in ((mean, 10_000, 1000), (own, 50, 20)):
+        found = counted(tasks, size)
+        assert found[:5] == [0, 1, 2, 3, 4], "those that can be chosen"
+        assert found[-1] == size - 1
+        assert len(set(found)) == most
