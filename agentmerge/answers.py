@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from agentmerge.errors import RunFailed
 from agentmerge.evaluation.tasks import Part, TaskSet
 from agentmerge.ledger import Ledger, ResultKey
 from agentmerge.recipe import Recipe
@@ -72,6 +73,7 @@ class Scoring:
 
         Raises:
             CandidateFailed, NotBegun, WorkerLost: as the pool does.
+            RunFailed: the live weights are not those that the stored results are of.
         """
         results = self.known(recipe_hash, part)
         asked = self.taskset.refs(part) if only is None else only
@@ -79,6 +81,7 @@ class Scoring:
         if not missing:
             return Answers(results, [])
         proof, rows, seconds = self.pool.evaluate(recipe, missing, wanted)
+        self._refuse_others(recipe_hash, proof.digest)
         fresh = dict(zip(missing, rows, strict=True))
         paid = []
         for task in self.taskset.tasks:
@@ -90,6 +93,18 @@ class Scoring:
     def save(self, answers: Answers) -> None:
         for key, task, refs, rows in answers.paid:
             self.ledger.save_results(key, task, refs, rows, answers.fingerprint, answers.seconds)
+
+    def _refuse_others(self, recipe_hash: str, digest: str) -> None:
+        """Results of two different merges are never put together under one recipe."""
+        known = self.ledger.fingerprints(recipe_hash, self.pool.info) - {digest}
+        if known and digest:
+            raise RunFailed(
+                f"recipe {recipe_hash} was merged into other weights (fingerprint {digest}) than "
+                f"those that its stored results are of ({min(known)}): a parent's file was changed "
+                "while it was in use, or merging rounds otherwise here (another machine or version "
+                "of a library); put that back, or search in another --runs-dir, where nothing is "
+                "reused"
+            )
 
     def _key(self, recipe_hash: str, protocol_hash: str) -> ResultKey:
         return ResultKey(recipe_hash, self.pool.info, protocol_hash)

@@ -31,6 +31,8 @@ LEDGER = "agentmerge.sqlite"
 CHECKPOINTS = "checkpoints.sqlite"
 #: The algorithm of a run that tools made: there is no search behind it.
 TOOLS = "tools"
+#: What is said once of a ledger: some of its results are found no more.
+WEAK = "results keyed too weakly"
 #: Options that ``resume`` may raise; anything else is another search: ``branch``.
 RESUMABLE = (
     "budget.max_evaluations",
@@ -152,7 +154,9 @@ def new_row(
         algorithm=config.algorithm,
         parent_run=parent[0] if parent else None,
         parent_generation=parent[1] if parent else None,
-        facts=prepared.facts() | ({"warnings": warnings} if warnings else {}),
+        facts=prepared.facts()
+        | {"arithmetic": arithmetic()}
+        | ({"warnings": warnings} if warnings else {}),
         result=None,
     )
 
@@ -209,9 +213,35 @@ def changed_facts(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     if new["dtype"] != old["dtype"]:
         found.append(f"the dtype changed from {old['dtype']} to {new['dtype']}")
     for key, value in old["engine"].items():
-        if new["engine"].get(key) != value:
+        if new["engine"].get(key) != value and key != "conditions":
             found.append(f"the engine's {key} changed from {value} to {new['engine'].get(key)}")
-    return found
+    return found + _changed_conditions(old, new)
+
+
+def _changed_conditions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    if old["engine"].get("conditions", "") == new["engine"].get("conditions", ""):
+        return []
+    if not old["engine"].get("conditions"):
+        return [
+            "what answers depend on besides the weights (the model's settings and code, the "
+            "environment) has become part of the key of results, and was not recorded"
+        ]
+    from agentmerge.workers.conditions import changed
+
+    return changed(old["conditions"], new["conditions"])
+
+
+def arithmetic() -> dict[str, Any]:
+    """What decides the last digits of a strategy's linear algebra on this machine: threads and
+    kernels of numpy's BLAS. No result depends on it, but what is proposed next may."""
+    import numpy  # noqa: F401  # loads its library
+    from threadpoolctl import threadpool_info
+
+    found = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+    return {
+        "threads": max((int(pool["num_threads"]) for pool in found), default=1),
+        "kernels": sorted({str(pool.get("architecture")) for pool in found}),
+    }
 
 
 def settings_hash(prepared: Prepared) -> str:
@@ -370,7 +400,17 @@ def begun(
         ledger.save_items(row.id, task.name, "search", task.part("search"))
         ledger.save_items(row.id, task.name, "sealed", task.part("sealed"))
     with (folder / "log.jsonl").open("a") as log:
-        yield telling(emit, log)
+        tell = telling(emit, log)
+        if prepared.conditions and ledger.first_time(WEAK) and (weak := ledger.keyed_too_weakly()):
+            tell(
+                {
+                    "event": "note",
+                    "text": f"{weak} blocks of results in this runs directory are from a version "
+                    "that keyed them by weights and tasks only, not by the model's settings and "
+                    "code; reports still show them, and searches score those merges again",
+                }
+            )
+        yield tell
 
 
 def limits_of(config: SearchConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ also says what it would cost. Knows no search state.
 from __future__ import annotations
 
 import difflib
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentmerge import plugins
-from agentmerge.config import ROLES, SearchConfig
+from agentmerge.config import FIRST, ROLES, SearchConfig
 from agentmerge.errors import (
     AgentmergeError,
     ConfigError,
@@ -29,7 +30,7 @@ from agentmerge.genome import SearchSpace
 from agentmerge.ledger import Ledger
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.cancelling import cancelling_notes
-from agentmerge.workers.base import OPTIONS, WorkerSpec
+from agentmerge.workers.base import OPTIONS, EngineInfo, WorkerSpec
 from agentmerge.workers.pool import crowd_of, devices_for, worker_class
 
 if TYPE_CHECKING:  # both are read only where models are
@@ -48,8 +49,9 @@ class Prepared:
     """A config on real models: what a search needs before a worker starts.
 
     identities: model name -> content fingerprint. check: raises RecipeRejected for a recipe that
-    these models cannot make. memory: None where no model is read. made_bytes: on disk, of the
-    parents that are no plain checkpoints as they are. notes: what to know of the parents.
+    these models cannot make. engine, conditions: what answers depend on besides weights and
+    questions, as the worker describes it. memory: None where no model is read. made_bytes: on disk,
+    of the parents that are no plain checkpoints as they are. notes: what to know of the parents.
     warnings: what in the config or a warm start is most likely a mistake; it goes with the results.
     searched: keys of items that would be sealed, had an earlier search not seen them.
     """
@@ -60,6 +62,8 @@ class Prepared:
     taskset: TaskSet
     identities: Mapping[str, str]
     check: Callable[[Recipe], object] = field(repr=False)
+    engine: EngineInfo
+    conditions: Mapping[str, Any] = field(default_factory=dict)
     memory: MemoryPlan | None = None
     made_bytes: int = 0
     notes: tuple[str, ...] = ()
@@ -108,13 +112,18 @@ class Prepared:
                 }
                 for o in self.taskset.objectives
             ],
-            "engine": asdict(worker_class(self.spec).describe(self.spec)),
+            "engine": asdict(self.engine),
+            "conditions": dict(self.conditions),
         }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search would do, for people and for ``check --json``."""
+    """What a search would do, for people and for ``check --json``.
+
+    live_model: the parent whose config and tokenizer every merge has; "" on the fake worker.
+    chat_template: whose template asks; "" where none does.
+    """
 
     dimensions: int
     freedoms: int
@@ -123,6 +132,8 @@ class Plan:
     max_evaluations: int
     items: int
     sealed_items: int
+    live_model: str
+    chat_template: str
     memory: MemoryPlan | None
     made_bytes: int
     seconds_per_candidate: float | None
@@ -208,7 +219,7 @@ def _prepare_real(
     fresh: bool,
     faults: list[str],
 ) -> Prepared:
-    from agentmerge.merging.headers import content_fingerprint
+    from agentmerge.merging.headers import content_fingerprint, stamps_of
     from agentmerge.merging.plain import known_identities, make_plain
     from agentmerge.merging.plan import plan, read_layout
 
@@ -240,12 +251,25 @@ def _prepare_real(
             spec = _spec(config, paths, dtype)
             if tasks:
                 taskset = _tasks(spec, faults)
+                if differing := _differing_templates(config, spec, taskset):
+                    names = f"{', '.join(map(repr, differing))} have different chat templates"
+                    if config.tasks.chat_template == FIRST:
+                        notes.append(
+                            f"{names}, and {spec.template_model!r} is the first; {_CHOOSE}"
+                        )
+                    else:
+                        faults.append(
+                            f"chat_template is missing: {names}, and the tasks are asked through "
+                            f"one; {_CHOOSE}"
+                        )
                 notes += _preflight(spec, layout, faults)
             if layout is not None:
                 memory = _memory(config, spec, layout)
                 faults += [memory.reason] if tasks and memory.chosen is None else []
-    if faults or layout is None or space is None or spec is None:
-        raise ConfigError(faults)
+        if faults or layout is None or space is None or spec is None:
+            raise ConfigError(faults)
+        if not weights:
+            engine, conditions = _engine_of(spec)  # before its scratch folders go
     if not weights:
         identities = known_identities(found)
     else:  # nothing speaks against it
@@ -258,9 +282,12 @@ def _prepare_real(
         )
         spec = _spec(config, paths, dtype)
         layout = read_layout(paths, _base_among(config, paths))
+        # Before the contents are looked at: a change after this line is noticed by the workers.
+        spec = replace(spec, stamps=tuple(s for path in paths.values() for s in stamps_of(path)))
         identities = {name: content_fingerprint(path) for name, path in paths.items()}
         if faults := _twin_faults(identities):
             raise ConfigError(faults)
+        engine, conditions = _engine_of(spec)
     return Prepared(
         config,
         replace(spec, placement=memory.chosen or "auto") if memory else spec,
@@ -268,10 +295,19 @@ def _prepare_real(
         taskset,
         identities,
         lambda recipe: plan(recipe, layout),
+        engine,
+        conditions,
         memory=memory,
         made_bytes=sum(survey.made_bytes.values()),
         notes=(*survey.notes, *notes),
     )
+
+
+def _engine_of(spec: WorkerSpec) -> tuple[EngineInfo, dict[str, Any]]:
+    """What the spec's worker is, and the conditions that it answers under, where it has any."""
+    kind = worker_class(spec)
+    known = getattr(kind, "conditions", None)
+    return kind.describe(spec), known(spec) if known else {}
 
 
 def _memory(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryPlan:
@@ -301,6 +337,31 @@ def _memory(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryPla
         token_bytes=bytes_per_token(text, spec.dtype),
         gradient_token_bytes=gradient_bytes_per_token(text, spec.dtype) if has_gradient else 0,
     )
+
+
+def _differing_templates(config: SearchConfig, spec: WorkerSpec, taskset: TaskSet) -> list[str]:
+    """Experts that were taught to talk in different ways, one of each, where tasks are asked
+    through a template and nobody said in which: a merge would be judged by whichever is first."""
+    from agentmerge.merging.headers import chat_template
+
+    sources = ("base", *config.genome.parents)
+    chosen = config.tasks.chat_template not in (None, FIRST)
+    if chosen or config.genome.tokenizer_source in sources:
+        return []
+    if not any(record.get("template") for record in taskset.protocols.values()):
+        return []
+    first: dict[str, str] = {}
+    for name, path in spec.parents:
+        text = chat_template(Path(path)) if name in config.genome.experts else None
+        if text is not None:
+            first.setdefault(text.strip(), name)
+    return list(first.values()) if len(first) > 1 else []
+
+
+_CHOOSE = (
+    "set genome.chat_template to one of these models, to a template that mergekit has (chatml), to "
+    "a file, to first, or to auto for the one that most have; or apply_chat_template: false"
+)
 
 
 def _preflight(spec: WorkerSpec, layout: Layout | None, faults: list[str]) -> list[str]:
@@ -352,6 +413,10 @@ def anchored(config: SearchConfig) -> SearchConfig:
 
     mergekit, too, takes a relative ``a/b`` for a hub id; hub ids stay as they are.
     """
+
+    def template(asked: str | None) -> str | None:
+        return asked if asked is None or "{" in asked else anchored_name(asked)
+
     genome = config.genome
     graph_file, colon, function = config.search.graph.partition(":")
     base, source = genome.base_model, genome.tokenizer_source
@@ -361,6 +426,7 @@ def anchored(config: SearchConfig) -> SearchConfig:
                 update={
                     "models": tuple(anchored_name(model) for model in genome.models),
                     "base_model": base and anchored_name(base),
+                    "chat_template": template(genome.chat_template),
                     "tokenizer_source": source
                     if source in (None, "union", "base")
                     else anchored_name(source),
@@ -368,7 +434,15 @@ def anchored(config: SearchConfig) -> SearchConfig:
             ),
             "tasks": config.tasks.model_copy(
                 update={
-                    "task_search_path": tuple(map(anchored_name, config.tasks.task_search_path))
+                    "task_search_path": tuple(map(anchored_name, config.tasks.task_search_path)),
+                    "chat_template": template(config.tasks.chat_template),
+                }
+            ),
+            "worker": config.worker.model_copy(
+                update={
+                    "lm_eval_args": config.worker.lm_eval_args.model_copy(
+                        update={"chat_template": template(config.worker.lm_eval_args.chat_template)}
+                    )
                 }
             ),
             "search": config.search.model_copy(
@@ -399,6 +473,8 @@ def plan_of(prepared: Prepared, ledger: Ledger | None, settings_hash: str) -> Pl
         max_evaluations=config.budget.max_evaluations,
         items=len(tasks.refs("search")),
         sealed_items=len(tasks.refs("sealed")),
+        live_model=prepared.spec.template_model if prepared.conditions else "",
+        chat_template=_template_source(prepared),
         memory=prepared.memory,
         made_bytes=prepared.made_bytes,
         seconds_per_candidate=(
@@ -407,6 +483,16 @@ def plan_of(prepared: Prepared, ledger: Ledger | None, settings_hash: str) -> Pl
         warnings=prepared.warnings,
         notes=(*config.notices, *prepared.notes, *tasks.notes),
     )
+
+
+def _template_source(prepared: Prepared) -> str:
+    from agentmerge.merging.chat_templates import shown
+
+    asked = any(record.get("template") for record in prepared.taskset.protocols.values())
+    source = prepared.config.tasks.chat_template
+    if source in (None, FIRST):
+        source = prepared.spec.template_model
+    return shown(str(source)) if asked else ""
 
 
 def benchmark_faults(config: SearchConfig) -> list[str]:
@@ -516,7 +602,7 @@ def _filter_faults(config: SearchConfig, layout: Any) -> list[str]:
 
 
 def init_faults(config: SearchConfig) -> list[str]:
-    """Warm-start recipes that cannot be read, or that name other models."""
+    """Warm-start recipes that cannot be read, that name other models, or another chat template."""
     known = set(config.genome.parents)
     faults = []
     for path in config.search.init:
@@ -525,6 +611,12 @@ def init_faults(config: SearchConfig) -> list[str]:
         except UserError as error:
             faults.append(f"--init {path}: {error}")
             continue
+        template = recipe.chat_template
+        if template is not None and template not in ("", "auto", config.tasks.chat_template):
+            faults.append(
+                f"--init {path}: its chat_template {template[:40]!r} is not the search's; set "
+                "genome.chat_template to it, or take it out of the recipe"
+            )
         strangers = sorted(set(recipe.models) - known)
         if strangers:
             faults.append(
@@ -612,6 +704,7 @@ def _spec(
         dtype=dtype,
         batch_size=config.worker.batch_size,
         device=device or config.worker.device or _device(),
+        matmul_precision=_matmul_precision(),
         trust_remote_code=config.worker.trust_remote_code,
         options={"base": config.genome.base_model} | _engine(config) | config.worker.options,
         method=config.genome.merge_method,
@@ -641,6 +734,12 @@ def _template_model(config: SearchConfig, paths: Mapping[str, Path]) -> str:
             if name in paths and chat_template(paths[name]):
                 return name
     return next(name for name in names if name in paths)
+
+
+def _matmul_precision() -> str:
+    """torch's, where this process has torch: else nobody can have set it."""
+    torch: Any = sys.modules.get("torch")
+    return torch.get_float32_matmul_precision() if torch else "highest"
 
 
 def _device() -> str:
@@ -678,6 +777,7 @@ def _prepare_fake(config: SearchConfig, fresh: bool, faults: list[str]) -> Prepa
         taskset,
         {name: f"fake:{name}" for name in names},
         lambda recipe: recipe.effective("model.layers.0.weight", 0),
+        FakeWorker.describe(spec),
     )
 
 

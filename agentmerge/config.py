@@ -13,6 +13,7 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,6 +40,11 @@ ROLES: tuple[Role, ...] = ("critic", "controller", "proposer")
 
 #: Candidates from one asking of the models to the next, at least.
 ADVISED_EVERY = 4
+#: What "today" is in a chat template that prints the date: what one asks may not change overnight.
+#: Llama 3's templates fall back to this day themselves.
+DATE = date(2024, 7, 26)
+#: The chat template of the first expert that has one, chosen in so many words.
+FIRST = "first"
 
 
 class _Frozen(BaseModel):
@@ -46,12 +52,16 @@ class _Frozen(BaseModel):
 
 
 class GenomeConfig(_Frozen):
-    """The search space, in mergekit-evolve's words."""
+    """The search space, in mergekit-evolve's words.
+
+    chat_template: as ``LmEvalArgs`` has it; what mergekit could read of it is in every recipe.
+    """
 
     models: tuple[str, ...]
     merge_method: str
     base_model: str | None = None
     tokenizer_source: str | None = None
+    chat_template: str | None = None
     layer_granularity: int = Field(0, ge=0)
     normalize: bool | None = None
     allow_negative_weights: bool = False
@@ -117,6 +127,14 @@ class GenomeConfig(_Frozen):
             yield f"filters is not possible with {name}; remove it"
 
     @property
+    def recipe_template(self) -> str | None:
+        """The chat template as a recipe may say it: by mergekit's name or as a text."""
+        asked = self.chat_template
+        if asked is None or "{" in asked:
+            return asked
+        return None if asked in self.parents or Path(asked).is_file() else asked
+
+    @property
     def experts(self) -> tuple[str, ...]:
         """The models that a method merges: not the base where it sets that apart."""
         method = METHODS[self.merge_method]
@@ -174,6 +192,7 @@ class TasksConfig(_Frozen):
     companion: bool = True
     seed: int = 0
     chat_template: str | None = None
+    chat_date: date = DATE
     gen_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -314,14 +333,17 @@ def _same_provider(one: str, other: str) -> bool:
 class LmEvalArgs(_Frozen):
     """What lm-eval is told beyond the tasks' own files.
 
-    chat_template: a model of the genome, or a file, whose template asks instead of the tokenizer's
-        own. gen_kwargs: generation settings that win over the tasks'. The other two are the
-        top-level keys of the same name.
+    chat_template: whose template asks instead of the tokenizer's own: a model of the genome, a
+        template that mergekit has by name (``chatml``), a file, or its text; "auto" is the one that
+        most models have, "first" that of the first expert that has one. chat_date: today, for
+        templates that print the date. gen_kwargs: generation settings that win over the tasks'. The
+        other two are the top-level keys of the same name.
     """
 
     apply_chat_template: bool | None = None
     fewshot_as_multiturn: bool | None = None
     chat_template: str | None = None
+    chat_date: date | None = None
     gen_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -452,6 +474,8 @@ class SearchConfig(_Frozen):
             lines, twice = key_lines(text)
         except RecursionError:
             raise ConfigError(f"{source} has an alias (*name) that contains itself") from None
+        if not raw.keys() & _OWN_SECTIONS.keys():  # written for the old programs: it runs as it is
+            raw["worker"] = {"lm_eval_args": {"chat_template": FIRST}}
         for dotted, value in (overrides or {}).items():
             section, _, key = dotted.partition(".")
             if key and raw.get(section) is None:
@@ -466,8 +490,16 @@ class SearchConfig(_Frozen):
         """The config as resolved; ``from_text`` reads it back to an equal object."""
         body: dict[str, Any] = {"genome": self.genome.model_dump(mode="json", exclude_none=True)}
         tasks = self.tasks.model_dump(mode="json", exclude_none=True)
-        for key in ("sealed_share", "companion", "seed", "chat_template", "gen_kwargs"):
-            tasks.pop(key, None)  # they live in the sections search and worker
+        elsewhere = (
+            "sealed_share",
+            "companion",
+            "seed",
+            "chat_template",
+            "chat_date",
+            "gen_kwargs",
+        )
+        for key in elsewhere:
+            tasks.pop(key, None)  # they live in the sections search, worker and genome
         if "apply_chat_template" not in self.tasks.model_fields_set:
             tasks.pop("apply_chat_template")  # unset: on where a parent has a template
         body.update(tasks)
@@ -543,7 +575,7 @@ def _resolve(
         None if genome_raw is None else _build(GenomeConfig, genome_raw, "genome", out)
     )
     worker = parts.get("worker") or WorkerSettings()
-    parts["tasks"] = _tasks(raw, search, worker.lm_eval_args, out)
+    parts["tasks"] = _tasks(raw, search, _asking(worker.lm_eval_args, parts["genome"], out), out)
     if search.sigma_low > search.sigma_high:
         out.faults.append(
             f"{out.where('search.sigma_low')} {search.sigma_low} is above sigma_high "
@@ -598,6 +630,18 @@ def _check_constraints(search: SearchSettings, tasks: TasksConfig | None, out: _
         if constraint.task in seen:
             out.faults.append(f"{where}: {constraint.task!r} is constrained twice; keep one")
         seen.add(constraint.task)
+
+
+def _asking(lm_eval: LmEvalArgs, genome: GenomeConfig | None, out: _Faults) -> LmEvalArgs:
+    """With the genome's chat template: what the merge is written with is what it is asked with."""
+    if genome is None or genome.chat_template is None:
+        return lm_eval
+    if lm_eval.chat_template not in (None, FIRST, genome.chat_template):
+        out.faults.append(
+            f"{out.where('genome.chat_template')} {genome.chat_template[:40]!r} is not "
+            f"worker.lm_eval_args.chat_template {str(lm_eval.chat_template)[:40]!r}; keep one"
+        )
+    return lm_eval.model_copy(update={"chat_template": genome.chat_template})
 
 
 def _tasks(raw: dict[str, Any], search: SearchSettings, lm_eval: LmEvalArgs, out: _Faults) -> Any:

@@ -98,6 +98,11 @@ class CandidateFailed(AgentmergeError):
     """A candidate that could not be merged or scored; becomes a recorded result."""
 
 
+class AnswerRefused(CandidateFailed):
+    """A task's own code made nothing of a candidate's answer; of a parent's answer that is the
+    task's fault."""
+
+
 class RecipeRejected(CandidateFailed):
     """A recipe refused by rule before any worker saw it; on the command line, a mistake."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmerge.check import Prepared, prepare
-from agentmerge.config import SearchConfig
+from agentmerge.config import FIRST, SearchConfig
 from agentmerge.errors import UserError
 from agentmerge.genome import public_names
 from agentmerge.ledger import Ledger, ResultKey
@@ -141,6 +141,11 @@ def report_text(report: dict[str, Any]) -> str:
 
 
 def _write(prepared: Prepared, recipe: Recipe, to: Path, engine: str, card: str) -> str:
+    if prepared.config.tasks.chat_template not in (None, FIRST):  # it talks as it was asked
+        from agentmerge.evaluation.live import tokenizer_of
+
+        template = tokenizer_of(prepared.spec).get_chat_template()
+        recipe = replace(recipe, chat_template=template)
     if engine == "agentmerge":
         from agentmerge.merging.export import export_checkpoint
 
@@ -174,7 +179,10 @@ def _verified(
 
     name = str(to.absolute())
     options = prepared.spec.options | {"base": None}
-    alone = replace(prepared.spec, parents=((name, name),), template_model=name, options=options)
+    tasks = prepared.spec.tasks.model_copy(update={"chat_template": None})  # the folder has it
+    alone = replace(
+        prepared.spec, parents=((name, name),), template_model=name, tasks=tasks, options=options
+    )
     whole = Recipe.of_model(name, prepared.space.num_layers, prepared.space.dtype)
     refs = prepared.taskset.refs()
     with ExitStack() as stack:
@@ -185,7 +193,7 @@ def _verified(
         score = prepared.taskset.score(results)
         differing = 0
         for task in prepared.taskset.tasks:
-            key = ResultKey(found["recipe_hash"], pool.info, task.protocol_hash)
+            key = ResultKey(found["recipe_hash"], prepared.engine, task.protocol_hash)
             stored = ledger.results(key)
             differing += sum(
                 ref.key in stored and stored[ref.key].value != results[ref].value

@@ -380,6 +380,7 @@ class SearchSpace:
             () if switch is None else ((switch, value),),
             self.dtype,
             tokenizer_source=genome.tokenizer_source,
+            chat_template=genome.recipe_template,
             merge_seed=self.merge_seed if method.random else None,
         )
 

@@ -19,7 +19,15 @@ from typing import Any
 
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompt, Prompts, load_prompts
-from agentmerge.assembly import LEDGER, TOOLS, assembled, changed_facts, existing_runs, load_graph
+from agentmerge.assembly import (
+    LEDGER,
+    TOOLS,
+    arithmetic,
+    assembled,
+    changed_facts,
+    existing_runs,
+    load_graph,
+)
 from agentmerge.check import Prepared, prepare
 from agentmerge.config import ROLES, Role, SearchConfig
 from agentmerge.context import Context, at_hand
@@ -45,6 +53,7 @@ class Replay:
 
     identical: every candidate, every advice and the answer are the search's own.
     differs_from: the first generation that is another, None where none is.
+    cause: what else was otherwise than in the search and may be why it differs, or "".
     stopped: why the replay could not go on, "" where it reached the end. One that is identical and
         stopped came as far as the search did, which has not ended.
     """
@@ -56,6 +65,7 @@ class Replay:
     replies: int
     differs_from: int | None
     stopped: str
+    cause: str = ""
 
 
 def replay(
@@ -80,7 +90,22 @@ def replay(
             _drive(search, folder)
         except ReplyMissing as missing:
             stopped = str(missing)
-        return _compared(ledger, row, ledger.run(search.run_id), stopped)
+        found = _compared(ledger, row, ledger.run(search.run_id), stopped)
+    return replace(found, cause="" if found.identical or prompts else _cause(row))
+
+
+def _cause(row: RunRow) -> str:
+    """Other last digits of the strategy's linear algebra end in other proposals."""
+    then, now = row.facts.get("arithmetic"), arithmetic()
+    if then is None or then == now:
+        return ""
+    key = "threads" if then["threads"] != now["threads"] else "kernels"
+    remedy = f"; set OMP_NUM_THREADS={then['threads']}" if key == "threads" else ""
+    shown = [", ".join(v) if isinstance(v, list) else v for v in (then[key], now[key])]
+    return (
+        f"its linear algebra had {shown[0]} {key} and has {shown[1]} here, which changes last "
+        f"digits and so what is proposed{remedy}"
+    )
 
 
 def _search(

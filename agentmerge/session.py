@@ -33,7 +33,7 @@ from agentmerge.assembly import (
     unseen,
 )
 from agentmerge.check import Prepared, anchored, anchored_name, prepare
-from agentmerge.config import Role, SearchConfig
+from agentmerge.config import FIRST, Role, SearchConfig
 from agentmerge.context import Context, at_hand
 from agentmerge.errors import CandidateFailed, NotBegun, RunFailed, UserError
 from agentmerge.ledger import Ledger, RunRow
@@ -202,7 +202,7 @@ def evaluate(
         CandidateFailed: it cannot be merged or scored.
     """
     recipe = recipe.renamed(anchored_name)
-    settings = _under_its_tokenizer(anchored(config), recipe)
+    settings = _under_its_template(_under_its_tokenizer(anchored(config), recipe), recipe)
     prepared = prepare(settings, allow_benchmarks=True, also=recipe.models)
     canonical = recipe.canonical(prepared.space.num_layers)
     prepared.check(canonical)
@@ -233,6 +233,21 @@ def _under_its_tokenizer(config: SearchConfig, recipe: Recipe) -> SearchConfig:
         )
     genome = config.genome.model_copy(update={"tokenizer_source": asked})
     return config.model_copy(update={"genome": genome})
+
+
+def _under_its_template(config: SearchConfig, recipe: Recipe) -> SearchConfig:
+    """The config with the recipe's ``chat_template``: it is asked as its merge would be."""
+    asked, source = recipe.chat_template, config.tasks.chat_template
+    if asked in (None, "", source):
+        return config
+    if source not in (None, FIRST):
+        raise UserError(
+            f"the recipe's chat_template is {str(asked)[:40]!r}, and the config's "
+            f"{source[:40]!r}; change one"
+        )
+    return config.model_copy(
+        update={"tasks": config.tasks.model_copy(update={"chat_template": asked})}
+    )
 
 
 def _drive(

@@ -25,6 +25,7 @@ from agentmerge.config import Role, SearchConfig
 from agentmerge.constraints import Floor, floors, penalised, violation
 from agentmerge.errors import (
     AgentmergeError,
+    AnswerRefused,
     CandidateFailed,
     LedgerError,
     NotBegun,
@@ -38,7 +39,7 @@ from agentmerge.evaluation.racing import Course
 from agentmerge.evaluation.tasks import Part, TaskSet
 from agentmerge.evidence import Witness, comparable
 from agentmerge.final import final_card
-from agentmerge.genome import SearchSpace
+from agentmerge.genome import SearchSpace, short_name
 from agentmerge.heats import Lost, run_heats
 from agentmerge.ledger import (
     Candidate,
@@ -208,6 +209,13 @@ class Search:
             self.ledger.save_evaluation(
                 self.run_id, (generation, slot), score=None, failure=str(error)
             )
+            if isinstance(error, AnswerRefused) and candidate.operator == "parent":
+                # Of a model that was there before the search: told at once, and kept, so that
+                # whoever does not mind can go on.
+                raise TaskError(
+                    f"{error}; that was the parent {short_name(candidate.label)!r}: mend the task, "
+                    "or resume, which goes on without this parent"
+                ) from error
         else:
             self.ledger.save_evaluation(
                 self.run_id,

@@ -53,6 +53,8 @@ class Screen:
         self._board.tell(event)
         if event["event"] == "candidate" and event["failure"]:
             self.say(f"candidate {event['generation']}.{event['slot']}: {event['failure']}")
+        if event["event"] == "note":
+            self.say(f"note: {event['text']}")
         self._live.update(drawn(self._board))
 
     def say(self, line: str) -> None:

@@ -44,6 +44,8 @@ class Progress:
                 )
             if event["memory"]:
                 self.say(f"  {event['memory']}")
+        elif kind == "note":
+            self.say(f"note: {event['text']}")
         elif kind == "candidate":
             self._candidate(event)
         elif kind == "generation":
@@ -284,6 +286,9 @@ def plan_text(plan: Any) -> str:
         ["items", f"{plan.items} to search on, {plan.sealed_items} sealed"],
         ["time", time_text],
     ]
+    if plan.live_model:
+        rows.append(["merges have", f"config and tokenizer of {plan.live_model}"])
+        rows.append(["chat template", plan.chat_template or "none is applied"])
     if plan.made_bytes:
         disk = f"up to {plan.made_bytes / 1e9:.2f} GB in the cache, for parents that are made once"
         rows.append(["disk", disk])
@@ -301,7 +306,8 @@ def replay_text(found: Any) -> str:
         so_far = " as far as it went" if found.stopped else ""
         return f"{found.run}: the same again{so_far} ({size}, {found.replies} stored replies)"
     why = f": {found.stopped}" if found.stopped else ""
-    return f"{found.run}: differs from generation {found.differs_from} on{why}"
+    cause = f"; {found.cause}" if found.cause else ""
+    return f"{found.run}: differs from generation {found.differs_from} on{why}{cause}"
 
 
 def methods_text(methods: Sequence[Mapping[str, Any]]) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
-from agentmerge.config import TaskConfig, TasksConfig
+from agentmerge.config import FIRST, TaskConfig, TasksConfig
 from agentmerge.errors import TaskError
 from agentmerge.evaluation import metrics
 from agentmerge.evaluation.loading import Loaded, load_tasks, quiet
 from agentmerge.evaluation.protocol import protocol, protocol_hash, tokenizer_identity
 from agentmerge.evaluation.rendering import (
+    DATED,
     Asked,
     Render,
     chat_renderer,
@@ -21,6 +23,7 @@ from agentmerge.evaluation.rendering import (
 )
 from agentmerge.evaluation.splitting import choose_documents, split, stand_in
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
+from agentmerge.merging.chat_templates import shown
 from agentmerge.workers.base import ItemRef
 
 
@@ -33,6 +36,7 @@ class _Setting:
     template: str | None
     chat: Render | None
     context: int | None
+    day: date | None = None
 
 
 def build(
@@ -102,7 +106,16 @@ def _setting(
         notes.append(f"no chat template is applied: {source!r} has none")
         return _Setting(config, identity, None, None, context)
     template = tokenizer.get_chat_template()
-    return _Setting(config, identity, template, chat_renderer(tokenizer), context)
+    asked = shown(source if config.chat_template in (None, FIRST) else str(config.chat_template))
+    notes.append(f"questions are asked through the chat template {asked}")
+    dated = DATED in template
+    if dated:
+        notes.append(
+            f"the chat template prints the date, which is {config.chat_date} throughout "
+            "(worker.lm_eval_args.chat_date)"
+        )
+    day = config.chat_date if dated else None
+    return _Setting(config, identity, template, chat_renderer(tokenizer, day), context, day)
 
 
 def _leaves(
@@ -151,6 +164,8 @@ def _scored(
         raise TaskError(f"task {name!r} has no documents")
     chat = None if rolling else setting.chat
     requests = render(task, [*chosen.search, *chosen.beyond], chat, config.fewshot_as_multiturn)
+    if task.OUTPUT_TYPE == "generate_until" and setting.context is not None:
+        _refuse_no_room(name, requests[chosen.search[0]], setting.context)
     rebuild = metrics.check_metric(task, metric, filter_name, requests[chosen.search[0]])
     refs = {n: ItemRef(name, n, item_key(task, asked)) for n, asked in requests.items()}
     items, search, sealed, note = split(
@@ -160,6 +175,8 @@ def _scored(
         metrics.static_part(task, metric, filter_name, rebuild, requests[ref.index])
         for ref in items
     )  # fmt: skip
+    if rebuild == "class":
+        metrics.check_classes(task, metric, statics, max(len(asked) for asked in requests.values()))
     kind = metrics.margin_kind(task, config.companion)
     record = protocol(
         task,
@@ -170,6 +187,7 @@ def _scored(
         tokenizer=setting.tokenizer,
         context=setting.context,
         companion=kind == "token",
+        day=None if rolling else setting.day,
     )
     scored = ScoredTask(
         name=name,
@@ -190,3 +208,13 @@ def _scored(
     kept = {ref.index: requests[ref.index] for ref in items}
     asked = Asked(task, metric, filter_name, kept, kind == "token", chat is not None)
     return scored, asked, record, note
+
+
+def _refuse_no_room(name: str, instances: Sequence[Any], context: int) -> None:
+    """An answer that alone fills the context, which else the first evaluation would find."""
+    from agentmerge.evaluation.tokens import answer_length, refuse_no_room
+
+    try:
+        refuse_no_room(answer_length(instances[0].args[1]), context)
+    except TaskError as error:
+        raise TaskError(f"task {name!r}: {error}") from None

@@ -20,9 +20,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import resolve_max_length
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from agentmerge.config import FIRST
 from agentmerge.errors import CandidateFailed, ConfigError, ParentError
 from agentmerge.evaluation.loading import quiet
 from agentmerge.evaluation.tokens import Encoded, Stopping, Tokenised
+from agentmerge.merging.chat_templates import template_names, template_text
+from agentmerge.merging.headers import chat_template
 from agentmerge.workers.base import WorkerSpec
 
 #: Context tokens and the gold tokens that should follow them.
@@ -40,18 +43,32 @@ def parent_path(spec: WorkerSpec, name: str) -> Path:
 def tokenizer_of(spec: WorkerSpec) -> Any:
     """The tokenizer that asks the questions."""
     tokenizer = _tokenizer(spec, spec.template_model)
-    source = spec.tasks.chat_template
-    if source in dict(spec.parents):
-        tokenizer.chat_template = _tokenizer(spec, str(source)).chat_template
-    elif source is not None:
-        try:
-            tokenizer.chat_template = Path(source).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"worker.lm_eval_args.chat_template {source!r} is neither a model of the genome "
-                f"nor a file that can be read ({error})"
-            ) from None
+    asked = spec.tasks.chat_template
+    if asked not in (None, FIRST):
+        tokenizer.chat_template = _asked_template(spec, str(asked))
     return tokenizer
+
+
+def _asked_template(spec: WorkerSpec, asked: str) -> Any:
+    """The template that ``chat_template`` names: of a model, a template of mergekit's or its text,
+    or in a file; "auto" is mergekit's word for the one that most models have."""
+    names = list(dict(spec.parents))
+    if asked in names:
+        return _tokenizer(spec, asked).chat_template
+    if asked == "auto":
+        found = [text for name in names if (text := chat_template(parent_path(spec, name)))]
+        return max(found, key=found.count) if found else None
+    text = template_text(asked)
+    if text is not None:
+        return text
+    try:
+        return Path(asked).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError):
+        raise ConfigError(
+            f"chat_template {asked!r} is neither a model of the genome ({', '.join(names)}), nor a "
+            f"template that mergekit has ({', '.join(template_names())}), nor a file that can be "
+            "read"
+        ) from None
 
 
 def _tokenizer(spec: WorkerSpec, model: str) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 
 from agentmerge.config import TasksConfig
 from agentmerge.errors import TaskError
+from agentmerge.evaluation.code import forget_changed
 
 #: The seed of lm-eval's few-shot sampler, as ``simple_evaluate`` has it.
 FEWSHOT_SEED = 1234
@@ -39,6 +40,7 @@ def load_tasks(config: TasksConfig, *, check_built_ins: bool = True) -> list[Loa
         TaskError: unknown, claimed by two files, not loadable, or of a kind that cannot be scored.
     """
     names = [task.name for task in config.tasks]
+    forget_changed()
     with quiet():
         index = _CustomFiles(config.task_search_path)
         manager = index.manager(names)

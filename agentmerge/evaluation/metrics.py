@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import numbers
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -84,6 +85,28 @@ def check_metric(task: Any, metric: str, filter_name: str, instances: Sequence[A
         f"metric {metric!r} of task {task.task_name!r} needs whole answers, not a number an item, "
         "so it cannot be kept item by item; choose another metric"
     )
+
+
+def check_classes(task: Any, metric: str, golds: Sequence[float], choices: int) -> None:
+    """lm-eval's F1 knows two classes, and raises at a third as soon as a model says it.
+
+    golds: every document's class. choices: the most that a document has.
+
+    Raises:
+        TaskError: the metric cannot be computed with so many classes.
+    """
+    answers = [*range(choices), *(int(gold) for gold in golds)]
+    values = [(int(golds[i % len(golds)]), answer) for i, answer in enumerate(answers)]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            aggregation(task, metric)(values)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise TaskError(
+            f"metric {metric!r} of task {task.task_name!r} cannot be computed with "
+            f"{len(set(answers))} classes ({reason}); choose acc or mcc"
+        ) from error
 
 
 def _fits(rule: Rebuild, value: Any) -> bool:
@@ -178,10 +201,11 @@ def choice_margin(
     if not gold:
         return None, None
     lls = log_likelihoods[:count]
-    compared = [ll / scale for ll, scale in zip(lls, scales, strict=True)]
+    # An empty choice has no length to divide by: to lm-eval it is never the best one.
+    compared = {i: ll / scales[i] for i, ll in enumerate(lls) if scales[i]}
     if mutual:
-        compared = [a - b for a, b in zip(lls, log_likelihoods[count:], strict=True)]
-    wrong = [value for i, value in enumerate(compared) if i not in gold]
-    best = max(compared[i] for i in gold)
-    margin = best - max(wrong) if wrong else None
+        compared = {i: lls[i] - log_likelihoods[count + i] for i in range(count)}
+    wrong = [value for i, value in compared.items() if i not in gold]
+    right = [compared[i] for i in gold if i in compared]
+    margin = max(right) - max(wrong) if right and wrong else None
     return (lls[gold[0]] if len(gold) == 1 else None), margin

@@ -8,20 +8,29 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from agentmerge.evaluation.code import described_code
 from agentmerge.evaluation.loading import FEWSHOT_SEED
+from agentmerge.merging.headers import file_digest
 
 #: Names and places of documents, and labels that no model sees.
 _NOT_ASKED = frozenset(("task", "task_alias", "tag", "metadata", "custom_dataset", "split"))
 _NOT_ASKED |= {"dataset_path", "dataset_name", "dataset_kwargs"}
 _NOT_ASKED |= {"training_split", "validation_split", "test_split", "fewshot_split"}
+
+
+#: What a tokenizer does to text besides its tables, on the way in or out.
+_TEXT_FLAGS = (
+    "add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "legacy",
+    "split_special_tokens", "spaces_between_special_tokens",
+)  # fmt: skip
 
 
 def protocol(
@@ -34,6 +43,7 @@ def protocol(
     tokenizer: str,
     context: int | None,
     companion: bool,
+    day: date | None = None,
 ) -> dict[str, Any]:
     """The record of one task.
 
@@ -41,6 +51,7 @@ def protocol(
     tokenizer: ``tokenizer_identity``.
     context: tokens that the models can read.
     companion: whether generation items carry a teacher-forced margin.
+    day: the date that the template prints, None where it prints none.
     """
     shots = task.get_config("num_fewshot") or 0
     record: dict[str, Any] = {
@@ -57,6 +68,8 @@ def protocol(
         "companion": companion,
         "lm_eval": version("lm_eval"),
     }
+    if day is not None:
+        record["day"] = day.isoformat()
     return record
 
 
@@ -72,14 +85,14 @@ def tokenizer_identity(tokenizer: Any) -> str:
     The padding token is left out too: lm-eval sets one where there is none.
     """
     special = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if k != "pad_token"}
-    flags = {k: getattr(tokenizer, k, None) for k in ("add_bos_token", "add_eos_token")}
+    flags = {k: getattr(tokenizer, k, None) for k in _TEXT_FLAGS}
     body: Any
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         body = json.loads(tokenizer.backend_tokenizer.to_str())
         body.pop("padding", None)
         body.pop("truncation", None)
     else:
-        body = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+        body = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), _files(tokenizer)]
     text = json.dumps([body, special, flags], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -99,20 +112,16 @@ def _described(value: Any) -> Any:
     if isinstance(value, functools.partial):
         return [_described(value.func), _described(value.args), _described(value.keywords)]
     if callable(value):
-        return _code(value)
+        return described_code(value)
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def _code(function: Any) -> list[str]:
-    """A function by its source, and by all of its file's where that is a user's: it may call what
-    stands beside it. Installed packages are known by their version."""
-    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
-    try:
-        source = inspect.getsource(function)
-        file = inspect.getsourcefile(function)
-    except (TypeError, OSError):
-        code = getattr(function, "__code__", None)
-        return [name, code.co_code.hex() if code else ""]
-    if file is None or "site-packages" in file:
-        return [name.rpartition(".")[2], source]
-    return [name.rpartition(".")[2], source, hashlib.sha256(Path(file).read_bytes()).hexdigest()]
+def _files(tokenizer: Any) -> dict[str, str]:
+    """The tables of a tokenizer that is Python only, by content: its vocabulary alone does not say
+    how it cuts."""
+    found = {}
+    for key in getattr(tokenizer, "vocab_files_names", {}):
+        place = getattr(tokenizer, key, None) or tokenizer.init_kwargs.get(key)
+        if isinstance(place, str) and Path(place).is_file():
+            found[key] = file_digest(Path(place))
+    return found

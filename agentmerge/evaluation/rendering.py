@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date, datetime, time
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,9 @@ from agentmerge.errors import TaskError
 from agentmerge.evaluation.loading import FEWSHOT_SEED
 
 Render = Callable[..., str]
+
+#: The function by which a chat template asks transformers for the date.
+DATED = "strftime_now"
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,15 @@ def item_key(task: Any, instances: Sequence[Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def chat_renderer(tokenizer: Any) -> Render:
-    """lm-eval's own rendering of a chat with this tokenizer's template."""
+def chat_renderer(tokenizer: Any, day: date | None = None) -> Render:
+    """lm-eval's own rendering of a chat with this tokenizer's template.
+
+    day: what the template is told of today, where it asks; else it is the machine's own date.
+    """
     from lm_eval.models.huggingface import HFLM
 
-    holder = SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
+    told = {} if day is None else {DATED: datetime.combine(day, time()).strftime}
+    holder = SimpleNamespace(tokenizer=tokenizer, chat_template_args=told)
 
     def render_chat(chat_history: Any, add_generation_prompt: bool = True) -> str:
         text: str = HFLM.apply_chat_template(holder, chat_history, add_generation_prompt)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from agentmerge.errors import CandidateFailed, TaskError
+from agentmerge.errors import AnswerRefused, CandidateFailed, TaskError
 from agentmerge.evaluation import metrics
 from agentmerge.evaluation.rendering import Asked
 from agentmerge.evaluation.tasks import ScoredTask, TaskSet
@@ -78,6 +79,7 @@ class ItemScorer:
 
     Raises (on use):
         CandidateFailed: a log-likelihood or a value is not finite.
+        AnswerRefused: the task's own code raised at an answer.
         TaskError: an item that this task set does not hold, or that cannot be tokenised.
     """
 
@@ -196,20 +198,24 @@ def _judged(
     responses = [r for ref in items for r in answers[ref].responses]
     if first.task.output_type != "generate_until":
         _refuse_infinite(items, answers)
-    kept = iter(metrics.filtered(asked.task, asked.filter, instances, responses))
+    try:
+        kept = iter(metrics.filtered(asked.task, asked.filter, instances, responses))
+        values = {
+            ref: _value(ref, item, [next(kept) for _ in item.instances])
+            for ref, item in items.items()
+        }
+    except CandidateFailed:
+        raise
+    except Exception as error:  # a filter is the task's own code, and saw all answers at once
+        for ref, item in items.items():
+            _alone(ref, item, answers[ref])
+        raise AnswerRefused(
+            f"filter {asked.filter!r} of task {first.task.name!r} raised "
+            f"{type(error).__name__}: {error}, at all answers together and at none alone"
+        ) from error
     results = {}
     for ref, item in items.items():
-        answer = answers[ref]
-        filtered = [next(kept) for _ in item.instances]
-        found = asked.task.process_results(item.instances[0].doc, filtered)
-        if asked.metric not in found:
-            raise TaskError(
-                f"task {ref.task!r} gave no {asked.metric!r} for document {ref.index}; "
-                "choose a metric that every document has"
-            )
-        value = metrics.stored_value(item.task.rebuild, found[asked.metric], ref.task, asked.metric)
-        if not math.isfinite(value):
-            raise CandidateFailed(f"{asked.metric} of document {ref.index}, {ref.task}: {value}")
+        answer, value = answers[ref], values[ref]
         log_likelihood, margin = _evidence(item, answer)
         for number in (log_likelihood, margin):
             if number is not None and not math.isfinite(number):
@@ -219,6 +225,46 @@ def _judged(
                 )
         results[ref] = ItemResult(value, log_likelihood, margin, item.truncated, answer.cut_off)
     return results
+
+
+def _alone(ref: ItemRef, item: Prepared, answer: _Answer) -> None:
+    """One document by itself: raises at the one that a filter stumbles over."""
+    with _its_own_code(ref, "the filter", answer.responses):
+        metrics.filtered(item.asked.task, item.asked.filter, item.instances, answer.responses)
+
+
+def _value(ref: ItemRef, item: Prepared, filtered: Sequence[Any]) -> float:
+    """What a document is worth by the task's own ``process_results``.
+
+    Raises:
+        AnswerRefused: it raised, or gave no number, for these answers.
+        CandidateFailed: the value is not finite.
+    """
+    metric = item.asked.metric
+    with _its_own_code(ref, "process_results", filtered):
+        found = item.asked.task.process_results(item.instances[0].doc, filtered)
+        if metric not in found:
+            raise KeyError(f"no {metric!r} in {sorted(found)}")
+        value = metrics.stored_value(item.task.rebuild, found[metric], ref.task, metric)
+    if not math.isfinite(value):
+        raise CandidateFailed(f"{metric} of document {ref.index}, {ref.task}: {value}")
+    return value
+
+
+@contextmanager
+def _its_own_code(ref: ItemRef, what: str, answers: Sequence[Any]) -> Iterator[None]:
+    """Within: code of the task's author, which may raise anything at an answer that it did not
+    expect. That is this candidate's failure, not the search's."""
+    try:
+        yield
+    except CandidateFailed:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise AnswerRefused(
+            f"{what} of task {ref.task!r} raised {reason}, at document {ref.index} and the answer "
+            f"{str(list(answers))[:200]}"
+        ) from error
 
 
 def _evidence(item: Prepared, answer: _Answer) -> tuple[float | None, float | None]:

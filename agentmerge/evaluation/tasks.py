@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from agentmerge.config import TasksConfig
-from agentmerge.errors import CandidateFailed, TaskError
+from agentmerge.errors import AnswerRefused, CandidateFailed, TaskError
 from agentmerge.evaluation.aggregation import aggregation_of
 from agentmerge.workers.base import ItemRef, ItemResult, WorkerSpec
 
@@ -145,6 +145,7 @@ class TaskSet:
 
         Raises:
             CandidateFailed: the metric is not finite.
+            AnswerRefused: the aggregation raised.
         """
         items = task.part("search") if items is None else items
         if len(items) != len(results) or not results:
@@ -164,6 +165,12 @@ class TaskSet:
             metric = float(combine(values))
         except OverflowError:  # a perplexity beyond any float
             metric = math.inf
+        except Exception as error:  # the author's own code, or scikit-learn's
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise AnswerRefused(
+                f"the aggregation of {task.metric} of task {task.name!r} raised {reason}, at the "
+                f"values {str(values)[:200]}"
+            ) from error
         if not math.isfinite(metric):
             raise CandidateFailed(f"{task.metric} of task {task.name!r} is {metric}")
         return metric

@@ -7,7 +7,7 @@ lm-eval's rules, and no engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ from agentmerge.errors import TaskError
 #: A tokenised request, as lm-eval passes it around: (texts, context tokens, continuation tokens).
 Encoded = tuple[tuple[str, str], list[int], list[int]]
 
+#: Tokens of an answer where a task says nothing, in all of lm-eval's classes.
+MAX_GEN_TOKS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Stopping:
@@ -31,6 +34,20 @@ class Stopping:
     until: tuple[str, ...]
     max_new: int
     sampled: bool
+
+
+def answer_length(generation_kwargs: Mapping[str, Any], default: int = MAX_GEN_TOKS) -> int:
+    """Tokens that a generated answer may have, as lm-eval works it out of a request's settings."""
+    return int(normalize_gen_kwargs(dict(generation_kwargs), default)["max_gen_toks"])
+
+
+def refuse_no_room(max_new: int, context: int) -> None:
+    """Raises TaskError where an answer alone fills the context."""
+    if max_new >= context:
+        raise TaskError(
+            f"max_gen_toks {max_new} leaves no room in a context of {context} tokens; "
+            "lower it in the task's generation_kwargs"
+        )
 
 
 class Tokenised:
@@ -82,7 +99,7 @@ class Tokenised:
             encoded = [(("", ""), [], [])]
         finally:
             self._captured = None
-        longest = self.max_length + min(self.room, 0)
+        longest = self.max_length + self.room - 1  # one token of context is what predicts its first
         for texts, context, continuation in encoded:
             if not context or not 0 < len(continuation) <= longest:
                 raise TaskError(
@@ -111,11 +128,7 @@ class Tokenised:
         Raises:
             TaskError: the answer alone fills the context.
         """
-        if max_new >= self.max_length:
-            raise TaskError(
-                f"max_gen_toks {max_new} leaves no room in a context of {self.max_length} tokens; "
-                "lower it in the task's generation_kwargs"
-            )
+        refuse_no_room(max_new, self.max_length)
         return len(self.tok_encode(context)) > self.max_length - max_new
 
     def stopping(self, generation_kwargs: dict[str, Any]) -> Stopping:

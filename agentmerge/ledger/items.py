@@ -11,7 +11,7 @@ from hashlib import sha256
 from agentmerge.ledger.packing import pack, pack_keys, unpack, unpack_keys
 from agentmerge.ledger.rows import ResultKey
 from agentmerge.ledger.store import Store, engine_text, hashed, intern
-from agentmerge.workers.base import ItemRef, ItemResult
+from agentmerge.workers.base import EngineInfo, ItemRef, ItemResult
 
 
 class Items(Store):
@@ -67,6 +67,32 @@ class Items(Store):
         for packed_keys, block in rows:
             found.update(zip(unpack_keys(packed_keys), unpack(block), strict=True))
         return found
+
+    def fingerprints(self, recipe_hash: str, engine: EngineInfo) -> set[str]:
+        """Of which live weights the results of a recipe on an engine are; one, or none yet."""
+        rows = self._rows(
+            "SELECT DISTINCT r.fingerprint FROM results r JOIN engines e ON e.id = r.engine_id "
+            "WHERE r.recipe_hash = ? AND e.hash = ? AND r.fingerprint <> ''",
+            recipe_hash,
+            hashed(engine_text(engine)),
+        )
+        return {row[0] for row in rows}
+
+    def keyed_too_weakly(self) -> int:
+        """How many blocks of results of real models are from before ``EngineInfo.conditions``: they
+        stay for reports, and no search finds them any more."""
+        rows = self._rows(
+            "SELECT count(*) FROM results r JOIN engines e ON e.id = r.engine_id "
+            "WHERE json_extract(e.info, '$.conditions') IS NULL "
+            "AND json_extract(e.info, '$.engine') IN ('hf', 'disk', 'vllm')"
+        )
+        return int(rows[0][0])
+
+    def first_time(self, what: str) -> bool:
+        """Whether this was never said of this database; from now on it was."""
+        with self._writing() as conn:
+            done = conn.execute("INSERT OR IGNORE INTO told VALUES (?)", (what,))
+        return done.rowcount == 1
 
     def save_items(self, run_id: str, task: str, part: str, items: Sequence[ItemRef]) -> None:
         """Which items of a task a search asks: ``part`` is "search" or "sealed"."""

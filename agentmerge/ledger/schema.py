@@ -254,6 +254,12 @@ def m012_whose_probe(db: Any) -> None:
     _run(db, "ALTER TABLE probes ADD COLUMN generation INTEGER NOT NULL DEFAULT -1")
 
 
+@migration
+def m013_what_was_told(db: Any) -> None:
+    """What a user needs to hear once about a database, not at the start of every search."""
+    _run(db, "CREATE TABLE told (what TEXT PRIMARY KEY) WITHOUT ROWID")
+
+
 def _run(db: Any, statements: str) -> None:
     for statement in statements.split(";"):
         if statement.strip():

@@ -181,4 +181,7 @@ def hashed(text: str) -> str:
 
 def engine_text(engine: EngineInfo) -> str:
     """What an engine's row is the hash of."""
-    return json.dumps(asdict(engine), sort_keys=True)
+    body = asdict(engine)
+    if not engine.conditions:  # as engines were written before these were recorded
+        del body["conditions"]
+    return json.dumps(body, sort_keys=True)

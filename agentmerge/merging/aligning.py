@@ -73,8 +73,9 @@ def aligned_checkpoint(checkpoint: Checkpoint, alignment: Alignment) -> Checkpoi
 def aligned_paths(paths: Mapping[str, Path], alignment: Alignment) -> dict[str, Path]:
     """The directory of each parent under the alignment's tokenizer: itself where it is already."""
     prints = {name: content_fingerprint(path) for name, path in paths.items()}
-    places = {name: place.tolist() for name, place in alignment.places.items()}
-    vocabulary = json.dumps([alignment.tokenizer.get_vocab(), list(places.values())])
+    places = sorted((prints[name], place.tolist()) for name, place in alignment.places.items())
+    # A tokenizer lists its vocabulary in an order of chance.
+    vocabulary = json.dumps([sorted(alignment.tokenizer.get_vocab().items()), places])
     rule = hashlib.sha256(vocabulary.encode()).hexdigest()
     base = prints.get(alignment.base or "", "")
     found = dict(paths)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from agentmerge.errors import UserError
+from agentmerge.merging.chat_templates import recipe_template
 from agentmerge.merging.digests import digest
 from agentmerge.merging.headers import read_config, read_headers
 from agentmerge.merging.parents import merged_tensor
@@ -76,7 +77,7 @@ def export_checkpoint(
     out_dir = out_dir.expanduser().absolute()
     if template_model not in paths:
         raise UserError(f"template model {template_model!r} is not one of {', '.join(paths)}")
-    template_text = _template_text(recipe)
+    template_text = recipe_template(recipe.chat_template)
     layout = read_layout(paths, base)
     canonical = recipe.canonical(layout.num_layers)
     merge_plan = plan(canonical, layout, dtype=dtype)
@@ -123,19 +124,6 @@ def default_card(title: str, recipe: Recipe) -> str:
         f"# {title}\n\nA merge by {recipe.merge_method}, made with agentmerge:\n\n"
         f"```yaml\n{recipe.to_yaml()}```\n"
     )
-
-
-def _template_text(recipe: Recipe) -> str | None:
-    """The chat template that the recipe itself gives, if it does."""
-    asked = recipe.chat_template
-    if asked in (None, "", "auto"):
-        return None
-    if "{" not in str(asked):
-        raise UserError(
-            f"chat_template {asked!r} is a name, and only mergekit has the list of names; write "
-            "the template's text, or leave it out to keep the parent's own"
-        )
-    return asked
 
 
 def _config_of(config: Mapping[str, Any], merge_plan: MergePlan, tied: bool) -> dict[str, Any]:

@@ -11,13 +11,13 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentmerge.errors import ParentError
+from agentmerge.errors import ParentError, RunFailed
 from agentmerge.merging.configs import class_config
 
 #: Safetensors' names of dtypes -> torch's; others (integers, 8-bit floats) keep their own.
@@ -26,6 +26,8 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 _CHUNK = 1 << 22
 _MAX_HEADER = 100_000_000  # the limit of the format's own library
 _CACHED_FINGERPRINTS = 2000
+#: Size in bytes, time of change in ns, time of the entry's change in ns, inode.
+Stamp = tuple[int, int, int, int]
 #: The file by which a checkpoint says that it was made from others.
 MADE = "agentmerge_made_from.json"
 
@@ -223,6 +225,35 @@ def known_fingerprint(directory: Path) -> str | None:
     return _cached_fingerprints().get(key)
 
 
+def stamp_of(found: os.stat_result) -> Stamp:
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def stamps_of(directory: Path) -> list[tuple[str, Stamp]]:
+    """What tells whether a model's weights and settings are still the files that they are now."""
+    settings = (directory / name for name in ("config.json", "generation_config.json"))
+    files = [*safetensors_files(directory), *(file for file in settings if file.is_file())]
+    return [(str(file), stamp_of(file.stat())) for file in files]
+
+
+def refuse_replaced(stamps: Iterable[tuple[str, Stamp]]) -> None:
+    """Raises RunFailed where a file is gone, or another one than when it was stamped."""
+    for name, stamp in stamps:
+        try:
+            found = stamp_of(Path(name).stat())
+        except OSError as error:
+            raise RunFailed(
+                f"{name} was there when the search began and cannot be read now: "
+                f"{error.strerror}; put it back and resume"
+            ) from None
+        if found != stamp:
+            raise RunFailed(
+                f"{name} was changed after the search had looked at it, so its merges would not be "
+                "of the parents that it began with; put the old file back and resume, or begin "
+                "another search"
+            )
+
+
 def file_digest(file: Path) -> str:
     """SHA-256 of a file's bytes; 64 hex digits."""
     with file.open("rb") as stream:
@@ -306,10 +337,14 @@ def read_json(file: Path, missing: str = "") -> dict[str, Any]:
 
 
 def _stamp(files: Sequence[Path]) -> tuple[str, int]:
-    """A hash of the files' paths, sizes and times, and the newest time in ns."""
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    """A hash of the files' paths, sizes and times, and the newest time in ns.
+
+    Also of when the system last changed its entry: a copy may keep another file's size and time.
+    """
+    found = [(str(file), file.stat()) for file in files]
+    stats = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in found]
     key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-    return key, max((mtime for _, _, mtime in stats), default=0)
+    return key, max((stat.st_mtime_ns for _, stat in found), default=0)
 
 
 def _cached_fingerprints() -> dict[str, str]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from agentmerge.errors import CandidateFailed
+from agentmerge.merging.chat_templates import recipe_template
 from agentmerge.merging.export import default_card
 from agentmerge.merging.writing import copy_side_files, directory_at_once
 from agentmerge.recipe import CANCEL_SHARE, Recipe
@@ -51,6 +52,7 @@ def mergekit_merge(
     body = _relocated(recipe.to_dict(), places)
     seed = body.pop("merge_seed", None)
     body.pop("tokenizer_source", None)  # what comes here is aligned, and mergekit would cut rows
+    template = recipe_template(body.pop("chat_template", None))
     options = MergeOptions(
         random_seed=seed,
         quiet=True,
@@ -68,6 +70,8 @@ def mergekit_merge(
             LoaderCache().flush_all()
             LoaderCache().loaders.clear()
         copy_side_files(paths[template_model], scratch)
+        if template is not None:
+            (scratch / "chat_template.jinja").write_text(template, encoding="utf-8")
         (scratch / "mergekit_config.yml").write_text(recipe.to_yaml(), encoding="utf-8")
         card = default_card(out_dir.name, recipe) if card is None else card
         (scratch / "README.md").write_text(card, encoding="utf-8")

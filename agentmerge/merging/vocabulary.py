@@ -190,7 +190,7 @@ def align(
     for name, path in directories.items():
         _refuse_without_tokenizer(name, path, trust_remote_code)
     try:
-        with _quiet():
+        with _quiet(), _vocabularies_in_order():
             built = build_tokenizer(
                 base_model=references[first],
                 referenced_models=list(references.values()),
@@ -230,6 +230,24 @@ def _refuse_without_tokenizer(name: str, path: Path, trust_remote_code: bool) ->
             f"{name}: tokenizer_source needs every parent's tokenizer, and this one's cannot be "
             f"read ({reason}); put its tokenizer files beside its weights"
         ) from error
+
+
+@contextmanager
+def _vocabularies_in_order() -> Iterator[None]:
+    """mergekit numbers the tokens that a union adds as it meets them, and a tokenizer names its own
+    in an order of chance: here by their numbers."""
+    from transformers import PreTrainedTokenizerFast
+
+    as_it_comes = PreTrainedTokenizerFast.get_vocab
+
+    def in_order(tokenizer: Any) -> dict[str, int]:
+        return dict(sorted(as_it_comes(tokenizer).items(), key=lambda item: item[1]))
+
+    PreTrainedTokenizerFast.get_vocab = in_order
+    try:
+        yield
+    finally:
+        PreTrainedTokenizerFast.get_vocab = as_it_comes
 
 
 @contextmanager

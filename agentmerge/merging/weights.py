@@ -20,11 +20,10 @@ from agentmerge.merging.headers import (
     content_fingerprint,
     read_headers,
     safetensors_files,
+    stamp_of,
 )
 from agentmerge.merging.layout import Layout
 from agentmerge.merging.scratch import size_bytes, slabs
-
-_Stamp = tuple[int, int, int]  # size in bytes, time of change in ns, inode
 
 
 class TensorSource(Protocol):
@@ -65,7 +64,9 @@ class ParentFiles:
         self.device = device
         # Before the contents are looked at: a change after this line is noticed.
         self._stamps = {
-            file: _stamp(file.stat()) for path in paths.values() for file in safetensors_files(path)
+            file: stamp_of(file.stat())
+            for path in paths.values()
+            for file in safetensors_files(path)
         }
         self.identities = {name: content_fingerprint(path) for name, path in paths.items()}
         self._headers = {name: read_headers(path) for name, path in paths.items()}
@@ -82,7 +83,7 @@ class ParentFiles:
         """Raises RunFailed where a file was removed or changed since this was opened."""
         for file, stamp in self._stamps.items():
             try:
-                found = _stamp(file.stat())
+                found = stamp_of(file.stat())
             except OSError as error:
                 raise _gone(file, error) from None
             if found != stamp:
@@ -96,7 +97,7 @@ class ParentFiles:
         except OSError as error:
             raise _gone(header.file, error) from None
         try:
-            if _stamp(os.fstat(descriptor)) != self._stamps[header.file]:
+            if stamp_of(os.fstat(descriptor)) != self._stamps[header.file]:
                 raise _changed(header.file)
             if not size_bytes:
                 return torch.empty(header.shape, dtype=dtype)
@@ -167,10 +168,6 @@ def _page_locked(size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     except RuntimeError:  # more than the system lets a process lock: slower, not wrong
         return torch.empty(size, dtype=torch.uint8)
-
-
-def _stamp(found: os.stat_result) -> _Stamp:
-    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _gone(file: Path, error: OSError) -> RunFailed:

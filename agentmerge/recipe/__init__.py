@@ -107,7 +107,7 @@ class Recipe:
             dtype=raw.get("dtype"),
             out_dtype=raw.get("out_dtype"),
             tokenizer_source=None if tokenizer is None else str(tokenizer),
-            chat_template=raw.get("chat_template"),
+            chat_template=_text(raw, "chat_template"),
             merge_seed=seed,
             notes=tuple(notes),
         )
@@ -194,9 +194,11 @@ class Recipe:
     def hash(self, identities: Mapping[str, str] | None = None) -> str:
         """SHA-256 over the form, 16 hex digits; call it on the canonical form.
 
-        identities: model name -> content fingerprint, so that a moved model stays itself.
+        identities: model name -> content fingerprint, so that a moved model stays itself. The chat
+        template is left out: it changes what is asked, which is the protocol's, and no weight.
         """
         body = self.to_dict()
+        body.pop("chat_template", None)
         if identities:
             body = _renamed(body, identities)
         text = json.dumps(body, sort_keys=True, separators=(",", ":"))
@@ -267,6 +269,13 @@ def _filled(first: Parameters, then: Parameters) -> Parameters:
     second = dict(then)
     own = {name: setting.then(second.get(name)) for name, setting in first}
     return tuple((second | own).items())
+
+
+def _text(raw: Mapping[str, Any], key: str) -> str | None:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, str):
+        raise RecipeError(f"{key} {value!r} must be a text")
+    return value
 
 
 def _refuse_cancelled(effective: Effective, tensor: str) -> None:

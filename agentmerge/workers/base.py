@@ -101,7 +101,11 @@ class Gradient:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """Everything about a worker that can change an answer; part of the ledger's key."""
+    """Everything about a worker that can change an answer; part of the ledger's key.
+
+    conditions: a hash of what else answers depend on (``workers.conditions``); "" for a worker that
+        reads no model, and in results of before it was recorded.
+    """
 
     engine: str
     version: str
@@ -110,6 +114,7 @@ class EngineInfo:
     batch_size: str
     tensor_parallel: int = 1
     scoring: str = "lm-eval"
+    conditions: str = ""
 
 
 _HF_OPTIONS = ("attn_implementation", "base", "max_length", "threads")
@@ -135,6 +140,10 @@ class WorkerSpec:
         the worker starts, and counts on being the only one.
     method: the search's merge method, for what merging takes; None where it is not known.
     crowd: how many such workers share the device.
+    stamps: of the parents' files when they were identified (``merging.headers.stamps_of``); a
+        worker that finds others refuses to work.
+    matmul_precision: torch's ``float32_matmul_precision`` while the worker computes; processes of
+        its own do not inherit what the caller has set.
     options: the worker's own settings from the config's ``worker`` section.
     """
 
@@ -147,6 +156,8 @@ class WorkerSpec:
     device: str = "cpu"
     trust_remote_code: bool = False
     placement: Literal["auto", "device", "host", "stream"] = "auto"
+    stamps: tuple[tuple[str, tuple[int, int, int, int]], ...] = ()
+    matmul_precision: str = "highest"
     options: dict[str, Any] = field(default_factory=dict)
     method: str | None = None
     crowd: int = 1

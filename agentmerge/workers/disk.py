@@ -28,10 +28,12 @@ from agentmerge.errors import AgentmergeError, ConfigError, RunFailed, WorkerLos
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.merging.device import release
 from agentmerge.merging.export import export_checkpoint
+from agentmerge.merging.headers import refuse_replaced
 from agentmerge.merging.placement import Demand
 from agentmerge.merging.plan import Layout, plan, read_layout
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
+from agentmerge.workers.conditions import conditions
 
 
 class DiskWorker:
@@ -70,6 +72,10 @@ class DiskWorker:
         return describe("disk", spec)
 
     @staticmethod
+    def conditions(spec: WorkerSpec) -> dict[str, Any]:
+        return conditions(spec)
+
+    @staticmethod
     def preflight(spec: WorkerSpec, layout: Layout | None) -> tuple[list[str], list[str]]:
         if spec.options.get("evaluate_with") == "vllm":
             from agentmerge.workers.vllm_check import preflight
@@ -97,6 +103,7 @@ class DiskWorker:
             device=self._spec.device,
         )
         release(self._spec.device)  # it is the scoring process's now
+        refuse_replaced(self._spec.stamps)
         fingerprint = Fingerprint(planned.digest, exported.digest, exported.tensors)
         self._loaded = (target, fingerprint)
         return fingerprint

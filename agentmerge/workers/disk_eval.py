@@ -28,6 +28,7 @@ def evaluate(task: dict[str, Any]) -> Any:
 
     spec = task["spec"]
     torch.set_num_threads(task["threads"])
+    torch.set_float32_matmul_precision(spec.matmul_precision)
     try:
         if spec.options.get("evaluate_with") == "vllm":
             return _by_vllm(spec, task)
@@ -53,15 +54,25 @@ def _by_vllm(spec: Any, task: dict[str, Any]) -> Any:
     """An engine started on the checkpoint, which is also its only parent."""
     from dataclasses import replace
 
+    from agentmerge.config import FIRST
     from agentmerge.errors import RunFailed
+    from agentmerge.evaluation.live import tokenizer_of
     from agentmerge.evaluation.tasks import tasks_for
     from agentmerge.merging.layout import read_layout
     from agentmerge.recipe import Recipe
     from agentmerge.workers.vllm import VllmWorker
 
     options = spec.options | {"base": None, "canary_every": 0}
+    tasks = spec.tasks
+    if tasks.chat_template not in (None, FIRST):  # it may name a parent, which is none here
+        template = tokenizer_of(spec).get_chat_template()
+        tasks = tasks.model_copy(update={"chat_template": template})
     alone = replace(
-        spec, parents=(("merge", str(task["path"])),), template_model="merge", options=options
+        spec,
+        parents=(("merge", str(task["path"])),),
+        template_model="merge",
+        tasks=tasks,
+        options=options,
     )
     depth = read_layout({"merge": task["path"]}).num_layers
     worker = VllmWorker(alone, tasks_for(spec, check_built_ins=False))

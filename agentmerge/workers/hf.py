@@ -31,7 +31,7 @@ from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.merging.contraction import Contraction
 from agentmerge.merging.device import current, release
-from agentmerge.merging.headers import read_config
+from agentmerge.merging.headers import read_config, refuse_replaced
 from agentmerge.merging.layout import read_layout
 from agentmerge.merging.live import LiveWeights
 from agentmerge.merging.memory import device_name, ran_out
@@ -49,6 +49,7 @@ from agentmerge.workers.base import (
     Loss,
     WorkerSpec,
 )
+from agentmerge.workers.conditions import conditions, conditions_hash, ends_of, live_parent
 from agentmerge.workers.targets import live_targets, pairing_faults, parts_of
 
 #: Parameters below which a second thread costs more than it brings: on a busy machine of two cores
@@ -74,7 +75,7 @@ class HfWorker:
             placement=spec.placement,
         )
         layout = self._family.layout
-        opened = _opened(spec, layout)
+        opened = live_parent(spec)
         self._model = open_model(spec, parent_path(spec, opened))
         self._lm = live_lm(spec, self._model)  # first: it may put a tied head's bias elsewhere
         self._live = live_targets(
@@ -84,6 +85,7 @@ class HfWorker:
             lambda name: self._family.tensor(opened, name),
         )
         self._places = _places(self._model)
+        refuse_replaced(spec.stamps)
         self._threads = threads_for(spec, self._model)
         self._weights = LiveWeights(self._family, self._live)
         self._scorer = ItemScorer(self._lm, taskset or tasks_for(spec))
@@ -107,6 +109,10 @@ class HfWorker:
     @staticmethod
     def preflight(spec: WorkerSpec, layout: Layout | None) -> tuple[list[str], list[str]]:
         return preflight(spec, layout)
+
+    @staticmethod
+    def conditions(spec: WorkerSpec) -> dict[str, Any]:
+        return conditions(spec)
 
     @property
     def info(self) -> EngineInfo:
@@ -175,18 +181,21 @@ class HfWorker:
 
     @contextmanager
     def _threaded(self) -> Iterator[None]:
-        """The right device and number of threads."""
-        before = torch.get_num_threads()
+        """The right device, number of threads and precision."""
+        before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
         torch.set_num_threads(self._threads)
+        torch.set_float32_matmul_precision(self._spec.matmul_precision)
         try:
             with current(self._spec.device):
                 yield
         finally:
             torch.set_num_threads(before)
+            torch.set_float32_matmul_precision(precision)
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """The right number of threads; out of memory as a lost worker that says what to lower."""
+        """The right number of threads and precision; out of memory as a lost worker that says what
+        to lower."""
         with self._threaded():
             try:
                 yield
@@ -212,7 +221,7 @@ def preflight(spec: WorkerSpec, layout: Layout | None) -> tuple[list[str], list[
     """
     if layout is None or (spec.trust_remote_code and _has_own_code(spec, layout)):
         return [], []  # a model's own code runs when the search does
-    opened = Path(dict(spec.parents)[_opened(spec, layout)])
+    opened = Path(dict(spec.parents)[live_parent(spec)])
     try:
         model = skeleton(opened)
     except ParentError as error:
@@ -221,13 +230,8 @@ def preflight(spec: WorkerSpec, layout: Layout | None) -> tuple[list[str], list[
     return pairing_faults(model, shapes, layout.carried), []
 
 
-def _opened(spec: WorkerSpec, layout: Layout) -> str:
-    """The parent that becomes the live model: what is carried over is the first one's."""
-    return layout.first if layout.carried else spec.template_model
-
-
 def _has_own_code(spec: WorkerSpec, layout: Layout) -> bool:
-    return "auto_map" in read_config(Path(dict(spec.parents)[_opened(spec, layout)]))
+    return "auto_map" in read_config(Path(dict(spec.parents)[live_parent(spec)]))
 
 
 def _places(model: Any) -> list[int]:
@@ -237,6 +241,9 @@ def _places(model: Any) -> list[int]:
 
 def open_model(spec: WorkerSpec, path: Path) -> Any:
     """A model that continues text, in eval mode, on the spec's device and at its dtype.
+
+    Of its generation config only begin, end and padding are kept: what else one parent's file says
+    (penalties, suppressed tokens, lengths) is no property of a merge, and vLLM would not heed it.
 
     Raises:
         RunFailed: there is not memory enough.
@@ -251,6 +258,7 @@ def open_model(spec: WorkerSpec, path: Path) -> Any:
         model = auto_class(config).from_pretrained(
             str(path), dtype=spec.dtype, trust_remote_code=spec.trust_remote_code, **extra
         )
+        model.generation_config = transformers.GenerationConfig(**ends_of(path, config))
         return model.to(spec.device).eval().requires_grad_(False)
 
 
@@ -330,4 +338,11 @@ def describe(engine: str, spec: WorkerSpec) -> EngineInfo:
     versions = f"transformers {version('transformers')}, torch {torch.__version__}"
     if "attn_implementation" in spec.options:
         versions += f", {spec.options['attn_implementation']}"
-    return EngineInfo(engine, versions, device, spec.dtype, str(spec.batch_size))
+    return EngineInfo(
+        engine,
+        versions,
+        device,
+        spec.dtype,
+        str(spec.batch_size),
+        conditions=conditions_hash(spec),
+    )

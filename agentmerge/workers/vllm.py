@@ -21,12 +21,14 @@ from typing import Any
 from agentmerge.errors import RunFailed
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
+from agentmerge.merging.headers import refuse_replaced
 from agentmerge.merging.layout import Layout, read_layout
 from agentmerge.merging.memory import device_name
 from agentmerge.merging.placement import Demand
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
 from agentmerge.workers.canary import Canary
+from agentmerge.workers.conditions import conditions, conditions_hash
 from agentmerge.workers.vllm_check import demand, installed, preflight
 
 #: Raised with any change of what is asked: results by different rules are never mixed.
@@ -66,6 +68,11 @@ class VllmWorker:
         longest = max(lm.longest(requests), min(_LEAST_CONTEXT, context))
         probes = [lm.tok_encode(r.args[0] or "a") for r in requests[:: len(requests) // 4 + 1]]
         self._engine = Engine(spec, longest, probes)
+        try:
+            refuse_replaced(spec.stamps)
+        except RunFailed:
+            self._engine.close()
+            raise
         parent = Recipe.of_model(layout.parents[0], layout.num_layers).canonical(layout.num_layers)
         every = int(spec.options.get("canary_every", 0))
         self._canary = Canary(parent, taskset, spec.dtype, every, self._both)
@@ -101,7 +108,12 @@ class VllmWorker:
             str(spec.batch_size),
             int(args.get("tensor_parallel_size", 1)),
             SCORING if spec.options.get("in_place", True) else f"{SCORING}, packed",
+            conditions_hash(spec),
         )
+
+    @staticmethod
+    def conditions(spec: WorkerSpec) -> dict[str, Any]:
+        return conditions(spec)
 
     @property
     def info(self) -> EngineInfo:

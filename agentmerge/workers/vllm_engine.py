@@ -31,6 +31,7 @@ from agentmerge.merging.layout import read_layout
 from agentmerge.merging.memory import cuda_devices, device_of, ran_out
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import WorkerSpec
+from agentmerge.workers.conditions import remember_environment
 from agentmerge.workers.hf import SMALL_MODEL
 from agentmerge.workers.vllm_check import (
     GIB,
@@ -370,6 +371,7 @@ def _lower(spec: WorkerSpec) -> str:
 @contextmanager
 def vllm_imported() -> Iterator[None]:
     """Import anything of vLLM inside this: it reads its environment then, and says much."""
+    remember_environment()
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with quiet():

@@ -40,6 +40,8 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
         slope = (KEY, Gradient(0.5, 7, ()), (0.25,))
         ledger.save_evaluation(run_id, (90, 0), score=0.1, slope=slope)
         ledger.add_candidates(run_id, 91, [(Proposal((0.5,), "x"), "h", "of: other names", "")])
+        assert ledger.first_time("news")
+        assert not ledger.first_time("news")
     return folder
 
 

