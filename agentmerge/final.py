@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agentmerge.constraints import kept
-from agentmerge.errors import CandidateFailed, TaskError, WorkerLost
+from agentmerge.errors import BudgetReached, CandidateFailed, TaskError, WorkerLost
 from agentmerge.evaluation.leads import counted, lead, least_leads
 from agentmerge.evaluation.statistics import Interval, figure
 from agentmerge.evaluation.tasks import Part
@@ -125,7 +125,7 @@ def confirmed(
         try:
             search.taskset.score(search.confirm(answer), "sealed")
             return Confirmed(choice, answer, True, [*notes, *doubt], fallen)
-        except WorkerLost as error:
+        except (BudgetReached, WorkerLost) as error:
             doubt = [*doubt, f"the sealed items were not asked; resume asks them: {error}"]
             return Confirmed(choice, answer, False, [*notes, *doubt], fallen, str(error))
         except (CandidateFailed, TaskError) as error:
@@ -189,7 +189,7 @@ def undenied(
         if rival is not answer:
             try:
                 theirs[rival] = search_results(search, rival, "sealed")
-            except (CandidateFailed, TaskError, WorkerLost):
+            except (BudgetReached, CandidateFailed, TaskError, WorkerLost):
                 continue
     if not theirs:
         return answer, []
@@ -240,7 +240,7 @@ def difference(search: Search, mine: Candidate, theirs: Candidate) -> tuple[Part
     """How far one is ahead on sealed items, or on search items where none are sealed, and which.
 
     Raises:
-        CandidateFailed, TaskError, WorkerLost: one of them cannot be scored there.
+        BudgetReached, CandidateFailed, TaskError, WorkerLost: one of them cannot be scored there.
     """
     part: Part = "sealed" if search.taskset.refs("sealed") else "search"
     one, other = (search_results(search, c, part) for c in (mine, theirs))
@@ -375,7 +375,7 @@ def _row(search: Search, candidate: Candidate, sealed: bool) -> dict[str, Any]:
         try:
             score = search.taskset.score(search.confirm(candidate), "sealed")
             row |= {"sealed_score": score.value, "sealed_tasks": dict(score.tasks)}
-        except (CandidateFailed, TaskError, WorkerLost) as error:
+        except (BudgetReached, CandidateFailed, TaskError, WorkerLost) as error:
             row |= {"sealed_score": None, "sealed_failure": str(error)}
     return row
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from agentmerge.errors import CandidateFailed, TaskError, WorkerLost
+from agentmerge.errors import BudgetReached, CandidateFailed, TaskError, WorkerLost
 from agentmerge.evidence import comparable
 from agentmerge.final import difference, name_of
 from agentmerge.ledger import Candidate
@@ -92,7 +92,7 @@ def uplift(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any]:
     found |= {"agents_search": agents.score, "null_search": null.score}
     try:
         part, interval = difference(search, agents, null)
-    except (CandidateFailed, TaskError, WorkerLost) as error:
+    except (BudgetReached, CandidateFailed, TaskError, WorkerLost) as error:
         return found | {"difference": None, "failure": str(error)}
     return found | {"part": part, "difference": interval._asdict() if interval else None}
 

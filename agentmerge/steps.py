@@ -9,6 +9,7 @@ what happens is told through ``emit``.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from agentmerge.constraints import Floor, floors, penalised, violation
 from agentmerge.errors import (
     AgentmergeError,
     AnswerRefused,
+    BudgetReached,
     CandidateFailed,
     LedgerError,
     NotBegun,
@@ -33,6 +35,7 @@ from agentmerge.errors import (
     RecipeRejected,
     RunFailed,
     TaskError,
+    UserError,
     WorkerLost,
 )
 from agentmerge.evaluation.racing import Course
@@ -138,6 +141,7 @@ class Search:
     stopping: Callable[[], bool] = lambda: False
     still_mine: Callable[[], None] = lambda: None
     _had_no_proposal: int = -1
+    _seconds: list[float] = field(default_factory=list)
     _points: dict[tuple[str, str], tuple[float, ...] | None] = field(default_factory=dict)
 
     # --- nodes ------------------------------------------------------------------------------
@@ -150,6 +154,11 @@ class Search:
         """
         past = self.ledger.candidates(self.run_id)
         if not past:
+            if not self.evaluations_left:
+                raise UserError(
+                    f"budget.max_items {self.config.budget.max_items} pays for no candidate: one "
+                    f"is asked {self._items_each} items, and the end {self.ending_items} sealed ones"
+                )
             self._add(0, self._seed_population())
             return 0
         last = past[-1].generation
@@ -200,6 +209,7 @@ class Search:
             if candidate.want == "gradient":  # whatever becomes of it, these are paid for
                 self.scoring.save(answers)
             score = self.taskset.score(answers.results)
+            self._seconds += [answers.seconds] if answers.paid else []
             slope, more_seconds = self._slope(candidate, recipe)
         except NotBegun:
             return  # left open: whoever goes on with this search scores it
@@ -247,7 +257,7 @@ class Search:
         best = incumbent(candidates)
         if best is not None:
             self._write_best(best)
-        if self.seconds_left <= 0:
+        if self.seconds_left <= self._ending_s:
             return Outcome(best, "timeout", generation=generation)
         still_open = [
             (c.generation, c.slot)
@@ -487,11 +497,22 @@ class Search:
         return self.scoring.known(recipe_hash, part)
 
     def confirm(self, candidate: Candidate) -> dict[ItemRef, ItemResult]:
-        """Sealed items' results of a candidate, paid for once and kept."""
+        """Sealed items' results of a candidate, paid for once and kept.
+
+        Raises:
+            CandidateFailed, NotBegun, WorkerLost, TaskError: as the pool does.
+            BudgetReached: no time is left.
+        """
         recipe = Recipe.parse(self.ledger.recipe(candidate.recipe_hash, self.run_id))
-        answers = self.scoring.ask(
-            recipe, candidate.recipe_hash, "sealed", lambda: not self.stopping()
-        )
+        in_time = self.seconds_left > 0
+        try:
+            answers = self.scoring.ask(
+                recipe, candidate.recipe_hash, "sealed", lambda: in_time and not self.stopping()
+            )
+        except NotBegun:
+            if not in_time and not self.stopping():
+                raise BudgetReached("timeout") from None
+            raise
         self.scoring.save(answers)
         return answers.results
 
@@ -517,8 +538,22 @@ class Search:
         used += probed["items"] / self._items_each
         left = budget.max_evaluations - used
         if budget.max_items is not None:
-            left = min(left, budget.max_items / self._items_each - used)
+            left = min(left, (budget.max_items - self.ending_items) / self._items_each - used)
         return max(0.0, left)
+
+    @property
+    def ending_items(self) -> int:
+        """The sealed items that the end asks, at most, where each merge has a finite answer: of the
+        parents, the best cheap merge, the answer, and the other arm's best."""
+        merges = len(self.space.genome.parents) + 2 + bool(self.config.search.shadow)
+        return merges * len(set(self.taskset.refs("sealed")) - set(self.taskset.refs("search")))
+
+    @property
+    def _ending_s(self) -> float:
+        """How long that takes, by the candidates that were scored."""
+        if not self._seconds:
+            return 0.0
+        return statistics.median(self._seconds) * self.ending_items / self._items_each
 
     @property
     def _items_each(self) -> int:
@@ -632,7 +667,7 @@ class Search:
         return math.inf if self.deadline is None else self.deadline - time.monotonic()
 
     def wanted(self) -> bool:
-        return not self.stopping() and self.seconds_left > 0
+        return not self.stopping() and self.seconds_left > self._ending_s
 
     def _write_best(self, best: Candidate) -> None:
         """best.yml, replaced in one step: it is whole at every moment."""

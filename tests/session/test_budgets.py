@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from agentmerge.agents.testing import ScriptedServer, scripted_chat_model
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger
 from agentmerge.report.summary import run_summary
+from agentmerge.steps import Search
 from tests.session.conftest import config, trace_of
 from tests.session.test_agents import advised, adviser
 
@@ -60,17 +62,49 @@ def test_nothing_is_asked_that_cannot_be_paid(tmp_path) -> None:
     assert row.stop_reason == "tokens"
 
 
-def test_items_are_a_budget_too(tmp_path) -> None:
-    whole = config()
-    items = 120  # two tasks, 60 search items each
-    row = session.run(
-        config(budget={"max_items": 14 * items + items // 2}), name="a", runs_dir=tmp_path
-    )
-    session.run(whole, name="b", runs_dir=tmp_path)
+def items_asked(runs_dir: Path) -> int:
+    with Ledger(runs_dir / session.LEDGER) as ledger:
+        (row,) = ledger.records(
+            "SELECT sum(s.count) AS items FROM results r JOIN item_sets s ON s.id = r.item_set_id"
+        )
+    return int(row["items"])
+
+
+def test_items_are_a_budget_too_and_the_end_is_in_it(tmp_path) -> None:
+    items = 120  # two tasks, 60 search items each, and as many sealed ones
+    end = (3 + 2) * items  # the parents, the best cheap merge and the answer
+    most = 14 * items + items // 2 + end
+    row = session.run(config(budget={"max_items": most}), name="a", runs_dir=tmp_path / "a")
     assert (row.status, row.stop_reason) == ("done", "budget")
-    assert summary_of(tmp_path, "a")["evaluations"]["total"] == 14
-    row = session.resume("a", runs_dir=tmp_path, overrides={"budget.max_items": 10**6})
-    assert summary_of(tmp_path, "a")["evaluations"]["total"] == 34
+    assert row.result["sealed"]
+    assert summary_of(tmp_path / "a", "a")["evaluations"]["total"] == 14
+    assert items_asked(tmp_path / "a") <= most
+    session.resume("a", runs_dir=tmp_path / "a", overrides={"budget.max_items": 10**6})
+    assert summary_of(tmp_path / "a", "a")["evaluations"]["total"] == 34
+
+
+def test_a_budget_that_pays_for_nothing_is_refused(tmp_path) -> None:
+    small = config(budget={"max_items": 700})
+    with pytest.raises(UserError, match=r"700 pays for no candidate: one is asked 120 items.* 600"):
+        session.run(small, name="a", runs_dir=tmp_path)
+    row = session.run(config(budget={"max_items": 1400}), name="a", runs_dir=tmp_path)
+    assert row.status == "done"
+
+
+def test_the_end_is_within_the_timeout(tmp_path, monkeypatch) -> None:
+    """Time for the sealed items is kept; where it is not enough, they are left to a resume."""
+    slow = config(worker={"options": {"delay_s": 0.1}}, budget={"timeout_s": 3.0})
+    began = time.monotonic()
+    row = session.run(slow, name="a", runs_dir=tmp_path / "a")
+    if row.stop_reason == "timeout" and row.result["sealed"]:
+        assert time.monotonic() - began < 3.0 + 5.0  # loading, and a busy machine
+    monkeypatch.setattr(Search, "_ending_s", 0.0)
+    row = session.run(slow, name="b", runs_dir=tmp_path / "b")
+    assert row.stop_reason == "timeout"
+    assert not row.result["sealed"]
+    assert any("sealed items were not asked; resume asks them" in n for n in row.result["notes"])
+    row = session.resume("b", runs_dir=tmp_path / "b", overrides={"budget.timeout_s": 600.0})
+    assert row.result["sealed"]
 
 
 def test_an_unknown_price_is_said_not_guessed(tmp_path) -> None:
