@@ -22,6 +22,8 @@ from agentmerge.errors import LeaseHeld
 STALE_AFTER_S = 60.0
 _BUSY_TIMEOUT_S = 30.0
 _BEATS_BEFORE_STALE = 4
+#: A process with a holder's pid that began so much later than its last beat is another one.
+_STARTS_APART_S = 60.0
 
 # Tokens of this process's own leases: a row with our pid and no such token was left by an earlier
 # process that happened to have the same pid, as every restarted container has.
@@ -38,14 +40,16 @@ class Holder:
     token: str
 
     def is_gone(self, stale_after_s: float) -> bool:
-        """Whether this holder can no longer be at work."""
-        if time.time() - self.heartbeat > stale_after_s:
-            return True
+        """Whether this holder can no longer be at work.
+
+        On this host its process says so, however long it was silent (a suspended machine, a long
+        VACUUM). Another host's clock may be off in either direction: ``Lease`` looks again.
+        """
         if self.host != socket.gethostname():
-            return False
+            return abs(time.time() - self.heartbeat) > stale_after_s
         if self.pid == os.getpid():
             return self.token not in _held
-        return not _is_alive(self.pid)
+        return not _is_alive(self.pid, self.heartbeat)
 
 
 class Lease:
@@ -108,9 +112,10 @@ class Lease:
 
     def _take(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        silent = self._silent_elsewhere()
         with _transaction(self.path) as conn:
             found = _read(conn, self.thread_id)
-            if found is not None and not found.is_gone(self.stale_after_s):
+            if found is not None and found != silent and not self._gone_here(found):
                 raise LeaseHeld(self._refusal(found))
             conn.execute(
                 "INSERT OR REPLACE INTO leases (thread_id, host, pid, heartbeat, token) "
@@ -119,14 +124,30 @@ class Lease:
             )
             _held.add(self.token)
 
+    def _gone_here(self, found: Holder) -> bool:
+        return found.host == socket.gethostname() and found.is_gone(self.stale_after_s)
+
+    def _silent_elsewhere(self) -> Holder | None:
+        """Another host's holder that is silent by both clocks: by its own, which may be off, and by
+        ours, over which it gave no sign of life."""
+        with _transaction(self.path) as conn:
+            found = _read(conn, self.thread_id)
+        if found is None or found.host == socket.gethostname():
+            return None
+        if not found.is_gone(self.stale_after_s):
+            return None
+        time.sleep(1.5 * self.stale_after_s / _BEATS_BEFORE_STALE)
+        return found
+
     def _refusal(self, found: Holder) -> str:
         age_s = max(0.0, time.time() - found.heartbeat)
         if found.host == socket.gethostname() and found.pid == os.getpid():
             return f"search {self.name!r} is already running in this process (pid {found.pid})"
         return (
             f"search {self.name!r} is being run by process {found.pid} on {found.host} "
-            f"(last sign of life {age_s:.0f} s ago); stop that process, or try again once it has "
-            f"been silent for {self.stale_after_s:.0f} s, or branch the search under another name"
+            f"(last sign of life {age_s:.0f} s ago); stop that process, or, if it is another "
+            f"host's, try again once it has been silent for {self.stale_after_s:.0f} s, or branch "
+            "the search under another name"
         )
 
     def _renew(self) -> None:
@@ -171,7 +192,8 @@ def _read(conn: sqlite3.Connection, thread_id: str) -> Holder | None:
     return None if row is None else Holder(*row)
 
 
-def _is_alive(pid: int) -> bool:
+def _is_alive(pid: int, at: float) -> bool:
+    """Whether the process that had this pid at a time (seconds since the epoch) still runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -183,4 +205,15 @@ def _is_alive(pid: int) -> bool:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return True
-    return status.rpartition(")")[2].split()[0] != "Z"
+    fields = status.rpartition(")")[2].split()
+    return fields[0] != "Z" and _started(int(fields[19])) < at + _STARTS_APART_S
+
+
+def _started(ticks: int) -> float:
+    """When a process began, in seconds since the epoch, from its clock ticks since the boot."""
+    try:
+        lines = Path("/proc/stat").read_text().splitlines()
+        boot = next(int(line.split()[1]) for line in lines if line.startswith("btime "))
+    except (OSError, StopIteration):
+        return 0.0
+    return boot + ticks / os.sysconf("SC_CLK_TCK")

@@ -156,8 +156,9 @@ class Search:
         if not past:
             if not self.evaluations_left:
                 raise UserError(
-                    f"budget.max_items {self.config.budget.max_items} pays for no candidate: one "
-                    f"is asked {self._items_each} items, and the end {self.ending_items} sealed ones"
+                    f"budget.max_items {self.config.budget.max_items} pays for no candidate: "
+                    f"one is asked {self._items_each} items, and the end {self.ending_items} "
+                    "sealed ones"
                 )
             self._add(0, self._seed_population())
             return 0

@@ -104,9 +104,34 @@ def test_another_host_is_believed_until_it_is_silent(path):
         rewrite(path, host="elsewhere", token="theirs")
     with pytest.raises(LeaseHeld, match="on elsewhere"), Lease.acquire(path, "t"):
         pass
-    rewrite(path, heartbeat=time.time() - 61)
-    with Lease.acquire(path, "t"):
+    for away in (-61, 86_400):  # long ago, or by a clock that is a day ahead
+        rewrite(path, heartbeat=time.time() + away, host="elsewhere", token="theirs")
+        with Lease.acquire(path, "t", stale_after_s=0.4):
+            rewrite(path, token="theirs")
+
+
+def test_another_host_whose_clock_is_off_is_at_work(path):
+    """Its heartbeat looks old, and it changes."""
+    with Lease.acquire(path, "t", stale_after_s=0.8):
+        rewrite(path, host="elsewhere", heartbeat=time.time() - 3600)
+        with pytest.raises(LeaseHeld), Lease.acquire(path, "t", stale_after_s=0.8):
+            pass
+
+
+def test_a_live_process_of_this_host_is_never_replaced(path, holder):
+    """A machine that slept, or a file that was locked for minutes, costs it heartbeats only."""
+    rewrite(path, heartbeat=time.time() - 40)
+    with (
+        pytest.raises(LeaseHeld, match="stop that process"),
+        Lease.acquire(path, "t", stale_after_s=30),
+    ):
         pass
+
+
+def test_another_process_with_the_pid_is_not_the_holder(path, holder):
+    rewrite(path, heartbeat=time.time() - 3600)  # long before that process began
+    with Lease.acquire(path, "t"):
+        assert Lease.holder(path, "t").pid == os.getpid()
 
 
 def test_a_row_of_our_own_pid_from_an_earlier_life_is_replaced(path):
