@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from agentmerge.assembly import (
 from agentmerge.check import Prepared, anchored, prepare
 from agentmerge.checkpoints import RUNS_DIR_VARIABLE
 from agentmerge.config import SearchConfig
-from agentmerge.errors import ConfigError, NotFound, UserError
+from agentmerge.errors import AgentmergeError, ConfigError, NotFound, UserError
 from agentmerge.lease import Lease
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.steps import Search
@@ -49,6 +50,7 @@ _SERVERS_OWN = frozenset({"search.graph", "search.init", "budget.prices"})
 
 _OPEN: dict[str, Search] = {}
 _HELD: dict[str, ExitStack] = {}
+_LOCKS: dict[str, threading.Lock] = {}
 _opening = threading.Lock()
 
 
@@ -183,9 +185,37 @@ def search_of(runtime: Any) -> Search:
     if not key:
         raise UserError("the graph was given neither a run in its context nor a thread")
     with _opening:
+        own = _LOCKS.setdefault(key, threading.Lock())
+    with own:  # opening takes minutes, and no other search waits for it
         if key not in _OPEN:
             _hold(context, key)
         return _OPEN[key]
+
+
+def releasing(node: Callable[..., Any]) -> Callable[..., Any]:
+    """A node that, where it fails, gives back lease, workers and memory of the search that
+    ``search_of`` opened; whoever tries again opens it anew."""
+
+    @wraps(node)
+    def run(state: Any, runtime: Any) -> Any:
+        from langgraph.errors import GraphBubbleUp
+
+        try:
+            return node(state, runtime)
+        except GraphBubbleUp:  # a question to a person, or a drain
+            raise
+        except Exception:
+            info = runtime.execution_info
+            key = (runtime.context or Context()).run or (info.thread_id if info else "")
+            search = _OPEN.get(key or "")
+            if search is not None and search.run_id in _HELD:
+                with suppress(AgentmergeError):
+                    search.ledger.update_run(search.run_id, status="interrupted")
+                with suppress(AgentmergeError):  # the node's own error is the one to tell
+                    let_go(search)
+            raise
+
+    return run
 
 
 def let_go(search: Search) -> None:

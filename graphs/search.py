@@ -18,7 +18,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import Command, Send, interrupt
 
-from agentmerge.context import ClientContext, Context, let_go, search_of
+from agentmerge.context import ClientContext, Context, let_go, releasing, search_of
 from agentmerge.moves import approval, question, restructure, wanted_move
 from agentmerge.state import Assignment, SearchState
 
@@ -117,10 +117,9 @@ def _dispatch(slots: list[tuple[int, int]], done: Literal["select", "critic"] = 
 def build(context: type[ClientContext] = Context) -> StateGraph[SearchState, Any]:
     """The uncompiled graph. context: what whoever invokes it is trusted to say."""
     graph: StateGraph[SearchState, Any] = StateGraph(SearchState, context_schema=context)
-    graph.add_node("seed", seed)
-    graph.add_node("evaluate", evaluate)
-    for node in (select, critic, controller, proposer, structure, finish):
-        graph.add_node(node.__name__, node)
+    graph.add_node("seed", releasing(seed))
+    for node in (evaluate, select, critic, controller, proposer, structure, finish):
+        graph.add_node(node.__name__, releasing(node))
     graph.add_edge(START, "seed")
     graph.add_edge("evaluate", "select")
     graph.add_edge("finish", END)

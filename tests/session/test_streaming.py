@@ -21,8 +21,9 @@ from agentmerge.assembly import graphs_dir
 from agentmerge.checkpoints import open_saver
 from agentmerge.config import SearchConfig
 from agentmerge.context import ClientContext, Context
-from agentmerge.errors import LeaseHeld, NotFound, UserError
+from agentmerge.errors import LeaseHeld, NotFound, TaskError, UserError
 from agentmerge.ledger import Ledger
+from agentmerge.workers.fake import FakeWorker
 from tests.session.conftest import BODY, config, config_text, trace_of
 
 
@@ -87,6 +88,35 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
         pytest.raises(LeaseHeld),
     ):
         streamed(tmp_path, Context(runs_dir=str(tmp_path)), row.id, {})
+
+
+def test_a_run_that_fails_gives_back_what_it_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agentmerge.context import _HELD, _OPEN
+    from agentmerge.lease import Lease
+
+    made, closed = FakeWorker.score, []
+
+    def broken(self, items):
+        raise TaskError("the data of task 'one' is gone")
+
+    monkeypatch.setattr(FakeWorker, "score", broken)
+    monkeypatch.setattr(FakeWorker, "close", lambda self: closed.append(self))
+    thread_id = str(uuid.uuid4())
+    context = Context(config=config_text(), name="served", runs_dir=str(tmp_path))
+    with pytest.raises(TaskError, match="is gone"):
+        streamed(tmp_path, context, thread_id, {})
+    assert closed
+    assert not _HELD
+    assert not _OPEN
+    assert Lease.holder(tmp_path / session.CHECKPOINTS, thread_id) is None
+    with Ledger(tmp_path / session.LEDGER) as ledger:
+        assert ledger.run("served").status == "interrupted"
+    monkeypatch.setattr(FakeWorker, "score", made)
+    streamed(tmp_path, context, thread_id, None)
+    with Ledger(tmp_path / session.LEDGER) as ledger:
+        assert ledger.run("served").status == "done"
 
 
 FOREIGN = {
