@@ -2,8 +2,10 @@
 
 import pytest
 
+from agentmerge.agents.history import variables
 from agentmerge.agents.prompts import VARIABLES, bundled_dir, load_prompts, prompt_hash
 from agentmerge.errors import PromptError
+from agentmerge.genome import public_names
 
 CRITIC = "Judge.\n---\n{{history}} {{best_score}}"
 
@@ -103,3 +105,21 @@ def test_prompt_hash_tells_prompts_apart():
     assert prompt_hash(one) == prompt_hash([dict(message) for message in one])
     assert prompt_hash(one) != prompt_hash([{"role": "user", "content": "ab"}])
     assert prompt_hash(one) != prompt_hash(one[::-1])
+
+
+def test_no_folder_of_this_machine_is_told_to_a_provider(make_view, entries, observe):
+    path = "/models/expert-sort"
+    named = [
+        observe(0, 1, (0.0, 2 / 3, 0.0, 2 / 3), 0.30, "parent", path),
+        observe(2, 0, (0.9, 0.1, 0.9, 0.1), None, failure=f"slice 0 names {path!r} twice"),
+    ]
+    found = variables(make_view([*entries[:1], named[0], *entries[2:], named[1]]))
+    assert path not in "\n".join(found.values())
+    assert "slice 0 names 'expert-sort' twice" in found["failures"]
+    assert "expert-sort" in found["rivals"]
+    assert public_names(["/a/x/model", "/a/y/model", "org/model", "/b/z+/c/lora"]) == {
+        "/a/x/model": "x/model",
+        "/a/y/model": "y/model",
+        "org/model": "org/model",
+        "/b/z+/c/lora": "z+lora",
+    }
