@@ -11,8 +11,8 @@ and the live model's logits with those of transformers' own ``from_pretrained`` 
 
 from __future__ import annotations
 
+import argparse
 import copy
-import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -426,11 +426,15 @@ frequencies and position numbers in old files are not merged, their class comput
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("types", nargs="*", help="model types; all, and the page, without")
+    asked = parser.parse_args().types
+    if strangers := sorted(set(asked) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
+        parser.error(f"transformers has no causal model class for {', '.join(strangers)}")
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    asked = sys.argv[1:]
     rows = []
     for row in survey_types(asked or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
         print(row.model_type, row.architecture, row.verdict, row.detail, sep="\t", flush=True)
