@@ -165,8 +165,9 @@ def test_it_gains_whatever_the_objective_is_like(strategy: Strategy, kind: str) 
     rivals = [o.score for o in found if o.generation == 0 and o.score is not None]
     own = [o.score for o in found if o.generation > 0 and o.score is not None]
     assert any(o.score is None for o in found), "nothing failed"
-    if strategy.name not in ("random", "sobol", "tpe"):  # that one draws at random for long
-        assert max(own) > max(rivals)
+    learns = getattr(strategy, "uses_items", False)  # the others have hardly begun by then
+    if strategy.name not in ("random", "sobol", "tpe"):  # points of chance, by then
+        assert max(own) > (max(rivals) if learns else np.median(rivals))
     part = tuple(o for o in found if o.generation <= found[-1].generation // 2)
     assert driven(strategy, objective, 26, part) == found
 
