@@ -331,7 +331,7 @@ def _memory(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryPla
         method=spec.method,
         workers=config.worker.count,
         devices=len(set(devices_for(spec, config.worker.count))),
-        demand=demand(spec) if demand else Demand(),
+        demand=demand(spec, layout) if demand else Demand(),
         asked=config.worker.placement,
         memory_gb=config.worker.memory_gb,
         token_bytes=bytes_per_token(text, spec.dtype),

@@ -54,7 +54,7 @@ class DiskWorker:
         return tasks_for(spec)
 
     @staticmethod
-    def demand(spec: WorkerSpec) -> Demand:
+    def demand(spec: WorkerSpec, layout: Layout) -> Demand:
         """Parents are read from their files, and a process of its own scores."""
         return Demand(("stream",), processes=2)
 

@@ -32,7 +32,6 @@ from agentmerge.evaluation.tasks import TaskSet, tasks_for
 from agentmerge.merging.contraction import Contraction
 from agentmerge.merging.device import current, release
 from agentmerge.merging.headers import read_config, refuse_replaced
-from agentmerge.merging.layout import read_layout
 from agentmerge.merging.live import LiveWeights
 from agentmerge.merging.memory import device_name, ran_out
 from agentmerge.merging.parents import Family
@@ -101,9 +100,8 @@ class HfWorker:
         return describe("hf", spec)
 
     @staticmethod
-    def demand(spec: WorkerSpec) -> Demand:
+    def demand(spec: WorkerSpec, layout: Layout) -> Demand:
         """As many tensors are merged at a time as torch has threads here."""
-        layout = read_layout({name: Path(path) for name, path in spec.parents})
         return Demand(threads=threads_of(spec, layout.parameters))
 
     @staticmethod

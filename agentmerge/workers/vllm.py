@@ -87,8 +87,8 @@ class VllmWorker:
         return preflight(spec, layout)
 
     @staticmethod
-    def demand(spec: WorkerSpec) -> Demand:
-        return demand(spec)
+    def demand(spec: WorkerSpec, layout: Layout) -> Demand:
+        return demand(spec, layout)
 
     @staticmethod
     def describe(spec: WorkerSpec) -> EngineInfo:

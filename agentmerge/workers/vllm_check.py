@@ -176,10 +176,9 @@ def ranks_of(spec: WorkerSpec) -> int:
     return int(args.get("tensor_parallel_size") or 1)
 
 
-def demand(spec: WorkerSpec) -> Demand:
+def demand(spec: WorkerSpec, layout: Layout) -> Demand:
     """What a forecast of memory has to know of an engine."""
     ranks = ranks_of(spec)
-    layout = read_layout({name: Path(path) for name, path in spec.parents})
     if spec.device == "cpu":
         from agentmerge.workers.hf import threads_of
 

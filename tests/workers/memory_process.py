@@ -47,7 +47,7 @@ def main() -> None:
         layout,
         dtype="bfloat16",
         method=recipes[0].merge_method,
-        demand=HfWorker.demand(spec),
+        demand=HfWorker.demand(spec, layout),
         asked=asked["placement"],
         memory_gb=asked["memory_gb"],
     )

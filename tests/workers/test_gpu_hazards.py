@@ -80,7 +80,7 @@ def test_a_context_in_the_searchs_process(
     for kind in (HfWorker, VllmWorker, DiskWorker):
         assert kind.describe(on).device == "Card"
     family = read_layout({name: Path(path) for name, path in on.parents})
-    plan = plan_memory(family, device=on.device, demand=VllmWorker.demand(on))
+    plan = plan_memory(family, device=on.device, demand=VllmWorker.demand(on, family))
     assert plan.device is not None
     assert plan.device.size_bytes == 70 * GIB
     monkeypatch.setattr(vllm_check, "_install_faults", list)

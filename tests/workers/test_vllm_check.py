@@ -93,7 +93,7 @@ def test_ranks_are_counted(
         options = {"engine_args": {"tensor_parallel_size": ranks}}
         own = spec(tied, tasks_dir, device="cuda", options=options)
         family = read_layout({name: Path(path) for name, path in own.parents})
-        plans.append(plan_memory(family, device="cuda", demand=vllm_check.demand(own)))
+        plans.append(plan_memory(family, device="cuda", demand=vllm_check.demand(own, family)))
     one, two = plans
     for placed, again in zip(one.forecasts, two.forecasts, strict=True):
         assert again.host.parents == 2 * placed.host.parents
