@@ -101,9 +101,9 @@ class Scoring:
             raise RunFailed(
                 f"recipe {recipe_hash} was merged into other weights (fingerprint {digest}) than "
                 f"those that its stored results are of ({min(known)}): a parent's file was changed "
-                "while it was in use, or merging rounds otherwise here (another machine or version "
-                "of a library); put that back, or search in another --runs-dir, where nothing is "
-                "reused"
+                "while it was in use, or merging rounds otherwise here (another machine, library "
+                "version or number of threads); put that back, or search in another --runs-dir, "
+                "where nothing is reused"
             )
 
     def _key(self, recipe_hash: str, protocol_hash: str) -> ResultKey:
