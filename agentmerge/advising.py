@@ -99,7 +99,7 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
     own = [
         o for o in history if o.generation == generation and (o.operator, o.label) == (PROBE, role)
     ]
-    history = [o for o in history if o not in own]
+    history = [o for o in history if o not in own and not (o.prior and o.score is None)]
     moves = openings(search.ledger, search.run_id)
     before = guidance_of(search.ledger, search.run_id, generation - 1) if generation else None
     settings = search.config.search
@@ -125,7 +125,8 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
 
 def _forecasts(search: Search, generation: int) -> list[Forecast]:
     words = search.ledger.advice(search.run_id)
-    return forecasts([w for w in words if w["generation"] < generation], search.told(generation))
+    own = [o for o in search.told(generation) if not o.prior]  # others were of another scale
+    return forecasts([w for w in words if w["generation"] < generation], own)
 
 
 def paired_noise(search: Search) -> Noise:

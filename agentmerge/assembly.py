@@ -21,11 +21,12 @@ from typing import Any
 from agentmerge import plugins
 from agentmerge.check import Prepared, prepare
 from agentmerge.config import Role, SearchConfig
-from agentmerge.errors import NotFound, UserError
-from agentmerge.ledger import Ledger, RunRow
+from agentmerge.errors import AgentmergeError, NotFound, UserError
+from agentmerge.ledger import Ledger, ResultKey, RunRow
 from agentmerge.recipe import Recipe
 from agentmerge.steps import Emit, Search
 from agentmerge.structure import STRUCTURE
+from agentmerge.workers.base import ItemRef, ItemResult
 
 LEDGER = "agentmerge.sqlite"
 CHECKPOINTS = "checkpoints.sqlite"
@@ -329,7 +330,8 @@ def new_branch(
 ) -> tuple[Prepared, RunRow]:
     """A run with the past of another one, written to the ledger.
 
-    Where an override changes what is asked (tasks, limit, engine), the past is knowledge only.
+    Where an override changes what is asked (tasks, limit, engine), the past is knowledge only: its
+    items' results, and a score where those are all that the present items need ("rescored").
     Where it changes the agents or their prompts, they are asked about generation ``at`` anew.
 
     Raises:
@@ -351,9 +353,12 @@ def new_branch(
     )
     prepared = prepared.without(ledger.searched_before([parent.id]))
     row = new_row(ledger, prepared, name or f"{parent.name}-b{at}", (parent.id, at), run_id)
-    row = ledger.add_run(row)
     before = SearchConfig.from_text(parent.config, parent.name)
     prior = _answers(row.facts, config) != _answers(parent.facts, before)
+    old = {c.recipe_hash for c in past if c.generation <= at and (prior or c.prior)}
+    if rescored := [recipe for recipe in sorted(old) if _scored(ledger, prepared, recipe)]:
+        row = replace(row, facts=row.facts | {"rescored": rescored})
+    row = ledger.add_run(row)
     # Under another genome or other scores no trial of a search space holds: they are left behind.
     without = STRUCTURE if prior or config.genome != before.genome else ""
     # Other agents speak of the generation that they take over, instead of the words it had; in
@@ -375,6 +380,19 @@ def new_branch(
         space=old_space,
     )
     return prepared, row
+
+
+def _scored(ledger: Ledger, prepared: Prepared, recipe_hash: str) -> bool:
+    """Whether the ledger holds what the present search items need for a score."""
+    results: dict[ItemRef, ItemResult] = {}
+    for task in prepared.taskset.tasks:
+        stored = ledger.results(ResultKey(recipe_hash, prepared.engine, task.protocol_hash))
+        results |= {ref: stored[ref.key] for ref in task.part("search") if ref.key in stored}
+    try:
+        prepared.taskset.score(results)
+    except (KeyError, AgentmergeError):  # not all of them, or a metric that is not finite
+        return False
+    return True
 
 
 def _new_prompts(ledger: Ledger, run_id: str, config: SearchConfig) -> bool:

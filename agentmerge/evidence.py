@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from agentmerge.constraints import Floor, steepness
+from agentmerge.constraints import Floor, steepness, violation
 from agentmerge.evaluation.racing import Course
-from agentmerge.evaluation.tasks import TaskSet
+from agentmerge.evaluation.tasks import Score, TaskSet
 from agentmerge.strategies.base import Bound, Evidence, Items, Observation
 from agentmerge.workers.base import ItemRef, ItemResult
 
@@ -97,9 +97,23 @@ def _key(observation: Observation) -> tuple[str, float, bool]:
     return observation.recipe_hash, observation.rung, observation.prior
 
 
-def comparable(history: Sequence[Observation]) -> list[Observation]:
-    """The same history without scores and gradients of what other settings asked for."""
-    return [replace(o, score=None, gradient=None, loss=None) if o.prior else o for o in history]
+def comparable(
+    history: Sequence[Observation], now: Callable[[str], Score | None], bounds: Sequence[Floor] = ()
+) -> list[Observation]:
+    """The same history; what other settings asked for has its score under the present ones, or
+    none, and no gradient.
+
+    now: recipe hash -> that score, None where it is not known. bounds: the present floors.
+    """
+    return [_as_now(o, now(o.recipe_hash), bounds) if o.prior else o for o in history]
+
+
+def _as_now(o: Observation, score: Score | None, bounds: Sequence[Floor]) -> Observation:
+    o = replace(o, score=None, gradient=None, loss=None, violation=0.0)
+    if score is None:
+        return o
+    lacks = violation(bounds, dict(score.tasks))
+    return replace(o, score=score.value, tasks=score.tasks, rung=1.0, violation=lacks)
 
 
 def _layout(taskset: TaskSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from agentmerge.errors import BudgetReached, CandidateFailed, TaskError, WorkerLost
-from agentmerge.evidence import comparable
 from agentmerge.final import difference, name_of
 from agentmerge.ledger import Candidate
 from agentmerge.strategies.base import SHADOW, Observation, Proposal, rng_factory
@@ -57,7 +56,7 @@ def shadow_proposals(search: Search, asked: Sequence[Proposal], left: int) -> li
     mine, theirs = (sum(charges(candidates, shadow=shadow).values()) for shadow in (True, False))
     ahead = theirs + sum(proposal.cost for proposal in asked)
     due = int(share / (1 - share) * ahead - mine + 1e-9)
-    history = comparable(search.told(shadow=True, space=search.space))
+    history = search.told(shadow=True, space=search.space)
     found = STRATEGY.propose(
         search.space, history, None, max(0, min(due, left)), rng_factory(search.config.search.seed)
     )

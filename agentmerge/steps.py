@@ -39,7 +39,7 @@ from agentmerge.errors import (
     WorkerLost,
 )
 from agentmerge.evaluation.racing import Course
-from agentmerge.evaluation.tasks import Part, TaskSet
+from agentmerge.evaluation.tasks import Part, Score, TaskSet
 from agentmerge.evidence import Witness, comparable
 from agentmerge.final import final_card
 from agentmerge.genome import SearchSpace, short_name
@@ -314,7 +314,7 @@ class Search:
 
     def asked(self, space: SearchSpace, generation: int, left: int) -> list[Proposal]:
         """What the next generation asks in a space."""
-        history = comparable(self.told(generation, space=space))
+        history = self.told(generation, space=space)
         own = any(o.space == space.key for o in history)
         found: list[Proposal] = [] if own else first_points(space, history, self._recipe)
         if not found:
@@ -418,9 +418,16 @@ class Search:
     ) -> list[Observation]:
         """The history as strategies and agents are told it. shadow: as the arm without them is.
 
+        What was scored under other settings has its score under these where the ledger held all
+        items' results when the branch began, else none.
         space: the one to look from; by default every vector is in the space that it was made in.
         """
-        history = penalised(self.ledger.history(self.run_id, up_to), self.taskset.objectives)
+        history = self.ledger.history(self.run_id, up_to)
+        if any(o.prior for o in history):
+            constrained = self.config.search.constraints
+            known = self.ledger.candidates(self.run_id, up_to=up_to) if constrained else []
+            history = comparable(history, self._score_now, self.floors(known))
+        history = penalised(history, self.taskset.objectives)
         history = [o if o.space else replace(o, space=self.space.key) for o in history]
         if self.config.search.shadow:
             first = first_generation(self.ledger.candidates(self.run_id, up_to=up_to))
@@ -437,6 +444,15 @@ class Search:
                     "version; start anew"
                 )
         return history
+
+    @cached_property
+    def _rescored(self) -> dict[str, Score]:
+        """Recipe hash -> the present score of what a branch's past had asked in full."""
+        covered = self.ledger.run(self.run_id).facts.get("rescored", ())
+        return {found: self.taskset.score(self.item_results(found)) for found in covered}
+
+    def _score_now(self, recipe_hash: str) -> Score | None:
+        return self._rescored.get(recipe_hash)
 
     def floors(self, candidates: Sequence[Candidate]) -> list[Floor]:
         return floors(self.config.search.constraints, self.taskset.objectives, candidates)

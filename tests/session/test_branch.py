@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
+from agentmerge import advising, plugins, session
+from agentmerge.advising import view_of
+from agentmerge.agents.history import HistoryView
 from agentmerge.errors import NotFound
 from agentmerge.ledger import Ledger
 from agentmerge.maintenance import prune_checkpoints
 from agentmerge.replay import replay
+from agentmerge.strategies.base import Observation
+from agentmerge.strategies.one_plus_one import step_size
 from tests.session.conftest import config, trace_of
 
 pytestmark = pytest.mark.usefixtures("objectives")
@@ -87,6 +91,63 @@ def test_strategies_learn_from_a_branchs_past_and_hear_no_score_of_it(
     point = max(rivals, key=lambda vector: rivals[vector])
     away = max(abs(a - b) for a, b in zip(point, own[0].vector, strict=True))
     assert away > 0.02, "a step that shrank on the past's scores"
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "limit", "covered"),
+    [("auto", 40, True), ("one_plus_one", 40, True), ("one_plus_one", 90, False)],
+)
+def test_a_past_whose_items_are_asked_still_is_scored_again_from_the_ledger(
+    tmp_path: Path, algorithm: str, limit: int, covered: bool
+) -> None:
+    search = {"algorithm": algorithm, "population": 1}
+    asked = config(search=search, budget={"max_evaluations": 20})
+    session.run(asked, name="trunk", runs_dir=tmp_path)
+    past = candidates(tmp_path, "trunk")[-1].generation
+    changes = {"limit": limit, "budget.max_evaluations": 16}
+    told: list[list[Observation]] = []
+    strategy = plugins.load("agentmerge.strategies", algorithm)
+    propose = type(strategy).propose
+
+    def heard(self, space, history, *rest):
+        told.append(list(history))
+        return propose(self, space, history, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(strategy), "propose", heard)
+        row = session.branch("trunk", at=past, name="b", runs_dir=tmp_path, overrides=changes)
+    assert row.stop_reason == "budget"
+    before = [o for o in told[-1] if o.prior]
+    own = {o.recipe_hash: o for o in told[-1] if not o.prior}
+    assert len(before) == 20
+    assert all((o.score is not None) == covered for o in before)
+    again = [o for o in before if o.recipe_hash in own]
+    assert len(again) >= 5
+    if covered:
+        assert all(
+            (o.score, o.tasks) == (own[o.recipe_hash].score, own[o.recipe_hash].tasks)
+            for o in again
+        )
+        assert step_size(told[-1], "one_plus_one", 12) > 0.05
+    assert replay("b", runs_dir=tmp_path).identical
+
+
+def test_agents_hear_no_score_of_another_scale(tmp_path: Path) -> None:
+    session.run(config(budget={"max_evaluations": 18}), name="trunk", runs_dir=tmp_path)
+    weights = [{"name": "one", "weight": 0.01}, {"name": "two", "weight": 0.005}]
+    past = candidates(tmp_path, "trunk")[-1].generation
+    changes = {"tasks": weights, "budget.max_evaluations": 14, "limit": 90}
+    views: list[HistoryView] = []
+
+    def seen(search, role, generation):
+        views.append(view_of(search, role, generation))
+        return views[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(advising, "view_of", seen)
+        session.branch("trunk", at=past, name="b", runs_dir=tmp_path, overrides=changes)
+    assert views
+    assert not any(o.prior for view in views for o in view.entries)
 
 
 def test_a_generation_that_does_not_exist_names_those_that_do(trunk: Path) -> None:
