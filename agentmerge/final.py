@@ -31,6 +31,7 @@ from agentmerge.workers.base import ItemRef, ItemResult
 if TYPE_CHECKING:
     from agentmerge.steps import Search
 
+_RESUMED = ["not all could be asked the sealed items, perhaps for now only; resume asks them"]
 SHORTLIST = 5
 SPLITS = 200
 
@@ -52,9 +53,9 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any
     doubts = list[str]()
     if sealed:
         answer, doubts = undenied(search, answer, [c for c in allowed if c in others])
-    rows = {}
+    rows, lost = {}, [found.lost] if found.lost else []
     for candidate in dict.fromkeys([answer, *others]):
-        rows[candidate.generation, candidate.slot] = _row(search, candidate, sealed)
+        rows[candidate.generation, candidate.slot] = _row(search, candidate, sealed, lost)
     part: Part = "sealed" if sealed else "search"
     known = [c for c in others if "sealed_failure" not in rows[c.generation, c.slot]]
     differences = _differences(search, answer, known, part)
@@ -75,6 +76,7 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any
             *found.notes,
             *doubts,
             *_unasked(rows.values()),
+            *(_RESUMED if lost and not found.lost else []),
             *search.taskset.notes,
             *_unfair(rows.values(), chosen, len(search.taskset.refs("search"))),
             *(broken if answer.violation else []),
@@ -82,7 +84,7 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any
         ],
         "constraints": kept(search.floors(scored), chosen, all_parents),
         "fallen": found.fallen,
-        "lost": found.lost,
+        "lost": lost[0] if lost else "",
     }
     known_parents = {c.label for c in parents}
     missing = [label for label, _, _ in search.space.parents() if label not in known_parents]
@@ -360,7 +362,8 @@ def _where(search: Search, part: Part) -> str:
     return f"sealed items (of {', '.join(stand_in)} its search items, for want of sealed ones)"
 
 
-def _row(search: Search, candidate: Candidate, sealed: bool) -> dict[str, Any]:
+def _row(search: Search, candidate: Candidate, sealed: bool, lost: list[str]) -> dict[str, Any]:
+    """A candidate as the card has it. lost: gets why nobody could be asked, which may pass."""
     row: dict[str, Any] = {
         "candidate": [candidate.generation, candidate.slot],
         "name": name_of(candidate),
@@ -377,6 +380,8 @@ def _row(search: Search, candidate: Candidate, sealed: bool) -> dict[str, Any]:
             row |= {"sealed_score": score.value, "sealed_tasks": dict(score.tasks)}
         except (BudgetReached, CandidateFailed, TaskError, WorkerLost) as error:
             row |= {"sealed_score": None, "sealed_failure": str(error)}
+            if isinstance(error, (BudgetReached, WorkerLost)):
+                lost.append(str(error))
     return row
 
 

@@ -284,7 +284,7 @@ class _StoredResults:
         if recipe_hash in self.never_begun:
             return NotBegun("nor was it in the search that this one follows")
         known = self.failures.get(recipe_hash)
-        if known or not self.lost:
+        if (known and known != self.lost) or not self.lost:
             unknown = ReplyMissing("a merge was not scored before")
             return CandidateFailed(known) if known else unknown
         return WorkerLost(self.lost)

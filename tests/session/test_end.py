@@ -102,6 +102,36 @@ def test_a_worker_lost_at_the_end_leaves_a_card_that_resume_completes(
     assert session.resume("a", runs_dir=tmp_path).result == sound
 
 
+def test_a_worker_lost_among_the_rivals_is_said_and_resume_asks_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = ended(tmp_path / "sound").result
+    score, broken = FakeWorker.score, [True]
+    answer = own_hash(tmp_path / "sound", sound["answer"]["recipe_hash"])
+    load = FakeWorker.load
+
+    def loading(self, recipe):
+        self.own = recipe.hash()
+        return load(self, recipe)
+
+    def dying(self, items):
+        if broken and items[0].index >= 60 and self.own != answer:
+            raise RuntimeError("no kernel image")
+        return score(self, items)
+
+    monkeypatch.setattr(FakeWorker, "load", loading)
+    monkeypatch.setattr(FakeWorker, "score", dying)
+    row = ended(tmp_path)
+    card = row.result
+    assert row.status == "done"
+    assert card["answer"]["recipe_hash"] == sound["answer"]["recipe_hash"]
+    assert "no kernel image" in card["lost"]
+    assert any("resume asks them" in note for note in card["notes"])
+    assert replay("a", runs_dir=tmp_path).identical
+    broken.clear()
+    assert session.resume("a", runs_dir=tmp_path).result == sound
+
+
 def test_sealed_items_are_asked_of_the_answer_the_parents_and_the_best_cheap_merge(
     tmp_path: Path,
 ) -> None:
