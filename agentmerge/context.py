@@ -209,7 +209,8 @@ def releasing(node: Callable[..., Any]) -> Callable[..., Any]:
             key = (runtime.context or Context()).run or (info.thread_id if info else "")
             search = _OPEN.get(key or "")
             if search is not None and search.run_id in _HELD:
-                with suppress(AgentmergeError):
+                with suppress(AgentmergeError):  # another process's search by now is its to tell of
+                    search.still_mine()
                     search.ledger.update_run(search.run_id, status="interrupted")
                 with suppress(AgentmergeError):  # the node's own error is the one to tell
                     let_go(search)

@@ -104,6 +104,15 @@ class Lease:
 
     def check(self) -> None:
         """Raise LeaseHeld if the lease was taken over, as after a long sleep of the machine."""
+        # A file that is locked or gone says nothing; the thread that renews looks again.
+        where = f"{self.path.absolute().as_uri()}?mode=ro"
+        with (
+            suppress(sqlite3.OperationalError),
+            closing(sqlite3.connect(where, uri=True, timeout=_BUSY_TIMEOUT_S)) as conn,
+        ):
+            found = _read(conn, self.thread_id)
+            if found is None or found.token != self.token:
+                self._lost.set()
         if self._lost.is_set():
             raise LeaseHeld(
                 f"search {self.name!r} was taken over by another process while this one gave no "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ from agentmerge.assembly import (
 from agentmerge.check import Prepared, anchored, anchored_name, prepare
 from agentmerge.config import FIRST, Role, SearchConfig
 from agentmerge.context import Context, at_hand
-from agentmerge.errors import CandidateFailed, NotBegun, RunFailed, UserError
+from agentmerge.errors import CandidateFailed, LeaseHeld, NotBegun, RunFailed, UserError
+from agentmerge.lease import Lease
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.ledger.archive import remove_runs
 from agentmerge.ledger.store import remedy
@@ -99,8 +100,6 @@ def run(
 
 def _clear_false_start(ledger: Ledger, runs_dir: Path, name: str) -> None:
     """A search that failed before anything was scored gives its name free."""
-    from agentmerge.lease import Lease
-
     for row in ledger.runs():
         if row.name == name and row.status in ("new", "interrupted", "failed"):
             begun_with = ledger.candidates(row.id)
@@ -263,7 +262,6 @@ def _drive(
     from langgraph.errors import GraphDrained
 
     from agentmerge.checkpoints import open_saver
-    from agentmerge.lease import Lease
 
     drain = drain or Drain()
     with ExitStack() as stack, readable(runs_dir / CHECKPOINTS, row.name):
@@ -300,9 +298,11 @@ def _drive(
         except (GraphDrained, NotBegun):
             pass  # told to stop: the last step is saved, or was not begun
         except BaseException:
-            ledger.update_run(row.id, status="interrupted")
+            _say_interrupted(ledger, row.id, lease)
             raise
         snapshot = graph.get_state(thread)
+        if snapshot.values.get("status") != "done":
+            lease.check()
         if snapshot.interrupts:
             question = str(snapshot.interrupts[0].value["question"])
             ledger.update_run(row.id, status=WAITING, stop_reason=question)
@@ -312,6 +312,13 @@ def _drive(
                 raise RunFailed(f"search {row.name!r} ended without finishing; see its log.jsonl")
             ledger.update_run(row.id, status="interrupted")
     return ledger.run(row.id)
+
+
+def _say_interrupted(ledger: Ledger, run_id: str, lease: Lease) -> None:
+    """Where another process has the search by now, what that one says of it stands."""
+    with suppress(LeaseHeld):
+        lease.check()
+        ledger.update_run(run_id, status="interrupted")
 
 
 @contextmanager

@@ -363,6 +363,7 @@ class Search:
 
     def finish(self, stop_reason: str) -> SearchState:
         """Choose the answer, confirm it on sealed items, write recipe and card."""
+        self.still_mine()
         self.emit({"event": "finish", "reason": stop_reason})
         candidates = self.ledger.candidates(self.run_id)
         card: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from typing import Any
 
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger, unpack
+from agentmerge.ledger.items import FORGOTTEN
 from agentmerge.ledger.packing import unpack_keys
 
 #: Item rows written to Parquet at once: a hundred megabytes of memory at most.
@@ -52,7 +53,8 @@ def stats(ledger: Ledger) -> dict[str, Any]:
 def prune(ledger: Ledger, run_ids: Sequence[str], *, dry_run: bool) -> dict[str, Any]:
     """Forget these searches, and every result, recipe and item set that no search has any more.
 
-    Branches hold a copy of their past, so forgetting the search they left harms none.
+    Branches hold a copy of their past, so forgetting the search they left harms none; what it
+    searched stays known to them.
 
     Returns: {blocks, item_results, freed_bytes}; bytes are of the blocks in a dry run.
 
@@ -66,7 +68,14 @@ def prune(ledger: Ledger, run_ids: Sequence[str], *, dry_run: bool) -> dict[str,
     if dry_run:
         return found
     before = ledger.path.stat().st_size
+    heirs = _heirs(ledger, run_ids)
     with ledger._writing() as conn:
+        conn.executemany(
+            "INSERT OR IGNORE INTO run_items SELECT ?1, task, CASE part WHEN 'search' "
+            "THEN ?3 || run_id ELSE part END, item_set_id FROM run_items "
+            "WHERE run_id = ?2 AND (part = 'search' OR part LIKE ?3 || '%')",
+            [(heir, gone, FORGOTTEN) for heir, gone in heirs],
+        )
         _remove(conn, run_ids)
         for table in ("results", "gradients"):
             conn.execute(f"DELETE FROM {table} WHERE {_UNUSED}")
@@ -80,6 +89,16 @@ def prune(ledger: Ledger, run_ids: Sequence[str], *, dry_run: bool) -> dict[str,
         )
     ledger.shrink()
     return found | {"freed_bytes": max(0, before - ledger.path.stat().st_size)}
+
+
+def _heirs(ledger: Ledger, run_ids: Sequence[str]) -> list[tuple[str, str]]:
+    """(search that stays, forgotten one that it went on from)."""
+    staying = {row.id for row in ledger.runs()}.difference(run_ids) if run_ids else set[str]()
+    return [
+        (heir, gone)
+        for heir in sorted(staying)
+        for gone in sorted(ledger.went_on_from([heir]).intersection(run_ids))
+    ]
 
 
 def remove_runs(ledger: Ledger, run_ids: Sequence[str]) -> None:

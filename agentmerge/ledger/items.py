@@ -13,6 +13,10 @@ from agentmerge.ledger.rows import ResultKey
 from agentmerge.ledger.store import Store, engine_text, hashed, intern
 from agentmerge.workers.base import EngineInfo, ItemRef, ItemResult
 
+#: A part of ``run_items``, with the id of a search that was forgotten and that this one went on
+#: from: the items that it searched are never sealed.
+FORGOTTEN = "searched by "
+
 
 class Items(Store):
     def save_results(
@@ -120,8 +124,19 @@ class Items(Store):
 
         recipes: hashes of merges that a new search begins with.
         """
+        begun = [*runs, *(run for recipe in recipes for run in self._finders(recipe))]
+        sets = self._rows(
+            "SELECT i.run_id, s.keys FROM run_items i JOIN item_sets s ON s.id = i.item_set_id "
+            "WHERE i.part = 'search' OR i.part LIKE ?",
+            f"{FORGOTTEN}%",
+        )
+        known = self.went_on_from(begun)
+        return {key for run, keys in sets if run in known for key in unpack_keys(keys)}
+
+    def went_on_from(self, runs: Iterable[str]) -> set[str]:
+        """These searches and all that they began with the finds of."""
         known: set[str] = set()
-        left = [*runs, *(run for recipe in recipes for run in self._finders(recipe))]
+        left = [*runs]
         while left:
             run = left.pop()
             if run not in known:
@@ -134,9 +149,7 @@ class Items(Store):
                     run,
                 )
                 left += [found for row in begun for found in self._finders(*row)]
-        return {
-            key for run in known for keys in self.item_keys(run, "search").values() for key in keys
-        }
+        return known
 
     def _finders(self, recipe_hash: str, before: float = math.inf) -> list[str]:
         """The searches that had found a merge; what every search tries is nobody's find."""

@@ -11,7 +11,7 @@ from agentmerge.advising import view_of
 from agentmerge.agents.history import HistoryView
 from agentmerge.errors import NotFound
 from agentmerge.ledger import Ledger
-from agentmerge.maintenance import prune_checkpoints
+from agentmerge.maintenance import prune_checkpoints, prune_results
 from agentmerge.replay import replay
 from agentmerge.strategies.base import Observation
 from agentmerge.strategies.one_plus_one import step_size
@@ -209,6 +209,17 @@ class TestSealing:
         assert session.resume("b", runs_dir=wide).result == row.result
         assert replay("c", runs_dir=wide).identical
         assert again.facts["searched"]
+
+    def test_what_a_forgotten_ancestor_searched(self, wide: Path) -> None:
+        searched = keys(wide, "wide", "search")
+        session.branch("wide", at=1, name="b", runs_dir=wide, overrides={"limit": 60})
+        session.branch("b", at=1, name="c", runs_dir=wide)
+        for name in ("wide", "b"):
+            prune_results(wide, [name], dry_run=False)
+        session.branch("c", at=1, name="d", runs_dir=wide, overrides={"limit": 50})
+        for task, items in keys(wide, "d", "sealed").items():
+            assert not items & searched[task] or items == keys(wide, "d", "search")[task]
+        assert session.resume("d", runs_dir=wide).status == "done"
 
     def test_too_few_left_means_none_and_it_is_said(self, tmp_path: Path) -> None:
         few = WIDE | {"worker": {"options": {"documents": 215}}}

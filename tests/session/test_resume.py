@@ -154,6 +154,26 @@ def test_two_processes_cannot_drive_one_search(tmp_path: Path) -> None:
         session.resume("a", runs_dir=tmp_path)
 
 
+@pytest.mark.parametrize("ending", [RuntimeError("the power went"), None], ids=str)
+def test_a_search_that_another_process_finished_stays_done(
+    tmp_path: Path, ending: Exception | None
+) -> None:
+    def taken_over(event: dict) -> None:
+        if event["event"] == "generation" and event["generation"] == 1:
+            with Ledger(tmp_path / session.LEDGER) as ledger:
+                ledger.update_run(ledger.run("a").id, status="done", stop_reason="budget")
+            with closing(sqlite3.connect(tmp_path / session.CHECKPOINTS)) as conn, conn:
+                conn.execute("UPDATE leases SET token = 'theirs'")
+            if ending:
+                raise ending
+
+    with pytest.raises(RuntimeError if ending else LeaseHeld):
+        session.run(config(), name="a", runs_dir=tmp_path, emit=taken_over)
+    with Ledger(tmp_path / session.LEDGER) as ledger:
+        row = ledger.run("a")
+    assert (row.status, row.stop_reason) == ("done", "budget")
+
+
 def test_timeout_ends_the_search_with_the_best_so_far(tmp_path: Path) -> None:
     slow = config(worker={"options": {"base": "base", "delay_s": 0.05}}, budget={"timeout_s": 0.6})
     row = session.run(slow, name="a", runs_dir=tmp_path)
