@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentmerge.errors import UserError
+from agentmerge.ledger.journal import journal_mode
 
 # LangGraph reads this once, when it is first imported: an unknown class in a checkpoint file is
 # then data, never code. Our own serializer below is strict even if LangGraph was imported earlier.
@@ -246,11 +247,19 @@ def _strategy(name: str) -> str:
     return _STRATEGIES[name]
 
 
+class _WithoutWal(sqlite3.Connection):
+    """One on whose file system WAL does not work, which LangGraph's tables ask for."""
+
+    def executescript(self, script: str, /) -> sqlite3.Cursor:
+        return super().executescript(script.replace("journal_mode=WAL", "journal_mode=DELETE"))
+
+
 def _open(path: Path) -> Saver:
     conn = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        conn = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
+        kind = sqlite3.Connection if journal_mode(path) == "WAL" else _WithoutWal
+        conn = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, check_same_thread=False, factory=kind)
         saver = Saver(conn)
         saver.setup()
     except (sqlite3.DatabaseError, OSError) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from agentmerge.errors import LedgerError
+from agentmerge.ledger.journal import journal_mode
 from agentmerge.ledger.schema import migrate, pending
 from agentmerge.workers.base import EngineInfo
 
@@ -42,7 +43,7 @@ class Store:
                 self._conn.close()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._conn = self._connect("")
-            self._conn.execute("PRAGMA journal_mode=WAL")
+            self._conn.execute(f"PRAGMA journal_mode={journal_mode(self.path)}")
             self._conn.execute("PRAGMA synchronous=FULL")
             if pending(self._conn):
                 with self._writing() as conn:

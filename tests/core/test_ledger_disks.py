@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from agentmerge import session
+from agentmerge.checkpoints import open_saver
 from agentmerge.errors import LedgerError
 from agentmerge.ledger import Ledger
+from agentmerge.ledger.journal import on_network
 from agentmerge.ledger.store import remedy
+from tests.session.conftest import config
 
 
 class NoSharedMemory(sqlite3.Connection):
@@ -69,3 +74,59 @@ def test_a_database_that_was_there_stays(
 )
 def test_each_failure_has_its_own_remedy(name: str, words: str) -> None:
     assert words in remedy(failure(name))
+
+
+MOUNTS = r"""overlay / overlay rw 0 0
+proc /proc proc rw 0 0
+/dev/sda1 /home ext4 rw 0 0
+server:/export /home/team nfs4 rw 0 0
+tmpfs /home/team/scratch tmpfs rw 0 0
+10.0.0.1@o2ib:/fs /lustre lustre rw 0 0
+//server/share /mnt/a\040share cifs rw 0 0
+user@host: /mnt/ssh fuse.sshfs rw 0 0
+/dev/sdb1 /mnt/stick fuse.ntfs rw 0 0
+/dev/fuse /mnt/fuseblk fuseblk rw 0 0
+scratch /scratch ext4 rw 0 0
+scratch /scratch gpfs rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "network"),
+    [
+        ("/", False),
+        ("/home/me/runs", False),
+        ("/home/team", True),
+        ("/home/team/runs", True),
+        ("/home/teammate/runs", False),
+        ("/home/team/scratch/runs", False),
+        ("/lustre/runs", True),
+        ("/mnt/a share/runs", True),
+        ("/mnt/ssh/runs", True),
+        ("/mnt/stick/runs", False),
+        ("/mnt/fuseblk/runs", False),
+        ("/scratch/runs", True),
+    ],
+)
+def test_which_folders_several_hosts_may_share(folder: str, network: bool) -> None:
+    assert on_network(Path(folder), MOUNTS) == network
+
+
+def test_databases_on_a_network_have_no_wal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = tmp_path / "runs"
+    with Ledger(runs / session.LEDGER), open_saver(runs / session.CHECKPOINTS):
+        assert (runs / f"{session.LEDGER}-shm").exists()
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"server:/export {tmp_path.resolve()} nfs rw 0 0\n")
+    monkeypatch.setattr("agentmerge.ledger.journal.MOUNTS", mounts)
+    row = session.run(config(budget={"max_evaluations": 9}), name="a", runs_dir=runs)
+    assert row.status == "done"
+    assert session.resume("a", runs_dir=runs).result == row.result
+    for name in (session.LEDGER, session.CHECKPOINTS):  # made with a WAL, and changed
+        with closing(sqlite3.connect(runs / name)) as conn:
+            assert conn.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        assert not (runs / f"{name}-wal").exists()
+    with Ledger(runs / session.LEDGER, read_only=True) as ledger:
+        assert ledger.run("a").status == "done"
