@@ -262,7 +262,8 @@ def _prepare_real(
                             f"chat_template is missing: {names}, and the tasks are asked through "
                             f"one; {_CHOOSE}"
                         )
-                notes += _preflight(spec, layout, faults)
+                if fresh or weights:  # else nothing will run: the model's class is not needed
+                    notes += _preflight(spec, layout, faults)
             if layout is not None:
                 memory = _memory(config, spec, layout)
                 faults += [memory.reason] if tasks and memory.chosen is None else []

@@ -142,7 +142,7 @@ def report_text(report: dict[str, Any]) -> str:
 
 def _write(prepared: Prepared, recipe: Recipe, to: Path, engine: str, card: str) -> str:
     if prepared.config.tasks.chat_template not in (None, FIRST):  # it talks as it was asked
-        from agentmerge.evaluation.live import tokenizer_of
+        from agentmerge.evaluation.tokenizers import tokenizer_of
 
         template = tokenizer_of(prepared.spec).get_chat_template()
         recipe = replace(recipe, chat_template=template)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def preview(
             raise NotFound(f"run {row.name!r} has no generation {at}")
         overrides = {} if prompts is None else {"agents.prompts": str(Path(prompts).absolute())}
         config = SearchConfig.from_text(row.config, row.name, overrides)
-        prepared = prepare(config, allow_benchmarks=True)
+        prepared = prepare(config, allow_benchmarks=True, weights=False)
+        # The past is read, and no model: whose answers it holds, the run says itself.
+        prepared = replace(prepared, identities=row.facts["identities"])
         search = assembled(prepared, row, folder, ledger, lambda event: None, stack, advised=False)
         messages, _, _ = question(search, role, at)
         asked = ledger.call(row.id, at, role, prompt_hash(messages))

@@ -71,7 +71,7 @@ def write_start(
     try:
         text = config_text(models, base, tasks, task_search_path)
         config = anchored(SearchConfig.from_text(text, str(to)))
-        prepared = prepare(config, allow_benchmarks=allow_benchmarks, fresh=True)
+        prepared = prepare(config, allow_benchmarks=allow_benchmarks, fresh=True, weights=False)
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_text(text)
     except BaseException:

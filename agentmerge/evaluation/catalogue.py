@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentmerge.config import TaskConfig, TasksConfig
-from agentmerge.evaluation.loading import load_index
+from agentmerge.evaluation.loading import load_index, mentioning
 
 #: lm-eval's own metrics where a task names none, by the type of its requests.
 _DEFAULTS: Mapping[str, Sequence[tuple[str, bool]]] = {
@@ -39,7 +39,7 @@ def search_tasks(word: str, task_search_path: Sequence[str] = ()) -> list[TaskEn
     Raises:
         TaskError: a search path that is no directory.
     """
-    index = _index(task_search_path)
+    index = mentioning(word, task_search_path)
     wanted = word.lower()
     found = [
         _entry(name, entry)
@@ -55,8 +55,8 @@ def task_entries(names: Sequence[str], task_search_path: Sequence[str] = ()) -> 
     return [_entry(name, index[name]) for name in names if name in index]
 
 
-def _index(task_search_path: Sequence[str], names: Sequence[str] | None = None) -> Any:
-    tasks = [TaskConfig(name=name) for name in names or ["none"]]
+def _index(task_search_path: Sequence[str], names: Sequence[str]) -> Any:
+    tasks = [TaskConfig(name=name) for name in names]
     return load_index(TasksConfig(tasks=tuple(tasks), task_search_path=tuple(task_search_path)))
 
 

@@ -11,22 +11,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import resolve_max_length
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from agentmerge.config import FIRST
-from agentmerge.errors import CandidateFailed, ConfigError, ParentError
+from agentmerge.errors import CandidateFailed
 from agentmerge.evaluation.loading import quiet
 from agentmerge.evaluation.tokens import Encoded, Stopping, Tokenised
-from agentmerge.merging.chat_templates import template_names, template_text
-from agentmerge.merging.headers import chat_template
-from agentmerge.workers.base import WorkerSpec
 
 #: Context tokens and the gold tokens that should follow them.
 TokenPair = tuple[list[int], list[int]]
@@ -34,67 +28,6 @@ TokenPair = tuple[list[int], list[int]]
 #: The seed of torch's generator before sampled generation, as ``simple_evaluate`` has it.
 TORCH_SEED = 1234
 _KEPT_BATCHES = 2000
-
-
-def parent_path(spec: WorkerSpec, name: str) -> Path:
-    return Path(dict(spec.parents)[name])
-
-
-def tokenizer_of(spec: WorkerSpec) -> Any:
-    """The tokenizer that asks the questions."""
-    tokenizer = _tokenizer(spec, spec.template_model)
-    asked = spec.tasks.chat_template
-    if asked not in (None, FIRST):
-        tokenizer.chat_template = _asked_template(spec, str(asked))
-    return tokenizer
-
-
-def _asked_template(spec: WorkerSpec, asked: str) -> Any:
-    """The template that ``chat_template`` names: of a model, a template of mergekit's or its text,
-    or in a file; "auto" is mergekit's word for the one that most models have."""
-    names = list(dict(spec.parents))
-    if asked in names:
-        return _tokenizer(spec, asked).chat_template
-    if asked == "auto":
-        found = [text for name in names if (text := chat_template(parent_path(spec, name)))]
-        return max(found, key=found.count) if found else None
-    text = template_text(asked)
-    if text is not None:
-        return text
-    try:
-        return Path(asked).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError):
-        raise ConfigError(
-            f"chat_template {asked!r} is neither a model of the genome ({', '.join(names)}), nor a "
-            f"template that mergekit has ({', '.join(template_names())}), nor a file that can be "
-            "read"
-        ) from None
-
-
-def _tokenizer(spec: WorkerSpec, model: str) -> Any:
-    path = parent_path(spec, model)
-    try:
-        with quiet():
-            return transformers.AutoTokenizer.from_pretrained(
-                str(path), trust_remote_code=spec.trust_remote_code
-            )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ParentError(
-            f"{model!r} has no tokenizer that can be read ({reason[0]}); put its "
-            "tokenizer files beside its weights"
-        ) from error
-
-
-def context_length(spec: WorkerSpec, tokenizer: Any) -> int:
-    """Tokens a prompt and its answer may have: ``worker.options.max_length``, else the model's."""
-    asked = spec.options.get("max_length")
-    if asked is not None:
-        return int(asked)
-    config = transformers.AutoConfig.from_pretrained(
-        str(parent_path(spec, spec.template_model)), trust_remote_code=spec.trust_remote_code
-    )
-    return int(resolve_max_length(config, tokenizer))
 
 
 class _RefuseNaN(transformers.LogitsProcessor):  # type: ignore[misc]

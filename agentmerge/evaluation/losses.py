@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import softplus
 
 from agentmerge.errors import CandidateFailed
 from agentmerge.evaluation import metrics
-from agentmerge.evaluation.live import LiveLM, TokenPair
 from agentmerge.evaluation.scoring import ItemScorer, Prepared
 from agentmerge.workers.base import ItemRef, Loss
+
+if TYPE_CHECKING:
+    from agentmerge.evaluation.live import LiveLM, TokenPair
 
 #: (log-likelihoods, margins) of an item's pairs, each (pairs,), in nats -> its loss.
 Value = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

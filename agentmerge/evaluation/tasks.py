@@ -243,7 +243,7 @@ def build_tasks(
 def tasks_for(spec: WorkerSpec, *, check_built_ins: bool = True) -> TaskSet:
     """``build_tasks`` as a worker of this spec asks them: its template parent's tokenizer,
     template and context length. Session and workers use this, so their keys agree."""
-    from agentmerge.evaluation.live import context_length, tokenizer_of
+    from agentmerge.evaluation.tokenizers import context_length, tokenizer_of
 
     tokenizer = tokenizer_of(spec)
     return build_tasks(

@@ -56,8 +56,8 @@ def _by_vllm(spec: Any, task: dict[str, Any]) -> Any:
 
     from agentmerge.config import FIRST
     from agentmerge.errors import RunFailed
-    from agentmerge.evaluation.live import tokenizer_of
     from agentmerge.evaluation.tasks import tasks_for
+    from agentmerge.evaluation.tokenizers import tokenizer_of
     from agentmerge.merging.layout import read_layout
     from agentmerge.recipe import Recipe
     from agentmerge.workers.vllm import VllmWorker

@@ -18,17 +18,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
 from agentmerge.errors import CandidateFailed, ParentError, RunFailed, WorkerLost
-from agentmerge.evaluation.live import LiveLM, context_length, parent_path, tokenizer_of
 from agentmerge.evaluation.loading import quiet
 from agentmerge.evaluation.losses import ItemLoss, item_loss
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
+from agentmerge.evaluation.tokenizers import context_length, parent_path, tokenizer_of
 from agentmerge.merging.contraction import Contraction
 from agentmerge.merging.device import current, release
 from agentmerge.merging.headers import read_config, refuse_replaced
@@ -50,6 +50,9 @@ from agentmerge.workers.base import (
 )
 from agentmerge.workers.conditions import conditions, conditions_hash, ends_of, live_parent
 from agentmerge.workers.targets import live_targets, pairing_faults, parts_of
+
+if TYPE_CHECKING:
+    from agentmerge.evaluation.live import LiveLM
 
 #: Parameters below which a second thread costs more than it brings: on a busy machine of two cores
 #: the demo family (0.4 M) scored 8 to 50 times slower with two.
@@ -325,6 +328,8 @@ def each_gradient(
 
 
 def live_lm(spec: WorkerSpec, model: Any) -> LiveLM:
+    from agentmerge.evaluation.live import LiveLM
+
     tokenizer = tokenizer_of(spec)
     return LiveLM(model, tokenizer, spec.batch_size, context_length(spec, tokenizer))
 

@@ -48,7 +48,7 @@ class VllmWorker:
     """
 
     def __init__(self, spec: WorkerSpec, taskset: TaskSet | None = None) -> None:
-        from agentmerge.evaluation.live import context_length, tokenizer_of
+        from agentmerge.evaluation.tokenizers import context_length, tokenizer_of
         from agentmerge.workers.vllm_engine import Engine, vllm_imported
 
         with vllm_imported():

@@ -12,9 +12,10 @@ import pytest
 import tiny
 from transformers import AutoModelForCausalLM
 
-from agentmerge.evaluation.live import LiveLM, context_length, tokenizer_of
+from agentmerge.evaluation.live import LiveLM
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
+from agentmerge.evaluation.tokenizers import context_length, tokenizer_of
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import ItemRef, ItemResult, WorkerSpec
 from agentmerge.workers.disk import DiskWorker

@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from agentmerge.errors import TaskError
-from agentmerge.evaluation.live import LiveLM, context_length, tokenizer_of
+from agentmerge.evaluation.live import LiveLM
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet, tasks_for
+from agentmerge.evaluation.tokenizers import context_length, tokenizer_of
 from agentmerge.workers.base import ItemRef, ItemResult, WorkerSpec
 
 Results = dict[ItemRef, ItemResult]

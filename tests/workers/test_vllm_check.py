@@ -143,7 +143,7 @@ def test_engine_args(tied: dict[str, Path], tasks_dir: Path) -> None:
 def test_the_sliding_window_is_not_the_context(
     tied: dict[str, Path], tasks_dir: Path, tmp_path: Path
 ) -> None:
-    from agentmerge.evaluation.live import context_length, tokenizer_of
+    from agentmerge.evaluation.tokenizers import context_length, tokenizer_of
 
     path = tiny.write_model(tmp_path / "m", seed=1, **tiny.HEADS)
     config = json.loads((path / "config.json").read_text())
@@ -222,7 +222,7 @@ worker:
 
 
 def test_a_template_of_another_parent(tasks_dir: Path, tmp_path: Path) -> None:
-    from agentmerge.evaluation.live import tokenizer_of
+    from agentmerge.evaluation.tokenizers import tokenizer_of
 
     family = {
         "base": tiny.write_model(tmp_path / "base", seed=1),
