@@ -120,8 +120,11 @@ class Saver(SqliteSaver):
                 writes, size = writes + count, size + length
         return Prunable(checkpoints, writes, size)
 
-    def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
-        """Remove old checkpoints of these threads, then give the space back to the disk.
+    def prune(
+        self, thread_ids: Sequence[str], *, strategy: str = "keep_latest", shrink: bool = True
+    ) -> None:
+        """Remove old checkpoints of these threads, then (shrink) give the space back to the disk,
+        while which nobody else can write to the file.
 
         `keep_latest` keeps the newest checkpoint of each namespace with its pending writes, which
         is all that a resume needs; `delete` keeps nothing.
@@ -133,7 +136,7 @@ class Saver(SqliteSaver):
                 for table in ("writes", "checkpoints"):
                     condition = where.format(table=table)
                     cur.execute(f"DELETE FROM {table} WHERE {condition}", (thread_id,))
-        if thread_ids:
+        if thread_ids and shrink:
             self._vacuum()
 
     def _vacuum(self) -> None:

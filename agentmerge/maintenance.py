@@ -37,7 +37,8 @@ KEYS = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY", "GOOGLE_API_KE
 def prune_checkpoints(runs_dir: Path | str, *, dry_run: bool) -> dict[str, Any]:
     """Keep each idle search's latest checkpoint: {checkpoints, freed_bytes, busy, dry_run}.
 
-    Branching reads the ledger, so pruning cannot break it. Searches that run now are left alone.
+    Branching reads the ledger, so pruning cannot break it. Searches that run now are left alone,
+    and the file keeps its size meanwhile.
 
     Raises:
         NotFound: nothing has run there.
@@ -57,7 +58,7 @@ def prune_checkpoints(runs_dir: Path | str, *, dry_run: bool) -> dict[str, Any]:
         freed = found.payload_bytes
         if not dry_run and found.checkpoints:
             before = saver.size_bytes()
-            saver.prune(idle)
+            saver.prune(idle, shrink=not busy)
             freed = before - saver.size_bytes()
     return {
         "checkpoints": found.checkpoints,
@@ -79,7 +80,8 @@ def discard_made_parents(*, dry_run: bool) -> dict[str, Any]:
 def prune_results(runs_dir: Path | str, names: Sequence[str], *, dry_run: bool) -> dict[str, Any]:
     """Forget searches by name, and all results that no search has: see ``ledger.archive.prune``.
 
-    Their folders (config, best recipe, log) stay.
+    Their folders (config, best recipe, log) stay. While a search runs there ("busy") files keep
+    their size, since it would wait for them to be rewritten, and give up.
 
     Raises:
         NotFound: no such search.
@@ -94,14 +96,15 @@ def prune_results(runs_dir: Path | str, names: Sequence[str], *, dry_run: bool) 
     with Ledger(runs_dir / LEDGER) as ledger, readable(path, "NAME"):
         rows = [ledger.run(name) for name in dict.fromkeys(names)]
         for row in rows:
-            if path.is_file() and Lease.holder(path, row.id) is not None:
+            if Lease.holder(path, row.id) is not None:
                 raise UserError(f"search {row.name!r} runs now; stop it before it is forgotten")
-        found = prune(ledger, [row.id for row in rows], dry_run=dry_run)
+        busy = [row.name for row in ledger.runs() if Lease.holder(path, row.id) is not None]
+        found = prune(ledger, [row.id for row in rows], dry_run=dry_run, shrink=not busy)
         if rows and not dry_run and path.is_file():
             with open_saver(path) as saver:
                 for row in rows:
                     saver.delete_thread(row.id)
-    return found | {"forgotten": [row.name for row in rows]}
+    return found | {"forgotten": [row.name for row in rows], "busy": busy}
 
 
 def diagnose(runs_dir: Path | str) -> list[dict[str, Any]]:

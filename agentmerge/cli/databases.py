@@ -58,6 +58,12 @@ def prune(
     )
     if found["forgotten"]:
         text += f"; {'would forget' if dry_run else 'forgot'} {', '.join(found['forgotten'])}"
+    if found["busy"]:
+        later = "will keep" if dry_run else "keeps"
+        text += (
+            f"; {', '.join(found['busy'])} runs now, so the file {later} its size: what is removed "
+            "is filled again, and a later prune makes the file smaller"
+        )
     show_result(found, as_json, text)
     return 0
 

@@ -29,7 +29,7 @@ def gc(
     text = f"{verb} {report['freed_bytes'] / 1e6:.2f} MB in {report['checkpoints']} checkpoints"
     text += f", {parents['freed_bytes'] / 1e6:.2f} MB in {parents['made']} parents made here"
     if report["busy"]:
-        text += f"; running, left alone: {', '.join(report['busy'])}"
+        text += f"; running, left alone: {', '.join(report['busy'])} (the file keeps its size)"
     show_result(report, as_json, text)
     return 0
 

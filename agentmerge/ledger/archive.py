@@ -50,11 +50,15 @@ def stats(ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def prune(ledger: Ledger, run_ids: Sequence[str], *, dry_run: bool) -> dict[str, Any]:
+def prune(
+    ledger: Ledger, run_ids: Sequence[str], *, dry_run: bool, shrink: bool = True
+) -> dict[str, Any]:
     """Forget these searches, and every result, recipe and item set that no search has any more.
 
     Branches hold a copy of their past, so forgetting the search they left harms none; what it
     searched stays known to them.
+
+    shrink: rewrite the file without what is gone, while which nobody else can write to it.
 
     Returns: {blocks, item_results, freed_bytes}; bytes are of the blocks in a dry run.
 
@@ -87,7 +91,8 @@ def prune(ledger: Ledger, run_ids: Sequence[str], *, dry_run: bool) -> dict[str,
             "DELETE FROM item_sets WHERE id NOT IN (SELECT item_set_id FROM results) "
             "AND id NOT IN (SELECT item_set_id FROM run_items)"
         )
-    ledger.shrink()
+    if shrink:
+        ledger.shrink()
     return found | {"freed_bytes": max(0, before - ledger.path.stat().st_size)}
 
 

@@ -91,6 +91,28 @@ def test_prune_refuses_a_search_that_runs(runs: Path, capsys: pytest.CaptureFixt
     assert "runs now" in capsys.readouterr().err
 
 
+def test_no_file_is_rewritten_while_a_search_runs_there(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agentmerge.lease import Lease
+
+    with Ledger(runs / session.LEDGER) as ledger:
+        run_id = ledger.run("second").id
+    sizes = [(runs / name).stat().st_size for name in (session.LEDGER, session.CHECKPOINTS)]
+    where = ("--runs-dir", str(runs))
+    with Lease.acquire(runs / session.CHECKPOINTS, run_id, name="second"):
+        assert run_app(["ledger", "prune", "--forget", "first", *where]) == 0
+        assert "second runs now, so the file keeps its size" in capsys.readouterr().out
+        gone = said(capsys, "gc", *where)
+        assert gone["busy"] == ["second"]
+        assert gone["freed_bytes"] == 0
+    after = [(runs / name).stat().st_size for name in (session.LEDGER, session.CHECKPOINTS)]
+    assert all(new >= old for old, new in zip(sizes, after, strict=True))
+    said(capsys, "ledger", "prune", *where)
+    assert (runs / session.LEDGER).stat().st_size < sizes[0]
+    assert said(capsys, "gc", *where)["freed_bytes"] > 0
+
+
 def test_prune_says_where_the_database_is_locked(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
