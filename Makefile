@@ -35,7 +35,7 @@ demo: $(USER_STAMP) $(if $(filter vllm,$(WORKER)),$(VLLM_STAMP))  ## Make a smal
 	$(VENV)/bin/agentmerge demo --worker $(WORKER)
 
 test: $(DEV_STAMP) $(VLLM_STAMP)  ## Run the tests, without the slow ones
-	$(TEST_ENV) $(PY) -m pytest -m "not slow" --durations=50
+	$(TEST_ENV) OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadfile --durations=50
 
 test-vllm: $(DEV_STAMP) $(VLLM_STAMP)  ## Run every test of the workers, vLLM's slow ones too
 	$(TEST_ENV) $(PY) -m pytest tests/workers
