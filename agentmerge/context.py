@@ -33,7 +33,7 @@ from agentmerge.assembly import (
 from agentmerge.check import Prepared, anchored, prepare
 from agentmerge.checkpoints import RUNS_DIR_VARIABLE
 from agentmerge.config import SearchConfig
-from agentmerge.errors import AgentmergeError, ConfigError, NotFound, UserError
+from agentmerge.errors import AgentmergeError, ConfigError, NotFound, RunFailed, UserError
 from agentmerge.lease import Lease
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.steps import Search
@@ -51,6 +51,8 @@ _SERVERS_OWN = frozenset({"search.graph", "search.init", "budget.prices"})
 _OPEN: dict[str, Search] = {}
 _HELD: dict[str, ExitStack] = {}
 _LOCKS: dict[str, threading.Lock] = {}
+#: Key of a search -> the server's run that failed on it last, and why.
+_FAILED: dict[str, tuple[str, str]] = {}
 _opening = threading.Lock()
 
 
@@ -178,18 +180,33 @@ def search_of(runtime: Any) -> Search:
         NotFound: no such run, and neither a config nor a run to branch from.
         LeaseHeld: another process works on it.
         UserError: what it was begun with has changed since.
+        RunFailed: this run has failed already, and its queued nodes open the search no more.
     """
     context = runtime.context or Context()
-    info = runtime.execution_info
-    key = context.run or (info.thread_id if info else None)
+    key = _key(runtime)
     if not key:
         raise UserError("the graph was given neither a run in its context nor a thread")
     with _opening:
         own = _LOCKS.setdefault(key, threading.Lock())
     with own:  # opening takes minutes, and no other search waits for it
         if key not in _OPEN:
+            run_id, why = _FAILED.get(key, ("", ""))
+            if run_id and run_id == _run_id(runtime):
+                raise RunFailed(f"this run has failed: {why}; a new one goes on with the search")
             _hold(context, key)
+            _FAILED.pop(key, None)
         return _OPEN[key]
+
+
+def _key(runtime: Any) -> str:
+    info = runtime.execution_info
+    return (runtime.context or Context()).run or (info.thread_id if info else None) or ""
+
+
+def _run_id(runtime: Any) -> str:
+    """The server's id of the invocation that a node is of; a node tried again is of a new one."""
+    info = runtime.execution_info
+    return str(info.run_id or "") if info and info.node_attempt == 1 else ""
 
 
 def releasing(node: Callable[..., Any]) -> Callable[..., Any]:
@@ -204,11 +221,11 @@ def releasing(node: Callable[..., Any]) -> Callable[..., Any]:
             return node(state, runtime)
         except GraphBubbleUp:  # a question to a person, or a drain
             raise
-        except Exception:
-            info = runtime.execution_info
-            key = (runtime.context or Context()).run or (info.thread_id if info else "")
-            search = _OPEN.get(key or "")
+        except Exception as error:
+            key = _key(runtime)
+            search = _OPEN.get(key)
             if search is not None and search.run_id in _HELD:
+                _FAILED[key] = (_run_id(runtime), str(error))
                 with suppress(AgentmergeError):  # another process's search by now is its to tell of
                     search.still_mine()
                     search.ledger.update_run(search.run_id, status="interrupted")

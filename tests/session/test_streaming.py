@@ -11,9 +11,11 @@ import uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from langgraph.runtime import ExecutionInfo
 
 from agentmerge import session
 from agentmerge.agents.testing import Fault, ScriptedServer
@@ -21,7 +23,7 @@ from agentmerge.assembly import graphs_dir
 from agentmerge.checkpoints import open_saver
 from agentmerge.config import SearchConfig
 from agentmerge.context import ClientContext, Context
-from agentmerge.errors import LeaseHeld, NotFound, TaskError, UserError
+from agentmerge.errors import LeaseHeld, NotFound, RunFailed, TaskError, UserError
 from agentmerge.ledger import Ledger
 from agentmerge.workers.fake import FakeWorker
 from tests.session.conftest import BODY, config, config_text, trace_of
@@ -117,6 +119,33 @@ def test_a_run_that_fails_gives_back_what_it_held(
     streamed(tmp_path, context, thread_id, None)
     with Ledger(tmp_path / session.LEDGER) as ledger:
         assert ledger.run("served").status == "done"
+
+
+def test_a_node_queued_when_its_run_fails_opens_nothing(tmp_path: Path) -> None:
+    from agentmerge.context import _HELD, _OPEN, let_go, releasing, search_of
+
+    key = str(uuid.uuid4())
+    context = Context(config=config_text(), name="served", runs_dir=str(tmp_path))
+
+    def runtime(run_id: str) -> SimpleNamespace:
+        info = ExecutionInfo("checkpoint", "", "task", thread_id=key, run_id=run_id)
+        return SimpleNamespace(context=context, execution_info=info)
+
+    @releasing
+    def failing(state, runtime):
+        search_of(runtime)
+        raise TaskError("the data of task 'one' is gone")
+
+    with pytest.raises(TaskError):
+        failing({}, runtime("first"))
+    with pytest.raises(RunFailed, match="this run has failed: the data of task 'one' is gone"):
+        search_of(runtime("first"))
+    assert not _HELD
+    assert not _OPEN
+    search = search_of(runtime("second"))
+    assert search_of(runtime("second")) is search
+    let_go(search)
+    assert not _HELD
 
 
 FOREIGN = {
