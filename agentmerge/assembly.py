@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmerge import plugins
-from agentmerge.check import Prepared, prepare
+from agentmerge.check import Prepared, prepare, warm_start
 from agentmerge.config import Role, SearchConfig
 from agentmerge.errors import AgentmergeError, NotFound, UserError
 from agentmerge.ledger import Ledger, ResultKey, RunRow
@@ -170,8 +170,8 @@ def unseen(ledger: Ledger, prepared: Prepared) -> Prepared:
     """
     searched: set[str] = set()
     for path in map(Path, prepared.config.search.init):
-        recipe = Recipe.parse(path).canonical(prepared.space.num_layers)
-        own = [recipe.hash(prepared.identities)]
+        recipe = warm_start(path).at(prepared.space.dtype)
+        own = [recipe.canonical(prepared.space.num_layers).hash(prepared.identities)]
         searched |= ledger.searched_before([], own)
         folder = path.absolute().parent
         if (folder.parent / LEDGER).is_file():

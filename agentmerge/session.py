@@ -203,7 +203,7 @@ def evaluate(
     recipe = recipe.renamed(anchored_name)
     settings = _under_its_template(_under_its_tokenizer(anchored(config), recipe), recipe)
     prepared = prepare(settings, allow_benchmarks=True, also=recipe.models)
-    canonical = recipe.canonical(prepared.space.num_layers)
+    canonical = recipe.at(prepared.space.dtype).canonical(prepared.space.num_layers)
     prepared.check(canonical)
     recipe_hash = canonical.hash(prepared.identities)
     with Ledger(Path(runs_dir) / LEDGER) as ledger, ExitStack() as stack:

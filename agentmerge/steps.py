@@ -667,7 +667,8 @@ class Search:
             proposal = replace(proposal, space=proposal.space or self.space.key)
             try:
                 if proposal.recipe is not None:
-                    recipe = Recipe.parse(proposal.recipe).canonical(self.space.num_layers)
+                    recipe = Recipe.parse(proposal.recipe).at(self.space.dtype)
+                    recipe = recipe.canonical(self.space.num_layers)
                 else:
                     recipe = spaces.of(proposal.space).recipe(proposal.vector or ())
                 text, recipe_hash = recipe.to_yaml(), recipe.hash(self.identities)

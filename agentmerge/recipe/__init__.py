@@ -149,6 +149,10 @@ class Recipe:
             tokenizer_source=source if source in ("union", "base") else of(source),
         )
 
+    def at(self, dtype: str) -> Recipe:
+        """The same; where it names no dtype, at the one that a search's own merges have."""
+        return replace(self, dtype=self.dtype or dtype)
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as mergekit reads it (``merge_seed`` is ours; mergekit ignores it)."""
         whole = len(self.slices) == 1 and all(

@@ -65,6 +65,25 @@ def test_evaluate_takes_absolute_names_for_the_configs_relative_ones(
     assert '"reused": true' in text, "it is the same merge"
 
 
+def test_a_recipe_without_a_dtype_is_the_search_s_own_merge(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_app(["run", "config.yml", "--name", "a", "-q"]) == 0
+    told = (here / "runs" / "a" / "best.yml").read_text()
+    bare = "".join(line for line in told.splitlines(True) if not line.startswith("dtype:"))
+    assert bare != told
+    Path("bare.yml").write_text(bare)
+    capsys.readouterr()
+    assert run_app(["evaluate", "bare.yml", "--config", "config.yml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["reused"] is True
+    begun = ["run", "config.yml", "--init", "bare.yml", "--name", "b", "-q"]
+    assert run_app(begun) == 0
+    with Ledger(here / "runs" / LEDGER) as ledger:
+        known = {c.recipe_hash for c in ledger.candidates(ledger.run("a").id)}
+        first = [c for c in ledger.candidates(ledger.run("b").id, 0) if c.operator == "init"]
+        assert {c.recipe_hash for c in first} <= known
+
+
 def test_explain_shows_every_form(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app(["explain", "modules.yml", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
