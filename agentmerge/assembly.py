@@ -23,7 +23,6 @@ from agentmerge.check import Prepared, prepare, warm_start
 from agentmerge.config import Role, SearchConfig
 from agentmerge.errors import AgentmergeError, NotFound, UserError
 from agentmerge.ledger import Ledger, ResultKey, RunRow
-from agentmerge.recipe import Recipe
 from agentmerge.steps import Emit, Search
 from agentmerge.structure import STRUCTURE
 from agentmerge.workers.base import ItemRef, ItemResult
