@@ -390,6 +390,8 @@ def _at_bounds(search: Search, answer: Candidate) -> list[str]:
     if answer.operator in CHEAP or answer.vector is None:
         return []
     space = search.standing(answer.generation).of(answer.space or search.space.key)
+    if answer.space not in ("", space.key):
+        return []  # made in the space of the search that this one branched from
     found = [
         f"{axis.name} ({end:g})"
         for axis, unit in zip(space.axes, answer.vector, strict=True)
