@@ -58,7 +58,8 @@ OBJECTIVES: dict[str, dict] = {
 
 @pytest.fixture(params=OBJECTIVES, scope="module")
 def objectives(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every search of a module on each of these: ``pytestmark`` with ``usefixtures``."""
+    """Every search of a module on each of these: ``pytestmark`` with ``usefixtures``; a test that
+    names some of them (``parametrize`` with ``indirect``) is searched on those."""
     with pytest.MonkeyPatch.context() as patch:
         for key, value in OBJECTIVES[request.param].items():
             patch.setitem(BODY, key, value)

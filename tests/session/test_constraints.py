@@ -71,19 +71,27 @@ def searched(tmp_path: Path, name: str, constraints: list, budget: int = 44, **s
         return row, ledger.candidates(row.id), ledger.best_candidate(row.id)
 
 
-def test_what_breaks_one_is_never_the_answer_where_something_keeps_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("objectives", ["accuracy", "perplexity"], indirect=True)
+def test_what_breaks_one_is_never_the_answer_where_something_keeps_it(
+    tmp_path: Path, objectives: str
+) -> None:
+    sign = 1.0 if objectives == "accuracy" else -1.0  # a perplexity should be low
     free, _, _ = searched(tmp_path, "free", [])
     asked = [{"task": "two", "max_drop": 0.05}]
     row, found, best = searched(tmp_path, "bound", asked)
-    floor = max(dict(c.tasks)["two"] for c in found if c.operator == "parent") - 0.05
-    assert dict(free.result["answer"]["tasks"])["two"] < floor, "the constraint would bind nothing"
+    floor = max(sign * dict(c.tasks)["two"] for c in found if c.operator == "parent") - 0.05
+    if objectives == "accuracy":  # no weight makes the score want what a perplexity's floor forbids
+        assert sign * dict(free.result["answer"]["tasks"])["two"] < floor, (
+            "the constraint would bind nothing"
+        )
     scored = [c for c in found if c.score is not None]
     for candidate in scored:
-        lacking = floor - dict(candidate.tasks)["two"]
+        lacking = floor - sign * dict(candidate.tasks)["two"]
         assert candidate.violation == pytest.approx(max(0.0, lacking), abs=2e-9)
-    assert any(c.violation and c.score > best.score for c in scored)
+    if objectives == "accuracy":
+        assert any(c.violation and c.score > best.score for c in scored)
     answer = row.result["answer"]
-    assert answer["tasks"]["two"] >= floor - 1e-9
+    assert sign * answer["tasks"]["two"] >= floor - 1e-9
     assert best.violation == 0.0
     (line,) = row.result["constraints"]
     assert (line["task"], line["kept"]) == ("two", True)

@@ -51,6 +51,19 @@ def test_losers_stop_early_and_more_are_tried_for_the_same_items(raced: Path) ->
     assert summary["evaluations"]["total"] == pytest.approx(sum(c.cost for c in found), abs=0.01)
 
 
+@pytest.mark.parametrize("objectives", ["loss"], indirect=True)
+def test_losers_stop_early_on_an_objective_without_bounds_too(
+    objectives: str, tmp_path: Path
+) -> None:
+    session.run(config(**RACED), name="a", runs_dir=tmp_path)
+    found = candidates_of(tmp_path, "a")
+    stopped = [c for c in found if c.state == "stopped"]
+    assert stopped
+    assert all(c.score is None and c.rung - 0.02 <= c.share == c.cost < 1.0 for c in stopped)
+    assert all(c.rung == c.share == 1.0 for c in found if c.score is not None)
+    assert 33 <= sum(c.cost for c in found) <= 34
+
+
 def test_only_whole_scores_are_compared(raced: Path) -> None:
     found = candidates_of(raced, "a")
     scored = [c for c in found if c.score is not None]
@@ -135,7 +148,7 @@ def test_the_first_generation_is_never_raced(raced: Path) -> None:
         ({"rungs": [0.5, 0.25]}, "must rise between 0 and 1"),
         ({"rungs": []}, "must rise"),
         ({"rungs": [0.0, 0.5]}, "must rise"),
-        ({"alpha": 0}, "greater than 0"),
+        ({"alpha": 0}, "must be above 0"),
         ({"rung": [0.5]}, "rung"),
         ("often", "often"),
     ],
