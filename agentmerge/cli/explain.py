@@ -16,13 +16,23 @@ _KINDS = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weig
 
 
 def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> dict[str, Any]:
-    """{hash, canonical, notes, rows}: rows are a head and one line for each group of equal tensors.
+    """{hash, canonical, notes, rows, checked}: rows are a head and one for each group.
+
+    checked: whether its models are here, and their headers say that they can be merged so.
 
     Raises:
+        RecipeRejected: they cannot, as ``evaluate`` would say. ParentError: they do not fit.
         UserError: the depth is unknown: the recipe has no layer ranges and no model was named.
     """
     depth, names, carried = _tensors(recipe, model, layers)
     canonical = recipe.canonical(depth)
+    checked = all((Path(name) / "config.json").is_file() for name in recipe.models)
+    if checked:
+        from agentmerge.merging.plan import plan, read_layout
+
+        plan(
+            canonical, read_layout({name: Path(name) for name in recipe.models}, recipe.base_model)
+        )
     groups: list[tuple[str, str, Effective]] = []
     for name, layer, after in names:
         effective = canonical.effective(name, layer, after=after)
@@ -57,6 +67,7 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
         "canonical": canonical.to_dict(),
         "notes": [*recipe.notes, *cancelling_notes(canonical)],
         "rows": rows,
+        "checked": checked,
     }
 
 

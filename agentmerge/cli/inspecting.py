@@ -104,7 +104,10 @@ def explain(
 
     found = explain_recipe(Recipe.parse(recipe), model, layers)
     tell_notes(found["notes"], as_json)
-    show_result(found, as_json, table(found["rows"], numbers=False) + f"\nhash {found['hash']}")
+    text = table(found["rows"], numbers=False) + f"\nhash {found['hash']}"
+    if not found["checked"]:
+        text += "\nnot checked against its models, which are not all here as folders"
+    show_result(found, as_json, text)
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from agentmerge.cli.app import run_app
+from agentmerge.demo.family import Family
 from agentmerge.ledger import Ledger
 from agentmerge.session import LEDGER
 
@@ -130,3 +131,19 @@ def test_a_misspelt_key_of_the_old_sections_stays_with_the_results(
     assert told in json.loads(capsys.readouterr().out)["warnings"][0], "a branch inherits it"
     assert run_app(["report", "a"]) == 0
     assert "layer_granularty" in (here / "runs" / "a" / "report.html").read_text()
+
+
+def test_explain_refuses_what_its_models_cannot_be(
+    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = family.experts
+    recipe = tmp_path / "deep.yml"
+    sources = "".join(
+        f"\n  - {{model: {m}, layer_range: [0, 99], parameters: {{weight: 1}}}}" for m in (one, two)
+    )
+    recipe.write_text(f"merge_method: linear\nslices:\n- sources:{sources}\n")
+    assert run_app(["explain", str(recipe), "--layers", "99"]) != 0
+    assert "99" in capsys.readouterr().err
+    recipe.write_text(recipe.read_text().replace(str(two), "nowhere"))
+    assert run_app(["explain", str(recipe), "--layers", "99"]) == 0
+    assert "not checked against its models" in capsys.readouterr().out
