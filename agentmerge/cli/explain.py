@@ -26,7 +26,11 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
     """
     depth, names, carried = _tensors(recipe, model, layers)
     canonical = recipe.canonical(depth)
-    checked = all((Path(name) / "config.json").is_file() for name in recipe.models)
+    # Parents that are aligned or unpickled first are other files than those that are here.
+    checked = recipe.tokenizer_source is None and all(
+        (Path(name) / "config.json").is_file() and any(Path(name).glob("*.safetensors"))
+        for name in recipe.models
+    )
     if checked:
         from agentmerge.merging.plan import plan, read_layout
 

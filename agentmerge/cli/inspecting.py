@@ -106,7 +106,7 @@ def explain(
     tell_notes(found["notes"], as_json)
     text = table(found["rows"], numbers=False) + f"\nhash {found['hash']}"
     if not found["checked"]:
-        text += "\nnot checked against its models, which are not all here as folders"
+        text += "\nnot checked against its models: not all are here as they would be merged"
     show_result(found, as_json, text)
     return 0
 
