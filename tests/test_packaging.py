@@ -27,7 +27,9 @@ SECTIONS = {
     "budget": (config.BudgetSettings,),
 }
 #: Written in the search section, and kept with the tasks because they decide what is asked.
-ELSEWHERE = {"tasks": {"sealed_share", "companion", "seed", "chat_template", "gen_kwargs"}}
+ELSEWHERE = {
+    "tasks": {"sealed_share", "companion", "seed", "chat_template", "gen_kwargs", "chat_date"}
+}
 
 
 def commands_in(path: Path) -> list[str]:

@@ -120,7 +120,9 @@ def test_what_is_no_bounded_mean_is_asked_in_full() -> None:
     assert not course(two="word_perplexity").raceable
     results = {ref: ItemResult(1.0, None, None) for ref in found.refs(1.0)}
     better = results | {ref: ItemResult(3.0, None, None) for ref in results if ref.task == "two"}
-    assert found.standing(0.125, better, results) == (1.0, 2.0)
+    share, lead = found.standing(0.125, better, results)
+    assert share == 1.0
+    assert lead == pytest.approx(math.exp(-1) - math.exp(-3), rel=0.6), "of whole perplexities"
 
 
 def test_a_metric_that_is_not_what_its_name_says_is_not_raced() -> None:

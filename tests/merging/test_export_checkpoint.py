@@ -146,8 +146,13 @@ def test_a_template_in_the_recipe_is_written(family_of: FamilyOf, tmp_path: Path
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == "{{ messages }}"
     named = canonical(recipes("linear")["smooth"] + "\nchat_template: chatml")
-    with pytest.raises(UserError, match="chat_template 'chatml' is a name"):
-        export_checkpoint(named, family_of(), tmp_path / "two", template_model="a")
+    export_checkpoint(named, family_of(), tmp_path / "two", template_model="a")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "two")
+    assert "<|im_start|>" in tokenizer.chat_template
+    unknown = canonical(recipes("linear")["smooth"] + "\nchat_template: chatmll")
+    with pytest.raises(UserError, match="'chatmll' is no template that mergekit has; use one of"):
+        export_checkpoint(unknown, family_of(), tmp_path / "three", template_model="a")
+    assert not (tmp_path / "three").exists()
 
 
 def test_a_directory_that_holds_something_is_left_alone(

@@ -58,12 +58,19 @@ OBJECTIVES: dict[str, dict] = {
 
 @pytest.fixture(params=OBJECTIVES, scope="module")
 def objectives(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every search of a module on each of these: ``pytestmark`` with ``usefixtures``; a test that
-    names some of them (``parametrize`` with ``indirect``) is searched on those."""
+    """Every search of a module on each of these: ``pytestmark`` with ``usefixtures``."""
     with pytest.MonkeyPatch.context() as patch:
         for key, value in OBJECTIVES[request.param].items():
             patch.setitem(BODY, key, value)
         yield request.param
+
+
+@pytest.fixture
+def objective(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The searches of one test on those that it names: ``parametrize`` with ``indirect``."""
+    for key, value in OBJECTIVES[request.param].items():
+        monkeypatch.setitem(BODY, key, value)
+    return request.param
 
 
 def config_text(**sections: object) -> str:

@@ -70,8 +70,8 @@ def items_asked(runs_dir: Path) -> int:
     return int(row["items"])
 
 
-@pytest.mark.parametrize("objectives", ["accuracy", "loss"], indirect=True)
-def test_items_are_a_budget_too_and_the_end_is_in_it(tmp_path, objectives) -> None:
+@pytest.mark.parametrize("objective", ["accuracy", "loss"], indirect=True)
+def test_items_are_a_budget_too_and_the_end_is_in_it(tmp_path, objective) -> None:
     items = 120  # two tasks, 60 search items each, and as many sealed ones
     end = (3 + 2) * items  # the parents, the best cheap merge and the answer
     most = 14 * items + items // 2 + end

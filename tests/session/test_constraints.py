@@ -71,16 +71,16 @@ def searched(tmp_path: Path, name: str, constraints: list, budget: int = 44, **s
         return row, ledger.candidates(row.id), ledger.best_candidate(row.id)
 
 
-@pytest.mark.parametrize("objectives", ["accuracy", "perplexity"], indirect=True)
+@pytest.mark.parametrize("objective", ["accuracy", "perplexity"], indirect=True)
 def test_what_breaks_one_is_never_the_answer_where_something_keeps_it(
-    tmp_path: Path, objectives: str
+    tmp_path: Path, objective: str
 ) -> None:
-    sign = 1.0 if objectives == "accuracy" else -1.0  # a perplexity should be low
+    sign = 1.0 if objective == "accuracy" else -1.0  # a perplexity should be low
     free, _, _ = searched(tmp_path, "free", [])
     asked = [{"task": "two", "max_drop": 0.05}]
     row, found, best = searched(tmp_path, "bound", asked)
     floor = max(sign * dict(c.tasks)["two"] for c in found if c.operator == "parent") - 0.05
-    if objectives == "accuracy":  # no weight makes the score want what a perplexity's floor forbids
+    if objective == "accuracy":  # no weight makes the score want what a perplexity's floor forbids
         assert sign * dict(free.result["answer"]["tasks"])["two"] < floor, (
             "the constraint would bind nothing"
         )
@@ -88,7 +88,7 @@ def test_what_breaks_one_is_never_the_answer_where_something_keeps_it(
     for candidate in scored:
         lacking = floor - sign * dict(candidate.tasks)["two"]
         assert candidate.violation == pytest.approx(max(0.0, lacking), abs=2e-9)
-    if objectives == "accuracy":
+    if objective == "accuracy":
         assert any(c.violation and c.score > best.score for c in scored)
     answer = row.result["answer"]
     assert sign * answer["tasks"]["two"] >= floor - 1e-9

@@ -51,9 +51,9 @@ def test_losers_stop_early_and_more_are_tried_for_the_same_items(raced: Path) ->
     assert summary["evaluations"]["total"] == pytest.approx(sum(c.cost for c in found), abs=0.01)
 
 
-@pytest.mark.parametrize("objectives", ["loss"], indirect=True)
+@pytest.mark.parametrize("objective", ["loss"], indirect=True)
 def test_losers_stop_early_on_an_objective_without_bounds_too(
-    objectives: str, tmp_path: Path
+    objective: str, tmp_path: Path
 ) -> None:
     session.run(config(**RACED), name="a", runs_dir=tmp_path)
     found = candidates_of(tmp_path, "a")

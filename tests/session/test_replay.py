@@ -45,8 +45,8 @@ def kept(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("objectives", ["accuracy", "perplexity"], indirect=True)
-def test_it_ends_identically_without_model_key_or_worker(objectives: str, kept: Path) -> None:
+@pytest.mark.parametrize("objective", ["accuracy", "perplexity"], indirect=True)
+def test_it_ends_identically_without_model_key_or_worker(objective: str, kept: Path) -> None:
     before = (kept / session.LEDGER).read_bytes()
     found = replay("a", runs_dir=kept)
     assert (found.identical, found.stopped, found.differs_from) == (True, "", None)

@@ -79,8 +79,8 @@ def test_a_move_opens_a_space_that_gets_its_trial(
     assert replay("a", runs_dir=tmp_path).identical
 
 
-@pytest.mark.parametrize("objectives", ["accuracy", "loss"], indirect=True)
-def test_a_space_begins_with_the_best_as_near_as_they_come(tmp_path: Path, objectives) -> None:
+@pytest.mark.parametrize("objective", ["accuracy", "loss"], indirect=True)
+def test_a_space_begins_with_the_best_as_near_as_they_come(tmp_path: Path, objective) -> None:
     with ScriptedServer(mover(("method", "ties"))) as server:
         session.run(config(**advised(server), budget=BUDGET), name="a", runs_dir=tmp_path)
     found, candidates = moves_of(tmp_path, "a")

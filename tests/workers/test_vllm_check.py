@@ -215,7 +215,7 @@ worker:
     other = tasks_for(tiny.spec(tied, plain, options={"base": "base"}))
     assert other.tasks[0].protocol_hash != taskset.tasks[0].protocol_hash
     wrong = config.tasks.model_copy(update={"chat_template": "nowhere"})
-    with pytest.raises(ConfigError, match="neither a model of the genome nor a file"):
+    with pytest.raises(ConfigError, match="neither a model of the genome"):
         tasks_for(tiny.spec(tied, wrong, options={"base": "base"}))
     with pytest.raises(ConfigError, match="lm_eval_args"):
         SearchConfig.from_text(text.replace("gen_kwargs", "gen_kwarg"))
