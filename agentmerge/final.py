@@ -135,8 +135,8 @@ def confirmed(
             notes.append(f"{name_of(answer)} was chosen, and its sealed items failed: {error}")
             left.remove(answer)
     assert first is not None
-    notes = [notes[0], f"so did those of {len(notes) - 1} more; it is not confirmed"]
-    return replace(first, notes=[*first.notes, *notes])
+    more = f"so did those of {len(notes) - 1} more; " if len(notes) > 1 else ""
+    return replace(first, notes=[*first.notes, notes[0], f"{more}it is not confirmed"])
 
 
 def beyond_noise(
