@@ -28,7 +28,7 @@ PLACEMENTS: tuple[Placement, ...] = ("device", "host", "stream")
 MARGIN = 0.1
 
 #: What comes with the first model and the first merge: transformers' modules, compiled loops.
-_LATER_BYTES = 80_000_000
+_LATER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
