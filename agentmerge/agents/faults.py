@@ -15,6 +15,11 @@ from email.utils import parsedate_to_datetime
 
 from agentmerge.agents.schemas import clean_text
 
+
+class ServerFault(Exception):
+    """What no server may do; its text goes on from the model's name, as a `reason` does."""
+
+
 _secrets: set[str] = set()
 _SHAPE_REFUSED = frozenset({400, 415, 422, 501})
 _MAY_PASS = frozenset({408, 409, 429, 500, 502, 503, 504, 529})
@@ -86,6 +91,8 @@ def retry_after_s(error: Exception) -> float | None:
 
 def reason(error: Exception) -> str:
     """The rest of a sentence that begins with the model's name."""
+    if isinstance(error, ServerFault):
+        return clean_text(redact(str(error)), _MAX_REASON)
     status, words = status_of(error), _said(error)
     said = f" ({clean_text(redact(words), _MAX_REASON)})" if words else ""
     if status in (401, 403):

@@ -7,12 +7,9 @@ is found (providers.py), nor what is kept of it (a ``CallLog``).
 
 from __future__ import annotations
 
-import contextvars
 import json
 import math
-import queue
 import re
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,6 +29,7 @@ from agentmerge.agents.faults import (
 from agentmerge.agents.prices import Price, cost_usd
 from agentmerge.agents.prompts import Message
 from agentmerge.agents.providers import resolve_model
+from agentmerge.agents.wire import bind, within
 from agentmerge.errors import ModelReplyError, ReplyMissing
 
 if TYPE_CHECKING:
@@ -99,6 +97,8 @@ class AgentModel:
         price: Price | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        if chat is not None:
+            bind(chat)
         self.chat = chat
         self.timeout_s = timeout_s
         self.max_retries = max_retries
@@ -331,7 +331,7 @@ class _Asking(Generic[R]):
         with warnings.catch_warnings():
             # langchain-openai warns, besides raising, where a server refuses json_schema.
             warnings.simplefilter("ignore")
-            answered: AIMessage = _within(limit_s, lambda: chat.invoke(_typed(messages)))
+            answered: AIMessage = within(limit_s, lambda: chat.invoke(_typed(messages)))
         return answered
 
     def _ending(self, shape: str, error: Exception) -> tuple[Ending, float]:
@@ -499,25 +499,3 @@ def _tokens_of(sent: Sequence[dict[str, Any]]) -> int:
 
 def _tokens(text: str) -> int:
     return len(text) // _CHARS_PER_TOKEN + 1
-
-
-def _within(limit_s: float, call: Callable[[], R]) -> R:
-    """The call's result, or TimeoutError; a client's own timeout does not end a slow drip."""
-    outcome: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
-    context = contextvars.copy_context()
-
-    def work() -> None:
-        try:
-            outcome.put((True, context.run(call)))
-        except BaseException as error:
-            outcome.put((False, error))
-
-    threading.Thread(target=work, name="chat-model", daemon=True).start()
-    try:
-        done, value = outcome.get(timeout=limit_s)
-    except queue.Empty:
-        raise TimeoutError from None
-    if not done:
-        raise value
-    result: R = value
-    return result

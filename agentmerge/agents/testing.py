@@ -9,9 +9,12 @@ OpenAI's chat completions, with usage, and can misbehave on demand; it knows not
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import threading
+import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,7 +29,8 @@ Content = str | Body
 FaultKind = Literal[
     "400", "401", "403", "404", "429", "500", "503", "quota", "hang", "drip", "cut", "reset",
     "empty", "prose", "fenced", "truncated", "filtered", "refusal", "null", "no_usage",
-    "no_choices", "wrong_shape", "not_json", "usage",
+    "no_choices", "wrong_shape", "not_json", "usage", "flood", "bomb", "continue", "header",
+    "redirect", "raw",
 ]  # fmt: skip
 
 _ERRORS = {
@@ -42,6 +46,24 @@ _ERRORS = {
 _CHARS_PER_TOKEN = 4
 
 
+def _gzipped(head: bytes, piece: bytes) -> tuple[bytes, bytes]:
+    """A gzip stream's beginning, and a piece of it that can be repeated without an end."""
+    packer = zlib.compressobj(9, wbits=31)
+    begun = packer.compress(head) + packer.flush(zlib.Z_FULL_FLUSH)
+    return begun, packer.compress(piece) + packer.flush(zlib.Z_FULL_FLUSH)
+
+
+_OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+_BOMB = _gzipped(b'{"id": "', b" " * 2**20)
+#: What comes first, what is repeated, and the pause between, in seconds.
+_ENDLESS = {
+    "flood": (_OK + b'\r\n{"id": "', b" " * 2**16, 0.0),
+    "bomb": (_OK + b"Content-Encoding: gzip\r\n\r\n" + _BOMB[0], _BOMB[1], 0.0),
+    "continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100, 0.0),
+    "header": (_OK + b"X-Long: ", b"x", 0.02),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One way in which a server lets its client down.
@@ -55,6 +77,10 @@ class Fault:
     fenced: `content` in a Markdown fence. truncated: its first half with finish_reason length.
     filtered: finish_reason content_filter. no_usage: `content`, and no word of tokens. usage:
     `content`, and `usage` in the place of what was counted.
+    flood, bomb, continue: a body without an end, the same in gzip, or "100 Continue" for ever.
+    header: a header one byte at a time. All four for `seconds`, if the client stays so long.
+    redirect: status 307 to the address `content`. raw: `content` is the body, whatever it is, said
+    to be in the Content-Encoding `encoding` (gzip: it is).
     """
 
     kind: FaultKind
@@ -62,6 +88,7 @@ class Fault:
     seconds: float = 30.0
     retry_after_s: float | str = 0.0
     usage: Any = None
+    encoding: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +167,7 @@ class ScriptedServer:
             shape = request.body.get("response_format", {}).get("type", "text")
             if shape not in self.shapes:
                 return self.refusal, f"response_format {shape} is not supported"
-            if request.body.get("tools") == []:
+            if request.body.get("tools") == [] and request.path.endswith("/chat/completions"):
                 return self.refusal, "tools must not be an empty list"
             if "tools" in request.body and not self.tools:
                 return self.refusal, "tools are not supported"
@@ -201,6 +228,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(status, message, code, fault.retry_after_s)
         elif kind in ("hang", "drip"):
             self._stall(fault)
+        elif kind in _ENDLESS:
+            self._pour(kind, fault.seconds)
+        elif kind == "redirect":
+            self._head(307, 0, headers={"Location": text})
+        elif kind == "raw":
+            self._send(200, text, headers={"Content-Encoding": fault.encoding or "identity"})
         elif kind == "cut":
             self._head(200, 10_000)
             self.wfile.write(b'{"id": "cut", "choices": [{"mess')
@@ -244,6 +277,15 @@ class _Handler(BaseHTTPRequestHandler):
                 if closing.wait(0.05):
                     break
         self._hang_up()
+
+    def _pour(self, kind: str, seconds: float) -> None:
+        """What has no end, until the client has gone."""
+        head, piece, pause_s = _ENDLESS[kind]
+        self.close_connection = True
+        ends = time.monotonic() + seconds
+        self.wfile.write(head)
+        while time.monotonic() < ends and not self.server.script.closing.wait(pause_s):
+            self.wfile.write(piece)
 
     def _complete(
         self,
@@ -294,7 +336,9 @@ class _Handler(BaseHTTPRequestHandler):
         kind: str = "application/json",
         headers: dict[str, str] | None = None,
     ) -> None:
-        raw = _text(content).encode()
+        raw = _text(content).encode(errors="replace")
+        if (headers or {}).get("Content-Encoding") == "gzip":
+            raw = gzip.compress(raw)
         self._head(status, len(raw), kind, headers)
         self.wfile.write(raw)
 
