@@ -30,9 +30,10 @@ from pydantic import (
     model_validator,
 )
 
+from agentmerge.bounded import read_text
 from agentmerge.errors import ConfigError
 from agentmerge.methods import METHODS, Method, Parameter, divides_by_agreeing
-from agentmerge.yaml_text import key_lines, misspelt, twice_text
+from agentmerge.yaml_text import misspelt, read_yaml, twice_text
 
 Role = Literal["critic", "controller", "proposer"]
 ROLES: tuple[Role, ...] = ("critic", "controller", "proposer")
@@ -451,29 +452,18 @@ class SearchConfig(_Frozen):
         Raises:
             ConfigError: every fault at once, each naming the entry, the value and what is legal.
         """
-        path = Path(path)
-        try:
-            text = path.read_text()
-        except FileNotFoundError:
-            raise ConfigError(f"no config at {path}; name an existing YAML file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}") from None
+        missing = f"no config at {path}; name an existing YAML file"
+        text = read_text(path, ConfigError, missing=missing)
         return cls.from_text(text, str(path), overrides)
 
     @classmethod
     def from_text(
         cls, text: str, source: str = "config", overrides: Mapping[str, Any] | None = None
     ) -> SearchConfig:
-        try:
-            raw = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+        written = read_yaml(text, source, ConfigError)
+        raw = written.value
         if not isinstance(raw, dict):
             raise ConfigError(f"{source} must be a mapping with 'genome' and 'tasks'")
-        try:
-            lines, twice = key_lines(text)
-        except RecursionError:
-            raise ConfigError(f"{source} has an alias (*name) that contains itself") from None
         if not raw.keys() & _OWN_SECTIONS.keys():  # written for the old programs: it runs as it is
             raw["worker"] = {"lm_eval_args": {"chat_template": FIRST}}
         for dotted, value in (overrides or {}).items():
@@ -484,7 +474,7 @@ class SearchConfig(_Frozen):
             if not isinstance(target, dict):
                 raise ConfigError(f"{source}: {section} must be a mapping, not {target!r}")
             target[key or section] = value
-        return _resolve(raw, source, lines, twice)
+        return _resolve(raw, source, written.lines, written.twice)
 
     def to_yaml(self) -> str:
         """The config as resolved; ``from_text`` reads it back to an equal object."""

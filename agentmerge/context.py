@@ -30,6 +30,7 @@ from agentmerge.assembly import (
     silent,
     unseen,
 )
+from agentmerge.bounded import read_text
 from agentmerge.check import Prepared, anchored, prepare
 from agentmerge.checkpoints import RUNS_DIR_VARIABLE
 from agentmerge.config import SearchConfig
@@ -37,6 +38,7 @@ from agentmerge.errors import AgentmergeError, ConfigError, NotFound, RunFailed,
 from agentmerge.lease import Lease
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.steps import Search
+from agentmerge.yaml_text import read_yaml
 
 #: The file with the sections of a search that are a server's own.
 SERVER_CONFIG_VARIABLE = "AGENTMERGE_SERVER_CONFIG"
@@ -127,10 +129,7 @@ class Context(ClientContext):
 
 
 def _mapping(text: str, source: str) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    found = read_yaml(text, source, ConfigError).value
     if not isinstance(found, dict):
         raise ConfigError(f"{source} must be a mapping, not {type(found).__name__}")
     return found
@@ -140,11 +139,8 @@ def _servers_own() -> dict[str, Any]:
     path = os.environ.get(SERVER_CONFIG_VARIABLE)
     if not path:
         return {}
-    try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"${SERVER_CONFIG_VARIABLE}: {path} cannot be read: {error}") from None
-    return _mapping(text, path)
+    missing = f"${SERVER_CONFIG_VARIABLE}: {path} is missing"
+    return _mapping(read_text(path, ConfigError, missing=missing), path)
 
 
 def _refuse_foreign(dotted: Iterable[str]) -> None:

@@ -34,6 +34,7 @@ from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
 from agentmerge.strategies.base import SHADOW, Proposal
 from agentmerge.workers.base import ItemRef, ItemResult
+from agentmerge.yaml_text import read_yaml
 
 if TYPE_CHECKING:
     from agentmerge.evaluation.tasks import ScoredTask
@@ -465,9 +466,9 @@ def _plain_yaml(text: str) -> dict[str, Any]:
         # An alias can make a short text a huge value; a recipe needs none.
         if any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise RecipeError("a recipe may not have YAML aliases (*name)")
-        body = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(f"the recipe is not YAML: {' '.join(str(error).split())[:200]}") from None
+    body = read_yaml(text, "the recipe", RecipeError).value
     if not isinstance(body, dict) or not all(isinstance(key, str) for key in body):
         raise RecipeError("a recipe is a mapping with 'merge_method', or a JSON list of integers")
     return body

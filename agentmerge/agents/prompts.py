@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from agentmerge.bounded import read_text
 from agentmerge.errors import PromptError
 
 Message = dict[str, str]
@@ -139,7 +140,7 @@ def load_prompts(override_dir: Path | str | None = None) -> Prompts:
     found = {}
     for role in VARIABLES:
         path = bundled_dir() / f"{role}.md"
-        if override is not None and (override / path.name).is_file():
+        if override is not None and (override / path.name).exists():
             path = override / path.name
         found[role] = Prompt(role, path, _read(path)).check()
     return Prompts(**found)
@@ -204,10 +205,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"cannot read prompt {path}: {error}") from error
+    return read_text(path, PromptError)
 
 
 def _one_of(names: frozenset[str]) -> str:

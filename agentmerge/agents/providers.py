@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentmerge import plugins
 from agentmerge.agents.faults import keep_secret, redact
+from agentmerge.bounded import read_text
 from agentmerge.errors import UserError
 from agentmerge.yaml_text import misspelt
 
@@ -110,11 +111,8 @@ def read_keys(path: Path | str | None) -> dict[str, str]:
     """
     if path is None:
         return {}
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not text"
-        raise UserError(f"key file {path} cannot be read: {why}") from None
+    missing = f"key file {path} cannot be read: it is missing"
+    lines = read_text(Path(path).expanduser(), UserError, missing=missing).splitlines()
     keys = {}
     for number, line in enumerate(lines, 1):
         line = line.strip().removeprefix("export ")

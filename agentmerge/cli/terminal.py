@@ -9,6 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+#: Of an error: what it quotes may be of any length.
+_LONGEST_LINE = 2000
+
 
 def show_result(value: Any, as_json: bool, text: str | None = None) -> None:
     """The value as JSON, or its text where there is one and JSON was not asked for."""
@@ -22,8 +25,10 @@ def tell_notes(notes: Sequence[str], as_json: bool) -> None:
 
 
 def failed(message: str, code: int) -> int:
-    """Say why in red, a line a fault; returns ``code``."""
+    """Say why in red, a line a fault, of a huge one the two ends; returns ``code``."""
     for line in message.splitlines() or ["failed"]:
+        if len(line) > _LONGEST_LINE:
+            line = f"{line[: _LONGEST_LINE // 2]} [...] {line[-_LONGEST_LINE // 2 :]}"
         print(_coloured("error:", "31", line), file=sys.stderr)
     return code
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agentmerge import bounded
 from agentmerge.errors import ParentError, RunFailed
 from agentmerge.merging.configs import class_config
 
@@ -325,12 +326,7 @@ def read_json(file: Path, missing: str = "") -> dict[str, Any]:
     Raises:
         ParentError: there is none, or it is not a JSON object.
     """
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ParentError(missing or f"{file} is missing") from None
-    except (OSError, ValueError) as error:
-        raise ParentError(f"{file} cannot be read: {error}") from None
+    raw = bounded.read_json(file, ParentError, missing=missing)
     if not isinstance(raw, dict):
         raise ParentError(f"{file} must hold a JSON object, not {type(raw).__name__}")
     return raw

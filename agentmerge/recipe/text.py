@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from agentmerge.bounded import read_text
 from agentmerge.errors import RecipeError
 from agentmerge.methods import INERT_PARAMS, SWITCHES
 from agentmerge.recipe.parts import Parameters, Setting, Slice, Source
-from agentmerge.yaml_text import key_lines, twice_text
+from agentmerge.yaml_text import read_yaml, twice_text
 
 
 def load_yaml(text: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
@@ -20,23 +19,15 @@ def load_yaml(text: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], 
     if isinstance(text, Mapping):
         return text, []
     source = str(text) if isinstance(text, Path) else "the recipe"
-    try:
-        written = text.read_text() if isinstance(text, Path) else text
-        raw = yaml.safe_load(written)
-        twice = key_lines(written)[1]
-    except FileNotFoundError:
-        raise RecipeError(f"no recipe at {source}") from None
-    except OSError as error:
-        raise RecipeError(f"{source} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
-    except RecursionError:
-        raise RecipeError(f"{source} has an alias (*name) that contains itself") from None
+    if isinstance(text, Path):
+        text = read_text(text, RecipeError, missing=f"no recipe at {source}")
+    written = read_yaml(text, source, RecipeError)
+    raw = written.value
     if not isinstance(raw, dict):
         raise RecipeError(
             f"{source} must be a mapping with 'merge_method', not {type(raw).__name__}"
         )
-    return raw, [twice_text(key, lines) for key, lines in twice.items()]
+    return raw, [twice_text(key, lines) for key, lines in written.twice.items()]
 
 
 def one_module(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
