@@ -223,11 +223,10 @@ def _failures(ledger: Ledger, row: RunRow) -> dict[str, str]:
 
 
 def _drive(search: Search, folder: Path) -> None:
-    budget = search.config.budget.max_evaluations
     graph = load_graph(search.config.search.graph).compile()
     begin = SearchState(run_id=search.run_id, graph_version=GRAPH_VERSION)
     limits: Any = {
-        "max_concurrency": max(64, budget),
+        "max_concurrency": 1,  # nothing is computed: every answer is stored
         "recursion_limit": search.config.graph_steps,
     }
     context = Context(run=search.run_id, runs_dir=str(folder))

@@ -283,10 +283,9 @@ def _drive(
             }
         )
         graph = load_graph(prepared.config.search.graph).compile(checkpointer=saver)
-        budget = prepared.config.budget.max_evaluations
         thread: Any = {
             "configurable": {"thread_id": row.id},
-            "max_concurrency": max(64, budget),
+            "max_concurrency": prepared.config.worker.count,  # one thread a worker
             "recursion_limit": prepared.config.graph_steps,
         }
         begin = _first_input(graph, thread, row, prepared, answer)
