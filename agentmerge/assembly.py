@@ -25,6 +25,7 @@ from agentmerge.errors import AgentmergeError, NotFound, UserError
 from agentmerge.ledger import Ledger, ResultKey, RunRow
 from agentmerge.steps import Emit, Search
 from agentmerge.structure import STRUCTURE
+from agentmerge.temporary import write_at_once
 from agentmerge.workers.base import ItemRef, ItemResult
 
 LEDGER = "agentmerge.sqlite"
@@ -409,7 +410,7 @@ def begun(
     """The run's folder with its config and items as they are now; tells ``emit`` and the log."""
     folder = runs_dir / row.name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yml").write_text(prepared.config.to_yaml())
+    write_at_once(folder / "config.yml", prepared.config.to_yaml())
     for config in (SearchConfig.from_text(row.config, row.name), prepared.config):
         ledger.save_limits(row.id, limits_of(config))
     ledger.update_run(row.id, config=prepared.config.to_yaml())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import sys
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +29,7 @@ from agentmerge.genome import SearchSpace
 from agentmerge.ledger import Ledger
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.cancelling import cancelling_notes
+from agentmerge.temporary import temporary_folder
 from agentmerge.workers.base import OPTIONS, EngineInfo, WorkerSpec
 from agentmerge.workers.pool import crowd_of, devices_for, worker_class
 
@@ -224,7 +224,7 @@ def _prepare_real(
     from agentmerge.merging.plan import plan, read_layout
 
     notes: list[str] = []
-    with tempfile.TemporaryDirectory() as scratch:
+    with temporary_folder("agentmerge-check") as scratch:
         found, survey, layout = _parents(config, also, faults)
         space = None
         if layout is not None:
@@ -245,7 +245,7 @@ def _prepare_real(
             paths = {parent.name: parent.model for parent in found}
             for index, parent in enumerate(found):
                 if parent.name in survey.made_bytes:
-                    paths[parent.name] = Path(scratch) / str(index)
+                    paths[parent.name] = scratch / str(index)
                     paths[parent.name].mkdir()
                     survey.write_side_files(parent, paths[parent.name])
             spec = _spec(config, paths, dtype)

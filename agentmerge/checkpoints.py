@@ -98,6 +98,21 @@ class Saver(SqliteSaver):
         """Newest first. Read at once, so that a caller may use the saver while it iterates."""
         yield from [*super().list(config, filter=filter, before=before, limit=limit)]
 
+    def searches(self) -> Sequence[str]:
+        """Threads of our own graph: their states name a search, which has the thread's id."""
+        with self.cursor() as cur:
+            cur.execute("SELECT DISTINCT thread_id FROM checkpoints ORDER BY thread_id")
+            threads = [str(row[0]) for row in cur.fetchall()]
+        return [thread for thread in threads if self._searched_by(thread) == thread]
+
+    def _searched_by(self, thread_id: str) -> str | None:
+        found = self.get_tuple({"configurable": {"thread_id": thread_id}})
+        values = found.checkpoint["channel_values"] if found else {}
+        begun = values.get("__start__")
+        state = begun if isinstance(begun, dict) else values
+        run_id = state.get("run_id")
+        return run_id if isinstance(run_id, str) else None
+
     def prunable(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> Prunable:
         """What `prune` with the same arguments would remove."""
         where = _strategy(strategy)

@@ -6,10 +6,7 @@ stranger would, and says whether they score the same. Knows runs and cards; know
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from agentmerge.recipe import Recipe
 from agentmerge.report.model_card import model_card
 from agentmerge.report.summary import best_recipe
 from agentmerge.session import opened
+from agentmerge.temporary import write_at_once
 
 #: The recipe beside an exported model.
 RECIPE = "mergekit_config.yml"
@@ -55,9 +53,10 @@ def export_run(
         if config.worker.kind == "fake":
             raise UserError(f"run {name!r} searched on the fake worker: it has no model to export")
         recipe = Recipe.parse(found["recipe"])
-        with replaced(to) if overwrite else nullcontext():
-            warning = _write(prepared, recipe, to, engine, model_card(ledger, row, found))
-            _publish_recipe(to / RECIPE)
+        if overwrite:
+            refuse_foreign(to)
+        warning = _write(prepared, recipe, to, engine, model_card(ledger, row, found), overwrite)
+        _publish_recipe(to / RECIPE)
         report: dict[str, Any] = {
             "path": str(to),
             "score": found["score"],
@@ -93,25 +92,6 @@ def _is_export(folder: Path) -> bool:
         return False
 
 
-@contextmanager
-def replaced(folder: Path) -> Iterator[None]:
-    """Inside, ``folder`` is free for a new export; the old one goes when that is there, or comes
-    back where it fails."""
-    refuse_foreign(folder)
-    if not folder.exists():
-        yield
-        return
-    kept = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
-    folder.rename(kept)
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        kept.rename(folder)
-        raise
-    shutil.rmtree(kept)
-
-
 def _publish_recipe(file: Path) -> None:
     """An export is made to be shown to others: local folders are named by their last part."""
     recipe = Recipe.parse(file)
@@ -121,7 +101,7 @@ def _publish_recipe(file: Path) -> None:
         head = (
             "# Local folders are named by their last part; best.yml of the search has all of it.\n"
         )
-        file.write_text(head + text, encoding="utf-8")
+        write_at_once(file, head + text)
 
 
 def report_text(report: dict[str, Any]) -> str:
@@ -140,7 +120,9 @@ def report_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _write(prepared: Prepared, recipe: Recipe, to: Path, engine: str, card: str) -> str:
+def _write(
+    prepared: Prepared, recipe: Recipe, to: Path, engine: str, card: str, overwrite: bool
+) -> str:
     if prepared.config.tasks.chat_template not in (None, FIRST):  # it talks as it was asked
         from agentmerge.evaluation.tokenizers import tokenizer_of
 
@@ -158,12 +140,18 @@ def _write(prepared: Prepared, recipe: Recipe, to: Path, engine: str, card: str)
             dtype=prepared.spec.dtype,
             device=prepared.spec.device,
             card=card,
+            overwrite=overwrite,
         )
         return ""
     from agentmerge.merging.reference import mergekit_merge
 
     mergekit_merge(
-        recipe, prepared.paths, to, template_model=prepared.spec.template_model, card=card
+        recipe,
+        prepared.paths,
+        to,
+        template_model=prepared.spec.template_model,
+        card=card,
+        overwrite=overwrite,
     )
     warning = "written by mergekit: rounding may differ from what the search scored"
     if recipe.merge_seed is not None:

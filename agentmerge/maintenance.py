@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,8 @@ KEYS = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY", "GOOGLE_API_KE
 
 
 def prune_checkpoints(runs_dir: Path | str, *, dry_run: bool) -> dict[str, Any]:
-    """Keep each idle search's latest checkpoint: {checkpoints, freed_bytes, busy, dry_run}.
+    """Keep each idle search's latest checkpoint, and none of searches that are forgotten:
+    {checkpoints, freed_bytes, busy, dry_run}.
 
     Branching reads the ledger, so pruning cannot break it. Searches that run now are left alone,
     and the file keeps its size meanwhile.
@@ -48,20 +50,28 @@ def prune_checkpoints(runs_dir: Path | str, *, dry_run: bool) -> dict[str, Any]:
 
     runs_dir = existing_runs(runs_dir)
     path = runs_dir / CHECKPOINTS
-    with opened(runs_dir) as ledger:
-        rows = ledger.runs()
-    with readable(path, "NAME"):
-        busy = [row.name for row in rows if Lease.holder(path, row.id) is not None]
-    idle = [row.id for row in rows if row.name not in busy]
     with readable(path, "NAME"), open_saver(path) as saver:
-        found = saver.prunable(idle)
-        freed = found.payload_bytes
-        if not dry_run and found.checkpoints:
+        threads = saver.searches()  # before the rows: a search has its row before its checkpoints
+        with opened(runs_dir) as ledger:
+            rows = ledger.runs()
+        busy = [row.name for row in rows if Lease.holder(path, row.id) is not None]
+        idle = [row.id for row in rows if row.name not in busy]
+        known = {row.id for row in rows}
+        orphans = [
+            thread
+            for thread in threads
+            if thread not in known and Lease.holder(path, thread) is None
+        ]
+        old, orphaned = saver.prunable(idle), saver.prunable(orphans, strategy="delete")
+        count = old.checkpoints + orphaned.checkpoints
+        freed = old.payload_bytes + orphaned.payload_bytes
+        if not dry_run and count:
             before = saver.size_bytes()
+            saver.prune(orphans, strategy="delete", shrink=False)
             saver.prune(idle, shrink=not busy)
             freed = before - saver.size_bytes()
     return {
-        "checkpoints": found.checkpoints,
+        "checkpoints": count,
         "freed_bytes": freed,
         "busy": busy,
         "dry_run": dry_run,
@@ -75,6 +85,19 @@ def discard_made_parents(*, dry_run: bool) -> dict[str, Any]:
 
     made, freed = discard_made(dry_run=dry_run)
     return {"made": made, "freed_bytes": freed, "dry_run": dry_run}
+
+
+def discard_leftovers(*, dry_run: bool) -> dict[str, Any]:
+    """Remove what processes that were killed left half made, wherever it is, and put back what they
+    had moved away: {removed, put_back, elsewhere, freed_bytes, dry_run}, paths each.
+
+    elsewhere: left alone, since another host's process may be at work there.
+    """
+    from agentmerge.ledger.journal import journal_mode
+    from agentmerge.temporary import cache_dir, discard_unfinished
+
+    shared = journal_mode(cache_dir() / "any") != "WAL"
+    return asdict(discard_unfinished(dry_run=dry_run, shared=shared)) | {"dry_run": dry_run}
 
 
 def prune_results(runs_dir: Path | str, names: Sequence[str], *, dry_run: bool) -> dict[str, Any]:
@@ -99,11 +122,12 @@ def prune_results(runs_dir: Path | str, names: Sequence[str], *, dry_run: bool) 
             if Lease.holder(path, row.id) is not None:
                 raise UserError(f"search {row.name!r} runs now; stop it before it is forgotten")
         busy = [row.name for row in ledger.runs() if Lease.holder(path, row.id) is not None]
-        found = prune(ledger, [row.id for row in rows], dry_run=dry_run, shrink=not busy)
         if rows and not dry_run and path.is_file():
+            # Before the rows: a search that is still there can do without its checkpoints.
             with open_saver(path) as saver:
                 for row in rows:
                     saver.delete_thread(row.id)
+        found = prune(ledger, [row.id for row in rows], dry_run=dry_run, shrink=not busy)
     return found | {"forgotten": [row.name for row in rows], "busy": busy}
 
 

@@ -9,7 +9,6 @@ replayed as far as it went, and one that ran out of time stops where its time di
 from __future__ import annotations
 
 import math
-import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
@@ -44,6 +43,7 @@ from agentmerge.recipe import Recipe
 from agentmerge.report.summary import trace
 from agentmerge.state import GRAPH_VERSION, SearchState
 from agentmerge.steps import Outcome, Search
+from agentmerge.temporary import temporary_folder
 from agentmerge.workers.base import EngineInfo, Fingerprint, Gradient, ItemRef, ItemResult, Loss
 
 
@@ -79,7 +79,7 @@ def replay(
     """
     runs_dir = existing_runs(runs_dir)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="agentmerge-replay-")))
+        folder = stack.enter_context(temporary_folder("agentmerge-replay"))
         with Ledger(runs_dir / LEDGER, read_only=True) as original:
             row = original.run(name)
             original.copy_to(folder / LEDGER)

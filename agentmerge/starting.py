@@ -20,6 +20,7 @@ from agentmerge.config import SearchConfig
 from agentmerge.errors import UserError
 from agentmerge.evaluation.catalogue import TaskEntry, task_entries
 from agentmerge.genome import short_name
+from agentmerge.temporary import write_at_once
 
 #: More axes than this need more evaluations than a first search should cost.
 MAX_DIMENSIONS = 16
@@ -73,7 +74,7 @@ def write_start(
         config = anchored(SearchConfig.from_text(text, str(to)))
         prepared = prepare(config, allow_benchmarks=allow_benchmarks, fresh=True, weights=False)
         to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text(text)
+        write_at_once(to, text)
     except BaseException:
         if starter is not None:
             for path in starter.glob(f"{STARTER}.*"):

@@ -80,6 +80,7 @@ from agentmerge.structure import (
     openings,
     standing,
 )
+from agentmerge.temporary import write_at_once
 from agentmerge.workers.base import Gradient, ItemRef, ItemResult
 
 Emit = Callable[[dict[str, Any]], None]
@@ -691,11 +692,9 @@ class Search:
     def _write_best(self, best: Candidate) -> None:
         """best.yml, replaced in one step: it is whole at every moment."""
         path = self.run_dir / "best.yml"
-        draft = path.with_suffix(".tmp")
         text = self.ledger.recipe(best.recipe_hash, self.run_id)
         try:
-            draft.write_text(text)
-            draft.replace(path)
+            write_at_once(path, text)
         except OSError as error:
             raise RunFailed(f"{path} cannot be written: {error}; mend that, then resume") from error
 

@@ -103,11 +103,9 @@ def _first_line(error: Exception) -> str:
 
 def _crash_file() -> Path:
     """Where an unexpected error's traceback goes, so that nobody has to see it."""
-    import tempfile
+    from agentmerge.temporary import crash_file
 
-    path = Path(tempfile.gettempdir()) / f"agentmerge-crash-{os.getpid()}.txt"
-    path.write_text(traceback.format_exc())
-    return path
+    return crash_file(traceback.format_exc())
 
 
 @app.callback(invoke_without_command=True)

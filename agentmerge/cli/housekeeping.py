@@ -18,18 +18,31 @@ def gc(
 ) -> int:
     """Free the disk of what no search needs.
 
-    Old checkpoints (each search keeps its latest), and parents that were made in the cache and are
-    not in use. Results and branches stay.
+    Old checkpoints (each search keeps its latest), what killed processes left half made, and
+    parents that were made in the cache and are not in use. Results and branches stay.
     """
-    from agentmerge.maintenance import discard_made_parents, prune_checkpoints
+    from agentmerge.errors import NotFound
+    from agentmerge.maintenance import discard_leftovers, discard_made_parents, prune_checkpoints
 
-    report = prune_checkpoints(runs_dir, dry_run=dry_run)
-    report["parents"] = parents = discard_made_parents(dry_run=dry_run)
+    # What was left anywhere goes, whatever is at fault with this runs directory.
+    left = discard_leftovers(dry_run=dry_run)
+    parents = discard_made_parents(dry_run=dry_run)
+    try:
+        report = prune_checkpoints(runs_dir, dry_run=dry_run)
+    except NotFound:
+        if not (left["removed"] or left["put_back"] or parents["made"]):
+            raise
+        report = {"checkpoints": 0, "freed_bytes": 0, "busy": [], "dry_run": dry_run}
+    report |= {"parents": parents, "leftovers": left}
     verb = "would free" if dry_run else "freed"
     text = f"{verb} {report['freed_bytes'] / 1e6:.2f} MB in {report['checkpoints']} checkpoints"
     text += f", {parents['freed_bytes'] / 1e6:.2f} MB in {parents['made']} parents made here"
+    text += f", {left['freed_bytes'] / 1e6:.2f} MB that killed processes left"
+    text += "".join(f"\n  {path}" for path in left["removed"])
+    text += "".join(f"\n  put back, moved by a killed export: {path}" for path in left["put_back"])
+    text += "".join(f"\n  left alone, it may be in use: {path}" for path in left["elsewhere"])
     if report["busy"]:
-        text += f"; running, left alone: {', '.join(report['busy'])} (the file keeps its size)"
+        text += f"\n  running, left alone: {', '.join(report['busy'])} (the file keeps its size)"
     show_result(report, as_json, text)
     return 0
 

@@ -12,6 +12,7 @@ import typer
 from agentmerge.cli import options
 from agentmerge.cli.legacy import Legacy, map_options, old_options
 from agentmerge.cli.terminal import failed, show_result, signals, speaker, warned
+from agentmerge.temporary import write_at_once
 
 
 class Answer(StrEnum):
@@ -107,7 +108,7 @@ def _old_outputs(row: Any, runs_dir: Path, storage: Path | None, final_model: bo
     best = runs_dir / row.name / "best.yml"
     if storage is None or not best.is_file():
         return
-    (storage / "best_config.yaml").write_text(best.read_text())
+    write_at_once(storage / "best_config.yaml", best.read_text(encoding="utf-8"))
     if final_model and row.status == "done":
         exporting.export_run(row.name, storage / "final_model", runs_dir=runs_dir, overwrite=True)
 

@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -43,6 +42,7 @@ from agentmerge.demo.training import (
     stream,
     uniform_merge,
 )
+from agentmerge.temporary import cache_dir, temporary_folder
 
 FAMILY_VERSION = 3
 """Part of the cache key: raise it with any change to the language or to how a family is trained."""
@@ -215,8 +215,8 @@ def cached_family(
     target = (cache_dir or default_cache_dir()).expanduser().absolute() / key
     if not _is_whole(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{key}-") as scratch:
-            made = Path(scratch) / key
+        with temporary_folder(f".{key}", target.parent) as scratch:
+            made = scratch / key
             make_family(made, skills=skills, seed=seed, on_progress=on_progress)
             # Another process may have finished the same family meanwhile: then keep its own.
             if not _is_whole(target):
@@ -244,8 +244,7 @@ def how_made(skills: tuple[str, ...], seed: int) -> dict[str, Any]:
 
 
 def default_cache_dir() -> Path:
-    root = os.environ.get("AGENTMERGE_CACHE") or Path.home() / ".cache" / "agentmerge"
-    return Path(root) / "families"
+    return cache_dir() / "families"
 
 
 def _is_whole(directory: Path) -> bool:

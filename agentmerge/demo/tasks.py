@@ -19,6 +19,7 @@ import yaml
 from agentmerge.demo import language
 from agentmerge.demo.family import Family
 from agentmerge.errors import UserError
+from agentmerge.temporary import write_at_once
 
 CHOICE_TASK = "agentmerge_demo_choice"
 N_ITEMS = 1200
@@ -96,7 +97,7 @@ def demo_search(
         "worker": {"kind": worker, "batch_size": 200, "options": {"threads": 1}},
     }
     path = directory / "config.yml"
-    path.write_text(yaml.safe_dump(body, sort_keys=False))
+    write_at_once(path, yaml.safe_dump(body, sort_keys=False))
     return path
 
 
@@ -164,11 +165,11 @@ def write_task(
     """
     directory.mkdir(parents=True, exist_ok=True)
     items = f"{name}.jsonl"
-    (directory / items).write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    write_at_once(directory / items, "".join(json.dumps(doc) + "\n" for doc in docs))
     files = {"test": str((home or directory).absolute() / items)}
     source = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}}
     task = {"task": name, **source, **_COMMON, **kind}
-    (directory / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
+    write_at_once(directory / f"{name}.yaml", yaml.safe_dump(task, sort_keys=False))
 
 
 def _texts(slot: int, n: int, seed: int) -> list[str]:

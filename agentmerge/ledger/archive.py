@@ -12,6 +12,7 @@ from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger, unpack
 from agentmerge.ledger.items import FORGOTTEN
 from agentmerge.ledger.packing import unpack_keys
+from agentmerge.temporary import replacing
 
 #: Item rows written to Parquet at once: a hundred megabytes of memory at most.
 BATCH_ROWS = 500_000
@@ -136,7 +137,8 @@ def export_parquet(ledger: Ledger, folder: Path) -> dict[str, int]:
         counts = {}
         for name, sql in _TABLES.items():
             table = pa.Table.from_pylist(ledger.records(sql))
-            pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
+            with replacing(folder / f"{name}.parquet") as draft:
+                pq.write_table(table, draft, compression="zstd")
             counts[name] = table.num_rows
         counts["items"] = 0
         kinds = {"value": pa.float64(), "log_likelihood": pa.float32(), "margin": pa.float32()}
@@ -144,7 +146,10 @@ def export_parquet(ledger: Ledger, folder: Path) -> dict[str, int]:
         schema = pa.schema(
             [(name, kinds.get(name, pa.dictionary(pa.int32(), pa.string()))) for name in _ITEM]
         )
-        with pq.ParquetWriter(folder / "items.parquet", schema, compression="zstd") as writer:
+        with (
+            replacing(folder / "items.parquet") as draft,
+            pq.ParquetWriter(draft, schema, compression="zstd") as writer,
+        ):
             for columns in _item_batches(ledger):
                 batch = pa.Table.from_pydict(columns, schema=schema)
                 writer.write_table(batch)

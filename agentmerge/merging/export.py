@@ -58,6 +58,7 @@ def export_checkpoint(
     device: str = "cpu",
     shard_size_bytes: int = SHARD_SIZE_BYTES,
     card: str | None = None,
+    overwrite: bool = False,
 ) -> Exported:
     """Write ``recipe``'s merge to ``out_dir``, which appears whole or not at all.
 
@@ -67,6 +68,7 @@ def export_checkpoint(
     paths: the family's model names -> local directories, as the search had them.
     template_model: whose config, tokenizer, chat template and generation config go with it.
     card: the text of README.md; by default a few lines that say what this is.
+    overwrite: in place of a directory that is there, which goes once this one is written.
 
     Raises:
         UserError: ``out_dir`` holds something, or cannot be written.
@@ -91,7 +93,7 @@ def export_checkpoint(
     config = _config_of(config, merge_plan, layout.tied)
     if dtype is not None and not (canonical.out_dtype or canonical.dtype):
         canonical = replace(canonical, out_dtype=dtype)  # the recipe as written says all there is
-    with directory_at_once(out_dir) as scratch:
+    with directory_at_once(out_dir, overwrite=overwrite) as scratch:
         refuse_full_disk(scratch, size_bytes, out_dir)
         if layout.carried:
             copy_side_files(first, scratch)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -18,9 +17,9 @@ from typing import Any
 
 import torch
 
-from agentmerge.merging.headers import cache_dir
 from agentmerge.merging.layout import Layout, read_layout
 from agentmerge.merging.weights import ParentFiles, TensorSource
+from agentmerge.temporary import cache_dir, write_at_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +60,7 @@ def task_vectors(
     layout = read_layout(paths, base)
     found = _measured(ParentFiles(paths), layout, base, groups, filters)
     cached.parent.mkdir(parents=True, exist_ok=True)
-    draft = cached.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps([asdict(row) for row in found]))
-    draft.replace(cached)
+    write_at_once(cached, json.dumps([asdict(row) for row in found]))
     return found
 
 

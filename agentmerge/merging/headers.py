@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import Any
 from agentmerge import bounded
 from agentmerge.errors import ParentError, RunFailed
 from agentmerge.merging.configs import class_config
+from agentmerge.temporary import cache_dir, write_at_once
 
 #: Safetensors' names of dtypes -> torch's; others (integers, 8-bit floats) keep their own.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -261,11 +261,6 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def cache_dir() -> Path:
-    """``$AGENTMERGE_CACHE``, or ``~/.cache/agentmerge``."""
-    return Path(os.environ.get("AGENTMERGE_CACHE") or Path.home() / ".cache" / "agentmerge")
-
-
 def _weight_map(directory: Path) -> dict[str, str]:
     index = directory / "model.safetensors.index.json"
     if not index.is_file() or (directory / "model.safetensors").is_file():
@@ -357,6 +352,4 @@ def _remember_fingerprint(key: str, fingerprint: str) -> None:
     directory = cache_dir()
     with suppress(OSError):  # where it cannot be remembered, the next call reads the weights again
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=directory, delete=False) as stream:
-            json.dump(newest, stream)
-        os.replace(stream.name, directory / "fingerprints.json")
+        write_at_once(directory / "fingerprints.json", json.dumps(newest))

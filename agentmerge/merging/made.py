@@ -12,15 +12,20 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from agentmerge.errors import UserError
-from agentmerge.merging.headers import MADE, cache_dir, files_fingerprint, safetensors_files
+from agentmerge.merging.headers import MADE, files_fingerprint, safetensors_files
+from agentmerge.temporary import cache_dir, size_bytes
 
 #: Part of every key: raise it when the way in which something is made changes its bits.
 VERSION = 1
+
+#: What a made checkpoint, and a folder that becomes one, is called here.
+_KEY = re.compile(r"[0-9a-f]{24}|\.[0-9a-f]{24}-[0-9a-f]+")
 
 #: Open lock files of the checkpoints in use; the system releases them when the process ends.
 _in_use: dict[Path, int] = {}
@@ -73,14 +78,12 @@ def discard_made(*, dry_run: bool) -> tuple[int, int]:
     """Remove every made checkpoint that no process uses: (how many, bytes). They are made again
     when they are needed."""
     count = freed = 0
-    folders = (
-        [path for path in made_dir().glob("*") if path.is_dir()] if made_dir().is_dir() else []
-    )
+    folders = [path for path in made_dir().glob("*") if path.is_dir() and _KEY.fullmatch(path.name)]
     for folder in folders:
         lock = _open_lock(folder)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            size = size_bytes(folder)
             if not dry_run:
                 shutil.rmtree(folder)
             count, freed = count + 1, freed + size

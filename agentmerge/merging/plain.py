@@ -9,7 +9,6 @@ and no tasks.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +47,7 @@ from agentmerge.merging.writing import (
     write_json,
     write_weights,
 )
+from agentmerge.temporary import temporary_folder
 
 
 @dataclass(frozen=True)
@@ -291,9 +291,9 @@ def _under_names(path: Path, names: Mapping[str, str]) -> Path:
 
 def _side_digest(parent: Parent) -> str:
     """A hash of what ``write_side_files`` writes."""
-    with tempfile.TemporaryDirectory() as scratch:
-        write_side_files(parent, Path(scratch))
-        files = sorted(file for file in Path(scratch).rglob("*") if file.is_file())
+    with temporary_folder("agentmerge-parent") as scratch:
+        write_side_files(parent, scratch)
+        files = sorted(file for file in scratch.rglob("*") if file.is_file())
         lines = [f"{file.relative_to(scratch)} {file_digest(file)}" for file in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

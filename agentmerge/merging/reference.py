@@ -30,6 +30,7 @@ def mergekit_merge(
     template_model: str,
     card: str | None = None,
     trust_remote_code: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Merge by mergekit into ``out_dir``, as its command line would.
 
@@ -37,7 +38,8 @@ def mergekit_merge(
     every operation, so its weights differ from ours in the last bits (theirs: in what is dropped).
 
     paths: the recipe's model names -> local directories.
-    template_model, card: as in ``export_checkpoint`` (mergekit would take the base's tokenizer).
+    template_model, card, overwrite: as in ``export_checkpoint`` (mergekit would take the tokenizer
+        of the base).
 
     Raises:
         UserError: ``out_dir`` holds something, or cannot be written.
@@ -60,7 +62,7 @@ def mergekit_merge(
         write_model_card=False,
         trust_remote_code=trust_remote_code,
     )
-    with directory_at_once(out_dir) as scratch, _generators_kept():
+    with directory_at_once(out_dir, overwrite=overwrite) as scratch, _generators_kept():
         try:
             config = MergeConfiguration.model_validate(body)
             run_merge(config, str(scratch), options=options)

@@ -6,9 +6,7 @@ Memory: one tensor. It knows the layout of the files; it knows no recipes and no
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from safetensors import safe_open
 
 from agentmerge.errors import UserError
 from agentmerge.merging.headers import DTYPES, TensorHeader, read_config
+from agentmerge.temporary import TemporaryFolder, swap_in
 
 SHARD_SIZE_BYTES = 2_000_000_000
 
@@ -114,26 +113,29 @@ def write_json(file: Path, body: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def directory_at_once(target: Path) -> Iterator[Path]:
+def directory_at_once(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A scratch directory beside ``target`` that becomes ``target`` when all went well.
+
+    overwrite: in place of the directory that is there, which goes once this one is written.
 
     Raises:
         UserError: ``target`` holds something, or cannot be written.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if taken and not overwrite:
         raise UserError(f"{target} is already there; name a new or an empty directory")
-    scratch = target.parent / f".{target.name}-{uuid.uuid4().hex[:8]}"
     try:
-        scratch.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = TemporaryFolder(f".{target.name}", target.parent, private=False)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from None
     try:
-        yield scratch
-        os.replace(scratch, target)
+        yield scratch.path
+        swap_in(scratch.path, target)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error}") from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.close()
 
 
 def _header(entries: Sequence[Entry]) -> bytes:

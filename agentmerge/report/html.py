@@ -19,6 +19,7 @@ from agentmerge.ledger import Ledger
 from agentmerge.report import figures
 from agentmerge.report.content import Content, comparisons, content, place, shortened, words
 from agentmerge.report.grid import Grid
+from agentmerge.temporary import write_at_once
 
 
 def write_report(ledger: Ledger, names: Sequence[str], to: Path) -> Path:
@@ -34,9 +35,7 @@ def write_report(ledger: Ledger, names: Sequence[str], to: Path) -> Path:
         raise UserError(f"report {to} cannot be written: it is a directory; name a file")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        draft = to.with_name(f"{to.name}.tmp")
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(to)
+        write_at_once(to, text)
     except OSError as error:
         raise UserError(f"report {to} cannot be written: {error.strerror}") from None
     return to

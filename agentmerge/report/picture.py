@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from agentmerge.ledger import Ledger
 from agentmerge.report import figures
 from agentmerge.report.content import content
 from agentmerge.report.html import _json, plotly_js
+from agentmerge.temporary import replacing, temporary_folder
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WIDTH, HEIGHT = 900, 480
@@ -38,10 +38,10 @@ def take_picture(ledger: Ledger, names: Sequence[str], to: Path) -> Path:
         f"<script>{plotly_js()}</script><script>const f={_json(figure)};"
         'Plotly.newPlot("c",f.data,f.layout,{staticPlot:true})</script>'
     )
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder, "chart.html")
+    with temporary_folder("agentmerge-picture") as folder:
+        page = folder / "chart.html"
         page.write_text(text, encoding="utf-8")
-        picture = Path(folder, "chart.png")
+        picture = folder / "chart.png"
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         command += [f"--user-data-dir={folder}/profile", f"--window-size={WIDTH},{HEIGHT}"]
         command += ["--virtual-time-budget=5000", f"--screenshot={picture}", page.as_uri()]
@@ -51,7 +51,8 @@ def take_picture(ledger: Ledger, names: Sequence[str], to: Path) -> Path:
             raise UserError(f"{browser} took no picture: {last}")
         try:
             to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(picture, to)
+            with replacing(to) as draft:
+                shutil.copyfile(picture, draft)
         except OSError as error:
             raise UserError(f"--png {to} cannot be written: {error.strerror}") from None
     return to

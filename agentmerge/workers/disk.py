@@ -15,7 +15,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import tempfile
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,6 +31,7 @@ from agentmerge.merging.headers import refuse_replaced
 from agentmerge.merging.placement import Demand
 from agentmerge.merging.plan import Layout, plan, read_layout
 from agentmerge.recipe import Recipe
+from agentmerge.temporary import TemporaryFolder
 from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
 from agentmerge.workers.conditions import conditions
 
@@ -45,8 +45,9 @@ class DiskWorker:
         self._base = spec.options.get("base")
         self._layout = read_layout(self._paths, self._base)
         self._info = self.describe(spec)
-        self._scratch = Path(tempfile.mkdtemp("", "agentmerge-disk-", spec.options.get("storage")))
-        self._remove = weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
+        scratch = TemporaryFolder("agentmerge-disk", spec.options.get("storage"))
+        self._scratch = scratch.path
+        self._remove = weakref.finalize(self, scratch.close)
         self._loaded: tuple[Path, Fingerprint] | None = None
 
     @staticmethod

@@ -23,8 +23,8 @@ from langgraph_sdk.client import SyncLangGraphClient
 
 from agentmerge.cli.app import run_app
 from agentmerge.ledger import Ledger
-from agentmerge.merging.headers import cache_dir
 from agentmerge.session import LEDGER
+from agentmerge.temporary import cache_dir
 from tests.session.conftest import BODY, config_text
 
 ROOT = Path(__file__).parents[2]
