@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentmerge.errors import UserError
+from agentmerge.errors import RunFailed, UserError
+from agentmerge.ledger.identity import (
+    Identity,
+    abandon,
+    checkpoints_gone,
+    identity,
+    is_elsewhere,
+)
 from agentmerge.ledger.journal import journal_mode
 
 # LangGraph reads this once, when it is first imported: an unknown class in a checkpoint file is
@@ -63,7 +70,9 @@ class Saver(SqliteSaver):
     use DeltaChannel are not supported: pruning would empty their channels.
     """
 
-    def __init__(self, conn: sqlite3.Connection) -> None:
+    def __init__(self, conn: sqlite3.Connection, path: Path | None = None) -> None:
+        self.path = path
+        self.file: Identity | None = None if path is None else identity(path)
         # An empty allowlist: the state is JSON-plain, so no class needs to come back from disk.
         super().__init__(conn, serde=JsonPlusSerializer(allowed_msgpack_modules=[]))
 
@@ -81,8 +90,14 @@ class Saver(SqliteSaver):
 
     @contextmanager
     def cursor(self, transaction: bool = True) -> Iterator[sqlite3.Cursor]:
-        """One transaction under the lock; rolls back on an error, where the parent commits."""
+        """One transaction under the lock; rolls back on an error, where the parent commits.
+
+        Raises:
+            RunFailed: the file is no more at its path.
+        """
         with self.lock:
+            if self.path is not None and is_elsewhere(self.path, self.file):
+                raise RunFailed(checkpoints_gone(self.path))
             self.setup()
             with self.conn, closing(self.conn.cursor()) as cur:
                 yield cur
@@ -278,8 +293,9 @@ def _open(path: Path) -> Saver:
         path.parent.mkdir(parents=True, exist_ok=True)
         kind = sqlite3.Connection if journal_mode(path) == "WAL" else _WithoutWal
         conn = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, check_same_thread=False, factory=kind)
-        saver = Saver(conn)
+        saver = Saver(conn, path)
         saver.setup()
+        saver.file = identity(path)
     except (sqlite3.DatabaseError, OSError) as error:
         if conn is not None:
             conn.close()
@@ -294,8 +310,10 @@ def _open(path: Path) -> Saver:
 def open_saver(path: Path | str) -> Iterator[Saver]:
     """A saver on this file, made with its folder where there is none; closed at the end."""
     saver = _open(Path(path))
-    with closing(saver.conn):
+    try:
         yield saver
+    finally:
+        _close(saver)
 
 
 @asynccontextmanager
@@ -311,4 +329,11 @@ async def langgraph_checkpointer() -> AsyncIterator[Saver]:
     try:
         yield saver
     finally:
-        await asyncio.to_thread(saver.conn.close)
+        await asyncio.to_thread(_close, saver)
+
+
+def _close(saver: Saver) -> None:
+    if saver.path is not None and is_elsewhere(saver.path, saver.file):
+        abandon(saver.conn)
+    else:
+        saver.conn.close()

@@ -12,12 +12,13 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from agentmerge.errors import LeaseHeld
+from agentmerge.errors import LeaseHeld, RunFailed
+from agentmerge.ledger.identity import Identity, checkpoints_gone, identity, is_elsewhere
 
 STALE_AFTER_S = 60.0
 _BUSY_TIMEOUT_S = 30.0
@@ -32,21 +33,27 @@ _held: set[str] = set()
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a lease; `heartbeat` is seconds since the epoch on the holder's clock."""
+    """Who holds a lease; `heartbeat` is seconds since the epoch on the holder's clock, which is
+    nobody else's: of another host's, only that it changes says anything."""
 
     host: str
     pid: int
     heartbeat: float
     token: str
 
-    def is_gone(self, stale_after_s: float) -> bool:
-        """Whether this holder can no longer be at work.
+    @property
+    def is_here(self) -> bool:
+        return self.host == socket.gethostname()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether this holder is known to be at work no longer.
 
         On this host its process says so, however long it was silent (a suspended machine, a long
-        VACUUM). Another host's clock may be off in either direction: ``Lease`` looks again.
+        VACUUM). Another host's says nothing at one look.
         """
-        if self.host != socket.gethostname():
-            return abs(time.time() - self.heartbeat) > stale_after_s
+        if not self.is_here:
+            return False
         if self.pid == os.getpid():
             return self.token not in _held
         return not _is_alive(self.pid, self.heartbeat)
@@ -61,6 +68,7 @@ class Lease:
         self.stale_after_s = stale_after_s
         self.name = name
         self.token = uuid.uuid4().hex
+        self._file: Identity | None = None
         self._stop = threading.Event()
         self._lost = threading.Event()
 
@@ -73,15 +81,17 @@ class Lease:
         stale_after_s: float = STALE_AFTER_S,
         *,
         name: str | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> Iterator[Lease]:
         """Hold the lease of `thread_id` in the file `path` while the block runs.
 
         Raises LeaseHeld where another process, or another block of this one, is at work. A holder
-        that is dead, or silent for `stale_after_s`, is replaced. `name` is what messages call the
-        search.
+        of this host that is dead is replaced; another host's once it was silent for `stale_after_s`
+        by this process's own clock, which is waited for. `name` is what messages call the search;
+        `say` hears why there is a wait.
         """
         lease = cls(Path(path), thread_id, stale_after_s, name or thread_id)
-        lease._take()
+        lease._take(say)
         beat = threading.Thread(target=lease._renew, name=f"lease-{thread_id}", daemon=True)
         beat.start()
         try:
@@ -92,24 +102,21 @@ class Lease:
             lease._give_back()
 
     @staticmethod
-    def holder(
-        path: Path | str, thread_id: str, stale_after_s: float = STALE_AFTER_S
-    ) -> Holder | None:
-        """The live holder of this search's lease, or None: `list` and `gc` ask before they act."""
-        if not Path(path).exists():
-            return None
-        with _transaction(Path(path)) as conn:
-            found = _read(conn, thread_id)
-        return None if found is None or found.is_gone(stale_after_s) else found
+    def holder(path: Path | str, thread_id: str) -> Holder | None:
+        """The holder of this search's lease, unless it is known to be gone; writes nothing.
+
+        Another host's counts as being at work until a search takes its lease.
+        """
+        found = _looked_up(Path(path), thread_id)
+        return None if found is None or found.is_gone else found
 
     def check(self) -> None:
-        """Raise LeaseHeld if the lease was taken over, as after a long sleep of the machine."""
-        # A file that is locked or gone says nothing; the thread that renews looks again.
-        where = f"{self.path.absolute().as_uri()}?mode=ro"
-        with (
-            suppress(sqlite3.OperationalError),
-            closing(sqlite3.connect(where, uri=True, timeout=_BUSY_TIMEOUT_S)) as conn,
-        ):
+        """Raise LeaseHeld if the lease was taken over, as after a long sleep of the machine;
+        RunFailed if its file is no more at its path."""
+        if is_elsewhere(self.path, self._file):
+            raise RunFailed(checkpoints_gone(self.path))
+        # A file that is locked says nothing; the thread that renews looks again.
+        with suppress(sqlite3.OperationalError), _opened(self.path, "ro") as conn:
             found = _read(conn, self.thread_id)
             if found is None or found.token != self.token:
                 self._lost.set()
@@ -119,12 +126,12 @@ class Lease:
                 "sign of life; nothing is lost: follow it there, or stop it and resume here"
             )
 
-    def _take(self) -> None:
+    def _take(self, say: Callable[[str], None]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        silent = self._silent_elsewhere()
+        silent = self._silent_elsewhere(say)
         with _transaction(self.path) as conn:
             found = _read(conn, self.thread_id)
-            if found is not None and found != silent and not self._gone_here(found):
+            if found is not None and found != silent and not found.is_gone:
                 raise LeaseHeld(self._refusal(found))
             conn.execute(
                 "INSERT OR REPLACE INTO leases (thread_id, host, pid, heartbeat, token) "
@@ -132,37 +139,38 @@ class Lease:
                 (self.thread_id, socket.gethostname(), os.getpid(), time.time(), self.token),
             )
             _held.add(self.token)
+        self._file = identity(self.path)
 
-    def _gone_here(self, found: Holder) -> bool:
-        return found.host == socket.gethostname() and found.is_gone(self.stale_after_s)
-
-    def _silent_elsewhere(self) -> Holder | None:
-        """Another host's holder that is silent by both clocks: by its own, which may be off, and by
-        ours, over which it gave no sign of life."""
-        with _transaction(self.path) as conn:
-            found = _read(conn, self.thread_id)
-        if found is None or found.host == socket.gethostname():
+    def _silent_elsewhere(self, say: Callable[[str], None]) -> Holder | None:
+        """Another host's holder that gave no sign of life for long enough, by our own clock."""
+        found = _looked_up(self.path, self.thread_id)
+        if found is None or found.is_here:
             return None
-        if not found.is_gone(self.stale_after_s):
-            return None
-        time.sleep(1.5 * self.stale_after_s / _BEATS_BEFORE_STALE)
+        say(
+            f"process {found.pid} on {found.host} had search {self.name!r}; waiting up to "
+            f"{self.stale_after_s:.0f} s for a sign that it still has"
+        )
+        until = time.monotonic() + self.stale_after_s
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, self.stale_after_s / _BEATS_BEFORE_STALE))
+            if _looked_up(self.path, self.thread_id) != found:
+                return None
         return found
 
     def _refusal(self, found: Holder) -> str:
-        age_s = max(0.0, time.time() - found.heartbeat)
-        if found.host == socket.gethostname() and found.pid == os.getpid():
+        if found.is_here and found.pid == os.getpid():
             return f"search {self.name!r} is already running in this process (pid {found.pid})"
         return (
-            f"search {self.name!r} is being run by process {found.pid} on {found.host} "
-            f"(last sign of life {age_s:.0f} s ago); stop that process, or, if it is another "
-            f"host's, try again once it has been silent for {self.stale_after_s:.0f} s, or branch "
-            "the search under another name"
+            f"search {self.name!r} is being run by process {found.pid} on {found.host}; stop that "
+            "process, or branch the search under another name"
         )
 
     def _renew(self) -> None:
         while not self._stop.wait(self.stale_after_s / _BEATS_BEFORE_STALE):
             # A locked file costs one beat of several; the next one tries again.
-            with suppress(sqlite3.OperationalError), _transaction(self.path) as conn:
+            if is_elsewhere(self.path, self._file):
+                continue  # `check` says so
+            with suppress(sqlite3.OperationalError), _transaction(self.path, "rw") as conn:
                 renewed = conn.execute(
                     "UPDATE leases SET heartbeat = ? WHERE thread_id = ? AND token = ?",
                     (time.time(), self.thread_id, self.token),
@@ -173,18 +181,42 @@ class Lease:
 
     def _give_back(self) -> None:
         _held.discard(self.token)
+        if is_elsewhere(self.path, self._file):
+            return
         # Where the file is locked or gone, the row is recognised as dead by whoever comes next.
-        with suppress(sqlite3.OperationalError), _transaction(self.path) as conn:
+        with suppress(sqlite3.OperationalError), _transaction(self.path, "rw") as conn:
             conn.execute(
                 "DELETE FROM leases WHERE thread_id = ? AND token = ?",
                 (self.thread_id, self.token),
             )
 
 
+def _looked_up(path: Path, thread_id: str) -> Holder | None:
+    """A lease as it is written; None where none is, or nobody could have written one."""
+    if not path.exists():
+        return None
+    try:
+        with _opened(path, "ro") as conn:
+            return _read(conn, thread_id)
+    except sqlite3.OperationalError as error:
+        # No table yet; or a folder that cannot be written to, where no process has the file open.
+        name = str(getattr(error, "sqlite_errorname", ""))
+        if "no such table" in str(error) or name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
+            return None
+        raise
+
+
 @contextmanager
-def _transaction(path: Path) -> Iterator[sqlite3.Connection]:
+def _opened(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
+    where = f"{path.absolute().as_uri()}?mode={mode}"
+    with closing(sqlite3.connect(where, uri=True, timeout=_BUSY_TIMEOUT_S)) as conn:
+        yield conn
+
+
+@contextmanager
+def _transaction(path: Path, mode: str = "rwc") -> Iterator[sqlite3.Connection]:
     """One write transaction on a connection of its own, with the table in place."""
-    with closing(sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S)) as conn, conn:
+    with _opened(path, mode) as conn, conn:
         conn.execute("BEGIN IMMEDIATE")
         conn.execute(
             "CREATE TABLE IF NOT EXISTS leases (thread_id TEXT PRIMARY KEY, "

@@ -6,12 +6,13 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentmerge.errors import UserError
+from agentmerge.errors import LeaseHeld, UserError
 from agentmerge.ledger import Ledger
 from agentmerge.session import CHECKPOINTS, LEDGER, existing_runs, opened, readable
 
@@ -116,12 +117,22 @@ def prune_results(runs_dir: Path | str, names: Sequence[str], *, dry_run: bool) 
 
     runs_dir = existing_runs(runs_dir)
     path = runs_dir / CHECKPOINTS
-    with Ledger(runs_dir / LEDGER) as ledger, readable(path, "NAME"):
+    with Ledger(runs_dir / LEDGER) as ledger, readable(path, "NAME"), ExitStack() as stack:
         rows = [ledger.run(name) for name in dict.fromkeys(names)]
-        for row in rows:
-            if Lease.holder(path, row.id) is not None:
-                raise UserError(f"search {row.name!r} runs now; stop it before it is forgotten")
-        busy = [row.name for row in ledger.runs() if Lease.holder(path, row.id) is not None]
+        for row in rows if path.is_file() else ():
+            running = f"search {row.name!r} runs now; stop it before it is forgotten"
+            if dry_run and Lease.holder(path, row.id) is not None:
+                raise UserError(running)
+            if not dry_run:
+                try:
+                    stack.enter_context(Lease.acquire(path, row.id, name=row.name))
+                except LeaseHeld as error:
+                    raise UserError(running) from error
+        busy = [
+            row.name
+            for row in ledger.runs()
+            if row not in rows and Lease.holder(path, row.id) is not None
+        ]
         if rows and not dry_run and path.is_file():
             # Before the rows: a search that is still there can do without its checkpoints.
             with open_saver(path) as saver:
@@ -239,7 +250,7 @@ def _disk(runs_dir: Path) -> dict[str, Any]:
 
 
 def _database(runs_dir: Path) -> dict[str, Any]:
-    from agentmerge.errors import LedgerError
+    from agentmerge.errors import AgentmergeError
 
     path = runs_dir / LEDGER
     if not path.is_file():
@@ -247,7 +258,7 @@ def _database(runs_dir: Path) -> dict[str, Any]:
     try:
         with Ledger(path) as ledger:
             return _finding("results", True, f"{len(ledger.runs())} searches in {path}")
-    except LedgerError as error:
+    except AgentmergeError as error:
         return _finding("results", False, str(error), f"move {path} away")
 
 

@@ -265,9 +265,17 @@ def _drive(
 
     drain = drain or Drain()
     with ExitStack() as stack, readable(runs_dir / CHECKPOINTS, row.name):
-        lease = stack.enter_context(Lease.acquire(runs_dir / CHECKPOINTS, row.id, name=row.name))
+        told = emit or silent
+        lease = stack.enter_context(
+            Lease.acquire(
+                runs_dir / CHECKPOINTS,
+                row.id,
+                name=row.name,
+                say=lambda text: told({"event": "note", "text": text}),
+            )
+        )
         saver = stack.enter_context(open_saver(runs_dir / CHECKPOINTS))
-        tell = stack.enter_context(begun(ledger, row, prepared, runs_dir, emit or silent))
+        tell = stack.enter_context(begun(ledger, row, prepared, runs_dir, told))
         search = assembled(prepared, row, runs_dir, ledger, tell, stack, models)
         search.stopping = lambda: drain.requested
         search.still_mine = lease.check

@@ -6,6 +6,8 @@ import sqlite3
 from collections.abc import Callable
 from typing import Any
 
+from agentmerge.errors import UserError
+
 #: Our migrations among those of others in one file.
 SET = "agentmerge"
 
@@ -20,10 +22,22 @@ def migration(step: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def pending(conn: sqlite3.Connection) -> bool:
-    """Whether a database lacks a migration. Reads only, and without importing sqlite_utils."""
+    """Whether a database lacks a migration. Reads only, and without importing sqlite_utils.
+
+    Raises:
+        UserError: it has one that is not known here.
+    """
+    ours = {step.__name__ for step in MIGRATIONS}
     try:
         rows = conn.execute("SELECT name FROM _sqlite_migrations WHERE migration_set = ?", (SET,))
-        return bool({step.__name__ for step in MIGRATIONS} - {row[0] for row in rows})
+        theirs = {str(row[0]) for row in rows}
+        if newer := sorted(theirs - ours):
+            raise UserError(
+                f"a newer agentmerge wrote this results database (its tables have {newer[-1]}, and "
+                "this version does not know what that means); update agentmerge, or name another "
+                "folder with --runs-dir"
+            )
+        return bool(ours - theirs)
     except sqlite3.OperationalError as error:
         if "no such table" not in str(error):
             raise

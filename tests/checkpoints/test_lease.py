@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from agentmerge.errors import LeaseHeld
+from agentmerge.errors import LeaseHeld, RunFailed
 from agentmerge.lease import Lease
 
 HOLD = """
@@ -99,23 +99,74 @@ def test_a_killed_process_that_nobody_waited_for_is_replaced_too(path, holder):
         assert Lease.holder(path, "t").pid == os.getpid()
 
 
-def test_another_host_is_believed_until_it_is_silent(path):
-    with Lease.acquire(path, "t"):
-        rewrite(path, host="elsewhere", token="theirs")
-    with pytest.raises(LeaseHeld, match="on elsewhere"), Lease.acquire(path, "t"):
-        pass
-    for away in (-61, 86_400):  # long ago, or by a clock that is a day ahead
-        rewrite(path, heartbeat=time.time() + away, host="elsewhere", token="theirs")
-        with Lease.acquire(path, "t", stale_after_s=0.4):
-            rewrite(path, token="theirs")
+OFF = [-86_400.0, -61.0, 0.0, 61.0, 86_400.0]
+BEAT = """
+import sqlite3, sys, time
+path, off = sys.argv[1], float(sys.argv[2])
+for beat in range(100):
+    with sqlite3.connect(path, timeout=10) as conn:
+        conn.execute("UPDATE leases SET heartbeat = ?, host = 'elsewhere', token = 'theirs'",
+                     (time.time() + off,))
+    conn.close()
+    print("beat", flush=True)
+    time.sleep(0.2)
+"""
 
 
-def test_another_host_whose_clock_is_off_is_at_work(path):
-    """Its heartbeat looks old, and it changes."""
-    with Lease.acquire(path, "t", stale_after_s=0.8):
-        rewrite(path, host="elsewhere", heartbeat=time.time() - 3600)
-        with pytest.raises(LeaseHeld), Lease.acquire(path, "t", stale_after_s=0.8):
+@pytest.fixture
+def elsewhere(path):
+    """Leaves a row of another host, as if it had been killed."""
+
+    def leave(off):
+        with Lease.acquire(path, "t"):
+            rewrite(path, heartbeat=time.time() + off, host="elsewhere", token="theirs")
+
+    return leave
+
+
+@pytest.mark.parametrize("off", OFF)
+def test_another_host_that_is_silent_is_replaced_whatever_its_clock_says(path, elsewhere, off):
+    """Not before it was silent for long enough by the own clock."""
+    elsewhere(off)
+    assert Lease.holder(path, "t").host == "elsewhere"
+    heard = []
+    began = time.monotonic()
+    with Lease.acquire(path, "t", stale_after_s=0.4, name="fox", say=heard.append):
+        assert time.monotonic() - began >= 0.4
+        assert Lease.holder(path, "t").pid == os.getpid()
+    assert "on elsewhere had search 'fox'; waiting up to 0 s" in heard[0]
+
+
+@pytest.mark.parametrize("off", OFF)
+def test_another_host_that_beats_is_at_work_whatever_its_clock_says(path, elsewhere, off):
+    elsewhere(off)
+    command = [sys.executable, "-c", BEAT, str(path), str(off)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as beating:
+        beating.stdout.readline()
+        with (
+            pytest.raises(LeaseHeld, match="on elsewhere"),
+            Lease.acquire(path, "t", stale_after_s=5.0),
+        ):
             pass
+        beating.kill()
+    with closing(sqlite3.connect(path)) as conn:
+        assert conn.execute("SELECT token FROM leases").fetchall() == [("theirs",)]
+
+
+@pytest.mark.parametrize("what", ["deleted", "moved", "replaced"])
+def test_a_file_that_is_gone_is_no_takeover(path, what):
+    """Nor is another one made in its place."""
+    with Lease.acquire(path, "t", stale_after_s=0.2, name="fox") as lease:
+        os.rename(path, path.with_name("elsewhere.sqlite"))
+        if what == "replaced":
+            path.write_bytes(b"")
+        elif what == "deleted":
+            path.with_name("elsewhere.sqlite").unlink()
+        time.sleep(0.3)
+        with pytest.raises(RunFailed, match="was deleted, moved or replaced while the search ran"):
+            lease.check()
+    assert path.exists() is (what == "replaced")
+    assert not path.exists() or path.read_bytes() == b""
 
 
 def test_a_live_process_of_this_host_is_never_replaced(path, holder):
