@@ -116,13 +116,21 @@ class Store:
             self._conn.backup(target)
 
     def close(self) -> None:
+        """Safe to call twice.
+
+        Raises:
+            LedgerError: the file is no more at its path, and this is the first that says so.
+        """
         with self._lock:
-            if self._saved is None and is_elsewhere(self.path, self._file):
-                abandon(self._conn)
-            else:
-                self._conn.close()
+            gone = self._saved is None and is_elsewhere(self.path, self._file)
+            self._file = None
+            if gone:
+                self._save_elsewhere()
+            self._conn.close()
             if self._copy is not None:
                 self._copy.close()
+            if gone:
+                raise LedgerError(self._said_saved())
 
     def __enter__(self) -> Self:
         return self
@@ -151,18 +159,15 @@ class Store:
                     f"results database {self.path} cannot be written: {error}; {remedy(error)}"
                 ) from error
             if self._saved is not None:
-                raise LedgerError(
-                    f"results database {self.path} was deleted, moved or replaced while it was in "
-                    f"use; all that it held and what came since is in {self._saved}: to go on, "
-                    f"move {self.path.name}* away, name that file {self.path.name}, and resume"
-                )
+                raise LedgerError(self._said_saved())
 
     def _save_elsewhere(self) -> None:
         """The file is no more at its path, and gone when it is closed: go on in a copy."""
         names = (f"{self.path.stem}.saved-{n}{self.path.suffix}" for n in count(1))
-        saved = next(to for name in names if not (to := self.path.with_name(name)).exists())
+        saved = self.path
         try:
-            saved.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            saved = next(to for name in names if _is_new(to := self.path.with_name(name)))
             conn = self._connect(saved, "")
             self._conn.backup(conn)
         except (sqlite3.Error, OSError) as error:
@@ -170,8 +175,16 @@ class Store:
                 f"results database {self.path} was deleted, moved or replaced while it was in use, "
                 f"and what it held cannot be saved as {saved}: {error}; {remedy(error)}"
             ) from error
-        abandon(self._conn)
+        finally:
+            abandon(self._conn)
         self._conn, self._saved = conn, saved
+
+    def _said_saved(self) -> str:
+        return (
+            f"results database {self.path} was deleted, moved or replaced while it was in use; all "
+            f"that it held and what came since is in {self._saved}: to go on, move "
+            f"{self.path.name}* away, name that file {self.path.name}, and resume"
+        )
 
     def _rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         with self._lock:
@@ -205,6 +218,15 @@ class Store:
                     f"results database {self.path} cannot be made smaller: {error}; what was "
                     "removed is removed, and its pages will be used again"
                 ) from error
+
+
+def _is_new(file: Path) -> bool:
+    """Make a file; False where it is there."""
+    try:
+        file.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _is_unwritable(error: sqlite3.Error) -> bool:
