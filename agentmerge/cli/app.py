@@ -6,10 +6,9 @@ them is a module beside this one.
 
 from __future__ import annotations
 
-import os
+import errno
 import sys
 import traceback
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,7 +26,10 @@ from agentmerge.cli import (
     starting,
     watching,
 )
-from agentmerge.cli.terminal import failed
+from agentmerge.cli.terminal import failed, forsake_stdout
+
+#: What is said of a file that has no room, or a device that is gone.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
     add_completion=True,
@@ -74,22 +76,31 @@ def run_app(arguments: list[str]) -> int:
 
     try:
         result = app(args=arguments, standalone_mode=False, prog_name="agentmerge")
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except AgentmergeError as error:
         return failed(str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         return failed("stopped; everything scored is saved", 130)
     except BrokenPipeError:  # `agentmerge ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forsake_stdout()
         return 0
     except OSError as error:
+        if error.filename is None and error.errno in _FULL:
+            forsake_stdout()
+            return failed(
+                f"a result cannot be written: {error.strerror}; what is in the runs directory is "
+                "saved, so make room and ask again (agentmerge show, best, resume)",
+                1,
+            )
         if error.filename is None or error.strerror is None:
-            return failed(f"{_first_line(error)} (details in {_crash_file()})", 1)
+            return failed(f"{_first_line(error)}{_crash_file()}", 1)
         return failed(f"{error.filename} cannot be used: {error.strerror}", 2)
     except Exception as error:
         usage = getattr(error, "format_message", None)  # typer's and click's own errors have it
         if usage is None:
-            return failed(f"{_first_line(error)} (details in {_crash_file()})", 1)
+            return failed(f"{_first_line(error)}{_crash_file()}", 1)
         if type(error).__name__ == "NoArgsIsHelpError":
             print(usage(), file=sys.stderr)
             return 2
@@ -101,11 +112,14 @@ def _first_line(error: Exception) -> str:
     return f"unexpected {type(error).__name__}: {text[0] if text else 'no message'}"
 
 
-def _crash_file() -> Path:
-    """Where an unexpected error's traceback goes, so that nobody has to see it."""
+def _crash_file() -> str:
+    """Where an unexpected error's traceback went, so that nobody has to see it, in brackets."""
     from agentmerge.temporary import crash_file
 
-    return crash_file(traceback.format_exc())
+    try:
+        return f" (details in {crash_file(traceback.format_exc())})"
+    except OSError as error:
+        return f" (its details could not be written: {error.strerror})"
 
 
 @app.callback(invoke_without_command=True)

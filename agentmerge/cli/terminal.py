@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 #: Of an error: what it quotes may be of any length.
 _LONGEST_LINE = 2000
+
+
+class Lossy:
+    """A stream that is written to as far as it goes: no search ends because nobody can read what it
+    says, as where the terminal is closed or the disk of a log is full."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def open_standard_streams() -> None:
+    """None of the three is closed, or else the next file to be opened would be written to as one;
+    and stderr may fail."""
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(free, True)
+    os.close(free)
+    sys.stderr = Lossy(sys.stderr or io.StringIO())
+
+
+def forsake_stdout() -> None:
+    """Write nothing to it any more, nor at exit: its reader is gone, or its disk full."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show_result(value: Any, as_json: bool, text: str | None = None) -> None:

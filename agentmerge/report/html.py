@@ -7,8 +7,9 @@ escaped: the template escapes text, and data is JSON without ``<``.
 from __future__ import annotations
 
 import json
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from agentmerge.report import figures
 from agentmerge.report.content import Content, comparisons, content, place, shortened, words
 from agentmerge.report.grid import Grid
 from agentmerge.temporary import write_at_once
+
+#: What begins a tag, except those that our own charts are made with.
+_MARKUP = re.compile(r"<(?!br>|extra>|/extra>)")
 
 
 def write_report(ledger: Ledger, names: Sequence[str], to: Path) -> Path:
@@ -90,9 +94,22 @@ def _resource(name: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON that is safe inside a script element."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False, default=str)
+    """JSON that is safe inside a script element, and holds no markup for plotly but ours.
+
+    Plotly draws tags in any text, links too: names of tasks, models and searches are others'.
+    """
+    text = json.dumps(_plain(value), separators=(",", ":"), allow_nan=False, default=str)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return _MARKUP.sub("&lt;", value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _charts(found: Content, key: str) -> dict[str, Any]:

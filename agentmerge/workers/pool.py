@@ -13,7 +13,6 @@ import pickle
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -172,7 +171,7 @@ class Pool:
                         raise
                     lost = error
                 except Exception as error:  # the worker's own fault, or of what it runs on
-                    lost = WorkerLost(f"{type(error).__name__}: {error}")
+                    lost = WorkerLost(_one_line(error))
                     lost.__cause__ = error
                 else:
                     self._lost_in_a_row = 0
@@ -361,8 +360,14 @@ def _serve(pipe: Any, spec: WorkerSpec, make: Make | None, count: int) -> None:
     except (EOFError, OSError):
         return  # the search is gone
     except BaseException as error:
-        lost = error if isinstance(error, AgentmergeError) else WorkerLost(traceback.format_exc())
+        lost = error if isinstance(error, AgentmergeError) else WorkerLost(_one_line(error))
         pipe.send((False, _portable(lost)))
+
+
+def _one_line(error: BaseException) -> str:
+    """A candidate's failure is read among others: no traceback, and not a driver's ten lines."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def _portable(error: AgentmergeError) -> AgentmergeError:
