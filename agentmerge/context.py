@@ -7,16 +7,15 @@ a config, and held under its lease until it is done.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from agentmerge.assembly import (
     CHECKPOINTS,
@@ -30,31 +29,29 @@ from agentmerge.assembly import (
     silent,
     unseen,
 )
-from agentmerge.bounded import read_text
 from agentmerge.check import Prepared, anchored, prepare
 from agentmerge.checkpoints import RUNS_DIR_VARIABLE
+from agentmerge.clients import client_changes, client_config
 from agentmerge.config import SearchConfig
-from agentmerge.errors import AgentmergeError, ConfigError, NotFound, RunFailed, UserError
+from agentmerge.errors import (
+    AgentmergeError,
+    LeaseHeld,
+    NotFound,
+    RunFailed,
+    UserError,
+)
 from agentmerge.lease import Lease
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.steps import Search
-from agentmerge.yaml_text import read_yaml
 
-#: The file with the sections of a search that are a server's own.
-SERVER_CONFIG_VARIABLE = "AGENTMERGE_SERVER_CONFIG"
-#: What a server's client may set, sections whole or key by key.
-CLIENT_KEYS = (
-    "genome", "tasks", "limit", "num_fewshot", "shuffle", "apply_chat_template",
-    "fewshot_as_multiturn", "random_init", "search", "budget",
-)  # fmt: skip
-#: And what of these sections it may not: files that are read, code that is run, what tokens cost.
-_SERVERS_OWN = frozenset({"search.graph", "search.init", "budget.prices"})
+#: Seconds that a server's run that is over waits for what its nodes have begun.
+_ENDING_S = 60.0
 
 _OPEN: dict[str, Search] = {}
 _HELD: dict[str, ExitStack] = {}
 _LOCKS: dict[str, threading.Lock] = {}
-#: Key of a search -> the server's run that failed on it last, and why.
-_FAILED: dict[str, tuple[str, str]] = {}
+#: Thread -> the run that a server has on it now.
+_SERVED: dict[str, ServedRun] = {}
 _opening = threading.Lock()
 
 
@@ -90,22 +87,16 @@ class ClientContext:
             ConfigError: a fault in either.
             UserError: the client's sets what is the server's.
         """
-        asked = _mapping(self.config, "the config")
-        _refuse_foreign(_dotted(asked))
-        own = _servers_own()
-        budget = _tighter(own.get("budget") or {}, asked.get("budget") or {})
-        search = (own.get("search") or {}) | (asked.get("search") or {})
-        whole = own | asked | {"budget": budget, "search": search}
-        return SearchConfig.from_text(yaml.safe_dump(whole), "the config")
+        return client_config(self.config)
 
-    def changes(self) -> dict[str, Any]:
-        """A branch's settings.
+    def changes(self, parent: SearchConfig) -> dict[str, Any]:
+        """The settings of a branch of a search.
 
         Raises:
+            ConfigError: they are no legal config.
             UserError: one of them is the server's.
         """
-        _refuse_foreign(self.overrides)
-        return self.overrides
+        return client_changes(self.overrides, parent)
 
 
 @dataclass(kw_only=True)
@@ -124,49 +115,8 @@ class Context(ClientContext):
     def search_config(self) -> SearchConfig:
         return SearchConfig.from_text(self.config)
 
-    def changes(self) -> dict[str, Any]:
+    def changes(self, parent: SearchConfig) -> dict[str, Any]:
         return self.overrides
-
-
-def _mapping(text: str, source: str) -> dict[str, Any]:
-    found = read_yaml(text, source, ConfigError).value
-    if not isinstance(found, dict):
-        raise ConfigError(f"{source} must be a mapping, not {type(found).__name__}")
-    return found
-
-
-def _servers_own() -> dict[str, Any]:
-    path = os.environ.get(SERVER_CONFIG_VARIABLE)
-    if not path:
-        return {}
-    missing = f"${SERVER_CONFIG_VARIABLE}: {path} is missing"
-    return _mapping(read_text(path, ConfigError, missing=missing), path)
-
-
-def _refuse_foreign(dotted: Iterable[str]) -> None:
-    for key in dotted:
-        section = str(key).partition(".")[0]
-        if section not in CLIENT_KEYS or key in _SERVERS_OWN:
-            raise UserError(
-                f"{key} is the server's own to set, in the file that ${SERVER_CONFIG_VARIABLE} "
-                f"names; a client may set {', '.join(CLIENT_KEYS)}"
-            )
-
-
-def _dotted(config: Mapping[str, Any]) -> Iterator[str]:
-    for section, body in config.items():
-        yield section
-        if isinstance(body, dict):
-            yield from (f"{section}.{key}" for key in body)
-
-
-def _tighter(own: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """A client's budget within the server's: of two limits the lower one."""
-    found = dict(own) | dict(asked)
-    for key in own.keys() & asked.keys():
-        if all(isinstance(b[key], (int, float)) for b in (own, asked)):
-            found[key] = min(own[key], asked[key])
-    return found
 
 
 def search_of(runtime: Any) -> Search:
@@ -174,35 +124,130 @@ def search_of(runtime: Any) -> Search:
 
     Raises:
         NotFound: no such run, and neither a config nor a run to branch from.
-        LeaseHeld: another process works on it.
+        LeaseHeld: another process, or another thread of this server, works on it.
         UserError: what it was begun with has changed since.
-        RunFailed: this run has failed already, and its queued nodes open the search no more.
+        RunFailed: the server's run that this node is of is over.
     """
     context = runtime.context or Context()
     key = _key(runtime)
     if not key:
         raise UserError("the graph was given neither a run in its context nor a thread")
+    run = _served(runtime)
     with _opening:
         own = _LOCKS.setdefault(key, threading.Lock())
     with own:  # opening takes minutes, and no other search waits for it
+        if run is not None:
+            run.refuse_over()
         if key not in _OPEN:
-            run_id, why = _FAILED.get(key, ("", ""))
-            if run_id and run_id == _run_id(runtime):
-                raise RunFailed(f"this run has failed: {why}; a new one goes on with the search")
             _hold(context, key)
-            _FAILED.pop(key, None)
+            if run is not None:
+                run.holds(_OPEN[key])
+        elif run is not None:
+            run.refuse_others(_OPEN[key])
         return _OPEN[key]
 
 
 def _key(runtime: Any) -> str:
-    info = runtime.execution_info
-    return (runtime.context or Context()).run or (info.thread_id if info else None) or ""
+    return (runtime.context or Context()).run or _thread(runtime)
 
 
-def _run_id(runtime: Any) -> str:
-    """The server's id of the invocation that a node is of; a node tried again is of a new one."""
+def _thread(runtime: Any) -> str:
     info = runtime.execution_info
-    return str(info.run_id or "") if info and info.node_attempt == 1 else ""
+    return (info.thread_id if info else None) or ""
+
+
+def _served(runtime: Any) -> ServedRun | None:
+    """The server's run that a node is of; None in a program of one's own.
+
+    Raises:
+        RunFailed: it is over.
+    """
+    run = _SERVED.get(_thread(runtime))
+    if run is None and not isinstance(runtime.context or Context(), Context):
+        raise RunFailed("this run is over; a new one on its thread goes on with the search")
+    return run
+
+
+class ServedRun:
+    """One run of the graph on a server's thread. However it ends (done, failed, cancelled, its
+    client gone, waiting for a person), lease, workers and memory of its search are given back."""
+
+    def __init__(self) -> None:
+        self._search: Search | None = None
+        self._nodes = 0
+        self._over = False
+        self._change = threading.Condition()
+
+    @contextmanager
+    def node(self) -> Iterator[None]:
+        """What a node has begun is finished and saved before its search is closed."""
+        with self._change:
+            self._nodes += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._nodes -= 1
+                self._change.notify_all()
+
+    def refuse_over(self) -> None:
+        if self._over:
+            raise RunFailed("this run is over; a new one on its thread goes on with the search")
+
+    def refuse_others(self, search: Search) -> None:
+        if search is not self._search:
+            raise LeaseHeld("another thread of this server works on this search; follow it there")
+
+    def holds(self, search: Search) -> None:
+        """It has opened this search, unless it was over before: opening takes minutes."""
+        with self._change:
+            self._search = search
+        if self._over:
+            _interrupt(search)
+            self.refuse_over()
+
+    def stop(self) -> None:
+        """Nothing more is begun from here on."""
+        with self._change:
+            self._over = True
+            if self._search is not None:
+                self._search.stopping = lambda: True
+
+    def give_back(self) -> None:
+        """Wait for what its nodes have begun, and close its search, unless it is closed."""
+        search = self._search
+        if search is not None and search.run_id in _HELD:
+            with self._change:
+                self._change.wait_for(lambda: not self._nodes, _ENDING_S)
+            _interrupt(search)
+
+
+@asynccontextmanager
+async def served_run(thread: str) -> AsyncIterator[None]:
+    """A server runs the graph on this thread while the block runs."""
+    run = _SERVED[thread] = ServedRun()
+    try:
+        yield
+    finally:
+        if _SERVED.get(thread) is run:
+            del _SERVED[thread]
+        run.stop()
+        await _apart(run.give_back)
+
+
+async def _apart(function: Callable[[], None]) -> None:
+    """Call it in a thread of its own: those of the event loop may be this run's own nodes, which
+    wait for a worker. Whoever is cancelled meanwhile leaves it running."""
+    loop = asyncio.get_running_loop()
+    done = asyncio.Event()
+
+    def call() -> None:
+        function()
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(done.set)
+
+    threading.Thread(target=call, name="give-back", daemon=True).start()
+    await done.wait()
 
 
 def releasing(node: Callable[..., Any]) -> Callable[..., Any]:
@@ -213,23 +258,30 @@ def releasing(node: Callable[..., Any]) -> Callable[..., Any]:
     def run(state: Any, runtime: Any) -> Any:
         from langgraph.errors import GraphBubbleUp
 
+        served = _served(runtime)
+        if served is not None:  # gives it back at its end, once its other nodes are done, too
+            with served.node():
+                return node(state, runtime)
         try:
             return node(state, runtime)
         except GraphBubbleUp:  # a question to a person, or a drain
             raise
-        except Exception as error:
-            key = _key(runtime)
-            search = _OPEN.get(key)
+        except Exception:
+            search = _OPEN.get(_key(runtime))
             if search is not None and search.run_id in _HELD:
-                _FAILED[key] = (_run_id(runtime), str(error))
-                with suppress(AgentmergeError):  # another process's search by now is its to tell of
-                    search.still_mine()
-                    search.ledger.update_run(search.run_id, status="interrupted")
-                with suppress(AgentmergeError):  # the node's own error is the one to tell
-                    let_go(search)
+                _interrupt(search)
             raise
 
     return run
+
+
+def _interrupt(search: Search) -> None:
+    """Let go of a search that is not done; what made it stop is the one to tell of faults."""
+    with suppress(AgentmergeError):  # another process's search by now is its to tell of
+        search.still_mine()
+        search.ledger.update_run(search.run_id, status="interrupted")
+    with suppress(AgentmergeError):
+        let_go(search)
 
 
 def let_go(search: Search) -> None:
@@ -272,9 +324,9 @@ def _run(context: ClientContext, key: str, ledger: Ledger) -> tuple[Prepared, Ru
         row = ledger.run(key)
     except NotFound:
         if context.branch_of:
-            return new_branch(
-                ledger, context.branch_of, context.at, context.name, context.changes(), run_id=key
-            )
+            origin = ledger.run(context.branch_of)
+            overrides = context.changes(SearchConfig.from_text(origin.config, origin.name))
+            return new_branch(ledger, origin.id, context.at, context.name, overrides, run_id=key)
         if not context.config:
             raise
         config = anchored(context.search_config())

@@ -12,13 +12,17 @@ without a saver.
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Literal
 
+from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import Command, Send, interrupt
+from langgraph_sdk.runtime import ServerRuntime
 
-from agentmerge.context import ClientContext, Context, let_go, releasing, search_of
+from agentmerge.context import ClientContext, Context, let_go, releasing, search_of, served_run
 from agentmerge.moves import approval, question, restructure, wanted_move
 from agentmerge.state import Assignment, SearchState
 
@@ -127,5 +131,15 @@ def build(context: type[ClientContext] = Context) -> StateGraph[SearchState, Any
 
 
 graph = build()
-#: What a LangGraph server offers: its clients say what is searched, and nothing else.
-served = build(ClientContext)
+
+
+@asynccontextmanager
+async def served(
+    config: RunnableConfig, runtime: ServerRuntime[Any]
+) -> AsyncIterator[StateGraph[SearchState, Any]]:
+    """What a LangGraph server offers: its clients say what is searched, and nothing else; a run
+    that is over, in whatever way, has given back what it held."""
+    async with AsyncExitStack() as stack:
+        if runtime.execution_runtime:
+            await stack.enter_async_context(served_run(config["configurable"]["thread_id"]))
+        yield build(ClientContext)

@@ -11,35 +11,25 @@ import uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import yaml
-from langgraph.runtime import ExecutionInfo
 
 from agentmerge import session
 from agentmerge.agents.testing import Fault, ScriptedServer
 from agentmerge.assembly import graphs_dir
 from agentmerge.checkpoints import open_saver
-from agentmerge.config import SearchConfig
-from agentmerge.context import ClientContext, Context
-from agentmerge.errors import LeaseHeld, NotFound, RunFailed, TaskError, UserError
+from agentmerge.context import Context
+from agentmerge.errors import LeaseHeld, NotFound, TaskError
 from agentmerge.ledger import Ledger
 from agentmerge.workers.fake import FakeWorker
-from tests.session.conftest import BODY, config, config_text, trace_of
+from tests.session.conftest import config, config_text, trace_of
 
 
-def streamed(
-    runs_dir: Path,
-    context: ClientContext,
-    thread_id: str,
-    begin: dict | None,
-    which: str = "graph",
-) -> list:
+def streamed(runs_dir: Path, context: Context, thread_id: str, begin: dict | None) -> list:
     thread = {"configurable": {"thread_id": thread_id}, "max_concurrency": 64}
     with open_saver(runs_dir / session.CHECKPOINTS) as saver:
         graphs = runpy.run_path(str(graphs_dir() / "search.py"))
-        graph = graphs[which].compile(checkpointer=saver)
+        graph = graphs["graph"].compile(checkpointer=saver)
         modes = ["updates", "custom"]
         return [*graph.stream(begin, thread, context=context, stream_mode=modes)]
 
@@ -119,79 +109,6 @@ def test_a_run_that_fails_gives_back_what_it_held(
     streamed(tmp_path, context, thread_id, None)
     with Ledger(tmp_path / session.LEDGER) as ledger:
         assert ledger.run("served").status == "done"
-
-
-def test_a_node_queued_when_its_run_fails_opens_nothing(tmp_path: Path) -> None:
-    from agentmerge.context import _HELD, _OPEN, let_go, releasing, search_of
-
-    key = str(uuid.uuid4())
-    context = Context(config=config_text(), name="served", runs_dir=str(tmp_path))
-
-    def runtime(run_id: str) -> SimpleNamespace:
-        info = ExecutionInfo("checkpoint", "", "task", thread_id=key, run_id=run_id)
-        return SimpleNamespace(context=context, execution_info=info)
-
-    @releasing
-    def failing(state, runtime):
-        search_of(runtime)
-        raise TaskError("the data of task 'one' is gone")
-
-    with pytest.raises(TaskError):
-        failing({}, runtime("first"))
-    with pytest.raises(RunFailed, match="this run has failed: the data of task 'one' is gone"):
-        search_of(runtime("first"))
-    assert not _HELD
-    assert not _OPEN
-    search = search_of(runtime("second"))
-    assert search_of(runtime("second")) is search
-    let_go(search)
-    assert not _HELD
-
-
-FOREIGN = {
-    "worker": {"worker": {"kind": "fake"}},
-    "agents": {"agents": {"llm": "openai:m", "base_url": "http://elsewhere"}},
-    "search.graph": {"search": {"graph": "mine.py:build"}},
-    "search.init": {"search": {"init": ["/etc/passwd"]}},
-    "budget.prices": {"budget": {"prices": {"m": [0, 0]}}},
-    "task_search_path": {"task_search_path": ["."]},
-}
-
-
-@pytest.fixture
-def servers_own(tmp_path: Path, monkeypatch) -> None:
-    own = {"worker": BODY["worker"], "budget": {"max_evaluations": 21}}
-    (tmp_path / "server.yml").write_text(yaml.safe_dump(own))
-    monkeypatch.setenv("AGENTMERGE_SERVER_CONFIG", str(tmp_path / "server.yml"))
-    monkeypatch.setenv("AGENTMERGE_RUNS_DIR", str(tmp_path))
-
-
-@pytest.mark.usefixtures("servers_own")
-@pytest.mark.parametrize("key", FOREIGN)
-def test_a_client_says_what_is_searched_and_nothing_else(tmp_path: Path, key: str) -> None:
-    body = {name: value for name, value in BODY.items() if name != "worker"}
-    for section, values in FOREIGN[key].items():
-        body[section] = body[section] | values if section in body else values
-    context = ClientContext(config=yaml.safe_dump(body), name="foreign")
-    with pytest.raises(UserError, match=f"{key} is the server's own to set"):
-        streamed(tmp_path, context, str(uuid.uuid4()), {}, "served")
-    session.run(config(), name="trunk", runs_dir=tmp_path)
-    (section, values), *_ = FOREIGN[key].items()
-    dotted = key if isinstance(values, list) or "." in key else f"{key}.{next(iter(values))}"
-    twig = ClientContext(branch_of="trunk", at=1, overrides={dotted: 1})
-    with pytest.raises(UserError, match="is the server's own to set"):
-        streamed(tmp_path, twig, str(uuid.uuid4()), {}, "served")
-
-
-@pytest.mark.usefixtures("servers_own")
-def test_a_client_searches_within_the_servers_sections_and_budget(tmp_path: Path) -> None:
-    body = {name: value for name, value in BODY.items() if name != "worker"}
-    context = ClientContext(config=yaml.safe_dump(body), name="served")
-    streamed(tmp_path, context, str(uuid.uuid4()), {}, "served")
-    with Ledger(tmp_path / session.LEDGER) as ledger:
-        row = ledger.run("served")
-        assert len(ledger.candidates(row.id)) == 21
-        assert SearchConfig.from_text(row.config).worker.kind == "fake"
 
 
 class _LangSmith(BaseHTTPRequestHandler):
