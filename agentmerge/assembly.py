@@ -91,8 +91,13 @@ def assembled(
     return search
 
 
-def resource_faults(config: SearchConfig, ready: Mapping[Role, Any] | None = None) -> list[str]:
-    """What is wrong with models, prompts and graph: found out before a run is written down."""
+def resource_faults(
+    config: SearchConfig, ready: Mapping[Role, Any] | None = None, *, run_code: bool = True
+) -> list[str]:
+    """What is wrong with models, prompts and graph: found out before a run is written down.
+
+    run_code: False only looks for a graph of the user's own, which is code.
+    """
     from agentmerge.agents.prompts import load_prompts
 
     faults = []
@@ -106,7 +111,7 @@ def resource_faults(config: SearchConfig, ready: Mapping[Role, Any] | None = Non
         faults.append(str(error))
     for load in (
         lambda: load_prompts(config.agents.prompts),
-        lambda: _look_at_graph(config.search.graph),
+        lambda: _look_at_graph(config.search.graph, run_code),
     ):
         try:
             load()
@@ -257,9 +262,9 @@ def settings_hash(prepared: Prepared) -> str:
     return sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _look_at_graph(name: str) -> None:
+def _look_at_graph(name: str, run_code: bool) -> None:
     """Ours is only looked for: what it imports takes seconds. A user's own is loaded."""
-    if _graph_file(name).parent != graphs_dir():
+    if _graph_file(name).parent != graphs_dir() and run_code:
         load_graph(name)
 
 

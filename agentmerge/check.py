@@ -152,14 +152,16 @@ def prepare(
     fresh: bool = False,
     tasks: bool = True,
     weights: bool = True,
+    run_code: bool = True,
     known_faults: Sequence[str] = (),
 ) -> Prepared:
     """Resolve models, tasks, strategy and worker.
 
     also: models beside the genome's that recipes may name. fresh: a search begins, so its warm
     starts are looked at too. tasks: leave them out where nothing is scored. weights: False for a
-    look at the plan alone: no weight is read, no parent made, nothing can be run. known_faults:
-    what the caller found wrong already, told with the rest.
+    look at the plan alone: no weight is read, no parent made, nothing can be run. run_code: False,
+    beside weights=False, runs no code that the config names; what is not looked at is a note.
+    known_faults: what the caller found wrong already, told with the rest.
 
     Raises:
         ConfigError: every fault found, one sentence each.
@@ -174,9 +176,30 @@ def prepare(
     if config.worker.kind == "fake":
         prepared = _prepare_fake(config, fresh, faults)
     else:
-        prepared = _prepare_real(config, also, tasks, weights, fresh, faults)
+        prepared = _prepare_real(config, also, tasks, weights, run_code, fresh, faults)
     warm = init_notes(config, prepared.space.num_layers) if fresh else []
-    return replace(prepared, warnings=(*config.warnings, *warm))
+    named = [] if run_code else _graph_notes(config)
+    return replace(prepared, warnings=(*config.warnings, *warm), notes=(*prepared.notes, *named))
+
+
+def _graph_notes(config: SearchConfig) -> list[str]:
+    graph = config.search.graph
+    if not graph.partition(":")[0].endswith(".py") and "/" not in graph:
+        return []
+    return [f"search.graph {graph!r} is code, and was not run; check --run-code runs it"]
+
+
+def _own_code(parents: Sequence[Any]) -> list[str]:
+    """Models whose config or tokenizer is made by Python of their own."""
+    from agentmerge.merging.headers import read_json
+
+    names = []
+    for parent in parents:
+        for file in ("config.json", "tokenizer_config.json"):
+            with suppress(ParentError):  # a fault, said as such
+                if "auto_map" in read_json(parent.model / file):
+                    names.append(parent.name)
+    return list(dict.fromkeys(names))
 
 
 def all_faults(error: ConfigError, look: Callable[[SearchConfig], object]) -> list[str]:
@@ -216,6 +239,7 @@ def _prepare_real(
     also: Sequence[str],
     tasks: bool,
     weights: bool,
+    run_code: bool,
     fresh: bool,
     faults: list[str],
 ) -> Prepared:
@@ -225,7 +249,13 @@ def _prepare_real(
 
     notes: list[str] = []
     with temporary_folder("agentmerge-check") as scratch:
-        found, survey, layout = _parents(config, also, faults)
+        found, survey, layout, foreign = _parents(config, also, faults, run_code)
+        if foreign:
+            tasks = False
+            notes.append(
+                f"{', '.join(map(repr, foreign))}: its tokenizer and the tasks are not looked at, "
+                "since worker.trust_remote_code runs the model's own code; check --run-code does"
+            )
         space = None
         if layout is not None:
             faults += _filter_faults(config, layout)
@@ -250,7 +280,7 @@ def _prepare_real(
                     survey.write_side_files(parent, paths[parent.name])
             spec = _spec(config, paths, dtype)
             if tasks:
-                taskset = _tasks(spec, faults)
+                taskset = _tasks(spec, faults, run_code)
                 if differing := _differing_templates(config, spec, taskset):
                     names = f"{', '.join(map(repr, differing))} have different chat templates"
                     if config.tasks.chat_template == FIRST:
@@ -270,7 +300,11 @@ def _prepare_real(
         if faults or layout is None or space is None or spec is None:
             raise ConfigError(faults)
         if not weights:
-            engine, conditions = _engine_of(spec)  # before its scratch folders go
+            if foreign:
+                parts = (spec.kind, "", spec.device, spec.dtype, str(spec.batch_size))
+                engine, conditions = EngineInfo(*parts), {}
+            else:
+                engine, conditions = _engine_of(spec)  # before its scratch folders go
     if not weights:
         identities = known_identities(found)
     else:  # nothing speaks against it
@@ -376,16 +410,16 @@ def _preflight(spec: WorkerSpec, layout: Layout | None, faults: list[str]) -> li
     return list(notes)
 
 
-def _tasks(spec: WorkerSpec, faults: list[str]) -> TaskSet:
+def _tasks(spec: WorkerSpec, faults: list[str], run_code: bool) -> TaskSet:
     """Every task built; where that fails, each is tried alone, so that all faults are found."""
     try:
-        return tasks_for(spec)
+        return tasks_for(spec, run_code=run_code)
     except AgentmergeError as error:
         found = str(error).splitlines()
     for task in spec.tasks.tasks if len(spec.tasks.tasks) > 1 else ():
         alone = replace(spec, tasks=spec.tasks.model_copy(update={"tasks": (task,)}))
         try:
-            tasks_for(alone)
+            tasks_for(alone, run_code=run_code)
         except AgentmergeError as error:
             found += str(error).splitlines()
     faults += dict.fromkeys(found)
@@ -652,9 +686,10 @@ def _depth_faults(config: SearchConfig, space: SearchSpace) -> Iterator[str]:
 
 
 def _parents(
-    config: SearchConfig, also: Sequence[str], faults: list[str]
-) -> tuple[list[Any], Any, Any]:
-    """The parents that were found, what they are, and their layout where they can be merged."""
+    config: SearchConfig, also: Sequence[str], faults: list[str], run_code: bool = True
+) -> tuple[list[Any], Any, Any, list[str]]:
+    """The parents that were found, what they are, their layout where they can be merged, and those
+    whose own code may run and was not to."""
     from agentmerge.merging.layout import read_layout
     from agentmerge.merging.plain import survey
     from agentmerge.merging.sources import find_parent
@@ -673,20 +708,22 @@ def _parents(
             )
         except ParentError as error:
             faults.append(str(error))
+    trusted = config.worker.trust_remote_code
+    foreign = _own_code(found) if trusted and not run_code else []
     seen = survey(
         found,
         config.genome.base_model,
-        config.genome.tokenizer_source,
-        trust_remote_code=config.worker.trust_remote_code,
+        None if foreign else config.genome.tokenizer_source,
+        trust_remote_code=trusted and not foreign,
     )
     faults += seen.faults
-    if not seen.checkpoints:
-        return found, seen, None
+    layout = None
     try:
-        return found, seen, read_layout(seen.checkpoints, _base_among(config, seen.checkpoints))
+        if seen.checkpoints:
+            layout = read_layout(seen.checkpoints, _base_among(config, seen.checkpoints))
     except ParentError as error:
         faults += [fault for fault in str(error).splitlines() if fault not in faults]
-        return found, seen, None
+    return found, seen, layout, foreign
 
 
 def _base_among(config: SearchConfig, names: Collection[str]) -> str | None:

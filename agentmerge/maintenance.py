@@ -189,7 +189,9 @@ def forecast(config: Path) -> MemoryPlan | None:
     from agentmerge.config import SearchConfig
 
     settings = anchored(SearchConfig.from_file(config))
-    return prepare(settings, allow_benchmarks=True, tasks=False, weights=False).memory
+    return prepare(
+        settings, allow_benchmarks=True, tasks=False, weights=False, run_code=False
+    ).memory
 
 
 def forecast_finding(memory: MemoryPlan) -> dict[str, Any]:

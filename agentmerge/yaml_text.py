@@ -55,10 +55,13 @@ def read_yaml(text: str, source: str, error: type[UserError]) -> Written:
         raise error(f"{source} holds a value that is not what its form says: {why}") from None
 
 
-def compose_yaml(text: str | bytes, source: str, error: type[UserError]) -> yaml.Node | None:
+def compose_yaml(
+    text: str | bytes, source: str, error: type[UserError], broken: type[UserError] | None = None
+) -> yaml.Node | None:
     """The nodes of a YAML text of any tags, found to be within bounds; None of an empty one.
 
     Raises:
+        broken: it is not YAML; by default ``error``.
         error: as ``read_yaml`` says.
     """
     if len(text) > MOST_TEXT:
@@ -66,7 +69,7 @@ def compose_yaml(text: str | bytes, source: str, error: type[UserError]) -> yaml
     try:
         node: yaml.Node | None = yaml.compose(text, Loader=_Parser)
     except (yaml.YAMLError, UnicodeDecodeError) as why:
-        raise error(f"{source} is not YAML: {' '.join(str(why).split())}") from None
+        raise (broken or error)(f"{source} is not YAML: {' '.join(str(why).split())}") from None
     except RecursionError:
         raise error(f"{source} is nested more than {MOST_LEVELS} levels deep") from None
     if node is not None:

@@ -18,9 +18,11 @@ def check(
     *,
     given: dict[str, Any],
     allow_benchmark_tasks: options.AllowBench = False,
+    run_code: options.RunCode = False,
     as_json: options.Json = False,
 ) -> int:
-    """Find every fault before a search. Shows what it would do; reads no weights."""
+    """Find every fault before a search. Shows what it would do; reads no weights, and runs no code
+    that the config names unless told."""
     from agentmerge.check import all_faults, anchored, plan_of, prepare
     from agentmerge.config import SearchConfig
     from agentmerge.errors import ConfigError
@@ -34,7 +36,8 @@ def check(
             allow_benchmarks=allow_benchmark_tasks,
             fresh=True,
             weights=False,
-            known_faults=resource_faults(settings),
+            run_code=run_code,
+            known_faults=resource_faults(settings, run_code=run_code),
         )
 
     try:

@@ -53,6 +53,13 @@ AllowBench = Annotated[
         help="Allow public benchmarks as objectives.",
     ),
 ]
+RunCode = Annotated[
+    bool,
+    typer.Option(
+        "--run-code",
+        help="Also run the code that the config names (graph files, tasks' and models' own).",
+    ),
+]
 Wandb = Annotated[bool, typer.Option("--wandb/--no-wandb", help="The same as --tracker wandb.")]
 Trackers = Annotated[
     list[str] | None,

@@ -45,9 +45,10 @@ def build(
     template_source: str,
     context: int | None,
     check_built_ins: bool,
+    run_code: bool,
 ) -> TaskSet:
     """See ``tasks.build_tasks``."""
-    loaded = load_tasks(config, check_built_ins=check_built_ins)
+    loaded = load_tasks(config, check_built_ins=check_built_ins, run_code=run_code)
     if config.gen_kwargs:
         for found in loaded:
             for task in found.tasks:
@@ -59,6 +60,12 @@ def build(
     asked, records, aggregations = {}, {}, {}
     with quiet():
         for entry, found in zip(config.tasks, loaded, strict=True):
+            if found.code:
+                notes.append(
+                    f"task {entry.name!r} is not built, since it names code ({found.code}); "
+                    "check --run-code builds it"
+                )
+                continue
             metric, filter_name = metrics.parse_metric(entry.metric, entry.name)
             leaves, by_size = _leaves(entry, found, metric, filter_name, notes)
             built = []

@@ -20,6 +20,12 @@ from typing import Any
 from agentmerge.config import TasksConfig
 from agentmerge.errors import TaskError
 from agentmerge.evaluation.code import forget_changed
+from agentmerge.evaluation.definitions import (
+    NotYaml,
+    named_code,
+    refuse_odd_documents,
+    refuse_unbounded,
+)
 
 #: The seed of lm-eval's few-shot sampler, as ``simple_evaluate`` has it.
 FEWSHOT_SEED = 1234
@@ -30,15 +36,23 @@ _MOST_INCLUDES = 8  # one in another; more is a circle
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What one entry of the config names: one task, or a group and its leaf tasks."""
+    """What one entry of the config names: one task, or a group and its leaf tasks.
+
+    code: what of its author's would run, where it was not to be and so nothing was loaded.
+    """
 
     name: str
     tasks: tuple[Any, ...]
     group: Any = None
+    code: str = ""
 
 
-def load_tasks(config: TasksConfig, *, check_built_ins: bool = True) -> list[Loaded]:
+def load_tasks(
+    config: TasksConfig, *, check_built_ins: bool = True, run_code: bool = True
+) -> list[Loaded]:
     """The lm-eval tasks of every objective, few-shot counts and seeds set.
+
+    run_code: False leaves out what names code of its author's.
 
     Raises:
         TaskError: unknown, claimed by two files, not loadable, or of a kind that cannot be scored.
@@ -49,7 +63,11 @@ def load_tasks(config: TasksConfig, *, check_built_ins: bool = True) -> list[Loa
         index = _CustomFiles(config.task_search_path)
         manager = index.manager(names)
         index.refuse_collisions(_reached(names, manager.task_index), check_built_ins)
-        loaded = [_load(name, manager, index) for name in names]
+        codes = ["" if run_code else _code_of(name, manager.task_index) for name in names]
+        loaded = [
+            Loaded(name, (), code=code) if code else _load(name, manager, index)
+            for name, code in zip(names, codes, strict=True)
+        ]
     owner: dict[str, str] = {}
     for item in loaded:
         for task in item.tasks:
@@ -61,6 +79,11 @@ def load_tasks(config: TasksConfig, *, check_built_ins: bool = True) -> list[Loa
                     "leave one of them out"
                 )
     return loaded
+
+
+def _code_of(name: str, index: Any) -> str:
+    files = [entry.yaml_path for each in _reached([name], index) if (entry := index.get(each))]
+    return next((code for file in files if file and (code := named_code(Path(file)))), "")
 
 
 def load_index(config: TasksConfig) -> Mapping[str, Any]:
@@ -131,7 +154,13 @@ class _CustomFiles:
                 raise TaskError(f"task_search_path {str(root)!r} is not a directory")
             for path in TaskIndex._iter_yaml_files(root):
                 try:
+                    refuse_unbounded(path)
                     cfg = load_yaml(path, resolve_func=False)
+                except TaskError as error:
+                    if not isinstance(error, NotYaml):
+                        raise
+                    self.unreadable.append(str(error))
+                    continue
                 except Exception as error:
                     self.unreadable.append(f"{path} ({' '.join(str(error).split())})")
                     continue
@@ -268,6 +297,8 @@ def _load(name: str, manager: Any, custom: _CustomFiles) -> Loaded:
             f"{name!r} is a tag, a list of tasks without an aggregate; "
             f"name its tasks instead: {', '.join(sorted(entry.tags))}"
         )
+    for reached in _reached([name], manager.task_index):
+        refuse_odd_documents(reached, getattr(manager.task_index.get(reached), "cfg", None) or {})
     try:
         loaded = manager.load([name])
     except Exception as error:  # a task file can run any code of its author

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -223,6 +224,7 @@ def build_tasks(
     template_source: str,
     context: int | None = None,
     check_built_ins: bool = True,
+    run_code: bool = True,
 ) -> TaskSet:
     """Load, render and split every task of a config. Reads data, no model.
 
@@ -231,16 +233,19 @@ def build_tasks(
     context: tokens the models can read, part of the protocol; None: unknown.
     check_built_ins: look for lm-eval's own tasks of the same name (0.7 s); a second process that
         builds what a first one has checked may leave it out.
+    run_code: False runs no code of a task's author; a task that names some is a note instead.
 
     Raises:
         TaskError: a task, metric or filter that does not exist or cannot be scored.
     """
     from agentmerge.evaluation.building import build
+    from agentmerge.evaluation.definitions import without_code
 
-    return build(config, tokenizer, template_source, context, check_built_ins)
+    with nullcontext() if run_code else without_code():
+        return build(config, tokenizer, template_source, context, check_built_ins, run_code)
 
 
-def tasks_for(spec: WorkerSpec, *, check_built_ins: bool = True) -> TaskSet:
+def tasks_for(spec: WorkerSpec, *, check_built_ins: bool = True, run_code: bool = True) -> TaskSet:
     """``build_tasks`` as a worker of this spec asks them: its template parent's tokenizer,
     template and context length. Session and workers use this, so their keys agree."""
     from agentmerge.evaluation.tokenizers import context_length, tokenizer_of
@@ -252,4 +257,5 @@ def tasks_for(spec: WorkerSpec, *, check_built_ins: bool = True) -> TaskSet:
         template_source=spec.template_model,
         context=context_length(spec, tokenizer),
         check_built_ins=check_built_ins,
+        run_code=run_code,
     )
