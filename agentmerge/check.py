@@ -300,9 +300,10 @@ def _prepare_real(
         if faults or layout is None or space is None or spec is None:
             raise ConfigError(faults)
         if not weights:
+            conditions: dict[str, Any] = {}
             if foreign:
                 parts = (spec.kind, "", spec.device, spec.dtype, str(spec.batch_size))
-                engine, conditions = EngineInfo(*parts), {}
+                engine = EngineInfo(*parts)
             else:
                 engine, conditions = _engine_of(spec)  # before its scratch folders go
     if not weights:
