@@ -39,6 +39,7 @@ RESUMABLE = (
     "budget.max_evaluations",
     "budget.max_items",
     "budget.timeout_s",
+    "worker.timeout_s",
     "budget.max_tokens",
     "budget.max_cost_usd",
     "search.max_generations",
@@ -67,7 +68,8 @@ def assembled(
     redact_traces()
     config = prepared.config
     timeout = config.budget.timeout_s
-    pool = pool_of(prepared, stack)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    pool = pool_of(prepared, stack, deadline, _slowest_s(ledger, row.id, prepared))
     search = kind(
         config=config,
         run_id=row.id,
@@ -84,7 +86,7 @@ def assembled(
         models=_models(config, models) if advised else {},
         prompts=load_prompts(config.agents.prompts),
         emit=emit,
-        deadline=None if timeout is None else time.monotonic() + timeout,
+        deadline=deadline,
     )
     for role in search.models:
         ledger.save_prompt(row.id, role, getattr(search.prompts, role).text)
@@ -256,7 +258,7 @@ def settings_hash(prepared: Prepared) -> str:
     body = {
         "genome": config.genome.model_dump(mode="json"),
         "tasks": config.tasks.model_dump(mode="json"),
-        "worker": config.worker.model_dump(mode="json"),
+        "worker": config.worker.model_dump(mode="json", exclude={"timeout_s"}),
         "facts": prepared.facts(),
     }
     return sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
@@ -302,13 +304,24 @@ def graphs_dir() -> Path:
     return bundled if bundled.is_dir() else package.parent / "graphs"
 
 
-def pool_of(prepared: Prepared, stack: ExitStack) -> Any:
-    """Its workers, none of them built yet; ``stack`` closes them."""
+def pool_of(
+    prepared: Prepared, stack: ExitStack, ends: float | None = None, slowest_s: float = 0.0
+) -> Any:
+    """Its workers, none of them built yet; ``stack`` closes them. The rest: see ``Deadlines``."""
+    from agentmerge.workers.places import Deadlines
     from agentmerge.workers.pool import Pool
 
-    pool = Pool(prepared.spec, count=prepared.config.worker.count, taskset=prepared.taskset)
+    worker = prepared.config.worker
+    deadlines = Deadlines(worker.timeout_s, ends, slowest_s)
+    pool = Pool(prepared.spec, worker.count, taskset=prepared.taskset, deadlines=deadlines)
     stack.callback(pool.close)
     return pool
+
+
+def _slowest_s(ledger: Ledger, run_id: str, prepared: Prepared) -> float:
+    """The seconds an item that this search's slowest candidate took, before it went on here."""
+    took = [c.seconds or 0.0 for c in ledger.candidates(run_id) if c.score is not None]
+    return max(took, default=0.0) / max(1, len(prepared.taskset.refs("search")))
 
 
 def _strategy(config: SearchConfig) -> Any:

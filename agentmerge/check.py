@@ -30,6 +30,7 @@ from agentmerge.ledger import Ledger
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.cancelling import cancelling_notes
 from agentmerge.temporary import temporary_folder
+from agentmerge.waits import waiting_for
 from agentmerge.workers.base import OPTIONS, EngineInfo, WorkerSpec
 from agentmerge.workers.pool import crowd_of, devices_for, worker_class
 
@@ -173,10 +174,11 @@ def prepare(
         faults += devices
         worker = config.worker.model_copy(update={"device": "cpu"})  # for the rest of the faults
         config = config.model_copy(update={"worker": worker})
-    if config.worker.kind == "fake":
-        prepared = _prepare_fake(config, fresh, faults)
-    else:
-        prepared = _prepare_real(config, also, tasks, weights, run_code, fresh, faults)
+    with waiting_for("a look at models and tasks"):
+        if config.worker.kind == "fake":
+            prepared = _prepare_fake(config, fresh, faults)
+        else:
+            prepared = _prepare_real(config, also, tasks, weights, run_code, fresh, faults)
     warm = init_notes(config, prepared.space.num_layers) if fresh else []
     named = [] if run_code else _graph_notes(config)
     return replace(prepared, warnings=(*config.warnings, *warm), notes=(*prepared.notes, *named))
@@ -366,6 +368,7 @@ def _memory(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryPla
         device=spec.device,
         method=spec.method,
         workers=config.worker.count,
+        apart=config.worker.timeout_s is not None,
         devices=len(set(devices_for(spec, config.worker.count))),
         demand=demand(spec, layout) if demand else Demand(),
         asked=config.worker.placement,

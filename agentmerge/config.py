@@ -360,6 +360,7 @@ class WorkerSettings(_Frozen):
     allow_pickle: bool = False
     placement: Literal["auto", "device", "host", "stream"] = "auto"
     memory_gb: float | None = Field(None, gt=0)
+    timeout_s: float | None = Field(None, gt=0)
     engine_args: dict[str, Any] = Field(default_factory=dict)
     lm_eval_args: LmEvalArgs = LmEvalArgs()
     canary_every: int = Field(50, ge=0)

@@ -17,7 +17,7 @@
     │   └── RecipeRejected          refused before any worker saw it
     ├── BudgetReached               the next step cannot be paid: the search ends with its best
     ├── ReplyMissing                a replay came to a question that nobody answered before
-    ├── NotBegun                    the search was told to stop before this candidate's turn
+    ├── NotBegun                    the search was to stop, or out of time, before it was scored
     └── ModelReplyError             a chat model failed: costs a generation's advice
 
 A message says what, which value, and what to do. It knows nothing of how messages are shown.
@@ -110,7 +110,8 @@ class RecipeRejected(CandidateFailed):
 
 
 class NotBegun(AgentmergeError):
-    """A candidate's turn came after the search was told to stop; it stays open."""
+    """A candidate's turn came after the search was told to stop, or the search's time was up while
+    it ran; it stays open, and whoever goes on scores it."""
 
 
 class BudgetReached(AgentmergeError):

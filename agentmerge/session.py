@@ -157,8 +157,8 @@ def _raised(config: SearchConfig, limits: Mapping[str, Any], name: str) -> None:
     for key, new in limits.items():
         section, field = key.split(".")
         old = getattr(getattr(config, section), field)
-        if key == "budget.timeout_s" or old is None:
-            continue  # counted anew on every resume; a first limit of its kind
+        if key in ("budget.timeout_s", "worker.timeout_s") or old is None:
+            continue  # counted anew on every resume, and candidate; a first limit of its kind
         if new is not None and new < old:
             raise UserError(
                 f"{key} of {name!r} is {old:g} and cannot become {new:g}: resume only raises "

@@ -529,7 +529,7 @@ class Search:
                 recipe, candidate.recipe_hash, "sealed", lambda: in_time and not self.stopping()
             )
         except NotBegun:
-            if not in_time and not self.stopping():
+            if self.seconds_left <= 0 and not self.stopping():
                 raise BudgetReached("timeout") from None
             raise
         self.scoring.save(answers)

@@ -31,6 +31,7 @@ from agentmerge.agents.prompts import Message
 from agentmerge.agents.providers import resolve_model
 from agentmerge.agents.wire import bind, within
 from agentmerge.errors import ModelReplyError, ReplyMissing
+from agentmerge.waits import waiting_for
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
@@ -331,7 +332,8 @@ class _Asking(Generic[R]):
         with warnings.catch_warnings():
             # langchain-openai warns, besides raising, where a server refuses json_schema.
             warnings.simplefilter("ignore")
-            answered: AIMessage = within(limit_s, lambda: chat.invoke(_typed(messages)))
+            with waiting_for(f"a reply of {self.model.name}"):
+                answered: AIMessage = within(limit_s, lambda: chat.invoke(_typed(messages)))
         return answered
 
     def _ending(self, shape: str, error: Exception) -> tuple[Ending, float]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 
 
 def main() -> None:
@@ -12,4 +14,18 @@ def main() -> None:
     open_standard_streams()
     from agentmerge.cli.app import run_app
 
-    sys.exit(run_app(sys.argv[1:]))
+    code = run_app(sys.argv[1:])
+    if threading.active_count() > 1:
+        _leave_what_was_given_up(code)
+    sys.exit(code)
+
+
+def _leave_what_was_given_up(code: int) -> None:
+    """Exit without waiting for a worker that nobody waits for, where there is one."""
+    from agentmerge.workers.processes import GIVEN_UP, end_children
+
+    if any(thread.name == GIVEN_UP for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        end_children()
+        os._exit(code)

@@ -66,8 +66,10 @@ def run_demo(
     )
     config = SearchConfig.from_file(config_path)
     drain = session.Drain()
-    caught = signals(drain, say)
-    with progress(config, quiet=quiet, as_json=as_json) as listener:
+    with (
+        signals(drain, say) as caught,
+        progress(config, quiet=quiet, as_json=as_json) as listener,
+    ):
         row = session.run(config, runs_dir=directory, emit=listener, drain=drain)
     with session.opened(directory) as ledger:
         summary = run_summary(ledger, row)

@@ -131,6 +131,13 @@ SETTINGS: dict[str, tuple[str, Any]] = {
         "budget.timeout_s",
         Annotated[float | None, typer.Option("--timeout", help="Seconds of wall clock.")],
     ),
+    "worker_timeout": (
+        "worker.timeout_s",
+        Annotated[
+            float | None,
+            typer.Option("--worker-timeout", help="Seconds that one candidate may take."),
+        ],
+    ),
     "max_items": (
         "budget.max_items",
         Annotated[int | None, typer.Option("--max-items", help="Items to ask of candidates.")],
@@ -206,7 +213,8 @@ SETTINGS: dict[str, tuple[str, Any]] = {
 
 #: What ``resume`` may raise, what ``branch`` may change, and what a new search may say.
 LIMITS = (
-    "max_generations", "max_evaluations", "max_items", "timeout", "max_tokens", "max_cost",
+    "max_generations", "max_evaluations", "max_items", "timeout", "worker_timeout", "max_tokens",
+    "max_cost",
 )  # fmt: skip
 BRANCH = (
     "search", "worker", "llm", "base_url", "prompts", "graph", "probes", "seed", *LIMITS,

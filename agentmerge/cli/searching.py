@@ -13,6 +13,7 @@ from agentmerge.cli import options
 from agentmerge.cli.legacy import Legacy, map_options, old_options
 from agentmerge.cli.terminal import failed, show_result, signals, speaker, warned
 from agentmerge.temporary import write_at_once
+from agentmerge.waits import waiting_for
 
 
 class Answer(StrEnum):
@@ -110,7 +111,9 @@ def _old_outputs(row: Any, runs_dir: Path, storage: Path | None, final_model: bo
         return
     write_at_once(storage / "best_config.yaml", best.read_text(encoding="utf-8"))
     if final_model and row.status == "done":
-        exporting.export_run(row.name, storage / "final_model", runs_dir=runs_dir, overwrite=True)
+        target = storage / "final_model"
+        with waiting_for("the merged model to be written"):
+            exporting.export_run(row.name, target, runs_dir=runs_dir, overwrite=True)
 
 
 @options.settings(*options.LIMITS)
@@ -203,8 +206,10 @@ def _driven(
 
     drain = Drain()
     say = speaker(quiet, as_json)
-    caught = signals(drain, say)
-    with progress(config, quiet=quiet, as_json=as_json, past=past) as listener:
+    with (
+        signals(drain, say) as caught,
+        progress(config, quiet=quiet, as_json=as_json, past=past) as listener,
+    ):
         row = start(listener, drain)
     with opened(runs_dir) as ledger:
         summary = run_summary(ledger, row)

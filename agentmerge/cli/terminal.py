@@ -5,11 +5,16 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import select
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
+
+from agentmerge.waits import waits
 
 #: Of an error: what it quotes may be of any length.
 _LONGEST_LINE = 2000
@@ -92,21 +97,66 @@ def speaker(quiet: bool, as_json: bool) -> Callable[[str], None]:
     return say
 
 
-def signals(drain: Any, say: Callable[[str], None]) -> list[int]:
-    """First Ctrl-C or TERM: finish the running evaluation and save. Second: stop at once.
+@contextmanager
+def signals(drain: Any, say: Callable[[str], None]) -> Iterator[list[int]]:
+    """First Ctrl-C or TERM: say what is waited for, let it finish, and save. Second: stop at once.
 
-    Returns a list that is empty until then, and holds the signal's number afterwards.
+    A thread of its own answers, so that whatever the search is in the middle of need not come back
+    to Python first. Yields a list that is empty until then, and holds the signal's number then.
     """
     caught: list[int] = []
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
-    def stop(number: int, frame: object) -> None:
-        if drain.requested:
-            say("stopped at once; everything scored is saved")
-            os._exit(128 + number)
-        caught.append(number)
-        drain.request()
-        say("finishing the running evaluation, then saving (once more: stop at once)")
+    def listen() -> None:
+        told = ""
+        while True:
+            ready, _, _ = select.select([reader], [], [], 1.0 if caught else None)
+            number = os.read(reader, 1)[0] if ready else 0
+            if ready and not number:
+                return  # nobody is to be answered any more
+            if number and caught:
+                say("stopped at once; everything scored is saved")
+                _end_at_once(128 + number)
+            waited = waits() or "the step that runs"
+            if number:
+                caught.append(number)
+                drain.request()
+                say(f"stopping once this is done and saved: {waited} (once more: stop at once)")
+            elif _kinds(waited) != _kinds(told):
+                say(f"still waiting for {waited}")
+            told = waited
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    return caught
+    def wake(number: int, frame: object) -> None:
+        """Python has written the number to the pipe before it calls this."""
+
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, wake) for number in (signal.SIGINT, signal.SIGTERM)}
+    listener = threading.Thread(target=listen, name="signals", daemon=True)
+    listener.start()
+    try:
+        yield caught
+    finally:
+        signal.set_wakeup_fd(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.write(writer, b"\0")
+        listener.join()
+        os.close(reader)
+        os.close(writer)
+
+
+def _kinds(waited: str) -> str:
+    """What is waited for, without for how long."""
+    return re.sub(r"\(\d+ s so far\)", "", waited)
+
+
+def _end_at_once(code: int) -> None:
+    """End this process and those that work for it, in whatever they are."""
+    from agentmerge.workers.processes import end_children
+
+    end_children()
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h")  # a screen hides the cursor
+        sys.stderr.flush()
+    os._exit(code)

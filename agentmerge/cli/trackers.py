@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmerge.errors import AgentmergeError, UserError
+from agentmerge.waits import waiting_for
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -49,7 +50,8 @@ class _Guarded:
         """Raises UserError: the tracker cannot be used at all."""
         self._thread.start()
         try:
-            error = self._began.get(timeout=START_S)
+            with waiting_for(f"{self.name} to begin"):
+                error = self._began.get(timeout=START_S)
         except queue.Empty:
             _say(f"{self.name} has not answered in {START_S:g} s; the search does not wait for it")
             return
@@ -124,7 +126,8 @@ def tracked(
             for kind, path in fruits:
                 guarded.call(partial(_keep, kind=kind, path=path))
         for guarded in trackers:
-            guarded.end(deadline)
+            with waiting_for(f"{guarded.name} to take what it was told"):
+                guarded.end(deadline)
 
 
 def _started(config: Any, tracking: Tracking, name: str | None) -> list[_Guarded]:

@@ -154,6 +154,7 @@ def plan_memory(
     device: str = "cpu",
     method: str | None = None,
     workers: int = 1,
+    apart: bool = False,
     devices: int = 1,
     demand: Demand = _ALONE,
     asked: Placement | Literal["auto"] = "auto",
@@ -165,8 +166,8 @@ def plan_memory(
 
     dtype: of the live model; by default as stored. method: the merge method, for what its kernel
         needs besides. workers: how many there are, each with a family, spread evenly over so many
-        ``devices``. memory_gb: at most so much is used in all (of each device, where there are
-        any), even if there is more.
+        ``devices``. apart: even one has a process of its own. memory_gb: at most so much is used
+        in all (of each device, where there are any), even if there is more.
     """
     cuda = device.startswith("cuda")
     forecasts = tuple(
@@ -185,7 +186,8 @@ def plan_memory(
     if asked == "host" and not cuda:
         asked = "device"
     crowd = -(-workers // devices)
-    shorts = {f.placement: _short(f, workers, crowd, host, on_device) for f in forecasts}
+    apart = apart or workers > 1
+    shorts = {f.placement: _short(f, workers, apart, crowd, host, on_device) for f in forecasts}
     chosen, reason = _choice(shorts, asked, cuda)
     return MemoryPlan(
         forecasts,
@@ -291,14 +293,13 @@ def _with_this_process(limit: Limit) -> Limit:
 
 
 def _short(
-    forecast: Forecast, workers: int, crowd: int, host: Limit, device: Limit | None
+    forecast: Forecast, workers: int, apart: bool, crowd: int, host: Limit, device: Limit | None
 ) -> tuple[int, Limit] | None:
     """What ``workers`` of these need, and the limit that this exceeds; None where it fits.
 
-    crowd: workers on one device.
+    apart: this process is one more, without a model. crowd: workers on one device.
     """
-    # With several workers this process is one more, without a model.
-    needed = forecast.host.total * workers + (forecast.host.runtime if workers > 1 else 0)
+    needed = forecast.host.total * workers + (forecast.host.runtime if apart else 0)
     spare = MARGIN * workers * (forecast.host.total - forecast.host.runtime)
     if needed + spare > host.size_bytes:
         return needed, host

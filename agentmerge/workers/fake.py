@@ -22,6 +22,7 @@ Options (``worker.options``):
         on those that ``fail_items_when`` (as ``fail_when``) names.
     die_when: these candidates lose the worker at load(), every time. die_at: it is lost at its n-th
         load(). With ``die_hard``, the whole process is.
+    hang_when: these candidates' scores never come.
     no_gradient: "failed", or "lost" with the worker, as where memory runs out.
 """
 
@@ -154,6 +155,8 @@ class FakeWorker:
         self._bad_on = _predicate(bad_on) if bad_on is not None else lambda *_: True
         self._no_gradient = str(options.get("no_gradient", ""))
         self._dies = _predicate(options.get("die_when", ()))
+        self._hangs = _predicate(options.get("hang_when", ()))
+        self._hanging = False
         self._die_at = int(options.get("die_at", 0))
         self._die_hard = bool(options.get("die_hard", False))
         self._loads = 0
@@ -193,6 +196,7 @@ class FakeWorker:
         if not (np.abs(point) < np.finfo(np.float32).max).all():
             raise CandidateFailed("the merge is not finite; the weights are too large")
         self._live = point
+        self._hanging = self._hangs(recipe, point)
         self._on_bad_merge = bool(self._bad_items) and self._bad_on(recipe, point)
         digest = hashlib.sha256(point.tobytes()).hexdigest()[:16]
         return Fingerprint(recipe.hash(), digest, point.size)
@@ -201,6 +205,8 @@ class FakeWorker:
         point = _live(self._live)
         if self._delay_s:
             time.sleep(self._delay_s)
+        while self._hanging:
+            time.sleep(1)
         if self._on_bad_merge:
             for item in items:
                 if item.index in self._bad_items:

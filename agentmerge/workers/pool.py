@@ -1,8 +1,10 @@
 """Hands candidates to free workers, one at a time each; safe to call from many threads.
 
-A worker is built when it is first needed. One lives in this process, several in a process each.
-A worker that is lost is built anew and its candidate tried once more. The pool knows no search,
-no budget and no database.
+A worker is built when it is first needed. One lives in this process, several in a process each, and
+so does one whose candidates have a deadline (``worker.timeout_s``). A worker that is lost is built
+anew and its candidate tried once more; one that is late is ended and counts as lost. What lives in
+this process cannot be ended: it is left alone, and nothing else is begun there. The pool knows no
+search, no budget and no database.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from agentmerge import plugins
 from agentmerge.errors import AgentmergeError, NotBegun, NoWorker, RunFailed, WorkerLost
 from agentmerge.recipe import Recipe
+from agentmerge.waits import waiting_for
 from agentmerge.workers.base import (
     Differentiator,
     EngineInfo,
@@ -33,7 +36,8 @@ from agentmerge.workers.base import (
     Worker,
     WorkerSpec,
 )
-from agentmerge.workers.processes import end_with
+from agentmerge.workers.places import Deadlines, Late, Place, close_quietly
+from agentmerge.workers.processes import end, end_with
 
 if TYPE_CHECKING:
     from agentmerge.evaluation.tasks import TaskSet
@@ -41,8 +45,10 @@ if TYPE_CHECKING:
 Make = Callable[..., Worker]
 #: Candidates in a row, each of which lost two workers, after which the machine is at fault.
 LOSSES = 3
-#: Seconds that a worker process may take to end by itself.
-_CLOSING_S = 30
+#: Seconds that a worker process may take to be ready, and to end by itself.
+_STARTING_S, _CLOSING_S = 3600, 30
+#: Scores that a gradient takes as long as, in the time that it may take.
+_OF_A_GRADIENT = 4
 T = TypeVar("T")
 
 
@@ -77,6 +83,7 @@ class Pool:
     make: builds a worker from a spec (and a task set); by default by ``spec.kind``. For several
         workers it must be picklable.
     taskset: what is asked, where the caller has built it already; worker processes build it anew.
+    deadlines: how long candidates may take, and when whatever runs is ended.
     """
 
     def __init__(
@@ -85,15 +92,18 @@ class Pool:
         count: int = 1,
         make: Make | None = None,
         taskset: TaskSet | None = None,
+        deadlines: Deadlines | None = None,
     ) -> None:
         self.spec = spec
         self._make = make
         self._taskset = taskset
-        self._apart = count > 1
+        self._deadlines = deadlines or Deadlines()
+        self._apart = count > 1 or self._deadlines.asked_s is not None
         self._devices = devices_for(spec, count)
         self._crowd = crowd_of(spec, count)
-        self._free: list[Worker | None] = [None] * count
+        self._free = [Place() for _ in range(count)]
         self._size = count
+        self._left_alone: threading.Thread | None = None
         self._change = threading.Condition()
         self._stopped = False
         self._lost_in_a_row = 0
@@ -115,7 +125,7 @@ class Pool:
         wanted: asked when the candidate's turn comes, which may be long after the call.
 
         Raises:
-            NotBegun: it was no longer wanted.
+            NotBegun: it was no longer wanted, or the pool's time ended while it ran.
             CandidateFailed: the recipe's fault; the pool goes on.
             WorkerLost: two workers were lost over it, whatever their errors.
             NoWorker: none can be started, or ``LOSSES`` candidates in a row lost two each.
@@ -125,7 +135,7 @@ class Pool:
         def job(worker: Worker) -> tuple[Fingerprint, list[ItemResult]]:
             return worker.load(recipe), worker.score(refs)
 
-        (fingerprint, results), seconds = self._on_a_worker(job, wanted)
+        (fingerprint, results), seconds = self._on_a_worker(job, len(refs), wanted)
         return fingerprint, results, seconds
 
     @property
@@ -149,42 +159,95 @@ class Pool:
         def job(worker: Worker) -> Gradient:
             return cast(Differentiator, worker).gradient(recipe, refs, loss, weights)
 
-        return self._on_a_worker(job, wanted)
+        return self._on_a_worker(job, _OF_A_GRADIENT * len(refs), wanted)
 
     def _on_a_worker(
-        self, job: Callable[[Worker], T], wanted: Callable[[], bool]
+        self, job: Callable[[Worker], T], items: int, wanted: Callable[[], bool]
     ) -> tuple[T, float]:
         """What a job gives, and its seconds; on a new worker where the first is lost over it."""
-        worker = self._take()
+        place = self._take()
         try:
-            if not wanted():
+            if not wanted() or not self._deadlines.left_s:
                 raise NotBegun("the search was told to stop before this candidate's turn")
+            if self._left_alone is not None and self._left_alone.is_alive():
+                raise NoWorker("the worker still works on a candidate that was given up")
+            self._left_alone = None
             # Where all were lost lately, one more try shows whether that is over.
             for again in (False,) if self._lost_in_a_row >= LOSSES else (True, False):
                 start = time.monotonic()
+                built = place.worker is not None
                 try:
-                    worker = worker or self._build()
-                    done = job(worker), time.monotonic() - start
+                    if not built:
+                        self._within(place, partial(self._build, place), _STARTING_S, "ready")
+                        built = True
+                    done = self._scored(place, job, items), time.monotonic() - start
                 except AgentmergeError as error:
                     if not isinstance(error, WorkerLost):
                         self._lost_in_a_row = 0
+                        raise
+                    if self._left_alone is not None:
                         raise
                     lost = error
                 except Exception as error:  # the worker's own fault, or of what it runs on
                     lost = WorkerLost(_one_line(error))
                     lost.__cause__ = error
+                except BaseException:  # Ctrl-C: nobody waits for the worker any more
+                    self._end(place)
+                    raise
                 else:
                     self._lost_in_a_row = 0
                     return done
-                built, worker = worker, None
-                self._discard(built)
+                self._discard(place)
                 if not again:
-                    raise self._lost(lost, built is not None) from lost.__cause__
+                    raise self._lost(lost, built) from lost.__cause__
             raise AssertionError("unreachable")
         finally:
             with self._change:
-                self._free.append(worker)
+                self._free.append(place)
                 self._change.notify()
+
+    def _scored(self, place: Place, job: Callable[[Worker], T], items: int) -> T:
+        worker, start = place.worker, time.monotonic()
+        assert worker is not None
+        done = self._within(place, lambda: job(worker), self._deadlines.of(items), "scored")
+        self._deadlines.took(time.monotonic() - start, items)
+        return done
+
+    def _within(self, place: Place, work: Callable[[], T], limit_s: float, done: str) -> T:
+        """What the work gives, if it does so in time; else its worker is ended.
+
+        Raises:
+            NotBegun: the pool's time is over.
+            WorkerLost: the work's is.
+            NoWorker: it is, and the worker cannot be ended.
+        """
+        what = "a worker to load its models" if done == "ready" else "a candidate's scores"
+        try:
+            with waiting_for(what):
+                return place.ask(work, min(limit_s, self._deadlines.left_s))
+        except Late:
+            self._end(place)
+        if not self._deadlines.left_s:
+            raise NotBegun("the time was up before this candidate was scored; it stays open")
+        late = f"not {done} within {limit_s:.3g} s"
+        if done == "scored":
+            late += f" ({self._deadlines.why})"
+        if self._apart:
+            raise WorkerLost(f"{late}: its worker process was ended; a longer limit may do")
+        raise NoWorker(
+            f"{late}, and a worker in this process cannot be ended: set worker.timeout_s "
+            "(--worker-timeout S, also on resume), and it gets a process of its own"
+        )
+
+    def _end(self, place: Place) -> None:
+        """Give a place's worker up and end it where it has a process of its own."""
+        worker = place.worker
+        thread = place.give_up()
+        if isinstance(worker, _WorkerProcess):
+            worker.end()
+            self._devices.append(worker.device)
+        else:
+            self._left_alone = thread
 
     def _lost(self, error: WorkerLost, built: bool) -> WorkerLost:
         """What to raise where the second worker was lost, too; built: it had been started."""
@@ -208,10 +271,9 @@ class Pool:
             RunFailed: a worker that looks back at its end found its answers wrong.
         """
         self.stop()
-        with self._change:
+        with waiting_for("the end of the workers"), self._change:
             self._change.wait_for(lambda: len(self._free) == self._size)
-            workers, self._free = self._free, [None] * self._size
-        found = [failure for worker in workers if (failure := _close_quietly(worker)) is not None]
+            found = [failure for place in self._free if (failure := _emptied(place)) is not None]
         if found:
             raise found[0]
 
@@ -221,45 +283,43 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _take(self) -> Worker | None:
+    def _take(self) -> Place:
         with self._change:
             self._change.wait_for(lambda: self._free or self._stopped)
             if self._stopped:
                 raise RunFailed("the worker pool is stopped; this candidate was not begun")
-            built = next((i for i, worker in enumerate(self._free) if worker is not None), 0)
+            built = next((i for i, place in enumerate(self._free) if place.worker is not None), 0)
             return self._free.pop(built)
 
-    def _build(self) -> Worker:
-        if self._apart:
-            with self._change:
-                device = self._devices.pop(0)
-            own = replace(self.spec, device=device, crowd=self._crowd)
-            try:
-                return _WorkerProcess(own, self._make, self._size)
-            except BaseException:
-                self._devices.append(device)
-                raise
-        make = self._make or worker_class(self.spec)
-        return make(self.spec, self._taskset)
+    def _build(self, place: Place) -> None:
+        """Runs on the place's own thread."""
+        if not self._apart:
+            make = self._make or worker_class(self.spec)
+            place.worker = make(self.spec, self._taskset)
+            return
+        with self._change:
+            device = self._devices.pop(0)
+        own = replace(self.spec, device=device, crowd=self._crowd)
+        try:
+            place.worker = process = _WorkerProcess(own, self._make, self._size)
+        except BaseException:
+            self._devices.append(device)
+            raise
+        process.begin()
 
-    def _discard(self, lost: Worker | None) -> None:
-        _close_quietly(lost)
+    def _discard(self, place: Place) -> None:
+        lost = place.worker
+        _emptied(place)
         if isinstance(lost, _WorkerProcess):
             self._devices.append(lost.device)
 
 
-def _close_quietly(worker: Worker | None) -> RunFailed | None:
-    """What a worker had against its own answers; one that is gone already has nothing."""
-    if worker is not None:
-        try:
-            worker.close()
-        except WorkerLost:
-            pass
-        except RunFailed as failure:
-            return failure
-        except Exception:  # of a broken worker there is nothing left to be closed
-            pass
-    return None
+def _emptied(place: Place) -> RunFailed | None:
+    """Close a place's worker, on the thread that it worked on; what it had against its answers."""
+    worker, place.worker = place.worker, None
+    failure = place.ask(partial(close_quietly, worker)) if worker is not None else None
+    place.leave()
+    return failure
 
 
 class _WorkerProcess:
@@ -274,10 +334,15 @@ class _WorkerProcess:
         self.device = spec.device
         self._process.start()
         theirs.close()
-        self._info: EngineInfo = self._receive()
+        self._info: EngineInfo | None = None
+
+    def begin(self) -> None:
+        """Wait until it is built there."""
+        self._info = self._receive()
 
     @property
     def info(self) -> EngineInfo:
+        assert self._info is not None
         return self._info
 
     def load(self, recipe: Recipe) -> Fingerprint:
@@ -299,18 +364,22 @@ class _WorkerProcess:
         return found
 
     def close(self) -> None:
-        said = None
+        said, answers = None, False
         with suppress(OSError, EOFError):  # it died before, or has nothing to say
             self._pipe.send(("close", ()))
-            if self._pipe.poll(_CLOSING_S):
+            answers = self._pipe.poll(_CLOSING_S)
+            if answers:
                 _, said = self._pipe.recv()
+        self._process.join(10 if answers else 0)
+        self.end()
         self._process.join(10)
-        if self._process.is_alive():
-            self._process.terminate()
-            self._process.join(10)
         self._pipe.close()
         if isinstance(said, AgentmergeError):
             raise said
+
+    def end(self) -> None:
+        """At once, whatever it does, with the processes that it has started."""
+        end(self._process)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         try:
@@ -341,9 +410,11 @@ def _serve(pipe: Any, spec: WorkerSpec, make: Make | None, count: int) -> None:
 
     count: how many such processes share the machine's cores.
     """
+    os.setpgid(0, 0)  # Ctrl-C drains the search, not its workers; and it is ended as a whole
     end_with(os.getppid())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C drains the search, not its workers
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if count > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     try:
         worker = (make or worker_class(spec))(spec, None)
         pipe.send((True, worker.info))

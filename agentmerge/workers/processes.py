@@ -6,11 +6,42 @@ otherwise be missing to whoever resumes the search.
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.process
 import os
 import select
 import signal
+import sys
 import threading
 import time
+from contextlib import suppress
+
+#: The name of a thread that goes on with what nobody waits for any more.
+GIVEN_UP = "given up"
+
+
+def end_children() -> None:
+    """Every process that multiprocessing started here, at once, with what those have started.
+
+    No other thread gets to hear of it in between: none takes it for a loss to be written down.
+    """
+    children = multiprocessing.active_children()
+    sys.setswitchinterval(10)
+    for child in children:
+        _kill(child)
+
+
+def end(process: multiprocessing.process.BaseProcess) -> None:
+    if process.is_alive():
+        _kill(process)
+
+
+def _kill(process: multiprocessing.process.BaseProcess) -> None:
+    with suppress(OSError):
+        if process.pid is not None:
+            # A worker is the first of its group; another child, or one that begins, is of ours.
+            own = os.getpgid(process.pid) == process.pid
+            (os.killpg if own else os.kill)(process.pid, signal.SIGKILL)
 
 
 def end_with(search: int) -> None:

@@ -109,9 +109,9 @@ def test_processes_of_their_own(tmp_path: Path) -> None:
         gradient, _ = pool.gradient(recipe(0.5, 0.1), REFS, "margin", shares)
         assert pool.differentiates
         assert gradient == FakeWorker(spec()).gradient(recipe(0.5, 0.1), REFS)
-        for worker in pool._free:
-            assert worker is not None
-            worker._process.kill()  # type: ignore[attr-defined]
+        for place in pool._free:
+            assert place.worker is not None
+            place.worker._process.kill()  # type: ignore[attr-defined]
         assert pool.evaluate(recipe(0.5, 0.1), REFS)[:2] == expected(0.5, 0.1)
 
 

@@ -1,0 +1,137 @@
+"""Places for workers, with a thread each, so that whoever waits for one can give it up.
+
+Knows how long a candidate may take, and no process: what is given up goes on by itself until
+somebody ends it (``pool.py``).
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from agentmerge.errors import RunFailed, WorkerLost
+from agentmerge.workers.base import Worker
+from agentmerge.workers.processes import GIVEN_UP
+
+T = TypeVar("T")
+
+#: Without a limit of the user's a candidate may take so many times what the slowest took an item,
+TIMES = 20
+#: and never less than this.
+FLOOR_S = 600.0
+
+
+class Late(Exception):
+    """What was asked is not done yet."""
+
+
+@dataclass
+class Deadlines:
+    """How long what is asked of a worker may take.
+
+    asked_s: a candidate, as the user says (``worker.timeout_s``); by default it is ``TIMES`` what
+        the slowest took, and nothing until one was scored. slowest_s: an item of that one.
+    ends: ``time.monotonic`` value at which whatever runs is ended, or None.
+    """
+
+    asked_s: float | None = None
+    ends: float | None = None
+    slowest_s: float = 0.0
+
+    def of(self, items: int) -> float:
+        """Seconds that so many items may take."""
+        if self.asked_s is not None:
+            return self.asked_s
+        return max(FLOOR_S, TIMES * self.slowest_s * items) if self.slowest_s else math.inf
+
+    @property
+    def why(self) -> str:
+        if self.asked_s is not None:
+            return "worker.timeout_s"
+        return f"{TIMES} times what the slowest took; worker.timeout_s sets another limit"
+
+    def took(self, seconds: float, items: int) -> None:
+        self.slowest_s = max(self.slowest_s, seconds / max(1, items))
+
+    @property
+    def left_s(self) -> float:
+        return math.inf if self.ends is None else max(0.0, self.ends - time.monotonic())
+
+
+class Place:
+    """Where one worker lives, and the thread that works with it."""
+
+    def __init__(self) -> None:
+        self.worker: Worker | None = None
+        self._todo: queue.SimpleQueue[Callable[[], object] | None] | None = None
+        self._thread: threading.Thread | None = None
+
+    def ask(self, work: Callable[[], T], limit_s: float = math.inf) -> T:
+        """What the work gives, or raises.
+
+        Raises:
+            Late: it has not ended in time, and goes on.
+        """
+        if self._todo is None:
+            self._todo = queue.SimpleQueue()
+            self._thread = threading.Thread(
+                target=_work, args=(self._todo,), name="worker", daemon=True
+            )
+            self._thread.start()
+        outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                outcome.put((work(), None))
+            except BaseException as error:
+                outcome.put((None, error))
+
+        self._todo.put(run)
+        try:
+            value, error = outcome.get(timeout=None if limit_s == math.inf else max(0.0, limit_s))
+        except queue.Empty:
+            raise Late from None
+        if error is not None:
+            raise error
+        done: T = value
+        return done
+
+    def give_up(self) -> threading.Thread | None:
+        """Wait no more for what was asked; its thread closes the worker once it is through."""
+        worker, self.worker = self.worker, None
+        thread, self._thread = self._thread, None
+        if thread is not None and self._todo is not None:
+            thread.name = GIVEN_UP
+            self._todo.put(lambda: close_quietly(worker))
+        self.leave()
+        return thread
+
+    def leave(self) -> None:
+        """Let the thread end."""
+        if self._todo is not None:
+            self._todo.put(None)
+        self._todo = self._thread = None
+
+
+def _work(todo: queue.SimpleQueue[Callable[[], object] | None]) -> None:
+    while (work := todo.get()) is not None:
+        work()
+
+
+def close_quietly(worker: Worker | None) -> RunFailed | None:
+    """What a worker had against its own answers; one that is gone already has nothing."""
+    if worker is not None:
+        try:
+            worker.close()
+        except WorkerLost:
+            pass
+        except RunFailed as failure:
+            return failure
+        except Exception:  # of a broken worker there is nothing left to be closed
+            pass
+    return None
