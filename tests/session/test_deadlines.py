@@ -47,8 +47,8 @@ def test_a_candidate_that_never_ends_fails_and_the_search_goes_on(tmp_path: Path
 
 def test_a_limit_that_no_candidate_keeps_is_the_limits_fault(tmp_path: Path) -> None:
     slow = worker(timeout_s=0.2)
-    slow["options"] |= {"delay_s": 1.0}
-    budget = {"max_evaluations": 8}
+    slow["options"] |= {"delay_s": 0.6}
+    budget = {"max_evaluations": 5}
     with pytest.raises(RunFailed, match=r"not scored within 0.2 s \(worker.timeout_s\)"):
         session.run(config(worker=slow, budget=budget), name="a", runs_dir=tmp_path)
     assert failures(tmp_path) == []
