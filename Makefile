@@ -20,10 +20,10 @@ TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false 
 	LANGGRAPH_CLI_NO_ANALYTICS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-vllm demo docs test test-vllm test-gpu test-all test-browser lint format wheel clean
+.PHONY: help install install-dev install-vllm demo docs test test-vllm test-gpu test-objectives test-all test-browser lint format wheel clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 
 install: $(USER_STAMP)  ## Install agentmerge into .venv
 
@@ -48,6 +48,10 @@ GPU_TESTS := tests/merging/test_devices.py tests/merging/test_device_blocks.py \
 test-gpu: $(DEV_STAMP) $(VLLM_STAMP)  ## Run what a GPU must get right on the GPUs here, and measure
 	$(TEST_ENV) $(PY) -m benchmarks.gpu
 	$(TEST_ENV) $(PY) -m pytest $(GPU_TESTS)
+
+test-objectives: $(DEV_STAMP)  ## Run the tests of searches on a perplexity and on a loss
+	$(TEST_ENV) OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadfile --objective perplexity tests/session
+	$(TEST_ENV) OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadfile --objective loss tests/session
 
 test-all: $(DEV_STAMP) $(VLLM_STAMP)  ## Run every test
 	$(TEST_ENV) $(PY) -m pytest

@@ -38,7 +38,10 @@ BODY = {
 #: is better, no mean over items) beside a group of right and wrong without margins, whose leaves
 #: have unequal sizes; a loss that should be low beside margins of two scales.
 OBJECTIVES: dict[str, dict] = {
-    "accuracy": {},
+    "accuracy": {
+        "tasks": BODY["tasks"],
+        "worker": {"kind": "fake", "options": {"base": "base", "groups": {}, "scales": [1.0]}},
+    },
     "perplexity": {
         "tasks": [
             {"name": "one", "metric": "exact_match,none"},
@@ -54,6 +57,21 @@ OBJECTIVES: dict[str, dict] = {
         "worker": {"kind": "fake", "options": {"base": "base", "scales": [0.05, 4.0]}},
     },
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--objective", choices=OBJECTIVES, help="every session test's, but for its own"
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def everywhere(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With ``--objective`` all searches of this folder are on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in OBJECTIVES.get(request.config.getoption("--objective", None), {}).items():
+            patch.setitem(BODY, key, value)
+        yield
 
 
 @pytest.fixture(params=OBJECTIVES, scope="module")

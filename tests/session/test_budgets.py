@@ -84,7 +84,8 @@ def test_items_are_a_budget_too_and_the_end_is_in_it(tmp_path, objective) -> Non
     assert summary_of(tmp_path / "a", "a")["evaluations"]["total"] == 34
 
 
-def test_a_budget_that_pays_for_nothing_is_refused(tmp_path) -> None:
+@pytest.mark.parametrize("objective", ["accuracy"], indirect=True)  # 120 items a candidate
+def test_a_budget_that_pays_for_nothing_is_refused(tmp_path, objective) -> None:
     small = config(budget={"max_items": 700})
     with pytest.raises(UserError, match=r"700 pays for no candidate: one is asked 120 items.* 600"):
         session.run(small, name="a", runs_dir=tmp_path)

@@ -12,10 +12,12 @@ from agentmerge.errors import ConfigError
 from agentmerge.ledger import Ledger
 from agentmerge.replay import replay
 from agentmerge.report.summary import run_summary
-from tests.session.conftest import command, config, config_text, trace_of
+from tests.session.conftest import OBJECTIVES, command, config, config_text, trace_of
 from tests.session.test_resume import kill_after
 
-RACED = {"search": {"racing": {"rungs": [0.125, 0.25, 0.5]}, "algorithm": "random"}}
+RACED: dict = {"search": {"racing": {"rungs": [0.125, 0.25, 0.5]}, "algorithm": "random"}}
+#: Where the share of the items that a race asks is exactly its rung: means alone may be cut.
+OF_MEANS = RACED | OBJECTIVES["accuracy"]
 
 
 def candidates_of(runs_dir: Path, name: str) -> list:
@@ -26,7 +28,7 @@ def candidates_of(runs_dir: Path, name: str) -> list:
 @pytest.fixture(scope="module")
 def raced(tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("raced")
-    session.run(config(**RACED), name="a", runs_dir=runs)
+    session.run(config(**OF_MEANS), name="a", runs_dir=runs)
     return runs
 
 
@@ -83,7 +85,7 @@ def test_a_loser_would_have_lost(raced: Path, tmp_path: Path) -> None:
         row = ledger.run("a")
         recipes = {c: ledger.recipe(c.recipe_hash) for c in stopped}
     for candidate, text in recipes.items():
-        whole = session.evaluate(session.Recipe.parse(text), config(**RACED), runs_dir=tmp_path)
+        whole = session.evaluate(session.Recipe.parse(text), config(**OF_MEANS), runs_dir=tmp_path)
         beaten = max(
             c.score
             for c in candidates_of(raced, "a")
@@ -108,7 +110,8 @@ def test_higher_rungs_reuse_lower_ones(raced: Path) -> None:
 
 
 def test_killed_in_the_middle_of_races_ends_as_if_never_killed(tmp_path: Path, raced: Path) -> None:
-    sections = RACED | {"worker": {"options": {"base": "base", "delay_s": 0.01}}}
+    slow = OBJECTIVES["accuracy"]["worker"]["options"] | {"delay_s": 0.01}
+    sections = OF_MEANS | {"worker": {"options": slow}}
     path = tmp_path / "config.yml"
     path.write_text(config_text(**sections))
     runs, rng = tmp_path / "runs", random.Random(8)
@@ -125,9 +128,9 @@ def test_killed_in_the_middle_of_races_ends_as_if_never_killed(tmp_path: Path, r
 
 
 def test_a_search_does_not_depend_on_what_the_ledger_holds(tmp_path: Path, raced: Path) -> None:
-    unraced = config(search={"algorithm": "random"})
+    unraced = config(**OBJECTIVES["accuracy"], search={"algorithm": "random"})
     session.run(unraced, name="before", runs_dir=tmp_path)  # all items of some of its candidates
-    session.run(config(**RACED), name="a", runs_dir=tmp_path)
+    session.run(config(**OF_MEANS), name="a", runs_dir=tmp_path)
     assert trace_of(tmp_path, "a") == trace_of(raced, "a")
 
 
