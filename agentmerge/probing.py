@@ -214,7 +214,7 @@ def read_recipe(search: Search, text: str) -> tuple[Recipe, tuple[float, ...] | 
         raise RecipeError(f"the recipe has {len(text)} characters; {MAX_RECIPE_CHARS} are the most")
     space = search.present
     if text.lstrip().startswith("["):
-        point = tuple(unit(value) for value in _genome(text, space.dimensions))
+        point = _point(text, space.dimensions)
         return space.recipe(point), point
     body = _plain_yaml(text)
     unknown = sorted(set(body) - _RECIPE_KEYS - _IGNORED_KEYS)
@@ -447,7 +447,7 @@ def _by_objective(
     return found
 
 
-def _genome(text: str, dimensions: int) -> list[float]:
+def _point(text: str, dimensions: int) -> tuple[float, ...]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
@@ -456,9 +456,10 @@ def _genome(text: str, dimensions: int) -> list[float]:
         raise RecipeError(f"the genome has {len(values)} numbers; give {dimensions}, one an axis")
     for value in values:
         fine = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not fine or not math.isfinite(value) or not 0 <= value <= SCALE:
-            raise RecipeError(f"{value!r} in the genome is not a number from 0 to {SCALE}")
-    return [float(value) for value in values]
+        if not fine or not 0 <= value <= SCALE:  # NaN is in no range
+            shown = "a list or mapping" if isinstance(value, (list, dict)) else repr(value)[:40]
+            raise RecipeError(f"{shown} in the genome is not a number from 0 to {SCALE}")
+    return tuple(unit(value) for value in values)
 
 
 def _plain_yaml(text: str) -> dict[str, Any]:

@@ -134,9 +134,9 @@ def _search(
         (since, SearchConfig.from_text(row.config, row.name, overrides | limits))
         for since, limits in ledger.limits(row.id)
     ]
-    asked = ledger.called_roles(row.id)
+    asked = ledger.called_models(row.id)
     search.models = {
-        role: AgentModel(None)
+        role: AgentModel(None, name=asked.get(role, ""))
         for role in ROLES
         if role in asked or config.agents.settings_for(role).model != "none"
     }

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+#: More tokens than any context holds: a count beyond it is no count.
+MOST_TOKENS = 10_000_000
 #: answered: its text was understood, or it asked for tools. refused: its text was not.
 #: retry: a fault that may pass. lower: the server does not take this shape. no_system: nor a
 #: message of the system. failed: a fault that ended the asking.

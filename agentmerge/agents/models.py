@@ -12,12 +12,12 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
-from agentmerge.agents.calls import Call, CallLog, Ending, NoLog
+from agentmerge.agents.calls import MOST_TOKENS, Call, CallLog, Ending, NoLog
 from agentmerge.agents.faults import (
     may_pass,
     ran_out_of_time,
@@ -29,6 +29,7 @@ from agentmerge.agents.faults import (
 from agentmerge.agents.prices import Price, cost_usd
 from agentmerge.agents.prompts import Message
 from agentmerge.agents.providers import resolve_model
+from agentmerge.agents.schemas import MAX_REPLY_CHARS
 from agentmerge.agents.wire import bind, within
 from agentmerge.errors import ModelReplyError, ReplyMissing
 from agentmerge.waits import waiting_for
@@ -57,8 +58,10 @@ _MAX_TOOL_CHARS = 6_000
 _CHARS_PER_TOKEN = 4
 #: No tokenizer in use makes fewer tokens of a text than this part of the estimate.
 _LEAST_SHARE = 2
-#: More tokens than any context holds: a count beyond it is no count.
-_MOST_TOKENS = 10_000_000
+#: Of one reply: tool calls, characters of all their arguments, and how deep these nest.
+_MOST_CALLS, _MOST_ARGUMENTS, _MOST_DEPTH = 32, 40_000, 32
+#: Of a tool call's id, which goes back to the server with what came of it, and of its name.
+_MOST_NAME = 200
 #: Unanswered questions in a row after which a model is spared some, and the most it is spared.
 _PATIENCE, _MOST_SPARED = 3, 24
 
@@ -83,7 +86,8 @@ class AgentModel:
     chat: None only answers what a log has stored (a replay). timeout_s: of one request.
     max_retries: further requests after a fault that may pass. All of them, pauses, tool calls and
     one repair included, take at most ``timeout_s * (max_retries + 1)``. max_tokens: of one reply.
-    price: dollars a million tokens (in, out), None where unknown.
+    price: dollars a million tokens (in, out), None where unknown. name: by default the chat
+    model's own.
 
     A model that left three questions in a row unanswered is spared the next three, then six, ...
     """
@@ -96,11 +100,13 @@ class AgentModel:
         max_retries: int = 2,
         max_tokens: int | None = None,
         price: Price | None = None,
+        name: str = "",
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         if chat is not None:
             bind(chat)
         self.chat = chat
+        self.given_name = name
         self.timeout_s = timeout_s
         self.max_retries = max_retries
         self.max_tokens = max_tokens
@@ -135,8 +141,8 @@ class AgentModel:
 
     @property
     def name(self) -> str:
-        if self.chat is None:
-            return "stored replies"
+        if self.given_name or self.chat is None:
+            return self.given_name or "stored replies"
         named = getattr(self.chat, "model_name", None) or getattr(self.chat, "model", None)
         return str(named or self.chat._llm_type)
 
@@ -216,7 +222,7 @@ class _Asking(Generic[R]):
         shape = TOOLS if tools else self._shape()
         while True:
             number, self.attempts = self.attempts, self.attempts + 1
-            stored = self.log.stored(number)
+            stored = _as_now(self.log.stored(number))
             pause_s = 0.0
             if stored is None:
                 call, parsed, pause_s = self._live(conversation, shape, tools)
@@ -289,7 +295,7 @@ class _Asking(Generic[R]):
             raise ReplyMissing("a model was not asked this before")
         began = time.monotonic()
         try:
-            message = self._request(sent, shape, tools)
+            said = self._request(sent, shape, tools)
         except Exception as error:
             ending, pause_s = self._ending(shape, error)
             if ending == "failed":
@@ -304,25 +310,27 @@ class _Asking(Generic[R]):
                 None,
                 pause_s,
             )  # fmt: skip
-        text, wanted = str(message.text), _tool_calls(message) if tools else ()
-        tokens = _usage(message, sent, text)
         paid: dict[str, Any] = {
-            "tokens_in": tokens[0],
-            "tokens_out": tokens[1],
+            "tokens_in": said.tokens[0],
+            "tokens_out": said.tokens[1],
             "latency_s": time.monotonic() - began,
-            "cost_usd": cost_usd(model.price, *tokens),
+            "cost_usd": cost_usd(model.price, *said.tokens),
         }
-        if wanted:
-            return Call(sent, "answered", shape, text, wanted, **paid), None, 0.0
+        # One character more than is read: the stored reply is refused for the same reason.
+        text = said.text[: MAX_REPLY_CHARS + 1]
+        if said.wanted:
+            return Call(sent, "answered", shape, text, said.wanted, **paid), None, 0.0
         try:
-            parsed = self.parse(text)
+            if said.excess:
+                raise ModelReplyError(said.excess)
+            parsed = self.parse(said.text)
         except ModelReplyError as refused:
             return Call(sent, "refused", shape, text, error=str(refused), **paid), None, 0.0
         return Call(sent, "answered", shape, text, **paid), parsed, 0.0
 
     def _request(
         self, messages: Sequence[dict[str, Any]], shape: str, tools: Sequence[BaseTool]
-    ) -> AIMessage:
+    ) -> _Said:
         chat: Any = self.model.chat
         if tools:
             chat = chat.bind_tools(tools)
@@ -333,8 +341,10 @@ class _Asking(Generic[R]):
             # langchain-openai warns, besides raising, where a server refuses json_schema.
             warnings.simplefilter("ignore")
             with waiting_for(f"a reply of {self.model.name}"):
-                answered: AIMessage = within(limit_s, lambda: chat.invoke(_typed(messages)))
-        return answered
+                # Read in there too: what is no chat completion may show as late as that.
+                return within(
+                    limit_s, lambda: _read(chat.invoke(_typed(messages)), messages, bool(tools))
+                )
 
     def _ending(self, shape: str, error: Exception) -> tuple[Ending, float]:
         """What to do after a fault, and after which pause."""
@@ -442,13 +452,66 @@ def _probed(
     return said
 
 
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """A message as it enters. wanted: tool calls. excess: why these are more than any may be."""
+
+    text: str
+    wanted: tuple[dict[str, Any], ...]
+    excess: str
+    tokens: tuple[int, int]
+
+
+def _read(message: AIMessage, sent: Sequence[dict[str, Any]], tools: bool) -> _Said:
+    text = str(message.text)
+    wanted = _tool_calls(message) if tools else ()
+    excess = _excess(wanted)
+    tokens = _usage(message, sent, text)
+    return _Said(text, () if excess else tuple(map(_plain, wanted)), excess, tokens)
+
+
 def _tool_calls(message: AIMessage) -> tuple[dict[str, Any], ...]:
     """Every tool call of a message, broken ones too: their arguments are still text."""
     found = [*message.tool_calls, *message.invalid_tool_calls]
     return tuple(
-        {"name": str(call["name"]), "args": call["args"], "id": call["id"] or f"call-{number}"}
+        {"name": call["name"], "args": call["args"], "id": call["id"] or f"call-{number}"}
         for number, call in enumerate(found)
     )
+
+
+def _excess(calls: Sequence[dict[str, Any]]) -> str:
+    """What is too much about tool calls, as a sentence for the model, or ""."""
+    if len(calls) > _MOST_CALLS:
+        return f"It has {len(calls)} tool calls; make {_MOST_CALLS} at most."
+    level: list[Any] = [call["args"] for call in calls]
+    for _ in range(_MOST_DEPTH):
+        level = [inner for value in level for inner in _inner(value)]
+    if level:
+        return f"The arguments of a tool call nest more than {_MOST_DEPTH} deep."
+    size = len(json.dumps([call["args"] for call in calls]))
+    if size > _MOST_ARGUMENTS:
+        return f"The arguments of its tool calls have {size} characters; write less."
+    return ""
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _plain(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call that every database and server takes: no lone surrogates, no endless names."""
+    whole = json.dumps(call, ensure_ascii=False).encode("utf-8", "replace")
+    plain: dict[str, Any] = json.loads(whole)
+    return plain | {key: str(plain[key])[:_MOST_NAME] for key in ("name", "id")}
+
+
+def _as_now(stored: Call | None) -> Call | None:
+    """A request of an earlier version: what is too much now is of no use."""
+    if stored is None or not (excess := _excess(stored.tool_calls)):
+        return stored
+    return replace(stored, ending="refused", tool_calls=(), error=excess)
 
 
 def _typed(messages: Sequence[dict[str, Any]]) -> list[BaseMessage]:
@@ -488,7 +551,7 @@ def _usage(message: AIMessage, sent: Sequence[dict[str, Any]], text: str) -> tup
     counts = []
     for name, estimate in (("input_tokens", _tokens_of(sent)), ("output_tokens", _tokens(text))):
         said = usage.get(name)
-        if type(said) is not int or not 0 <= said <= _MOST_TOKENS:
+        if type(said) is not int or not 0 <= said <= MOST_TOKENS:
             counts.append(estimate)
         else:
             counts.append(max(said, estimate // _LEAST_SHARE))

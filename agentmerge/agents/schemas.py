@@ -29,6 +29,8 @@ from pydantic import (
 from agentmerge.errors import ModelReplyError
 
 SCALE = 100
+#: No merge has such a score: a forecast beyond it is none.
+MOST_SCORE = 1e9
 MAX_CANDIDATES = 4
 MAX_REPLY_CHARS = 200_000
 _TOLERANCE = 0.5
@@ -100,7 +102,9 @@ class Guidance:
                 **plain,
                 "mean": None if mean is None else tuple(mean),
                 "structural_move": StructuralMove(**move) if isinstance(move, dict) else None,
-                "forecasts": tuple(plain.get("forecasts", ())),
+                # Ledgers of before scores were bounded may hold any number.
+                "expected_score": _score(plain.get("expected_score")),
+                "forecasts": tuple(map(_score, plain.get("forecasts", ()))),
                 "candidates": tuple(tuple(v) for v in plain.get("candidates", ())),
                 "operator_weights": tuple(
                     (name, weight) for name, weight in plain.get("operator_weights", ())
@@ -387,16 +391,21 @@ def _checked_genome(value: list[float], dimensions: int) -> list[float]:
     return [min(max(number, 0.0), float(SCALE)) for number in value]
 
 
+def _score(value: Any) -> float | None:
+    said = isinstance(value, (int, float)) and abs(value) <= MOST_SCORE
+    return value if said else None
+
+
 def _checked_score(value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):
-        raise ValueError(f"{value} is not a finite number")
+    if value is not None and _score(value) is None:
+        raise ValueError(f"{value:g} is no score; give one that a merge may reach, or null")
     return value
 
 
 def _sentence(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ").rstrip(".")
-    return f"{where}: {message}." if where else f"{message}."
+    return (f"{where}: {message}" if where else str(message))[:_MAX_FINDING] + "."
 
 
 def _find_object(text: str, fields: set[str]) -> dict[str, Any]:

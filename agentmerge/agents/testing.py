@@ -30,7 +30,7 @@ FaultKind = Literal[
     "400", "401", "403", "404", "429", "500", "503", "quota", "hang", "drip", "cut", "reset",
     "empty", "prose", "fenced", "truncated", "filtered", "refusal", "null", "no_usage",
     "no_choices", "wrong_shape", "not_json", "usage", "flood", "bomb", "continue", "header",
-    "redirect", "raw",
+    "redirect", "raw", "wire",
 ]  # fmt: skip
 
 _ERRORS = {
@@ -80,7 +80,8 @@ class Fault:
     flood, bomb, continue: a body without an end, the same in gzip, or "100 Continue" for ever.
     header: a header one byte at a time. All four for `seconds`, if the client stays so long.
     redirect: status 307 to the address `content`. raw: `content` is the body, whatever it is, said
-    to be in the Content-Encoding `encoding` (gzip: it is).
+    to be in the Content-Encoding `encoding` (gzip: it is). wire: `content` is all that is sent,
+    status and headers too, in Latin-1; then the connection ends.
     """
 
     kind: FaultKind
@@ -239,6 +240,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b'{"id": "cut", "choices": [{"mess')
             self._hang_up()
         elif kind == "reset":
+            self._hang_up()
+        elif kind == "wire":
+            self.wfile.write(text.encode("latin-1", "replace"))
             self._hang_up()
         elif kind == "not_json":
             self._send(200, "<html>It works!</html>", "text/html")

@@ -7,8 +7,23 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from agentmerge.agents.calls import Call
+from agentmerge.agents.calls import MOST_TOKENS, Call
 from agentmerge.ledger.store import Store
+
+#: What a request took. Ledgers of before counts were bounded may hold any number: there the text is
+#: the estimate, and what it cost is not known.
+_COUNTED = f"""
+    SELECT *,
+        CASE WHEN fits THEN tokens_in ELSE length(messages) / 4 + 1 END AS tokens_in_,
+        CASE WHEN fits THEN tokens_out ELSE length(coalesce(reply, '')) / 4 + 1 END AS tokens_out_,
+        CASE WHEN fits THEN cost_usd END AS cost_usd_
+    FROM (
+        SELECT *, typeof(tokens_in) = 'integer' AND typeof(tokens_out) = 'integer'
+            AND tokens_in BETWEEN 0 AND {MOST_TOKENS}
+            AND tokens_out BETWEEN 0 AND {MOST_TOKENS} AS fits
+        FROM model_calls WHERE run_id = ?
+    )
+"""
 
 
 class Words(Store):
@@ -66,8 +81,8 @@ class Words(Store):
     ) -> Call | None:
         """A request that was made before, or None."""
         rows = self._rows(
-            "SELECT messages, ending, shape, reply, tool_calls, error, tokens_in, tokens_out, "
-            "latency_s, cost_usd FROM model_calls WHERE run_id = ? AND generation = ? "
+            "SELECT messages, ending, shape, reply, tool_calls, error, tokens_in_, tokens_out_, "
+            f"latency_s, cost_usd_ FROM ({_COUNTED}) WHERE generation = ? "
             "AND role = ? AND prompt_hash = ? AND attempt = ?",
             run_id,
             generation,
@@ -80,10 +95,10 @@ class Words(Store):
             return Call(json.loads(messages), ending, shape, reply, calls, *rest)
         return None
 
-    def called_roles(self, run_id: str) -> list[str]:
-        """The roles that a model was asked for."""
-        rows = self._rows("SELECT DISTINCT role FROM model_calls WHERE run_id = ?", run_id)
-        return sorted(row[0] for row in rows)
+    def called_models(self, run_id: str) -> dict[str, str]:
+        """Role -> the name of the model that was asked for it."""
+        query = "SELECT DISTINCT role, model FROM model_calls WHERE run_id = ? ORDER BY role"
+        return dict(self._rows(query, run_id))
 
     def call_totals(self, run_id: str) -> dict[str, Any]:
         """What the agents cost: {calls, failures, tokens_in, tokens_out, cost_usd, unpriced}.
@@ -93,10 +108,10 @@ class Words(Store):
         answered in time: they count as the longest reply that was allowed.
         """
         row = self._rows(
-            "SELECT count(*), coalesce(sum(error IS NOT NULL), 0), coalesce(sum(tokens_in), 0), "
-            "coalesce(sum(tokens_out), 0), sum(cost_usd), "
-            "coalesce(sum(cost_usd IS NULL AND reply IS NOT NULL), 0) "
-            "FROM model_calls WHERE run_id = ?",
+            "SELECT count(*), coalesce(sum(error IS NOT NULL), 0), coalesce(sum(tokens_in_), 0), "
+            "coalesce(sum(tokens_out_), 0), sum(cost_usd_), "
+            "coalesce(sum(cost_usd_ IS NULL AND reply IS NOT NULL), 0) "
+            f"FROM ({_COUNTED})",
             run_id,
         )[0]
         names = ("calls", "failures", "tokens_in", "tokens_out", "cost_usd", "unpriced")

@@ -176,7 +176,7 @@ class Follower:
     def news(self) -> Iterator[dict[str, Any]]:
         """The events since the last call, in the order they happened."""
         if self._first:
-            advisers = self.ledger.called_roles(self.row.id)
+            advisers = [*self.ledger.called_models(self.row.id)]
             yield {"event": "start", "run": self.row.name, "status": self.row.status} | {
                 "advisers": advisers,
                 "memory": "",

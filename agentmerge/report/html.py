@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from agentmerge.agents.schemas import Guidance
 from agentmerge.errors import UserError
 from agentmerge.evaluation.statistics import figure
 from agentmerge.ledger import Ledger
@@ -205,7 +206,7 @@ def _advice(found: Content) -> list[dict[str, Any]]:
             "role": word["role"],
             "words": words(word),
             "model": word["guidance"].get("source") == "model",
-            "expected": word["guidance"].get("expected_score"),
+            "expected": Guidance.from_json(word["guidance"]).expected_score,
             "failure": word.get("failure") or "",
         }
         for word in found.advice
