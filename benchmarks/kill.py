@@ -4,6 +4,7 @@
     python -m benchmarks.kill --kills 20 --worker hf
     python -m benchmarks.kill --kills 20 --worker vllm --apart
     python -m benchmarks.kill --kills 40 --small-disk
+    python -m benchmarks.kill --kills 0 --power-cuts 100
 
 One search and one branch of it run undisturbed: the reference. The same two are then run again and
 again in fresh folders, and each time the process is hit at a random moment, until it is done: by
@@ -15,6 +16,9 @@ full), or by another process that holds the database locked. Printed:
     repeated   evaluations that were paid for again although they had been committed
     diverged   candidates, words and final cards that differ from the reference's
     left       processes of a killed search that were still there a minute after it
+
+With ``--power-cuts`` the two databases are also taken from different moments of a running search,
+as a power cut may leave them, and gone on from: see ``power_cut.py``.
 """
 
 from __future__ import annotations
@@ -31,9 +35,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -260,9 +265,11 @@ def repeated(runs: Path) -> int:
     return found
 
 
-def differences(one: dict[str, Any], other: dict[str, Any]) -> int:
+def differences(
+    one: Mapping[str, Any], other: Mapping[str, Any], names: Sequence[str] = ("search", "branch")
+) -> int:
     count = 0
-    for name in ("search", "branch"):
+    for name in names:
         mine, theirs = one[name], other[name]
         longest = max(len(mine["candidates"]), len(theirs["candidates"]))
         pairs = zip(mine["candidates"], theirs["candidates"], strict=False)
@@ -271,12 +278,41 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> int:
     return count
 
 
+def power_cuts(
+    folder: Path,
+    begin: Mapping[str, list[str]],
+    reference: Mapping[str, Any],
+    trials: int,
+    rng: random.Random,
+) -> bool:
+    """Trials on databases of different moments; whether anything was wrong."""
+    from agentmerge import session
+    from agentmerge.config import SearchConfig
+    from benchmarks.power_cut import cut
+
+    config = SearchConfig.from_file(folder / "config.yml")
+    other = {"search.algorithm": "random"}
+    searches = {
+        "search": lambda runs, emit: session.run(config, name="search", runs_dir=runs, emit=emit),
+        "branch": lambda runs, emit: session.branch(
+            "search", at=AT, name="branch", runs_dir=runs, overrides=other, emit=emit
+        ),
+    }
+    starts = [partial(start, folder / "source", *arguments) for arguments in begin.values()]
+    found = cut(folder, starts, searches, reference, trials, rng)
+    print(f"{found.trials} power cuts, {found.journals} of {2 * found.trials} databases with a "
+          f"journal, {found.gone_on} searches and branches gone on")  # fmt: skip
+    print(f"lost {found.lost}, repeated {found.repeated}, diverged {found.diverged}")
+    return bool(found.lost + found.repeated + found.diverged)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200, help="faults that hit, of all kinds")
     parser.add_argument("--worker", default="fake", help="fake, hf or vllm")
     parser.add_argument("--apart", action="store_true", help="what scores in processes of its own")
     parser.add_argument("--small-disk", action="store_true", help="a disk that is really full")
+    parser.add_argument("--power-cuts", type=int, default=0, help="trials on mixed databases")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     rng, tally = random.Random(asked.seed), Tally()
@@ -289,6 +325,9 @@ def main() -> None:
                 raise SystemExit(f"the undisturbed {search} failed")
             whole[search] = time.monotonic() - began
         reference = traces(folder / "calm")
+        wrong = bool(asked.power_cuts) and power_cuts(
+            folder, begin, reference, asked.power_cuts, rng
+        )
         while tally.faults.total() < asked.kills:
             runs = folder / f"round-{tally.rounds}"
             for search, arguments in begin.items():
@@ -305,12 +344,14 @@ def main() -> None:
             tally.rounds += 1
             shutil.rmtree(runs)
             print(f"round {tally.rounds}: {dict(tally.faults)}", file=sys.stderr, flush=True)
+    if not asked.kills:
+        raise SystemExit(wrong)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.faults.items()))
     print(f"{tally.faults.total()} faults ({kinds}) on the {asked.worker} worker, "
           f"{tally.rounds} searches and branches")  # fmt: skip
     print(f"lost {tally.lost}, repeated {tally.repeated}, diverged {tally.diverged}; "
           f"processes left {tally.left}")  # fmt: skip
-    raise SystemExit(bool(tally.lost + tally.repeated + tally.diverged + tally.left))
+    raise SystemExit(wrong or bool(tally.lost + tally.repeated + tally.diverged + tally.left))
 
 
 if __name__ == "__main__":
