@@ -23,6 +23,7 @@ from agentmerge.check import Prepared, prepare, warm_start
 from agentmerge.config import Role, SearchConfig
 from agentmerge.errors import AgentmergeError, NotFound, UserError
 from agentmerge.ledger import Ledger, ResultKey, RunRow
+from agentmerge.ledger.store import SAVED
 from agentmerge.steps import Emit, Search
 from agentmerge.structure import STRUCTURE
 from agentmerge.temporary import write_at_once
@@ -141,7 +142,7 @@ def new_row(
     if name is not None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}", name):
             raise UserError(f"run name {name!r} may hold letters, digits, '.', '_' and '-' only")
-        if name.lower().startswith((LEDGER, CHECKPOINTS)):
+        if name.lower().startswith((LEDGER, CHECKPOINTS, f"{Path(LEDGER).stem}{SAVED}")):
             raise UserError(
                 f"run name {name!r} is that of a database in the same folder; choose another name"
             )

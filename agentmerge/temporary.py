@@ -7,6 +7,7 @@ the cache cannot be written, what is made is not in the register, and is made al
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -107,9 +108,12 @@ def swap_in(fresh: Path, target: Path) -> None:
 
     A kill in between leaves the old one to ``gc``, which puts it back.
     """
-    if not target.exists():
-        os.replace(fresh, target)
+    try:
+        os.replace(fresh, target)  # where nothing is, or an empty folder
         return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
     aside = Unfinished(target.parent, f".{target.name}.replaced", back=target)
     os.rename(target, aside.path)
     try:

@@ -98,6 +98,8 @@ def _check_storage(storage: Path | None, final_model: bool, kind: str) -> None:
         raise UserError(f"--storage-path {storage} cannot be made: {error.strerror}") from None
     if not os.access(storage, os.W_OK):
         raise UserError(f"--storage-path {storage} cannot be written")
+    if (storage / "best_config.yaml").is_dir():
+        raise UserError(f"{storage / 'best_config.yaml'} is a folder; name another --storage-path")
     if final_model:
         refuse_foreign(storage / "final_model")
 

@@ -22,6 +22,9 @@ from agentmerge.ledger.schema import migrate, pending
 from agentmerge.temporary import TemporaryFolder
 from agentmerge.workers.base import EngineInfo
 
+#: Of a ledger that was taken away while it was open, between its stem and a number.
+SAVED = ".saved-"
+
 
 class Store:
     """Safe to share between threads.
@@ -163,7 +166,7 @@ class Store:
 
     def _save_elsewhere(self) -> None:
         """The file is no more at its path, and gone when it is closed: go on in a copy."""
-        names = (f"{self.path.stem}.saved-{n}{self.path.suffix}" for n in count(1))
+        names = (f"{self.path.stem}{SAVED}{n}{self.path.suffix}" for n in count(1))
         saved = self.path
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -270,3 +270,14 @@ def test_benchmarks_are_no_objectives(
     flag = "--i-understand-the-depths-of-the-evils-i-am-unleashing"
     assert call(capsys, "check", config_file, *runs, flag)[0] == 0
     assert call(capsys, "check", config_file, *runs, "--allow-benchmark-tasks")[0] == 0
+
+
+def test_a_folder_where_a_recipe_should_go_is_said_before_the_search(
+    tmp_path: Path, fake_config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yml").write_text(fake_config)
+    (tmp_path / "out" / "best_config.yaml").mkdir(parents=True)
+    where = ["--storage-path", str(tmp_path / "out"), "--no-save-final-model"]
+    assert run_app(["run", str(tmp_path / "c.yml"), "--runs-dir", str(tmp_path / "r"), *where]) == 2
+    assert "is a folder; name another --storage-path" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()

@@ -74,7 +74,9 @@ def test_searches_without_a_name_may_begin_together(tmp_path: Path) -> None:
         assert sorted(row.name for row in ledger.runs()) == [f"run-{n}" for n in range(1, 4)]
 
 
-@pytest.mark.parametrize("name", ["agentmerge.sqlite-journal", "Checkpoints.sqlite"])
+@pytest.mark.parametrize(
+    "name", ["agentmerge.sqlite-journal", "Checkpoints.sqlite", "agentmerge.saved-1.sqlite"]
+)
 def test_a_name_of_the_databases_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="that of a database"):
         session.run(fake_config(), name=name, runs_dir=tmp_path)
