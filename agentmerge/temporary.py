@@ -219,6 +219,15 @@ def size_bytes(path: Path) -> int:
     return sum(found.st_size for file in files if stat.S_ISREG((found := file.lstat()).st_mode))
 
 
+def is_believed(path: Path) -> bool:
+    """Whether what is said in a file or folder of a cache is this user's word: of nobody else, and
+    not open to everybody. A shared cache's other users are data."""
+    try:
+        return _is_our_own(path) and not path.lstat().st_mode & stat.S_IWOTH
+    except OSError:
+        return False
+
+
 def _is_our_own(path: Path) -> bool:
     """A folder or a plain file of this user, and no link."""
     found = path.lstat()

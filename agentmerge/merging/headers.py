@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +20,7 @@ from typing import Any
 from agentmerge import bounded
 from agentmerge.errors import ParentError, RunFailed
 from agentmerge.merging.configs import class_config
-from agentmerge.temporary import cache_dir, write_at_once
+from agentmerge.temporary import cache_dir, is_believed, write_at_once
 
 #: Safetensors' names of dtypes -> torch's; others (integers, 8-bit floats) keep their own.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -31,6 +32,9 @@ _CACHED_FINGERPRINTS = 2000
 Stamp = tuple[int, int, int, int]
 #: The file by which a checkpoint says that it was made from others.
 MADE = "agentmerge_made_from.json"
+#: Each user's own: one cache directory may serve several.
+_FINGERPRINTS = f"fingerprints-{os.geteuid()}.json"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +174,11 @@ def same_bytes(first: TensorHeader, second: TensorHeader) -> bool:
     return all(a == b for a, b in pairs)
 
 
+def made_dir() -> Path:
+    """Where made checkpoints are."""
+    return cache_dir() / "parents"
+
+
 def content_fingerprint(directory: Path) -> str:
     """SHA-256 over every tensor's name, shape, dtype and bytes, in order of names; 64 hex digits.
 
@@ -193,9 +202,12 @@ def content_fingerprint(directory: Path) -> str:
 
 
 def made_from(directory: Path) -> dict[str, Any] | None:
-    """What ``made.py`` wrote into a checkpoint that it made: identity, content, ingredients."""
+    """What ``made.py`` wrote into a checkpoint that it made for this user: identity, content,
+    ingredients."""
     marker = directory / MADE
-    return read_json(marker) if marker.is_file() else None
+    # Anywhere else a marker is a file of somebody's model, and may claim to be any other model.
+    ours = directory.resolve().parent == made_dir().resolve() and is_believed(directory)
+    return read_json(marker) if ours and marker.is_file() else None
 
 
 def files_fingerprint(files: Sequence[Path]) -> str:
@@ -339,11 +351,16 @@ def _stamp(files: Sequence[Path]) -> tuple[str, int]:
 
 
 def _cached_fingerprints() -> dict[str, str]:
-    try:
-        raw = json.loads((cache_dir() / "fingerprints.json").read_text())
-    except (OSError, ValueError):
+    """What this user's own runs read; another's file says nothing of weights."""
+    file = cache_dir() / _FINGERPRINTS
+    if not is_believed(file):
         return {}
-    return raw if isinstance(raw, dict) else {}
+    try:
+        raw = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    known = raw.items() if isinstance(raw, dict) else ()
+    return {key: text for key, text in known if isinstance(text, str) and _SHA256.fullmatch(text)}
 
 
 def _remember_fingerprint(key: str, fingerprint: str) -> None:
@@ -352,4 +369,4 @@ def _remember_fingerprint(key: str, fingerprint: str) -> None:
     directory = cache_dir()
     with suppress(OSError):  # where it cannot be remembered, the next call reads the weights again
         directory.mkdir(parents=True, exist_ok=True)
-        write_at_once(directory / "fingerprints.json", json.dumps(newest))
+        write_at_once(directory / _FINGERPRINTS, json.dumps(newest))

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from agentmerge.errors import UserError
-from agentmerge.merging.headers import MADE, files_fingerprint, safetensors_files
-from agentmerge.temporary import cache_dir, size_bytes
+from agentmerge.merging.headers import MADE, files_fingerprint, made_dir, safetensors_files
+from agentmerge.temporary import is_believed, size_bytes
 
 #: Part of every key: raise it when the way in which something is made changes its bits.
 VERSION = 1
@@ -29,11 +29,6 @@ _KEY = re.compile(r"[0-9a-f]{24}|\.[0-9a-f]{24}-[0-9a-f]+")
 
 #: Open lock files of the checkpoints in use; the system releases them when the process ends.
 _in_use: dict[Path, int] = {}
-
-
-def made_dir() -> Path:
-    """Where made checkpoints are."""
-    return cache_dir() / "parents"
 
 
 def identity_of(kind: str, ingredients: Sequence[str]) -> str:
@@ -70,6 +65,11 @@ def made(
             marker = {"kind": kind, "made_from": list(ingredients), "content": content}
             marker["identity"] = content if identity == "" else identity or key
             write_json(scratch / MADE, marker)
+    elif not is_believed(target):
+        raise UserError(
+            f"{target} was made by another user, or everybody may write to it, so its weights may "
+            "be any; set AGENTMERGE_CACHE to a directory of your own"
+        )
     fcntl.flock(_in_use[target], fcntl.LOCK_SH)
     return target
 

@@ -113,7 +113,7 @@ def tools(reply: dict[str, Any], rng: random.Random) -> Said:
         "inspect_parents": [{}, {"x": rng.choice(ABSURD)}],
         rng.choice(WORDS)[:5_000]: [{}],
     }
-    calls = []
+    calls: list[tuple[str, Any]] = []
     for _ in range(rng.choice([1, 1, 2, 5, 40, 3_000])):
         name = rng.choice([*arguments])
         given: Any = rng.choice(arguments[name])
@@ -122,6 +122,8 @@ def tools(reply: dict[str, Any], rng: random.Random) -> Said:
                 [deep(rng), "{", "not json", "[]", "null", json.dumps("a" * 100_000)]
             )
         calls.append((name, given))
+        if sum(len(str(said)) for _, said in calls[-50:]) > 2**21:
+            break  # the server is in this process: its own text is not what is measured
     return ToolCalls(tuple(calls))
 
 

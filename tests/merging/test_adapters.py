@@ -102,6 +102,18 @@ def test_a_made_parent_that_was_changed_is_noticed(
         content_fingerprint(directory)
 
 
+def test_a_made_parent_of_another_user_is_not_used(
+    own_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGENTMERGE_CACHE", str(tmp_path / "own-cache"))
+    name = f"{own_family['base']}+{write_adapter(own_family['base'], tmp_path / 'adapter')}"
+    directory = plain(name)
+    assert plain(name) == directory
+    directory.chmod(0o777)
+    with pytest.raises(UserError, match="everybody may write to it"):
+        plain(name)
+
+
 def test_the_adapters_chat_template_goes_with_it(
     own_family: dict[str, Path], tmp_path: Path
 ) -> None:

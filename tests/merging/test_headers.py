@@ -110,6 +110,38 @@ def test_a_file_of_this_moment_is_not_remembered(
     assert not (tmp_path / "own-cache").exists()
 
 
+def cache_file(cache: Path) -> Path:
+    return cache / f"fingerprints-{os.geteuid()}.json"
+
+
+@pytest.mark.parametrize("spoilt", ["another user's", "open to everybody", "no hash"])
+def test_what_others_say_of_weights_in_a_shared_cache_is_not_believed(
+    own_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str
+) -> None:
+    cache = tmp_path / "own-cache"
+    monkeypatch.setenv("AGENTMERGE_CACHE", str(cache))
+    os.utime(own_family["a"] / "model.safetensors", (1e9, 1e9))
+    want, other = content_fingerprint(own_family["a"]), content_fingerprint(own_family["b"])
+    assert want != other
+    forged = "0" * 63 + "." if spoilt == "no hash" else other
+    known = json.loads(cache_file(cache).read_text())
+    cache_file(cache).write_text(json.dumps(dict.fromkeys(known, forged)))
+    if spoilt == "open to everybody":
+        cache_file(cache).chmod(0o666)
+    elif spoilt == "another user's":
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert content_fingerprint(own_family["a"]) == want
+
+
+def test_a_model_that_says_it_was_made_of_another_is_what_its_weights_are(
+    own_family: dict[str, Path],
+) -> None:
+    want = content_fingerprint(own_family["a"])
+    claim = {"identity": content_fingerprint(own_family["b"]), "content": want}
+    (own_family["a"] / headers.MADE).write_text(json.dumps(claim))
+    assert content_fingerprint(own_family["a"]) == want
+
+
 @pytest.mark.parametrize("spoilt", ["a file in its place", "not JSON", "a list"])
 def test_a_cache_that_is_of_no_use_does_no_harm(
     own_family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str
@@ -120,7 +152,7 @@ def test_a_cache_that_is_of_no_use_does_no_harm(
         cache.write_text("x")
     else:
         cache.mkdir()
-        (cache / "fingerprints.json").write_text("{" if spoilt == "not JSON" else "[1]")
+        cache_file(cache).write_text("{" if spoilt == "not JSON" else "[1]")
     monkeypatch.setenv("AGENTMERGE_CACHE", str(cache))
     os.utime(own_family["a"] / "model.safetensors", (1e9, 1e9))
     assert content_fingerprint(own_family["a"]) == want
