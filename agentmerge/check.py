@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentmerge import plugins
+from agentmerge.bounded import read_text
 from agentmerge.config import FIRST, ROLES, SearchConfig
 from agentmerge.errors import (
     AgentmergeError,
@@ -251,7 +252,7 @@ def _prepare_real(
 
     notes: list[str] = []
     with temporary_folder("agentmerge-check") as scratch:
-        found, survey, layout, foreign = _parents(config, also, faults, run_code)
+        found, survey, layout, foreign = _parents(config, also, faults, run_code, tasks)
         if foreign:
             tasks = False
             notes.append(
@@ -690,10 +691,20 @@ def _depth_faults(config: SearchConfig, space: SearchSpace) -> Iterator[str]:
 
 
 def _parents(
-    config: SearchConfig, also: Sequence[str], faults: list[str], run_code: bool = True
+    config: SearchConfig,
+    also: Sequence[str],
+    faults: list[str],
+    run_code: bool = True,
+    tasks: bool = False,
 ) -> tuple[list[Any], Any, Any, list[str]]:
     """The parents that were found, what they are, their layout where they can be merged, and those
-    whose own code may run and was not to."""
+    whose own code may run and was not to.
+
+    tasks: they will be asked something, so what asks is tried out.
+
+    Raises:
+        ConfigError: that takes too much time or memory, so nothing may use it.
+    """
     from agentmerge.merging.layout import read_layout
     from agentmerge.merging.plain import survey
     from agentmerge.merging.sources import find_parent
@@ -712,6 +723,10 @@ def _parents(
             )
         except ParentError as error:
             faults.append(str(error))
+    if (tasks or config.genome.tokenizer_source) and (
+        heavy := _heavy(config, {parent.name: parent.model for parent in found})
+    ):
+        raise ConfigError([*faults, *heavy])
     trusted = config.worker.trust_remote_code
     foreign = _own_code(found) if trusted and not run_code else []
     seen = survey(
@@ -728,6 +743,34 @@ def _parents(
     except ParentError as error:
         faults += [fault for fault in str(error).splitlines() if fault not in faults]
     return found, seen, layout, foreign
+
+
+def _heavy(config: SearchConfig, paths: Mapping[str, Path]) -> list[str]:
+    """What of the tokenizer and the template that will ask takes too much time or memory."""
+    from agentmerge.evaluation.trials import faults_of, trials_of
+    from agentmerge.merging.chat_templates import template_text
+    from agentmerge.merging.headers import chat_template
+
+    if not paths:
+        return []
+    asks, asked = _template_model(config, paths), config.tasks.chat_template
+    templates: dict[str, str | None] = {}
+    if not config.tasks.apply_chat_template:
+        pass
+    elif asked in (None, FIRST):
+        templates = {repr(asks): chat_template(paths[asks])}
+    elif asked == "auto" or asked in paths:
+        names = paths if asked == "auto" else [asked]
+        templates = {repr(name): chat_template(paths[name]) for name in names}
+    else:
+        text = template_text(asked)
+        with suppress(UserError):  # neither a text nor a file: said as such
+            text = text or read_text(asked, UserError)
+        templates = {"the config": text}
+    aligned = config.genome.tokenizer_source is not None
+    folders = {repr(name): paths[name] for name in (paths if aligned else [asks])}
+    with waiting_for("a trial of chat templates and tokenizers"):
+        return faults_of(trials_of(templates, folders))
 
 
 def _base_among(config: SearchConfig, names: Collection[str]) -> str | None:

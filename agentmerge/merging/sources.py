@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from agentmerge.bounded import MOST_JSON, MOST_TEXT, refuse_odd_file
 from agentmerge.errors import ParentError
 from agentmerge.merging.headers import read_config, read_json, safetensors_files
 
@@ -54,11 +55,24 @@ def find_parent(
     else:
         model = _model(model_name, trust_remote_code, allow_pickle)
         adapter = _adapter(adapter_name, allow_pickle)
+    for folder in filter(None, (model, adapter)):
+        _refuse_odd_files(folder)
     read_config(model)
     pickled = pickled_files(model) if allow_pickle else ()
     if not pickled:
         safetensors_files(model)
     return Parent(name, model, adapter, pickled)
+
+
+def _refuse_odd_files(directory: Path) -> None:
+    """A pipe or a device among a model's files would be read for ever."""
+    for pattern in (*_MODEL_FILES, "*.bin"):
+        for file in sorted(directory.glob(pattern)):
+            most = MOST_TEXT if file.suffix == ".jinja" else None
+            if file.name.startswith("tokenizer") and file.suffix == ".json":
+                most = MOST_JSON
+            if not file.is_dir():
+                refuse_odd_file(file, ParentError, most=most)
 
 
 def pickled_files(directory: Path) -> tuple[Path, ...]:
