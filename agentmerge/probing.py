@@ -50,6 +50,8 @@ _RECIPE_KEYS = {"merge_method", "base_model", "models", "slices", "parameters"}
 _IGNORED_KEYS = {"dtype", "out_dtype", "merge_seed"}
 
 _adding = threading.Lock()
+#: The same call from many threads at once is paid for once: each recipe has one of these.
+_asking = tuple(threading.Lock() for _ in range(64))
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,11 @@ def merge_and_evaluate(
     leaves = [search.taskset.task(name) for o in chosen for name in o.leaves]
     items = {task.name: task.part("search")[:limit] for task in leaves}
     only = [ref for refs in items.values() for ref in refs]
-    _reserve(search, {"recipe": recipe, "tasks": tasks, "limit": limit}, len(only), generation)
-    answers = search.scoring.ask(parsed, parsed.hash(search.identities), only=only)
-    search.scoring.save(answers)
+    recipe_hash = parsed.hash(search.identities)
+    with _alone(search, recipe_hash):
+        _reserve(search, {"recipe": recipe, "tasks": tasks, "limit": limit}, len(only), generation)
+        answers = search.scoring.ask(parsed, recipe_hash, wanted=search.wanted, only=only)
+        search.scoring.save(answers)
     scores = {}
     for task in leaves:
         results = [answers.results[ref] for ref in items[task.name]]
@@ -233,13 +237,38 @@ def read_recipe(search: Search, text: str) -> tuple[Recipe, tuple[float, ...] | 
         if METHODS[recipe.merge_method].random:
             recipe = replace(recipe, merge_seed=space.merge_seed)
         canonical = recipe.canonical(space.num_layers)
-    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise RecipeError(f"the recipe cannot be read: {error}") from None
     try:
         point_or_none = space.vector(canonical)
     except RecipeRejected:
         point_or_none = None  # outside this space: legal, and scored as it stands
     return canonical, point_or_none
+
+
+def _alone(search: Search, recipe_hash: str) -> threading.Lock:
+    """One call at a time about a recipe: the next one finds what this one pays for."""
+    return _asking[hash((search.run_id, recipe_hash)) % len(_asking)]
+
+
+def _refuse_late(search: Search) -> None:
+    """
+    Raises:
+        UserError: the search's time is used up.
+        NotBegun: it was told to stop.
+    """
+    if search.stopping():
+        raise NotBegun("the search was told to stop before this call's turn")
+    if not search.wanted():
+        limit_s = search.config.budget.timeout_s
+        raise UserError(f"the time of this search is used up (budget.timeout_s {limit_s:g})")
 
 
 def _reserve(
@@ -255,6 +284,7 @@ def _reserve(
     with _adding:
         if search.ledger.probed(search.run_id, tool, given):
             return
+        _refuse_late(search)
         left = search.items_left
         if items > left:
             raise UserError(
@@ -274,32 +304,44 @@ def _as_candidate(
 ) -> dict[str, Any]:
     """Score a recipe as a candidate of the run, unless it is one already."""
     recipe_hash = recipe.hash(search.identities)
-    with _adding:
-        found = search.ledger.candidates(search.run_id)
-        known = [c for c in found if c.recipe_hash == recipe_hash and not c.prior]
-        if not known:
-            if not search.evaluations_left:
-                most = search.config.budget.max_evaluations
-                raise UserError(f"all {most} evaluations of this search are used")
-            last = max((c.generation for c in found), default=-1)
-            place = last + 1 if generation is None else generation
-            slot = 1 + max((c.slot for c in found if c.generation == place), default=-1)
-            search.ledger.add_candidates(
-                search.run_id, place, [(proposal, recipe_hash, recipe.to_yaml(), "")], slot
-            )
-            at = (place, slot)
-        else:
-            at = (known[0].generation, known[0].slot)
-    search.evaluate(*at)
+    with _alone(search, recipe_hash):
+        at, known = _place(search, proposal, recipe, recipe_hash, generation)
+        search.evaluate(*at)
     candidate = search.ledger.candidate(search.run_id, *at)
     if candidate.state == "open":
         raise NotBegun("the search was told to stop before this candidate's turn")
     if candidate.failure:
         raise CandidateFailed(candidate.failure)
     return _row(_shown(release, candidate)) | {
-        "known": bool(known),
+        "known": known,
         "evaluations_left": search.evaluations_left,
     }
+
+
+def _place(
+    search: Search, proposal: Proposal, recipe: Recipe, recipe_hash: str, generation: int | None
+) -> tuple[tuple[int, int], bool]:
+    """(generation, slot) of a recipe's candidate, and whether it was one before.
+
+    Raises:
+        UserError: it is a new one, and no evaluation is left.
+    """
+    with _adding:
+        found = search.ledger.candidates(search.run_id)
+        for candidate in found:
+            if candidate.recipe_hash == recipe_hash and not candidate.prior:
+                return (candidate.generation, candidate.slot), True
+        _refuse_late(search)
+        if not search.evaluations_left:
+            most = search.config.budget.max_evaluations
+            raise UserError(f"all {most} evaluations of this search are used")
+        last = max((c.generation for c in found), default=-1)
+        place = last + 1 if generation is None else generation
+        slot = 1 + max((c.slot for c in found if c.generation == place), default=-1)
+        search.ledger.add_candidates(
+            search.run_id, place, [(proposal, recipe_hash, recipe.to_yaml(), "")], slot
+        )
+        return (place, slot), False
 
 
 def _row(candidate: Candidate) -> dict[str, Any]:

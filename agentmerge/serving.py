@@ -7,14 +7,15 @@ Knows the protocol's official package and nothing of what the tools do. (langcha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages import ToolMessage
 from langchain_core.tools import BaseTool
 
 from agentmerge import __version__
-from agentmerge.errors import UserError
+from agentmerge.errors import AgentmergeError, UserError
+from agentmerge.toolset import shortened
 
 if TYPE_CHECKING:
     from mcp.server.lowlevel import Server
@@ -50,12 +51,20 @@ def mcp_server(tools: Sequence[BaseTool]) -> Server[Any]:
     async def call_tool(context: Any, params: Any) -> CallToolResult:
         tool = by_name.get(params.name)
         if tool is None:
-            text, wrong = f"no tool {params.name!r}; there are {', '.join(by_name)}", True
+            text, wrong = f"no tool {params.name[:80]!r}; there are {', '.join(by_name)}", True
         else:
             call = {"type": "tool_call", "id": "mcp", "name": tool.name}
-            said = await tool.ainvoke(call | {"args": dict(params.arguments or {})})
-            assert isinstance(said, ToolMessage)
-            text, wrong = str(said.text), said.status == "error"
+            try:
+                said = await tool.ainvoke(call | {"args": dict(params.arguments or {})})
+            except (
+                AgentmergeError
+            ) as error:  # a lost worker, a full disk: the next call tries again
+                text, wrong = shortened(str(error)), True
+            except Exception as error:
+                text, wrong = shortened(f"unexpected {type(error).__name__}: {error}"), True
+            else:
+                assert isinstance(said, ToolMessage)
+                text, wrong = str(said.text), said.status == "error"
         return CallToolResult(content=[TextContent(text=text)], is_error=wrong)
 
     return Server(
@@ -63,8 +72,10 @@ def mcp_server(tools: Sequence[BaseTool]) -> Server[Any]:
     )
 
 
-def serve_stdio(tools: Sequence[BaseTool]) -> None:
+def serve_stdio(tools: Sequence[BaseTool], hung_up: Callable[[], object] = lambda: None) -> None:
     """Serve until the client hangs up. Nothing else may write to stdout meanwhile.
+
+    hung_up: called then, before what it asked for last is waited for.
 
     Raises:
         UserError: the ``mcp`` package is not installed.
@@ -73,7 +84,10 @@ def serve_stdio(tools: Sequence[BaseTool]) -> None:
     from mcp.server.stdio import stdio_server
 
     async def serve() -> None:
-        async with stdio_server() as (read, write):
-            await server.run(read, write, server.create_initialization_options())
+        try:
+            async with stdio_server() as (read, write):
+                await server.run(read, write, server.create_initialization_options())
+        finally:
+            hung_up()
 
     asyncio.run(serve())

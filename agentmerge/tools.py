@@ -98,6 +98,10 @@ class MergeToolkit:
         """merge_and_evaluate, list_candidates, compare and inspect_parents, each also async."""
         return tools_of(self.search)
 
+    def stop(self) -> None:
+        """Begin nothing more: calls that wait for a worker come back at once."""
+        self.search.stopping = lambda: True
+
     def close(self) -> None:
         """End the workers and give the run back; safe to call twice."""
         self._stack.close()

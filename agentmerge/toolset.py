@@ -22,20 +22,34 @@ if TYPE_CHECKING:
     from agentmerge.steps import Search
 
 
+#: Characters of what goes wrong, as a caller is told it.
+_MAX_SAID = 1_000
+_MAX_NAME = 200
+Name = Annotated[str, Field(max_length=_MAX_NAME)]
+
+
 def _as_text(value: Any) -> Any:
     """Models send a recipe as an object or a genome as a list as often as they send a text."""
-    return json.dumps(value) if isinstance(value, (dict, list)) else value
+    try:
+        return json.dumps(value) if isinstance(value, (dict, list)) else value
+    except (RecursionError, TypeError, ValueError):
+        raise ValueError("it is no recipe, but something nested deeper than any") from None
 
 
 class MergeArguments(BaseModel):
     """What ``merge_and_evaluate`` takes."""
 
     recipe: Annotated[str, BeforeValidator(_as_text)] = Field(
+        max_length=probing.MAX_RECIPE_CHARS,
         description="mergekit YAML that uses only this search's models, or a JSON list of integers "
-        "from 0 to 100, one for each axis (list_candidates names the axes)"
+        "from 0 to 100, one for each axis (list_candidates names the axes)",
     )
-    tasks: list[str] | None = Field(None, description="only these tasks; by default all")
-    limit: int | None = Field(None, ge=1, description="only so many items a task; by default all")
+    tasks: list[Name] | None = Field(
+        None, max_length=100, description="only these tasks; by default all"
+    )
+    limit: int | None = Field(
+        None, ge=1, le=10**6, description="only so many items a task; by default all"
+    )
 
 
 class ListArguments(BaseModel):
@@ -47,8 +61,8 @@ class ListArguments(BaseModel):
 class CompareArguments(BaseModel):
     """What ``compare`` takes."""
 
-    a: str = Field(description="a candidate's id such as \"3.1\", or a parent's name")
-    b: str = Field(description="the other one, in the same way")
+    a: Name = Field(description="a candidate's id such as \"3.1\", or a parent's name")
+    b: Name = Field(description="the other one, in the same way")
 
 
 class NoArguments(BaseModel):
@@ -113,8 +127,9 @@ def _tool(
         try:
             answer = json.dumps(function(search, **given, **fixed))
         except (UserError, CandidateFailed, NotBegun) as error:
-            search.ledger.save_probe(search.run_id, name, given, str(error), generation=at)
-            raise ToolException(str(error)) from None
+            said = shortened(str(error))
+            search.ledger.save_probe(search.run_id, name, given, said, generation=at)
+            raise ToolException(said) from None
         search.ledger.save_probe(search.run_id, name, given, answer, generation=at)
         return answer
 
@@ -132,8 +147,13 @@ def _tool(
     )
 
 
+def shortened(text: str) -> str:
+    """What went wrong, without the length that an argument in it may have."""
+    return text if len(text) <= _MAX_SAID else f"{text[:_MAX_SAID]}..."
+
+
 def _invalid(error: Any) -> str:
     """A wrong argument, as a sentence for the model."""
     first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
     where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else str(first["msg"])
+    return shortened(f"{where}: {first['msg']}" if where else str(first["msg"]))

@@ -28,5 +28,5 @@ def mcp(
     with MergeToolkit(
         settings, name=name, runs_dir=runs_dir, allow_benchmarks=allow_benchmark_tasks
     ) as toolkit:
-        serve_stdio(toolkit.get_tools())
+        serve_stdio(toolkit.get_tools(), toolkit.stop)
     return 0

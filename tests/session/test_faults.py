@@ -23,6 +23,8 @@ KEY = "sk-canary-51d0c2e7"
 GOOD = json.dumps({"thought": "t", "mean_genome": [50] * DIMENSIONS, "candidates": []})
 
 
+#: Deeper than Python follows.
+NEST = "[" * 5000 + "]" * 5000
 OPENINGS = {"proposer": "You propose", "critic": "You judge", "controller": "You\nchoose sigma"}
 
 
@@ -245,13 +247,36 @@ class TestProbes:
             ToolCalls((("compare", {"a": "9.9", "b": "../../etc/passwd"}),)),
             ToolCalls((("merge_and_evaluate", {"recipe": "models: [{model: /etc/passwd}]"}),)),
             ToolCalls((("list_candidates", {"count": 1e9}),) * 40),
+            ToolCalls((("merge_and_evaluate", json.dumps({"recipe": "@"}).replace('"@"', NEST)),)),
         ],
-        ids=["unknown tool", "broken arguments", "no such candidate", "a path", "forty at once"],
+        ids=["unknown", "broken arguments", "no such candidate", "a path", "forty", "a deep one"],
     )
     def test_a_model_that_only_calls_tools_is_stopped(self, tmp_path, monkeypatch, asked) -> None:
         summary, advice, _ = searched(tmp_path, monkeypatch, lambda body: asked, **self.PROBES)
         assert all(word["guidance"]["source"] == "rules" for word in advice)
         assert summary["agents"]["calls"] <= 2 * (3 + 2) + 2
+
+    @pytest.mark.parametrize("at_once", [30, 1000])
+    @pytest.mark.parametrize("part", [{}, {"tasks": ["one"], "limit": 9}], ids=["whole", "part"])
+    def test_a_model_that_asks_for_evaluations_without_an_end(
+        self, tmp_path, monkeypatch, at_once: int, part: dict
+    ) -> None:
+        def answer(body: dict):
+            if role_of(body) == "controller" or "tools" not in body:
+                return adviser(body)
+            genomes = [json.dumps([n % 101, n // 10, 50, 50]) for n in range(at_once)]
+            return ToolCalls(
+                tuple(("merge_and_evaluate", {"recipe": genome} | part) for genome in genomes)
+            )
+
+        summary, advice, _ = searched(tmp_path, monkeypatch, answer, **self.PROBES)
+        assert summary["stop_reason"] == "budget"
+        assert summary["evaluations"]["total"] <= 16
+        askings = sum(word["role"] != "controller" for word in advice)
+        with Ledger(tmp_path / session.LEDGER) as ledger:
+            calls = ledger.probe_totals(ledger.run("a").id)["calls"]
+        assert (calls > 0) == (at_once == 30), "more than any reply may hold are none"
+        assert calls <= 3 * askings
 
     @pytest.mark.parametrize("refusal", [400, 500])
     def test_a_server_without_tools_is_asked_without(

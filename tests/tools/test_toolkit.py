@@ -196,7 +196,7 @@ def test_parents_of_real_weights(real_config: Path, tmp_path: Path) -> None:
         ("[[1, 2], 2, 3, 4]", "in the genome"),
         ("[" * 5000, "not a JSON list"),
         ("{" * 5000, "not YAML"),
-        ("x" * 30_000, "30000 characters"),
+        ("x" * 30_000, "at most 20000 characters"),
         ("", "a recipe is a mapping"),
         ("merge_method: linear\nmodels: 7", "list"),
         ("merge_method: linear\nmodels: [{model: north, parameters: {weight: .nan}}]", "nan"),
