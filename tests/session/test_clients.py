@@ -8,9 +8,11 @@ import runpy
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -30,24 +32,29 @@ SEARCHED = {name: value for name, value in BODY.items() if name != "worker"}
 OWN = {"worker": BODY["worker"], "budget": {"max_evaluations": 21}}
 
 
+#: Runs directory -> its checkpoints, which a server has open as long as it lives: a cancelled run's
+#: last writes are under way when the run is over.
+SAVERS: dict[Path, Any] = {}
+
+
 @pytest.fixture(autouse=True)
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The server's own file."""
     path = tmp_path / "server.yml"
     path.write_text(yaml.safe_dump(OWN))
     monkeypatch.setenv("AGENTMERGE_SERVER_CONFIG", str(path))
     monkeypatch.setenv("AGENTMERGE_RUNS_DIR", str(tmp_path))
-    return path
+    with open_saver(tmp_path / session.CHECKPOINTS) as SAVERS[tmp_path]:
+        yield path
 
 
 async def on_server(runs_dir: Path, context: ClientContext, thread_id: str, begin: dict | None):
     """As langgraph-api runs it: the graph is entered for one run, and left however that ends."""
     thread = {"configurable": {"thread_id": thread_id}, "max_concurrency": 64}
     served = runpy.run_path(str(graphs_dir() / "search.py"))["served"]
-    with open_saver(runs_dir / session.CHECKPOINTS) as saver:
-        async with served(thread, SimpleNamespace(execution_runtime=True)) as graph:
-            compiled = graph.compile(checkpointer=saver)
-            return await compiled.ainvoke(begin, thread, context=context)
+    async with served(thread, SimpleNamespace(execution_runtime=True)) as graph:
+        compiled = graph.compile(checkpointer=SAVERS[runs_dir])
+        return await compiled.ainvoke(begin, thread, context=context)
 
 
 def served(runs_dir: Path, context: ClientContext, begin: dict | None = None) -> dict:
@@ -302,9 +309,6 @@ def test_a_search_is_one_threads_at_a_time(tmp_path: Path, monkeypatch) -> None:
 def test_nodes_of_no_run_open_nothing(tmp_path: Path) -> None:
     graph = runpy.run_path(str(graphs_dir() / "search.py"))["build"](ClientContext)
     thread = {"configurable": {"thread_id": str(uuid.uuid4())}}
-    with (
-        open_saver(tmp_path / session.CHECKPOINTS) as saver,
-        pytest.raises(RunFailed, match="this run is over"),
-    ):
-        graph.compile(checkpointer=saver).invoke({}, thread, context=asked())
+    with pytest.raises(RunFailed, match="this run is over"):
+        graph.compile(checkpointer=SAVERS[tmp_path]).invoke({}, thread, context=asked())
     assert not _HELD
