@@ -44,7 +44,7 @@ from agentmerge.lease import Lease
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.steps import Search
 
-#: Seconds that a server's run that is over waits for what its nodes have begun.
+#: Seconds that a server's run waits at its end until its search is closed; that goes on after them.
 _ENDING_S = 60.0
 
 _OPEN: dict[str, Search] = {}
@@ -218,7 +218,7 @@ class ServedRun:
         search = self._search
         if search is not None and search.run_id in _HELD:
             with self._change:
-                self._change.wait_for(lambda: not self._nodes, _ENDING_S)
+                self._change.wait_for(lambda: not self._nodes)
             _interrupt(search)
 
 
@@ -247,7 +247,8 @@ async def _apart(function: Callable[[], None]) -> None:
             loop.call_soon_threadsafe(done.set)
 
     threading.Thread(target=call, name="give-back", daemon=True).start()
-    await done.wait()
+    with suppress(TimeoutError):
+        await asyncio.wait_for(done.wait(), _ENDING_S)
 
 
 def releasing(node: Callable[..., Any]) -> Callable[..., Any]:
