@@ -168,10 +168,11 @@ class Discarded:
     freed_bytes: int = 0
 
 
-def discard_unfinished(*, dry_run: bool, shared: bool) -> Discarded:
+def discard_unfinished(*, dry_run: bool, shared: bool, pid: int | None = None) -> Discarded:
     """Remove what processes that are gone left, and put back what they had moved away.
 
     shared: the cache is on a network, where a lock says nothing of other hosts' processes.
+    pid: of the one process of this host whose things go; by default of all.
     """
     done = Discarded()
     for entry in sorted(_register().glob("*.json")):
@@ -179,10 +180,20 @@ def discard_unfinished(*, dry_run: bool, shared: bool) -> Discarded:
             lock = os.open(entry, os.O_RDWR)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _discard(entry, os.read(lock, 1 << 16), dry_run, shared, done)
+                content = os.read(lock, 1 << 16)
+                if pid is None or _is_of(content, pid):
+                    _discard(entry, content, dry_run, shared, done)
             finally:
                 os.close(lock)
     return done
+
+
+def _is_of(content: bytes, pid: int) -> bool:
+    try:
+        body: Any = json.loads(content)
+        return bool((body["host"], body["pid"]) == (socket.gethostname(), pid))
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _discard(entry: Path, content: bytes, dry_run: bool, shared: bool, done: Discarded) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from agentmerge import plugins
 from agentmerge.errors import AgentmergeError, NotBegun, NoWorker, RunFailed, WorkerLost
 from agentmerge.recipe import Recipe
+from agentmerge.temporary import discard_unfinished
 from agentmerge.waits import waiting_for
 from agentmerge.workers.base import (
     Differentiator,
@@ -374,6 +375,8 @@ class _WorkerProcess:
         self.end()
         self._process.join(10)
         self._pipe.close()
+        # A model's size, where it was writing one as it died.
+        discard_unfinished(dry_run=False, shared=False, pid=self._process.pid or 0)
         if isinstance(said, AgentmergeError):
             raise said
 

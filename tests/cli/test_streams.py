@@ -15,6 +15,7 @@ from agentmerge import session
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
 from agentmerge.errors import NoWorker
+from agentmerge.recipe import Recipe
 from agentmerge.workers.pool import Pool
 
 LINK = '<a href="https://example.org/">win</a>'
@@ -88,11 +89,12 @@ def test_a_worker_that_cannot_be_made_is_said_in_one_line(place: Path, count: in
     from agentmerge.check import prepare
 
     prepared = prepare(SearchConfig.from_file(place / "c.yml"))
+    recipe = Recipe.of_model("north", prepared.space.num_layers)
     with (
         Pool(prepared.spec, count=count, make=broken) as pool,
         pytest.raises(NoWorker) as failed,
     ):
-        pool._on_a_worker(lambda worker: None, lambda: True)
+        pool.evaluate(recipe, [])
     assert str(failed.value) == "no worker can be started: OverflowError: no kernel image"
 
 

@@ -20,8 +20,11 @@ from agentmerge.checkpoints import open_saver
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
 from agentmerge.demo.family import Family
+from agentmerge.errors import WorkerLost
 from agentmerge.maintenance import discard_leftovers, prune_checkpoints
+from agentmerge.recipe import Recipe
 from agentmerge.temporary import Unfinished, crash_file, replacing, temporary_folder, write_at_once
+from agentmerge.workers.pool import Pool
 
 PACKAGE = Path(session.__file__).parent
 
@@ -338,3 +341,39 @@ def test_results_are_swapped_in_whole(
         assert path.read_bytes() == before
         assert [file.name for file in out.iterdir() if file.name.startswith(".")] == []
     assert yaml.safe_load((runs / "a" / "config.yml").read_text())["budget"]
+
+
+class _Writes:
+    """A worker that dies while it writes a candidate."""
+
+    def __init__(self, spec: Any, taskset: Any) -> None:
+        from agentmerge.temporary import TemporaryFolder
+
+        self._scratch = TemporaryFolder("agentmerge-disk", spec.options["storage"])
+        (self._scratch.path / "model.safetensors").write_bytes(bytes(1000))
+        self.info = None
+
+    def load(self, recipe: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_lost_workers_half_candidate_does_not_wait_for_gc(
+    tmp_path: Path, fake_config: str
+) -> None:
+    """The worker that takes its place writes one of its own; another's stay."""
+    from dataclasses import replace
+
+    from agentmerge.check import prepare
+
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    prepared = prepare(SearchConfig.from_text(fake_config))
+    recipe, spec = Recipe.of_model("north", prepared.space.num_layers), prepared.spec
+    spec = replace(spec, options={"storage": str(storage)})
+    living = Unfinished(storage, "agentmerge-disk")
+    living.path.mkdir()
+    with Pool(spec, count=2, make=_Writes) as pool:
+        with pytest.raises(WorkerLost):
+            pool.evaluate(recipe, [])
+        assert [path.name for path in storage.iterdir()] == [living.path.name]
+    living.close()
