@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from agentmerge.bounded import read_text
 from agentmerge.config import FIRST
 from agentmerge.errors import ConfigError, ParentError
 from agentmerge.evaluation.loading import quiet
@@ -42,14 +43,13 @@ def _asked_template(spec: WorkerSpec, asked: str) -> Any:
     text = template_text(asked)
     if text is not None:
         return text
-    try:
-        return Path(asked).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError):
+    if not Path(asked).exists():
         raise ConfigError(
             f"chat_template {asked!r} is neither a model of the genome ({', '.join(names)}), nor a "
             f"template that mergekit has ({', '.join(template_names())}), nor a file that can be "
             "read"
-        ) from None
+        )
+    return read_text(asked, ConfigError)
 
 
 def _tokenizer(spec: WorkerSpec, model: str) -> Any:
@@ -58,15 +58,25 @@ def _tokenizer(spec: WorkerSpec, model: str) -> Any:
     path = parent_path(spec, model)
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 str(path), trust_remote_code=spec.trust_remote_code
             )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    # transformers and tokenizers raise what they like, and Rust's panics are no Exceptions.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ParentError(
             f"{model!r} has no tokenizer that can be read ({reason[0]}); put its "
             "tokenizer files beside its weights"
         ) from error
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(template, str | dict | None):
+        raise ParentError(
+            f"{model!r}: its chat_template is no text but {type(template).__name__}; correct its "
+            "tokenizer_config.json"
+        )
+    return tokenizer
 
 
 def context_length(spec: WorkerSpec, tokenizer: Any) -> int:
@@ -77,7 +87,14 @@ def context_length(spec: WorkerSpec, tokenizer: Any) -> int:
     from lm_eval.models.utils import resolve_max_length
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(
-        str(parent_path(spec, spec.template_model)), trust_remote_code=spec.trust_remote_code
-    )
-    return int(resolve_max_length(config, tokenizer))
+    path = parent_path(spec, spec.template_model)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(str(path), trust_remote_code=spec.trust_remote_code)
+        length = int(resolve_max_length(config, tokenizer))
+    except Exception as error:  # a class raises what it likes at a config that it cannot use
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ParentError(f"{path}: its config cannot be used ({reason})") from error
+    if length < 1:
+        raise ParentError(f"{path}: by its config it reads {length} tokens; correct config.json")
+    return length

@@ -32,6 +32,15 @@ _NOT_COVERED = (
     "layer_replication",
     "megatron_config",
 )
+#: What the settings that are read here are, where they are there.
+_SETTINGS: dict[str, Any] = {
+    "peft_type": str,
+    "r": int,
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+    "modules_to_save": list | tuple,
+    "target_modules": list | str,
+}
 _PREFIX = "base_model.model."
 _PART = re.compile(
     r"\.(lora_[A-Za-z_]+|hada_\w+|lokr_\w+|ia3_l|oft_R|modules_to_save)(?:\.[\w-]+?)??(\.weight)?$"
@@ -67,6 +76,12 @@ def adapter_faults(adapter: Path, tensors: Mapping[str, TensorHeader], tied: boo
         ParentError: the adapter cannot be read.
     """
     config = read_json(adapter / ADAPTER_CONFIG)
+    for key, kinds in _SETTINGS.items():
+        if not isinstance(config.get(key), kinds | None):
+            yield (
+                f"{adapter / ADAPTER_CONFIG}: {key} cannot be {str(config[key])[:80]!r}; correct it"
+            )
+            return
     kind = str(config.get("peft_type", "")).upper()
     if kind not in MERGEABLE:
         yield (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -27,6 +28,27 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 _CHUNK = 1 << 22
 _MAX_HEADER = 100_000_000  # the limit of the format's own library
+_MOST_TENSORS = 300_000  # the largest mixtures of experts have 100,000
+#: Bits of an element, by the format's names of dtypes.
+_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8,
+    "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8,
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+#: What transformers takes for JSON objects where they are.
+_OBJECTS = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.json", "adapter_config.json",
+    "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+#: What is read of a model's folder, and how many bytes such a file may have.
+_SIDE_FILES = dict.fromkeys(("*.json", "*.model", "*.txt", "*.tiktoken"), bounded.MOST_JSON) | {
+    "*.jinja": bounded.MOST_TEXT,
+    "*.safetensors": None,
+    "*.bin": None,
+}
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_MOST_LAYERS = 10_000
 _CACHED_FINGERPRINTS = 2000
 #: Size in bytes, time of change in ns, time of the entry's change in ns, inode.
 Stamp = tuple[int, int, int, int]
@@ -124,7 +146,25 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ParentError(
             f"{directory} is an adapter without its model; name both, as in {trained}+{directory}"
         )
-    return read_json(directory / "config.json", f"{directory} has no config.json; name a model")
+    file = directory / "config.json"
+    config = read_json(file, f"{directory} has no config.json; name a model")
+    for part in (config, config.get("text_config")):
+        for key in _LAYER_COUNTS:
+            layers = part.get(key) if isinstance(part, dict) else None
+            if isinstance(layers, int | float) and not 0 <= layers <= _MOST_LAYERS:  # NaN, too
+                raise ParentError(f"{file}: {key} is {layers}, which no model has; correct it")
+    return config
+
+
+def refuse_odd_files(directory: Path) -> None:
+    """Raises ParentError where transformers, given this folder, would read something that is no
+    file, or no JSON object, or larger than any of its kind."""
+    for pattern, most in _SIDE_FILES.items():
+        for file in sorted(directory.glob(pattern)):
+            bounded.refuse_odd_file(file, ParentError, most=most)
+    for name in _OBJECTS:
+        if (directory / name).exists():
+            read_json(directory / name)
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,20 +174,17 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def chat_template(directory: Path) -> str | None:
     """The chat template beside a model or an adapter, in any of the places where it may be."""
-    try:
-        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    except OSError:
-        pass
+    with suppress(ParentError):
+        return bounded.read_text(directory / "chat_template.jinja", ParentError)
     for file in ("chat_template.json", "tokenizer_config.json"):
-        try:
-            template = json.loads((directory / file).read_text(encoding="utf-8"))["chat_template"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+        template = None
+        with suppress(ParentError):
+            template = read_json(directory / file).get("chat_template")
         if isinstance(template, list):  # several, by name
-            named = {entry.get("name"): entry.get("template") for entry in template}
-            template = named.get("default")
-        if template:
-            return str(template)
+            named = [entry for entry in template if isinstance(entry, dict)]
+            template = next((e.get("template") for e in named if e.get("name") == "default"), None)
+        if isinstance(template, str) and template:
+            return template
     return None
 
 
@@ -287,32 +324,63 @@ def _weight_map(directory: Path) -> dict[str, str]:
 
 
 def file_headers(file: Path) -> dict[str, TensorHeader]:
-    broken = f"{file} is not a whole safetensors file; download the model again"
+    """A safetensors file's tensors by name.
+
+    Raises:
+        ParentError: it breaks a rule of the format, by which its tensors' bytes follow each other
+            without gap or overlap from the header to the end of the file.
+    """
+    broken = f"{file} is not a whole safetensors file"
+    bounded.refuse_odd_file(file, ParentError)
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             size = file.stat().st_size
             if not 0 < length <= min(size - 8, _MAX_HEADER):
-                raise ParentError(broken)
-            raw = json.loads(stream.read(length))
-        headers = {
-            name: TensorHeader(
-                tuple(entry["shape"]),
-                DTYPES.get(entry["dtype"], entry["dtype"]),
-                file,
-                8 + length + entry["data_offsets"][0],
-                8 + length + entry["data_offsets"][1],
-            )
-            for name, entry in raw.items()
-            if name != "__metadata__"
-        }
+                raise ParentError(f"{broken}; download the model again")
+            content = stream.read(length)
     except OSError as error:
         raise ParentError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise ParentError(broken) from None
-    if any(not 8 <= h.start <= h.end <= size for h in headers.values()):
-        raise ParentError(broken)
+    if content.count(b"{") > _MOST_TENSORS:
+        raise ParentError(f"{file} holds more than {_MOST_TENSORS:,} tensors; name another model")
+    raw = bounded.parse_json(content, f"the header of {file}", ParentError)
+    headers: dict[str, TensorHeader] = {}
+    for name, entry in raw.items() if isinstance(raw, dict) else [("", raw)]:
+        if name == "__metadata__":
+            continue
+        found = _tensor_header(entry, file, 8 + length)
+        if found is None:
+            raise ParentError(
+                f"{broken}: its entry {name[:80]!r} is no tensor's; download it again"
+            )
+        headers[name] = found
+    end = 8 + length
+    for name, header in sorted(headers.items(), key=lambda item: (item[1].start, item[1].end)):
+        if header.start != end:
+            raise ParentError(
+                f"{broken}: the bytes of tensor {name[:80]!r} do not follow those before them; "
+                "download it again"
+            )
+        end = header.end
+    if end != size:
+        raise ParentError(f"{broken}: it has {size:,} bytes, not {end:,}; download it again")
     return headers
+
+
+def _tensor_header(entry: Any, file: Path, begin: int) -> TensorHeader | None:
+    """An entry of a header, or None where it is not what the format has there."""
+    if not isinstance(entry, dict):
+        return None
+    shape, dtype, places = (entry.get(key) for key in ("shape", "dtype", "data_offsets"))
+    numbers = [shape, places]
+    if not all(isinstance(n, list) and all(type(x) is int and x >= 0 for x in n) for n in numbers):
+        return None
+    if dtype not in _BITS if isinstance(dtype, str) else True:
+        return None
+    if len(places) != 2 or (places[1] - places[0]) * 8 != math.prod(shape) * _BITS[dtype]:
+        return None
+    start, end = places
+    return TensorHeader(tuple(shape), DTYPES.get(dtype, dtype), file, begin + start, begin + end)
 
 
 def _chunks(header: TensorHeader) -> Iterator[bytes]:

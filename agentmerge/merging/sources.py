@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from agentmerge.bounded import MOST_JSON, MOST_TEXT, refuse_odd_file
 from agentmerge.errors import ParentError
-from agentmerge.merging.headers import read_config, read_json, safetensors_files
+from agentmerge.merging.headers import (
+    read_config,
+    read_json,
+    refuse_odd_files,
+    safetensors_files,
+)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -56,23 +60,12 @@ def find_parent(
         model = _model(model_name, trust_remote_code, allow_pickle)
         adapter = _adapter(adapter_name, allow_pickle)
     for folder in filter(None, (model, adapter)):
-        _refuse_odd_files(folder)
+        refuse_odd_files(folder)
     read_config(model)
     pickled = pickled_files(model) if allow_pickle else ()
     if not pickled:
         safetensors_files(model)
     return Parent(name, model, adapter, pickled)
-
-
-def _refuse_odd_files(directory: Path) -> None:
-    """A pipe or a device among a model's files would be read for ever."""
-    for pattern in (*_MODEL_FILES, "*.bin"):
-        for file in sorted(directory.glob(pattern)):
-            most = MOST_TEXT if file.suffix == ".jinja" else None
-            if file.name.startswith("tokenizer") and file.suffix == ".json":
-                most = MOST_JSON
-            if not file.is_dir():
-                refuse_odd_file(file, ParentError, most=most)
 
 
 def pickled_files(directory: Path) -> tuple[Path, ...]:
@@ -86,7 +79,10 @@ def pickled_files(directory: Path) -> tuple[Path, ...]:
     index = directory / f"{_PICKLED}.index.json"
     names = [_PICKLED] if (directory / _PICKLED).is_file() else []
     if not names and index.is_file():
-        names = sorted(set(dict(read_json(index).get("weight_map") or {}).values()))
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(_beside(shard) for shard in shards.values()):
+            raise ParentError(f"{index} does not say which file beside it holds which tensor")
+        names = sorted(set(shards.values()))
     missing = [file for file in names if not (directory / file).is_file()]
     if missing:
         raise ParentError(
@@ -94,6 +90,10 @@ def pickled_files(directory: Path) -> tuple[Path, ...]:
             f"{missing[0]}; download the model again"
         )
     return tuple(directory / file for file in names)
+
+
+def _beside(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name
 
 
 def _model(name: str, trust_remote_code: bool, allow_pickle: bool) -> Path:

@@ -10,7 +10,6 @@ belong to no token are kept. It knows tokenizers and rows; files are written by 
 from __future__ import annotations
 
 import io
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from agentmerge.bounded import read_json
 from agentmerge.errors import ParentError
 
 #: Tokens that a sentence names.
@@ -32,14 +32,14 @@ Tokens = tuple[dict[str, int], frozenset[str]]
 def read_tokens(directory: Path) -> Tokens | None:
     """The tokens of a model, from ``tokenizer.json`` alone; None where it has none."""
     try:
-        body = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+        body = read_json(directory / "tokenizer.json", ParentError)
         vocabulary = body["model"]["vocab"]
         if isinstance(vocabulary, list):  # Unigram: pairs of token and score
             ids = {str(entry[0]): index for index, entry in enumerate(vocabulary)}
         else:
             ids = {str(token): int(index) for token, index in vocabulary.items()}
         added = {str(entry["content"]): int(entry["id"]) for entry in body.get("added_tokens", ())}
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (ParentError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None
     return ids | added, frozenset(added)
 

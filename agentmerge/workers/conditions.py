@@ -21,7 +21,7 @@ from agentmerge.errors import ParentError
 from agentmerge.evaluation.loading import quiet
 from agentmerge.evaluation.version import SCORING
 from agentmerge.merging.checkpoint import Checkpoint
-from agentmerge.merging.headers import file_digest, read_config
+from agentmerge.merging.headers import file_digest, read_config, read_json
 from agentmerge.merging.version import MERGING
 from agentmerge.workers.base import WorkerSpec
 
@@ -163,8 +163,8 @@ def _code(folders: tuple[Path, ...]) -> dict[str, str]:
     for folder in dict.fromkeys(folders):
         for name in ("config.json", "tokenizer_config.json"):
             try:
-                body = json.loads((folder / name).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+                body = read_json(folder / name)
+            except ParentError:
                 continue
             if "auto_map" in body:
                 found[f"{name}: auto_map"] = json.dumps(body["auto_map"], sort_keys=True)
