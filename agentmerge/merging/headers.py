@@ -371,15 +371,17 @@ def _tensor_header(entry: Any, file: Path, begin: int) -> TensorHeader | None:
     """An entry of a header, or None where it is not what the format has there."""
     if not isinstance(entry, dict):
         return None
-    shape, dtype, places = (entry.get(key) for key in ("shape", "dtype", "data_offsets"))
-    numbers = [shape, places]
-    if not all(isinstance(n, list) and all(type(x) is int and x >= 0 for x in n) for n in numbers):
-        return None
-    if dtype not in _BITS if isinstance(dtype, str) else True:
-        return None
-    if len(places) != 2 or (places[1] - places[0]) * 8 != math.prod(shape) * _BITS[dtype]:
+    shape: Any = entry.get("shape")
+    places: Any = entry.get("data_offsets")
+    dtype: Any = entry.get("dtype")
+    for numbers in (shape, places):
+        if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
+            return None
+    if not isinstance(dtype, str) or dtype not in _BITS or len(places) != 2:
         return None
     start, end = places
+    if (end - start) * 8 != math.prod(shape) * _BITS[dtype]:
+        return None
     return TensorHeader(tuple(shape), DTYPES.get(dtype, dtype), file, begin + start, begin + end)
 
 
