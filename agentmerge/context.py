@@ -42,6 +42,7 @@ from agentmerge.errors import (
 )
 from agentmerge.lease import Lease
 from agentmerge.ledger import Ledger, RunRow
+from agentmerge.state import WAITING
 from agentmerge.steps import Search
 
 #: Seconds that a server's run waits at its end until its search is closed; that goes on after them.
@@ -174,6 +175,7 @@ class ServedRun:
 
     def __init__(self) -> None:
         self._search: Search | None = None
+        self._question = ""
         self._nodes = 0
         self._over = False
         self._change = threading.Condition()
@@ -181,10 +183,15 @@ class ServedRun:
     @contextmanager
     def node(self) -> Iterator[None]:
         """What a node has begun is finished and saved before its search is closed."""
+        from langgraph.errors import GraphInterrupt
+
         with self._change:
             self._nodes += 1
         try:
             yield
+        except GraphInterrupt as asked:
+            self._question = str(asked.args[0][0].value["question"])
+            raise
         finally:
             with self._change:
                 self._nodes -= 1
@@ -219,7 +226,7 @@ class ServedRun:
         if search is not None and search.run_id in _HELD:
             with self._change:
                 self._change.wait_for(lambda: not self._nodes)
-            _interrupt(search)
+            _interrupt(search, self._question)
 
 
 @asynccontextmanager
@@ -276,11 +283,12 @@ def releasing(node: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _interrupt(search: Search) -> None:
+def _interrupt(search: Search, question: str = "") -> None:
     """Let go of a search that is not done; what made it stop is the one to tell of faults."""
+    status = WAITING if question else "interrupted"
     with suppress(AgentmergeError):  # another process's search by now is its to tell of
         search.still_mine()
-        search.ledger.update_run(search.run_id, status="interrupted")
+        search.ledger.update_run(search.run_id, status=status, stop_reason=question)
     with suppress(AgentmergeError):
         let_go(search)
 

@@ -42,11 +42,8 @@ from agentmerge.ledger.archive import remove_runs
 from agentmerge.ledger.store import remedy
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.cancelling import cancelling_notes
-from agentmerge.state import GRAPH_VERSION, SearchState
+from agentmerge.state import GRAPH_VERSION, WAITING, SearchState
 from agentmerge.steps import Emit
-
-#: A search that stopped to ask its user; the question is its stop_reason.
-WAITING = "waiting"
 
 
 class Drain:

@@ -10,6 +10,9 @@ from typing import TypedDict
 
 #: Raise when nodes are renamed or removed: an older search then refuses to resume, loudly.
 GRAPH_VERSION = 1
+#: A run's status where it stopped to ask its user (``search.approve``); the question is its
+#: stop_reason.
+WAITING = "waiting"
 
 
 class SearchState(TypedDict, total=False):

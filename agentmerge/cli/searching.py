@@ -204,7 +204,8 @@ def _driven(
     from agentmerge.cli.live import progress
     from agentmerge.cli.render import summary_text
     from agentmerge.report.summary import run_summary
-    from agentmerge.session import WAITING, Drain, opened
+    from agentmerge.session import Drain, opened
+    from agentmerge.state import WAITING
 
     drain = Drain()
     say = speaker(quiet, as_json)

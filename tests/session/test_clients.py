@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 import yaml
+from langgraph.types import Command
 
 from agentmerge import session
+from agentmerge.agents.testing import ScriptedServer
 from agentmerge.assembly import graphs_dir
 from agentmerge.checkpoints import open_saver
 from agentmerge.config import SearchConfig
@@ -25,8 +27,11 @@ from agentmerge.context import _HELD, _OPEN, ClientContext
 from agentmerge.errors import AgentmergeError, LeaseHeld, RunFailed, TaskError, UserError
 from agentmerge.lease import Lease
 from agentmerge.ledger import Ledger
+from agentmerge.structure import openings
 from agentmerge.workers.fake import FakeWorker
 from tests.session.conftest import BODY, config, trace_of
+from tests.session.test_agents import advised
+from tests.session.test_structure import mover
 
 SEARCHED = {name: value for name, value in BODY.items() if name != "worker"}
 OWN = {"worker": BODY["worker"], "budget": {"max_evaluations": 21}}
@@ -48,7 +53,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield path
 
 
-async def on_server(runs_dir: Path, context: ClientContext, thread_id: str, begin: dict | None):
+async def on_server(runs_dir: Path, context: ClientContext, thread_id: str, begin: Any):
     """As langgraph-api runs it: the graph is entered for one run, and left however that ends."""
     thread = {"configurable": {"thread_id": thread_id}, "max_concurrency": 64}
     served = runpy.run_path(str(graphs_dir() / "search.py"))["served"]
@@ -304,6 +309,28 @@ def test_a_search_is_one_threads_at_a_time(tmp_path: Path, monkeypatch) -> None:
         assert (await run)["status"] == "done"
 
     asyncio.run(both())
+
+
+def test_a_run_that_waits_for_a_person_holds_nothing(
+    tmp_path: Path, own: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
+    thread_id = str(uuid.uuid4())
+    with ScriptedServer(mover(("method", "ties"))) as server:
+        sections = advised(server)
+        own.write_text(yaml.safe_dump({"worker": BODY["worker"], "agents": sections["agents"]}))
+        search = sections.get("search", {}) | {"approve": True}
+        context = asked(search=search, budget={"max_evaluations": 60})
+        asyncio.run(on_server(tmp_path, context, thread_id, {}))
+        assert given_back(tmp_path, thread_id)
+        with Ledger(tmp_path / session.LEDGER) as ledger:
+            row = ledger.run("served")
+        assert (row.status, "merge method ties" in row.stop_reason) == ("waiting", True)
+        found = asyncio.run(on_server(tmp_path, ClientContext(), thread_id, Command(resume="yes")))
+    assert found["status"] == "done"
+    assert given_back(tmp_path, thread_id)
+    with Ledger(tmp_path / session.LEDGER) as ledger:
+        assert [move.refusal for move in openings(ledger, thread_id)] == [""]
 
 
 def test_nodes_of_no_run_open_nothing(tmp_path: Path) -> None:
