@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +21,12 @@ from agentmerge.agents.prompts import Message, prompt_hash
 from agentmerge.agents.schemas import Guidance
 from agentmerge.config import Role, models_asked
 from agentmerge.errors import BudgetReached, ModelReplyError, ReplyMissing
-from agentmerge.ledger import Ledger
+from agentmerge.ledger.book import Book
 from agentmerge.probing import PROBE
 from agentmerge.strategies.base import Observation
 from agentmerge.strategies.llm_evo import improved
-from agentmerge.structure import openings, verdicts
+from agentmerge.structure import STRUCTURE, openings, verdicts
+from agentmerge.workers.base import ItemRef, ItemResult
 
 if TYPE_CHECKING:
     from agentmerge.steps import Search
@@ -40,8 +41,8 @@ def advise(search: Search, role: Role, generation: int) -> str:
 
     Returns the limit that does not allow it, or "".
     """
-    ledger = search.ledger
-    if any(word["role"] == role for word in ledger.advice(search.run_id, generation)):
+    book = search.book
+    if book.advice(generation, role):
         return ""
     agent = _AGENTS[role]
     messages, view, guidance = question(search, role, generation)
@@ -55,7 +56,7 @@ def advise(search: Search, role: Role, generation: int) -> str:
         except BudgetReached as reached:
             return reached.limit
     body = {"guidance": advised.to_json(), "failure": failure}
-    ledger.save_advice(search.run_id, generation, role, body)
+    book.save_advice(generation, role, body)
     search.emit(
         {
             "event": "advice",
@@ -74,13 +75,13 @@ def question(
 ) -> tuple[list[Message], HistoryView, Guidance]:
     """What a role is asked of a generation, what it may know, and what was said before it."""
     view = view_of(search, role, generation)
-    guidance = guidance_of(search.ledger, search.run_id, generation)
+    guidance = guidance_of(search.book, generation)
     return _AGENTS[role].messages(view, search.prompts, guidance), view, guidance
 
 
-def guidance_of(ledger: Ledger, run_id: str, generation: int) -> Guidance:
+def guidance_of(book: Book, generation: int) -> Guidance:
     """What the agents said of this generation so far, the latest speaker's being complete."""
-    words = {w["role"]: w for w in ledger.advice(run_id, generation)}
+    words = {w["role"]: w for w in book.advice(generation)}
     for role in ("proposer", "controller", "critic"):
         if role in words:
             return Guidance.from_json(words[role]["guidance"])
@@ -100,8 +101,8 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
         o for o in history if o.generation == generation and (o.operator, o.label) == (PROBE, role)
     ]
     history = [o for o in history if o not in own and not (o.prior and o.score is None)]
-    moves = openings(search.ledger, search.run_id)
-    before = guidance_of(search.ledger, search.run_id, generation - 1) if generation else None
+    moves = openings(search.book.advice(role=STRUCTURE))
+    before = guidance_of(search.book, generation - 1) if generation else None
     settings = search.config.search
     left = search.budget_left(generation) * (1 - settings.shadow)
     metrics = {task.name: task.metric for task in search.config.tasks.tasks}
@@ -124,20 +125,31 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
 
 
 def _forecasts(search: Search, generation: int) -> list[Forecast]:
-    words = search.ledger.advice(search.run_id)
+    words = search.book.advice()
     own = [o for o in search.told(generation) if not o.prior]  # others were of another scale
     return forecasts([w for w in words if w["generation"] < generation], own)
 
 
 def paired_noise(search: Search) -> Noise:
-    """One standard error of the difference of two scores, item by item over the search items."""
-    taskset = search.taskset
+    """One standard error of the difference of two scores, item by item over the search items.
+
+    Of two merges that have all of them it is found once: a history is told again and again.
+    """
+    taskset, known = search.taskset, search.noises
     plain = all(map(taskset.is_mean, taskset.objectives))
+    every = len(set(taskset.refs("search")))
 
     def noise(a: Observation, b: Observation) -> float:
-        mine, theirs = (search.item_results(o.recipe_hash) for o in (a, b))
-        if not plain or not mine or not theirs:
-            return 0.0
+        pair = (a.recipe_hash, b.recipe_hash)
+        if not plain or pair in known:
+            return known.get(pair, 0.0)
+        mine, theirs = (search.item_results(recipe_hash) for recipe_hash in pair)
+        found = apart(mine, theirs) if mine and theirs else 0.0
+        if len(mine) == len(theirs) == every:
+            known[pair] = found
+        return found
+
+    def apart(mine: Mapping[ItemRef, ItemResult], theirs: Mapping[ItemRef, ItemResult]) -> float:
         variance = 0.0
         for objective in taskset.objectives:
             parts = [taskset.task(name).part("search") for name in objective.leaves]

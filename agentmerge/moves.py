@@ -25,13 +25,13 @@ def wanted_move(search: Search, generation: int) -> StructuralMove | None:
     more to ask in the present one, which was worth searching.
     """
     wish = search.config.search.structure
-    before = openings(search.ledger, search.run_id)
+    before = openings(search.book.advice(role=STRUCTURE))
     if wish == "fixed" or any(opening.generation == generation for opening in before):
         return None
     now = search.standing(generation)
     if now.trial is not None or search.evaluations_left < WORTH:
         return None
-    guidance = guidance_of(search.ledger, search.run_id, generation)
+    guidance = guidance_of(search.book, generation)
     move = guidance.structural_move if guidance.source == "model" else None
     if move is None and wish == "free" and _worth_refining(search, generation, now.leader):
         move = finer(now.leader)
@@ -42,7 +42,7 @@ def wanted_move(search: Search, generation: int) -> StructuralMove | None:
 def approval(search: Search, generation: int) -> bool | None:
     """Whether a move may be made; None: a person has to say."""
     if search.replies_of is not None:
-        said = openings(search.ledger, search.replies_of)
+        said = openings(search.ledger.advice(search.replies_of, role=STRUCTURE))
         return not any(o.generation == generation and o.refusal == REFUSED for o in said)
     return None if search.config.search.approve else True
 
@@ -73,7 +73,7 @@ def restructure(search: Search, generation: int, move: StructuralMove, *, approv
         refusal = str(error)
     word = Guidance(structural_move=move, thought=move.sentence)
     body = {"guidance": word.to_json(), "failure": refusal}
-    search.ledger.save_advice(search.run_id, generation, STRUCTURE, body)
+    search.book.save_advice(generation, STRUCTURE, body)
     search.emit(
         {
             "event": "advice",
@@ -88,7 +88,7 @@ def restructure(search: Search, generation: int, move: StructuralMove, *, approv
 
 def _worth_refining(search: Search, generation: int, space: SearchSpace) -> bool:
     """Whether a space has nothing left to ask and gave more than noise."""
-    candidates = search.ledger.candidates(search.run_id)
+    candidates = search.book.candidates()
     best = incumbent(candidates)
     cheap = incumbent([c for c in candidates if c.generation == 0])
     if best is None or cheap is None or search.asked(space, generation, search.evaluations_left):

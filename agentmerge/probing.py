@@ -149,7 +149,7 @@ def list_candidates(
     """The best candidates so far, parents and cheap merges among them, and what may be spent."""
     if not 1 <= count <= MAX_LISTED:
         raise UserError(f"count {count} must be from 1 to {MAX_LISTED}")
-    found = search.ledger.candidates(search.run_id)
+    found = search.book.candidates()
     heard = [c for c in found if c.operator != SHADOW]
     scored = [c for c in heard if c.score is not None and c.twin is None and not c.prior]
     ranked = sorted(scored if release is None else release.of(scored), key=lambda c: c.rank)
@@ -292,7 +292,7 @@ def _reserve(
                 "give a lower limit, or fewer tasks"
             )
         at = -1 if generation is None else generation
-        search.ledger.save_probe(search.run_id, tool, given, "", items, at)
+        search.book.save_probe(tool, given, "", items, at)
 
 
 def _as_candidate(
@@ -307,7 +307,7 @@ def _as_candidate(
     with _alone(search, recipe_hash):
         at, known = _place(search, proposal, recipe, recipe_hash, generation)
         search.evaluate(*at)
-    candidate = search.ledger.candidate(search.run_id, *at)
+    candidate = search.book.candidate(*at)
     if candidate.state == "open":
         raise NotBegun("the search was told to stop before this candidate's turn")
     if candidate.failure:
@@ -327,7 +327,7 @@ def _place(
         UserError: it is a new one, and no evaluation is left.
     """
     with _adding:
-        found = search.ledger.candidates(search.run_id)
+        found = search.book.candidates()
         for candidate in found:
             if candidate.recipe_hash == recipe_hash and not candidate.prior:
                 return (candidate.generation, candidate.slot), True
@@ -338,9 +338,7 @@ def _place(
         last = max((c.generation for c in found), default=-1)
         place = last + 1 if generation is None else generation
         slot = 1 + max((c.slot for c in found if c.generation == place), default=-1)
-        search.ledger.add_candidates(
-            search.run_id, place, [(proposal, recipe_hash, recipe.to_yaml(), "")], slot
-        )
+        search.book.add_candidates(place, [(proposal, recipe_hash, recipe.to_yaml(), "")], slot)
         return (place, slot), False
 
 
@@ -369,7 +367,7 @@ def _row(candidate: Candidate) -> dict[str, Any]:
 def _named(search: Search, name: str) -> Candidate:
     found = [
         c
-        for c in search.ledger.candidates(search.run_id)
+        for c in search.book.candidates()
         if c.score is not None and not c.prior and c.twin is None and c.operator != SHADOW
     ]
     for candidate in found:

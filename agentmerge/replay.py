@@ -194,10 +194,7 @@ class _Followed(Search):
         """Whether all that the other search decided and scored is decided and scored here."""
         if self.ledger.position(self.run_id) != self.ledger.position(self.original.id):
             return False
-        here, there = (
-            sum(c.state == "open" for c in self.ledger.candidates(run_id))
-            for run_id in (self.run_id, self.original.id)
-        )
+        here, there = (self.ledger.open_count(run) for run in (self.run_id, self.original.id))
         return here == there
 
 

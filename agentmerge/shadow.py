@@ -52,7 +52,7 @@ def shadow_proposals(search: Search, asked: Sequence[Proposal], left: int) -> li
     share = search.config.search.shadow
     if not share or not asked:
         return []
-    candidates = search.ledger.candidates(search.run_id)
+    candidates = search.book.candidates()
     mine, theirs = (sum(charges(candidates, shadow=shadow).values()) for shadow in (True, False))
     ahead = theirs + sum(proposal.cost for proposal in asked)
     due = int(share / (1 - share) * ahead - mine + 1e-9)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -52,6 +53,7 @@ from agentmerge.ledger import (
     evaluations,
     incumbent,
 )
+from agentmerge.ledger.book import Book
 from agentmerge.recipe import Recipe
 from agentmerge.shadow import (
     arm_of,
@@ -74,6 +76,7 @@ from agentmerge.strategies.base import (
 from agentmerge.strategies.chain_rule import unit_gradient
 from agentmerge.strategies.random import random_vectors
 from agentmerge.structure import (
+    STRUCTURE,
     Standing,
     carried,
     first_points,
@@ -89,6 +92,8 @@ Emit = Callable[[dict[str, Any]], None]
 BARREN_GENERATIONS = 3
 #: Gradients in a row that did not come (no memory, a worker lost) after which none is asked.
 FRUITLESS_GRADIENTS = 2
+#: Merges whose item results are kept in memory.
+KEPT_RESULTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +125,7 @@ class Search:
     replies_of: the run whose stored replies answer for the models; by default its own.
     stopping: set by the first Ctrl-C; candidates that have not begun are left open.
     still_mine: raises LeaseHeld where another process took the search over.
+    noises: of pairs of recipe hashes, as ``advising.paired_noise`` found them.
     """
 
     config: SearchConfig
@@ -141,9 +147,19 @@ class Search:
     deadline: float | None = None
     stopping: Callable[[], bool] = lambda: False
     still_mine: Callable[[], None] = lambda: None
+    noises: dict[tuple[str, str], float] = field(default_factory=dict)
     _had_no_proposal: int = -1
+    _written: str = ""
+    _items: OrderedDict[tuple[str, Part], dict[ItemRef, ItemResult]] = field(
+        default_factory=OrderedDict
+    )
     _seconds: list[float] = field(default_factory=list)
     _points: dict[tuple[str, str], tuple[float, ...] | None] = field(default_factory=dict)
+
+    @cached_property
+    def book(self) -> Book:
+        """This run in memory, read when it is first asked."""
+        return Book(self.ledger, self.run_id)
 
     # --- nodes ------------------------------------------------------------------------------
 
@@ -153,7 +169,7 @@ class Search:
         A branch whose settings make old scores incomparable starts a generation of its own: the
         cheap rivals and the old incumbent, scored again.
         """
-        past = self.ledger.candidates(self.run_id)
+        past = self.book.candidates()
         if not past:
             if not self.evaluations_left:
                 raise UserError(
@@ -184,9 +200,7 @@ class Search:
 
     def open_slots(self, generation: int) -> list[tuple[int, int]]:
         return [
-            (c.generation, c.slot)
-            for c in self.ledger.candidates(self.run_id, generation)
-            if c.state == "open"
+            (c.generation, c.slot) for c in self.book.candidates(generation) if c.state == "open"
         ]
 
     def evaluate(self, generation: int, slot: int) -> None:
@@ -195,11 +209,10 @@ class Search:
         So does one that loses two workers, or breaks a task's code, once another has been scored:
         until then it is the machine or the task.
         """
-        found = self.ledger.candidates(self.run_id, generation, slot=slot)
+        candidate = self.book.find(generation, slot)
         # Where a server's checkpoint is ahead of the ledger there is none: `select` puts it right.
-        if not found or found[0].state != "open" or not self.wanted():
+        if candidate is None or candidate.state != "open" or not self.wanted():
             return
-        candidate = found[0]
         self.emit({"event": "evaluate", "generation": generation, "slot": slot})
         recipe = Recipe.parse(self.ledger.recipe(candidate.recipe_hash, self.run_id))
         try:
@@ -218,9 +231,7 @@ class Search:
         except (CandidateFailed, TaskError, WorkerLost) as error:
             if not isinstance(error, CandidateFailed) and self._all_may_fail(error):
                 raise
-            self.ledger.save_evaluation(
-                self.run_id, (generation, slot), score=None, failure=str(error)
-            )
+            self.book.save_evaluation((generation, slot), score=None, failure=str(error))
             if isinstance(error, AnswerRefused) and candidate.operator == "parent":
                 # Of a model that was there before the search: told at once, and kept, so that
                 # whoever does not mind can go on.
@@ -229,8 +240,7 @@ class Search:
                     "or resume, which goes on without this parent"
                 ) from error
         else:
-            self.ledger.save_evaluation(
-                self.run_id,
+            self.book.save_evaluation(
                 (generation, slot),
                 score=score.value,
                 tasks=score.tasks,
@@ -241,11 +251,11 @@ class Search:
                 results=answers.paid,
                 slope=slope,
             )
-        self.emit(self._candidate_event(self.ledger.candidate(self.run_id, generation, slot)))
+        self.emit(self._candidate_event(self.book.candidate(generation, slot)))
 
     def _all_may_fail(self, error: AgentmergeError) -> bool:
         """Whether a fault is perhaps not this candidate's alone."""
-        found = self.ledger.candidates(self.run_id)
+        found = self.book.candidates()
         return isinstance(error, NoWorker) or all(c.score is None or c.prior for c in found)
 
     def select(self, generation: int) -> Outcome:
@@ -299,7 +309,7 @@ class Search:
 
     def propose(self, generation: int) -> int:
         """Let the strategy write the next generation; returns its number."""
-        candidates = self.ledger.candidates(self.run_id)
+        candidates = self.book.candidates()
         if candidates[-1].generation > generation:
             return generation + 1  # this node ran before
         left = self.evaluations_left
@@ -321,9 +331,9 @@ class Search:
         if not found:
             if getattr(self.strategy, "uses_items", False):
                 bound = self.config.search.constraints
-                known = self.ledger.candidates(self.run_id, up_to=generation) if bound else []
+                known = self.book.candidates(up_to=generation) if bound else []
                 history = self.witness.of(history, self.floors(known))
-            guidance = guidance_of(self.ledger, self.run_id, generation)
+            guidance = guidance_of(self.book, generation)
             if space.key != self.standing(generation, decided=False).turn[0].key:
                 guidance = replace(guidance, mean=None, candidates=(), forecasts=())
             count = min(self.population(space), left)
@@ -336,17 +346,17 @@ class Search:
         """The search spaces after a generation; decided: with what was decided after it."""
         moves = [
             opening
-            for opening in openings(self.ledger, self.run_id)
+            for opening in openings(self.book.advice(role=STRUCTURE))
             if opening.generation < generation + decided
         ]
         if not moves:
             return standing(self.space, (), ())
-        return standing(self.space, moves, self.ledger.candidates(self.run_id, up_to=generation))
+        return standing(self.space, moves, self.book.candidates(up_to=generation))
 
     @property
     def present(self) -> SearchSpace:
         """The space that the next generation's first turn is in."""
-        candidates = self.ledger.candidates(self.run_id)
+        candidates = self.book.candidates()
         return self.standing(candidates[-1].generation if candidates else 0).turn[0]
 
     def _recipe(self, observation: Observation) -> Recipe:
@@ -366,14 +376,14 @@ class Search:
         """Choose the answer, confirm it on sealed items, write recipe and card."""
         self.still_mine()
         self.emit({"event": "finish", "reason": stop_reason})
-        candidates = self.ledger.candidates(self.run_id)
+        candidates = self.book.candidates()
         card: dict[str, Any] = {}
         if incumbent(candidates) is not None:
             card = final_card(self, candidates)
             card["notes"] += self._unused(stop_reason)
             if self.config.search.shadow:
                 card["uplift"] = uplift(self, candidates)
-            self._write_best(self.ledger.candidate(self.run_id, *card["answer"]["candidate"]))
+            self._write_best(self.book.candidate(*card["answer"]["candidate"]))
         self.ledger.update_run(
             self.run_id, status="done", stop_reason=stop_reason, result=card or None
         )
@@ -424,15 +434,15 @@ class Search:
         items' results when the branch began, else none.
         space: the one to look from; by default every vector is in the space that it was made in.
         """
-        history = self.ledger.history(self.run_id, up_to)
+        history = self.book.history(up_to)
         if any(o.prior for o in history):
             constrained = self.config.search.constraints
-            known = self.ledger.candidates(self.run_id, up_to=up_to) if constrained else []
+            known = self.book.candidates(up_to=up_to) if constrained else []
             history = comparable(history, self._score_now, self.floors(known))
         history = penalised(history, self.taskset.objectives)
         history = [o if o.space else replace(o, space=self.space.key) for o in history]
         if self.config.search.shadow:
-            first = first_generation(self.ledger.candidates(self.run_id, up_to=up_to))
+            first = first_generation(self.book.candidates(up_to=up_to))
             history = heard(history, first, shadow=shadow)
         if space is None:
             return history
@@ -461,22 +471,21 @@ class Search:
 
     def _judged(self) -> list[Candidate]:
         """All candidates, their violations brought up to date."""
-        candidates = self.ledger.candidates(self.run_id)
+        candidates = self.book.candidates()
         if not self.config.search.constraints:
             return candidates
         bounds = self.floors(candidates)
         found = {(c.generation, c.slot): violation(bounds, dict(c.tasks)) for c in candidates}
-        self.ledger.save_violations(self.run_id, found)
-        return self.ledger.candidates(self.run_id)
+        self.book.save_violations(found)
+        return self.book.candidates()
 
     def best_before(self, candidate: Candidate) -> Candidate | None:
         """The incumbent of its generation and arm, whatever of that generation is scored."""
-        found = self.ledger.candidates(self.run_id, up_to=candidate.generation - 1)
+        found = self.book.candidates(up_to=candidate.generation - 1)
         return incumbent(arm_of(found, shadow=candidate.operator == SHADOW))
 
     def _save_loser(self, candidate: Candidate, lost: Lost, seconds: float) -> None:
-        self.ledger.save_evaluation(
-            self.run_id,
+        self.book.save_evaluation(
             (candidate.generation, candidate.slot),
             score=None,
             reused=not seconds,
@@ -486,7 +495,7 @@ class Search:
             results=lost.answers.paid,
             lost=(lost.estimate, lost.rung, lost.share),
         )
-        stored = self.ledger.candidate(self.run_id, candidate.generation, candidate.slot)
+        stored = self.book.candidate(candidate.generation, candidate.slot)
         self.emit(self._candidate_event(stored))
 
     def _slope(
@@ -512,8 +521,17 @@ class Search:
         return (key, kept, unit), seconds
 
     def item_results(self, recipe_hash: str, part: Part = "search") -> dict[ItemRef, ItemResult]:
-        """What the ledger knows of a recipe's items, without paying for anything."""
-        return self.scoring.known(recipe_hash, part)
+        """What the ledger knows of a recipe's items, without paying for anything.
+
+        Not to be changed: the last few that are whole are kept, the incumbent's above all.
+        """
+        key = (recipe_hash, part)
+        found = self._items.pop(key, None) or self.scoring.known(recipe_hash, part)
+        if len(found) == len(set(self.taskset.refs(part))):
+            self._items[key] = found
+            if len(self._items) > KEPT_RESULTS:
+                self._items.popitem(last=False)
+        return found
 
     def confirm(self, candidate: Candidate) -> dict[ItemRef, ItemResult]:
         """Sealed items' results of a candidate, paid for once and kept.
@@ -550,9 +568,9 @@ class Search:
 
         Items that tools asked beside candidates are parts of evaluations.
         """
-        found = self.ledger.candidates(self.run_id, up_to=up_to)
+        found = self.book.candidates(up_to=up_to)
         budget = self.config.budget
-        probed = self.ledger.probe_totals(self.run_id, None if up_to is None else up_to - 1)
+        probed = self.book.probe_totals(None if up_to is None else up_to - 1)
         used = evaluations(found) + sum(c.cost for c in found if c.state == "open" and not c.prior)
         used += probed["items"] / self._items_each
         left = budget.max_evaluations - used
@@ -642,7 +660,7 @@ class Search:
     @property
     def _no_slope(self) -> bool:
         """Whether the last gradients that were asked never came: none is asked any more."""
-        found = self.ledger.candidates(self.run_id)
+        found = self.book.candidates()
         asked = [c for c in found if c.want == "gradient" and c.state == "scored" and not c.prior]
         last = asked[-FRUITLESS_GRADIENTS:]
         return len(last) == FRUITLESS_GRADIENTS and all(c.gradient is None for c in last)
@@ -678,7 +696,7 @@ class Search:
                 failure = str(error)
                 text, recipe_hash = proposal.recipe or "", f"refused-{generation}-{len(rows)}"
             rows.append((proposal, recipe_hash, text, failure))
-        self.ledger.add_candidates(self.run_id, generation, rows)
+        self.book.add_candidates(generation, rows)
 
     # --- small things -----------------------------------------------------------------------
 
@@ -692,11 +710,14 @@ class Search:
     def _write_best(self, best: Candidate) -> None:
         """best.yml, replaced in one step: it is whole at every moment."""
         path = self.run_dir / "best.yml"
+        if best.recipe_hash == self._written and path.exists():
+            return
         text = self.ledger.recipe(best.recipe_hash, self.run_id)
         try:
             write_at_once(path, text)
         except OSError as error:
             raise RunFailed(f"{path} cannot be written: {error}; mend that, then resume") from error
+        self._written = best.recipe_hash
 
     def _candidate_event(self, candidate: Candidate) -> dict[str, Any]:
         return {

@@ -10,7 +10,7 @@ candidate. All of this is a fold over the moves and candidates in the ledger; it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from agentmerge.agents.schemas import StructuralMove
 from agentmerge.config import GenomeConfig
 from agentmerge.errors import ConfigError, UserError
 from agentmerge.genome import SearchSpace, short_name
-from agentmerge.ledger import Candidate, Ledger
+from agentmerge.ledger import Candidate
 from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
 from agentmerge.strategies.base import CARRIED, SHADOW, Observation, Proposal
@@ -72,15 +72,16 @@ class Standing:
         return next((space for space in self.spaces if space.key == key), self.spaces[0])
 
 
-def openings(ledger: Ledger, run_id: str) -> list[Opening]:
-    """The moves that were decided, in order."""
+def openings(words: Iterable[Mapping[str, Any]]) -> list[Opening]:
+    """The moves that were decided, in order. words: a run's advice, ``STRUCTURE``'s among it."""
     return [
         Opening(
             word["generation"],
             StructuralMove(**word["guidance"]["structural_move"]),
             word["failure"],
         )
-        for word in ledger.advice(run_id, role=STRUCTURE)
+        for word in words
+        if word["role"] == STRUCTURE
     ]
 
 

@@ -128,9 +128,9 @@ def _tool(
             answer = json.dumps(function(search, **given, **fixed))
         except (UserError, CandidateFailed, NotBegun) as error:
             said = shortened(str(error))
-            search.ledger.save_probe(search.run_id, name, given, said, generation=at)
+            search.book.save_probe(name, given, said, generation=at)
             raise ToolException(said) from None
-        search.ledger.save_probe(search.run_id, name, given, answer, generation=at)
+        search.book.save_probe(name, given, answer, generation=at)
         return answer
 
     async def acall(**given: Any) -> str:

@@ -61,7 +61,8 @@ def forecasts(
             by_generation.setdefault(entry.generation, []).append(entry)
     found = []
     for word in advice:
-        if word["role"] != "proposer":
+        said = word["guidance"]
+        if word["role"] != "proposer" or not _foretold(said):
             continue
         guidance = Guidance.from_json(word["guidance"])
         tried = by_generation.get(word["generation"] + 1, [])
@@ -104,3 +105,8 @@ def _ranks(values: Sequence[float]) -> list[float]:
     """Ranks from 1; equal values share their mean rank."""
     ordered = sorted(values)
     return [ordered.index(v) + (ordered.count(v) + 1) / 2 for v in values]
+
+
+def _foretold(said: Mapping[str, Any]) -> bool:
+    """Whether a word holds a forecast; most do not, and to read them takes time."""
+    return said.get("expected_score") is not None or bool(said.get("forecasts"))

@@ -95,6 +95,11 @@ class Candidates(Items, Gradients):
         )
         return [_candidate(row) for row in rows]
 
+    def open_count(self, run_id: str) -> int:
+        """How many candidates are still to be scored."""
+        sql = "SELECT count(*) FROM candidates WHERE run_id = ? AND state = 'open'"
+        return int(self._rows(sql, run_id)[0][0])
+
     def candidate(self, run_id: str, generation: int, slot: int) -> Candidate:
         for found in self.candidates(run_id, generation, slot=slot):
             return found
@@ -103,11 +108,7 @@ class Candidates(Items, Gradients):
     def history(self, run_id: str, up_to: int | None = None) -> list[Observation]:
         """Everything that was scored, stopped or failed, ordered by (generation, slot)."""
         found = self.candidates(run_id, up_to=up_to)
-        return [
-            c.observation()
-            for c in found
-            if c.state != "open" and (c.score is not None or c.estimate is not None or c.failure)
-        ]
+        return [c.observation() for c in found if c.told]
 
     def recipe(self, recipe_hash: str, run_id: str = "") -> str:
         """As mergekit YAML, with a run's own names for its models where others differ."""

@@ -61,6 +61,12 @@ class Candidate:
         return (self.twin is None) * self.share + GRADIENT_COST * differentiated
 
     @property
+    def told(self) -> bool:
+        """Whether strategies are told of it: it was scored, stopped or failed."""
+        known = self.score is not None or self.estimate is not None or bool(self.failure)
+        return known and self.state != "open"
+
+    @property
     def rank(self) -> tuple[float, float, int, int]:
         """Of scored ones the smallest is the best: fewer faults, more score, earlier."""
         return self.violation, -(self.score or 0.0), self.generation, self.slot

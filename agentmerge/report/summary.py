@@ -10,7 +10,7 @@ from agentmerge.errors import NotFound
 from agentmerge.lease import Lease
 from agentmerge.ledger import Candidate, Ledger, RunRow
 from agentmerge.session import CHECKPOINTS
-from agentmerge.structure import openings
+from agentmerge.structure import STRUCTURE, openings
 
 #: Failed candidates that a summary lists; the ledger has them all.
 MAX_FAILURES = 10
@@ -57,7 +57,7 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
         ],
         "structure": [
             {"generation": o.generation, "move": o.move.sentence, "refusal": o.refusal}
-            for o in openings(ledger, row.id)
+            for o in openings(ledger.advice(row.id, role=STRUCTURE))
         ],
         "warnings": row.facts.get("warnings", []),
         "final": row.result,

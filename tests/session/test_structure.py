@@ -52,7 +52,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 def moves_of(runs_dir: Path, name: str) -> tuple[list[Opening], list[Candidate]]:
     with Ledger(runs_dir / session.LEDGER) as ledger:
         row = ledger.run(name)
-        return openings(ledger, row.id), ledger.candidates(row.id)
+        return openings(ledger.advice(row.id)), ledger.candidates(row.id)
 
 
 @pytest.mark.parametrize("algorithm", ["llm_evo", "auto", "cma_es"])

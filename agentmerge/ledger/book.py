@@ -1,0 +1,174 @@
+"""One run's candidates and words in memory: read once, written through.
+
+A search asks for all of its past several times a generation, and to decode it each time cost more
+than the search. Nobody else writes a run whose lease is held, so what was read stays true; what is
+written goes to the ledger first, and the rows that it changed are read back. Reading commands,
+which hold no lease, ask the ledger.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from agentmerge.errors import NotFound
+from agentmerge.ledger import Candidate, Ledger
+from agentmerge.strategies.base import Observation, Proposal
+
+Place = tuple[int, int]
+
+
+class Book:
+    """Answers as the ledger does for one run; safe to share between threads.
+
+    It is read when it is first asked, so whatever a run begins with has to be written before.
+    """
+
+    def __init__(self, ledger: Ledger, run_id: str) -> None:
+        self._ledger, self._run_id = ledger, run_id
+        self._lock = threading.RLock()
+        self._read = False
+        self._places: list[Place] = []
+        self._rows: list[Candidate] = []
+        self._history: list[Observation | None] = []
+        self._twins: dict[Place, list[Place]] = defaultdict(list)
+        self._words: dict[int, dict[str, dict[str, Any]]] = {}
+        self._probed: dict[int | None, dict[str, int]] = {}
+
+    # --- candidates -------------------------------------------------------------------------
+
+    def candidates(
+        self, generation: int | None = None, up_to: int | None = None
+    ) -> list[Candidate]:
+        """Candidates ordered by (generation, slot); a twin carries its first one's result."""
+        with self._open():
+            if generation is not None:
+                return self._rows[self._before(generation) : self._before(generation + 1)]
+            return self._rows[: None if up_to is None else self._before(up_to + 1)]
+
+    def find(self, generation: int, slot: int) -> Candidate | None:
+        with self._open():
+            at = bisect_left(self._places, (generation, slot))
+            found = self._places[at : at + 1] == [(generation, slot)]
+            return self._rows[at] if found else None
+
+    def candidate(self, generation: int, slot: int) -> Candidate:
+        found = self.find(generation, slot)
+        if found is None:
+            raise NotFound(f"no candidate {generation}.{slot} in this run")
+        return found
+
+    def history(self, up_to: int | None = None) -> list[Observation]:
+        """Everything that was scored, stopped or failed, ordered by (generation, slot)."""
+        with self._open():
+            end = None if up_to is None else self._before(up_to + 1)
+            return [o for o in self._history[:end] if o is not None]
+
+    def add_candidates(
+        self,
+        generation: int,
+        proposals: Sequence[tuple[Proposal, str, str, str]],
+        first_slot: int = 0,
+    ) -> None:
+        """As ``Ledger.add_candidates``."""
+        self._ledger.add_candidates(self._run_id, generation, proposals, first_slot)
+        self._read_back((generation, first_slot + n) for n in range(len(proposals)))
+
+    def save_evaluation(self, place: Place, *, score: float | None, **paid: Any) -> None:
+        """As ``Ledger.save_evaluation``."""
+        self._ledger.save_evaluation(self._run_id, place, score=score, **paid)
+        with self._open():
+            self._read_back([place, *self._twins.get(place, ())])
+
+    def save_violations(self, found: Mapping[Place, float]) -> None:
+        """What candidates, by (generation, slot), lack to their constraints."""
+        with self._open():
+            changed = {
+                at: value for at, value in found.items() if self.candidate(*at).violation != value
+            }
+            if changed:
+                self._ledger.save_violations(self._run_id, changed)
+                twins = [twin for at in changed for twin in self._twins.get(at, ())]
+                self._read_back(dict.fromkeys([*changed, *twins]))
+
+    # --- words ------------------------------------------------------------------------------
+
+    def advice(
+        self, generation: int | None = None, role: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Every agent's word, ordered by (generation, role): {generation, role, ...body}."""
+        with self._open():
+            said = self._words if generation is None else {generation}
+            words = (self._words.get(at, {}) for at in sorted(said))
+            return [w for by in words for name, w in sorted(by.items()) if role in (None, name)]
+
+    def save_advice(self, generation: int, role: str, body: Mapping[str, Any]) -> None:
+        """The first word of a role on a generation stays."""
+        self._ledger.save_advice(self._run_id, generation, role, body)
+        with self._open():
+            self._hear({"generation": generation, "role": role} | json.loads(json.dumps(body)))
+
+    def probe_totals(self, up_to: int | None = None) -> dict[str, int]:
+        """{calls, items}; up_to: of no later generation."""
+        with self._lock:
+            if up_to not in self._probed:
+                self._probed[up_to] = self._ledger.probe_totals(self._run_id, up_to)
+            return self._probed[up_to]
+
+    def save_probe(self, *call: Any, **more: Any) -> None:
+        """As ``Ledger.save_probe``."""
+        with self._lock:
+            self._probed.clear()
+            self._ledger.save_probe(self._run_id, *call, **more)
+
+    # --- what is read -----------------------------------------------------------------------
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """Under the lock, with everything read."""
+        with self._lock:
+            if not self._read:
+                self._places, self._rows, self._history = [], [], []
+                self._twins.clear()
+                self._words.clear()
+                for word in self._ledger.advice(self._run_id):
+                    self._hear(word)
+                self._take(self._ledger.candidates(self._run_id))
+                self._read = True
+            yield
+
+    def _before(self, generation: int) -> int:
+        """How many candidates are of an earlier generation."""
+        return bisect_left(self._places, (generation, -1))
+
+    def _read_back(self, places: Iterable[Place]) -> None:
+        """What the ledger holds of candidates by now; where it cannot be read, nothing is held."""
+        with self._open():
+            try:
+                for generation, slot in places:
+                    self._take(self._ledger.candidates(self._run_id, generation, slot=slot))
+            except BaseException:
+                self._read = False
+                raise
+
+    def _hear(self, word: dict[str, Any]) -> None:
+        self._words.setdefault(word["generation"], {}).setdefault(word["role"], word)
+
+    def _take(self, found: Sequence[Candidate]) -> None:
+        for candidate in found:
+            place = (candidate.generation, candidate.slot)
+            observed = candidate.observation() if candidate.told else None
+            at = bisect_left(self._places, place)
+            if self._places[at : at + 1] == [place]:
+                self._rows[at], self._history[at] = candidate, observed
+                continue
+            self._places.insert(at, place)
+            self._rows.insert(at, candidate)
+            self._history.insert(at, observed)
+            if candidate.twin is not None:
+                self._twins[candidate.twin].append(place)
