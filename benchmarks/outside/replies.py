@@ -23,6 +23,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ MOST_CPU_S, MOST_S, MOST_MB = 15.0, 90.0, 400.0
 #: Of this many replies as many are broken as `BROKEN` says.
 BROKEN = 0.7
 EVALUATIONS, AGAIN = 20, 26
+#: From so many draws on they are spread over processes.
+MANY = 100
 #: The commands that read a search; one is tried in each draw.
 READING = (["list"], ["show", "a", "--json"], ["show", "a"], ["watch", "a"], ["report", "a"],
            ["tree"], ["replay", "a"])  # fmt: skip
@@ -94,18 +98,33 @@ def good(body: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 
 def main(draws: int, seed: int) -> Tally:
+    """Many draws are spread over processes: half of a draw is waiting."""
     tally = Tally()
-    os.environ.setdefault("OPENAI_API_KEY", "sk-none-000000")
-    logging.disable(logging.CRITICAL)
-    for number in range(draws):
-        one(number, seed, tally)
-        if number % 50 == 49:
-            print(f"{number + 1} draws, {tally.bad} bad", file=sys.stderr, flush=True)
+    if draws < MANY:
+        _begin()
+        found = map(partial(one, seed=seed), range(draws))
+        for drawn in found:
+            tally.merge(drawn)
+        logging.disable(logging.NOTSET)
+        return tally
+    jobs = 2 * (os.cpu_count() or 1)
+    # A process ends after so many: the search's libraries keep some of what they allocate.
+    with get_context("spawn").Pool(jobs, _begin, maxtasksperchild=100) as pool:
+        for done, drawn in enumerate(pool.imap_unordered(partial(one, seed=seed), range(draws)), 1):
+            tally.merge(drawn)
+            if done % 50 == 0:
+                print(f"{done} draws, {tally.bad} bad", file=sys.stderr, flush=True)
     return tally
 
 
-def one(number: int, seed: int, tally: Tally) -> None:
+def _begin() -> None:
+    os.environ.setdefault("OPENAI_API_KEY", "sk-none-000000")
+    logging.disable(logging.CRITICAL)
+
+
+def one(number: int, seed: int) -> Tally:
     """One draw, by its own random numbers: draw 17 is the same whatever was before it."""
+    tally = Tally()
     rng = random.Random(f"{seed}.{number}")
     kind = rng.choice([*KINDS])
     well = False
@@ -128,11 +147,11 @@ def one(number: int, seed: int, tally: Tally) -> None:
             row = session.run(config_of(server, rng, kind), name="a", runs_dir=runs)
         except Exception as error:
             tally.add(kind, "unexpected", f"{note}: {type(error).__name__} {error}"[:400])
-            return
+            return tally
         took = (time.process_time() - cpu_s, time.monotonic() - began, peak_mb() - before)
         if any(t > most for t, most in zip(took, (MOST_CPU_S, MOST_S, MOST_MB), strict=True)):
             tally.add(kind, "over bounds", f"{note}: CPU s, s, MB: {took}")
-            return
+            return tally
         end = ending(runs, row.id, row.stop_reason)
         well = True
         fault = mended(runs, row.stop_reason, rng.choice(READING))
@@ -140,6 +159,7 @@ def one(number: int, seed: int, tally: Tally) -> None:
             tally.add(kind, "not mended", f"{note}: {fault}"[:400])
         else:
             tally.add(kind, end)
+    return tally
 
 
 def ending(runs: Path, run_id: str, stop: str) -> str:

@@ -22,6 +22,11 @@ class Tally:
         if ending in BAD:
             self.notes.append(f"{kind}: {ending}: {note}")
 
+    def merge(self, other: Tally) -> None:
+        for kind, ended in other.counts.items():
+            self.counts.setdefault(kind, Counter()).update(ended)
+        self.notes += other.notes
+
     @property
     def bad(self) -> int:
         return sum(ended[ending] for ended in self.counts.values() for ending in BAD)
