@@ -122,11 +122,15 @@ def _begin() -> None:
     logging.disable(logging.CRITICAL)
 
 
-def one(number: int, seed: int) -> Tally:
-    """One draw, by its own random numbers: draw 17 is the same whatever was before it."""
+def one(number: int, seed: int, kind: str | None = None) -> Tally:
+    """One draw, by its own random numbers: draw 17 is the same whatever was before it.
+
+    kind: of KINDS; by default one that is drawn.
+    """
     tally = Tally()
     rng = random.Random(f"{seed}.{number}")
-    kind = rng.choice([*KINDS])
+    drawn = rng.choice([*KINDS])
+    kind = kind or drawn
     well = False
 
     def answer(body: dict[str, Any]) -> Said:
