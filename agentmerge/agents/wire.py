@@ -8,6 +8,7 @@ are as they were. Knows no provider's protocol and nothing of what is asked.
 from __future__ import annotations
 
 import contextvars
+import inspect
 import io
 import queue
 import socket
@@ -103,7 +104,8 @@ def bind(chat: Any) -> None:
 
 def _clients(holder: Any, depth: int) -> Iterator[Any]:
     if isinstance(getattr(holder, "event_hooks", None), dict):
-        yield holder
+        if not inspect.iscoroutinefunction(holder.send):  # what is asked here is asked in a thread
+            yield holder
         return
     for name in ("client", "_client", "transport", "_session"):
         inner = None
@@ -135,7 +137,9 @@ def _before(request: Any) -> None:
 
     def trace(event: str, info: dict[str, Any]) -> None:
         if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
-            exchange.opened(info["return_value"].get_extra_info("socket"))
+            connection = info["return_value"].get_extra_info("socket")
+            if connection is not None:
+                exchange.opened(connection)
         if traced is not None:
             traced(event, info)
 

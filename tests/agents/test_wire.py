@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from agentmerge.agents import wire
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.providers import resolve_model
 from agentmerge.agents.schemas import Bounds, ControllerReply, json_schema, parse_reply
 from agentmerge.agents.testing import Fault, ScriptedServer
+from agentmerge.agents.wire import bind
 from agentmerge.errors import ModelReplyError
 
 KEY = "sk-canary-11aa0b3c"
@@ -93,6 +95,26 @@ def test_a_prompt_is_not_taken_to_another_host(provider: str) -> None:
             ask(model_of(provider, server))
         assert other.requests == []
     assert KEY not in str(failed.value)
+
+
+def test_clients_of_others_are_as_they_were() -> None:
+    """The hooks are for calls of ours; an asynchronous client could not call them at all."""
+    import httpx
+
+    class Holder:
+        client = httpx.AsyncClient()
+
+    bind(Holder())
+    assert Holder.client.event_hooks == {"request": [], "response": []}
+    chat: Any = resolve_model("openai:m", base_url="http://127.0.0.1:9/v1")
+    bind(chat)
+    bind(chat)
+    (client,) = {id(client): client for client in wire._clients(chat, 4)}.values()
+    assert len(client.event_hooks["request"]) == len(client.event_hooks["response"]) == 1
+    request = client.build_request("GET", "http://127.0.0.1:9/")
+    client.event_hooks["request"][0](request)
+    assert "trace" not in request.extensions
+    assert request.headers["Connection"] == "keep-alive"
 
 
 def test_a_redirect_within_the_server_is_followed() -> None:
