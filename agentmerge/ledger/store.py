@@ -122,12 +122,13 @@ class Store:
         """Safe to call twice.
 
         Raises:
-            LedgerError: the file is no more at its path, and this is the first that says so.
+            LedgerError: the file is no more at its path. Said at the end too, since whoever wrote
+                may not have been heard.
         """
         with self._lock:
-            gone = self._saved is None and is_elsewhere(self.path, self._file)
+            gone = is_elsewhere(self.path, self._file)
             self._file = None
-            if gone:
+            if gone and self._saved is None:
                 self._save_elsewhere()
             self._conn.close()
             if self._copy is not None:
