@@ -1,17 +1,21 @@
 """CMA-ES (Hansen, arXiv 1604.00772) through the package ``cma``, rebuilt from history each time.
 
-Every call replays the whole search: the same asks with the same injected random numbers, then the
-scores that came back. Only full populations of the present size are told, failures as worse than
-the worst; a generation that the budget cut short is asked and not told. Starts at the best point
-that was known before its first own generation. A user's population is the one that is asked for,
-but of one: asked for one at a time, it collects its default population over as many generations.
-Advice from agents is not used here (``llm_evo`` is the strategy that follows it).
+A call replays the whole search: the same asks with the same injected random numbers, then the
+scores that came back. An engine that has played a beginning of it in this process goes on from
+there, which gives the same numbers sooner. Only full populations of the present size are told,
+failures as worse than the worst; a generation that the budget cut short is asked and not told.
+Starts at the best point that was known before its first own generation. A user's population is the
+one that is asked for, but of one: asked for one at a time, it collects its default population over
+as many generations. Advice from agents is not used here (``llm_evo`` is the strategy that follows
+it).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +32,11 @@ from agentmerge.strategies.base import (
 )
 
 SIGMA0 = 1 / 6
+#: Engines that are kept to go on from.
+KEPT = 8
+
+#: The generation that was asked, and the costs that were told of it, if any were.
+Step = tuple[int, list[float] | None]
 
 
 class CmaEs:
@@ -74,14 +83,64 @@ class CmaEs:
         told = {g: found for g, found in own.items() if g >= first}
         start = fittest([o for o in history if o.generation < first], 1)
         x0 = start[0].vector if start and start[0].vector else (0.5,) * space.dimensions
-        engine, feed = _engine(x0, self.sigma0, size)
-        for past, population in sorted(told.items()):
-            feed(rng_for(past, 0, "cma"))
-            asked = engine.ask()
-            if len(population) == size and any(o.score is not None for o in population):
-                engine.tell(asked, _costs(population))
-        feed(rng_for(generation, 0, "cma"))
-        return [tuple(float(x) for x in point[: space.dimensions]) for point in engine.ask()]
+        steps = [
+            (past, _costs(population) if len(population) == size else None)
+            for past, population in sorted(told.items())
+        ]
+        points = _played((x0, self.sigma0, size), rng_for, steps, generation)
+        return [tuple(float(x) for x in point[: space.dimensions]) for point in points]
+
+
+@dataclass
+class _Play:
+    """An engine and what it did so far: asked and told ``steps``, then asked ``generation``, which
+    gave ``points``."""
+
+    engine: Any
+    feed: Callable[[np.random.Generator], None]
+    steps: list[Step]
+    generation: int | None = None
+    points: Sequence[np.ndarray] = ()
+
+    def leads_to(self, steps: list[Step], generation: int) -> bool:
+        """Whether what it did is how these steps begin."""
+        done = len(self.steps)
+        coming = steps[done][0] if done < len(steps) else generation
+        return self.steps == steps[:done] and self.generation in (None, coming)
+
+    def ask(self, rng_for: RngFor, generation: int) -> None:
+        if self.generation is None:
+            self.feed(rng_for(generation, 0, "cma"))
+            self.generation, self.points = generation, self.engine.ask()
+
+    def tell(self, step: Step) -> None:
+        if step[1] is not None:
+            self.engine.tell(self.points, step[1])
+        self.steps.append(step)
+        self.generation = None
+
+
+#: Engines by what they began with; each is taken out while it plays.
+_plays: OrderedDict[Any, _Play] = OrderedDict()
+
+
+def _played(
+    begin: tuple[tuple[float, ...], float, int], rng_for: RngFor, steps: list[Step], generation: int
+) -> Sequence[np.ndarray]:
+    """The points of a generation after these steps."""
+    key = (begin, repr(rng_for(0, 0, "cma").bit_generator.state))  # which says the run's seed
+    play = _plays.pop(key, None)
+    if play is None or not play.leads_to(steps, generation):
+        play = _Play(*_engine(*begin), steps=[])
+    for step in steps[len(play.steps) :]:
+        play.ask(rng_for, step[0])
+        play.tell(step)
+    play.ask(rng_for, generation)
+    points = play.points
+    _plays[key] = play
+    if len(_plays) > KEPT:
+        _plays.popitem(last=False)
+    return points
 
 
 def _populations(history: Sequence[Observation], name: str) -> dict[int, list[Observation]]:
@@ -133,8 +192,11 @@ def _engine(x0: tuple[float, ...], sigma0: float, size: int) -> tuple[Any, Any]:
     return engine, current.append
 
 
-def _costs(population: Sequence[Observation]) -> list[float]:
+def _costs(population: Sequence[Observation]) -> list[float] | None:
+    """What a population is told; None where all of it failed."""
     known = [-o.score for o in population if o.score is not None]
+    if not known:
+        return None
     penalty = max(known) + (max(known) - min(known)) + 1e-9
     return [penalty if o.score is None else -o.score for o in population]
 
