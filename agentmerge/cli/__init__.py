@@ -9,9 +9,10 @@ import threading
 
 def main() -> None:
     """Run a command; every error is one line, exit code 2 for the user's and 1 for a failed run."""
-    from agentmerge.cli.terminal import open_standard_streams
+    from agentmerge.cli.terminal import interruptible, open_standard_streams
 
     open_standard_streams()
+    interruptible()
     from agentmerge.cli.app import run_app
 
     code = run_app(sys.argv[1:])

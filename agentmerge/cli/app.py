@@ -26,7 +26,7 @@ from agentmerge.cli import (
     starting,
     watching,
 )
-from agentmerge.cli.terminal import failed, forsake_stdout
+from agentmerge.cli.terminal import Interrupted, failed, forsake_stdout
 
 #: What is said of a file that has no room, or a device that is gone.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -81,7 +81,7 @@ def run_app(arguments: list[str]) -> int:
         return result if isinstance(result, int) else 0
     except AgentmergeError as error:
         return failed(str(error), error.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt, Interrupted):
         return failed("stopped; everything scored is saved", 130)
     except BrokenPipeError:  # `agentmerge ... | head`
         forsake_stdout()

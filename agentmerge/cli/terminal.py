@@ -55,6 +55,20 @@ def forsake_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class Interrupted(BaseException):
+    """Ctrl-C in a command that has nothing to save; typer ends on Python's own without a word."""
+
+
+def interruptible() -> None:
+    """Ctrl-C raises ``Interrupted``, except where this was started to hear none."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise Interrupted
+
+
 def show_result(value: Any, as_json: bool, text: str | None = None) -> None:
     """The value as JSON, or its text where there is one and JSON was not asked for."""
     print(json.dumps(value, indent=2) if as_json or text is None else text)

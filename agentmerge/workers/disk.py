@@ -10,6 +10,7 @@ checkpoints go until they are scored; by default the system's temporary director
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -132,7 +133,8 @@ class DiskWorker:
             input=pickle.dumps(task),
             capture_output=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-            start_new_session=True,  # Ctrl-C drains the search, not its workers
+            # Ctrl-C drains the search, not its workers; one that is ended takes this with it.
+            start_new_session=multiprocessing.parent_process() is None,
         )
         if done.returncode != 0 or not answer.exists():
             said = done.stderr.decode(errors="replace").strip().splitlines()[-3:]

@@ -90,8 +90,8 @@ def engine_args(spec: WorkerSpec, longest: int) -> dict[str, Any]:
     ranks = ranks_of(spec)
     if ranks > 1 and multiprocessing.current_process().daemon:
         raise UserError(
-            f"worker.engine_args.tensor_parallel_size {ranks} needs worker.count 1: a worker's own "
-            "process may start no others"
+            f"worker.engine_args.tensor_parallel_size {ranks} needs worker.count 1 and no "
+            "worker.timeout_s: a worker's own process may start no others"
         )
     longest = int(asked.get("max_model_len") or longest)
     args: dict[str, Any] = {

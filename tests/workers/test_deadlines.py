@@ -6,17 +6,19 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import tiny
 from test_contract import recipe
 from test_pool import REFS, expected, spec
 
 from agentmerge.errors import NotBegun, NoWorker, WorkerLost
 from agentmerge.workers import places, pool
 from agentmerge.workers.places import Deadlines
-from agentmerge.workers.pool import Pool
+from agentmerge.workers.pool import Pool, worker_class
 
 HANGS = {"hang_when": "max_weight>0.9"}
 
@@ -121,3 +123,45 @@ def test_whoever_is_interrupted_while_waiting_leaves_no_worker() -> None:
         with pytest.raises(KeyboardInterrupt):
             tried.evaluate(recipe(0.95, 0.1), REFS)
     assert within(5, lambda: not children())
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit_s"), [("hf", 3.0), pytest.param("disk", 15.0, marks=pytest.mark.slow)]
+)
+def test_a_stopped_worker_with_a_real_model_is_replaced(
+    kind: str, limit_s: float, parents: dict[str, Path], tasks_dir: Path
+) -> None:
+    """With every process that it had started, and the answers are those of one in this process."""
+    config = tiny.tasks_config(tasks_dir, "tiny_choice", "tiny_text", limit=30)
+    given = tiny.spec(parents, config, kind=kind, options={"base": "base"})
+    refs = worker_class(given).tasks(given).refs()
+    with Pool(given) as here:
+        alone = here.evaluate(recipe(0.9, 0.2), refs)[:2]
+    deadlines = Deadlines(asked_s=600.0)
+    with Pool(given, deadlines=deadlines) as tried:
+        assert tried.evaluate(recipe(0.9, 0.2), refs)[:2] == alone
+        (worker,) = children()
+        hold(kind, worker, tried)
+        deadlines.asked_s = limit_s
+        threading.Timer(limit_s - 1, setattr, [deadlines, "asked_s", 600.0]).start()
+        assert tried.evaluate(recipe(0.9, 0.2), refs)[:2] == alone
+        assert not worker.is_running()
+    assert within(5, lambda: not evaluations())
+
+
+def hold(kind: str, worker: psutil.Process, tried: Pool) -> None:
+    """Stop the worker, or what scores for it, once that is there."""
+    if kind == "hf":
+        worker.suspend()
+        return
+
+    def stop() -> None:
+        if within(60, evaluations):
+            evaluations()[0].suspend()
+
+    threading.Thread(target=stop).start()
+
+
+def evaluations() -> list[psutil.Process]:
+    found = psutil.Process().children(recursive=True)
+    return [child for child in found if "disk_eval" in str(child.cmdline())]

@@ -229,3 +229,21 @@ def test_a_search_on_real_models_is_answered_while_they_load(
     session.run(config, name="a", runs_dir=tmp_path / "calm")
     mine, calm = trace_of(runs, "a"), trace_of(tmp_path / "calm", "a")
     assert mine["candidates"] == calm["candidates"], "a process of its own answers the same"
+
+
+def test_another_command_ends_with_the_first(tmp_path: Path) -> None:
+    """There is nothing to save: nobody waits for the worker, which is given up."""
+    path, recipe = tmp_path / "config.yml", tmp_path / "recipe.yml"
+    path.write_text(config_text())
+    recipe.write_text(
+        "merge_method: task_arithmetic\nbase_model: base\ndtype: float32\nmodels:\n"
+        "- {model: north, parameters: {weight: 0.5}}\n"
+    )
+    line = ["evaluate", recipe, "--config", path, "--runs-dir", tmp_path / "runs"]
+    with started("-c", PROGRAM, "scoring", *line) as process:
+        said = Lines(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGINT)
+        said.until("stopped; everything scored is saved", ANSWER_S)
+        assert process.wait(ANSWER_S) == 130
