@@ -24,6 +24,7 @@ from agentmerge.config import Role, SearchConfig
 from agentmerge.errors import AgentmergeError, NotFound, UserError
 from agentmerge.ledger import Ledger, ResultKey, RunRow
 from agentmerge.ledger.store import SAVED
+from agentmerge.redaction import redacted, revealed
 from agentmerge.steps import Emit, Search
 from agentmerge.structure import STRUCTURE
 from agentmerge.temporary import write_at_once
@@ -97,13 +98,19 @@ def assembled(
 def resource_faults(
     config: SearchConfig, ready: Mapping[Role, Any] | None = None, *, run_code: bool = True
 ) -> list[str]:
-    """What is wrong with models, prompts and graph: found out before a run is written down.
+    """What is wrong with models, secrets, prompts and graph: found out before a run is written
+    down.
 
     run_code: False only looks for a graph of the user's own, which is code.
     """
     from agentmerge.agents.prompts import load_prompts
 
     faults = []
+    for key in ("options", "engine_args"):
+        try:
+            revealed(getattr(config.worker, key), f"worker.{key}")
+        except UserError as error:
+            faults.append(str(error))
     try:
         if not _models(config, ready) and config.search.shadow:
             faults.append(
@@ -165,7 +172,7 @@ def new_row(
         parent_generation=parent[1] if parent else None,
         facts=prepared.facts()
         | {"arithmetic": arithmetic()}
-        | ({"warnings": warnings} if warnings else {}),
+        | ({"warnings": redacted(warnings)} if warnings else {}),
         result=None,
     )
 
@@ -467,6 +474,8 @@ def telling(emit: Emit, log: Any) -> Emit:
     from langgraph.config import get_stream_writer
 
     def tell(event: dict[str, Any]) -> None:
+        named = {"run": event["run"]} if "run" in event else {}  # a name, and a folder's
+        event = redacted(event) | named
         with suppress(OSError, ValueError):
             log.write(json.dumps({"time": round(time.time(), 3)} | event) + "\n")
             log.flush()

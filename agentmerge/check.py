@@ -30,6 +30,7 @@ from agentmerge.genome import SearchSpace
 from agentmerge.ledger import Ledger
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.cancelling import cancelling_notes
+from agentmerge.redaction import redacted, revealed
 from agentmerge.temporary import temporary_folder
 from agentmerge.waits import waiting_for
 from agentmerge.workers.base import OPTIONS, EngineInfo, WorkerSpec
@@ -99,7 +100,7 @@ class Prepared:
             },
             "num_layers": self.space.num_layers,
             "dtype": self.space.dtype,
-            "notes": [*self.notes, *self.taskset.notes],
+            "notes": redacted([*self.notes, *self.taskset.notes]),
             "searched": list(self.searched),
             "objectives": [
                 {
@@ -115,7 +116,7 @@ class Prepared:
                 for o in self.taskset.objectives
             ],
             "engine": asdict(self.engine),
-            "conditions": dict(self.conditions),
+            "conditions": redacted(dict(self.conditions), shapes=False),
         }
 
 
@@ -219,7 +220,7 @@ def all_faults(error: ConfigError, look: Callable[[SearchConfig], object]) -> li
 def named_faults(config: SearchConfig) -> list[str]:
     """Names of workers, strategies and models' providers that nobody knows; imports nothing heavy,
     so that they are told at once."""
-    from agentmerge.agents.providers import split_spec
+    from agentmerge.agents.providers import refuse_unnamed_key, split_spec
 
     faults = []
     for group, name in _named_plugins(config):
@@ -232,6 +233,9 @@ def named_faults(config: SearchConfig) -> list[str]:
         if settings.model not in (None, "none"):
             try:
                 split_spec(str(settings.model), settings.base_url)
+                if settings.base_url and settings.api_key_env is None:
+                    server = revealed(settings.base_url, "base_url")
+                    refuse_unnamed_key(str(settings.model), server)
             except UserError as error:
                 faults.append(str(error))
     return list(dict.fromkeys(faults))

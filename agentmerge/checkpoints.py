@@ -25,6 +25,7 @@ from agentmerge.ledger.identity import (
     is_elsewhere,
 )
 from agentmerge.ledger.journal import journal_mode
+from agentmerge.redaction import redact
 
 # LangGraph reads this once, when it is first imported: an unknown class in a checkpoint file is
 # then data, never code. Our own serializer below is strict even if LangGraph was imported earlier.
@@ -127,6 +128,17 @@ class Saver(SqliteSaver):
         state = begun if isinstance(begun, dict) else values
         run_id = state.get("run_id")
         return run_id if isinstance(run_id, str) else None
+
+    def put_writes(
+        self,
+        config: RunnableConfig,
+        writes: Sequence[tuple[str, Any]],
+        task_id: str,
+        task_path: str = "",
+    ) -> None:
+        """As LangGraph's; of an error that ended a node its text is kept, without secrets."""
+        kept = [(c, redact(repr(v)) if isinstance(v, BaseException) else v) for c, v in writes]
+        super().put_writes(config, kept, task_id, task_path)
 
     def prunable(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> Prunable:
         """What `prune` with the same arguments would remove."""

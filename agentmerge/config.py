@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
@@ -33,6 +34,7 @@ from pydantic import (
 from agentmerge.bounded import read_text
 from agentmerge.errors import ConfigError
 from agentmerge.methods import METHODS, Method, Parameter, divides_by_agreeing
+from agentmerge.redaction import PREFIX, hidden, references
 from agentmerge.yaml_text import misspelt, read_yaml, twice_text
 
 Role = Literal["critic", "controller", "proposer"]
@@ -44,6 +46,8 @@ ADVISED_EVERY = 4
 #: What "today" is in a chat template that prints the date: what one asks may not change overnight.
 #: Llama 3's templates fall back to this day themselves.
 DATE = date(2024, 7, 26)
+#: Whose key a server gets, besides the name of a variable: the provider's own, or nobody's.
+DEFAULT_KEY, NO_KEY = "default", "none"
 #: The chat template of the first expert that has one, chosen in so many words.
 FIRST = "first"
 
@@ -265,12 +269,13 @@ class SearchSettings(_Frozen):
 
 def _server(value: str | None) -> str | None:
     """A server's address, which a misprint would otherwise leave unreached to the end."""
-    if value is None:
-        return None
+    if value is None or re.fullmatch(r"\$\{\w+\}", value):
+        return value
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.hostname or any(map(str.isspace, value)):
         raise ValueError(f"{value!r} is no address of a server; write http://HOST:PORT/v1")
-    return value
+    address: str = hidden(value, "base_url")
+    return address
 
 
 def _named_model(value: str) -> str:
@@ -279,8 +284,18 @@ def _named_model(value: str) -> str:
     return value
 
 
+def _key_variable(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(r"[A-Za-z_]\w*", value):
+        raise ValueError(
+            "it is no name of an environment variable; write the name and not the key, as in "
+            f"OPENAI_API_KEY, or {DEFAULT_KEY}, or {NO_KEY}"
+        )
+    return value
+
+
 ModelName = Annotated[str, AfterValidator(_named_model)]
 BaseUrl = Annotated[str | None, AfterValidator(_server)]
+KeyVariable = Annotated[str | None, AfterValidator(_key_variable)]
 
 
 class RoleSettings(_Frozen):
@@ -288,6 +303,7 @@ class RoleSettings(_Frozen):
 
     model: ModelName | None = None
     base_url: BaseUrl = None
+    api_key_env: KeyVariable = None
     temperature: float | None = Field(None, ge=0)
     timeout_s: float | None = Field(None, gt=0)
     max_retries: int | None = Field(None, ge=0)
@@ -307,6 +323,7 @@ class AgentSettings(_Frozen):
     critic: RoleSettings | None = None
     controller: RoleSettings | None = None
     base_url: BaseUrl = None
+    api_key_env: KeyVariable = None
     temperature: float | None = Field(None, ge=0)
     timeout_s: float = Field(60.0, gt=0)
     max_retries: int = Field(3, ge=0)
@@ -322,8 +339,11 @@ class AgentSettings(_Frozen):
             name: getattr(self, name) for name in RoleSettings.model_fields if name != "model"
         }
         given = {name: value for name, value in own if value is not None}
+        elsewhere = own.base_url not in (None, self.base_url)
         if own.model is not None and own.base_url is None and ":" in own.model:
-            everyone["base_url"] = self.base_url if _same_provider(own.model, self.llm) else None
+            elsewhere = not _same_provider(own.model, self.llm)
+        if elsewhere:  # and a key is named for one server
+            everyone |= {"base_url": None, "api_key_env": None}
         return RoleSettings(**(everyone | given))
 
 
@@ -365,6 +385,12 @@ class WorkerSettings(_Frozen):
     lm_eval_args: LmEvalArgs = LmEvalArgs()
     canary_every: int = Field(50, ge=0)
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("engine_args", "options")
+    @classmethod
+    def _without_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = hidden(value)
+        return found
 
 
 class BudgetSettings(_Frozen):
@@ -475,7 +501,9 @@ class SearchConfig(_Frozen):
             if not isinstance(target, dict):
                 raise ConfigError(f"{source}: {section} must be a mapping, not {target!r}")
             target[key or section] = value
-        return _resolve(raw, source, written.lines, written.twice)
+        _typed_server(raw.get("agents"), overrides or {})
+        config = _resolve(raw, source, written.lines, written.twice)
+        return config.model_copy(update={"notices": (*config.notices, *_secrets(config, text))})
 
     def to_yaml(self) -> str:
         """The config as resolved; ``from_text`` reads it back to an equal object."""
@@ -497,6 +525,43 @@ class SearchConfig(_Frozen):
         for name in _OWN_SECTIONS:
             body[name] = getattr(self, name).model_dump(mode="json", exclude_none=True)
         return yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
+
+
+def _typed_server(agents: Any, overrides: Mapping[str, Any]) -> None:
+    """A server that the user names may have the provider's key; a server of the config only the key
+    that is named for it, there or by the user."""
+    if not isinstance(agents, dict):
+        return
+    if overrides.get("agents.base_url"):
+        if agents.get("api_key_env") in (None, NO_KEY):
+            agents["api_key_env"] = DEFAULT_KEY
+    elif named := overrides.get("agents.api_key_env"):
+        for role in (agents.get(role) for role in ROLES):
+            if isinstance(role, dict) and role.get("base_url"):
+                role.setdefault("api_key_env", named)
+
+
+def _secrets(config: SearchConfig, text: str) -> Iterator[str]:
+    """What a config's owner should know of the secrets in it, and of the keys that it sends."""
+    stored = f"{config.agents} {config.worker}"
+    for name in sorted(references(stored) - references(text)):
+        if name.startswith(PREFIX):
+            yield (
+                f"the config holds a secret, which no file keeps: ${{{name}}} stands in its place, "
+                f"and `resume` and `branch` need it (export {name}=...)"
+            )
+    told = set()
+    for role in ROLES:
+        own = config.agents.settings_for(role)
+        if own.base_url and own.model != "none":
+            sent = {own.api_key_env} - {None, NO_KEY, DEFAULT_KEY} | references(own.base_url)
+            host = urlsplit(own.base_url).hostname or "the server that it names"
+            told |= {
+                f"what the variable {name} holds is sent to {host}"
+                for name in map(str, sent)
+                if not name.startswith(PREFIX)
+            }
+    yield from sorted(told)
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,8 @@ def resume(
     models: Mapping[Role, Any] | None = None,
     answer: bool | None = None,
 ) -> RunRow:
-    """Go on with a search where it stopped; ``overrides`` may raise limits (RESUMABLE).
+    """Go on with a search where it stopped; ``overrides`` may raise limits (RESUMABLE) and name
+    the key that servers of its config may have (``agents.api_key_env``).
 
     answer: to the question that a waiting search asks (``search.approve``). Without one it is left
         waiting.
@@ -128,14 +129,17 @@ def resume(
     runs_dir = existing_runs(runs_dir)
     with Ledger(runs_dir / LEDGER) as ledger:
         row = ledger.run(name)
-        foreign = sorted(set(overrides or {}) - set(RESUMABLE))
+        foreign = sorted(set(overrides or {}) - {*RESUMABLE, "agents.api_key_env"})
         if foreign:
             raise UserError(
                 f"{foreign[0]} cannot change on resume; `agentmerge branch {row.name}` starts a "
                 "search with other settings from any generation"
             )
-        _raised(SearchConfig.from_text(row.config, row.name), overrides or {}, row.name)
+        limits = {key: value for key, value in (overrides or {}).items() if key in RESUMABLE}
+        _raised(SearchConfig.from_text(row.config, row.name), limits, row.name)
         config = SearchConfig.from_text(row.config, row.name, overrides)
+        if faults := resource_faults(config, models):
+            raise UserError("\n".join(faults))
         prepared = prepare(config, allow_benchmarks=True).without(row.facts.get("searched", ()))
         changes = changed_facts(row.facts, prepared.facts())
         if changes:

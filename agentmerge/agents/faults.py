@@ -7,20 +7,19 @@ that no client needs to be imported. What it says of them is safe to show and to
 from __future__ import annotations
 
 import math
-import os
 import re
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 
 from agentmerge.agents.schemas import clean_text
+from agentmerge.redaction import redact
 
 
 class ServerFault(Exception):
     """What no server may do; its text goes on from the model's name, as a `reason` does."""
 
 
-_secrets: set[str] = set()
 _SHAPE_REFUSED = frozenset({400, 415, 422, 501})
 _MAY_PASS = frozenset({408, 409, 429, 500, 502, 503, 504, 529})
 _LOST_CONNECTION = frozenset(
@@ -96,7 +95,10 @@ def reason(error: Exception) -> str:
     status, words = status_of(error), _said(error)
     said = f" ({clean_text(redact(words), _MAX_REASON)})" if words else ""
     if status in (401, 403):
-        return f"refused the key: HTTP {status}{said}; check the key's environment variable"
+        return (
+            f"refused the key: HTTP {status}{said}; check the key's environment variable, and that "
+            "the config names it beside its base_url (agents.api_key_env)"
+        )
     if status is not None:
         return f"answered HTTP {status}{said}"
     if ran_out_of_time(error):
@@ -111,21 +113,3 @@ def _said(error: Exception) -> str:
     body = getattr(error, "body", None)
     said = body.get("message") if isinstance(body, dict) else None
     return said if isinstance(said, str) else ""
-
-
-def keep_secret(value: str) -> None:
-    """Never show this value, a key that is not in the environment."""
-    if len(value) >= 6:
-        _secrets.add(value)
-
-
-def redact(text: str) -> str:
-    """The text without anything that may be a key: values of key variables, sk-..., user:pass@."""
-    for value in _secrets:
-        text = text.replace(value, "[redacted]")
-    for name, value in os.environ.items():
-        if re.search(r"KEY|TOKEN|SECRET|PASSWORD", name) and len(value) >= 8:
-            text = text.replace(value, "[redacted]")
-    text = re.sub(r"\bsk-[\w*.\-]+", "[redacted]", text)
-    text = re.sub(r"(?i)\bbearer\s+\S+", "[redacted]", text)
-    return re.sub(r"://[^/@\s]+@", "://[redacted]@", text)

@@ -32,6 +32,7 @@ from agentmerge.agents.providers import resolve_model
 from agentmerge.agents.schemas import MAX_REPLY_CHARS
 from agentmerge.agents.wire import bind, within
 from agentmerge.errors import ModelReplyError, ReplyMissing
+from agentmerge.redaction import redact_json, redacted
 from agentmerge.waits import waiting_for
 
 if TYPE_CHECKING:
@@ -463,11 +464,13 @@ class _Said:
 
 
 def _read(message: AIMessage, sent: Sequence[dict[str, Any]], tools: bool) -> _Said:
-    text = str(message.text)
+    # A server may repeat the key; from here on its words are stored, shown and asked again.
+    text = redact_json(str(message.text))
     wanted = _tool_calls(message) if tools else ()
     excess = _excess(wanted)
     tokens = _usage(message, sent, text)
-    return _Said(text, () if excess else tuple(map(_plain, wanted)), excess, tokens)
+    calls = () if excess else tuple(redacted(_plain(call)) for call in wanted)
+    return _Said(text, calls, excess, tokens)
 
 
 def _tool_calls(message: AIMessage) -> tuple[dict[str, Any], ...]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from agentmerge import plugins
-from agentmerge.agents.faults import keep_secret, redact
 from agentmerge.bounded import read_text
+from agentmerge.config import DEFAULT_KEY, NO_KEY
 from agentmerge.errors import UserError
+from agentmerge.redaction import keep_secret, redact
 from agentmerge.yaml_text import misspelt
 
 if TYPE_CHECKING:
@@ -44,13 +47,19 @@ def resolve_model(
     timeout_s: float = 60.0,
     max_tokens: int | None = None,
     key_file: Path | str | None = None,
+    api_key_env: str | None = DEFAULT_KEY,
 ) -> BaseChatModel:
     """The chat model of "provider:model"; a bare model name is OpenAI's, or that of `base_url`.
 
-    max_tokens: of one reply. key_file: lines NAME=key, for keys that the environment lacks.
+    api_key_env: the variable whose key the server may have, "default" for the provider's own,
+    "none" for no key; None where nobody said so (``refuse_unnamed_key``). max_tokens: of one reply.
+    key_file: lines NAME=key, for keys that the environment lacks.
     The client never retries: `AgentModel` does, in one place. Raises UserError for an unknown
     provider, a package that is not installed, or a missing key, naming the variable to set.
     """
+    if base_url is not None and api_key_env is None:
+        refuse_unnamed_key(spec, base_url)
+        api_key_env = NO_KEY
     provider, model, base_url = split_spec(spec, base_url)
     given = {
         "temperature": temperature,
@@ -63,7 +72,8 @@ def resolve_model(
     if provider in plugins.known(_GROUP):
         build = plugins.load(_GROUP, provider)
     else:
-        options |= _key(provider, model, base_url, read_keys(key_file)) | {"max_retries": 0}
+        keys = read_keys(key_file)
+        options |= _key(provider, model, base_url, keys, api_key_env) | {"max_retries": 0}
         build = _init
         if provider in _ADAPTED:
             options = _ADAPTED[provider](options)
@@ -127,10 +137,44 @@ def read_keys(path: Path | str | None) -> dict[str, str]:
     return keys
 
 
-def _key(provider: str, model: str, base_url: str | None, keys: Mapping[str, str]) -> Any:
-    variable = KEY_VARIABLES.get(provider)
-    if variable is None:
+def refuse_unnamed_key(spec: str, base_url: str) -> None:
+    """A server of a config that says nothing of its key: one of this machine needs none, and gets a
+    placeholder.
+
+    Raises:
+        UserError: it is another machine's, which the environment's key is nobody's to send to.
+    """
+    host = urlsplit(base_url).hostname or ""
+    provider = split_spec(spec, base_url)[0]
+    variable = KEY_VARIABLES.get(provider, "OLLAMA_API_KEY" if provider == "ollama" else "NAME")
+    if _is_loopback(host) or (provider == "ollama" and not os.environ.get(variable)):
+        return
+    raise UserError(
+        f"the config sends {spec} to {host} and does not say which key that server may have, so it "
+        f"gets none: add `api_key_env: {variable}` beside base_url (or --api-key-env {variable}), "
+        "or `api_key_env: none` if it needs no key"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+def _key(
+    provider: str, model: str, base_url: str | None, keys: Mapping[str, str], named: str | None
+) -> Any:
+    usual = KEY_VARIABLES.get(provider)
+    if usual is None:
         return {}
+    if named == NO_KEY:
+        return {"api_key": "none"}
+    variable = usual if named in (None, DEFAULT_KEY) else str(named)
     given = os.environ.get(variable, "")
     if key := given.strip():
         keep_secret(key)
@@ -139,9 +183,15 @@ def _key(provider: str, model: str, base_url: str | None, keys: Mapping[str, str
                 f"{variable} holds a space or a line break, which no key has; set it again"
             )
         # As it stands a line break at its end makes every request fail before it is sent.
-        return {} if key == given else {"api_key": key}
+        return {} if key == given and variable == usual else {"api_key": key}
     if variable in keys:
         return {"api_key": keys[variable]}
+    if named not in (None, DEFAULT_KEY):
+        raise UserError(
+            f"{variable} is not set, and agents.api_key_env names it for {provider}:{model}: "
+            f"export {variable}=..., put it in a key file (agents.key_file), or write "
+            "`api_key_env: none` for a server that needs no key"
+        )
     if base_url is None:
         raise UserError(
             f"{variable} is not set, and {provider}:{model} needs it: export {variable}=..., "

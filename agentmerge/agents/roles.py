@@ -10,6 +10,7 @@ from agentmerge.agents.prices import price_of
 from agentmerge.agents.providers import resolve_model, split_spec
 from agentmerge.config import ROLES, Role, RoleSettings, SearchConfig
 from agentmerge.errors import UserError
+from agentmerge.redaction import revealed
 
 
 def models_for(
@@ -35,11 +36,12 @@ def models_for(
         if key not in shared:
             chat = resolve_model(
                 own.model,
-                base_url=own.base_url,
+                base_url=revealed(own.base_url, f"the base_url of the {role}"),
                 temperature=own.temperature,
                 timeout_s=own.timeout_s or 60.0,
                 max_tokens=own.max_tokens,
                 key_file=config.agents.key_file,
+                api_key_env=own.api_key_env,
             )
             shared[key] = _around(config, own, chat, own.model)
         yield role, shared[key]

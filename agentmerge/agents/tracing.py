@@ -6,9 +6,7 @@ refused. So the process's tracing client is made here first, with everything red
 
 from __future__ import annotations
 
-from typing import Any
-
-from agentmerge.agents.faults import redact
+from agentmerge.redaction import redacted
 
 
 def redact_traces() -> None:
@@ -21,15 +19,7 @@ def redact_traces() -> None:
     if tracing_is_enabled():
         from langsmith.run_trees import get_cached_client
 
-        get_cached_client(anonymizer=redacted)
-
-
-def redacted(value: Any) -> Any:
-    """The same value with ``redact`` applied to every text in it, keys of mappings included."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, dict):
-        return {redacted(key): redacted(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redacted(item) for item in value]
-    return value
+        # The anonymizer sees what was said; the rest of a run has, for one, a server's address.
+        get_cached_client(
+            anonymizer=redacted, process_buffered_run_ops=redacted, run_ops_buffer_size=1
+        )

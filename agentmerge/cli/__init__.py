@@ -14,8 +14,11 @@ def main() -> None:
     open_standard_streams()
     interruptible()
     from agentmerge.cli.app import run_app
+    from agentmerge.redaction import redact
 
-    code = run_app(sys.argv[1:])
+    arguments = sys.argv[1:]
+    sys.argv[1:] = map(redact, arguments)  # trackers file the command line
+    code = run_app(arguments)
     if threading.active_count() > 1:
         _leave_what_was_given_up(code)
     sys.exit(code)

@@ -72,6 +72,13 @@ app.add_typer(databases.app, name="ledger")
 
 def run_app(arguments: list[str]) -> int:
     """The exit code of a command line: 0, 2 for the user's mistake, 1 for a run that failed."""
+    from agentmerge.redaction import clean_screen
+
+    with clean_screen():
+        return _ended(arguments)
+
+
+def _ended(arguments: list[str]) -> int:
     from agentmerge.errors import AgentmergeError
 
     try:
@@ -114,10 +121,11 @@ def _first_line(error: Exception) -> str:
 
 def _crash_file() -> str:
     """Where an unexpected error's traceback went, so that nobody has to see it, in brackets."""
+    from agentmerge.redaction import redact
     from agentmerge.temporary import crash_file
 
     try:
-        return f" (details in {crash_file(traceback.format_exc())})"
+        return f" (details in {crash_file(redact(traceback.format_exc()))})"
     except OSError as error:
         return f" (its details could not be written: {error.strerror})"
 

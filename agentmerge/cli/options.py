@@ -104,6 +104,16 @@ SETTINGS: dict[str, tuple[str, Any]] = {
         "agents.base_url",
         Annotated[str | None, typer.Option("--base-url", help="A server for --llm's model.")],
     ),
+    "api_key_env": (
+        "agents.api_key_env",
+        Annotated[
+            str | None,
+            typer.Option(
+                "--api-key-env",
+                help="The variable whose key a server may have (none: it needs no key).",
+            ),
+        ],
+    ),
     "prompts": (
         "agents.prompts",
         Annotated[Path | None, typer.Option("--prompts", help="Folder of prompts to override.")],
@@ -217,7 +227,8 @@ LIMITS = (
     "max_cost",
 )  # fmt: skip
 BRANCH = (
-    "search", "worker", "llm", "base_url", "prompts", "graph", "probes", "seed", *LIMITS,
+    "search", "worker", "llm", "base_url", "api_key_env", "prompts", "graph", "probes", "seed",
+    *LIMITS,
     "population", "shadow", "structure", "approve", "sigma_low", "sigma_high", "task_search_path",
     "batch_size", "limit", "trust_remote_code",
 )  # fmt: skip

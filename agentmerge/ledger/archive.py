@@ -136,7 +136,11 @@ def export_parquet(ledger: Ledger, folder: Path) -> dict[str, int]:
         folder.mkdir(parents=True, exist_ok=True)
         counts = {}
         for name, sql in _TABLES.items():
-            table = pa.Table.from_pylist(ledger.records(sql))
+            records = ledger.records(sql)
+            if name == "searches":  # as the ledger reads them: without secrets
+                configs = {row.id: row.config for row in ledger.runs()}
+                records = [record | {"config": configs[record["id"]]} for record in records]
+            table = pa.Table.from_pylist(records)
             with replacing(folder / f"{name}.parquet") as draft:
                 pq.write_table(table, draft, compression="zstd")
             counts[name] = table.num_rows

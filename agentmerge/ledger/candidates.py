@@ -13,6 +13,7 @@ from agentmerge.errors import NotFound
 from agentmerge.ledger.gradients import Gradients, insert_gradient
 from agentmerge.ledger.items import Items
 from agentmerge.ledger.rows import Candidate, GradientKey, ResultKey
+from agentmerge.redaction import redact
 from agentmerge.strategies.base import Observation, Proposal
 from agentmerge.workers.base import Gradient, ItemRef, ItemResult
 
@@ -59,7 +60,7 @@ class Candidates(Items, Gradients):
                     (
                         run_id, generation, slot, proposal.operator, proposal.label, vector,
                         recipe_hash, *(twin if twin and not failure else (None, None)), state,
-                        failure, proposal.want, loss, proposal.space,
+                        redact(failure), proposal.want, loss, proposal.space,
                     ),
                 )  # fmt: skip
 
@@ -161,8 +162,8 @@ class Candidates(Items, Gradients):
                 "WHERE run_id = ? AND generation = ? AND slot = ? AND state = 'open'",
                 (
                     "failed" if failure else "stopped" if lost else "scored", score,
-                    json.dumps(list(tasks)), failure, int(reused), *counts, seconds, fingerprint,
-                    loss, unit, estimate, rung, share, run_id, *candidate,
+                    json.dumps(list(tasks)), redact(failure), int(reused), *counts, seconds,
+                    fingerprint, loss, unit, estimate, rung, share, run_id, *candidate,
                 ),
             )  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import Any
 from agentmerge.errors import NotFound, UserError
 from agentmerge.ledger.rows import RunRow
 from agentmerge.ledger.store import Store
+from agentmerge.redaction import hidden_config, redacted
 
 
 class Runs(Store):
@@ -64,12 +65,17 @@ class Runs(Store):
         found = []
         for row in rows:
             body = dict(zip(RunRow.__dataclass_fields__, row, strict=True))
+            body["config"], names = hidden_config(body["config"])
+            for secret, reference in names.items():  # of a version that kept it
+                body["facts"] = body["facts"].replace(json.dumps(secret)[1:-1], reference)
             body["facts"] = json.loads(body["facts"])
             body["result"] = None if body["result"] is None else json.loads(body["result"])
             found.append(RunRow(**body))
         return found
 
     def update_run(self, run_id: str, **fields: Any) -> None:
+        for name in fields.keys() & {"result", "stop_reason"}:
+            fields[name] = redacted(fields[name], shapes=False)
         packed = {k: json.dumps(v) if k in ("facts", "result") else v for k, v in fields.items()}
         sets = ", ".join(f"{key} = :{key}" for key in packed)
         with self._writing() as conn:

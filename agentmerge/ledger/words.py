@@ -9,6 +9,7 @@ from typing import Any
 
 from agentmerge.agents.calls import MOST_TOKENS, Call
 from agentmerge.ledger.store import Store
+from agentmerge.redaction import redact, redacted
 
 #: What a request took. Ledgers of before counts were bounded may hold any number: there the text is
 #: the estimate, and what it cost is not known.
@@ -31,7 +32,7 @@ class Words(Store):
         with self._writing() as conn:
             conn.execute(
                 "INSERT OR IGNORE INTO advice VALUES (?, ?, ?, ?)",
-                (run_id, generation, role, json.dumps(body)),
+                (run_id, generation, role, json.dumps(redacted(body))),
             )
 
     def advice(
@@ -70,7 +71,8 @@ class Words(Store):
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     run_id, generation, role, prompt_hash, attempt, model,
-                    json.dumps(list(call.messages)), _storable(call.reply), _storable(call.error),
+                    json.dumps(redacted(list(call.messages))), _storable(call.reply),
+                    _storable(call.error),
                     call.tokens_in, call.tokens_out, call.latency_s, time.time(), call.ending,
                     call.shape, json.dumps(list(call.tool_calls)), call.cost_usd, prompt_file,
                 ),
@@ -148,8 +150,8 @@ class Words(Store):
                 "INSERT INTO probes (run_id, tool, arguments, answer, items, created, generation) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
                 "answer = excluded.answer, items = max(items, excluded.items)",
-                (run_id, tool, json.dumps(arguments, sort_keys=True), answer, items, time.time(),
-                 generation),
+                (run_id, tool, json.dumps(arguments, sort_keys=True), redact(answer), items,
+                 time.time(), generation),
             )  # fmt: skip
 
     def probed(self, run_id: str, tool: str, arguments: Mapping[str, Any]) -> bool:
@@ -167,5 +169,5 @@ class Words(Store):
 
 
 def _storable(text: str | None) -> str | None:
-    """SQLite holds no lone surrogates, and a model may send one."""
-    return text if text is None else text.encode("utf-8", "replace").decode()
+    """SQLite holds no lone surrogates, and a model may send one; and no secret."""
+    return text if text is None else redact(text).encode("utf-8", "replace").decode()

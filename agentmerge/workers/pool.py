@@ -15,7 +15,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from agentmerge import plugins
 from agentmerge.errors import AgentmergeError, NotBegun, NoWorker, RunFailed, WorkerLost
 from agentmerge.recipe import Recipe
+from agentmerge.redaction import clean_screen, remember, remembered, revealed
 from agentmerge.temporary import discard_unfinished
 from agentmerge.waits import waiting_for
 from agentmerge.workers.base import (
@@ -296,13 +297,13 @@ class Pool:
         """Runs on the place's own thread."""
         if not self._apart:
             make = self._make or worker_class(self.spec)
-            place.worker = make(self.spec, self._taskset)
+            place.worker = make(with_secrets(self.spec), self._taskset)
             return
         with self._change:
             device = self._devices.pop(0)
         own = replace(self.spec, device=device, crowd=self._crowd)
         try:
-            place.worker = process = _WorkerProcess(own, self._make, self._size)
+            place.worker = process = _WorkerProcess(own, self._make, self._size, remembered())
         except BaseException:
             self._devices.append(device)
             raise
@@ -323,14 +324,29 @@ def _emptied(place: Place) -> RunFailed | None:
     return failure
 
 
-class _WorkerProcess:
-    """A worker in a process of its own, with the contract of ``base.Worker``."""
+def with_secrets(spec: WorkerSpec) -> WorkerSpec:
+    """What a worker is built from: its options with the values that they refer to, which no record
+    of the spec (an engine's description) holds.
 
-    def __init__(self, spec: WorkerSpec, make: Make | None, count: int) -> None:
+    Raises:
+        UserError: a variable that an option names is not set.
+    """
+    return replace(spec, options=revealed(spec.options, "worker.options"))
+
+
+class _WorkerProcess:
+    """A worker in a process of its own, with the contract of ``base.Worker``.
+
+    secrets: what references of the spec stand for besides the environment.
+    """
+
+    def __init__(
+        self, spec: WorkerSpec, make: Make | None, count: int, secrets: Mapping[str, str]
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs, spec, make, count), daemon=True
+            target=_serve, args=(theirs, spec, make, count, secrets), daemon=True
         )
         self.device = spec.device
         self._process.start()
@@ -408,8 +424,17 @@ class _WorkerProcess:
         )
 
 
-def _serve(pipe: Any, spec: WorkerSpec, make: Make | None, count: int) -> None:
-    """The other side of ``_WorkerProcess``: answers calls until told to close.
+def _serve(
+    pipe: Any, spec: WorkerSpec, make: Make | None, count: int, secrets: Mapping[str, str]
+) -> None:
+    """The other side of ``_WorkerProcess``."""
+    remember(secrets)
+    with clean_screen():
+        _answer(pipe, spec, make, count)
+
+
+def _answer(pipe: Any, spec: WorkerSpec, make: Make | None, count: int) -> None:
+    """Answers calls until told to close.
 
     count: how many such processes share the machine's cores.
     """
@@ -419,7 +444,7 @@ def _serve(pipe: Any, spec: WorkerSpec, make: Make | None, count: int) -> None:
     if count > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     try:
-        worker = (make or worker_class(spec))(spec, None)
+        worker = (make or worker_class(spec))(with_secrets(spec), None)
         pipe.send((True, worker.info))
         while True:
             name, arguments = pipe.recv()

@@ -236,7 +236,7 @@ def test_a_key_in_the_servers_words_is_not_repeated(ask):
     with ScriptedServer(leak) as server:
         error = failing(ask, ask.model(server))
     assert "sk-" not in str(error)
-    assert redact(f"key {CANARY}, Bearer abc, sk-other, https://u:p@host") == (
+    assert redact(f"key {CANARY}, Bearer abc, sk-other-0123456789abc, https://u:p@host") == (
         "key [redacted], [redacted] [redacted], https://[redacted]@host"
     )
 

@@ -42,6 +42,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def advised(server: ScriptedServer, **sections: dict) -> dict:
     agents = {"llm": "openai:adviser", "base_url": server.base_url, "timeout_s": 5.0}
+    agents["api_key_env"] = "OPENAI_API_KEY"
     agents |= sections.pop("agents", {})
     search = {"algorithm": "llm_evo"} | sections.pop("search", {})
     return {"agents": agents, "search": search} | sections

@@ -121,7 +121,8 @@ def searched(tmp_path: Path, monkeypatch, reply, **server) -> tuple[dict, list, 
     agents |= server.pop("agents", {})
     with ScriptedServer(reply, **server) as http:
         settings = config(
-            agents=agents | {"llm": "openai:adviser", "base_url": http.base_url},
+            agents=agents
+            | {"llm": "openai:adviser", "base_url": http.base_url, "api_key_env": "OPENAI_API_KEY"},
             search={"algorithm": "llm_evo", "population": 2},
             budget={"max_evaluations": 13},
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import runpy
 import subprocess
@@ -146,7 +147,8 @@ def langsmith() -> Iterator[tuple[str, list[bytes]]]:
         server.shutdown()
 
 
-def test_traces_reach_langsmith_without_keys(tmp_path: Path, langsmith) -> None:
+@pytest.mark.parametrize("who", ["", "me:canary-pass-5a31@"])
+def test_traces_reach_langsmith_without_keys(tmp_path: Path, langsmith, who: str) -> None:
     """In a process of its own: a tracing client lives as long as its process."""
     url, bodies = langsmith
     path = tmp_path / "config.yml"
@@ -162,7 +164,8 @@ def test_traces_reach_langsmith_without_keys(tmp_path: Path, langsmith) -> None:
     with ScriptedServer(lambda body: Fault("401")) as server:
         agents = {
             "llm": "openai:m",
-            "base_url": server.base_url,
+            "base_url": server.base_url.replace("://", f"://{who}"),
+            "api_key_env": "OPENAI_API_KEY",
             "max_retries": 0,
             "key_file": str(tmp_path / "keys"),
         }
@@ -196,5 +199,7 @@ def test_traces_reach_langsmith_without_keys(tmp_path: Path, langsmith) -> None:
             sent += zstandard.ZstdDecompressor().decompressobj().decompress(body)
     assert b"ChatOpenAI" in sent
     assert b"[redacted]" in sent, "the server's refusal repeats the key"
-    for secret in (key, other, "ls-canary-0b"):
+    basic = base64.b64encode(who.removesuffix("@").encode()).decode() if who else key
+    assert server.requests[0].headers["authorization"].endswith(basic)
+    for secret in (key, other, "ls-canary-0b", "canary-pass", basic):
         assert secret.encode() not in sent
