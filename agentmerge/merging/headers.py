@@ -47,8 +47,15 @@ _SIDE_FILES = dict.fromkeys(("*.json", "*.model", "*.txt", "*.tiktoken"), bounde
     "*.safetensors": None,
     "*.bin": None,
 }
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_MOST_LAYERS = 10_000
+#: What a config says of a model's sizes, and how much it may say: a class makes lists of a layer's
+#: length, and forecasts multiply the others.
+_SIZES = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10**4) | (
+    dict.fromkeys(
+        ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim",
+         "num_key_value_heads", "max_position_embeddings", "n_embd", "n_head", "n_positions"),
+        10**10,
+    )
+)  # fmt: skip
 _CACHED_FINGERPRINTS = 2000
 #: Size in bytes, time of change in ns, time of the entry's change in ns, inode.
 Stamp = tuple[int, int, int, int]
@@ -149,10 +156,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     config = read_json(file, f"{directory} has no config.json; name a model")
     for part in (config, config.get("text_config")):
-        for key in _LAYER_COUNTS:
-            layers = part.get(key) if isinstance(part, dict) else None
-            if isinstance(layers, int | float) and not 0 <= layers <= _MOST_LAYERS:  # NaN, too
-                raise ParentError(f"{file}: {key} is {layers}, which no model has; correct it")
+        for key, most in _SIZES.items():
+            size = part.get(key) if isinstance(part, dict) else None
+            odd = isinstance(size, str | dict)
+            if isinstance(size, int | float):
+                odd = not 0 <= size <= most or size != int(size)  # NaN is odd, too
+            if odd:
+                raise ParentError(
+                    f"{file}: {key} is {str(size)[:80]}, which no model has; correct it"
+                )
     return config
 
 

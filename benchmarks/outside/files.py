@@ -118,7 +118,7 @@ def _bad(ended: Ended) -> str:
         return "over bounds"
     lines = [line for line in ended.said.splitlines() if line.strip()]
     foreseen = ended.code == 0 or any(line.startswith("error: ") for line in lines)
-    if "Traceback" in ended.said or "unexpected" in ended.said or not foreseen:
+    if "Traceback" in ended.said or "error: unexpected" in ended.said or not foreseen:
         return "unexpected"
     return "" if ended.code in (0, 1, 2) else "unexpected"
 

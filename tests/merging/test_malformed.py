@@ -153,6 +153,17 @@ def test_an_index_does_not_lead_out_of_its_folder(
         find_parent(str(folder))
 
 
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_attention_heads"])
+@pytest.mark.parametrize("size", [1e308, -1, 0.5, "x", float("nan"), {}])
+def test_a_size_that_no_model_has_is_refused(
+    own_family: dict[str, Path], key: str, size: object
+) -> None:
+    file = own_family["a"] / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: size}))
+    with pytest.raises(ParentError, match=rf"config\.json: {key}"):
+        read_config(own_family["a"])
+
+
 @pytest.mark.parametrize("layers", [10**9, -1, float("nan"), float("inf"), 1e300])
 def test_a_depth_that_no_model_has_is_refused_before_it_is_built(
     own_family: dict[str, Path], layers: float
