@@ -45,12 +45,13 @@ def advise(search: Search, role: Role, generation: int) -> str:
     if book.advice(generation, role):
         return ""
     agent = _AGENTS[role]
-    messages, view, guidance = question(search, role, generation)
+    view = view_of(search, role, generation)
+    guidance = guidance_of(book, generation)
     failure = ""
     advised = agent.by_rules(view, guidance)
     if role in search.models and models_asked(generation, search.population(view.space)):
         try:
-            advised = _asked(search, role, messages, view, guidance)
+            advised = _asked(search, role, view, guidance)
         except ModelReplyError as error:
             failure = str(error)
         except BudgetReached as reached:
@@ -227,9 +228,7 @@ class _Kept:
         )
 
 
-def _asked(
-    search: Search, role: Role, messages: list[Message], view: HistoryView, guidance: Guidance
-) -> Guidance:
+def _asked(search: Search, role: Role, view: HistoryView, guidance: Guidance) -> Guidance:
     """The model's word.
 
     Raises:
@@ -237,6 +236,7 @@ def _asked(
         BudgetReached: the next request cannot be paid.
     """
     agent = _AGENTS[role]
+    messages = agent.messages(view, search.prompts, guidance)
     probes = search.config.agents.probes if role in _PROBERS else 0
     tools: Sequence[Any] = ()
     if probes:

@@ -140,7 +140,7 @@ class Pool:
         (fingerprint, results), seconds = self._on_a_worker(job, len(refs), wanted)
         return fingerprint, results, seconds
 
-    @property
+    @cached_property
     def differentiates(self) -> bool:
         """Whether its workers have gradients, without building one."""
         return hasattr(worker_class(self.spec), "gradient")
