@@ -547,7 +547,7 @@ class Search:
                 recipe, candidate.recipe_hash, "sealed", lambda: in_time and not self.stopping()
             )
         except NotBegun:
-            if self.seconds_left <= 0 and not self.stopping():
+            if self.seconds_left < 1 and not self.stopping():  # the pool's clock may be a bit ahead
                 raise BudgetReached("timeout") from None
             raise
         self.scoring.save(answers)

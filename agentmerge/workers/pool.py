@@ -223,13 +223,14 @@ class Pool:
             WorkerLost: the work's is.
             NoWorker: it is, and the worker cannot be ended.
         """
+        left_s = self._deadlines.left_s
         what = "a worker to load its models" if done == "ready" else "a candidate's scores"
         try:
             with waiting_for(what):
-                return place.ask(work, min(limit_s, self._deadlines.left_s))
+                return place.ask(work, min(limit_s, left_s))
         except Late:
             self._end(place)
-        if not self._deadlines.left_s:
+        if left_s <= limit_s:
             raise NotBegun("the time was up before this candidate was scored; it stays open")
         late = f"not {done} within {limit_s:.3g} s"
         if done == "scored":

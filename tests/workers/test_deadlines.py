@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,16 @@ HANGS = {"hang_when": "max_weight>0.9"}
 
 
 def children() -> list[psutil.Process]:
-    return [
-        p for p in psutil.Process().children(recursive=True) if "spawn_main" in str(p.cmdline())
-    ]
+    return running("spawn_main")
+
+
+def running(words: str) -> list[psutil.Process]:
+    """Processes that were started from here with these words in their command line."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it ends while it is looked at
+            found += [child] if words in str(child.cmdline()) else []
+    return found
 
 
 def within(seconds: float, condition: Any) -> bool:
@@ -163,5 +171,4 @@ def hold(kind: str, worker: psutil.Process, tried: Pool) -> None:
 
 
 def evaluations() -> list[psutil.Process]:
-    found = psutil.Process().children(recursive=True)
-    return [child for child in found if "disk_eval" in str(child.cmdline())]
+    return running("disk_eval")

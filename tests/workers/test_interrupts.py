@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -120,9 +120,19 @@ def workers_of(process: subprocess.Popen[str], count: int) -> list[psutil.Proces
     workers: list[psutil.Process] = []
     while len(workers) < count and time.monotonic() < end:
         time.sleep(0.02)
-        found = psutil.Process(process.pid).children(recursive=True)
-        workers = [p for p in found if "spawn_main" in str(p.cmdline())]
+        workers = []
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.Error):  # it ends, or begins, while it is looked at
+                workers += [child] if "spawn_main" in str(child.cmdline()) else []
     return workers
+
+
+def is_tracker(process: psutil.Process) -> bool:
+    """Python's own, which ends by itself."""
+    try:
+        return "resource_tracker" in str(process.cmdline())
+    except psutil.Error:
+        return True
 
 
 def interrupted(process: subprocess.Popen[str], said: Lines, expected: str) -> None:
@@ -133,7 +143,7 @@ def interrupted(process: subprocess.Popen[str], said: Lines, expected: str) -> N
     process.send_signal(signal.SIGINT)
     assert process.wait(ANSWER_S) == 130
     _, left = psutil.wait_procs(family, timeout=ANSWER_S)
-    assert not [p for p in left if "resource_tracker" not in str(p.cmdline())]
+    assert not [p for p in left if not is_tracker(p)]
     said.until("stopped at once; everything scored is saved", ANSWER_S)
 
 
