@@ -20,7 +20,7 @@ from typing import Any
 
 from agentmerge import bounded
 from agentmerge.errors import ParentError, RunFailed
-from agentmerge.merging.configs import class_config
+from agentmerge.merging.configs import class_config, live_name, rope_of
 from agentmerge.temporary import cache_dir, is_believed, write_at_once
 
 #: Safetensors' names of dtypes -> torch's; others (integers, 8-bit floats) keep their own.
@@ -165,6 +165,13 @@ def read_config(directory: Path) -> dict[str, Any]:
                 raise ParentError(
                     f"{file}: {key} is {str(size)[:80]}, which no model has; correct it"
                 )
+    try:  # what everybody else takes from it
+        rope_of(text_config(config))
+        live_name(config, "model.norm.weight")
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ParentError(
+            f"{file} has a value that is not what its key says ({error}); correct it"
+        ) from None
     return config
 
 

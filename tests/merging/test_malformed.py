@@ -164,6 +164,24 @@ def test_a_size_that_no_model_has_is_refused(
         read_config(own_family["a"])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_theta": "x"}},
+        {"rope_parameters": {"rope_theta": [1]}},
+        {"rope_scaling": 7, "rope_parameters": None},
+        {"architectures": 7},
+    ],
+)
+def test_a_value_of_another_type_is_named(
+    own_family: dict[str, Path], changes: dict[str, Any]
+) -> None:
+    file = own_family["a"] / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ParentError, match=r"config\.json has a value"):
+        read_config(own_family["a"])
+
+
 @pytest.mark.parametrize("layers", [10**9, -1, float("nan"), float("inf"), 1e300])
 def test_a_depth_that_no_model_has_is_refused_before_it_is_built(
     own_family: dict[str, Path], layers: float
