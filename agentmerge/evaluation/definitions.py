@@ -17,7 +17,7 @@ from agentmerge.bounded import MOST_TEXT, read_bytes, refuse_odd_file
 from agentmerge.errors import TaskError
 from agentmerge.yaml_text import compose_yaml
 
-_MOST_INCLUDES = 20  # one in another; more is a circle
+_MOST_INCLUDES = 20  # one in another
 
 
 class NotYaml(TaskError):
@@ -83,8 +83,12 @@ def without_code() -> Iterator[None]:
 def _written(path: Path, above: Sequence[Path] = ()) -> Iterator[tuple[Path, yaml.Node]]:
     """A file's nodes, and of all that it includes."""
     path = path.expanduser().resolve()
-    if path in above or len(above) > _MOST_INCLUDES:
-        raise TaskError(f"{path} includes itself")
+    if path in above:
+        raise NotYaml(f"{path} includes itself")
+    if len(above) > _MOST_INCLUDES:
+        raise TaskError(
+            f"{above[0]} includes files in one another, {len(above)} deep; write it out"
+        )
     content = read_bytes(path, TaskError, most=MOST_TEXT)
     node = compose_yaml(content, str(path), TaskError, broken=NotYaml)
     if node is None:
