@@ -112,15 +112,30 @@ def live_parent(spec: WorkerSpec) -> str:
 
 def ends_of(path: Path, config: Any) -> dict[str, Any]:
     """The token ids by which generation begins, ends and pads, as the model's folder has them:
-    all that is taken from its generation config."""
+    all that is taken from its generation config.
+
+    Raises:
+        ParentError: they are no token ids.
+    """
     from transformers import GenerationConfig
 
-    with quiet():
-        try:
-            found = GenerationConfig.from_pretrained(str(path))
-        except OSError:  # none there: as transformers and vLLM make one
-            found = GenerationConfig.from_model_config(config)
-    return {key: getattr(found, key, None) for key in _ENDS}
+    why = ""
+    try:
+        with quiet():
+            try:
+                found = GenerationConfig.from_pretrained(str(path))
+            except OSError:  # none there: as transformers and vLLM make one
+                found = GenerationConfig.from_model_config(config)
+        ends = {key: getattr(found, key, None) for key in _ENDS}
+        for key, value in ends.items():
+            ids = value if isinstance(value, list) else [value]
+            if not all(one is None or type(one) is int for one in ids):
+                why = f"{key} is {str(value)[:80]}"
+    except Exception as error:  # the class raises what it likes at a file that it cannot use
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if why:
+        raise ParentError(f"{path}: its generation_config.json cannot be used ({why}); correct it")
+    return ends
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

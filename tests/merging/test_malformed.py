@@ -200,3 +200,17 @@ def test_a_chat_template_of_another_type_is_none(
     (own_family["a"] / "chat_template.jinja").unlink(missing_ok=True)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
     assert chat_template(own_family["a"]) is None
+
+
+@pytest.mark.parametrize("ids", ["x", [None, "y"], {}, 1.5])
+def test_a_generation_config_without_token_ids_is_named(
+    own_family: dict[str, Path], ids: object
+) -> None:
+    from transformers import AutoConfig
+
+    from agentmerge.workers.conditions import ends_of
+
+    folder = own_family["a"]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(ParentError, match=r"generation_config\.json cannot be used"):
+        ends_of(folder, AutoConfig.from_pretrained(folder))
