@@ -13,6 +13,9 @@ agentmerge is registered the same way, here. Nothing is imported before it is as
 from __future__ import annotations
 
 import difflib
+import sys
+from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -55,7 +58,7 @@ def known(group: str) -> dict[str, EntryPoint]:
         raise UserError(f"no plugin group {group!r}; there are {', '.join(_BUILT_IN)}")
     own = [EntryPoint(name, value, group) for name, value in _BUILT_IN[group].items()]
     found: dict[str, EntryPoint] = {}
-    for point in [*own, *entry_points(group=group)]:
+    for point in [*own, *_installed(group, tuple(sys.path))]:
         first = found.setdefault(point.name, point)
         if first.value != point.value:
             raise UserError(
@@ -63,6 +66,12 @@ def known(group: str) -> dict[str, EntryPoint]:
                 "uninstall the package of one"
             )
     return found
+
+
+@cache
+def _installed(group: str, path: Sequence[str]) -> Sequence[EntryPoint]:
+    """A group's entry points of all packages on ``path``: finding them reads every one's files."""
+    return tuple(entry_points(group=group))
 
 
 def named(group: str, name: str) -> EntryPoint:
