@@ -28,10 +28,10 @@ def test_unknown_names_are_answered_with_the_known() -> None:
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *points: EntryPoint) -> None:
-    def installed(group: str, path: tuple[str, ...]) -> list[Any]:
+    def found(group: str, path: tuple[str, ...]) -> list[Any]:
         return [point for point in points if point.group == group]
 
-    monkeypatch.setattr(plugins, "_installed", installed)
+    monkeypatch.setattr(plugins, "_installed", found)
 
 
 def test_an_installed_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
