@@ -24,6 +24,8 @@ MOST_JSON = 1 << 26
 MOST_VALUES = 10_000_000
 #: Digits of a whole number in JSON; transformers writes 10^30 where nothing limits a length.
 _MOST_DIGITS = 40
+#: Descriptors that this process was started with: whoever started it writes what comes.
+_INHERITED = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 _SEPARATORS = (b",", b"[", b"{")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -31,7 +33,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 def read_bytes(
     path: Path | str, error: type[UserError], *, missing: str = "", most: int = MOST_TEXT
 ) -> bytes:
-    """A file's content.
+    """A file's content; or what the shell pipes in (``<(...)``, /dev/stdin), to its end.
 
     missing: what to say where there is no file.
 
@@ -44,7 +46,11 @@ def read_bytes(
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as stream:
             found = os.fstat(descriptor)
-            if stat.S_ISREG(found.st_mode):
+            is_readable = stat.S_ISREG(found.st_mode)
+            if stat.S_ISFIFO(found.st_mode) and str(path).startswith(_INHERITED):
+                is_readable = True
+                os.set_blocking(descriptor, True)
+            if is_readable:
                 content = stream.read(most + 1)
     except FileNotFoundError:
         raise error(missing or f"{path} is missing") from None
@@ -52,7 +58,7 @@ def read_bytes(
         if isinstance(why, IsADirectoryError):
             raise error(f"{path} cannot be read: it is a folder; name a file") from None
         raise error(f"{path} cannot be read: {getattr(why, 'strerror', None) or why}") from None
-    if not stat.S_ISREG(found.st_mode):
+    if not is_readable:
         raise error(f"{path} cannot be read: it is {_kind(found.st_mode)}; name a regular file")
     if len(content) > most:
         raise error(

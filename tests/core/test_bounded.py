@@ -13,7 +13,7 @@ import pytest
 
 from agentmerge.agents.prompts import load_prompts
 from agentmerge.agents.providers import read_keys
-from agentmerge.bounded import MOST_TEXT, parse_json
+from agentmerge.bounded import MOST_TEXT, parse_json, read_text
 from agentmerge.config import SearchConfig
 from agentmerge.context import ClientContext
 from agentmerge.errors import ConfigError, ParentError, RecipeError, UserError
@@ -183,3 +183,11 @@ def test_the_command_line_says_it_in_bounded_memory(tmp_path: Path) -> None:
     lines = done.stderr.splitlines()
     assert len(lines) == len(files)
     assert all(line.startswith("error: ") for line in lines)
+
+
+def test_what_the_shell_pipes_in_is_read(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"KEY=1\n")
+    os.close(writer)
+    assert read_text(f"/dev/fd/{reader}", UserError) == "KEY=1\n"
+    os.close(reader)

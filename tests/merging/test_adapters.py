@@ -291,7 +291,7 @@ def test_made_parents_are_discarded_unless_they_are_in_use(
     base = family_of(False)["base"]
     directory = plain(f"{base}+{write_adapter(base, tmp_path / 'adapter')}")
     size = sum(file.stat().st_size for file in directory.iterdir())
-    left = directory.parent / f".{24 * "0"}-0123abcd"
+    left = directory.parent / f".{'0' * 24}-0123abcd"
     left.mkdir()  # what a killed process leaves behind
     assert made.discard_made(dry_run=True) == (1, 0)
     os.close(made._in_use.pop(directory))
