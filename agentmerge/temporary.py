@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -23,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+#: The number of an entry, which no other file's name holds by chance.
+_KEY = re.compile(r"[0-9a-f]{12}")
 #: An entry that says nothing is being written, unless it is older.
 _BEING_WRITTEN_S = 3600.0
 
@@ -176,8 +179,11 @@ def discard_unfinished(*, dry_run: bool, shared: bool, pid: int | None = None) -
     """
     done = Discarded()
     for entry in sorted(_register().glob("*.json")):
+        # In a cache that several users share, an entry of another one's would name our files.
+        if not _KEY.fullmatch(entry.stem) or not is_believed(entry):
+            continue
         with suppress(OSError):  # in use, or another gc was here first
-            lock = os.open(entry, os.O_RDWR)
+            lock = os.open(entry, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 content = os.read(lock, 1 << 16)

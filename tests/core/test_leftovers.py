@@ -229,6 +229,28 @@ def test_nothing_that_others_made_is_removed(tmp_path: Path) -> None:
     assert link.is_symlink()
 
 
+@pytest.mark.parametrize("how", ["everybody's", "no number", "a pipe", "a link"])
+def test_a_shared_caches_other_users_have_nothing_removed(tmp_path: Path, how: str) -> None:
+    """An entry that somebody else put there, which names a file of ours by its own name."""
+    register = tmp_path / "cache" / "unfinished"
+    register.mkdir(parents=True)
+    number = "thesis" if how == "no number" else "0123456789ab"
+    mine = tmp_path / f"my {number}.tex"
+    mine.write_text("years")
+    body = json.dumps({"path": str(mine), "host": os.uname().nodename, "pid": 1})
+    entry = register / f"{number}.json"
+    if how == "a pipe":
+        os.mkfifo(entry)
+    elif how == "a link":
+        (tmp_path / "entry").write_text(body)
+        entry.symlink_to(tmp_path / "entry")
+    else:
+        entry.write_text(body)
+        entry.chmod(0o666 if how == "everybody's" else 0o600)
+    assert removed() == []
+    assert mine.read_text() == "years"
+
+
 def test_what_another_hosts_process_may_use_is_left_and_named(tmp_path: Path) -> None:
     made = Unfinished(tmp_path / "temp", "agentmerge-disk")
     (entry,) = (tmp_path / "cache" / "unfinished").glob("*.json")
