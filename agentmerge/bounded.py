@@ -117,6 +117,16 @@ def refuse_odd_file(path: Path, error: type[UserError], *, most: int | None = No
         raise error(f"{path} has {found.st_size:,} bytes, more than any of its kind; replace it")
 
 
+def is_text(value: str) -> bool:
+    """Whether it can be written; half a character (an argument of bytes that are no UTF-8, an
+    escape of JSON) cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _whole(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
         raise ValueError(f"a whole number of {len(digits)} digits")

@@ -43,6 +43,8 @@ ROLES: tuple[Role, ...] = ("critic", "controller", "proposer")
 
 #: Candidates from one asking of the models to the next, at least.
 ADVISED_EVERY = 4
+#: What is waited for at most (three years: a system's clock has an end), tried again, and begun.
+MOST_S, MOST_RETRIES, MOST_WORKERS = 1e8, 1000, 1024
 #: What "today" is in a chat template that prints the date: what one asks may not change overnight.
 #: Llama 3's templates fall back to this day themselves.
 DATE = date(2024, 7, 26)
@@ -305,8 +307,8 @@ class RoleSettings(_Frozen):
     base_url: BaseUrl = None
     api_key_env: KeyVariable = None
     temperature: float | None = Field(None, ge=0)
-    timeout_s: float | None = Field(None, gt=0)
-    max_retries: int | None = Field(None, ge=0)
+    timeout_s: float | None = Field(None, gt=0, le=MOST_S)
+    max_retries: int | None = Field(None, ge=0, le=MOST_RETRIES)
     max_tokens: int | None = Field(None, gt=0)
 
     @model_validator(mode="before")
@@ -325,8 +327,8 @@ class AgentSettings(_Frozen):
     base_url: BaseUrl = None
     api_key_env: KeyVariable = None
     temperature: float | None = Field(None, ge=0)
-    timeout_s: float = Field(60.0, gt=0)
-    max_retries: int = Field(3, ge=0)
+    timeout_s: float = Field(60.0, gt=0, le=MOST_S)
+    max_retries: int = Field(3, ge=0, le=MOST_RETRIES)
     max_tokens: int | None = Field(None, gt=0)
     probes: int = Field(0, ge=0)
     key_file: str | None = None
@@ -372,7 +374,7 @@ class WorkerSettings(_Frozen):
     """Who merges and scores."""
 
     kind: str = "hf"
-    count: int = Field(1, ge=1)
+    count: int = Field(1, ge=1, le=MOST_WORKERS)
     batch_size: int = Field(64, gt=0)
     device: str | None = None
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
@@ -380,7 +382,7 @@ class WorkerSettings(_Frozen):
     allow_pickle: bool = False
     placement: Literal["auto", "device", "host", "stream"] = "auto"
     memory_gb: float | None = Field(None, gt=0)
-    timeout_s: float | None = Field(None, gt=0)
+    timeout_s: float | None = Field(None, gt=0, le=MOST_S)
     engine_args: dict[str, Any] = Field(default_factory=dict)
     lm_eval_args: LmEvalArgs = LmEvalArgs()
     canary_every: int = Field(50, ge=0)
@@ -398,7 +400,7 @@ class BudgetSettings(_Frozen):
 
     max_evaluations: int = Field(100, gt=0)
     max_items: int | None = Field(None, gt=0)
-    timeout_s: float | None = Field(None, gt=0)
+    timeout_s: float | None = Field(None, gt=0, le=MOST_S)
     max_tokens: int | None = Field(None, gt=0)
     max_cost_usd: float | None = Field(None, ge=0)
     prices: dict[str, tuple[float, float]] | None = None

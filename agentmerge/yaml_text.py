@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from agentmerge.bounded import MOST_TEXT
+from agentmerge.bounded import MOST_TEXT, is_text
 from agentmerge.errors import UserError
 
 #: Levels of a YAML text, values with every alias written out, characters of one of them.
@@ -92,7 +92,7 @@ def _refuse_huge(root: yaml.Node, source: str, error: type[UserError]) -> None:
         if isinstance(node, yaml.ScalarNode):
             if len(node.value) > MOST_CHARACTERS:
                 raise error(f"{where} has a value of more than {MOST_CHARACTERS:,} characters")
-            if "\0" in node.value or not _is_text(node.value):
+            if "\0" in node.value or not is_text(node.value):
                 raise error(f"{where} has a value that is not text (a NUL, half a character)")
             return 1
         above.add(id(node))
@@ -106,14 +106,6 @@ def _refuse_huge(root: yaml.Node, source: str, error: type[UserError]) -> None:
         return total
 
     size(root)
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class _Values(yaml.SafeLoader):

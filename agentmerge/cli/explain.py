@@ -8,7 +8,7 @@ from typing import Any
 from agentmerge.errors import UserError
 from agentmerge.genome import short_name
 from agentmerge.methods import METHODS
-from agentmerge.recipe import Effective, Recipe, length
+from agentmerge.recipe import MOST_LAYERS, Effective, Recipe, length
 from agentmerge.recipe.cancelling import cancelling_notes
 
 #: Stand-ins where no model says what its tensors are called.
@@ -98,6 +98,10 @@ def _tensors(
     if not depth:
         raise UserError(
             "the recipe does not say how deep the models are; add --model DIR or --layers N"
+        )
+    if depth > MOST_LAYERS:
+        raise UserError(
+            f"{depth:,} layers are more than any model has: {MOST_LAYERS:,} are shown at most"
         )
     names: list[tuple[str, int | None, bool]] = [("model.embed_tokens.weight", None, False)]
     for layer in range(depth):

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from itertools import count
 from typing import Any
 
+from agentmerge.bounded import is_text
 from agentmerge.errors import NotFound, UserError
 from agentmerge.ledger.rows import RunRow
 from agentmerge.ledger.store import Store
@@ -50,7 +51,7 @@ class Runs(Store):
         Raises:
             NotFound: naming the runs that exist.
         """
-        found = self._runs("WHERE name = ? OR id = ?", name, name)
+        found = self._runs("WHERE name = ? OR id = ?", name, name) if is_text(name) else []
         if not found:
             known = ", ".join(row.name for row in self.runs()[-8:]) or "none yet"
             raise NotFound(f"no run called {name!r} in {self.path.parent}; there are: {known}")

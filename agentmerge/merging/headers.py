@@ -47,6 +47,12 @@ _SIDE_FILES = dict.fromkeys(("*.json", "*.model", "*.txt", "*.tiktoken"), bounde
     "*.safetensors": None,
     "*.bin": None,
 }
+#: Copied from a model to what is made of it, where they are there.
+COPIED = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.tiktoken", "spiece.model", "sentencepiece*.model", "chat_template*",
+    "additional_chat_templates/*.jinja", "generation_config.json", "*processor_config.json",
+)  # fmt: skip
 #: What a config says of a model's sizes, and how much it may say: a class makes lists of a layer's
 #: length, and forecasts multiply the others.
 _SIZES = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10**4) | (
@@ -177,10 +183,11 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def refuse_odd_files(directory: Path) -> None:
     """Raises ParentError where transformers, given this folder, would read something that is no
-    file, or no JSON object, or larger than any of its kind."""
-    for pattern, most in _SIDE_FILES.items():
+    file, or no JSON object, or larger than any of its kind; or where we would copy no file."""
+    for pattern, most in (dict.fromkeys(COPIED) | _SIDE_FILES).items():
         for file in sorted(directory.glob(pattern)):
-            bounded.refuse_odd_file(file, ParentError, most=most)
+            if pattern in _SIDE_FILES or not file.is_dir():
+                bounded.refuse_odd_file(file, ParentError, most=most)
     for name in _OBJECTS:
         if (directory / name).exists():
             read_json(directory / name)

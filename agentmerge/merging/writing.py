@@ -16,27 +16,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from agentmerge.errors import UserError
-from agentmerge.merging.headers import DTYPES, TensorHeader, read_config
+from agentmerge.bounded import refuse_odd_file
+from agentmerge.errors import ParentError, UserError
+from agentmerge.merging.headers import COPIED, DTYPES, TensorHeader, read_config
 from agentmerge.temporary import TemporaryFolder, swap_in
 
 SHARD_SIZE_BYTES = 2_000_000_000
 
-#: Copied from a model where they are there; patterns of names.
-SIDE_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "spiece.model",
-    "sentencepiece*.model",
-    "chat_template*",
-    "additional_chat_templates",
-    "generation_config.json",
-    "*processor_config.json",
-)
 _STORED = {name: code for code, name in DTYPES.items()}
 
 
@@ -90,13 +76,20 @@ def write_weights(
 
 
 def copy_side_files(template: Path, directory: Path) -> None:
-    """Tokenizer, chat template, generation config and, where the config names any, Python files."""
-    patterns = [*SIDE_FILES, *(["*.py"] if "auto_map" in read_config(template) else [])]
+    """Tokenizer, chat template, generation config and, where the config names any, Python files.
+
+    Folders are not copied: a link in one may lead to the whole disk.
+
+    Raises:
+        ParentError: one of them is a pipe or a device, which would be copied for ever.
+    """
+    patterns = [*COPIED, *(["*.py"] if "auto_map" in read_config(template) else [])]
     for file in sorted({file for pattern in patterns for file in template.glob(pattern)}):
-        if file.is_dir():
-            shutil.copytree(file, directory / file.name, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(file, directory / file.name)
+        if not file.is_dir():
+            refuse_odd_file(file, ParentError)
+            copy = directory / file.relative_to(template)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def refuse_full_disk(directory: Path, size_bytes: int, target: Path) -> None:

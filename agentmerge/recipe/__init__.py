@@ -21,7 +21,16 @@ from agentmerge.errors import RecipeError, RecipeRejected
 from agentmerge.methods import METHODS, SUM_NORMALIZED, Method, method_named
 from agentmerge.recipe.canonical import canonical
 from agentmerge.recipe.copying import COPYING, copied_layers
-from agentmerge.recipe.parts import Effective, Parameters, Setting, Slice, Source, length, round12
+from agentmerge.recipe.parts import (
+    MOST_LAYERS,
+    Effective,
+    Parameters,
+    Setting,
+    Slice,
+    Source,
+    length,
+    round12,
+)
 from agentmerge.recipe.text import (
     load_yaml,
     one_module,
@@ -36,6 +45,7 @@ from agentmerge.recipe.unread import unread_keys
 
 __all__ = [
     "CANCEL_SHARE",
+    "MOST_LAYERS",
     "Effective",
     "Parameters",
     "Recipe",

@@ -8,6 +8,9 @@ from typing import Any
 
 from agentmerge.errors import RecipeError, RecipeRejected
 
+#: No model has as many, and lists are made of them.
+MOST_LAYERS = 10_000
+
 
 def round12(value: float) -> float:
     """``value`` at 12 significant digits; minus zero becomes zero."""

@@ -10,7 +10,7 @@ from typing import Any
 from agentmerge.bounded import read_text
 from agentmerge.errors import RecipeError
 from agentmerge.methods import INERT_PARAMS, SWITCHES
-from agentmerge.recipe.parts import Parameters, Setting, Slice, Source
+from agentmerge.recipe.parts import MOST_LAYERS, Parameters, Setting, Slice, Source
 from agentmerge.yaml_text import read_yaml, twice_text
 
 
@@ -92,6 +92,11 @@ def read_source(raw: Any, where: str, ranged: bool = False) -> Source:
         whole = isinstance(layers, (list, tuple)) and [type(x) for x in layers] == [int, int]
         if not whole or not 0 <= layers[0] < layers[1]:
             raise RecipeError(f"{where}.layer_range {layers} must be [start, end], start < end")
+        if layers[1] > MOST_LAYERS:
+            raise RecipeError(
+                f"{where}.layer_range {layers} is deeper than any model ({MOST_LAYERS:,} layers); "
+                "correct it"
+            )
         layers = (layers[0], layers[1])
     return Source(
         read_model_name(raw["model"], f"{where}.model"),

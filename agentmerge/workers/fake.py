@@ -59,6 +59,8 @@ from agentmerge.workers.base import (
 )
 
 _KINDS = ("self_attn", "mlp")
+#: Of a task, and of a group of them.
+_MOST_DOCUMENTS, _MOST_LEAVES = 1_000_000, 1000
 _WIDTH, _GAIN, _LEAN = 0.35, 8.0, 1.5
 
 
@@ -167,11 +169,18 @@ class FakeWorker:
     @staticmethod
     def tasks(spec: WorkerSpec) -> TaskSet:
         documents = spec.options.get("documents", 400)
-        if type(documents) is not int or documents < 1:
-            raise UserError(
-                f"worker.options.documents {documents!r} must be a whole number above 0"
-            )
-        return fake_tasks(spec.tasks, documents, spec.options.get("groups"))
+        groups = spec.options.get("groups") or {}
+        counts = groups.values() if isinstance(groups, Mapping) else [groups]
+        for name, found, most in (
+            ("documents", [documents], _MOST_DOCUMENTS),
+            ("groups", counts, _MOST_LEAVES),
+        ):
+            for value in found:
+                if type(value) is not int or not 1 <= value <= most:
+                    raise UserError(
+                        f"worker.options.{name} {value!r} must be a whole number from 1 to {most:,}"
+                    )
+        return fake_tasks(spec.tasks, documents, groups)
 
     @staticmethod
     def describe(spec: WorkerSpec) -> EngineInfo:

@@ -240,6 +240,41 @@ def test_explain_shows_what_weights_come_to_and_where_layers_go(
     assert "north, layer 0" in text
 
 
+@pytest.mark.parametrize("ends", [(99_999_999_999,), (9_000, 9_000)])
+def test_explain_refuses_a_depth_that_no_model_has(
+    place: Path, capsys: pytest.CaptureFixture[str], ends: tuple[int, ...]
+) -> None:
+    source = "{{model: a, layer_range: [0, {}], parameters: {{weight: 1}}}}"
+    slices = "\n".join(f"  - sources: [{source.format(end)}]" for end in ends)
+    (place / "deep.yml").write_text(f"merge_method: linear\nslices:\n{slices}\n")
+    code, _, said = call(capsys, "explain", "deep.yml")
+    assert code == 2
+    assert "10,000" in said
+    assert call(capsys, "explain", "half.yml", "--layers", 10**9)[0] == 2
+
+
+@pytest.mark.parametrize("command", [["show"], ["best"], ["report"], ["compare", "a"], ["resume"]])
+def test_a_name_of_bytes_that_are_no_text_is_unknown(
+    place: Path, capsys: pytest.CaptureFixture[str], command: list[str], fake_config: str
+) -> None:
+    (place / "fake.yml").write_text(fake_config)
+    assert call(capsys, "run", "fake.yml", "--name", "a", "--max-evaluations", 1)[0] == 0
+    code, _, said = call(capsys, *command, "\udcff")
+    assert code == 2
+    assert "no run called" in said
+
+
+@pytest.mark.parametrize("option", ["documents: 10000000000", "groups: {one: 100000000}"])
+def test_a_fake_workers_sizes_are_bounded(
+    place: Path, capsys: pytest.CaptureFixture[str], option: str, fake_config: str
+) -> None:
+    text = fake_config.replace("kind: fake", f"kind: fake, options: {{{option}}}")
+    (place / "fake.yml").write_text(text)
+    code, _, said = call(capsys, "check", "fake.yml")
+    assert code == 2
+    assert f"worker.options.{option.partition(':')[0]}" in said
+
+
 def test_explain_refuses_a_negative_depth(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(capsys, "explain", "half.yml", "--layers", -1)[0] == 2
 

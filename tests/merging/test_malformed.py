@@ -15,6 +15,7 @@ from agentmerge.errors import ParentError
 from agentmerge.merging.headers import chat_template, file_headers, read_config
 from agentmerge.merging.sources import find_parent
 from agentmerge.merging.vocabulary import read_tokens
+from agentmerge.merging.writing import copy_side_files
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -110,6 +111,34 @@ def _garbage(path: Path) -> None:
 def _huge(path: Path) -> None:
     with path.open("wb") as stream:
         stream.truncate(1 << 40)
+
+
+@pytest.mark.parametrize("spoil", [_pipe, _device])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.zero", "vocab.bpe", "additional_chat_templates/a.jinja"]
+)
+def test_what_would_be_copied_for_ever_is_named(
+    own_family: dict[str, Path], tmp_path: Path, name: str, spoil: Callable[[Path], None]
+) -> None:
+    file = own_family["a"] / name
+    file.parent.mkdir(exist_ok=True)
+    spoil(file)
+    with pytest.raises(ParentError, match=file.name.replace(".", r"\.")):
+        find_parent(str(own_family["a"]))
+    with pytest.raises(ParentError, match=file.name.replace(".", r"\.")):
+        copy_side_files(own_family["a"], tmp_path)
+
+
+def test_a_folder_among_the_side_files_is_not_followed(
+    own_family: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "private" / "deep").mkdir(parents=True)
+    (tmp_path / "private" / "deep" / "key.jinja").write_text("secret")
+    for name in ("additional_chat_templates", "tokenizer_x"):
+        (own_family["a"] / name).symlink_to(tmp_path / "private")
+    (tmp_path / "out").mkdir()
+    copy_side_files(own_family["a"], tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("key.jinja"))
 
 
 @pytest.mark.parametrize("spoil", [_pipe, _device, _nested, _null, _garbage, _huge])
