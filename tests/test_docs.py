@@ -172,10 +172,12 @@ def benchmark_options() -> dict[str, set[str]]:
 def test_a_benchmark_takes_the_options_that_the_pages_give_it(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    main = importlib.import_module(name).main
+    module = importlib.import_module(name)
+    if hasattr(module, "__path__"):  # a package is run by its __main__
+        module = importlib.import_module(f"{name}.__main__")
     monkeypatch.setattr("sys.argv", [name, "--help"])
     with pytest.raises(SystemExit):
-        main()
+        module.main()
     shown = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     assert benchmark_options()[name] - shown == set()
 
