@@ -9,12 +9,19 @@ import threading
 
 def main() -> None:
     """Run a command; every error is one line, exit code 2 for the user's and 1 for a failed run."""
-    from agentmerge.cli.terminal import interruptible, open_standard_streams
+    try:
+        from agentmerge.cli.terminal import Interrupted, interruptible, open_standard_streams
 
-    open_standard_streams()
-    interruptible()
-    from agentmerge.cli.app import run_app
-    from agentmerge.redaction import redact
+        open_standard_streams()
+        interruptible()
+        try:
+            from agentmerge.cli.app import run_app
+            from agentmerge.redaction import redact
+        except Interrupted:
+            raise KeyboardInterrupt from None
+    except KeyboardInterrupt:  # nothing has begun
+        print("error: stopped", file=sys.stderr)
+        sys.exit(130)
 
     arguments = sys.argv[1:]
     sys.argv[1:] = map(redact, arguments)  # trackers file the command line

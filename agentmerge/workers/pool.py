@@ -39,7 +39,7 @@ from agentmerge.workers.base import (
     WorkerSpec,
 )
 from agentmerge.workers.places import Deadlines, Late, Place, close_quietly
-from agentmerge.workers.processes import end, end_with
+from agentmerge.workers.processes import end, end_with, uninterrupted
 
 if TYPE_CHECKING:
     from agentmerge.evaluation.tasks import TaskSet
@@ -350,7 +350,8 @@ class _WorkerProcess:
             target=_serve, args=(theirs, spec, make, count, secrets), daemon=True
         )
         self.device = spec.device
-        self._process.start()
+        with uninterrupted():
+            self._process.start()
         theirs.close()
         self._info: EngineInfo | None = None
 
@@ -442,6 +443,7 @@ def _answer(pipe: Any, spec: WorkerSpec, make: Make | None, count: int) -> None:
     os.setpgid(0, 0)  # Ctrl-C drains the search, not its workers; and it is ended as a whole
     end_with(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if count > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     try:

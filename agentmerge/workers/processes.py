@@ -14,7 +14,9 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 
 #: The name of a thread that goes on with what nobody waits for any more.
 GIVEN_UP = "given up"
@@ -42,6 +44,21 @@ def _kill(process: multiprocessing.process.BaseProcess) -> None:
             # A worker is the first of its group; another child, or one that begins, is of ours.
             own = os.getpgid(process.pid) == process.pid
             (os.killpg if own else os.kill)(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """What this thread starts inside hears no Ctrl-C until it unblocks it.
+
+    A terminal sends one to all processes that it shows; a process that still imports would answer
+    with a traceback, and be missing.
+    """
+    resource_tracker.ensure_running()  # starting it would unblock the signal again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with(search: int) -> None:

@@ -18,10 +18,13 @@ import psutil
 import pytest
 import tiny
 import yaml
+from test_pool import spec
 
 from agentmerge import session
 from agentmerge.config import SearchConfig
 from agentmerge.ledger import Ledger
+from agentmerge.workers.pool import _WorkerProcess
+from agentmerge.workers.processes import end
 from tests.session.conftest import config_text, trace_of
 
 #: Seconds within which the first Ctrl-C says what is waited for.
@@ -257,3 +260,31 @@ def test_another_command_ends_with_the_first(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         said.until("stopped; everything scored is saved", ANSWER_S)
         assert process.wait(ANSWER_S) == 130
+
+
+@pytest.mark.parametrize("module", ["agentmerge.cli.terminal", "agentmerge.cli.app"])
+def test_a_command_that_is_still_imported_ends_with_a_word(module: str) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        "from agentmerge.cli import main\nsys.argv[1:] = ['list']\nmain()"
+    )
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "error: stopped\n")
+
+
+def test_a_worker_that_is_still_imported_hears_no_ctrl_c(capfd: pytest.CaptureFixture[str]) -> None:
+    worker = _WorkerProcess(spec(), None, 2, {})
+    try:
+        assert worker._process.pid is not None
+        os.kill(worker._process.pid, signal.SIGINT)
+        worker.begin()
+        assert worker.info.device == "cpu"
+    finally:
+        end(worker._process)
+    assert "Traceback" not in capfd.readouterr().err
