@@ -88,7 +88,9 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any
     }
     known_parents = {c.label for c in parents}
     missing = [label for label, _, _ in search.space.parents() if label not in known_parents]
-    return card | {"verdict": verdict(answer, scored, differences, _where(search, part), missing)}
+    where = _where(search, part)
+    words = verdict(answer, scored, differences, where, missing, unproven=found.unproven)
+    return card | {"verdict": words}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,11 @@ class Confirmed:
     notes: list[str]
     fallen: dict[str, str]
     lost: str = ""
+
+    @property
+    def unproven(self) -> bool:
+        """Whether a searched merge won, and not by enough to be handed out."""
+        return self.choice.winner.operator not in CHEAP and self.answer.operator in CHEAP
 
 
 def confirmed(
@@ -289,13 +296,16 @@ def verdict(
     differences: Sequence[dict[str, Any]],
     where: str,
     missing: Sequence[str] = (),
+    *,
+    unproven: bool = False,
 ) -> str:
     """What the search was worth, in a sentence or two, and nothing that was not asked.
 
     scored: every candidate with a score. differences: of the answer to parents and cheap merges.
-    where: the items that they are of. missing: parents without a score.
+    where: the items that they are of. missing: parents without a score. unproven: a searched merge
+    is better on search items by no more than luck can do, and was not asked whether on others.
     """
-    words = _worth(answer, scored, differences, where)
+    words = _worth(answer, scored, differences, where, unproven)
     best = min(differences, key=lambda d: float(d["mean"]), default=None)
     if answer.operator in CHEAP and best is not None and best["high"] < 0:
         words += f" But {_called(best)} is ahead of it on {where} by {_span(_turned(best))}."
@@ -309,18 +319,21 @@ def _worth(
     scored: Sequence[Candidate],
     differences: Sequence[dict[str, Any]],
     where: str,
+    unproven: bool,
 ) -> str:
+    noise = " beyond the noise" if unproven else ""
     name = short_name(answer.label) if answer.operator == "parent" else name_of(answer)
     if answer.operator == "parent":
         if all(c.operator == "parent" for c in scored):
             return f"No merge was scored: {name} is the best of the parents that were."
-        return f"No merge beat the parent {name}: use it as it is."
+        return f"No merge beat the parent {name}{noise}: use it as it is."
     if answer.operator in RIVALS:
         if all(c.operator in CHEAP for c in scored):
             return (
                 f"No searched merge was scored: the cheap {name} merge is the best of the others."
             )
-        return f"Nothing beat the cheap {name} merge: there was nothing to gain."
+        told = " that these items could tell" if unproven else ""
+        return f"Nothing beat the cheap {name} merge{noise}: there was nothing to gain{told}."
     if all(c.operator not in CHEAP for c in scored):
         return "There was no cheap rival to compare with."
     if not differences:

@@ -177,7 +177,7 @@ class Search:
                     f"one is asked {self._items_each} items, and the end {self.ending_items} "
                     "sealed ones"
                 )
-            self._add(0, self._seed_population())
+            self._add(0, self._seed_population(self.evaluations_left))
             return 0
         last = past[-1].generation
         if all(candidate.prior for candidate in past):
@@ -265,6 +265,8 @@ class Search:
         if candidates[-1].generation < generation != self._had_no_proposal:
             # The strategy had none, or the ledger is behind the graph's checkpoint: it decides.
             generation = self.propose(candidates[-1].generation)
+            candidates = self._judged()
+        if self._complete(generation, candidates):
             candidates = self._judged()
         best = incumbent(candidates)
         if best is not None:
@@ -618,7 +620,8 @@ class Search:
             found += [_proposal(point, recipe, operator, label) for label, recipe, point in points]
         return found
 
-    def _seed_population(self) -> list[Proposal]:
+    def _seeds(self) -> list[Proposal]:
+        """The cheap rivals, and the warm starts."""
         seeds = self._rivals()
         for path in self.config.search.init:
             recipe = warm_start(path).canonical(self.space.num_layers)
@@ -627,7 +630,10 @@ class Search:
             except RecipeRejected:
                 point = None  # outside the space, and perhaps refused: `_add` says why
             seeds.append(_proposal(point, recipe, "init", Path(path).name))
-        budget = self.evaluations_left
+        return seeds
+
+    def _seed_population(self, budget: int) -> list[Proposal]:
+        seeds = self._seeds()
         left = budget - len(seeds)
         draws = self.strategy.propose(
             self.space, [], None, max(0, min(self.population(self.space), left)), self._rng()
@@ -638,6 +644,24 @@ class Search:
             )
             draws = [Proposal(point, "random") for point in points]
         return _affordable([*seeds, *self._possible(self.space, draws)], budget)
+
+    def _complete(self, generation: int, candidates: Sequence[Candidate]) -> bool:
+        """Ask what a smaller budget left out of the first generation; whether there was any.
+
+        A search whose limits were raised has to beat the same rivals as one that had them at once.
+        """
+        left = self.evaluations_left
+        if not left or not generation == first_generation(candidates) == candidates[-1].generation:
+            return False
+        begun = [c for c in candidates if c.generation == generation]
+        asked = [(c.operator, c.label) for c in begun if c.operator != "incumbent"]
+        whole = self._rivals() if generation else self._seeds()  # a branch's begins with rivals
+        if asked != [(p.operator, p.label) for p in whole][: len(asked)] or asked[len(whole) - 1 :]:
+            return False
+        if not generation:
+            whole = self._seed_population(left + len(begun))
+        self._add(generation, whole[len(asked) :][:left], len(begun))
+        return True
 
     def _possible(self, space: SearchSpace, proposals: Sequence[Proposal]) -> list[Proposal]:
         """The same, in this space, asking for a score alone where no gradient can be had.
@@ -678,7 +702,7 @@ class Search:
             return Proposal(point, "incumbent")
         return Proposal(None, "incumbent", recipe.to_yaml())
 
-    def _add(self, generation: int, proposals: Sequence[Proposal]) -> None:
+    def _add(self, generation: int, proposals: Sequence[Proposal], first_slot: int = 0) -> None:
         rows: list[tuple[Proposal, str, str, str]] = []
         spaces = self.standing(generation)
         for proposal in proposals:
@@ -694,9 +718,12 @@ class Search:
                 self.check(recipe)
             except RecipeRejected as error:
                 failure = str(error)
-                text, recipe_hash = proposal.recipe or "", f"refused-{generation}-{len(rows)}"
+                text, recipe_hash = (
+                    proposal.recipe or "",
+                    f"refused-{generation}-{first_slot + len(rows)}",
+                )
             rows.append((proposal, recipe_hash, text, failure))
-        self.book.add_candidates(generation, rows)
+        self.book.add_candidates(generation, rows, first_slot)
 
     # --- small things -----------------------------------------------------------------------
 

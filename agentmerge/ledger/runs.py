@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sqlite3
 from collections.abc import Mapping
@@ -14,6 +15,9 @@ from agentmerge.errors import NotFound, UserError
 from agentmerge.ledger.rows import RunRow
 from agentmerge.ledger.store import Store
 from agentmerge.redaction import hidden_config, redacted
+
+#: Names that are told where one is not known.
+_SHOWN = 8
 
 
 class Runs(Store):
@@ -53,7 +57,12 @@ class Runs(Store):
         """
         found = self._runs("WHERE name = ? OR id = ?", name, name) if is_text(name) else []
         if not found:
-            known = ", ".join(row.name for row in self.runs()[-8:]) or "none yet"
+            names = [row.name for row in self.runs()]
+            like = difflib.get_close_matches(name, names, n=1)
+            shown = [*like, *(known for known in names[-_SHOWN:] if known not in like)]
+            known = ", ".join(shown) or "none yet"
+            if len(names) > len(shown):
+                known += f" and {len(names) - len(shown)} more (`agentmerge list`)"
             raise NotFound(f"no run called {name!r} in {self.path.parent}; there are: {known}")
         return found[0]
 

@@ -207,3 +207,8 @@ def test_an_unknown_run_names_those_there_are(ledger: Ledger) -> None:
     ledger.add_run(row())
     with pytest.raises(NotFound, match=r"no run called .x..*name"):
         ledger.run("x")
+    for n in range(10):
+        ledger.add_run(replace(row(), id=f"r-{n}", name=f"search-{n}"))
+    shown = r"there are: name, search-2, .*search-9 and 2 more \(`agentmerge list`\)"
+    with pytest.raises(NotFound, match=shown):
+        ledger.run("nmae")

@@ -12,6 +12,7 @@ from agentmerge.agents.prices import cost_usd, price_of
 from agentmerge.agents.testing import ScriptedServer, scripted_chat_model
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger
+from agentmerge.replay import replay
 from agentmerge.report.summary import run_summary
 from agentmerge.steps import Search
 from tests.session.conftest import config, trace_of
@@ -91,6 +92,32 @@ def test_a_budget_that_pays_for_nothing_is_refused(tmp_path, objective) -> None:
         session.run(small, name="a", runs_dir=tmp_path)
     row = session.run(config(budget={"max_items": 1400}), name="a", runs_dir=tmp_path)
     assert row.status == "done"
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "cma_es"])
+@pytest.mark.parametrize("objective", ["accuracy", "perplexity"], indirect=True)
+def test_a_raised_budget_asks_the_rivals_that_a_smaller_one_left_out(
+    tmp_path, objective, algorithm
+) -> None:
+    """Else the answer is called ahead of "the best cheap rival", and that one was never asked."""
+    search = {"algorithm": algorithm}
+    for name, budgets in {"at-once": [20], "raised": [1, 4, 9, 20]}.items():
+        small = config(search=search, budget={"max_evaluations": budgets[0]})
+        session.run(small, name=name, runs_dir=tmp_path)
+        for most in budgets[1:]:
+            more = {"budget.max_evaluations": most}
+            session.resume(name, runs_dir=tmp_path, overrides=more)
+    assert trace_of(tmp_path, "raised") == trace_of(tmp_path, "at-once")
+    assert replay("raised", runs_dir=tmp_path).identical
+
+
+def test_a_branch_with_a_larger_budget_asks_them_too(tmp_path) -> None:
+    session.run(config(budget={"max_evaluations": 4}), name="small", runs_dir=tmp_path)
+    for name, changed in {"same": {}, "other": {"limit": 50}}.items():
+        more = {"budget.max_evaluations": 16} | changed
+        session.branch("small", at=0, name=name, runs_dir=tmp_path, overrides=more)
+        found = {c["operator"] for c in trace_of(tmp_path, name)["candidates"]}
+        assert {"parent", "uniform", "scale", "depth"} <= found, name
 
 
 def test_the_end_is_within_the_timeout(tmp_path, monkeypatch) -> None:

@@ -29,6 +29,7 @@ def test_luck_on_few_items_is_not_the_answer(fake_config: str, tmp_path: Path, s
     if best.operator not in CHEAP:
         assert card["answer"]["operator"] in CHEAP
         assert any("within the noise" in note for note in card["notes"])
+        assert "beyond the noise" in card["verdict"], "what was ahead is not said to be no gain"
     assert "nothing to gain" in card["verdict"] or "use it as it is" in card["verdict"]
 
 
