@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from agentmerge.steps import Search
 
 
-def wanted_move(search: Search, generation: int) -> StructuralMove | None:
+def wanted_move(search: Search, generation: int, *, least: int = WORTH) -> StructuralMove | None:
     """The structural move to decide on before the next generation, if there is one.
 
     An agent's, or with ``search.structure: free`` a finer space once the strategy has nothing
-    more to ask in the present one, which was worth searching.
+    more to ask in the present one, which was worth searching. least: evaluations that must be left.
     """
     wish = search.config.search.structure
     before = openings(search.book.advice(role=STRUCTURE))
     if wish == "fixed" or any(opening.generation == generation for opening in before):
         return None
     now = search.standing(generation)
-    if now.trial is not None or search.evaluations_left < WORTH:
+    if now.trial is not None or search.evaluations_left < least:
         return None
     guidance = guidance_of(search.book, generation)
     move = guidance.structural_move if guidance.source == "model" else None

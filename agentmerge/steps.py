@@ -54,6 +54,7 @@ from agentmerge.ledger import (
     incumbent,
 )
 from agentmerge.ledger.book import Book
+from agentmerge.moves import wanted_move
 from agentmerge.recipe import Recipe
 from agentmerge.shadow import (
     arm_of,
@@ -77,6 +78,7 @@ from agentmerge.strategies.chain_rule import unit_gradient
 from agentmerge.strategies.random import random_vectors
 from agentmerge.structure import (
     STRUCTURE,
+    WORTH,
     Standing,
     carried,
     first_points,
@@ -398,11 +400,19 @@ class Search:
             "nothing more to gain": "has nothing more to propose",
             "nothing new": "proposes only merges that were tried",
         }.get(stop_reason)
-        if why is None or not self.evaluations_left:
+        left = self.evaluations_left
+        if why is None or not left:
             return []
+        told = f"{left} evaluations are left: {self.config.algorithm} {why}, and "
+        move = wanted_move(self, self.book.candidates()[-1].generation, least=0)
+        if move is not None:
+            return [
+                f"{told}another search space ({move.change} {move.value}) is opened only while "
+                f"{WORTH} are: resume with {WORTH - left} more evaluations, at least"
+            ]
         return [
-            f"{self.evaluations_left} evaluations are left: {self.config.algorithm} {why}, and a "
-            "larger budget changes nothing; a branch with another strategy goes on from here"
+            f"{told}a larger budget changes nothing; a branch with another strategy goes on from "
+            "here"
         ]
 
     # --- scoring ----------------------------------------------------------------------------

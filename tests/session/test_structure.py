@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,6 +206,25 @@ def test_a_branch_keeps_the_spaces_and_may_change_the_genome(tmp_path: Path) -> 
     assert trace_of(tmp_path, "b") == trace_of(tmp_path, "a")
     _, candidates = moves_of(tmp_path, "c")
     assert {len(c.vector) for c in candidates if c.generation > 2 and c.vector} == {2}
+
+
+def test_a_space_that_few_evaluations_did_not_open_is_told(tmp_path: Path) -> None:
+    """It said that a larger budget changes nothing, and a larger budget opened a space."""
+    sections = {
+        "genome": {"layer_granularity": 0},
+        "search": {"algorithm": "auto", "structure": "free"},
+        "budget": {"max_evaluations": 40},
+        "limit": 200,
+        "worker": {"options": {"num_layers": 4, "documents": 800}},
+    }
+    row = session.run(config(**sections), name="a", runs_dir=tmp_path)
+    assert row.stop_reason == "nothing more to gain"
+    (note,) = [note for note in row.result["notes"] if "evaluations are left" in note]
+    assert "another search space (granularity 2) is opened only while 32 are" in note
+    lacking = int(re.search(r"resume with (\d+) more", note).group(1))
+    more = {"budget.max_evaluations": 40 + lacking}
+    session.resume("a", runs_dir=tmp_path, overrides=more)
+    assert [o.move.value for o in moves_of(tmp_path, "a")[0]] == ["2"]
 
 
 def test_free_goes_finer_where_nothing_is_left(tmp_path: Path) -> None:
