@@ -170,7 +170,9 @@ class _Followed(Search):
 
     def advise(self, role: Role, generation: int) -> str:
         self._follow()
-        return super().advise(role, generation)
+        limit = super().advise(role, generation)
+        self._follow()  # what is decided next, a move, may have waited for a larger budget
+        return limit
 
     def propose(self, generation: int) -> int:
         self._follow()

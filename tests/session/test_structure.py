@@ -225,6 +225,7 @@ def test_a_space_that_few_evaluations_did_not_open_is_told(tmp_path: Path) -> No
     more = {"budget.max_evaluations": 40 + lacking}
     session.resume("a", runs_dir=tmp_path, overrides=more)
     assert [o.move.value for o in moves_of(tmp_path, "a")[0]] == ["2"]
+    assert replay("a", runs_dir=tmp_path).identical
 
 
 def test_free_goes_finer_where_nothing_is_left(tmp_path: Path) -> None:
