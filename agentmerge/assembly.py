@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmerge import plugins
+from agentmerge.bounded import refuse_odd_file
 from agentmerge.check import Prepared, prepare, warm_start
 from agentmerge.config import Role, SearchConfig
 from agentmerge.errors import AgentmergeError, NotFound, UserError
@@ -443,6 +444,7 @@ def begun(
     for task in prepared.taskset.tasks:
         ledger.save_items(row.id, task.name, "search", task.part("search"))
         ledger.save_items(row.id, task.name, "sealed", task.part("sealed"))
+    refuse_odd_file(folder / "log.jsonl", UserError)
     with (folder / "log.jsonl").open("a") as log:
         tell = telling(emit, log)
         if prepared.conditions and ledger.first_time(WEAK) and (weak := ledger.keyed_too_weakly()):

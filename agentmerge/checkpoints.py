@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agentmerge.bounded import refuse_odd_file
 from agentmerge.errors import RunFailed, UserError
 from agentmerge.ledger.identity import (
     Identity,
@@ -301,6 +302,7 @@ class _WithoutWal(sqlite3.Connection):
 
 def _open(path: Path) -> Saver:
     conn = None
+    refuse_odd_file(path, UserError)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         kind = sqlite3.Connection if journal_mode(path) == "WAL" else _WithoutWal

@@ -17,7 +17,8 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from agentmerge.errors import LeaseHeld, RunFailed
+from agentmerge.bounded import refuse_odd_file
+from agentmerge.errors import LeaseHeld, RunFailed, UserError
 from agentmerge.ledger.identity import Identity, checkpoints_gone, identity, is_elsewhere
 
 STALE_AFTER_S = 60.0
@@ -208,6 +209,7 @@ def _looked_up(path: Path, thread_id: str) -> Holder | None:
 
 @contextmanager
 def _opened(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
+    refuse_odd_file(path, UserError)  # a pipe would be waited for without an end
     where = f"{path.absolute().as_uri()}?mode={mode}"
     with closing(sqlite3.connect(where, uri=True, timeout=_BUSY_TIMEOUT_S)) as conn:
         yield conn

@@ -15,6 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
+from agentmerge.bounded import refuse_odd_file
 from agentmerge.errors import LedgerError, UserError
 from agentmerge.ledger.identity import Identity, abandon, identity, is_elsewhere
 from agentmerge.ledger.journal import journal_mode
@@ -35,7 +36,7 @@ class Store:
     Raises:
         LedgerError: the file cannot be opened or written (disk full, locked, not a database), or
             is no more at its path: what it held, and what is written then, is saved beside it.
-        UserError: a newer agentmerge wrote it.
+        UserError: a newer agentmerge wrote it, or it is no regular file.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Store:
         self._file: Identity | None = None
         self._saved: Path | None = None
         self._copy: TemporaryFolder | None = None
+        refuse_odd_file(self.path, UserError)
         was_there = self.path.exists()
         try:
             if read_only and self._look():

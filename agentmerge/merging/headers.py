@@ -363,7 +363,9 @@ def file_headers(file: Path) -> dict[str, TensorHeader]:
             length = int.from_bytes(stream.read(8), "little")
             size = file.stat().st_size
             if not 0 < length <= min(size - 8, _MAX_HEADER):
-                raise ParentError(f"{broken}; download the model again")
+                raise ParentError(
+                    f"{file} is not a whole safetensors file; download the model again"
+                )
             content = stream.read(length)
     except OSError as error:
         raise ParentError(f"{file} cannot be read: {error.strerror}") from None

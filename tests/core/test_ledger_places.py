@@ -246,3 +246,15 @@ def test_at_exit_nothing_of_what_replaced_it_is_touched(tmp_path: Path) -> None:
         assert journal.stat().st_size
     assert other.prompts("run") == {"critic": "another"}
     other.close()
+
+
+@pytest.mark.parametrize("name", ["agentmerge.sqlite", "checkpoints.sqlite", "a/log.jsonl"])
+@pytest.mark.parametrize("odd", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_not_waited_for(
+    tmp_path: Path, fake_config: str, name: str, odd: Any
+) -> None:
+    path = tmp_path / "runs" / name
+    path.parent.mkdir(parents=True)
+    odd(path)
+    with pytest.raises(UserError, match=rf"{path.name} is a (pipe|folder); put a regular file"):
+        session.run(SearchConfig.from_text(fake_config), name="a", runs_dir=tmp_path / "runs")

@@ -288,13 +288,12 @@ def test_a_hub_id_from_the_cache_and_one_that_is_not_there(
     refs.mkdir()
     (refs / "main").write_text("0" * 40)
     code = (
-        "import sys; from agentmerge.errors import ParentError\n"
+        "from agentmerge.errors import ParentError\n"
         "from agentmerge.merging.sources import find_parent\n"
         "print(find_parent('some/model').model)\n"
         "try: find_parent('some/other')\n"
         "except ParentError as error: print(error)\n"
-        "print(find_parent('some/model@main').model)\n"
-        "assert 'torch' not in sys.modules"
+        "print(find_parent('some/model@main').model)"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(

@@ -330,7 +330,7 @@ def test_a_run_that_waits_for_a_person_holds_nothing(
     assert found["status"] == "done"
     assert given_back(tmp_path, thread_id)
     with Ledger(tmp_path / session.LEDGER) as ledger:
-        assert [move.refusal for move in openings(ledger, thread_id)] == [""]
+        assert [move.refusal for move in openings(ledger.advice(thread_id))] == [""]
 
 
 def test_nodes_of_no_run_open_nothing(tmp_path: Path) -> None:
