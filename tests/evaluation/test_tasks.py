@@ -111,7 +111,10 @@ def test_unknown_names_are_answered_with_near_ones(tmp_path: Path) -> None:
         built(TasksConfig(tasks=["x"], task_search_path=(str(tmp_path / "nowhere"),)))
 
 
-def test_a_task_that_cannot_be_loaded_names_its_file(tmp_path: Path) -> None:
+def test_a_task_that_cannot_be_loaded_names_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the library looks for JSON in all folders below
     path = write_yaml(
         tmp_path / "t.yaml", {"task": "bad", "dataset_path": "json", "test_split": "test"}
     )
