@@ -72,7 +72,8 @@ def assembled(
     config = prepared.config
     timeout = config.budget.timeout_s
     deadline = None if timeout is None else time.monotonic() + timeout
-    pool = pool_of(prepared, stack, deadline, _slowest_s(ledger, row.id, prepared))
+    slowest_s = ledger.slowest_s(row.id) / max(1, len(prepared.taskset.refs("search")))  # an item
+    pool = pool_of(prepared, stack, deadline, slowest_s)
     search = kind(
         config=config,
         run_id=row.id,
@@ -325,12 +326,6 @@ def pool_of(
     pool = Pool(prepared.spec, worker.count, taskset=prepared.taskset, deadlines=deadlines)
     stack.callback(pool.close)
     return pool
-
-
-def _slowest_s(ledger: Ledger, run_id: str, prepared: Prepared) -> float:
-    """The seconds an item that this search's slowest candidate took, before it went on here."""
-    took = [c.seconds or 0.0 for c in ledger.candidates(run_id) if c.score is not None]
-    return max(took, default=0.0) / max(1, len(prepared.taskset.refs("search")))
 
 
 def _strategy(config: SearchConfig) -> Any:

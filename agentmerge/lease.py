@@ -20,6 +20,7 @@ from pathlib import Path
 from agentmerge.bounded import refuse_odd_file
 from agentmerge.errors import LeaseHeld, RunFailed, UserError
 from agentmerge.ledger.identity import Identity, checkpoints_gone, identity, is_elsewhere
+from agentmerge.ledger.store import is_unwritable
 
 STALE_AFTER_S = 60.0
 _BUSY_TIMEOUT_S = 30.0
@@ -201,8 +202,7 @@ def _looked_up(path: Path, thread_id: str) -> Holder | None:
             return _read(conn, thread_id)
     except sqlite3.OperationalError as error:
         # No table yet; or a folder that cannot be written to, where no process has the file open.
-        name = str(getattr(error, "sqlite_errorname", ""))
-        if "no such table" in str(error) or name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
+        if "no such table" in str(error) or is_unwritable(error):
             return None
         raise
 

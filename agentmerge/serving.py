@@ -56,9 +56,8 @@ def mcp_server(tools: Sequence[BaseTool]) -> Server[Any]:
             call = {"type": "tool_call", "id": "mcp", "name": tool.name}
             try:
                 said = await tool.ainvoke(call | {"args": dict(params.arguments or {})})
-            except (
-                AgentmergeError
-            ) as error:  # a lost worker, a full disk: the next call tries again
+            except AgentmergeError as error:
+                # A lost worker, a full disk: the next call tries again.
                 text, wrong = shortened(str(error)), True
             except Exception as error:
                 text, wrong = shortened(f"unexpected {type(error).__name__}: {error}"), True

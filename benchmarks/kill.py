@@ -47,6 +47,7 @@ import yaml
 from agentmerge.ledger import Ledger
 from agentmerge.report.summary import trace
 from agentmerge.session import CHECKPOINTS, LEDGER
+from benchmarks.fake import fake_config
 
 FAULTS = ("kill", "kill", "kill", "full disk", "locked")
 AT = 2  # the generation that the branch leaves the search at
@@ -71,17 +72,7 @@ def config_of(worker: str, apart: bool, folder: Path) -> Path:
 
     apart: what scores runs in processes of its own: two workers, or vLLM's engine.
     """
-    body: dict[str, Any] = {
-        "genome": {
-            "models": ["north", "south"],
-            "base_model": "base",
-            "merge_method": "task_arithmetic",
-            "layer_granularity": 2,
-        },
-        "tasks": [{"name": "one", "metric": "acc,none"}, {"name": "two", "metric": "acc,none"}],
-        "limit": 60,
-        "worker": {"kind": "fake", "options": {"base": "base", "delay_s": 0.03}},
-    }
+    body = fake_config(60, delay_s=0.03)
     if worker != "fake":
         from agentmerge.demo.family import cached_family
         from agentmerge.demo.tasks import demo_config, write_tasks

@@ -21,18 +21,7 @@ import yaml
 from agentmerge import session
 from agentmerge.config import SearchConfig
 from agentmerge.ledger.store import Store
-
-BODY: dict[str, Any] = {
-    "genome": {
-        "models": ["north", "south"],
-        "base_model": "base",
-        "merge_method": "task_arithmetic",
-        "layer_granularity": 2,
-    },
-    "tasks": [{"name": "one", "metric": "acc,none"}, {"name": "two", "metric": "acc,none"}],
-    "limit": 8,
-    "worker": {"kind": "fake", "options": {"base": "base"}},
-}
+from benchmarks.fake import fake_config
 
 
 @dataclass
@@ -61,7 +50,7 @@ def measured(algorithm: str, generations: int, population: int) -> Meter:
         meter.rows += len(found)
         return found
 
-    body = BODY | {
+    body = fake_config(8) | {
         "search": {"algorithm": algorithm, "seed": 7, "population": population},
         "budget": {"max_evaluations": 12 + generations * population},
     }

@@ -64,7 +64,7 @@ def forecasts(
         said = word["guidance"]
         if word["role"] != "proposer" or not _foretold(said):
             continue
-        guidance = Guidance.from_json(word["guidance"])
+        guidance = Guidance.from_json(said)
         tried = by_generation.get(word["generation"] + 1, [])
         itself = [e.score for e in tried if _same(e.vector, guidance.mean or ())]
         around = [e.score for e in tried if e.operator == LlmEvo.name]

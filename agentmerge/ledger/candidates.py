@@ -101,6 +101,14 @@ class Candidates(Items, Gradients):
         sql = "SELECT count(*) FROM candidates WHERE run_id = ? AND state = 'open'"
         return int(self._rows(sql, run_id)[0][0])
 
+    def slowest_s(self, run_id: str) -> float:
+        """The seconds of the candidate that took longest to be scored; 0 where none was."""
+        sql = (
+            "SELECT coalesce(max(seconds), 0) FROM candidates "
+            "WHERE run_id = ? AND state = 'scored' AND NOT prior"
+        )
+        return float(self._rows(sql, run_id)[0][0])
+
     def candidate(self, run_id: str, generation: int, slot: int) -> Candidate:
         for found in self.candidates(run_id, generation, slot=slot):
             return found

@@ -96,7 +96,7 @@ class Store:
                 return False
         except sqlite3.OperationalError as error:
             # Even to read, SQLite writes beside a file with WAL, if nobody has it open.
-            if not _is_unwritable(error) or not self.path.is_file():
+            if not is_unwritable(error) or not self.path.is_file():
                 raise
         self._conn.close()
         journal = self.path.with_name(f"{self.path.name}-wal")
@@ -235,7 +235,8 @@ def _is_new(file: Path) -> bool:
     return True
 
 
-def _is_unwritable(error: sqlite3.Error) -> bool:
+def is_unwritable(error: sqlite3.Error) -> bool:
+    """Whether SQLite needed to write where nobody may."""
     name = str(getattr(error, "sqlite_errorname", ""))
     return name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY"))
 

@@ -25,6 +25,7 @@ from agentmerge import plugins
 from agentmerge.errors import AgentmergeError, NotBegun, NoWorker, RunFailed, WorkerLost
 from agentmerge.recipe import Recipe
 from agentmerge.redaction import clean_screen, remember, remembered, revealed
+from agentmerge.strategies.base import cost_of
 from agentmerge.temporary import discard_unfinished
 from agentmerge.waits import waiting_for
 from agentmerge.workers.base import (
@@ -49,8 +50,6 @@ Make = Callable[..., Worker]
 LOSSES = 3
 #: Seconds that a worker process may take to be ready, and to end by itself.
 _STARTING_S, _CLOSING_S = 3600, 30
-#: Scores that a gradient takes as long as, in the time that it may take.
-_OF_A_GRADIENT = 4
 T = TypeVar("T")
 
 
@@ -161,7 +160,7 @@ class Pool:
         def job(worker: Worker) -> Gradient:
             return cast(Differentiator, worker).gradient(recipe, refs, loss, weights)
 
-        return self._on_a_worker(job, _OF_A_GRADIENT * len(refs), wanted)
+        return self._on_a_worker(job, cost_of(with_gradient=True) * len(refs), wanted)
 
     def _on_a_worker(
         self, job: Callable[[Worker], T], items: int, wanted: Callable[[], bool]

@@ -33,6 +33,7 @@ from agentmerge.agents.testing import Said, ScriptedServer
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
 from agentmerge.ledger import Ledger
+from benchmarks.fake import fake_config
 from benchmarks.outside.mutations import KINDS
 from benchmarks.outside.tally import Tally
 
@@ -49,21 +50,13 @@ READING = (["list"], ["show", "a", "--json"], ["show", "a"], ["watch", "a"], ["r
 
 
 def config_of(server: ScriptedServer, rng: random.Random, kind: str) -> SearchConfig:
-    body: dict[str, Any] = {
-        "genome": {
-            "models": ["north", "south"],
-            "base_model": "base",
-            "merge_method": "task_arithmetic",
-            "layer_granularity": 2,
-        },
+    body: dict[str, Any] = fake_config(20) | {
         "tasks": [
             {"name": "one", "metric": "acc,none"},
             {"name": "two", "metric": "word_perplexity,none", "weight": 0.2},
         ],
-        "limit": 20,
         "search": {"algorithm": rng.choice(["llm_evo", "auto"]), "seed": 7, "population": 5},
         "budget": {"max_evaluations": EVALUATIONS},
-        "worker": {"kind": "fake", "options": {"base": "base"}},
         "agents": {
             "llm": "openai:scripted",
             "base_url": server.base_url,

@@ -114,3 +114,15 @@ def test_the_end_is_cut_off_too_and_resume_asks_it(tmp_path: Path, monkeypatch) 
 def test_only_a_resume_may_shorten_it() -> None:
     with pytest.raises(UserError, match=r"worker\.timeout_s"):
         config(worker={"timeout_s": 0})
+
+
+def test_a_resume_begins_with_the_slowest_of_before(tmp_path: Path) -> None:
+    """By default a candidate's limit is a multiple of what the slowest took, here or before."""
+    slow = worker()
+    slow["options"] |= {"delay_s": 0.05}
+    session.run(config(worker=slow, budget={"max_evaluations": 8}), name="a", runs_dir=tmp_path)
+    with Ledger(tmp_path / session.LEDGER) as ledger:
+        run = ledger.run("a").id
+        took = [c.seconds for c in ledger.candidates(run) if c.score is not None]
+        assert ledger.slowest_s(run) == max(t for t in took if t is not None) >= 0.05
+        assert ledger.slowest_s("no such run") == 0.0
