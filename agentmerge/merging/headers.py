@@ -183,9 +183,15 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def refuse_odd_files(directory: Path) -> None:
     """Raises ParentError where transformers, given this folder, would read something that is no
-    file, or no JSON object, or larger than any of its kind; or where we would copy no file."""
+    file, or no JSON object, or larger than any of its kind; or where we would copy no file, or a
+    link leads to none: transformers then goes on as if there were no such file."""
     for pattern, most in (dict.fromkeys(COPIED) | _SIDE_FILES).items():
         for file in sorted(directory.glob(pattern)):
+            if not file.exists():
+                raise ParentError(
+                    f"{file} is a link to {os.readlink(file)}, which is not there; put that file "
+                    "there, or remove the link"
+                )
             if pattern in _SIDE_FILES or not file.is_dir():
                 bounded.refuse_odd_file(file, ParentError, most=most)
     for name in _OBJECTS:

@@ -96,6 +96,10 @@ def _device(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
+def _link_to_nowhere(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
 def _nested(path: Path) -> None:
     path.write_bytes(b'{"a": ' * 50_000)
 
@@ -141,7 +145,9 @@ def test_a_folder_among_the_side_files_is_not_followed(
     assert not list((tmp_path / "out").rglob("key.jinja"))
 
 
-@pytest.mark.parametrize("spoil", [_pipe, _device, _nested, _null, _garbage, _huge])
+@pytest.mark.parametrize(
+    "spoil", [_pipe, _device, _link_to_nowhere, _nested, _null, _garbage, _huge]
+)
 @pytest.mark.parametrize(
     "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 )
