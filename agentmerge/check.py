@@ -33,7 +33,7 @@ from agentmerge.recipe.cancelling import cancelling_notes
 from agentmerge.redaction import redacted, revealed
 from agentmerge.temporary import temporary_folder
 from agentmerge.waits import waiting_for
-from agentmerge.workers.base import OPTIONS, EngineInfo, WorkerSpec
+from agentmerge.workers.base import COUNTS, OPTIONS, EngineInfo, WorkerSpec
 from agentmerge.workers.pool import crowd_of, devices_for, worker_class
 
 if TYPE_CHECKING:  # both are read only where models are
@@ -172,10 +172,18 @@ def prepare(
     faults = [*known_faults, *([] if allow_benchmarks else benchmark_faults(config))]
     faults += _tokenizer_faults(config) + _plugin_faults(config) + _option_faults(config)
     faults += init_faults(config) if fresh else []
+    spoiled: dict[str, Any] = {}  # goes, for the rest of the faults
     if devices := _device_faults(config):
         faults += devices
-        worker = config.worker.model_copy(update={"device": "cpu"})  # for the rest of the faults
-        config = config.model_copy(update={"worker": worker})
+        spoiled["device"] = "cpu"
+    if odd := [key for key in COUNTS if not _is_count(config.worker.options.get(key, 1))]:
+        given = dict(config.worker.options)
+        for key in odd:
+            value = str(given.pop(key))[:80]
+            faults.append(f"worker.options.{key} cannot be {value!r}; give a whole number from 1")
+        spoiled["options"] = given
+    if spoiled:
+        config = config.model_copy(update={"worker": config.worker.model_copy(update=spoiled)})
     with waiting_for("a look at models and tasks"):
         if config.worker.kind == "fake":
             prepared = _prepare_fake(config, fresh, faults)
@@ -603,6 +611,13 @@ def _option_faults(config: SearchConfig) -> list[str]:
             hint = f"it is one of the {others[0]} worker's; {hint}"
         faults.append(f"worker.options.{key} is not a known option; {hint}")
     return faults
+
+
+def _is_count(value: Any) -> bool:
+    try:
+        return value is None or int(value) >= 1
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _device_faults(config: SearchConfig) -> list[str]:

@@ -129,6 +129,9 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "disk": (*_HF_OPTIONS, *_VLLM_OPTIONS, "evaluate_with", "storage"),
 }
 
+#: And those of them that are whole numbers from 1.
+COUNTS = ("max_length", "threads")
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:

@@ -42,6 +42,15 @@ def test_an_option_that_the_worker_does_not_know_is_a_fault(
     assert any("./one" in fault for fault in found), "told with the rest"
 
 
+@pytest.mark.parametrize("key", ["threads", "max_length"])
+@pytest.mark.parametrize("value", [".inf", ".nan", "0", "-1", "many", "[2]", "{}"])
+def test_a_count_that_is_none_is_a_fault(key: str, value: str) -> None:
+    found = faults(f"worker: {{options: {{{key}: {value}}}}}")
+    (own,) = [fault for fault in found if fault.startswith(f"worker.options.{key} cannot be '")]
+    assert own.endswith("give a whole number from 1")
+    assert any("./one" in fault for fault in found), "told with the rest"
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "nonsense"])
 def test_a_device_that_is_not_there_is_one_of_the_faults(
     device: str, monkeypatch: pytest.MonkeyPatch
