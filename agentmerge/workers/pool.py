@@ -126,11 +126,11 @@ class Pool:
         wanted: asked when the candidate's turn comes, which may be long after the call.
 
         Raises:
-            NotBegun: it was no longer wanted, or the pool's time ended while it ran.
+            NotBegun: it was no longer wanted, the pool's time ended while it ran, or the pool was
+                stopped before it was begun: what stopped the pool is to be told, not this.
             CandidateFailed: the recipe's fault; the pool goes on.
             WorkerLost: two workers were lost over it, whatever their errors.
             NoWorker: none can be started, or ``LOSSES`` candidates in a row lost two each.
-            RunFailed: the pool was stopped before this candidate was begun.
         """
 
         def job(worker: Worker) -> tuple[Fingerprint, list[ItemResult]]:
@@ -289,7 +289,7 @@ class Pool:
         with self._change:
             self._change.wait_for(lambda: self._free or self._stopped)
             if self._stopped:
-                raise RunFailed("the worker pool is stopped; this candidate was not begun")
+                raise NotBegun("the worker pool is stopped; this candidate was not begun")
             built = next((i for i, place in enumerate(self._free) if place.worker is not None), 0)
             return self._free.pop(built)
 

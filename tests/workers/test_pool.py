@@ -13,7 +13,7 @@ import pytest
 from test_contract import recipe
 
 from agentmerge.config import TasksConfig
-from agentmerge.errors import CandidateFailed, RunFailed, UserError, WorkerLost
+from agentmerge.errors import CandidateFailed, NotBegun, UserError, WorkerLost
 from agentmerge.workers.base import WorkerSpec
 from agentmerge.workers.fake import FakeWorker
 from agentmerge.workers.pool import Pool, crowd_of, devices_for
@@ -84,8 +84,8 @@ def test_stop_lets_running_evaluations_end() -> None:
         pool.stop()
         ended = [task.exception() for task in running]
     assert [error is None for error in ended].count(True) == 1
-    assert sum(isinstance(error, RunFailed) for error in ended) == 2
-    with pytest.raises(RunFailed, match="not begun"):
+    assert sum(isinstance(error, NotBegun) for error in ended) == 2
+    with pytest.raises(NotBegun, match="not begun"):
         pool.evaluate(recipe(0.1, 0.5), REFS)
     pool.close()
 
