@@ -6,7 +6,6 @@ also says what it would cost. Knows no search state.
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -33,7 +32,8 @@ from agentmerge.recipe.cancelling import cancelling_notes
 from agentmerge.redaction import redacted, revealed
 from agentmerge.temporary import temporary_folder
 from agentmerge.waits import waiting_for
-from agentmerge.workers.base import COUNTS, OPTIONS, EngineInfo, WorkerSpec
+from agentmerge.workers.base import EngineInfo, WorkerSpec
+from agentmerge.workers.options import given, option_faults
 from agentmerge.workers.pool import crowd_of, devices_for, worker_class
 
 if TYPE_CHECKING:  # both are read only where models are
@@ -170,19 +170,15 @@ def prepare(
         ConfigError: every fault found, one sentence each.
     """
     faults = [*known_faults, *([] if allow_benchmarks else benchmark_faults(config))]
-    faults += _tokenizer_faults(config) + _plugin_faults(config) + _option_faults(config)
+    faults += _tokenizer_faults(config) + _plugin_faults(config)
     faults += init_faults(config) if fresh else []
-    spoiled: dict[str, Any] = {}  # goes, for the rest of the faults
+    misread, readable = option_faults(config.worker, config.genome.parents)
+    faults += misread
+    spoiled: dict[str, Any] = {**readable}
     if devices := _device_faults(config):
         faults += devices
         spoiled["device"] = "cpu"
-    if odd := [key for key in COUNTS if not _is_count(config.worker.options.get(key, 1))]:
-        given = dict(config.worker.options)
-        for key in odd:
-            value = str(given.pop(key))[:80]
-            faults.append(f"worker.options.{key} cannot be {value!r}; give a whole number from 1")
-        spoiled["options"] = given
-    if spoiled:
+    if spoiled:  # goes, for the rest of the faults
         config = config.model_copy(update={"worker": config.worker.model_copy(update=spoiled)})
     with waiting_for("a look at models and tasks"):
         if config.worker.kind == "fake":
@@ -589,37 +585,6 @@ def _plugin_faults(config: SearchConfig) -> list[str]:
     return faults
 
 
-def _option_faults(config: SearchConfig) -> list[str]:
-    """Keys of ``worker.options`` that the worker does not know."""
-    kind = config.worker.kind
-    try:
-        own = getattr(plugins.load("agentmerge.workers", kind), "options", OPTIONS.get(kind))
-    except UserError:
-        return []  # said already
-    if own is None:
-        return []
-    faults = []
-    for key in config.worker.options:
-        if key in own:
-            continue
-        near = difflib.get_close_matches(key, own, 1, 0.6)
-        others = [name for name, options in OPTIONS.items() if key in options]
-        hint = f"the {kind} worker knows {', '.join(sorted(own))}"
-        if near:
-            hint = f"did you mean {near[0]!r}?"
-        elif others:
-            hint = f"it is one of the {others[0]} worker's; {hint}"
-        faults.append(f"worker.options.{key} is not a known option; {hint}")
-    return faults
-
-
-def _is_count(value: Any) -> bool:
-    try:
-        return value is None or int(value) >= 1
-    except (TypeError, ValueError, OverflowError):
-        return False
-
-
 def _device_faults(config: SearchConfig) -> list[str]:
     device = config.worker.device
     if device is None or device == "cpu":
@@ -810,7 +775,7 @@ def _spec(
         device=device or config.worker.device or _device(),
         matmul_precision=_matmul_precision(),
         trust_remote_code=config.worker.trust_remote_code,
-        options={"base": config.genome.base_model} | _engine(config) | config.worker.options,
+        options={"base": config.genome.base_model} | _engine(config) | given(config.worker.options),
         method=config.genome.merge_method,
     )
     return replace(spec, crowd=crowd_of(spec, config.worker.count))
@@ -857,10 +822,7 @@ def _prepare_fake(config: SearchConfig, fresh: bool, faults: list[str]) -> Prepa
     from agentmerge.workers.fake import FakeWorker
 
     names = list(config.genome.parents)
-    depth = config.worker.options.get("num_layers", 4)
-    if type(depth) is not int or depth < 1:
-        faults.append(f"worker.options.num_layers {depth!r} must be a whole number above 0")
-        raise ConfigError(faults)
+    depth = config.worker.options.get("num_layers") or 4
     spec = _spec(config, {name: Path(name) for name in names}, "float32", device="cpu")
     try:
         space = SearchSpace(config.genome, depth, "float32", config.search.seed)

@@ -738,13 +738,18 @@ def _build(model: type[_Frozen], body: dict[str, Any], section: str, out: _Fault
     try:
         return model(**body)
     except ValidationError as error:
-        problems = error.errors()
-        for problem in problems:
-            if problem["type"] == "too_short" and len(problems) > 1:
-                continue  # what was left after faulty entries were dropped
-            path = ".".join(str(part) for part in (section, *problem["loc"]) if part != "")
-            out.faults.append(f"{out.where(path)}{_in_our_words(problem)}")
+        out.faults.extend(f"{out.where(path)}{words}" for path, words in said_of(error, section))
         return None
+
+
+def said_of(error: ValidationError, section: str) -> Iterator[tuple[str, str]]:
+    """(key, what follows its name in a sentence) of each fault of a section's values."""
+    problems = error.errors()
+    for problem in problems:
+        if problem["type"] == "too_short" and len(problems) > 1:
+            continue  # what was left after faulty entries were dropped
+        path = ".".join(str(part) for part in (section, *problem["loc"]) if part != "")
+        yield path, _in_our_words(problem)
 
 
 #: pydantic's kinds of faults, by how their names begin, and what to say instead.

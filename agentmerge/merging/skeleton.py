@@ -24,7 +24,9 @@ def auto_class(config: Any) -> Any:
     return transformers.AutoModelForImageTextToText
 
 
-def skeleton(directory: Path, *, trust_remote_code: bool = False) -> Any:
+def skeleton(
+    directory: Path, *, trust_remote_code: bool = False, attn_implementation: str | None = None
+) -> Any:
     """The model of a directory in float32 on the meta device: names and shapes, no memory.
 
     Raises:
@@ -37,7 +39,10 @@ def skeleton(directory: Path, *, trust_remote_code: bool = False) -> Any:
             )
             with torch.device("meta"):
                 return auto_class(config).from_config(
-                    config, dtype=torch.float32, trust_remote_code=trust_remote_code
+                    config,
+                    dtype=torch.float32,
+                    trust_remote_code=trust_remote_code,
+                    attn_implementation=attn_implementation,
                 )
     except Exception as error:  # a class raises what it likes at a config that it cannot use
         reason = next(iter(str(error).splitlines()), type(error).__name__)

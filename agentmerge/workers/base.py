@@ -117,22 +117,6 @@ class EngineInfo:
     conditions: str = ""
 
 
-_HF_OPTIONS = ("attn_implementation", "base", "max_length", "threads")
-_VLLM_OPTIONS = (
-    "base", "engine_args", "engine_process", "in_place", "max_length", "threads", "way",
-)  # fmt: skip
-#: The ``worker.options`` of each kind of worker that has a list: any other key is a fault. A
-#: plugin's class may have its own, as ``options``; FakeWorker, which tests extend, has none.
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "hf": _HF_OPTIONS,
-    "vllm": _VLLM_OPTIONS,
-    "disk": (*_HF_OPTIONS, *_VLLM_OPTIONS, "evaluate_with", "storage"),
-}
-
-#: And those of them that are whole numbers from 1.
-COUNTS = ("max_length", "threads")
-
-
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
     """How to build a worker: plain values only.

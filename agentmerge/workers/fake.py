@@ -32,7 +32,6 @@ import hashlib
 import math
 import operator
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ from typing import Any, Literal
 import numpy as np
 
 from agentmerge.config import TasksConfig
-from agentmerge.errors import CandidateFailed, RunFailed, UserError, WorkerLost
+from agentmerge.errors import CandidateFailed, RunFailed, WorkerLost
 from agentmerge.evaluation.splitting import choose_documents, split, stand_in
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 from agentmerge.methods import METHODS
@@ -57,10 +56,9 @@ from agentmerge.workers.base import (
     TensorSlope,
     WorkerSpec,
 )
+from agentmerge.workers.options import FakeOptions, Where
 
 _KINDS = ("self_attn", "mlp")
-#: Of a task, and of a group of them.
-_MOST_DOCUMENTS, _MOST_LEAVES = 1_000_000, 1000
 _WIDTH, _GAIN, _LEAN = 0.35, 8.0, 1.5
 
 
@@ -146,21 +144,21 @@ class FakeWorker:
     """See the module's head; the contract is ``workers/base.py``."""
 
     def __init__(self, spec: WorkerSpec, taskset: TaskSet | None = None) -> None:
-        options = spec.options
-        self._parents = [name for name, _ in spec.parents if name != options.get("base")]
-        self._delay_s = float(options.get("delay_s", 0.0))
+        options = FakeOptions.of(spec.options)
+        self._parents = [name for name, _ in spec.parents if name != options.base]
+        self._delay_s = options.delay_s or 0.0
         self._metrics = {task.name: task.metric for task in self.tasks(spec).tasks}
-        self._scales = tuple(float(scale) for scale in options.get("scales", (1.0,)))
-        self._fails = _predicate(options.get("fail_when", ()))
-        self._bad_items = frozenset(options.get("fail_items", ()))
-        bad_on = options.get("fail_items_when")
+        self._scales = tuple(options.scales or (1.0,))
+        self._fails = _predicate(options.fail_when)
+        self._bad_items = frozenset(options.fail_items or ())
+        bad_on = options.fail_items_when
         self._bad_on = _predicate(bad_on) if bad_on is not None else lambda *_: True
-        self._no_gradient = str(options.get("no_gradient", ""))
-        self._dies = _predicate(options.get("die_when", ()))
-        self._hangs = _predicate(options.get("hang_when", ()))
+        self._no_gradient = options.no_gradient
+        self._dies = _predicate(options.die_when)
+        self._hangs = _predicate(options.hang_when)
         self._hanging = False
-        self._die_at = int(options.get("die_at", 0))
-        self._die_hard = bool(options.get("die_hard", False))
+        self._die_at = options.die_at
+        self._die_hard = options.die_hard
         self._loads = 0
         self._live: np.ndarray | None = None
         self._on_bad_merge = False
@@ -168,19 +166,8 @@ class FakeWorker:
 
     @staticmethod
     def tasks(spec: WorkerSpec) -> TaskSet:
-        documents = spec.options.get("documents", 400)
-        groups = spec.options.get("groups") or {}
-        counts = groups.values() if isinstance(groups, Mapping) else [groups]
-        for name, found, most in (
-            ("documents", [documents], _MOST_DOCUMENTS),
-            ("groups", counts, _MOST_LEAVES),
-        ):
-            for value in found:
-                if type(value) is not int or not 1 <= value <= most:
-                    raise UserError(
-                        f"worker.options.{name} {value!r} must be a whole number from 1 to {most:,}"
-                    )
-        return fake_tasks(spec.tasks, documents, groups)
+        options = FakeOptions.of(spec.options)
+        return fake_tasks(spec.tasks, options.documents or 400, options.groups)
 
     @staticmethod
     def describe(spec: WorkerSpec) -> EngineInfo:
@@ -394,17 +381,11 @@ _FIGURES: dict[str, Callable[[np.ndarray], Any]] = {
 }
 
 
-def _predicate(asked: str | Sequence[str]) -> Callable[[Recipe, np.ndarray], bool]:
-    """``fail_when`` -> whether a recipe, with its weights, fails."""
-    if not isinstance(asked, str):
-        hashes = frozenset(asked)
-        return lambda recipe, _: bool(hashes) and recipe.hash() in hashes
-    match = re.fullmatch(r"(\w+)\s*([<>])\s*(-?[\d.]+)", asked.strip())
-    if match is None or match[1] not in _FIGURES:
-        raise UserError(
-            f"fail_when {asked!r} is not understood; write e.g. 'max_weight>0.95' "
-            f"({', '.join(_FIGURES)}), or a list of recipe hashes"
-        )
-    figure, bound = _FIGURES[match[1]], float(match[3])
-    compare = operator.gt if match[2] == ">" else operator.lt
-    return lambda _, point: bool(compare(figure(point), bound))
+def _predicate(where: Where | None) -> Callable[[Recipe, np.ndarray], bool]:
+    """Whether a recipe, with its weights, is one of those."""
+    if where is None:
+        return lambda *_: False
+    if not where.figure:
+        return lambda recipe, _: bool(where.hashes) and recipe.hash() in where.hashes
+    figure, compare = _FIGURES[where.figure], operator.gt if where.above else operator.lt
+    return lambda _, point: bool(compare(figure(point), where.bound))

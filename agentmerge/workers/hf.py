@@ -228,7 +228,13 @@ def preflight(spec: WorkerSpec, layout: Layout | None) -> tuple[list[str], list[
     except ParentError as error:
         return [str(error)], []
     shapes = {tensor.name: tensor.shape for tensor in layout.tensors}
-    return pairing_faults(model, shapes, layout.carried), []
+    faults = pairing_faults(model, shapes, layout.carried)
+    if attention := spec.options.get("attn_implementation"):
+        try:
+            skeleton(opened, attn_implementation=attention)
+        except ParentError as error:
+            faults.append(f"worker.options.attn_implementation {attention!r}: {error}")
+    return faults, []
 
 
 def _has_own_code(spec: WorkerSpec, layout: Layout) -> bool:

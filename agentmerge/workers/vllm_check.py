@@ -31,6 +31,17 @@ _SPIKE_BYTES = 6.5
 _SPIKE_LIMIT = 2 * GIB
 _MOST_BATCHED, _LEAST_BATCHED = 8192, 512
 
+#: The search decides these, or they would change weights or answers behind its back.
+_OURS = {
+    "model": "genome.models",
+    "tokenizer": "genome.tokenizer_source",
+    "dtype": "worker.dtype",
+    "trust_remote_code": "worker.trust_remote_code",
+    "worker_extension_cls": "the search's own",
+    "enable_lora": "impossible in a search: a LoRA would be added to every merge",
+    "enable_sleep_mode": "impossible in a search: sleeping frees the weights",
+    "speculative_config": "impossible in a search: its draft model is not merged",
+}
 #: Names inside vLLM without which its CPU build packs its weights.
 _PRIVATE = (
     ("vllm._custom_ops", "_supports_onednn"),
@@ -137,6 +148,7 @@ def preflight(spec: WorkerSpec, layout: Layout | None) -> tuple[list[str], list[
     if faults:
         return faults, []
     config = config_of(spec)
+    faults += refused_args(spec)
     if spec.dtype == "float64":
         faults.append("worker.dtype float64 is not possible with vLLM; use worker.kind: hf")
     if layout is None:
@@ -152,6 +164,13 @@ def preflight(spec: WorkerSpec, layout: Layout | None) -> tuple[list[str], list[
     if share.cache <= 0:
         faults.append(f"the models do not fit: {share}")
     return faults, [str(share)]
+
+
+def refused_args(spec: WorkerSpec) -> list[str]:
+    """Entries of ``worker.engine_args`` that are not the user's to choose."""
+    asked = spec.options.get("engine_args") or {}
+    said = [(name, _OURS[name]) for name in asked if name in _OURS]
+    return [f"worker.engine_args.{name} cannot be set: {whose}" for name, whose in said]
 
 
 def share_of(spec: WorkerSpec, layout: Layout) -> Share:

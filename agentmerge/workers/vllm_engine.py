@@ -40,6 +40,7 @@ from agentmerge.workers.vllm_check import (
     head_size,
     placement,
     ranks_of,
+    refused_args,
     share_of,
 )
 
@@ -47,17 +48,6 @@ _log = logging.getLogger(__name__)
 
 _CPU_BLOCK = 32
 _EXTENSION = "agentmerge.workers.vllm_extension.MergeExtension"
-#: The search decides these, or they would change weights or answers behind its back.
-_OURS = {
-    "model": "genome.models",
-    "tokenizer": "genome.tokenizer_source",
-    "dtype": "worker.dtype",
-    "trust_remote_code": "worker.trust_remote_code",
-    "worker_extension_cls": "the search's own",
-    "enable_lora": "impossible in a search: a LoRA would be added to every merge",
-    "enable_sleep_mode": "impossible in a search: sleeping frees the weights",
-    "speculative_config": "impossible in a search: its draft model is not merged",
-}
 #: Seconds that a call may still take to say why, when the engine's process is dead.
 _LAST_WORDS_S = 5
 #: How long a new engine waits for an old one's memory, and how often it looks.
@@ -83,9 +73,8 @@ def engine_args(spec: WorkerSpec, longest: int) -> dict[str, Any]:
         UserError: an entry of ``worker.engine_args`` that is not the user's to choose.
     """
     asked: Mapping[str, Any] = spec.options.get("engine_args") or {}
-    for name in asked:
-        if name in _OURS:
-            raise UserError(f"worker.engine_args.{name} cannot be set: {_OURS[name]}")
+    if faults := refused_args(spec):
+        raise UserError("\n".join(faults))
     path = dict(spec.parents)[spec.template_model]
     ranks = ranks_of(spec)
     if ranks > 1 and multiprocessing.current_process().daemon:

@@ -46,9 +46,81 @@ def test_an_option_that_the_worker_does_not_know_is_a_fault(
 @pytest.mark.parametrize("value", [".inf", ".nan", "0", "-1", "many", "[2]", "{}"])
 def test_a_count_that_is_none_is_a_fault(key: str, value: str) -> None:
     found = faults(f"worker: {{options: {{{key}: {value}}}}}")
-    (own,) = [fault for fault in found if fault.startswith(f"worker.options.{key} cannot be '")]
-    assert own.endswith("give a whole number from 1")
+    (own,) = [fault for fault in found if fault.startswith(f"worker.options.{key} must be a")]
+    assert ", not " in own
     assert any("./one" in fault for fault in found), "told with the rest"
+
+
+WRONG = [
+    ("hf", "options: {base: nowhere}", "base: 'nowhere' is not one of the models; use "),
+    ("hf", "options: {base: [one]}", "base must be text, not ['one']"),
+    ("hf", "options: {attn_implementation: 3}", "attn_implementation must be text, not 3"),
+    ("hf", "engine_args: {tensor_parallel_size: two}", "must be a whole number, not 'two'"),
+    ("disk", "options: {storage: 3}", "storage must be text, not 3"),
+    ("disk", "options: {storage: no/where}", "storage: 'no/where' is no folder that can be writ"),
+    ("disk", "options: {evaluate_with: x}", "evaluate_with must be 'hf' or 'vllm', not 'x'"),
+    ("vllm", "options: {way: other}", "way must be 'reload', not 'other'"),
+    ("vllm", "options: {in_place: 'no'}", "in_place must be true or false, not 'no'"),
+    ("vllm", "options: {engine_process: 3}", "engine_process must be true or false, not 3"),
+    ("vllm", "options: {engine_args: abc}", "engine_args must be a mapping, as in {key: value}"),
+    ("vllm", "options: {engine_args: {max_model_len: x}}", "args.max_model_len must be a whole"),
+    ("vllm", "engine_args: {gpu_memory_utilization: 2}", "utilization must be at most 1, not 2"),
+    ("vllm", "engine_args: {max_num_batched_tokens: []}", "must be a whole number, not []"),
+]
+
+
+@pytest.mark.parametrize(("kind", "section", "words"), WRONG)
+def test_a_value_that_the_worker_would_not_understand_is_a_fault(
+    kind: str, section: str, words: str
+) -> None:
+    found = faults(f"worker: {{kind: {kind}, {section}}}")
+    key = section.partition(":")[0]
+    assert [f for f in found if f.startswith(f"worker.{key}.") and words in f], found
+    assert any("./one" in fault for fault in found), "told with the rest"
+
+
+def test_an_option_without_a_value_is_not_given() -> None:
+    found = faults("worker: {options: {threads: null, base: null, attn_implementation: null}}")
+    assert not [fault for fault in found if "worker.options" in fault]
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("delay_s: abc", "delay_s must be a number, not 'abc'"),
+        ("delay_s: -1", "delay_s must be at least 0, not -1"),
+        ("fail_when: 'x>>y'", "fail_when: 'x>>y' is not understood; write e.g. 'max_weight>0.95'"),
+        ("fail_when: 'max_weight>1.2.3'", "fail_when: 'max_weight>1.2.3' is not understood"),
+        ("die_when: [1]", "die_when: [1] is not understood"),
+        ("hang_when: {a: 1}", "hang_when: {'a': 1} is not understood"),
+        ("die_hard: maybe", "die_hard must be true or false, not 'maybe'"),
+        ("die_at: soon", "die_at must be a whole number, not 'soon'"),
+        ("scales: 3", "scales must be a list, as in [a, b], not 3"),
+        ("fail_items: [a]", "fail_items.0 must be a whole number, not 'a'"),
+        ("groups: {one: x}", "groups.one must be a whole number, not 'x'"),
+        ("num_layers: '4'", "num_layers must be a whole number, not '4'"),
+        ("no_gradient: some", "no_gradient must be 'failed' or 'lost', not 'some'"),
+        ("base: 3", "base must be text, not 3"),
+    ],
+)
+def test_a_fake_workers_wrong_value_is_one_sentence_before_anything_runs(
+    command: str,
+    option: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fake_config: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = fake_config.replace("kind: fake", f"kind: fake, options: {{{option}}}")
+    Path("c.yml").write_text(text)
+    assert run_app([command, "c.yml"]) == 2
+    told = capsys.readouterr().err.strip()
+    assert len(told.splitlines()) == 1
+    assert f"worker.options.{words}" in told
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "nonsense"])

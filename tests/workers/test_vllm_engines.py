@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from test_contract import A, B, recipe
 from test_vllm import PROMPTS, Said, inside, live, near, said, settings, spec_of
@@ -23,6 +24,7 @@ from agentmerge.merging.export import export_checkpoint
 from agentmerge.recipe import Recipe
 from agentmerge.workers.base import WorkerSpec
 from agentmerge.workers.disk import DiskWorker
+from agentmerge.workers.places import Deadlines
 from agentmerge.workers.pool import Pool
 from agentmerge.workers.vllm import VllmWorker
 
@@ -259,3 +261,33 @@ def children() -> list[int]:
     import psutil
 
     return [child.pid for child in psutil.Process().children(recursive=True)]
+
+
+@pytest.mark.slow
+def test_a_candidate_over_its_deadline_is_ended_and_the_next_scores_as_on_a_new_worker(
+    tied: dict[str, Path], tasks_dir: Path
+) -> None:
+    """``worker.timeout_s``: an engine in the worker's own process, ended twice in mid-candidate."""
+    spec = spec_of(tied, tasks_dir)
+    refs = VllmWorker.tasks(spec).refs()
+    deadlines = Deadlines(asked_s=600.0)
+    with Pool(spec, deadlines=deadlines) as pool:
+        on_a_new_one = pool.evaluate(A, refs)[:2]
+        first = workers()
+        deadlines.asked_s = 0.02
+        with pytest.raises(WorkerLost, match=r"not scored within 0.02 s \(worker.timeout_s\)"):
+            pool.evaluate(B, refs)
+        gone = psutil.wait_procs(first, timeout=10)[1] == []
+        deadlines.asked_s = 600.0
+        after = pool.evaluate(A, refs)[:2]
+        second = workers()
+    assert len(first) == len(second) == 1
+    assert gone and first != second
+    assert after == on_a_new_one
+    assert psutil.wait_procs(second, timeout=10)[1] == []
+
+
+def workers() -> list[psutil.Process]:
+    """Processes of a pool's workers, and those that they started."""
+    own = psutil.Process().children(recursive=True)
+    return [child for child in own if "spawn_main" in str(child.cmdline())]
