@@ -282,7 +282,8 @@ def test_a_candidate_over_its_deadline_is_ended_and_the_next_scores_as_on_a_new_
         after = pool.evaluate(A, refs)[:2]
         second = workers()
     assert len(first) == len(second) == 1
-    assert gone and first != second
+    assert gone
+    assert first != second
     assert after == on_a_new_one
     assert psutil.wait_procs(second, timeout=10)[1] == []
 
