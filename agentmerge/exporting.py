@@ -56,7 +56,6 @@ def export_run(
         if overwrite:
             refuse_foreign(to)
         warning = _write(prepared, recipe, to, engine, model_card(ledger, row, found), overwrite)
-        _publish_recipe(to / RECIPE)
         report: dict[str, Any] = {
             "path": str(to),
             "score": found["score"],
@@ -92,8 +91,9 @@ def _is_export(folder: Path) -> bool:
         return False
 
 
-def _publish_recipe(file: Path) -> None:
+def _publish_recipe(folder: Path) -> None:
     """An export is made to be shown to others: local folders are named by their last part."""
+    file = folder / RECIPE
     recipe = Recipe.parse(file)
     names = public_names(recipe.models)
     if any(new != name for name, new in names.items()):
@@ -141,6 +141,7 @@ def _write(
             device=prepared.spec.device,
             card=card,
             overwrite=overwrite,
+            finish=_publish_recipe,
         )
         return ""
     from agentmerge.merging.reference import mergekit_merge
@@ -152,6 +153,7 @@ def _write(
         template_model=prepared.spec.template_model,
         card=card,
         overwrite=overwrite,
+        finish=_publish_recipe,
     )
     warning = "written by mergekit: rounding may differ from what the search scored"
     if recipe.merge_seed is not None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from agentmerge.cli.render import Progress, duration, number
+from agentmerge.cli.terminal import plain_line
 from agentmerge.config import SearchConfig
 from agentmerge.evaluation.statistics import figure
 from agentmerge.genome import short_name
@@ -54,7 +55,7 @@ class Screen:
         if event["event"] == "candidate" and event["failure"]:
             self.say(f"candidate {event['generation']}.{event['slot']}: {event['failure']}")
         if event["event"] == "note":
-            self.say(f"note: {event['text']}")
+            self.say(f"note: {plain_line(event['text'])}")
         self._live.update(drawn(self._board))
 
     def say(self, line: str) -> None:

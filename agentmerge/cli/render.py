@@ -10,6 +10,7 @@ from itertools import takewhile
 from typing import Any
 
 from agentmerge.agents.forecasts import Track
+from agentmerge.cli.terminal import plain_line
 from agentmerge.evaluation.statistics import figure
 from agentmerge.genome import short_name
 from agentmerge.structure import STRUCTURE
@@ -45,7 +46,7 @@ class Progress:
             if event["memory"]:
                 self.say(f"  {event['memory']}")
         elif kind == "note":
-            self.say(f"note: {event['text']}")
+            self.say(f"note: {plain_line(event['text'])}")
         elif kind == "candidate":
             self._candidate(event)
         elif kind == "generation":
@@ -294,7 +295,7 @@ def plan_text(plan: Any) -> str:
         rows.append(["disk", disk])
     width = max(len(row[0]) for row in rows)
     lines = [f"{name.ljust(width)}  {value}" for name, value in rows[1:]]
-    lines += [f"note: {line}" for line in plan.notes]
+    lines += [f"note: {plain_line(line)}" for line in plan.notes]
     warnings = [f"warning: {line}" for line in plan.warnings]
     return "\n".join(["no faults found", *warnings, *lines])
 

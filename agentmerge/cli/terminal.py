@@ -18,6 +18,8 @@ from agentmerge.waits import waits
 
 #: Of an error: what it quotes may be of any length.
 _LONGEST_LINE = 2000
+#: Control characters, but for the tabulator, and what turns the direction of text.
+_OBEYED = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Lossy:
@@ -77,12 +79,12 @@ def show_result(value: Any, as_json: bool, text: str | None = None) -> None:
 def tell_notes(notes: Sequence[str], as_json: bool) -> None:
     """Each note a line on stderr; nothing where the JSON result holds them."""
     for note in () if as_json else notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {plain_line(note)}", file=sys.stderr)
 
 
 def failed(message: str, code: int) -> int:
     """Say why in red, a line a fault, of a huge one the two ends; returns ``code``."""
-    for line in message.splitlines() or ["failed"]:
+    for line in map(plain_line, message.splitlines() or ["failed"]):
         if len(line) > _LONGEST_LINE:
             line = f"{line[: _LONGEST_LINE // 2]} [...] {line[-_LONGEST_LINE // 2 :]}"
         print(_coloured("error:", "31", line), file=sys.stderr)
@@ -91,7 +93,12 @@ def failed(message: str, code: int) -> int:
 
 def warned(line: str) -> str:
     """A line that stands out among notes."""
-    return _coloured("warning:", "33;1", line)
+    return _coloured("warning:", "33;1", plain_line(line))
+
+
+def plain_line(line: str) -> str:
+    """Without what a terminal would obey: files quoted in a line may hold any characters."""
+    return _OBEYED.sub("", line)
 
 
 def _coloured(word: str, colour: str, rest: str) -> str:

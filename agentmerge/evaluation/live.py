@@ -50,6 +50,7 @@ class LiveLM(Tokenised, HFLM):  # type: ignore[misc]
         self._padded: dict[Any, Any] = {}
         self._rows: list[str] = []
         self._cut_off: dict[tuple[str, Stopping], bool] = {}
+        self.embedding_rows = model.get_input_embeddings().weight.shape[0]
         with quiet():
             super().__init__(
                 pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length

@@ -71,7 +71,11 @@ def _tokenizer(spec: WorkerSpec, model: str) -> Any:
             "tokenizer files beside its weights"
         ) from error
     template = getattr(tokenizer, "chat_template", None)
-    if not isinstance(template, str | dict | None):
+    if isinstance(
+        template, dict
+    ):  # several by name; none of the others is for a chat without tools
+        template = tokenizer.chat_template = template.get("default")
+    if not isinstance(template, str | None):
         raise ParentError(
             f"{model!r}: its chat_template is no text but {type(template).__name__}; correct its "
             "tokenizer_config.json"

@@ -55,9 +55,11 @@ class Tokenised:
 
     room: tokens beyond ``max_length`` that context and continuation may have together, which is
         where lm-eval's classes differ.
+    embedding_rows: of the model that will be asked; None where its engine checks tokens itself.
     """
 
     room = 1
+    embedding_rows: int | None = None
     max_length: int
     max_gen_toks: int
     eot_token_id: int
@@ -75,13 +77,23 @@ class Tokenised:
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Tokens of a text, or a list of tokens for each of several."""
+        """Tokens of a text, or a list of tokens for each of several.
+
+        Raises:
+            TaskError: a token that the model has no row for (a GPU would be lost over it).
+        """
         if not isinstance(string, str):
             return [self.tok_encode(each, add_special_tokens, **kwargs) for each in string]
         key = (string, add_special_tokens)
         if key not in self._ids:
             asked: Any = super()
-            self._ids[key] = asked.tok_encode(string, add_special_tokens, **kwargs)
+            made = asked.tok_encode(string, add_special_tokens, **kwargs)
+            if self.embedding_rows is not None and max(made, default=0) >= self.embedding_rows:
+                raise TaskError(
+                    f"the tokenizer makes token {max(made)} of {string[:80]!r}, and the model has "
+                    f"{self.embedding_rows} rows for tokens; its tokenizer files are another's"
+                )
+            self._ids[key] = made
         ids = self._ids[key]
         return ids[-left_truncate_len:] if left_truncate_len else ids
 

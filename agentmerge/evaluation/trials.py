@@ -28,12 +28,15 @@ _CHAT = [
     {"role": "assistant", "content": "Yes."},
     {"role": "user", "content": "Häuser 家 🙂   and 'quotes' <|im_end|>"},
 ]
+#: Tokens a character of text, of a tokenizer that reads bytes one by one and marks each.
+_MOST_TOKENS = 20
 _TEXT = " ".join(m["content"] for m in _CHAT) + " " * 300 + "a" * 300 + "1" * 300 + "\n" * 300
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """text: of a template. file: of a tokenizer. whose: in words, for who reads the fault."""
+    """text: of a template. file: of a tokenizer, or the folder that it is put together from. whose:
+    in words, for who reads the fault."""
 
     kind: Literal["chat template", "tokenizer"]
     whose: str
@@ -50,7 +53,9 @@ def trials_of(templates: Mapping[str, str | None], folders: Mapping[str, Path]) 
             found.setdefault(("", text), Trial("chat template", whose, text=text))
     for whose, folder in folders.items():
         file = folder / "tokenizer.json"
-        if file.is_file():
+        if not file.is_file():
+            file = folder
+        with contextlib.suppress(OSError):  # where nothing is: said by who reads it
             same = f"{file.stat().st_size} {os.path.realpath(file)}"
             found.setdefault(("file", same), Trial("tokenizer", whose, file=str(file)))
     return list(found.values())
@@ -89,6 +94,8 @@ def faults_of(trials: Sequence[Trial]) -> list[str]:
     took = f"is not done with one short chat after {CPU_S} s"
     if begun[-1:] == ["memory"] or child.returncode == -signal.SIGABRT:
         took = f"takes more than {MEMORY_GB} GB for one short chat"
+    elif begun[-1:] == ["tokens"]:
+        took = f"makes more than {_MOST_TOKENS} tokens of each character of one short chat"
     elif not late and child.returncode != -signal.SIGXCPU:
         took = f"ends the process that uses it on one short chat (exit code {child.returncode})"
     remedy = "set genome.chat_template to another, or apply_chat_template: false"
@@ -108,6 +115,8 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for trial in trials:
+        if os.path.isdir(trial.file):
+            import transformers.models.auto.tokenization_auto  # noqa: F401  (not the tokenizer's time)
         _allow(asked["cpu_s"])
         print("begin", flush=True)
         try:
@@ -115,9 +124,16 @@ def main() -> None:
         except MemoryError:
             print("memory", flush=True)
             return
+        except _TooManyTokens:
+            print("tokens", flush=True)
+            return
         except Exception:  # whoever uses it says what is wrong with it
             continue
     print("done", flush=True)
+
+
+class _TooManyTokens(Exception):
+    """Of a short text: the items' own would fill the memory."""
 
 
 def _allow(cpu_s: int) -> None:
@@ -159,14 +175,25 @@ def _render(template: str) -> None:
     compiled = environment.from_string(template)
     for chat in (_CHAT, _CHAT[:1], [{"role": "system", "content": "Be brief."}, *_CHAT]):
         with contextlib.suppress(jinja2.TemplateError):  # no place for a system's words
-            compiled.render(messages=chat, tools=None, add_generation_prompt=True, **told)
+            compiled.render(
+                messages=chat, tools=None, documents=None, add_generation_prompt=True, **told
+            )
 
 
 def _encode(file: str) -> None:
-    from tokenizers import Tokenizer
+    if os.path.isdir(file):  # the same conversion, from whatever files are there
+        from transformers import AutoTokenizer
 
-    tokenizer = Tokenizer.from_file(file)
-    tokenizer.decode(tokenizer.encode(_TEXT).ids)
+        tokenizer: Any = AutoTokenizer.from_pretrained(file)
+        ids = tokenizer(_TEXT)["input_ids"]
+    else:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(file)
+        ids = tokenizer.encode(_TEXT).ids
+    if len(ids) > _MOST_TOKENS * len(_TEXT):
+        raise _TooManyTokens
+    tokenizer.decode(ids)
 
 
 if __name__ == "__main__":

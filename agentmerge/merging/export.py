@@ -9,7 +9,7 @@ runs, tasks or scores: the model card's text is given to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ def export_checkpoint(
     shard_size_bytes: int = SHARD_SIZE_BYTES,
     card: str | None = None,
     overwrite: bool = False,
+    finish: Callable[[Path], None] = lambda folder: None,
 ) -> Exported:
     """Write ``recipe``'s merge to ``out_dir``, which appears whole or not at all.
 
@@ -69,6 +70,7 @@ def export_checkpoint(
     template_model: whose config, tokenizer, chat template and generation config go with it.
     card: the text of README.md; by default a few lines that say what this is.
     overwrite: in place of a directory that is there, which goes once this one is written.
+    finish: told the folder with all that is written, before it appears.
 
     Raises:
         UserError: ``out_dir`` holds something, or cannot be written.
@@ -116,6 +118,7 @@ def export_checkpoint(
         written = write_weights(scratch, entries, tensor_of, shard_size_bytes)
         fingerprint = digest((name, tensor) for name, tensor in written if name in plans)
         source.verify()
+        finish(scratch)
     return Exported(out_dir, fingerprint, len(merge_plan.tensors), size_bytes)
 
 

@@ -205,16 +205,26 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def chat_template(directory: Path) -> str | None:
-    """The chat template beside a model or an adapter, in any of the places where it may be."""
-    with suppress(ParentError):
-        return bounded.read_text(directory / "chat_template.jinja", ParentError)
-    for file in ("chat_template.json", "tokenizer_config.json"):
+    """The chat template beside a model or an adapter, in any of the places where it may be.
+
+    Of several, transformers' choice: what is tried out here is what will ask.
+    """
+    more = directory / "additional_chat_templates"
+    for file in (directory / "chat_template.jinja", more / "default.jinja"):
+        with suppress(ParentError):
+            return bounded.read_text(file, ParentError)
+    if any(more.glob("*.jinja")):  # several by name, and none for a chat without tools
+        return None
+    names = ("tokenizer_config.json", "chat_template.json")  # the latter is of processors
+    for file in (directory / name for name in names):
         template = None
         with suppress(ParentError):
-            template = read_json(directory / file).get("chat_template")
-        if isinstance(template, list):  # several, by name
+            template = read_json(file).get("chat_template")
+        if isinstance(template, list):  # several, by name; the last of a name counts
             named = [entry for entry in template if isinstance(entry, dict)]
-            template = next((e.get("template") for e in named if e.get("name") == "default"), None)
+            template = {str(entry.get("name")): entry.get("template") for entry in named}
+        if isinstance(template, dict):
+            template = template.get("default")
         if isinstance(template, str) and template:
             return template
     return None

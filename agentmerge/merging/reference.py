@@ -7,7 +7,7 @@ and never its ``evo`` part.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ def mergekit_merge(
     card: str | None = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    finish: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Merge by mergekit into ``out_dir``, as its command line would.
 
@@ -38,8 +39,8 @@ def mergekit_merge(
     every operation, so its weights differ from ours in the last bits (theirs: in what is dropped).
 
     paths: the recipe's model names -> local directories.
-    template_model, card, overwrite: as in ``export_checkpoint`` (mergekit would take the tokenizer
-        of the base).
+    template_model, card, overwrite, finish: as in ``export_checkpoint`` (mergekit would take the
+        tokenizer of the base).
 
     Raises:
         UserError: ``out_dir`` holds something, or cannot be written.
@@ -77,6 +78,7 @@ def mergekit_merge(
         (scratch / "mergekit_config.yml").write_text(recipe.to_yaml(), encoding="utf-8")
         card = default_card(out_dir.name, recipe) if card is None else card
         (scratch / "README.md").write_text(card, encoding="utf-8")
+        finish(scratch)
 
 
 def float64_reference(

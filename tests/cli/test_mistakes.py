@@ -321,3 +321,19 @@ def test_wrong_worker_options_are_faults(
     change(place, "{kind: fake}", f"{{kind: fake, options: {options}}}")
     code, _, err = call(capsys, "run", "c.yml")
     assert (code, "unexpected" in err) == (2, False)
+
+
+def test_what_a_file_says_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """A template that came with a model is quoted in errors, and may hold any characters."""
+    from agentmerge.cli.terminal import failed, tell_notes, warned
+
+    said = "boo \x1b[2Jhi \x9b5m \u202eolleh\x07\rgone\tkept é 家"
+    failed(f"{said}\nsecond", 2)
+    tell_notes([said], as_json=False)
+    print(warned(said))
+    shown = "boo [2Jhi 5m olleh"
+    out, err = capsys.readouterr()
+    rest = "gone\tkept é 家"
+    lines = [f"error: {shown}", f"error: {rest}", "error: second", f"note: {shown}{rest}"]
+    assert err.splitlines() == lines
+    assert out == f"warning: {shown}{rest}\n"

@@ -15,6 +15,7 @@ from agentmerge.errors import UserError
 from agentmerge.exporting import export_run, refuse_foreign
 from agentmerge.ledger import Ledger
 from agentmerge.session import LEDGER
+from agentmerge.temporary import swap_in
 from tests.evaluation import tiny
 
 RECIPES = {
@@ -180,6 +181,22 @@ def test_an_export_names_no_folder_of_this_machine(
     report = export_run("a", tmp_path / "out", runs_dir=made / "runs", verify=False)
     for file in ("mergekit_config.yml", "README.md"):
         assert str(made) not in (Path(report["path"]) / file).read_text(), file
+
+
+@pytest.mark.parametrize("engine", ["agentmerge", "mergekit"])
+def test_an_export_that_a_kill_leaves_names_none_either(
+    engine: str, made: Path, searched: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It appears whole: what comes after is no part of it, and may never be reached."""
+
+    def killed(fresh: Path, target: Path) -> None:
+        swap_in(fresh, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("agentmerge.merging.writing.swap_in", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export_run("a", tmp_path / "out", runs_dir=made / "runs", engine=engine)
+    assert str(made) not in (tmp_path / "out" / "mergekit_config.yml").read_text()
 
 
 def test_only_an_export_of_ours_is_replaced(made: Path, searched: Any, tmp_path: Path) -> None:
