@@ -111,5 +111,5 @@ $(VLLM_STAMP): $(USER_STAMP)
 	@echo "installing $(VLLM) into $(VENV) (one to two minutes, once)"
 	@$(PIP) -c constraints.txt -e '.[$(VLLM)]' || $(PIP) -c constraints.txt -e '.[$(VLLM)]' \
 		--extra-index-url https://download.pytorch.org/whl/cpu
-	@$(PY) -m agentmerge.workers.vllm_setup
+	@$(PY) -m agentmerge.workers.vllm.install
 	@touch $@

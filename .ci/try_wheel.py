@@ -12,7 +12,7 @@ from pathlib import Path
 
 import agentmerge
 from agentmerge.agents.prompts import bundled_dir, load_prompts
-from agentmerge.assembly import graphs_dir, load_graph
+from agentmerge.session.opening import graphs_dir, load_graph
 
 CONFIG = """\
 genome:

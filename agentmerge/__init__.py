@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agentmerge.config import SearchConfig as SearchConfig
-    from agentmerge.session import branch as branch
-    from agentmerge.session import evaluate as evaluate
-    from agentmerge.session import resume as resume
-    from agentmerge.session import run as run
-    from agentmerge.tools import MergeToolkit as MergeToolkit
+    from agentmerge.session.driving import branch as branch
+    from agentmerge.session.driving import evaluate as evaluate
+    from agentmerge.session.driving import resume as resume
+    from agentmerge.session.driving import run as run
+    from agentmerge.session.toolkit import MergeToolkit as MergeToolkit
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "run": "session",
-    "resume": "session",
-    "branch": "session",
-    "evaluate": "session",
+    "run": "session.driving",
+    "resume": "session.driving",
+    "branch": "session.driving",
+    "evaluate": "session.driving",
     "SearchConfig": "config",
-    "MergeToolkit": "tools",
+    "MergeToolkit": "session.toolkit",
 }
 
 __all__ = ["MergeToolkit", "SearchConfig", "__version__", "branch", "evaluate", "resume", "run"]

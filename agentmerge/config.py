@@ -31,11 +31,11 @@ from pydantic import (
     model_validator,
 )
 
-from agentmerge.bounded import read_text
 from agentmerge.errors import ConfigError
 from agentmerge.methods import METHODS, Method, Parameter, divides_by_agreeing
-from agentmerge.redaction import PREFIX, hidden, references
-from agentmerge.yaml_text import misspelt, read_yaml, twice_text
+from agentmerge.system.bounded import read_text
+from agentmerge.system.redaction import PREFIX, hidden, references
+from agentmerge.system.yaml_text import misspelt, read_yaml, twice_text
 
 Role = Literal["critic", "controller", "proposer"]
 ROLES: tuple[Role, ...] = ("critic", "controller", "proposer")

@@ -25,7 +25,7 @@ _BUILT_IN: dict[str, dict[str, str]] = {
     "agentmerge.workers": {
         "hf": "agentmerge.workers.hf:HfWorker",
         "disk": "agentmerge.workers.disk:DiskWorker",
-        "vllm": "agentmerge.workers.vllm:VllmWorker",
+        "vllm": "agentmerge.workers.vllm.worker:VllmWorker",
         "fake": "agentmerge.workers.fake:FakeWorker",
     },
     "agentmerge.strategies": {

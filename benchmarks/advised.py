@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from agentmerge.agents import controller, critic, proposer
-from agentmerge.agents.calls import Call, NoLog
 from agentmerge.agents.forecasts import forecasts, track
-from agentmerge.agents.history import HistoryView, TaskView
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompts, load_prompts
-from agentmerge.agents.schemas import Guidance
+from agentmerge.agents.view import HistoryView, TaskView
+from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.calls import Call, NoLog
+from agentmerge.contracts.strategy import Observation, improved
 from agentmerge.errors import ModelReplyError
-from agentmerge.strategies.base import Observation
-from agentmerge.strategies.llm_evo import SIGMA_HIGH, SIGMA_LOW, improved
+from agentmerge.strategies.llm_evo import SIGMA_HIGH, SIGMA_LOW
 from benchmarks.problems import Problem
 
 _ROLES: tuple[tuple[str, Any], ...] = (
@@ -119,7 +119,7 @@ def dealt_anew(history: Sequence[Observation], rng: np.random.Generator) -> list
 
 
 def paired_noise(a: Observation, b: Observation) -> float:
-    """One standard error of the difference of two scores, as ``agentmerge.advising`` has it."""
+    """One standard error of two scores' difference, as ``agentmerge.search.advise`` has it."""
     if a.evidence is None or b.evidence is None:
         return 0.0
     items, variance = a.evidence.items, 0.0

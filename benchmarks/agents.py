@@ -27,11 +27,12 @@ from typing import Any
 
 import yaml
 
-from agentmerge import SearchConfig, session
+from agentmerge import SearchConfig
 from agentmerge.cli.render import table
 from agentmerge.demo.family import cached_family
 from agentmerge.demo.tasks import demo_config, write_tasks
 from agentmerge.report.summary import run_summary
+from agentmerge.session import driving
 
 SKILLS = ("shift", "sort")
 START_S = 300.0
@@ -82,8 +83,8 @@ def one(folder: Path, arm: str, seed: int, options: Any, url: str | None) -> dic
         }
     config = SearchConfig.from_text(yaml.safe_dump(body))
     began = time.monotonic()
-    row = session.run(config, name=f"{arm}-{seed}", runs_dir=folder)
-    with session.opened(folder) as ledger:
+    row = driving.run(config, name=f"{arm}-{seed}", runs_dir=folder)
+    with driving.opened(folder) as ledger:
         summary = run_summary(ledger, row)
         advice = ledger.advice(row.id)
     assert row.result is not None

@@ -28,14 +28,14 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from agentmerge.config import TasksConfig
+from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import AgentmergeError, ParentError
 from agentmerge.evaluation.tasks import TaskSet
 from agentmerge.merging.export import export_checkpoint
-from agentmerge.merging.layout import read_layout
-from agentmerge.merging.plain import make_plain, survey
-from agentmerge.merging.sources import find_parent
+from agentmerge.parents.layout import read_layout
+from agentmerge.parents.plain import make_plain, survey
+from agentmerge.parents.sources import find_parent
 from agentmerge.recipe import Recipe
-from agentmerge.workers.base import WorkerSpec
 from agentmerge.workers.hf import HfWorker
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from agentmerge.agents.schemas import Guidance
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.base import Observation, Proposal, RngFor, next_generation
+from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.strategy import Observation, Proposal, RngFor, next_generation
+from agentmerge.space.grouped import SearchSpace
 
 RESTARTS, SCREENED = 5, 256
 

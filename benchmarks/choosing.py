@@ -8,7 +8,7 @@ Every candidate and every cheap rival of a search is right on the same share of 
 of one family are. "drawn" candidates are independent of each other; "climbing" ones are made as a
 search makes them, each near the best so far, so that luck adds up. The choice by repeated splits
 (after arXiv 2605.05973), the count of tries and the confirmation are the product's
-(``agentmerge.final``), on arrays.
+(``agentmerge.search.finish``), on arrays.
 """
 
 from __future__ import annotations

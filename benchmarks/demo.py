@@ -90,11 +90,11 @@ def one(seed: int, worker: str) -> dict[str, Any]:
     """Train, search, and what came of it. Seconds are the processor's, of this process."""
     import torch
 
-    from agentmerge import session
     from agentmerge.config import SearchConfig
     from agentmerge.demo.family import MARKER, make_family
     from agentmerge.demo.tasks import demo_search
     from agentmerge.report.summary import run_summary
+    from agentmerge.session import driving
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -104,9 +104,9 @@ def one(seed: int, worker: str) -> dict[str, Any]:
         config = demo_search(
             family, folder, max_evaluations=MAX_EVALUATIONS, seed=seed, worker=worker
         )
-        row = session.run(SearchConfig.from_file(config), name="demo", runs_dir=folder / "runs")
+        row = driving.run(SearchConfig.from_file(config), name="demo", runs_dir=folder / "runs")
         ended = time.process_time()
-        with session.opened(folder / "runs") as ledger:
+        with driving.opened(folder / "runs") as ledger:
             used = run_summary(ledger, row)["evaluations"]["total"]
         measured = json.loads((folder / "family" / MARKER).read_text())["measured"]
     assert row.result is not None

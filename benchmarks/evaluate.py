@@ -75,9 +75,9 @@ def processor_s() -> float:
 def measured(config: str, asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     import torch
 
-    from agentmerge.check import prepare
     from agentmerge.config import SearchConfig
-    from agentmerge.workers.vllm import VllmWorker
+    from agentmerge.preflight.prepare import prepare
+    from agentmerge.workers.vllm.worker import VllmWorker
 
     changed: dict[str, Any] = {"worker.kind": "vllm", "worker.canary_every": 0}
     changed["worker.engine_args"] = {"max_model_len": ENGINE_CONTEXT}

@@ -25,8 +25,8 @@ import torch
 from agentmerge.merging.device import current
 from agentmerge.merging.digests import checksum
 from agentmerge.merging.engines import KERNELS, is_finite, merge_tensor
-from agentmerge.merging.statistics import Statistics
-from agentmerge.selftest import case, devices, try_device
+from agentmerge.merging.loops.remembered import Statistics
+from agentmerge.session.selftest import case, devices, try_device
 from benchmarks.machine import machine
 
 #: Of the tensor that is merged: a GPU's is as large as a model's largest ones.

@@ -59,8 +59,8 @@ def in_a_process(config: str, method: str, arm: str, repeats: int) -> dict[str, 
 
 
 def measured(config: str, method: str, arm: str, repeats: int) -> dict[str, Any]:
-    from agentmerge.check import prepare
     from agentmerge.config import SearchConfig
+    from agentmerge.preflight.prepare import prepare
     from agentmerge.workers.hf import HfWorker
 
     text = Path(config).read_text()

@@ -45,8 +45,8 @@ from typing import Any
 import yaml
 
 from agentmerge.ledger import Ledger
+from agentmerge.ledger.folder import CHECKPOINTS, LEDGER
 from agentmerge.report.summary import trace
-from agentmerge.session import CHECKPOINTS, LEDGER
 from benchmarks.fake import fake_config
 
 FAULTS = ("kill", "kill", "kill", "full disk", "locked")
@@ -277,15 +277,15 @@ def power_cuts(
     rng: random.Random,
 ) -> bool:
     """Trials on databases of different moments; whether anything was wrong."""
-    from agentmerge import session
     from agentmerge.config import SearchConfig
+    from agentmerge.session import driving
     from benchmarks.power_cut import cut
 
     config = SearchConfig.from_file(folder / "config.yml")
     other = {"search.algorithm": "random"}
     searches = {
-        "search": lambda runs, emit: session.run(config, name="search", runs_dir=runs, emit=emit),
-        "branch": lambda runs, emit: session.branch(
+        "search": lambda runs, emit: driving.run(config, name="search", runs_dir=runs, emit=emit),
+        "branch": lambda runs, emit: driving.branch(
             "search", at=AT, name="branch", runs_dir=runs, overrides=other, emit=emit
         ),
     }

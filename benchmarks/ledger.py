@@ -21,13 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
-from agentmerge.check import prepare
 from agentmerge.config import SearchConfig
+from agentmerge.contracts.strategy import Proposal
+from agentmerge.contracts.worker import EngineInfo, ItemResult
 from agentmerge.ledger import Ledger, ResultKey, RunRow
 from agentmerge.ledger.archive import stats
-from agentmerge.session import LEDGER, settings_hash
-from agentmerge.strategies.base import Proposal
-from agentmerge.workers.base import EngineInfo, ItemResult
+from agentmerge.ledger.folder import LEDGER
+from agentmerge.preflight.prepare import prepare
+from agentmerge.session.driving import settings_hash
 
 CONFIG = """\
 genome:

@@ -37,8 +37,8 @@ from rich.table import Table
 
 from agentmerge.merging.digests import digest
 from agentmerge.merging.engines import has_fused
+from agentmerge.merging.family import Family
 from agentmerge.merging.live import LiveWeights
-from agentmerge.merging.parents import Family
 from agentmerge.recipe import Recipe
 from benchmarks.families import LAYERS, Shape, recipe, write_family
 from benchmarks.machine import machine

@@ -18,9 +18,9 @@ from unittest.mock import patch
 
 import yaml
 
-from agentmerge import session
 from agentmerge.config import SearchConfig
 from agentmerge.ledger.store import Store
+from agentmerge.session import driving
 from benchmarks.fake import fake_config
 
 
@@ -56,7 +56,7 @@ def measured(algorithm: str, generations: int, population: int) -> Meter:
     }
     with tempfile.TemporaryDirectory() as folder, patch.object(Store, "_rows", counted):
         config = SearchConfig.from_text(yaml.safe_dump(body))
-        session.run(config, name="a", runs_dir=folder, emit=meter.tell)
+        driving.run(config, name="a", runs_dir=folder, emit=meter.tell)
     return meter
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentmerge.session import CHECKPOINTS, LEDGER
+from agentmerge.ledger.folder import CHECKPOINTS, LEDGER
 
 #: What a search begins with, and goes on with: a config's or another search's name, and a listener.
 Begin = Callable[[Path, Callable[[dict[str, Any]], None]], object]
@@ -107,7 +107,7 @@ def trial(
     rng: random.Random,
 ) -> None:
     """Go on from a ledger and checkpoints of different moments, and count what it cost."""
-    from agentmerge import session
+    from agentmerge.session import driving
     from benchmarks.kill import committed, differences, status, traces
 
     put_together(taken, runs, cuts, rng)
@@ -124,7 +124,7 @@ def trial(
         if known == "absent":
             begin(runs, listen)
         elif known != "done":
-            session.resume(name, runs_dir=runs, emit=listen)
+            driving.resume(name, runs_dir=runs, emit=listen)
     after = committed(runs)
     cuts.trials += 1
     cuts.lost += sum(key not in after or after[key] != score for key, score in before.items())

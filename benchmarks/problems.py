@@ -12,8 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.base import Evidence
+from agentmerge.contracts.strategy import Evidence
+from agentmerge.space.grouped import SearchSpace
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,13 +22,14 @@ from typing import Any
 
 import yaml
 
-from agentmerge import plugins, session
+from agentmerge import plugins
 from agentmerge.config import SearchConfig
 from agentmerge.demo.family import cached_family
 from agentmerge.demo.tasks import skill_task, write_skill_tasks
 from agentmerge.evaluation.statistics import paired_difference
 from agentmerge.ledger import Ledger
 from agentmerge.report.summary import run_summary
+from agentmerge.session import driving
 
 SKILLS = ("shift", "sort")
 LIMIT, ITEMS = 200, 600
@@ -62,8 +63,8 @@ def searched(algorithm: str, seed: int, budget: int, racing: bool) -> dict[str, 
         config = SearchConfig.from_text(
             yaml.safe_dump(body(tasks, algorithm, seed, budget, racing))
         )
-        row = session.run(config, name="a", runs_dir=folder / "runs")
-        with Ledger(folder / "runs" / session.LEDGER, read_only=True) as ledger:
+        row = driving.run(config, name="a", runs_dir=folder / "runs")
+        with Ledger(folder / "runs" / driving.LEDGER, read_only=True) as ledger:
             summary = run_summary(ledger, row)
             found = ledger.candidates(row.id)
     answer = summary["final"]["answer"]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from agentmerge.config import models_asked
-from agentmerge.strategies.base import CHEAP, Observation, Strategy, cost_of, rng_factory
+from agentmerge.contracts.strategy import CHEAP, Observation, Strategy, cost_of, rng_factory
 from benchmarks.advised import Adviser
 from benchmarks.choosing import Asked, beyond_noise, most_wins
 from benchmarks.problems import Outcome, Problem
@@ -163,7 +163,7 @@ def _chosen(shortlist: Sequence[Observation], seed: int) -> Observation:
 def _beyond_noise(
     winner: Observation, ranked: Sequence[Observation], rivals: Sequence[Observation], seed: int
 ) -> bool:
-    """The product's rule (``agentmerge.final``): ahead of each rival, all tries counted."""
+    """The product's rule (``agentmerge.search.finish``): ahead of each rival, all tries counted."""
     if winner.operator in CHEAP:
         return False
     tried = [o for o in ranked if o.operator not in CHEAP]

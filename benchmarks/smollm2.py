@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from agentmerge.config import SearchConfig
-from agentmerge.genome import SearchSpace
-from agentmerge.merging.parents import Family
-from agentmerge.strategies.base import Evidence, Items
+from agentmerge.contracts.strategy import Evidence, Items
+from agentmerge.merging.family import Family
+from agentmerge.space.grouped import SearchSpace
 from benchmarks.prefixes import NO_TOKEN, Rows, answer_logits
 from benchmarks.problems import Outcome, first_points
 from benchmarks.smollm2_family import CONFIG, INTERFERING, PLAIN, cached_family

@@ -234,8 +234,8 @@ def write_search(family: Path, home: Path, granularity: int = GRANULARITY) -> No
 
 def scores(config: Path, kind: str = "hf") -> dict[str, list[float]]:
     """Of the base, each expert and uniform merges: the mean of every task's search items."""
-    from agentmerge.check import prepare
     from agentmerge.config import SearchConfig
+    from agentmerge.preflight.prepare import prepare
     from agentmerge.workers.pool import worker_class
 
     prepared = prepare(SearchConfig.from_file(config, {"worker.kind": kind}))

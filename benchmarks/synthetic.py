@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from agentmerge.config import GenomeConfig
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.base import Evidence, Items
+from agentmerge.contracts.strategy import Evidence, Items
+from agentmerge.space.grouped import SearchSpace
 from benchmarks.problems import Outcome, first_points
 
 ITEMS = 400

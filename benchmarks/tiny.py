@@ -19,15 +19,15 @@ import numpy as np
 import torch
 
 from agentmerge.config import GenomeConfig
+from agentmerge.contracts.strategy import Evidence, Items
+from agentmerge.contracts.worker import Gradient, TensorSlope
 from agentmerge.demo import language
 from agentmerge.demo.family import BOS, EOS, VOCABULARY, cached_family
 from agentmerge.demo.tasks import skill_inputs
 from agentmerge.demo.training import Weights
-from agentmerge.genome import SearchSpace
-from agentmerge.merging.parents import Family
-from agentmerge.strategies.base import Evidence, Items
-from agentmerge.strategies.chain_rule import unit_gradient
-from agentmerge.workers.base import Gradient, TensorSlope
+from agentmerge.merging.family import Family
+from agentmerge.space.chain_rule import unit_gradient
+from agentmerge.space.grouped import SearchSpace
 from benchmarks.prefixes import Rows, answer_logits
 from benchmarks.problems import Outcome, first_points
 

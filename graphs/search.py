@@ -5,9 +5,9 @@
                  |_______________________________|_______ (structure, for a move) ___|
                                                  `-> finish
 
-``runtime.context`` is an ``agentmerge.context.Context``; ``search_of`` gives the search that it
-stands for, with open ledger, worker pool, strategy and agents. The graph is exported uncompiled and
-without a saver.
+``runtime.context`` is an ``agentmerge.session.context.Context``; ``search_of`` gives the search
+that it stands for, with open ledger, worker pool, strategy and agents. The graph is exported
+uncompiled and without a saver.
 """
 
 from __future__ import annotations
@@ -22,9 +22,16 @@ from langgraph.runtime import Runtime
 from langgraph.types import Command, Send, interrupt
 from langgraph_sdk.runtime import ServerRuntime
 
-from agentmerge.context import ClientContext, Context, let_go, releasing, search_of, served_run
-from agentmerge.moves import approval, question, restructure, wanted_move
-from agentmerge.state import Assignment, SearchState
+from agentmerge.search.state import Assignment, SearchState
+from agentmerge.search.structure import approval, question, restructure, wanted_move
+from agentmerge.session.context import (
+    ClientContext,
+    Context,
+    let_go,
+    releasing,
+    search_of,
+    served_run,
+)
 
 Next = Literal["evaluate", "select"]
 

@@ -47,6 +47,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes ``device``, and names none itself, runs on every one that there is."""
     own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     if "device" in metafunc.fixturenames and not any("device" in names for names in own):
-        from agentmerge.selftest import devices
+        from agentmerge.session.selftest import devices
 
         metafunc.parametrize("device", devices(), scope="module")

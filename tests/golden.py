@@ -27,12 +27,12 @@ from typing import Any
 
 import yaml
 
-from agentmerge import session
-from agentmerge.agents.testing import ScriptedServer
-from agentmerge.assembly import arithmetic
 from agentmerge.config import SearchConfig
 from agentmerge.ledger import Ledger
 from agentmerge.report.summary import trace
+from agentmerge.session import driving
+from agentmerge.session.opening import arithmetic
+from agentmerge.testing.scripted import ScriptedServer
 from tests.session.conftest import OBJECTIVES, command, config, config_text
 from tests.session.test_agents import adviser
 from tests.session.test_replay import asking_first
@@ -87,7 +87,7 @@ def by(algorithm: str, *parts: dict[str, Any], evaluations: int = 34, **more: An
 
 
 def run(folder: Path, asked: SearchConfig) -> str:
-    return session.run(asked, name="a", runs_dir=folder).name
+    return driving.run(asked, name="a", runs_dir=folder).name
 
 
 @contextmanager
@@ -199,7 +199,7 @@ def branch(folder: Path) -> str:
     """Same questions, another strategy."""
     run(folder, by("random", ODD))
     overrides = {"search.algorithm": "auto", "search.population": 1}
-    return session.branch("a", at=2, name="b", runs_dir=folder, overrides=overrides).name
+    return driving.branch("a", at=2, name="b", runs_dir=folder, overrides=overrides).name
 
 
 @search
@@ -209,7 +209,7 @@ def branch_asking_otherwise(folder: Path) -> str:
     run(folder, by("cma_es", LOSS, failing(), constraints=bound))
     overrides = {"limit": 40, "search.algorithm": "margins", "search.population": 2,
                  "budget.max_evaluations": 22}  # fmt: skip
-    return session.branch("a", at=3, name="b", runs_dir=folder, overrides=overrides).name
+    return driving.branch("a", at=3, name="b", runs_dir=folder, overrides=overrides).name
 
 
 @search
@@ -226,7 +226,7 @@ def resumed(folder: Path) -> str:
             process = command("resume", "a", "--runs-dir", folder, "-q")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    return session.resume("a", runs_dir=folder, overrides={"budget.max_evaluations": 40}).name
+    return driving.resume("a", runs_dir=folder, overrides={"budget.max_evaluations": 40}).name
 
 
 @search
@@ -251,7 +251,7 @@ def made(name: str) -> dict[str, Any]:
     """The trace of a search of this name, run now, and what its numbers depend on."""
     with tempfile.TemporaryDirectory() as folder:
         run_name = SEARCHES[name](Path(folder))
-        with Ledger(Path(folder) / session.LEDGER) as ledger:
+        with Ledger(Path(folder) / driving.LEDGER) as ledger:
             row = ledger.run(run_name)
             found = trace(ledger, row)
     return {

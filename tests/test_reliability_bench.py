@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
 from agentmerge.config import SearchConfig
 from agentmerge.ledger import Ledger
+from agentmerge.session import driving
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,11 +52,11 @@ def test_databases_of_different_moments_go_on_alike(
     path = tmp_path / "c.yml"
     path.write_text(fake_config.replace("kind: fake", "kind: fake, options: {delay_s: 0.05}"))
     config = SearchConfig.from_file(path)
-    session.run(config, name="search", runs_dir=tmp_path / "calm")
+    driving.run(config, name="search", runs_dir=tmp_path / "calm")
     found = cut(
         tmp_path,
         [lambda: start(tmp_path / "source", "run", str(path), "--name", "search")],
-        {"search": lambda runs, emit: session.run(config, name="search", runs_dir=runs, emit=emit)},
+        {"search": lambda runs, emit: driving.run(config, name="search", runs_dir=runs, emit=emit)},
         traces(tmp_path / "calm"),
         trials=4,
         rng=random.Random(0),
@@ -72,16 +72,16 @@ def test_a_trial_counts_what_it_costs(tmp_path: Path, fake_config: str) -> None:
     from benchmarks.power_cut import Cuts, trial
 
     config = SearchConfig.from_text(fake_config)
-    session.run(config, name="search", runs_dir=tmp_path / "calm")
+    driving.run(config, name="search", runs_dir=tmp_path / "calm")
     taken = tmp_path / "taken" / "0"
     taken.mkdir(parents=True)
-    for name in (session.LEDGER, session.CHECKPOINTS):
+    for name in (driving.LEDGER, driving.CHECKPOINTS):
         shutil.copyfile(tmp_path / "calm" / name, taken / name)
-    with Ledger(taken / session.LEDGER) as ledger:
+    with Ledger(taken / driving.LEDGER) as ledger:
         ledger.update_run(ledger.run("search").id, name="renamed", status="running")
     cuts = Cuts()
     other = SearchConfig.from_text(fake_config, overrides={"search.seed": 4})
-    searches = {"search": lambda runs, emit: session.run(other, name="search", runs_dir=runs)}
+    searches = {"search": lambda runs, emit: driving.run(other, name="search", runs_dir=runs)}
     trial(tmp_path / "taken", tmp_path / "trial", searches, traces(tmp_path / "calm"), cuts,
           random.Random(0))  # fmt: skip
     assert cuts.diverged > 0

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from agentmerge.config import GenomeConfig, SearchConfig
 from agentmerge.errors import ConfigError, RecipeRejected
-from agentmerge.genome import SearchSpace
 from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
+from agentmerge.space.grouped import SearchSpace
 
 LAYERS = 4
 bounded = settings(max_examples=400, deadline=None, derandomize=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from agentmerge.agents.history import HistoryView, variables
 from agentmerge.agents.prompts import Message, Prompts
-from agentmerge.agents.schemas import ControllerReply, Guidance, json_schema, parse_reply
+from agentmerge.agents.schemas import ControllerReply, json_schema, parse_reply
+from agentmerge.agents.view import HistoryView, variables
+from agentmerge.contracts.advice import Guidance
 
 
 def messages(view: HistoryView, prompts: Prompts, guidance: Guidance) -> list[Message]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from agentmerge.agents.history import HistoryView, observations, variables
 from agentmerge.agents.prompts import Message, Prompts
-from agentmerge.agents.schemas import CriticReply, Guidance, json_schema, parse_reply
+from agentmerge.agents.schemas import CriticReply, json_schema, parse_reply
+from agentmerge.agents.view import HistoryView, observations, variables
+from agentmerge.contracts.advice import Guidance
 
 MAX_CRITIQUE = 1_500
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 
 from agentmerge.agents.schemas import clean_text
-from agentmerge.redaction import redact
+from agentmerge.system.redaction import redact
 
 
 class ServerFault(Exception):

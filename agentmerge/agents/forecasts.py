@@ -12,9 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agentmerge.agents.schemas import Guidance
-from agentmerge.strategies.base import Observation
-from agentmerge.strategies.llm_evo import LlmEvo
+from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.strategy import LLM_EVO, Observation
 
 _SAME = 1e-9
 
@@ -67,7 +66,7 @@ def forecasts(
         guidance = Guidance.from_json(said)
         tried = by_generation.get(word["generation"] + 1, [])
         itself = [e.score for e in tried if _same(e.vector, guidance.mean or ())]
-        around = [e.score for e in tried if e.operator == LlmEvo.name]
+        around = [e.score for e in tried if e.operator == LLM_EVO]
         drawn = [score for score in itself or around if score is not None]
         where = word["generation"] + 1
         if guidance.expected_score is not None and drawn:

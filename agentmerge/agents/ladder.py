@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from agentmerge.strategies.base import Observation
+from agentmerge.contracts.strategy import Observation
 
 #: One standard error of the paired difference of two candidates' scores, or 0 where there is none.
 Noise = Callable[[Observation, Observation], float]

@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
-from agentmerge.agents.calls import MOST_TOKENS, Call, CallLog, Ending, NoLog
 from agentmerge.agents.faults import (
     may_pass,
     ran_out_of_time,
@@ -31,9 +30,10 @@ from agentmerge.agents.prompts import Message
 from agentmerge.agents.providers import resolve_model
 from agentmerge.agents.schemas import MAX_REPLY_CHARS
 from agentmerge.agents.wire import bind, within
+from agentmerge.contracts.calls import MOST_TOKENS, Call, CallLog, Ending, NoLog
 from agentmerge.errors import ModelReplyError, ReplyMissing
-from agentmerge.redaction import redact_json, redacted
-from agentmerge.waits import waiting_for
+from agentmerge.system.redaction import redact_json, redacted
+from agentmerge.system.waits import waiting_for
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agentmerge.bounded import read_text
 from agentmerge.errors import PromptError
+from agentmerge.system.bounded import read_text
 
 Message = dict[str, str]
 

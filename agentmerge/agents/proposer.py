@@ -9,19 +9,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from agentmerge.agents.history import ELITES, HistoryView, variables
 from agentmerge.agents.prompts import Message, Prompts
 from agentmerge.agents.schemas import (
     MAX_CANDIDATES,
-    Guidance,
     ProposedMove,
     ProposerReply,
-    StructuralMove,
     json_schema,
     parse_reply,
     unit,
 )
-from agentmerge.strategies.base import fittest
+from agentmerge.agents.view import ELITES, HistoryView, variables
+from agentmerge.contracts.advice import Guidance, StructuralMove
+from agentmerge.contracts.strategy import fittest
 
 
 def messages(view: HistoryView, prompts: Prompts, guidance: Guidance) -> list[Message]:

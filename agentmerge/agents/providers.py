@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from agentmerge import plugins
-from agentmerge.bounded import read_text
 from agentmerge.config import DEFAULT_KEY, NO_KEY
 from agentmerge.errors import UserError
-from agentmerge.redaction import keep_secret, redact
-from agentmerge.yaml_text import misspelt
+from agentmerge.system.bounded import read_text
+from agentmerge.system.redaction import keep_secret, redact
+from agentmerge.system.yaml_text import misspelt
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel

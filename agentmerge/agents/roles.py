@@ -10,7 +10,7 @@ from agentmerge.agents.prices import price_of
 from agentmerge.agents.providers import resolve_model, split_spec
 from agentmerge.config import ROLES, Role, RoleSettings, SearchConfig
 from agentmerge.errors import UserError
-from agentmerge.redaction import revealed
+from agentmerge.system.redaction import revealed
 
 
 def models_for(

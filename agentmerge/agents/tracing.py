@@ -6,7 +6,7 @@ refused. So the process's tracing client is made here first, with everything red
 
 from __future__ import annotations
 
-from agentmerge.redaction import redacted
+from agentmerge.system.redaction import redacted
 
 
 def redact_traces() -> None:

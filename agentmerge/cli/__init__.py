@@ -16,7 +16,7 @@ def main() -> None:
         interruptible()
         try:
             from agentmerge.cli.app import run_app
-            from agentmerge.redaction import redact
+            from agentmerge.system.redaction import redact
         except Interrupted:
             raise KeyboardInterrupt from None
     except KeyboardInterrupt:  # nothing has begun

@@ -72,7 +72,7 @@ app.add_typer(databases.app, name="ledger")
 
 def run_app(arguments: list[str]) -> int:
     """The exit code of a command line: 0, 2 for the user's mistake, 1 for a run that failed."""
-    from agentmerge.redaction import clean_screen
+    from agentmerge.system.redaction import clean_screen
 
     with clean_screen():
         return _ended(arguments)
@@ -121,8 +121,8 @@ def _first_line(error: Exception) -> str:
 
 def _crash_file() -> str:
     """Where an unexpected error's traceback went, so that nobody has to see it, in brackets."""
-    from agentmerge.redaction import redact
-    from agentmerge.temporary import crash_file
+    from agentmerge.system.redaction import redact
+    from agentmerge.system.temporary import crash_file
 
     try:
         return f" (details in {crash_file(redact(traceback.format_exc()))})"

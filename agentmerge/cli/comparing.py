@@ -21,7 +21,7 @@ def tree(
 ) -> int:
     """Draw the searches and their branches."""
     from agentmerge.report.lineage import lineage
-    from agentmerge.session import opened
+    from agentmerge.session.driving import opened
 
     with opened(runs_dir) as ledger:
         found = lineage(ledger)
@@ -42,7 +42,7 @@ def compare(
     """Compare searches by scores, items, recipes, settings and cost."""
     from agentmerge.errors import UserError
     from agentmerge.report.compare import compare as compared
-    from agentmerge.session import opened
+    from agentmerge.session.driving import opened
 
     if len(dict.fromkeys(names)) < 2:
         raise UserError(f"compare needs two searches, and {names[0]!r} is one; name another")

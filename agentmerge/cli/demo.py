@@ -47,7 +47,6 @@ def run_demo(
     directory: Path, max_evaluations: int, seed: int, worker: str, as_json: bool, quiet: bool
 ) -> int:
     """Make the family (or take it from the cache), search it, and print the closing table."""
-    from agentmerge import session
     from agentmerge.cli.live import progress
     from agentmerge.cli.render import card_text
     from agentmerge.cli.terminal import show_result, signals, speaker
@@ -55,6 +54,7 @@ def run_demo(
     from agentmerge.demo.family import cached_family
     from agentmerge.demo.tasks import demo_search
     from agentmerge.report.summary import run_summary
+    from agentmerge.session import driving
 
     directory = directory.absolute()
     directory.mkdir(parents=True, exist_ok=True)  # before a family is trained for it
@@ -65,13 +65,13 @@ def run_demo(
         family, directory, max_evaluations=max_evaluations, seed=seed, worker=worker
     )
     config = SearchConfig.from_file(config_path)
-    drain = session.Drain()
+    drain = driving.Drain()
     with (
         signals(drain, say) as caught,
         progress(config, quiet=quiet, as_json=as_json) as listener,
     ):
-        row = session.run(config, runs_dir=directory, emit=listener, drain=drain)
-    with session.opened(directory) as ledger:
+        row = driving.run(config, runs_dir=directory, emit=listener, drain=drain)
+    with driving.opened(directory) as ledger:
         summary = run_summary(ledger, row)
     if row.result is None:
         say(f"saved; go on with: agentmerge resume {row.name} --runs-dir {directory}")

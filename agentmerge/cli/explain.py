@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from agentmerge.errors import UserError
-from agentmerge.genome import short_name
 from agentmerge.methods import METHODS
 from agentmerge.recipe import MOST_LAYERS, Effective, Recipe, length
 from agentmerge.recipe.cancelling import cancelling_notes
+from agentmerge.space.grouped import short_name
 
 #: Stand-ins where no model says what its tensors are called.
 _KINDS = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight")
@@ -88,8 +88,8 @@ def _tensors(
 ) -> tuple[int, list[tuple[str, int | None, bool]], str]:
     """Depth, tensors (name, layer, whether after the layers), and what no recipe touches."""
     if model is not None:
-        from agentmerge.merging.checkpoint import parts_of
-        from agentmerge.merging.layout import read_layout
+        from agentmerge.parents.checkpoint import parts_of
+        from agentmerge.parents.layout import read_layout
 
         layout = read_layout({str(model): model}, None)
         tensors = [(t.name, t.layer, t.after) for t in layout.tensors]

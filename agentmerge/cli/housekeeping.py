@@ -22,7 +22,7 @@ def gc(
     parents that were made in the cache and are not in use. Results and branches stay.
     """
     from agentmerge.errors import NotFound
-    from agentmerge.maintenance import discard_leftovers, discard_made_parents, prune_checkpoints
+    from agentmerge.session.doctor import discard_leftovers, discard_made_parents, prune_checkpoints
 
     # What was left anywhere goes, whatever is at fault with this runs directory.
     left = discard_leftovers(dry_run=dry_run)
@@ -83,7 +83,7 @@ def doctor(
 ) -> int:
     """Check this machine. Versions, devices, memory, disk, keys, and what to do."""
     from agentmerge.cli.forecast import memory_text
-    from agentmerge.maintenance import diagnose, forecast, forecast_finding, selftest_findings
+    from agentmerge.session.doctor import diagnose, forecast, forecast_finding, selftest_findings
 
     found = diagnose(runs_dir)
     found += selftest_findings() if selftest else []

@@ -23,12 +23,12 @@ def check(
 ) -> int:
     """Find every fault before a search. Shows what it would do; reads no weights, and runs no code
     that the config names unless told."""
-    from agentmerge.check import all_faults, anchored, plan_of, prepare
     from agentmerge.config import SearchConfig
     from agentmerge.errors import ConfigError
+    from agentmerge.preflight.prepare import all_faults, anchored, plan_of, prepare
 
     def looked_at(settings: SearchConfig) -> Any:
-        from agentmerge.assembly import resource_faults
+        from agentmerge.session.opening import resource_faults
 
         settings = anchored(settings)
         return prepare(
@@ -51,10 +51,11 @@ def check(
             show_result({"ok": False, "faults": error.faults}, True)
             return 2
         raise
-    from agentmerge.assembly import LEDGER, settings_hash
     from agentmerge.cli.forecast import memory_text
     from agentmerge.cli.render import plan_text
     from agentmerge.ledger import Ledger
+    from agentmerge.ledger.folder import LEDGER
+    from agentmerge.session.opening import settings_hash
 
     path = runs_dir / LEDGER
     ledger = Ledger(path) if path.is_file() else None
@@ -76,13 +77,13 @@ def evaluate(
     as_json: options.Json = False,
 ) -> int:
     """Score a mergekit recipe under a config's tasks."""
-    from agentmerge import session
     from agentmerge.cli.render import number, table
     from agentmerge.config import SearchConfig
     from agentmerge.recipe import Recipe
+    from agentmerge.session import driving
 
     settings = SearchConfig.from_file(config, given)
-    found = session.evaluate(Recipe.parse(recipe), settings, runs_dir=runs_dir)
+    found = driving.evaluate(Recipe.parse(recipe), settings, runs_dir=runs_dir)
     tell_notes(found["notes"], as_json)
     rows = [["task", "value"], *([t, number(v)] for t, v in found["tasks"].items())]
     rows.append(["score", number(found["score"])])

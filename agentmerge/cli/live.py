@@ -16,8 +16,8 @@ from agentmerge.cli.render import Progress, duration, number
 from agentmerge.cli.terminal import plain_line
 from agentmerge.config import SearchConfig
 from agentmerge.evaluation.statistics import figure
-from agentmerge.genome import short_name
 from agentmerge.report.board import Board, Event
+from agentmerge.space.grouped import short_name
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 MAX_RIVALS = 6

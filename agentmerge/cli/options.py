@@ -20,8 +20,8 @@ from agentmerge.errors import AgentmergeError
 
 def searches(ctx: typer.Context, incomplete: str) -> list[str]:
     """Names of searches, for the shell to complete; none where there is nothing to read."""
-    from agentmerge.assembly import LEDGER
     from agentmerge.ledger import Ledger
+    from agentmerge.ledger.folder import LEDGER
 
     path = Path(ctx.params.get("runs_dir") or "runs") / LEDGER
     try:

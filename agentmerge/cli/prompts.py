@@ -79,7 +79,7 @@ def try_prompt(
     as_json: options.Json = False,
 ) -> int:
     """Show what a model would be sent. For a real search, and about how many tokens."""
-    from agentmerge.previewing import preview
+    from agentmerge.session.preview import preview
 
     found = preview(run, name, generation=generation, prompts=prompts, runs_dir=runs_dir)
     parts = [f"--- {m['role']} ---\n{m['content']}" for m in found["messages"]]

@@ -12,8 +12,8 @@ from typing import Any
 from agentmerge.agents.forecasts import Track
 from agentmerge.cli.terminal import plain_line
 from agentmerge.evaluation.statistics import figure
-from agentmerge.genome import short_name
-from agentmerge.structure import STRUCTURE
+from agentmerge.ledger.words import STRUCTURE
+from agentmerge.space.grouped import short_name
 
 
 class Progress:

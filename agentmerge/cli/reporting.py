@@ -31,7 +31,7 @@ def report(
     """Write an HTML page of searches. Charts, items, agents' words; it needs no network."""
     from agentmerge.report.html import write_report
     from agentmerge.report.picture import take_picture
-    from agentmerge.session import opened
+    from agentmerge.session.driving import opened
 
     with opened(runs_dir) as ledger:
         target = to or runs_dir / ledger.run(names[0]).name / "report.html"

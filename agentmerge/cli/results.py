@@ -15,7 +15,7 @@ def list_runs(runs_dir: options.RunsDir = Path("runs"), as_json: options.Json = 
     """List the searches."""
     from agentmerge.cli.render import number, table
     from agentmerge.report.summary import run_summary
-    from agentmerge.session import opened
+    from agentmerge.session.driving import opened
 
     with opened(runs_dir) as ledger:
         found = [run_summary(ledger, row) for row in ledger.runs()]
@@ -41,7 +41,7 @@ def show(
     """Show where a search stands. Its best, its parents, what the agents cost."""
     from agentmerge.cli.render import summary_text
     from agentmerge.report.summary import run_summary
-    from agentmerge.session import opened
+    from agentmerge.session.driving import opened
 
     with opened(runs_dir) as ledger:
         summary = run_summary(ledger, ledger.run(name))
@@ -54,7 +54,7 @@ def best(
 ) -> int:
     """Print the best recipe of a search as mergekit YAML."""
     from agentmerge.report.summary import best_recipe
-    from agentmerge.session import opened
+    from agentmerge.session.driving import opened
 
     with opened(runs_dir) as ledger:
         found = best_recipe(ledger, ledger.run(name))
@@ -75,7 +75,7 @@ def export(
     as_json: options.Json = False,
 ) -> int:
     """Write the best merge as a model, with a model card. Plain transformers loads it."""
-    from agentmerge import exporting
+    from agentmerge.session import export as exporting
 
     report = exporting.export_run(name, to, runs_dir=runs_dir, engine=with_, verify=verify)
     show_result(report, as_json, exporting.report_text(report))
@@ -94,7 +94,7 @@ def replay(
     from dataclasses import asdict
 
     from agentmerge.cli.render import replay_text
-    from agentmerge.replay import replay as replayed
+    from agentmerge.session.replay import replay as replayed
 
     found = replayed(name, runs_dir=runs_dir, prompts=prompts)
     show_result(asdict(found), as_json, replay_text(found))

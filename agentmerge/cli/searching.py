@@ -12,8 +12,8 @@ import typer
 from agentmerge.cli import options
 from agentmerge.cli.legacy import Legacy, map_options, old_options
 from agentmerge.cli.terminal import failed, show_result, signals, speaker, warned
-from agentmerge.temporary import write_at_once
-from agentmerge.waits import waiting_for
+from agentmerge.system.temporary import write_at_once
+from agentmerge.system.waits import waiting_for
 
 
 class Answer(StrEnum):
@@ -39,9 +39,9 @@ def run(
     old: Legacy,
 ) -> int:
     """Search for the best merge of a config's models."""
-    from agentmerge.check import init_notes
     from agentmerge.cli.trackers import Tracking, tracked
     from agentmerge.config import SearchConfig
+    from agentmerge.preflight.prepare import init_notes
 
     mapped = map_options(old)
     settings = SearchConfig.from_file(config, mapped.overrides | given)
@@ -56,11 +56,11 @@ def run(
     names = (*(tracker or ()), *(["wandb"] if wandb else []))
     tracking = Tracking(names, wandb_project, wandb_entity)
 
-    from agentmerge import session
+    from agentmerge.session import driving
 
     def start(emit: Any, drain: Any) -> Any:
         with tracked(emit, settings, tracking, runs_dir, name) as tell:
-            row = session.run(
+            row = driving.run(
                 settings,
                 name=name,
                 runs_dir=runs_dir,
@@ -76,8 +76,8 @@ def run(
 
 def refuse_unknown_names(settings: Any) -> None:
     """Mistakes that need no model are told before what loads models is imported."""
-    from agentmerge.check import named_faults
     from agentmerge.errors import ConfigError
+    from agentmerge.preflight.prepare import named_faults
 
     if faults := named_faults(settings):
         raise ConfigError(faults)
@@ -86,7 +86,7 @@ def refuse_unknown_names(settings: Any) -> None:
 def _check_storage(storage: Path | None, final_model: bool, kind: str) -> None:
     """Found out before the search is paid for."""
     from agentmerge.errors import UserError
-    from agentmerge.exporting import refuse_foreign
+    from agentmerge.session.export import refuse_foreign
 
     if storage is None:
         return
@@ -106,7 +106,7 @@ def _check_storage(storage: Path | None, final_model: bool, kind: str) -> None:
 
 def _old_outputs(row: Any, runs_dir: Path, storage: Path | None, final_model: bool) -> None:
     """What the old programs left in --storage-path; the model only once the search is done."""
-    from agentmerge import exporting
+    from agentmerge.session import export
 
     best = runs_dir / row.name / "best.yml"
     if storage is None or not best.is_file():
@@ -115,7 +115,7 @@ def _old_outputs(row: Any, runs_dir: Path, storage: Path | None, final_model: bo
     if final_model and row.status == "done":
         target = storage / "final_model"
         with waiting_for("the merged model to be written"):
-            exporting.export_run(row.name, target, runs_dir=runs_dir, overwrite=True)
+            export.export_run(row.name, target, runs_dir=runs_dir, overwrite=True)
 
 
 @options.settings(*options.LIMITS, "api_key_env")
@@ -137,18 +137,18 @@ def resume(
     quiet: options.Quiet = False,
 ) -> int:
     """Go on with a search where it stopped; limits may be raised."""
-    from agentmerge import session
     from agentmerge.config import SearchConfig
     from agentmerge.report.board import Follower
+    from agentmerge.session import driving
 
-    with session.opened(runs_dir) as ledger:
+    with driving.opened(runs_dir) as ledger:
         row = ledger.run(name)
         past = [e for e in Follower(ledger, row).news() if e["event"] != "done"]
     settings = SearchConfig.from_text(row.config, name, given)
     _check_storage(storage_path, save_final_model, settings.worker.kind)
 
     def start(emit: Any, drain: Any) -> Any:
-        row = session.resume(
+        row = driving.resume(
             name,
             runs_dir=runs_dir,
             overrides=given,
@@ -178,11 +178,11 @@ def branch(
     quiet: options.Quiet = False,
 ) -> int:
     """Leave a search at a generation, with any setting changed."""
-    from agentmerge import session
     from agentmerge.cli.trackers import Tracking, tracked
     from agentmerge.config import SearchConfig
+    from agentmerge.session import driving
 
-    with session.opened(runs_dir) as ledger:
+    with driving.opened(runs_dir) as ledger:
         row = ledger.run(name)
     settings = SearchConfig.from_text(row.config, name, given)
     names = (*(tracker or ()), *(["wandb"] if wandb else []))
@@ -190,7 +190,7 @@ def branch(
 
     def start(emit: Any, drain: Any) -> Any:
         with tracked(emit, settings, tracking, runs_dir, new) as tell:
-            return session.branch(
+            return driving.branch(
                 name, at=at, name=new, runs_dir=runs_dir, overrides=given, emit=tell, drain=drain
             )
 
@@ -204,8 +204,8 @@ def _driven(
     from agentmerge.cli.live import progress
     from agentmerge.cli.render import summary_text
     from agentmerge.report.summary import run_summary
-    from agentmerge.session import Drain, opened
-    from agentmerge.state import WAITING
+    from agentmerge.search.state import WAITING
+    from agentmerge.session.driving import Drain, opened
 
     drain = Drain()
     say = speaker(quiet, as_json)

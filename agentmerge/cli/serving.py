@@ -21,8 +21,8 @@ def mcp(
 ) -> int:
     """Serve the merging tools over MCP, on stdin and stdout."""
     from agentmerge.config import SearchConfig
-    from agentmerge.serving import serve_stdio
-    from agentmerge.tools import MergeToolkit
+    from agentmerge.session.mcp import serve_stdio
+    from agentmerge.session.toolkit import MergeToolkit
 
     settings = SearchConfig.from_file(config, given)
     with MergeToolkit(

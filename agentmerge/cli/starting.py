@@ -35,7 +35,7 @@ def init(
     as_json: options.Json = False,
 ) -> int:
     """Write a first config for your models. Chosen from their headers; it passes check."""
-    from agentmerge.starting import write_start
+    from agentmerge.preflight.first_config import write_start
 
     paths = [str(path.absolute()) for path in task_search_path or []]
     found = write_start(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from agentmerge.waits import waits
+from agentmerge.system.waits import waits
 
 #: Of an error: what it quotes may be of any length.
 _LONGEST_LINE = 2000

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmerge.errors import AgentmergeError, UserError
-from agentmerge.waits import waiting_for
+from agentmerge.system.waits import waiting_for
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -145,7 +145,7 @@ def _started(config: Any, tracking: Tracking, name: str | None) -> list[_Guarded
 def _fruits(runs_dir: Path, run: str) -> Sequence[tuple[str, Path]]:
     """(kind, file) of what a search leaves: its best recipe so far, and its report."""
     from agentmerge.report.html import write_report
-    from agentmerge.session import opened
+    from agentmerge.session.driving import opened
 
     recipe = runs_dir / run / "best.yml"
     found = [("recipe", recipe)] if recipe.is_file() else []

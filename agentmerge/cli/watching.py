@@ -27,7 +27,7 @@ def watch(
     from agentmerge.config import SearchConfig
     from agentmerge.report.board import Follower
     from agentmerge.report.summary import run_status, run_summary
-    from agentmerge.session import opened
+    from agentmerge.session.driving import opened
 
     with opened(runs_dir) as ledger:
         row = ledger.run(name)

@@ -42,7 +42,7 @@ from agentmerge.demo.training import (
     stream,
     uniform_merge,
 )
-from agentmerge.temporary import cache_dir, temporary_folder
+from agentmerge.system.temporary import cache_dir, temporary_folder
 
 FAMILY_VERSION = 3
 """Part of the cache key: raise it with any change to the language or to how a family is trained."""

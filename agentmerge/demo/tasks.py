@@ -19,7 +19,7 @@ import yaml
 from agentmerge.demo import language
 from agentmerge.demo.family import Family
 from agentmerge.errors import UserError
-from agentmerge.temporary import write_at_once
+from agentmerge.system.temporary import write_at_once
 
 CHOICE_TASK = "agentmerge_demo_choice"
 N_ITEMS = 1200

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from agentmerge.evaluation.tasks import Rebuild
+#: How a metric comes back from its items' stored values.
+Rebuild = Literal["plain", "weighted", "class"]
 
 _LM_EVAL = "lm_eval.api.metrics"
 

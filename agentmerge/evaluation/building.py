@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
 from agentmerge.config import FIRST, TaskConfig, TasksConfig
+from agentmerge.contracts.worker import ItemRef, WorkerSpec
 from agentmerge.errors import TaskError
 from agentmerge.evaluation import metrics
+from agentmerge.evaluation.definitions import without_code
 from agentmerge.evaluation.loading import Loaded, load_tasks, quiet
 from agentmerge.evaluation.protocol import protocol, protocol_hash, tokenizer_identity
 from agentmerge.evaluation.rendering import (
@@ -23,8 +26,8 @@ from agentmerge.evaluation.rendering import (
 )
 from agentmerge.evaluation.splitting import choose_documents, split, stand_in
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
-from agentmerge.merging.chat_templates import shown
-from agentmerge.workers.base import ItemRef
+from agentmerge.evaluation.tokenizers import context_length, tokenizer_of
+from agentmerge.parents.chat_templates import shown
 
 
 @dataclass(frozen=True)
@@ -225,3 +228,42 @@ def _refuse_no_room(name: str, instances: Sequence[Any], context: int) -> None:
         refuse_no_room(answer_length(instances[0].args[1]), context)
     except TaskError as error:
         raise TaskError(f"task {name!r}: {error}") from None
+
+
+def build_tasks(
+    config: TasksConfig,
+    tokenizer: Any,
+    *,
+    template_source: str,
+    context: int | None = None,
+    check_built_ins: bool = True,
+    run_code: bool = True,
+) -> TaskSet:
+    """Load, render and split every task of a config. Reads data, no model.
+
+    tokenizer: of the parent that asks; its chat template is used where the config wants one.
+    template_source: that parent's name, for messages.
+    context: tokens the models can read, part of the protocol; None: unknown.
+    check_built_ins: look for lm-eval's own tasks of the same name (0.7 s); a second process that
+        builds what a first one has checked may leave it out.
+    run_code: False runs no code of a task's author; a task that names some is a note instead.
+
+    Raises:
+        TaskError: a task, metric or filter that does not exist or cannot be scored.
+    """
+    with nullcontext() if run_code else without_code():
+        return build(config, tokenizer, template_source, context, check_built_ins, run_code)
+
+
+def tasks_for(spec: WorkerSpec, *, check_built_ins: bool = True, run_code: bool = True) -> TaskSet:
+    """``build_tasks`` as a worker of this spec asks them: its template parent's tokenizer,
+    template and context length. Session and workers use this, so their keys agree."""
+    tokenizer = tokenizer_of(spec)
+    return build_tasks(
+        spec.tasks,
+        tokenizer,
+        template_source=spec.template_model,
+        context=context_length(spec, tokenizer),
+        check_built_ins=check_built_ins,
+        run_code=run_code,
+    )

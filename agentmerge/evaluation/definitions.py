@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from agentmerge.bounded import MOST_TEXT, read_bytes, refuse_odd_file
 from agentmerge.errors import TaskError
-from agentmerge.yaml_text import compose_yaml
+from agentmerge.system.bounded import MOST_TEXT, read_bytes, refuse_odd_file
+from agentmerge.system.yaml_text import compose_yaml
 
 _MOST_INCLUDES = 20  # one in another
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.evaluation.aggregation import Aggregation, aggregation_of
 from agentmerge.evaluation.statistics import RESAMPLES, Interval, Leads, Metric, Strand, leads, mean
 from agentmerge.evaluation.tasks import Part, ScoredTask, TaskSet
-from agentmerge.workers.base import ItemRef, ItemResult
 
 Results = Mapping[ItemRef, ItemResult]
 

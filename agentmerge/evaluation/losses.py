@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import softplus
 
+from agentmerge.contracts.worker import ItemRef, Loss
 from agentmerge.errors import CandidateFailed
 from agentmerge.evaluation import metrics
 from agentmerge.evaluation.scoring import ItemScorer, Prepared
-from agentmerge.workers.base import ItemRef, Loss
 
 if TYPE_CHECKING:
-    from agentmerge.evaluation.live import LiveLM, TokenPair
+    from agentmerge.evaluation.hf_lm import LiveLM, TokenPair
 
 #: (log-likelihoods, margins) of an item's pairs, each (pairs,), in nats -> its loss.
 Value = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

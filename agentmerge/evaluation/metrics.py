@@ -14,8 +14,8 @@ from contextlib import suppress
 from typing import Any
 
 from agentmerge.errors import TaskError
-from agentmerge.evaluation.aggregation import aggregation_of
-from agentmerge.evaluation.tasks import MarginKind, Rebuild
+from agentmerge.evaluation.aggregation import Rebuild, aggregation_of
+from agentmerge.evaluation.tasks import MarginKind
 
 #: A response to try a task's own code on, by the type of its requests.
 _TRIAL = {"loglikelihood": (-1.0, False), "loglikelihood_rolling": -1.0, "generate_until": ""}

@@ -18,7 +18,7 @@ from typing import Any
 
 from agentmerge.evaluation.code import described_code
 from agentmerge.evaluation.loading import FEWSHOT_SEED
-from agentmerge.merging.headers import file_digest
+from agentmerge.parents.headers import file_digest
 
 #: Names and places of documents, and labels that no model sees.
 _NOT_ASKED = frozenset(("task", "task_alias", "tag", "metadata", "custom_dataset", "split"))

@@ -7,7 +7,7 @@ paired item by item with the incumbent, and the question is whether it could sti
 Metrics that are no mean of numbers in [0, 1] have no such test: their tasks are asked in full on
 the first rung.
 
-Knows stored values and no worker; what is done with a loser is ``agentmerge.heats``.
+Knows stored values and no worker; what is done with a loser is ``agentmerge.search.evaluate``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from functools import cached_property
 
 import numpy as np
 
+from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
-from agentmerge.workers.base import ItemRef, ItemResult
 
 #: lm-eval's metrics that give each item a number in [0, 1] and average them.
 BOUNDED = frozenset(

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import AnswerRefused, CandidateFailed, TaskError
 from agentmerge.evaluation import metrics
 from agentmerge.evaluation.rendering import Asked
 from agentmerge.evaluation.tasks import ScoredTask, TaskSet
-from agentmerge.workers.base import ItemRef, ItemResult
 
 
 def _is_told_in_results(record: logging.LogRecord) -> bool:

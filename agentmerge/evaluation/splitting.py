@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from agentmerge.config import TasksConfig
+from agentmerge.contracts.worker import ItemRef
 from agentmerge.evaluation.tasks import ScoredTask, TaskSet
-from agentmerge.workers.base import ItemRef
 
 #: With fewer sealed items than this a confirmation says nothing, so sealing is off.
 MIN_SEALED = 20

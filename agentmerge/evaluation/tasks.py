@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from agentmerge.config import TasksConfig
+from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import AnswerRefused, CandidateFailed, TaskError
-from agentmerge.evaluation.aggregation import aggregation_of
-from agentmerge.workers.base import ItemRef, ItemResult, WorkerSpec
+from agentmerge.evaluation.aggregation import Rebuild, aggregation_of
 
 if TYPE_CHECKING:
     from agentmerge.evaluation.rendering import Asked
 
 Part = Literal["search", "sealed"]
 MarginKind = Literal["choice", "token"]
-Rebuild = Literal["plain", "weighted", "class"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,47 +212,3 @@ class TaskSet:
             sizes[task.name] = len(items)
         scores = self.combine(leaves, sizes)
         return Score(self.objective(scores), tuple(scores.items()))
-
-
-def build_tasks(
-    config: TasksConfig,
-    tokenizer: Any,
-    *,
-    template_source: str,
-    context: int | None = None,
-    check_built_ins: bool = True,
-    run_code: bool = True,
-) -> TaskSet:
-    """Load, render and split every task of a config. Reads data, no model.
-
-    tokenizer: of the parent that asks; its chat template is used where the config wants one.
-    template_source: that parent's name, for messages.
-    context: tokens the models can read, part of the protocol; None: unknown.
-    check_built_ins: look for lm-eval's own tasks of the same name (0.7 s); a second process that
-        builds what a first one has checked may leave it out.
-    run_code: False runs no code of a task's author; a task that names some is a note instead.
-
-    Raises:
-        TaskError: a task, metric or filter that does not exist or cannot be scored.
-    """
-    from agentmerge.evaluation.building import build
-    from agentmerge.evaluation.definitions import without_code
-
-    with nullcontext() if run_code else without_code():
-        return build(config, tokenizer, template_source, context, check_built_ins, run_code)
-
-
-def tasks_for(spec: WorkerSpec, *, check_built_ins: bool = True, run_code: bool = True) -> TaskSet:
-    """``build_tasks`` as a worker of this spec asks them: its template parent's tokenizer,
-    template and context length. Session and workers use this, so their keys agree."""
-    from agentmerge.evaluation.tokenizers import context_length, tokenizer_of
-
-    tokenizer = tokenizer_of(spec)
-    return build_tasks(
-        spec.tasks,
-        tokenizer,
-        template_source=spec.template_model,
-        context=context_length(spec, tokenizer),
-        check_built_ins=check_built_ins,
-        run_code=run_code,
-    )

@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from agentmerge.bounded import read_text
 from agentmerge.config import FIRST
+from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import ConfigError, ParentError
 from agentmerge.evaluation.loading import quiet
-from agentmerge.merging.chat_templates import template_names, template_text
-from agentmerge.merging.headers import chat_template
-from agentmerge.workers.base import WorkerSpec
+from agentmerge.parents.chat_templates import template_names, template_text
+from agentmerge.parents.headers import chat_template
+from agentmerge.system.bounded import read_text
 
 
 def parent_path(spec: WorkerSpec, name: str) -> Path:

@@ -12,7 +12,7 @@ from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger, unpack
 from agentmerge.ledger.items import FORGOTTEN
 from agentmerge.ledger.packing import unpack_keys
-from agentmerge.temporary import replacing
+from agentmerge.system.temporary import replacing
 
 #: Item rows written to Parquet at once: a hundred megabytes of memory at most.
 BATCH_ROWS = 500_000

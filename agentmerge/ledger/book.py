@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from agentmerge.contracts.strategy import Observation, Proposal
 from agentmerge.errors import NotFound
 from agentmerge.ledger import Candidate, Ledger
-from agentmerge.strategies.base import Observation, Proposal
 
 Place = tuple[int, int]
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from agentmerge.contracts.strategy import Observation, Proposal
+from agentmerge.contracts.worker import Gradient, ItemRef, ItemResult
 from agentmerge.errors import NotFound
 from agentmerge.ledger.gradients import Gradients, insert_gradient
 from agentmerge.ledger.items import Items
 from agentmerge.ledger.rows import Candidate, GradientKey, ResultKey
-from agentmerge.redaction import redact
-from agentmerge.strategies.base import Observation, Proposal
-from agentmerge.workers.base import Gradient, ItemRef, ItemResult
+from agentmerge.system.redaction import redact
 
 
 class Candidates(Items, Gradients):

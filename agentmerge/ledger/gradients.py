@@ -7,9 +7,9 @@ import sqlite3
 import time
 import zlib
 
+from agentmerge.contracts.worker import Gradient, TensorSlope
 from agentmerge.ledger.rows import GradientKey
 from agentmerge.ledger.store import Store, engine_text, hashed, intern
-from agentmerge.workers.base import Gradient, TensorSlope
 
 
 class Gradients(Store):

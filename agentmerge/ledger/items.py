@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 
+from agentmerge.contracts.worker import EngineInfo, ItemRef, ItemResult
 from agentmerge.ledger.packing import pack, pack_keys, unpack, unpack_keys
 from agentmerge.ledger.rows import ResultKey
 from agentmerge.ledger.store import Store, engine_text, hashed, intern
-from agentmerge.workers.base import EngineInfo, ItemRef, ItemResult
 
 #: A part of ``run_items``, with the id of a search that was forgotten and that this one went on
 #: from: the items that it searched are never sealed.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from agentmerge.contracts.strategy import CHEAP, GRADIENT_COST
 from agentmerge.ledger.candidates import Candidates
 from agentmerge.ledger.rows import Candidate, counted
-from agentmerge.strategies.base import CHEAP, GRADIENT_COST
 
 
 @dataclass(frozen=True, slots=True)

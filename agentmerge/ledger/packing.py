@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from agentmerge.workers.base import ItemResult
+from agentmerge.contracts.worker import ItemResult
 
 #: Hex digits of an item key.
 KEY_DIGITS = 16

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from agentmerge.strategies.base import GRADIENT_COST, Observation
-from agentmerge.workers.base import EngineInfo, Loss
+from agentmerge.contracts.strategy import GRADIENT_COST, Observation
+from agentmerge.contracts.worker import EngineInfo, Loss
 
 
 @dataclass(frozen=True, slots=True)

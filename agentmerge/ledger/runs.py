@@ -10,11 +10,11 @@ from dataclasses import asdict, replace
 from itertools import count
 from typing import Any
 
-from agentmerge.bounded import is_text
 from agentmerge.errors import NotFound, UserError
 from agentmerge.ledger.rows import RunRow
 from agentmerge.ledger.store import Store
-from agentmerge.redaction import hidden_config, redacted
+from agentmerge.system.bounded import is_text
+from agentmerge.system.redaction import hidden_config, redacted
 
 #: Names that are told where one is not known.
 _SHOWN = 8

@@ -15,13 +15,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
-from agentmerge.bounded import refuse_odd_file
+from agentmerge.contracts.worker import EngineInfo
 from agentmerge.errors import LedgerError, UserError
 from agentmerge.ledger.identity import Identity, abandon, identity, is_elsewhere
 from agentmerge.ledger.journal import journal_mode
 from agentmerge.ledger.schema import migrate, pending
-from agentmerge.temporary import TemporaryFolder
-from agentmerge.workers.base import EngineInfo
+from agentmerge.system.bounded import refuse_odd_file
+from agentmerge.system.temporary import TemporaryFolder
 
 #: Of a ledger that was taken away while it was open, between its stem and a number.
 SAVED = ".saved-"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from agentmerge.agents.calls import MOST_TOKENS, Call
+from agentmerge.contracts.advice import StructuralMove
+from agentmerge.contracts.calls import MOST_TOKENS, Call
 from agentmerge.ledger.store import Store
-from agentmerge.redaction import redact, redacted
+from agentmerge.system.redaction import redact, redacted
 
 #: What a request took. Ledgers of before counts were bounded may hold any number: there the text is
 #: the estimate, and what it cost is not known.
@@ -25,6 +27,18 @@ _COUNTED = f"""
         FROM model_calls WHERE run_id = ?
     )
 """
+
+#: Whose word it is that a space was opened, or why not; its candidates' operator too.
+STRUCTURE = "structure"
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A move that was decided after a generation; refusal: why it opened nothing, or ""."""
+
+    generation: int
+    move: StructuralMove
+    refusal: str = ""
 
 
 class Words(Store):
@@ -171,3 +185,16 @@ class Words(Store):
 def _storable(text: str | None) -> str | None:
     """SQLite holds no lone surrogates, and a model may send one; and no secret."""
     return text if text is None else redact(text).encode("utf-8", "replace").decode()
+
+
+def openings(words: Iterable[Mapping[str, Any]]) -> list[Opening]:
+    """The moves that were decided, in order. words: a run's advice, ``STRUCTURE``'s among it."""
+    return [
+        Opening(
+            word["generation"],
+            StructuralMove(**word["guidance"]["structural_move"]),
+            word["failure"],
+        )
+        for word in words
+        if word["role"] == STRUCTURE
+    ]

@@ -1,5 +1,5 @@
-"""Merging: what the parents are, what a recipe makes of each tensor, and the tensors themselves.
+"""A recipe's tensors, in memory or on disk, with proof.
 
-``headers`` and ``plan`` read configs and safetensors headers and load no torch; ``kernels`` are the
-formulas, ``parents`` merges in memory, ``export`` merges to disk, ``reference`` is mergekit.
+``plan`` says what goes into each tensor and loads no torch; ``kernels`` are the formulas,
+``family`` merges in memory, ``export`` merges to disk, ``reference`` is mergekit.
 """

@@ -25,10 +25,12 @@ from dataclasses import dataclass
 
 import torch
 
+from agentmerge.contracts.worker import TensorSlope
 from agentmerge.errors import CandidateFailed
 from agentmerge.merging import sparse
 from agentmerge.merging.device import kept
 from agentmerge.merging.engines import fused_agreement, fused_pulls
+from agentmerge.merging.family import operands_of
 from agentmerge.merging.kernels import (
     Operand,
     blocks,
@@ -38,13 +40,11 @@ from agentmerge.merging.kernels import (
     summed,
     working_dtype,
 )
-from agentmerge.merging.parents import operands_of
+from agentmerge.merging.loops.remembered import Statistics
 from agentmerge.merging.plan import MergePlan, TensorPlan
-from agentmerge.merging.statistics import Statistics
 from agentmerge.merging.weights import TensorSource
 from agentmerge.methods import METHODS
 from agentmerge.recipe import CANCEL_SHARE
-from agentmerge.workers.base import TensorSlope
 
 #: How each method's masks are made, and whether signs must agree; others keep everything.
 _MASKS: dict[str, tuple[sparse.MaskOf, bool]] = {

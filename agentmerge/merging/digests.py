@@ -66,7 +66,7 @@ def _by_torch(data: torch.Tensor) -> int:
 
 
 def _by_loop(data: torch.Tensor) -> int:
-    from agentmerge.merging.loops import CHECKSUM_PERIOD, loop_for
+    from agentmerge.merging.loops.bodies import CHECKSUM_PERIOD, loop_for
 
     assert CHECKSUM_PERIOD == _PERIOD
     words, rest = divmod(data.numel(), 4)

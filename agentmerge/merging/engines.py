@@ -12,10 +12,10 @@ import torch
 
 from agentmerge.merging import borrowed, kernels, sparse
 from agentmerge.merging.kernels import Kernel, Operand
-from agentmerge.merging.statistics import Statistics
+from agentmerge.merging.loops.remembered import Statistics
 
 try:
-    from agentmerge.merging import fused, fused_slopes, machine
+    from agentmerge.merging.loops import fused, machine, slopes
 except ImportError:  # no llvmlite
     _FAST = False
 else:
@@ -61,7 +61,7 @@ def fused_agreement(
         return None
     if not all(map(_suits, tensors)):
         return None
-    return fused_slopes.agreement(method, base, operands, shared, statistics)
+    return slopes.agreement(method, base, operands, shared, statistics)
 
 
 def fused_pulls(
@@ -78,7 +78,7 @@ def fused_pulls(
         return None
     if not all(map(has_loops, (gradient, ground, *(operand.tensor for operand in operands)))):
         return None
-    return fused_slopes.pulls(ground, operands, kept, scales, gradient, normalize=normalize)
+    return slopes.pulls(ground, operands, kept, scales, gradient, normalize=normalize)
 
 
 def has_loops(tensor: torch.Tensor) -> bool:

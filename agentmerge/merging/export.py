@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from agentmerge.errors import UserError
-from agentmerge.merging.chat_templates import recipe_template
 from agentmerge.merging.digests import digest
-from agentmerge.merging.headers import read_config, read_headers
-from agentmerge.merging.parents import merged_tensor
+from agentmerge.merging.family import merged_tensor
 from agentmerge.merging.plan import MergePlan, TensorPlan, plan, read_layout
 from agentmerge.merging.weights import ParentFiles
-from agentmerge.merging.writing import (
+from agentmerge.parents.chat_templates import recipe_template
+from agentmerge.parents.headers import read_config, read_headers
+from agentmerge.parents.writing import (
     SHARD_SIZE_BYTES,
     Entry,
     copy_side_files,

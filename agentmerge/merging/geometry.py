@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from agentmerge.merging.layout import Layout, read_layout
 from agentmerge.merging.weights import ParentFiles, TensorSource
-from agentmerge.temporary import cache_dir, write_at_once
+from agentmerge.parents.layout import Layout, read_layout
+from agentmerge.system.temporary import cache_dir, write_at_once
 
 
 @dataclass(frozen=True, slots=True)

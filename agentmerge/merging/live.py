@@ -19,7 +19,7 @@ import torch
 from agentmerge.errors import RunFailed
 from agentmerge.merging.digests import digest_of_lines, tensor_line
 from agentmerge.merging.engines import has_fused, has_loops
-from agentmerge.merging.parents import Family
+from agentmerge.merging.family import Family
 from agentmerge.merging.plan import MergePlan, TensorPlan
 from agentmerge.methods import METHODS
 

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from agentmerge.errors import UserError
-from agentmerge.merging.layout import Layout
 from agentmerge.merging.memory import Limit, device_limit, host_limit, resident_bytes
 from agentmerge.merging.scratch import RANKING_METHODS, WIDTHS, scratch_bytes, size_bytes, slabs
+from agentmerge.parents.layout import Layout
 
 Placement = Literal["device", "host", "stream"]
 PLACEMENTS: tuple[Placement, ...] = ("device", "host", "stream")
@@ -281,7 +281,7 @@ def _is_fused(layout: Layout, method: str | None) -> bool:
 
 def _statistics(layout: Layout) -> int:
     """Orders of every expert's tensors."""
-    from agentmerge.merging.orders import order_bytes
+    from agentmerge.merging.loops.orders import order_bytes
 
     experts = max(1, len(layout.parents) - 1)
     return experts * sum(order_bytes(math.prod(spec.shape)) for spec in layout.tensors)

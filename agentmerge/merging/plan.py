@@ -11,15 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from agentmerge.errors import RecipeRejected
-from agentmerge.merging.headers import DTYPES
-from agentmerge.merging.layout import (
-    Layout,
-    TensorSpec,
-    at_layer,
-    layout_faults,
-    read_layout,
-)
 from agentmerge.methods import METHODS
+from agentmerge.parents.headers import DTYPES
+from agentmerge.parents.layout import Layout, TensorSpec, at_layer, layout_faults, read_layout
 from agentmerge.recipe import Effective, Recipe
 
 __all__ = [

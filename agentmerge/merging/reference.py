@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from agentmerge.errors import CandidateFailed
-from agentmerge.merging.chat_templates import recipe_template
 from agentmerge.merging.export import default_card
-from agentmerge.merging.writing import copy_side_files, directory_at_once
+from agentmerge.parents.chat_templates import recipe_template
+from agentmerge.parents.writing import copy_side_files, directory_at_once
 from agentmerge.recipe import CANCEL_SHARE, Recipe
 
 

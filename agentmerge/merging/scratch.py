@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from heapq import nlargest
 
-from agentmerge.merging.layout import Layout, TensorSpec
 from agentmerge.methods import METHODS
+from agentmerge.parents.layout import Layout, TensorSpec
 
 WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 

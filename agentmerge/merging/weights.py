@@ -15,15 +15,15 @@ from typing import Protocol
 import torch
 
 from agentmerge.errors import RunFailed
-from agentmerge.merging.headers import (
+from agentmerge.merging.scratch import size_bytes, slabs
+from agentmerge.parents.headers import (
     TensorHeader,
     content_fingerprint,
     read_headers,
     safetensors_files,
     stamp_of,
 )
-from agentmerge.merging.layout import Layout
-from agentmerge.merging.scratch import size_bytes, slabs
+from agentmerge.parents.layout import Layout
 
 
 class TensorSource(Protocol):

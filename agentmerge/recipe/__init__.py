@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from agentmerge.recipe.canonical import canonical
 from agentmerge.recipe.copying import COPYING, copied_layers
 from agentmerge.recipe.parts import (
     MOST_LAYERS,
+    Body,
     Effective,
     Parameters,
     Setting,
@@ -61,22 +62,11 @@ CANCEL_SHARE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class Recipe(Body):
     """A parsed merge recipe. Models are named as the user named them.
 
     notes: what its author should know of the text, such as keys that do nothing.
     """
-
-    merge_method: str
-    slices: tuple[Slice, ...]
-    base_model: str | None = None
-    parameters: Parameters = ()
-    dtype: str | None = None
-    out_dtype: str | None = None
-    tokenizer_source: str | None = None
-    chat_template: str | None = None
-    merge_seed: int | None = None
-    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def parse(cls, text: str | Path | Mapping[str, Any]) -> Recipe:

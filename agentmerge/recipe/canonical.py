@@ -12,17 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from agentmerge.errors import RecipeRejected
 from agentmerge.methods import METHODS, SUM_NORMALIZED, Method, Parameter
-from agentmerge.recipe.parts import Parameters, Setting, Slice, Source, length, round12
+from agentmerge.recipe.parts import Body, Parameters, Setting, Slice, Source, length, round12
 
-if TYPE_CHECKING:
-    from agentmerge.recipe import Recipe
+B = TypeVar("B", bound=Body)
 
 
-def canonical(recipe: Recipe, num_layers: int) -> Recipe:
+def canonical(recipe: B, num_layers: int) -> B:
     """See the module's head; errors are ``Recipe.canonical``'s."""
     method = METHODS[recipe.merge_method]
     slices = [_canonical_slice(recipe, piece, num_layers) for piece in recipe.slices]
@@ -55,7 +54,7 @@ def canonical(recipe: Recipe, num_layers: int) -> Recipe:
     )
 
 
-def _canonical_slice(recipe: Recipe, piece: Slice, num_layers: int) -> Slice:
+def _canonical_slice(recipe: Body, piece: Slice, num_layers: int) -> Slice:
     method = METHODS[recipe.merge_method]
     base = piece.base_model or recipe.base_model
     if method.needs_base and base is None:
@@ -101,7 +100,7 @@ def _rounded(parameters: Parameters) -> Parameters:
     return tuple((name, _round_setting(setting)) for name, setting in parameters)
 
 
-def _pushed_down(recipe: Recipe, piece: Slice, source: Source, parameter: Parameter) -> Setting:
+def _pushed_down(recipe: Body, piece: Slice, source: Source, parameter: Parameter) -> Setting:
     scopes = (source.parameters, piece.parameters, recipe.parameters)
     setting = _resolved(scopes, parameter, repr(source.model))
     if parameter.name in ("density", "gamma"):
@@ -135,7 +134,7 @@ def _without_unread(own: list[tuple[str, Setting]]) -> list[tuple[str, Setting]]
     ]
 
 
-def _shared_settings(recipe: Recipe, piece: Slice) -> Parameters:
+def _shared_settings(recipe: Body, piece: Slice) -> Parameters:
     """Every shared parameter as it holds in a slice, sorted by name."""
     method = METHODS[recipe.merge_method]
     found: dict[str, Setting] = {}

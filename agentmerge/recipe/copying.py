@@ -8,14 +8,13 @@ models are known (``Recipe.canonical``).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from agentmerge.errors import RecipeError
 from agentmerge.methods import Method, Parameter
-from agentmerge.recipe.parts import Setting
+from agentmerge.recipe.parts import Body, Setting
 
-if TYPE_CHECKING:
-    from agentmerge.recipe import Recipe
+B = TypeVar("B", bound=Body)
 
 COPYING = Method(
     "passthrough",
@@ -27,7 +26,7 @@ COPYING = Method(
 )
 
 
-def copied_layers(recipe: Recipe) -> Recipe:
+def copied_layers(recipe: B) -> B:
     """The linear recipe that copies what a passthrough recipe copies.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from agentmerge.errors import RecipeError, RecipeRejected
@@ -154,3 +154,19 @@ def _numbers(raw: Any, where: str) -> tuple[float, ...]:
 
 def _plain(values: tuple[float, ...]) -> Any:
     return values[0] if len(values) == 1 else list(values)
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What a recipe says; ``Recipe`` knows what follows from it."""
+
+    merge_method: str
+    slices: tuple[Slice, ...]
+    base_model: str | None = None
+    parameters: Parameters = ()
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer_source: str | None = None
+    chat_template: str | None = None
+    merge_seed: int | None = None
+    notes: tuple[str, ...] = field(default=(), compare=False)

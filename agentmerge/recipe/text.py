@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agentmerge.bounded import read_text
 from agentmerge.errors import RecipeError
 from agentmerge.methods import INERT_PARAMS, SWITCHES
 from agentmerge.recipe.parts import MOST_LAYERS, Parameters, Setting, Slice, Source
-from agentmerge.yaml_text import read_yaml, twice_text
+from agentmerge.system.bounded import read_text
+from agentmerge.system.yaml_text import read_yaml, twice_text
 
 
 def load_yaml(text: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:

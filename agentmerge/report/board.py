@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agentmerge.config import SearchConfig
-from agentmerge.genome import short_name
+from agentmerge.contracts.strategy import RIVALS
 from agentmerge.ledger import Candidate, Ledger, RunRow
 from agentmerge.ledger.rows import counted
-from agentmerge.strategies.base import RIVALS
-from agentmerge.structure import STRUCTURE
+from agentmerge.ledger.words import STRUCTURE
+from agentmerge.space.grouped import short_name
 
 Event = Mapping[str, Any]
 

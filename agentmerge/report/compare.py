@@ -13,12 +13,12 @@ from typing import Any
 
 from agentmerge.config import SearchConfig
 from agentmerge.errors import AgentmergeError
-from agentmerge.genome import SearchSpace
 from agentmerge.ledger import Candidate, Ledger, RunRow
 from agentmerge.recipe import Recipe
 from agentmerge.report.grid import Grid, grid
 from agentmerge.report.items import Asked, Part, Values, asked, gains, paired
 from agentmerge.report.summary import answer_of, run_summary
+from agentmerge.space.grouped import SearchSpace
 
 
 def compare(ledger: Ledger, names: Sequence[str]) -> dict[str, Any]:

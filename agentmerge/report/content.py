@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentmerge.config import SearchConfig
+from agentmerge.contracts.strategy import RIVALS
 from agentmerge.errors import AgentmergeError
 from agentmerge.evaluation.statistics import Interval
-from agentmerge.genome import SearchSpace, short_name
 from agentmerge.ledger import Candidate, Ledger, RunRow, counted
 from agentmerge.recipe import Recipe
 from agentmerge.report.grid import Grid, grid
 from agentmerge.report.items import Asked, Values, asked, candidate_name, gains, paired, scores
 from agentmerge.report.summary import answer_of, run_summary
-from agentmerge.strategies.base import RIVALS
+from agentmerge.space.grouped import SearchSpace, short_name
 
 #: Candidates whose recipe the page carries; with more, the best and the seeds are kept.
 MAX_GRIDS = 400

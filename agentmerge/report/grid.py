@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from agentmerge.errors import AgentmergeError
-from agentmerge.genome import SearchSpace, short_name
 from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
+from agentmerge.space.grouped import SearchSpace, short_name
 
 OTHER = "other tensors"
 

@@ -14,14 +14,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from agentmerge.agents.schemas import Guidance
+from agentmerge.contracts.advice import Guidance
 from agentmerge.errors import UserError
 from agentmerge.evaluation.statistics import figure
 from agentmerge.ledger import Ledger
 from agentmerge.report import figures
 from agentmerge.report.content import Content, comparisons, content, place, shortened, words
 from agentmerge.report.grid import Grid
-from agentmerge.temporary import write_at_once
+from agentmerge.system.temporary import write_at_once
 
 #: What begins a tag, except those that our own charts are made with.
 _MARKUP = re.compile(r"<(?!br>|extra>|/extra>)")

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from agentmerge.contracts.worker import EngineInfo, ItemResult
 from agentmerge.evaluation.statistics import Interval, paired_score_difference
-from agentmerge.genome import short_name
 from agentmerge.ledger import Candidate, Ledger, ResultKey, RunRow
-from agentmerge.workers.base import EngineInfo, ItemResult
+from agentmerge.space.grouped import short_name
 
 Part = Literal["search", "sealed"]
 

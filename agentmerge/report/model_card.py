@@ -14,11 +14,11 @@ import yaml
 
 from agentmerge.config import SearchConfig
 from agentmerge.evaluation.statistics import figure
-from agentmerge.genome import short_name
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.recipe import Recipe
 from agentmerge.report.content import shortened
 from agentmerge.report.items import asked
+from agentmerge.space.grouped import short_name
 
 TAGS = ("merge", "mergekit", "agentmerge")
 

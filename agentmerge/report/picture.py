@@ -12,7 +12,7 @@ from agentmerge.ledger import Ledger
 from agentmerge.report import figures
 from agentmerge.report.content import content
 from agentmerge.report.html import _json, plotly_js
-from agentmerge.temporary import replacing, temporary_folder
+from agentmerge.system.temporary import replacing, temporary_folder
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WIDTH, HEIGHT = 900, 480

@@ -7,10 +7,10 @@ from typing import Any
 
 from agentmerge.agents.forecasts import forecasts, track
 from agentmerge.errors import NotFound
-from agentmerge.lease import Lease
 from agentmerge.ledger import Candidate, Ledger, RunRow
-from agentmerge.session import CHECKPOINTS
-from agentmerge.structure import STRUCTURE, openings
+from agentmerge.ledger.folder import CHECKPOINTS
+from agentmerge.ledger.lease import Lease
+from agentmerge.ledger.words import STRUCTURE, openings
 
 #: Failed candidates that a summary lists; the ledger has them all.
 MAX_FAILURES = 10

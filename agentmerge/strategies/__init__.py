@@ -1,1 +1,1 @@
-"""Search strategies, one a file; see ``base.py`` for the contract."""
+"""Search strategies, one a file; ``agentmerge.contracts.strategy`` is the contract."""

@@ -16,9 +16,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from agentmerge.agents.schemas import Guidance
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.base import (
+from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.space import Space
+from agentmerge.contracts.strategy import (
     ADVICE,
     CARRIED,
     Observation,
@@ -60,7 +60,7 @@ class Auto:
 
     def propose(
         self,
-        space: SearchSpace,
+        space: Space,
         history: Sequence[Observation],
         guidance: Guidance | None,
         count: int,
@@ -115,7 +115,7 @@ def operator_of(history: Sequence[Observation], gradients: bool, rng_for: RngFor
 
 
 def nothing_to_gain(
-    space: SearchSpace, history: Sequence[Observation], prospect: Prospect, rng_for: RngFor
+    space: Space, history: Sequence[Observation], prospect: Prospect, rng_for: RngFor
 ) -> bool:
     """Whether the most promising point is expected to gain a trifle at most.
 

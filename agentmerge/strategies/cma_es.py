@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from agentmerge.agents.schemas import Guidance
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.base import (
+from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.space import Space
+from agentmerge.contracts.strategy import (
     Observation,
     Proposal,
     RngFor,
@@ -47,7 +47,7 @@ class CmaEs:
 
     def propose(
         self,
-        space: SearchSpace,
+        space: Space,
         history: Sequence[Observation],
         guidance: Guidance | None,
         count: int,
@@ -72,7 +72,7 @@ class CmaEs:
 
     def _replay(
         self,
-        space: SearchSpace,
+        space: Space,
         history: Sequence[Observation],
         own: dict[int, list[Observation]],
         generation: int,

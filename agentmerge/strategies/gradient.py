@@ -12,15 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from agentmerge.agents.schemas import Guidance
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.base import (
-    Observation,
-    Proposal,
-    RngFor,
-    first_generation,
-    fittest,
-)
+from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.space import Space
+from agentmerge.contracts.strategy import Observation, Proposal, RngFor, first_generation, fittest
 from agentmerge.strategies.one_plus_one import OnePlusOne
 
 RATE, PULL = 0.06, 0.02
@@ -32,7 +26,7 @@ class Gradient:
 
     def propose(
         self,
-        space: SearchSpace,
+        space: Space,
         history: Sequence[Observation],
         guidance: Guidance | None,
         count: int,

@@ -15,15 +15,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from agentmerge.agents.schemas import Guidance
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.base import (
+from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.space import Space
+from agentmerge.contracts.strategy import (
     ADVICE,
+    LLM_EVO,
     Observation,
     Proposal,
     RngFor,
     default_population,
     fittest,
+    improved,
     next_generation,
 )
 from agentmerge.strategies.random import random_vectors
@@ -38,12 +40,12 @@ SIGMA_LOW, SIGMA_HIGH = 0.05, 0.2
 
 
 class LlmEvo:
-    name = "llm_evo"
+    name = LLM_EVO
     heeds_advice = True
 
     def propose(
         self,
-        space: SearchSpace,
+        space: Space,
         history: Sequence[Observation],
         guidance: Guidance | None,
         count: int,
@@ -75,7 +77,7 @@ class LlmEvo:
 
 
 def _mean(
-    space: SearchSpace, history: Sequence[Observation], guidance: Guidance | None
+    space: Space, history: Sequence[Observation], guidance: Guidance | None
 ) -> tuple[float, ...]:
     if guidance and guidance.mean is not None:
         return guidance.mean
@@ -108,14 +110,6 @@ def trust(history: Sequence[Observation]) -> float:
 
 def _sigma(history: Sequence[Observation]) -> float:
     return SIGMA_LOW if improved(history) else SIGMA_HIGH
-
-
-def improved(history: Sequence[Observation]) -> bool:
-    """Did the last generation beat all before it? The first one counts as an improvement."""
-    last = history[-1].generation
-    new = [o.score for o in history if o.score is not None and o.generation == last]
-    old = [o.score for o in history if o.score is not None and o.generation < last]
-    return bool(new) and (not old or max(new) > max(old))
 
 
 STRATEGY = LlmEvo()

@@ -15,19 +15,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import minimize
 
-from agentmerge.agents.schemas import Guidance
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.base import (
-    Bound,
-    Observation,
-    Proposal,
-    RngFor,
-    next_generation,
-)
+from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.space import Space
+from agentmerge.contracts.strategy import Bound, Observation, Proposal, RngFor, next_generation
+from agentmerge.space.rungs import rungs
 from agentmerge.strategies.one_plus_one import reflected
 from agentmerge.strategies.random import random_vectors
 from agentmerge.strategies.ratios import EVERYTHING, Ratios
-from agentmerge.strategies.rungs import rungs
 from agentmerge.strategies.soft_score import SoftScore, directions, scaled
 from agentmerge.strategies.surrogate import ItemModel, fitted
 from agentmerge.strategies.table import Table, softened, table_of, thinned
@@ -101,7 +95,7 @@ class Margins:
 
     def propose(
         self,
-        space: SearchSpace,
+        space: Space,
         history: Sequence[Observation],
         guidance: Guidance | None,
         count: int,
@@ -114,7 +108,7 @@ class Margins:
 
     def climbing(
         self,
-        space: SearchSpace,
+        space: Space,
         prospect: Prospect | None,
         generation: int,
         count: int,
@@ -136,7 +130,7 @@ class Margins:
         return 1
 
 
-def prospect_for(space: SearchSpace, history: Sequence[Observation]) -> Prospect | None:
+def prospect_for(space: Space, history: Sequence[Observation]) -> Prospect | None:
     """What a history promises; None where it says too little for a model."""
     table = table_of(history)
     if table is None or len(table.points) < 2:
@@ -202,7 +196,7 @@ def believed(prospect: Prospect, point: np.ndarray) -> Prospect:
     return replace(prospect, model=model, best=max(prospect.best, float(prospect.score(means)[0])))
 
 
-def climbed(prospect: Prospect, space: SearchSpace, rng: np.random.Generator) -> np.ndarray:
+def climbed(prospect: Prospect, space: Space, rng: np.random.Generator) -> np.ndarray:
     """The most promising point of the lowest rung that promises nearly as much as the whole space.
 
     What few numbers can say is learned first, and from fewer candidates. Where a trifle is all
@@ -224,7 +218,7 @@ def climbed(prospect: Prospect, space: SearchSpace, rng: np.random.Generator) ->
 
 
 def most_promising(
-    prospect: Prospect, space: SearchSpace, rng: np.random.Generator, basis: np.ndarray
+    prospect: Prospect, space: Space, rng: np.random.Generator, basis: np.ndarray
 ) -> tuple[np.ndarray, float]:
     """The point of a rung with the largest expected improvement that was found, and that.
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from agentmerge.agents.schemas import Guidance
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.base import Observation, Proposal, RngFor, fittest
+from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.space import Space
+from agentmerge.contracts.strategy import Observation, Proposal, RngFor, fittest
 from agentmerge.strategies.llm_evo import ELITES, LlmEvo
 
 
@@ -21,7 +21,7 @@ class NullLlm:
 
     def propose(
         self,
-        space: SearchSpace,
+        space: Space,
         history: Sequence[Observation],
         guidance: Guidance | None,
         count: int,

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from agentmerge.agents.schemas import Guidance
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.base import Observation, Proposal, RngFor, fittest, next_generation
+from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.space import Space
+from agentmerge.contracts.strategy import Observation, Proposal, RngFor, fittest, next_generation
 
 SIGMA0 = 0.2
 SIGMA_LEAST, SIGMA_MOST = 1e-3, 0.5
@@ -25,7 +25,7 @@ class OnePlusOne:
 
     def propose(
         self,
-        space: SearchSpace,
+        space: Space,
         history: Sequence[Observation],
         guidance: Guidance | None,
         count: int,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agentmerge.agents.schemas import Guidance
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.base import (
+from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.space import Space
+from agentmerge.contracts.strategy import (
     Observation,
     Proposal,
     RngFor,
@@ -16,7 +16,7 @@ from agentmerge.strategies.base import (
 
 
 def random_vectors(
-    space: SearchSpace, generation: int, count: int, rng_for: RngFor
+    space: Space, generation: int, count: int, rng_for: RngFor
 ) -> list[tuple[float, ...]]:
     return [
         tuple(float(x) for x in rng_for(generation, slot, "sample").random(space.dimensions))
@@ -29,7 +29,7 @@ class Random:
 
     def propose(
         self,
-        space: SearchSpace,
+        space: Space,
         history: Sequence[Observation],
         guidance: Guidance | None,
         count: int,

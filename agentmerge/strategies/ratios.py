@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agentmerge.genome import SearchSpace
+from agentmerge.contracts.space import Space
 
 #: Below this a block of weights has no ratio.
 _NOTHING = 1e-9
@@ -25,7 +25,7 @@ class Ratios:
     low: float = 0.0
 
     @classmethod
-    def of(cls, space: SearchSpace) -> Ratios:
+    def of(cls, space: Space) -> Ratios:
         if not space.only_ratios:
             return cls()
         found: dict[tuple[int, str | None], list[int]] = {}

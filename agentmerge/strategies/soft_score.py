@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import ndtr
 
-from agentmerge.strategies.base import Bound
+from agentmerge.contracts.strategy import Bound
 
 #: Widths of a step from margin to right, in nats, that are tried; the most likely is used.
 SOFTENINGS = (0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.0)

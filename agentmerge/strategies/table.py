@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from agentmerge.strategies.base import Items, Observation
+from agentmerge.contracts.strategy import Items, Observation
 from agentmerge.strategies.censored import completed
 from agentmerge.strategies.soft_score import (
     SoftScore,

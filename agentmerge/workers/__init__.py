@@ -1,1 +1,1 @@
-"""Workers: what merges a recipe and scores items. See ``base.py`` for the contract."""
+"""What merges a recipe and scores items; ``agentmerge.contracts.worker`` is the contract."""

@@ -10,10 +10,10 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 
+from agentmerge.contracts.worker import Fingerprint, ItemRef, ItemResult
 from agentmerge.errors import RunFailed
 from agentmerge.evaluation.tasks import TaskSet
 from agentmerge.recipe import Recipe
-from agentmerge.workers.base import Fingerprint, ItemRef, ItemResult
 
 _ITEMS_A_TASK = 4
 #: Bits after the point of a number's first digit, by dtype.

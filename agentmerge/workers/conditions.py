@@ -17,13 +17,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import ParentError
 from agentmerge.evaluation.loading import quiet
 from agentmerge.evaluation.version import SCORING
-from agentmerge.merging.checkpoint import Checkpoint
-from agentmerge.merging.headers import file_digest, read_config, read_json
 from agentmerge.merging.version import MERGING
-from agentmerge.workers.base import WorkerSpec
+from agentmerge.parents.checkpoint import Checkpoint
+from agentmerge.parents.headers import file_digest, read_config, read_json
 
 #: Of a config: names, places and labels; the dtype is the search's own.
 _NO_SETTINGS = frozenset(

@@ -24,21 +24,22 @@ from typing import Any
 
 import torch
 
+from agentmerge.contracts.worker import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
 from agentmerge.errors import AgentmergeError, ConfigError, RunFailed, WorkerLost
-from agentmerge.evaluation.tasks import TaskSet, tasks_for
+from agentmerge.evaluation.building import tasks_for
+from agentmerge.evaluation.tasks import TaskSet
 from agentmerge.merging.device import release
 from agentmerge.merging.export import export_checkpoint
-from agentmerge.merging.headers import refuse_replaced
 from agentmerge.merging.placement import Demand
 from agentmerge.merging.plan import Layout, plan, read_layout
+from agentmerge.parents.headers import refuse_replaced
 from agentmerge.recipe import Recipe
-from agentmerge.temporary import TemporaryFolder
-from agentmerge.workers.base import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
+from agentmerge.system.temporary import TemporaryFolder
 from agentmerge.workers.conditions import conditions
 
 
 class DiskWorker:
-    """See the module's head; the contract is ``workers/base.py``."""
+    """See the module's head; the contract is ``contracts/worker.py``."""
 
     def __init__(self, spec: WorkerSpec, taskset: TaskSet | None = None) -> None:
         self._spec = spec
@@ -64,7 +65,7 @@ class DiskWorker:
     def describe(spec: WorkerSpec) -> EngineInfo:
         engine = spec.options.get("evaluate_with", "hf")
         if engine == "vllm":
-            from agentmerge.workers.vllm import VllmWorker
+            from agentmerge.workers.vllm.worker import VllmWorker
 
             return replace(VllmWorker.describe(spec), engine="disk")
         if engine != "hf":
@@ -80,7 +81,7 @@ class DiskWorker:
     @staticmethod
     def preflight(spec: WorkerSpec, layout: Layout | None) -> tuple[list[str], list[str]]:
         if spec.options.get("evaluate_with") == "vllm":
-            from agentmerge.workers.vllm_check import preflight
+            from agentmerge.workers.vllm.preflight import preflight
 
             return preflight(spec, layout)
         from agentmerge.workers.hf import preflight as look

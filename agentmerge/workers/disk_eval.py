@@ -19,8 +19,8 @@ def evaluate(task: dict[str, Any]) -> Any:
     import torch
 
     from agentmerge.errors import AgentmergeError, RunFailed
+    from agentmerge.evaluation.building import tasks_for
     from agentmerge.evaluation.scoring import ItemScorer
-    from agentmerge.evaluation.tasks import tasks_for
     from agentmerge.merging.digests import digest
     from agentmerge.merging.weights import ParentFiles
     from agentmerge.workers.hf import live_lm, open_model, threads_for
@@ -56,11 +56,11 @@ def _by_vllm(spec: Any, task: dict[str, Any]) -> Any:
 
     from agentmerge.config import FIRST
     from agentmerge.errors import RunFailed
-    from agentmerge.evaluation.tasks import tasks_for
+    from agentmerge.evaluation.building import tasks_for
     from agentmerge.evaluation.tokenizers import tokenizer_of
-    from agentmerge.merging.layout import read_layout
+    from agentmerge.parents.layout import read_layout
     from agentmerge.recipe import Recipe
-    from agentmerge.workers.vllm import VllmWorker
+    from agentmerge.workers.vllm.worker import VllmWorker
 
     options = spec.options | {"base": None, "canary_every": 0}
     tasks = spec.tasks

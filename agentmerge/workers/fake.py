@@ -41,12 +41,7 @@ from typing import Any, Literal
 import numpy as np
 
 from agentmerge.config import TasksConfig
-from agentmerge.errors import CandidateFailed, RunFailed, WorkerLost
-from agentmerge.evaluation.splitting import choose_documents, split, stand_in
-from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
-from agentmerge.methods import METHODS
-from agentmerge.recipe import Recipe, length
-from agentmerge.workers.base import (
+from agentmerge.contracts.worker import (
     EngineInfo,
     Fingerprint,
     Gradient,
@@ -56,6 +51,11 @@ from agentmerge.workers.base import (
     TensorSlope,
     WorkerSpec,
 )
+from agentmerge.errors import CandidateFailed, RunFailed, WorkerLost
+from agentmerge.evaluation.splitting import choose_documents, split, stand_in
+from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
+from agentmerge.methods import METHODS
+from agentmerge.recipe import Recipe, length
 from agentmerge.workers.options import FakeOptions, Where
 
 _KINDS = ("self_attn", "mlp")
@@ -141,7 +141,7 @@ def _perplexity(values: Sequence[tuple[float, int]]) -> float:
 
 
 class FakeWorker:
-    """See the module's head; the contract is ``workers/base.py``."""
+    """See the module's head; the contract is ``contracts/worker.py``."""
 
     def __init__(self, spec: WorkerSpec, taskset: TaskSet | None = None) -> None:
         options = FakeOptions.of(spec.options)

@@ -23,23 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from agentmerge.errors import CandidateFailed, ParentError, RunFailed, WorkerLost
-from agentmerge.evaluation.loading import quiet
-from agentmerge.evaluation.losses import ItemLoss, item_loss
-from agentmerge.evaluation.scoring import ItemScorer
-from agentmerge.evaluation.tasks import TaskSet, tasks_for
-from agentmerge.evaluation.tokenizers import context_length, parent_path, tokenizer_of
-from agentmerge.merging.contraction import Contraction
-from agentmerge.merging.device import current, release
-from agentmerge.merging.headers import read_config, refuse_replaced
-from agentmerge.merging.live import LiveWeights
-from agentmerge.merging.memory import device_name, ran_out
-from agentmerge.merging.parents import Family
-from agentmerge.merging.placement import Demand
-from agentmerge.merging.plan import Layout
-from agentmerge.merging.skeleton import auto_class, skeleton
-from agentmerge.recipe import Recipe
-from agentmerge.workers.base import (
+from agentmerge.contracts.worker import (
     EngineInfo,
     Fingerprint,
     Gradient,
@@ -48,11 +32,28 @@ from agentmerge.workers.base import (
     Loss,
     WorkerSpec,
 )
+from agentmerge.errors import CandidateFailed, ParentError, RunFailed, WorkerLost
+from agentmerge.evaluation.building import tasks_for
+from agentmerge.evaluation.loading import quiet
+from agentmerge.evaluation.losses import ItemLoss, item_loss
+from agentmerge.evaluation.scoring import ItemScorer
+from agentmerge.evaluation.tasks import TaskSet
+from agentmerge.evaluation.tokenizers import context_length, parent_path, tokenizer_of
+from agentmerge.merging.contraction import Contraction
+from agentmerge.merging.device import current, release
+from agentmerge.merging.family import Family
+from agentmerge.merging.live import LiveWeights
+from agentmerge.merging.memory import device_name, ran_out
+from agentmerge.merging.placement import Demand
+from agentmerge.merging.plan import Layout
+from agentmerge.parents.headers import read_config, refuse_replaced
+from agentmerge.parents.skeleton import auto_class, skeleton
+from agentmerge.recipe import Recipe
 from agentmerge.workers.conditions import conditions, conditions_hash, ends_of, live_parent
 from agentmerge.workers.targets import live_targets, pairing_faults, parts_of
 
 if TYPE_CHECKING:
-    from agentmerge.evaluation.live import LiveLM
+    from agentmerge.evaluation.hf_lm import LiveLM
 
 #: Parameters below which a second thread costs more than it brings: on a busy machine of two cores
 #: the demo family (0.4 M) scored 8 to 50 times slower with two.
@@ -60,7 +61,7 @@ SMALL_MODEL = 20_000_000
 
 
 class HfWorker:
-    """See the module's head; the contract is ``workers/base.py``.
+    """See the module's head; the contract is ``contracts/worker.py``.
 
     Raises:
         ParentError: the parents cannot be merged, or transformers names their weights otherwise.
@@ -334,7 +335,7 @@ def each_gradient(
 
 
 def live_lm(spec: WorkerSpec, model: Any) -> LiveLM:
-    from agentmerge.evaluation.live import LiveLM
+    from agentmerge.evaluation.hf_lm import LiveLM
 
     tokenizer = tokenizer_of(spec)
     return LiveLM(model, tokenizer, spec.batch_size, context_length(spec, tokenizer))

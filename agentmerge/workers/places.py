@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from agentmerge.contracts.worker import Worker
 from agentmerge.errors import RunFailed, WorkerLost
-from agentmerge.workers.base import Worker
 from agentmerge.workers.processes import GIVEN_UP
 
 T = TypeVar("T")

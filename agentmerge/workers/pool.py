@@ -22,13 +22,8 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from agentmerge import plugins
-from agentmerge.errors import AgentmergeError, NotBegun, NoWorker, RunFailed, WorkerLost
-from agentmerge.recipe import Recipe
-from agentmerge.redaction import clean_screen, remember, remembered, revealed
-from agentmerge.strategies.base import cost_of
-from agentmerge.temporary import discard_unfinished
-from agentmerge.waits import waiting_for
-from agentmerge.workers.base import (
+from agentmerge.contracts.strategy import cost_of
+from agentmerge.contracts.worker import (
     Differentiator,
     EngineInfo,
     Fingerprint,
@@ -39,6 +34,11 @@ from agentmerge.workers.base import (
     Worker,
     WorkerSpec,
 )
+from agentmerge.errors import AgentmergeError, NotBegun, NoWorker, RunFailed, WorkerLost
+from agentmerge.recipe import Recipe
+from agentmerge.system.redaction import clean_screen, remember, remembered, revealed
+from agentmerge.system.temporary import discard_unfinished
+from agentmerge.system.waits import waiting_for
 from agentmerge.workers.places import Deadlines, Late, Place, close_quietly
 from agentmerge.workers.processes import end, end_with, uninterrupted
 

@@ -17,8 +17,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from agentmerge.errors import ParentError
-from agentmerge.merging.configs import quiet_transformers
-from agentmerge.merging.naming import NameIndex
+from agentmerge.parents.configs import quiet_transformers
+from agentmerge.parents.naming import NameIndex
 
 _OTHER_LOADER = "; worker.kind: vllm, which has loaders of its own, may take them"
 

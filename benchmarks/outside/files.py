@@ -188,7 +188,7 @@ def _import_all() -> None:
     from transformers import LlamaForCausalLM  # noqa: F401
 
     import agentmerge.cli.app
-    import agentmerge.session
+    import agentmerge.session.driving
     import agentmerge.workers.hf  # noqa: F401
 
     torch.set_num_threads(1)

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from agentmerge.agents.testing import Fault, Said, ToolCalls
+from agentmerge.testing.scripted import Fault, Said, ToolCalls
 
 ABSURD: tuple[Any, ...] = (
     1e308, -1e308, 1e-320, math.nan, math.inf, -math.inf, 10**400, -(10**18), 2**63, 2**64, -0.0,

@@ -28,11 +28,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from agentmerge import session
-from agentmerge.agents.testing import Said, ScriptedServer
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
 from agentmerge.ledger import Ledger
+from agentmerge.session import driving
+from agentmerge.testing.scripted import Said, ScriptedServer
 from benchmarks.fake import fake_config
 from benchmarks.outside.mutations import KINDS
 from benchmarks.outside.tally import Tally
@@ -141,7 +141,7 @@ def one(number: int, seed: int, kind: str | None = None) -> Tally:
         before = peak_mb()
         note = f"draw {number} of seed {seed}"
         try:
-            row = session.run(config_of(server, rng, kind), name="a", runs_dir=runs)
+            row = driving.run(config_of(server, rng, kind), name="a", runs_dir=runs)
         except Exception as error:
             tally.add(kind, "unexpected", f"{note}: {type(error).__name__} {error}"[:400])
             return tally
@@ -162,7 +162,7 @@ def one(number: int, seed: int, kind: str | None = None) -> Tally:
 def ending(runs: Path, run_id: str, stop: str) -> str:
     if stop in ("tokens", "cost"):
         return "tokens, cost"
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         lost = [word for word in ledger.advice(run_id) if word.get("failure")]
     return "advice lost" if lost else "advice kept"
 
@@ -173,10 +173,10 @@ def mended(runs: Path, stop: str, reading: Sequence[str]) -> str:
     if stop in ("tokens", "cost"):
         raised |= {"budget.max_tokens": 10_000_000, "budget.max_cost_usd": 1_000.0}
     try:
-        row = session.resume("a", runs_dir=runs, overrides=raised)
+        row = driving.resume("a", runs_dir=runs, overrides=raised)
     except Exception as error:
         return f"resume: {type(error).__name__} {error}"
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         scored = ledger.tally(row.id).evaluations
         last = [w for w in ledger.advice(row.id) if w["guidance"].get("source") == "model"]
     if row.status != "done" or scored < AGAIN:

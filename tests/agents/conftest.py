@@ -2,10 +2,10 @@
 
 import pytest
 
-from agentmerge.agents.history import HistoryView, TaskView
+from agentmerge.agents.view import HistoryView, TaskView
 from agentmerge.config import GenomeConfig
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.base import Observation
+from agentmerge.contracts.strategy import Observation
+from agentmerge.space.grouped import SearchSpace
 
 
 @pytest.fixture(autouse=True)

@@ -8,16 +8,10 @@ from dataclasses import replace
 import pytest
 
 from agentmerge.agents.forecasts import Forecast, Track, forecasts, track
-from agentmerge.agents.history import variables
 from agentmerge.agents.ladder import release
-from agentmerge.agents.schemas import (
-    Bounds,
-    Guidance,
-    ProposerReply,
-    StructuralMove,
-    json_schema,
-    parse_reply,
-)
+from agentmerge.agents.schemas import Bounds, ProposerReply, json_schema, parse_reply
+from agentmerge.agents.view import variables
+from agentmerge.contracts.advice import Guidance, StructuralMove
 from agentmerge.errors import ModelReplyError
 
 

@@ -8,9 +8,9 @@ from agentmerge.agents import controller
 from agentmerge.agents.faults import redact, retry_after_s
 from agentmerge.agents.models import AgentModel, resolve_model
 from agentmerge.agents.prompts import load_prompts
-from agentmerge.agents.schemas import Guidance
-from agentmerge.agents.testing import Fault, ScriptedServer, scripted_chat_model
+from agentmerge.contracts.advice import Guidance
 from agentmerge.errors import ModelReplyError, UserError
+from agentmerge.testing.scripted import Fault, ScriptedServer, scripted_chat_model
 
 CANARY = "sk-canary-5f2c9e11d0"
 GOOD = {"thought": "narrow a little", "sigma": 0.1}

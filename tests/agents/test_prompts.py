@@ -2,10 +2,10 @@
 
 import pytest
 
-from agentmerge.agents.history import variables
 from agentmerge.agents.prompts import VARIABLES, bundled_dir, load_prompts, prompt_hash
+from agentmerge.agents.view import variables
 from agentmerge.errors import PromptError
-from agentmerge.genome import public_names
+from agentmerge.space.grouped import public_names
 
 CRITIC = "Judge.\n---\n{{history}} {{best_score}}"
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import SearchConfig, session
+from agentmerge import SearchConfig
 from agentmerge.ledger import Ledger
 from agentmerge.report.summary import run_summary
+from agentmerge.session import driving
 
 URL = os.environ.get("AGENTMERGE_TEST_BASE_URL")
 
@@ -24,8 +25,8 @@ def test_a_real_model_gives_advice_that_is_used(tmp_path: Path, fake_config: str
     model = os.environ.get("AGENTMERGE_TEST_MODEL", "local")
     agents = f"agents: {{llm: 'openai:{model}', base_url: '{URL}', timeout_s: 300}}\n"
     config = SearchConfig.from_text(fake_config.replace("cma_es", "llm_evo") + agents)
-    row = session.run(config, name="real", runs_dir=tmp_path)
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    row = driving.run(config, name="real", runs_dir=tmp_path)
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         advice, summary = ledger.advice(row.id), run_summary(ledger, row)
     assert row.status == "done"
     assert summary["agents"]["tokens_out"] > 0

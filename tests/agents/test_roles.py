@@ -5,7 +5,8 @@ import json
 import pytest
 
 from agentmerge.agents import controller, critic, proposer
-from agentmerge.agents.history import (
+from agentmerge.agents.prompts import COMMON, load_prompts, prompt_hash
+from agentmerge.agents.view import (
     MAX_INTEGERS,
     correlations,
     integers,
@@ -13,10 +14,9 @@ from agentmerge.agents.history import (
     shown,
     variables,
 )
-from agentmerge.agents.prompts import COMMON, load_prompts, prompt_hash
-from agentmerge.agents.schemas import Guidance
 from agentmerge.config import GenomeConfig
-from agentmerge.genome import SearchSpace
+from agentmerge.contracts.advice import Guidance
+from agentmerge.space.grouped import SearchSpace
 
 ROLES = (critic, controller, proposer)
 

@@ -11,14 +11,13 @@ from agentmerge.agents.schemas import (
     Bounds,
     ControllerReply,
     CriticReply,
-    Guidance,
     ProposerReply,
-    StructuralMove,
     clean_text,
     json_schema,
     parse_reply,
     percent,
 )
+from agentmerge.contracts.advice import Guidance, StructuralMove
 from agentmerge.errors import ModelReplyError
 
 BOUNDS = Bounds(dimensions=3, sigma_low=0.05, sigma_high=0.2)
@@ -187,7 +186,7 @@ def test_clean_text_keeps_words():
 def test_light_imports():
     code = (
         "import sys, agentmerge.agents.schemas, agentmerge.agents.prompts, "
-        "agentmerge.agents.models, agentmerge.agents.proposer, agentmerge.agents.testing\n"
+        "agentmerge.agents.models, agentmerge.agents.proposer, agentmerge.testing.scripted\n"
         "heavy = {'langchain', 'langchain_core', 'langgraph', 'openai', 'torch', 'mergekit'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -15,9 +15,9 @@ from agentmerge.agents import wire
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.providers import resolve_model
 from agentmerge.agents.schemas import Bounds, ControllerReply, json_schema, parse_reply
-from agentmerge.agents.testing import Fault, ScriptedServer
 from agentmerge.agents.wire import bind
 from agentmerge.errors import ModelReplyError
+from agentmerge.testing.scripted import Fault, ScriptedServer
 
 KEY = "sk-canary-11aa0b3c"
 BOUNDS = Bounds(4, 0.05, 0.2)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge.merging.headers import read_config
-from agentmerge.merging.layout import read_layout
+from agentmerge.parents.headers import read_config
+from agentmerge.parents.layout import read_layout
 
 ROOT = Path(__file__).parents[2]
 

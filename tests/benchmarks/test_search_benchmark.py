@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from agentmerge.agents.models import AgentModel
-from agentmerge.agents.testing import scripted_chat_model
-from agentmerge.strategies.base import Observation
+from agentmerge.contracts.strategy import Observation
+from agentmerge.testing.scripted import scripted_chat_model
 from benchmarks import comparing, search
 from benchmarks.advised import Adviser, dealt_anew
 from benchmarks.prefixes import NO_TOKEN, Rows, answer_logits

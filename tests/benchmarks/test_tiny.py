@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import yaml
 
-from agentmerge.check import prepare
 from agentmerge.config import SearchConfig
 from agentmerge.demo.family import Family
 from agentmerge.demo.tasks import demo_config, skill_task, write_skill_tasks, write_tasks
+from agentmerge.preflight.prepare import prepare
 from agentmerge.workers.hf import HfWorker
 from benchmarks.tiny import NO_HEADROOM, TINY, TinyProblem
 

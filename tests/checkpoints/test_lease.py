@@ -11,11 +11,11 @@ from contextlib import closing
 import pytest
 
 from agentmerge.errors import LeaseHeld, RunFailed
-from agentmerge.lease import Lease
+from agentmerge.ledger.lease import Lease
 
 HOLD = """
 import sys, time
-from agentmerge.lease import Lease
+from agentmerge.ledger.lease import Lease
 with Lease.acquire(sys.argv[1], "t", name="fox"):
     print("held", flush=True)
     time.sleep(60)
@@ -212,7 +212,7 @@ def test_a_lease_taken_over_is_noticed(path):
 
 
 def test_shares_the_file_with_the_saver(path):
-    from agentmerge.checkpoints import open_saver
+    from agentmerge.session.checkpoints import open_saver
 
     with open_saver(path) as saver, Lease.acquire(path, "t"):
         saver.prune(["t"])

@@ -8,8 +8,8 @@ from typing import Annotated, TypedDict
 
 import pytest
 
-from agentmerge.checkpoints import Saver, langgraph_checkpointer, open_saver
 from agentmerge.errors import UserError
+from agentmerge.session.checkpoints import Saver, langgraph_checkpointer, open_saver
 
 
 class Counting(TypedDict):

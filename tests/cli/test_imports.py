@@ -11,7 +11,12 @@ from agentmerge.demo.family import Family
 from agentmerge.demo.tasks import demo_search
 from agentmerge.evaluation.catalogue import search_tasks
 
-RUNS_MODELS = {"agentmerge.evaluation.live", "lm_eval.models.huggingface", "langgraph", "langchain"}
+RUNS_MODELS = {
+    "agentmerge.evaluation.hf_lm",
+    "lm_eval.models.huggingface",
+    "langgraph",
+    "langchain",
+}
 
 
 def loaded_by(folder: Path, *commands: list[str]) -> tuple[list[int], set[str]]:

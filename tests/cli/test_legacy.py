@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from agentmerge.agents.testing import ScriptedServer
 from agentmerge.cli.app import run_app
 from agentmerge.cli.legacy import Legacy, map_options
 from agentmerge.errors import UserError
+from agentmerge.testing.scripted import ScriptedServer
 
 #: SEED.md's list: every option of LLM-Evo-Merge and mergekit-evolve; flags have a --no- form.
 FLAGS = (

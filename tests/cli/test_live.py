@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
 from agentmerge.cli.app import run_app
 from agentmerge.cli.live import sparkline
 from agentmerge.config import SearchConfig
 from agentmerge.ledger import Ledger
 from agentmerge.report.board import Board, Follower
+from agentmerge.session import driving
 from tests.report.conftest import CONFIG, search_family
 
 
@@ -119,8 +119,8 @@ def test_programs_get_every_event_and_the_result_apart(
 def test_what_a_watcher_reads_is_what_the_driver_told(tmp_path: Path) -> None:
     """The same scores, generations and words, from the ledger alone."""
     told: list[dict] = []
-    session.run(SearchConfig.from_text(CONFIG), name="a", runs_dir=tmp_path, emit=told.append)
-    with Ledger(tmp_path / session.LEDGER, read_only=True) as ledger:
+    driving.run(SearchConfig.from_text(CONFIG), name="a", runs_dir=tmp_path, emit=told.append)
+    with Ledger(tmp_path / driving.LEDGER, read_only=True) as ledger:
         read = list(Follower(ledger, ledger.run("a")).news())
 
     def gist(events: list[dict]) -> list[tuple]:
@@ -210,7 +210,7 @@ def test_watch_follows_a_search_until_it_ends(tmp_path: Path) -> None:
     driver.stderr.close()
     events = [json.loads(line) for line in watched.stdout.splitlines()]
     places = [(e["generation"], e["slot"]) for e in events if e["event"] == "candidate"]
-    with Ledger(tmp_path / session.LEDGER, read_only=True) as ledger:
+    with Ledger(tmp_path / driving.LEDGER, read_only=True) as ledger:
         known = [(c.generation, c.slot) for c in ledger.candidates(ledger.run("a").id)]
     assert places == known, "each once, in order"
     assert events[-1]["event"] == "done"
@@ -219,13 +219,13 @@ def test_watch_follows_a_search_until_it_ends(tmp_path: Path) -> None:
 def test_watch_of_a_finished_search_shows_it_and_ends(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (runs / session.LEDGER).read_bytes()
+    before = (runs / driving.LEDGER).read_bytes()
     assert run_app(["watch", "second", "--runs-dir", str(runs)]) == 0
     shown = capsys.readouterr()
     assert "branched from first" in shown.out
     assert "generation   2" in shown.err
     assert " left" not in shown.err, "nothing is known of the pace of what was there before"
-    assert (runs / session.LEDGER).read_bytes() == before
+    assert (runs / driving.LEDGER).read_bytes() == before
     assert run_app(["watch", "nobody", "--runs-dir", str(runs)]) == 2
 
 

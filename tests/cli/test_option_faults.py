@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge.check import prepare
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
 from agentmerge.errors import ConfigError
+from agentmerge.preflight.prepare import prepare
 
 NOWHERE = """\
 genome: {models: [./one, ./two], merge_method: linear}

@@ -12,10 +12,10 @@ import yaml
 
 from agentmerge.cli.app import run_app
 from agentmerge.errors import UserError
-from agentmerge.exporting import export_run, refuse_foreign
 from agentmerge.ledger import Ledger
-from agentmerge.session import LEDGER
-from agentmerge.temporary import swap_in
+from agentmerge.ledger.folder import LEDGER
+from agentmerge.session.export import export_run, refuse_foreign
+from agentmerge.system.temporary import swap_in
 from tests.evaluation import tiny
 
 RECIPES = {
@@ -227,7 +227,7 @@ def test_what_was_there_comes_back_where_an_export_fails(
     def fails(*_: Any, **__: Any) -> None:
         raise UserError("the disk is full")
 
-    monkeypatch.setattr("agentmerge.exporting._write", fails)
+    monkeypatch.setattr("agentmerge.session.export._write", fails)
     with pytest.raises(UserError, match="full"):
         export_run("a", ours, runs_dir=made / "runs", overwrite=True, verify=False)
     assert (ours / "config.json").is_file()

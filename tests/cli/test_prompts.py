@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import SearchConfig, session
+from agentmerge import SearchConfig
 from agentmerge.agents.prompts import VARIABLES
-from agentmerge.agents.testing import ScriptedServer
 from agentmerge.cli.app import run_app
+from agentmerge.session import driving
+from agentmerge.testing.scripted import ScriptedServer
 from tests.session.conftest import config
 from tests.session.test_agents import advised, adviser
 
@@ -57,7 +58,7 @@ def test_mistakes_are_one_sentence(line, says, capsys, tmp_path, monkeypatch) ->
 def test_try_shows_what_was_sent_and_what_it_took(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
     with ScriptedServer(adviser) as server:
-        session.run(config(**advised(server)), name="a", runs_dir=tmp_path)
+        driving.run(config(**advised(server)), name="a", runs_dir=tmp_path)
     monkeypatch.delenv("OPENAI_API_KEY")
     here = ["--run", "a", "--runs-dir", str(tmp_path)]
     for role in VARIABLES:
@@ -89,7 +90,7 @@ def test_show_tells_how_good_the_forecasts_were(tmp_path, monkeypatch, capsys) -
 
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
     with ScriptedServer(foreseeing) as server:
-        session.run(config(**advised(server)), name="a", runs_dir=tmp_path)
+        driving.run(config(**advised(server)), name="a", runs_dir=tmp_path)
     assert run_app(["show", "a", "--runs-dir", str(tmp_path)]) == 0
     assert "rank correlation with what came" in capsys.readouterr().out
     told = [m["content"] for r in server.requests for m in r.body["messages"]]
@@ -97,6 +98,6 @@ def test_show_tells_how_good_the_forecasts_were(tmp_path, monkeypatch, capsys) -
 
 
 def test_fake_config_has_nothing_to_forecast(fake_config, tmp_path, capsys) -> None:
-    session.run(SearchConfig.from_text(fake_config), name="a", runs_dir=tmp_path)
+    driving.run(SearchConfig.from_text(fake_config), name="a", runs_dir=tmp_path)
     assert run_app(["show", "a", "--runs-dir", str(tmp_path)]) == 0
     assert "forecast" not in capsys.readouterr().out

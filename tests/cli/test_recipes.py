@@ -10,7 +10,7 @@ import pytest
 from agentmerge.cli.app import run_app
 from agentmerge.demo.family import Family
 from agentmerge.ledger import Ledger
-from agentmerge.session import LEDGER
+from agentmerge.ledger.folder import LEDGER
 
 #: One that only relative names fit, in mergekit's longest form, with a key that does nothing.
 MODULES = """\

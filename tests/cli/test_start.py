@@ -16,7 +16,7 @@ from agentmerge.config import SearchConfig
 from agentmerge.demo.family import Family
 from agentmerge.demo.tasks import skill_task, write_tasks
 from agentmerge.ledger import Ledger, RunRow
-from agentmerge.session import LEDGER
+from agentmerge.ledger.folder import LEDGER
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from agentmerge import session
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
 from agentmerge.errors import NoWorker
 from agentmerge.recipe import Recipe
+from agentmerge.session import driving
 from agentmerge.workers.pool import Pool
 
 LINK = '<a href="https://example.org/">win</a>'
@@ -48,7 +48,7 @@ def test_a_stderr_that_cannot_be_written_stops_no_search(place: Path, stderr: st
 
 
 def test_a_result_that_cannot_be_written_is_one_line(place: Path) -> None:
-    session.run(SearchConfig.from_file(place / "c.yml"), name="a", runs_dir=place / "runs")
+    driving.run(SearchConfig.from_file(place / "c.yml"), name="a", runs_dir=place / "runs")
     for command in ("list", "show a", "best a --json"):
         done = shell(f"agentmerge {command} >/dev/full", place)
         assert done.returncode == 1
@@ -86,7 +86,7 @@ def broken(spec: Any, taskset: Any) -> Any:
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_worker_that_cannot_be_made_is_said_in_one_line(place: Path, count: int) -> None:
     """In this process and in others, without their tracebacks."""
-    from agentmerge.check import prepare
+    from agentmerge.preflight.prepare import prepare
 
     prepared = prepare(SearchConfig.from_file(place / "c.yml"))
     recipe = Recipe.of_model("north", prepared.space.num_layers)
@@ -102,7 +102,7 @@ def test_names_are_no_links_in_the_reports_charts(place: Path) -> None:
     """Plotly draws tags in every text."""
     text = (place / "c.yml").read_text()
     config = SearchConfig.from_text(text.replace("name: one", f"name: '{LINK}'"))
-    session.run(config, name="a", runs_dir=place / "runs")
+    driving.run(config, name="a", runs_dir=place / "runs")
     page = place / "report.html"
     assert run_app(["report", "a", "--to", str(page), "--runs-dir", str(place / "runs")]) == 0
     html = page.read_text()

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
 from agentmerge.cli.app import run_app
 from agentmerge.errors import LedgerError
 from agentmerge.ledger import Ledger
 from agentmerge.ledger.archive import export_parquet, stats
 from agentmerge.report.items import asked
+from agentmerge.session import driving
 from tests.report.conftest import search_family
 
 
@@ -39,7 +39,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict:
 
 def test_stats_count_what_is_there(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = said(capsys, "ledger", "stats", "--runs-dir", runs)
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         candidates = sum(len(ledger.candidates(row.id)) for row in ledger.runs())
     assert found["searches"] == 2
     assert found["candidates"] == candidates
@@ -51,7 +51,7 @@ def test_stats_count_what_is_there(runs: Path, capsys: pytest.CaptureFixture[str
 def test_prune_removes_what_no_search_has_and_nothing_else(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         before = stats(ledger)
         second = ledger.run("second")
         kept = {c.recipe_hash for c in ledger.candidates(second.id)}
@@ -63,11 +63,11 @@ def test_prune_removes_what_no_search_has_and_nothing_else(
     where = ("--forget", "first", "--runs-dir", runs)
     dry = said(capsys, "ledger", "prune", "--dry-run", *where)
     assert dry["forgotten"] == ["first"]
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         assert stats(ledger) == before, "a dry run removes nothing"
     done = said(capsys, "ledger", "prune", *where)
     assert done["item_results"] == dry["item_results"] > 0
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         after = stats(ledger)
         assert [row.name for row in ledger.runs()] == ["second"]
         assert after["item_results"] == before["item_results"] - done["item_results"]
@@ -81,11 +81,11 @@ def test_prune_removes_what_no_search_has_and_nothing_else(
 
 
 def test_prune_refuses_a_search_that_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from agentmerge.lease import Lease
+    from agentmerge.ledger.lease import Lease
 
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         run_id = ledger.run("first").id
-    with Lease.acquire(runs / session.CHECKPOINTS, run_id, name="first"):
+    with Lease.acquire(runs / driving.CHECKPOINTS, run_id, name="first"):
         code = run_app(["ledger", "prune", "--forget", "first", "--runs-dir", str(runs)])
     assert code == 2
     assert "runs now" in capsys.readouterr().err
@@ -94,30 +94,30 @@ def test_prune_refuses_a_search_that_runs(runs: Path, capsys: pytest.CaptureFixt
 def test_no_file_is_rewritten_while_a_search_runs_there(
     runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from agentmerge.lease import Lease
+    from agentmerge.ledger.lease import Lease
 
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         run_id = ledger.run("second").id
-    sizes = [(runs / name).stat().st_size for name in (session.LEDGER, session.CHECKPOINTS)]
+    sizes = [(runs / name).stat().st_size for name in (driving.LEDGER, driving.CHECKPOINTS)]
     where = ("--runs-dir", str(runs))
-    with Lease.acquire(runs / session.CHECKPOINTS, run_id, name="second"):
+    with Lease.acquire(runs / driving.CHECKPOINTS, run_id, name="second"):
         assert run_app(["ledger", "prune", "--forget", "first", *where]) == 0
         assert "second runs now, so the file keeps its size" in capsys.readouterr().out
         gone = said(capsys, "gc", *where)
         assert gone["busy"] == ["second"]
         assert gone["freed_bytes"] == 0
-    after = [(runs / name).stat().st_size for name in (session.LEDGER, session.CHECKPOINTS)]
+    after = [(runs / name).stat().st_size for name in (driving.LEDGER, driving.CHECKPOINTS)]
     assert all(new >= old for old, new in zip(sizes, after, strict=True))
     said(capsys, "ledger", "prune", *where)
-    assert (runs / session.LEDGER).stat().st_size < sizes[0]
+    assert (runs / driving.LEDGER).stat().st_size < sizes[0]
     assert said(capsys, "gc", *where)["freed_bytes"] > 0
 
 
 def test_prune_says_where_the_database_is_locked(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Ledger(runs / session.LEDGER, busy_timeout_s=0.1) as ledger:
-        other = sqlite3.connect(runs / session.LEDGER, isolation_level=None)
+    with Ledger(runs / driving.LEDGER, busy_timeout_s=0.1) as ledger:
+        other = sqlite3.connect(runs / driving.LEDGER, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(LedgerError, match="locked"):
             ledger.shrink()
@@ -128,7 +128,7 @@ def test_prune_says_where_the_database_is_locked(
 def test_parquet_holds_every_item_result(runs: Path, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         counts = export_parquet(ledger, tmp_path / "out")
         row = ledger.run("first")
         answer = row.result["answer"]
@@ -166,7 +166,7 @@ def test_views_for_people_say_what_show_says(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown = said(capsys, "show", "first", "--runs-dir", runs)
-    conn = sqlite3.connect(runs / session.LEDGER)
+    conn = sqlite3.connect(runs / driving.LEDGER)
     conn.row_factory = sqlite3.Row
     row = dict(conn.execute("SELECT * FROM searches WHERE name = 'first'").fetchone())
     assert row["evaluations"] == shown["evaluations"]["total"]
@@ -183,7 +183,7 @@ def test_datasette_serves_it(runs: Path) -> None:
     from datasette.app import Datasette
 
     async def read() -> tuple[int, dict, int]:
-        site = Datasette([str(runs / session.LEDGER)])
+        site = Datasette([str(runs / driving.LEDGER)])
         await site.invoke_startup()
         rows = await site.client.get("/agentmerge/scores.json?_shape=array&search=second")
         page = await site.client.get("/agentmerge/searches")

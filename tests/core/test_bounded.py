@@ -13,13 +13,13 @@ import pytest
 
 from agentmerge.agents.prompts import load_prompts
 from agentmerge.agents.providers import read_keys
-from agentmerge.bounded import MOST_TEXT, parse_json, read_text
 from agentmerge.config import SearchConfig
-from agentmerge.context import ClientContext
 from agentmerge.errors import ConfigError, ParentError, RecipeError, UserError
-from agentmerge.merging.headers import read_json
+from agentmerge.parents.headers import read_json
 from agentmerge.recipe import Recipe
-from agentmerge.yaml_text import read_yaml
+from agentmerge.session.context import ClientContext
+from agentmerge.system.bounded import MOST_TEXT, parse_json, read_text
+from agentmerge.system.yaml_text import read_yaml
 
 GENOME = "genome: {models: [a, b], merge_method: linear}\ntasks: [{name: x}]\n"
 

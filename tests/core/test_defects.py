@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from agentmerge import session
-from agentmerge.agents.history import integers
 from agentmerge.agents.schemas import percent
-from agentmerge.agents.testing import ScriptedServer, scripted_chat_model
+from agentmerge.agents.view import integers
 from agentmerge.cli.app import run_app
 from agentmerge.config import GenomeConfig, SearchConfig, TasksConfig
-from agentmerge.genome import SearchSpace
 from agentmerge.ledger import Candidate, Ledger, RunRow
 from agentmerge.recipe import Recipe
 from agentmerge.report.summary import run_summary
+from agentmerge.session import driving
+from agentmerge.space.grouped import SearchSpace
+from agentmerge.testing.scripted import ScriptedServer, scripted_chat_model
 from agentmerge.workers.fake import fake_tasks
 
 DIMENSIONS = 4
@@ -37,21 +37,21 @@ def config(text: str, **overrides: Any) -> SearchConfig:
 
 
 def run(settings: SearchConfig, runs: Path, name: str = "a", **rest: Any) -> RunRow:
-    return session.run(settings, name=name, runs_dir=runs, **rest)
+    return driving.run(settings, name=name, runs_dir=runs, **rest)
 
 
 def candidates(runs: Path, row: RunRow, generation: int | None = None) -> list[Candidate]:
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         return ledger.candidates(row.id, generation)
 
 
 def summary(runs: Path, row: RunRow) -> dict[str, Any]:
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         return run_summary(ledger, row)
 
 
 def recipe_of(runs: Path, candidate: Candidate) -> Recipe:
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         return Recipe.parse(ledger.recipe(candidate.recipe_hash))
 
 
@@ -98,7 +98,7 @@ def test_defect_01_a_bad_reply_costs_advice_and_never_the_run(
     found = summary(tmp_path, row)
     assert found["agents"]["failures"] == found["agents"]["calls"] > 0
     assert found["evaluations"]["total"] == 19
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         words = ledger.advice(row.id)
     assert {word["role"] for word in words} == set(ROLES)
     assert all(word["failure"] and word["guidance"]["source"] == "rules" for word in words)
@@ -118,7 +118,7 @@ def test_defect_02_the_best_recipe_is_on_disk_after_every_generation(
     assert scores == sorted(scores)
     assert len(set(scores)) > 1, "the search must improve for this to show anything"
     best_of = {c.recipe_hash: c.score for c in candidates(tmp_path, row)}
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         texts = {ledger.recipe(found): score for found, score in best_of.items()}
     assert [texts[text] for _, text in seen] == scores
 
@@ -309,7 +309,7 @@ def test_defect_09_a_key_on_the_command_line_is_refused_and_kept_nowhere(
 def test_defect_09_a_stopped_search_goes_on_from_its_checkpoint(
     fake_config: str, tmp_path: Path
 ) -> None:
-    drain = session.Drain()
+    drain = driving.Drain()
     scored: Counter[tuple[int, int]] = Counter()
 
     def stop_in_the_middle(event: dict[str, Any]) -> None:
@@ -320,7 +320,7 @@ def test_defect_09_a_stopped_search_goes_on_from_its_checkpoint(
 
     row = run(config(fake_config), tmp_path, emit=stop_in_the_middle, drain=drain)
     assert row.status == "interrupted"
-    done = session.resume("a", runs_dir=tmp_path, emit=stop_in_the_middle)
+    done = driving.resume("a", runs_dir=tmp_path, emit=stop_in_the_middle)
     assert done.status == "done"
     assert set(scored.values()) == {1}
     calm = run(config(fake_config), tmp_path / "calm")

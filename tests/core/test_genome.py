@@ -9,8 +9,8 @@ import pytest
 
 from agentmerge.config import GenomeConfig
 from agentmerge.errors import ConfigError, RecipeRejected
-from agentmerge.genome import SearchSpace
 from agentmerge.recipe import Recipe
+from agentmerge.space.grouped import SearchSpace
 
 METHODS = ("linear", "task_arithmetic", "ties", "dare_ties", "slerp")
 

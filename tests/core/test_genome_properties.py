@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from agentmerge.config import GenomeConfig
 from agentmerge.errors import ConfigError
-from agentmerge.genome import SearchSpace
 from agentmerge.methods import METHODS, SUM_NORMALIZED
 from agentmerge.recipe import Recipe
+from agentmerge.space.grouped import SearchSpace
 
 #: The documented upper bound of task-vector weights (docs/config.md).
 TASK_VECTOR_UPPER = 1.5

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agentmerge.agents.calls import Call
+from agentmerge.contracts.calls import Call
+from agentmerge.contracts.strategy import Proposal
+from agentmerge.contracts.worker import EngineInfo, ItemRef, ItemResult
 from agentmerge.errors import LedgerError, NotFound
 from agentmerge.ledger import Ledger, ResultKey, RunRow, pack, unpack
-from agentmerge.strategies.base import Proposal
-from agentmerge.workers.base import EngineInfo, ItemRef, ItemResult
 
 ENGINE = EngineInfo("hf", "1", "cpu", "float32", "64")
 KEY = ResultKey("recipe", ENGINE, "protocol")

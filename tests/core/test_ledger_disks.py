@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from agentmerge import session
-from agentmerge.checkpoints import open_saver
 from agentmerge.errors import LedgerError
 from agentmerge.ledger import Ledger
 from agentmerge.ledger.journal import on_network
 from agentmerge.ledger.store import remedy
+from agentmerge.session import driving
+from agentmerge.session.checkpoints import open_saver
 from tests.session.conftest import config
 
 
@@ -116,17 +116,17 @@ def test_databases_on_a_network_have_no_wal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = tmp_path / "runs"
-    with Ledger(runs / session.LEDGER), open_saver(runs / session.CHECKPOINTS):
-        assert (runs / f"{session.LEDGER}-shm").exists()
+    with Ledger(runs / driving.LEDGER), open_saver(runs / driving.CHECKPOINTS):
+        assert (runs / f"{driving.LEDGER}-shm").exists()
     mounts = tmp_path / "mounts"
     mounts.write_text(f"server:/export {tmp_path.resolve()} nfs rw 0 0\n")
     monkeypatch.setattr("agentmerge.ledger.journal.MOUNTS", mounts)
-    row = session.run(config(budget={"max_evaluations": 9}), name="a", runs_dir=runs)
+    row = driving.run(config(budget={"max_evaluations": 9}), name="a", runs_dir=runs)
     assert row.status == "done"
-    assert session.resume("a", runs_dir=runs).result == row.result
-    for name in (session.LEDGER, session.CHECKPOINTS):  # made with a WAL, and changed
+    assert driving.resume("a", runs_dir=runs).result == row.result
+    for name in (driving.LEDGER, driving.CHECKPOINTS):  # made with a WAL, and changed
         with closing(sqlite3.connect(runs / name)) as conn:
             assert conn.execute("PRAGMA journal_mode").fetchone() == ("delete",)
         assert not (runs / f"{name}-wal").exists()
-    with Ledger(runs / session.LEDGER, read_only=True) as ledger:
+    with Ledger(runs / driving.LEDGER, read_only=True) as ledger:
         assert ledger.run("a").status == "done"

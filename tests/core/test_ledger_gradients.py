@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from agentmerge.contracts.strategy import Proposal
+from agentmerge.contracts.worker import EngineInfo, Gradient, TensorSlope
 from agentmerge.ledger import GradientKey, Ledger, RunRow
-from agentmerge.strategies.base import Proposal
-from agentmerge.workers.base import EngineInfo, Gradient, TensorSlope
 
 ENGINE = EngineInfo("hf", "1", "cpu", "float32", "64")
 KEY = GradientKey("same", ENGINE, "question")

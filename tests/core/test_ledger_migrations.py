@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from agentmerge import session
-from agentmerge.agents.calls import Call
 from agentmerge.cli.app import run_app
+from agentmerge.contracts.calls import Call
+from agentmerge.contracts.strategy import Proposal
+from agentmerge.contracts.worker import EngineInfo, Gradient
 from agentmerge.ledger import GradientKey, Ledger, schema
-from agentmerge.strategies.base import Proposal
-from agentmerge.workers.base import EngineInfo, Gradient
+from agentmerge.session import driving
 from tests.report.conftest import search_family
 
 KEY = GradientKey("same", EngineInfo("hf", "1", "cpu", "float32", "64"), "question")
@@ -27,7 +27,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A present database with rows in every table."""
     folder = tmp_path_factory.mktemp("runs")
     search_family(folder)
-    with Ledger(folder / session.LEDGER) as ledger:
+    with Ledger(folder / driving.LEDGER) as ledger:
         run_id = ledger.run("first").id
         for attempt, (reply, error) in enumerate(((None, "too slow"), ("said", None))):
             call = Call(({"role": "user", "content": "?"},), "answered", "text", reply, (), error)
@@ -86,12 +86,12 @@ def older(full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def made(count: int) -> Path:
         runs = tmp_path / "runs"
         runs.mkdir()
-        path = runs / session.LEDGER
+        path = runs / driving.LEDGER
         with monkeypatch.context() as patch:
             patch.setattr(schema, "MIGRATIONS", STEPS[:count])
             Ledger(path).close()
         conn = sqlite3.connect(path)
-        conn.execute("ATTACH ? AS present", (str(full / session.LEDGER),))
+        conn.execute("ATTACH ? AS present", (str(full / driving.LEDGER),))
         for table, columns in tables(path).items():
             names = ", ".join(columns)
             conn.execute(f"INSERT INTO {table} ({names}) SELECT {names} FROM present.{table}")
@@ -113,9 +113,9 @@ def test_a_database_of_any_version_becomes_the_present_one(
     with Ledger(path, read_only=True) as ledger:  # as the reading commands open it
         assert [row.name for row in ledger.runs()] == ["first", "second"]
     assert {table: rows(path, table, columns) for table, columns in kept.items()} == before
-    assert shape(path) == shape(full / session.LEDGER)
+    assert shape(path) == shape(full / driving.LEDGER)
     Ledger(path).close()
-    assert shape(path) == shape(full / session.LEDGER), "a second opening changes nothing"
+    assert shape(path) == shape(full / driving.LEDGER), "a second opening changes nothing"
 
 
 @pytest.mark.parametrize("count", range(1, len(STEPS)))

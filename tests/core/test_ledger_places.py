@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from agentmerge import session
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
 from agentmerge.errors import LedgerError, RunFailed, UserError
@@ -24,6 +23,7 @@ from agentmerge.ledger import Ledger
 from agentmerge.ledger.schema import SET
 from agentmerge.ledger.store import remedy
 from agentmerge.report.summary import trace
+from agentmerge.session import driving
 
 AWAY = ["deleted", "deleted with its journal", "moved", "replaced", "folder moved", "all deleted"]
 
@@ -60,11 +60,11 @@ def test_a_ledger_that_is_taken_away_is_noticed_at_the_next_write_and_saved(
 ) -> None:
     """With what was written before, what is being written, and what other threads write then."""
     config = SearchConfig.from_text(fake_config)
-    session.run(config, name="calm", runs_dir=tmp_path / "calm")
-    with Ledger(tmp_path / "calm" / session.LEDGER) as ledger:
+    driving.run(config, name="calm", runs_dir=tmp_path / "calm")
+    with Ledger(tmp_path / "calm" / driving.LEDGER) as ledger:
         whole = trace(ledger, ledger.run("calm"))
     runs = tmp_path / "runs"
-    path = runs / session.LEDGER
+    path = runs / driving.LEDGER
     seen: list[Any] = []
 
     def listen(event: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ def test_a_ledger_that_is_taken_away_is_noticed_at_the_next_write_and_saved(
             take_away(path, how)
 
     with pytest.raises(RunFailed) as failed:
-        session.run(config, name="a", runs_dir=runs, emit=listen)
+        driving.run(config, name="a", runs_dir=runs, emit=listen)
     assert "was deleted, moved or replaced while it was in use" in str(failed.value)
     assert "agentmerge.saved-1.sqlite" in str(failed.value)
     scored = [event for event in seen if event["event"] == "candidate"]
@@ -86,7 +86,7 @@ def test_a_ledger_that_is_taken_away_is_noticed_at_the_next_write_and_saved(
         there = {(c.generation, c.slot) for c in ledger.candidates(ledger.run("a").id) if c.score}
     assert {(e["generation"], e["slot"]) for e in scored if e["score"]} <= there
     again: list[Any] = []
-    row = session.resume("a", runs_dir=runs, emit=again.append)
+    row = driving.resume("a", runs_dir=runs, emit=again.append)
     with Ledger(path) as ledger:
         assert trace(ledger, row) == whole
     paid = [e for e in again if e["event"] == "candidate" and not e["reused"]]
@@ -97,7 +97,7 @@ def test_checkpoints_that_are_taken_away_are_noticed_and_resume_goes_on(
     tmp_path: Path, fake_config: str
 ) -> None:
     config = SearchConfig.from_text(fake_config)
-    path = tmp_path / session.CHECKPOINTS
+    path = tmp_path / driving.CHECKPOINTS
     seen: list[Any] = []
 
     def listen(event: dict[str, Any]) -> None:
@@ -106,10 +106,10 @@ def test_checkpoints_that_are_taken_away_are_noticed_and_resume_goes_on(
             path.unlink()
 
     with pytest.raises(RunFailed, match="deleted, moved or replaced while the search ran"):
-        session.run(config, name="a", runs_dir=tmp_path, emit=listen)
+        driving.run(config, name="a", runs_dir=tmp_path, emit=listen)
     assert sum(e["event"] == "candidate" for e in seen) < 12
     assert not path.exists()
-    assert session.resume("a", runs_dir=tmp_path).status == "done"
+    assert driving.resume("a", runs_dir=tmp_path).status == "done"
 
 
 @pytest.fixture
@@ -141,8 +141,8 @@ def test_a_runs_directory_that_cannot_be_written_can_be_read(
     monkeypatch.setenv("AGENTMERGE_CACHE", str(unprivileged / "cache"))
     monkeypatch.setattr("tempfile.tempdir", str(unprivileged))
     runs, where = unprivileged / "runs", unprivileged / "read"
-    session.run(SearchConfig.from_text(fake_config), name="a", runs_dir=runs)
-    with Ledger(runs / session.LEDGER) as ledger:
+    driving.run(SearchConfig.from_text(fake_config), name="a", runs_dir=runs)
+    with Ledger(runs / driving.LEDGER) as ledger:
         ledger.update_run(ledger.run("a").id, stop_reason="as it is in the journal")
         if left.startswith("killed"):
             shutil.copytree(runs, where)
@@ -150,7 +150,7 @@ def test_a_runs_directory_that_cannot_be_written_can_be_read(
                 for file in where.glob("*-shm"):
                     file.unlink()
     if left == "old version":
-        with closing(sqlite3.connect(runs / session.LEDGER)) as conn, conn:
+        with closing(sqlite3.connect(runs / driving.LEDGER)) as conn, conn:
             conn.execute("DROP TABLE told")
             conn.execute("DELETE FROM _sqlite_migrations WHERE name LIKE 'm013%'")
     if not left.startswith("killed"):
@@ -177,8 +177,8 @@ def test_a_runs_directory_that_cannot_be_written_can_be_read(
 
 def test_a_newer_database_is_neither_read_nor_written(tmp_path: Path, fake_config: str) -> None:
     config = SearchConfig.from_text(fake_config)
-    session.run(config, name="a", runs_dir=tmp_path)
-    path = tmp_path / session.LEDGER
+    driving.run(config, name="a", runs_dir=tmp_path)
+    path = tmp_path / driving.LEDGER
     with closing(sqlite3.connect(path)) as conn, conn:
         conn.execute(
             "INSERT INTO _sqlite_migrations (migration_set, name, applied_at) VALUES (?, ?, '')",
@@ -189,7 +189,7 @@ def test_a_newer_database_is_neither_read_nor_written(tmp_path: Path, fake_confi
         with pytest.raises(UserError, match=r"newer agentmerge.*m099_from_the_future.*update"):
             Ledger(path, read_only=read_only)
     with pytest.raises(UserError, match="newer agentmerge"):
-        session.run(config, name="b", runs_dir=tmp_path)
+        driving.run(config, name="b", runs_dir=tmp_path)
     assert run_app(["doctor", "--runs-dir", str(tmp_path)]) == 1
     assert path.read_bytes() == before
 
@@ -257,4 +257,4 @@ def test_what_is_no_file_is_not_waited_for(
     path.parent.mkdir(parents=True)
     odd(path)
     with pytest.raises(UserError, match=rf"{path.name} is a (pipe|folder); put a regular file"):
-        session.run(SearchConfig.from_text(fake_config), name="a", runs_dir=tmp_path / "runs")
+        driving.run(SearchConfig.from_text(fake_config), name="a", runs_dir=tmp_path / "runs")

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agentmerge.contracts.strategy import Proposal
+from agentmerge.contracts.worker import EngineInfo, ItemRef, ItemResult
 from agentmerge.errors import LedgerError, NotFound, UserError
 from agentmerge.ledger import Ledger, ResultKey, RunRow, pack, unpack
-from agentmerge.strategies.base import Proposal
-from agentmerge.workers.base import EngineInfo, ItemRef, ItemResult
 
 KEY = ResultKey("recipe", EngineInfo("hf", "1", "cpu", "float32", "64"), "protocol")
 ITEMS = [ItemRef("task", i, f"{i:016x}") for i in range(6)]
@@ -29,7 +29,7 @@ WRITER = """
 import sys
 from dataclasses import replace
 from agentmerge.ledger import Ledger
-from agentmerge.workers.base import ItemResult
+from agentmerge.contracts.worker import ItemResult
 from tests.core.test_ledger_sharing import ITEMS, KEY
 path, start, end = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 with Ledger(path) as ledger:

@@ -15,42 +15,49 @@ from typing import Any
 import pytest
 import yaml
 
-from agentmerge import session
-from agentmerge.checkpoints import open_saver
+import agentmerge
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
 from agentmerge.demo.family import Family
 from agentmerge.errors import WorkerLost
-from agentmerge.maintenance import discard_leftovers, prune_checkpoints
 from agentmerge.recipe import Recipe
-from agentmerge.temporary import Unfinished, crash_file, replacing, temporary_folder, write_at_once
+from agentmerge.session import driving
+from agentmerge.session.checkpoints import open_saver
+from agentmerge.session.doctor import discard_leftovers, prune_checkpoints
+from agentmerge.system.temporary import (
+    Unfinished,
+    crash_file,
+    replacing,
+    temporary_folder,
+    write_at_once,
+)
 from agentmerge.workers.pool import Pool
 
-PACKAGE = Path(session.__file__).parent
+PACKAGE = Path(agentmerge.__file__).parent
 
 #: Makes a thing of each kind under the folder argv[1], says where they are, and waits.
 MAKES = {
     "export": """
-from agentmerge.merging.writing import directory_at_once
+from agentmerge.parents.writing import directory_at_once
 with directory_at_once(home / "deep" / "merged") as made:
     (made / "model.safetensors").write_bytes(bytes(1000))
     wait(made)
 """,
     "replay": """
-from agentmerge.temporary import temporary_folder
+from agentmerge.system.temporary import temporary_folder
 with temporary_folder("agentmerge-replay") as made:
     (made / "agentmerge.sqlite").write_bytes(bytes(1000))
     wait(made)
 """,
     "parent": """
-from agentmerge.merging import made as making
+from agentmerge.parents import made as making
 def make(made):
     (made / "model.safetensors").write_bytes(bytes(1000))
     wait(made)
 making.made("renamed", ["a"], make)
 """,
     "draft": """
-from agentmerge.temporary import replacing
+from agentmerge.system.temporary import replacing
 (home / "report.html").write_text("the old one")
 with replacing(home / "report.html") as made:
     made.write_bytes(bytes(1000))
@@ -113,7 +120,7 @@ import os, signal, sys
 from pathlib import Path
 from agentmerge.merging import export
 from agentmerge.recipe import Recipe
-from agentmerge.workers.base import WorkerSpec
+from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.config import TasksConfig
 from agentmerge.workers.disk import DiskWorker
 base, north, south, to, storage = sys.argv[1:]
@@ -171,7 +178,7 @@ def test_a_killed_export_leaves_the_old_one_and_gc_takes_the_half(
 SWAP = """
 import os, signal, sys
 from pathlib import Path
-from agentmerge import temporary
+from agentmerge.system import temporary
 home, at = Path(sys.argv[1]), int(sys.argv[2])
 renames, calls = os.rename, []
 def rename(*paths):
@@ -304,17 +311,17 @@ def test_checkpoints_of_a_forgotten_search_go(
     """As a prune that was killed between the two databases left them; others' threads stay."""
     runs = tmp_path / "runs"
     config = SearchConfig.from_text(fake_config)
-    rows = [session.run(config, name=name, runs_dir=runs) for name in ("a", "b")]
-    with open_saver(runs / session.CHECKPOINTS) as saver:
+    rows = [driving.run(config, name=name, runs_dir=runs) for name in ("a", "b")]
+    with open_saver(runs / driving.CHECKPOINTS) as saver:
         saver.copy_thread(rows[0].id, "a thread of another graph")
-    with sqlite3.connect(runs / session.LEDGER) as conn:
+    with sqlite3.connect(runs / driving.LEDGER) as conn:
         conn.execute("DELETE FROM runs WHERE name = 'a'")
     conn.close()
     assert run_app(["gc", "--dry-run", "--json", "--runs-dir", str(runs)]) == 0
     would = json.loads(capsys.readouterr().out)
     found = prune_checkpoints(runs, dry_run=False)
     assert found["checkpoints"] == would["checkpoints"]
-    with open_saver(runs / session.CHECKPOINTS) as saver, saver.cursor() as cur:
+    with open_saver(runs / driving.CHECKPOINTS) as saver, saver.cursor() as cur:
         cur.execute("SELECT DISTINCT thread_id FROM checkpoints ORDER BY thread_id")
         threads = {row[0] for row in cur.fetchall()}
     assert threads == {rows[1].id, "a thread of another graph"}
@@ -340,7 +347,7 @@ def test_every_temporary_file_of_the_package_is_in_the_register() -> None:
         for file in PACKAGE.rglob("*.py")
         if own.search(file.read_text(encoding="utf-8"))
     }
-    assert found == {"temporary.py"}
+    assert found == {"system/temporary.py"}
 
 
 def test_results_are_swapped_in_whole(
@@ -348,7 +355,7 @@ def test_results_are_swapped_in_whole(
 ) -> None:
     """A disk that is full while a result is written leaves the one that was there."""
     runs, out = tmp_path / "runs", tmp_path / "out"
-    session.run(SearchConfig.from_text(fake_config), name="a", runs_dir=runs)
+    driving.run(SearchConfig.from_text(fake_config), name="a", runs_dir=runs)
     out.mkdir()
     commands: dict[Path, list[str]] = {
         out / "report.html": ["report", "a", "--to", str(out / "report.html")],
@@ -369,7 +376,7 @@ class _Writes:
     """A worker that dies while it writes a candidate."""
 
     def __init__(self, spec: Any, taskset: Any) -> None:
-        from agentmerge.temporary import TemporaryFolder
+        from agentmerge.system.temporary import TemporaryFolder
 
         self._scratch = TemporaryFolder("agentmerge-disk", spec.options["storage"])
         (self._scratch.path / "model.safetensors").write_bytes(bytes(1000))
@@ -385,7 +392,7 @@ def test_a_lost_workers_half_candidate_does_not_wait_for_gc(
     """The worker that takes its place writes one of its own; another's stay."""
     from dataclasses import replace
 
-    from agentmerge.check import prepare
+    from agentmerge.preflight.prepare import prepare
 
     storage = tmp_path / "storage"
     storage.mkdir()

@@ -17,13 +17,13 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from agentmerge.check import Prepared, prepare
 from agentmerge.config import SearchConfig
+from agentmerge.contracts.worker import EngineInfo, ItemResult
 from agentmerge.demo.family import Family
 from agentmerge.demo.tasks import demo_config, skill_task, write_tasks
 from agentmerge.ledger import Ledger, ResultKey
+from agentmerge.preflight.prepare import Prepared, prepare
 from agentmerge.recipe import Recipe
-from agentmerge.workers.base import EngineInfo, ItemResult
 
 TASK = skill_task("shift")
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from agentmerge.config import GenomeConfig
 from agentmerge.errors import RecipeError, RecipeRejected
-from agentmerge.genome import SearchSpace
 from agentmerge.methods import SUM_NORMALIZED
 from agentmerge.recipe import Effective, Recipe
+from agentmerge.space.grouped import SearchSpace
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "published-recipe.yml"
 LAYERS = 4

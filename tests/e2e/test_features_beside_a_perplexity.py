@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
-from agentmerge import session
 from agentmerge.config import SearchConfig
+from agentmerge.contracts.strategy import GRADIENT_COST
 from agentmerge.demo.family import Family
 from agentmerge.demo.tasks import CHOICE_TASK, demo_config, write_task, write_tasks
 from agentmerge.ledger import Ledger, RunRow
-from agentmerge.replay import replay
-from agentmerge.strategies.base import GRADIENT_COST
+from agentmerge.session import driving
+from agentmerge.session.replay import replay
 
 TEXT = "text_perplexity"
 ROLLING = {
@@ -66,7 +66,7 @@ def judged(runs: Path, row: RunRow, most: float = BUDGET) -> dict[str, Any]:
     """What holds for the end of any search; its card."""
     assert row.status == "done"
     card = row.result
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         found = ledger.candidates(row.id)
         assert sum(c.cost for c in found if not c.prior) <= most
     scored = [c for c in found if c.score is not None]
@@ -103,7 +103,7 @@ def test_a_search_ends_with_an_honest_answer_and_replays(
     body: dict[str, Any], runs: Path, name: str
 ) -> None:
     config = config_of(body, **SEARCHES[name])
-    row = session.run(config, name=name.replace(" ", "-").replace(",", ""), runs_dir=runs)
+    row = driving.run(config, name=name.replace(" ", "-").replace(",", ""), runs_dir=runs)
     assert row.status == "done"
     if "alone" not in name:
         judged(runs, row, BUDGET + GRADIENT_COST * (name == "gradients"))
@@ -113,11 +113,11 @@ def test_a_search_ends_with_an_honest_answer_and_replays(
 
 def test_constraints_hold_a_perplexity_down(body: dict[str, Any], runs: Path) -> None:
     constraints = [{"task": TEXT, "max_drop": 0.5}]
-    row = session.run(
+    row = driving.run(
         config_of(body, search={"constraints": constraints}), name="constrained", runs_dir=runs
     )
     card = judged(runs, row)
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         found = ledger.candidates(row.id)
     best = min(dict(c.tasks)[TEXT] for c in found if c.operator == "parent")
     answer = next(c for c in found if [c.generation, c.slot] == card["answer"]["candidate"])
@@ -126,18 +126,18 @@ def test_constraints_hold_a_perplexity_down(body: dict[str, Any], runs: Path) ->
 
 def test_resume_and_branch_go_on(body: dict[str, Any], runs: Path) -> None:
     short = config_of(body, budget={"max_evaluations": 12}, search={"algorithm": "margins"})
-    session.run(short, name="short", runs_dir=runs)
-    row = session.resume("short", runs_dir=runs, overrides={"budget.max_evaluations": BUDGET})
+    driving.run(short, name="short", runs_dir=runs)
+    row = driving.resume("short", runs_dir=runs, overrides={"budget.max_evaluations": BUDGET})
     judged(runs, row)
     whole = config_of(body, search={"algorithm": "margins"})
-    session.run(whole, name="whole", runs_dir=runs)
-    with Ledger(runs / session.LEDGER) as ledger:
+    driving.run(whole, name="whole", runs_dir=runs)
+    with Ledger(runs / driving.LEDGER) as ledger:
         one, other = (ledger.candidates(ledger.run(name).id) for name in ("short", "whole"))
     assert [c.recipe_hash for c in one] == [c.recipe_hash for c in other]
-    wider = session.branch(
+    wider = driving.branch(
         "short", at=1, name="wider", runs_dir=runs,
         overrides={"genome.filters": ["self_attn", "mlp"]},
     )  # fmt: skip
     judged(runs, wider)
-    fewer = session.branch("short", at=1, name="fewer", runs_dir=runs, overrides={"limit": 14})
+    fewer = driving.branch("short", at=1, name="fewer", runs_dir=runs, overrides={"limit": 14})
     judged(runs, fewer)

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
-from agentmerge import session
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
 from agentmerge.demo.family import Family
 from agentmerge.demo.tasks import demo_config, write_tasks
 from agentmerge.errors import RunFailed
 from agentmerge.ledger import Ledger
+from agentmerge.session import driving
 from tests.session.conftest import trace_of
 
 
@@ -40,13 +40,13 @@ def config_of(family: Family, tasks: Path, **worker: Any) -> SearchConfig:
 
 
 def test_a_streamed_search_is_the_resident_one(family: Family, tasks: Path, tmp_path: Path) -> None:
-    session.run(config_of(family, tasks), name="a", runs_dir=tmp_path / "one")
+    driving.run(config_of(family, tasks), name="a", runs_dir=tmp_path / "one")
     streamed = config_of(family, tasks, placement="stream")
-    session.run(streamed, name="a", runs_dir=tmp_path / "two")
+    driving.run(streamed, name="a", runs_dir=tmp_path / "two")
     first, second = (trace_of(tmp_path / runs, "a") for runs in ("one", "two"))
     assert first["candidates"] == second["candidates"]
-    session.run(streamed, name="b", runs_dir=tmp_path / "one")
-    with Ledger(tmp_path / "one" / session.LEDGER) as ledger:
+    driving.run(streamed, name="b", runs_dir=tmp_path / "one")
+    with Ledger(tmp_path / "one" / driving.LEDGER) as ledger:
         assert all(c.reused for c in ledger.candidates(ledger.run("b").id) if c.state == "scored")
 
 
@@ -69,13 +69,13 @@ def test_a_parent_that_vanishes_ends_the_search_and_loses_nothing(
             file.rename(file.with_suffix(".away"))
 
     with pytest.raises(RunFailed, match="cannot be read now: No such file"):
-        session.run(config, name="a", runs_dir=tmp_path, emit=spoil)
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+        driving.run(config, name="a", runs_dir=tmp_path, emit=spoil)
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         done = [c for c in ledger.candidates(ledger.run("a").id) if c.state == "scored"]
     assert done
     file.with_suffix(".away").rename(file)
-    assert session.resume("a", runs_dir=tmp_path).status == "done"
-    session.run(config, name="a", runs_dir=tmp_path / "whole")
+    assert driving.resume("a", runs_dir=tmp_path).status == "done"
+    driving.run(config, name="a", runs_dir=tmp_path / "whole")
     assert trace_of(tmp_path, "a")["candidates"] == trace_of(tmp_path / "whole", "a")["candidates"]
 
 
@@ -124,5 +124,5 @@ class TestWhatIsSaid:
     ) -> None:
         events: list[dict[str, Any]] = []
         config = config_of(family, tasks, placement="stream")
-        session.run(config, name="a", runs_dir=tmp_path, emit=events.append)
+        driving.run(config, name="a", runs_dir=tmp_path, emit=events.append)
         assert events[0]["memory"] == "parents: stream; as worker.placement says"

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from agentmerge import session
-from agentmerge.check import prepare
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
 from agentmerge.demo.family import Family
 from agentmerge.demo.tasks import demo_config, skill_task, write_tasks
 from agentmerge.errors import UserError
-from agentmerge.exporting import export_run
-from agentmerge.genome import short_name
 from agentmerge.ledger import Ledger
+from agentmerge.preflight.prepare import prepare
 from agentmerge.recipe import Recipe
+from agentmerge.session import driving
+from agentmerge.session.export import export_run
+from agentmerge.space.grouped import short_name
 from tests.session.conftest import trace_of
 
 
@@ -58,7 +58,7 @@ def test_search_export_and_score_from_disk(
     family: Family, tasks: Path, tmp_path: Path, genome: dict
 ) -> None:
     config = config_of(family, tasks, **genome)
-    row = session.run(config, name="a", runs_dir=tmp_path)
+    row = driving.run(config, name="a", runs_dir=tmp_path)
     assert row.status == "done"
     report = export_run("a", tmp_path / "merged", runs_dir=tmp_path)
     assert report["equal"] is True
@@ -84,8 +84,8 @@ def test_evaluate_any_recipe_and_pay_once(family: Family, tasks: Path, tmp_path:
             ],
         }
     )
-    first = session.evaluate(recipe, config, runs_dir=tmp_path)
-    second = session.evaluate(recipe, config, runs_dir=tmp_path)
+    first = driving.evaluate(recipe, config, runs_dir=tmp_path)
+    second = driving.evaluate(recipe, config, runs_dir=tmp_path)
     assert not first["reused"]
     assert second["reused"]
     assert second["score"] == first["score"]
@@ -96,11 +96,11 @@ def test_parents_score_what_they_are_known_for_and_a_second_search_costs_nothing
     family: Family, tasks: Path, tmp_path: Path
 ) -> None:
     config = config_of(family, tasks)
-    session.run(config, name="a", runs_dir=tmp_path)
-    session.run(config, name="b", runs_dir=tmp_path)
+    driving.run(config, name="a", runs_dir=tmp_path)
+    driving.run(config, name="b", runs_dir=tmp_path)
     first, second = trace_of(tmp_path, "a"), trace_of(tmp_path, "b")
     assert first["candidates"] == second["candidates"]
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         assert all(c.reused for c in ledger.candidates(ledger.run("b").id) if c.state == "scored")
         found = ledger.candidates(ledger.run("a").id, 0)
     parents = {c.label.rsplit("/", 1)[-1]: dict(c.tasks) for c in found if c.operator == "parent"}
@@ -114,11 +114,11 @@ def test_a_changed_task_file_is_noticed_on_resume(
     family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = write_tasks(tmp_path / "tasks", ("shift", "sort"), n_items=200)
-    session.run(config_of(family, own), name="a", runs_dir=tmp_path)
+    driving.run(config_of(family, own), name="a", runs_dir=tmp_path)
     path = own / f"{skill_task('sort')}.yaml"
     path.write_text(path.read_text().replace("max_gen_toks: 8", "max_gen_toks: 4"))
     with pytest.raises(UserError, match="definition of task 'agentmerge_demo_sort' changed"):
-        session.resume("a", runs_dir=tmp_path, overrides={"budget.max_evaluations": 20})
+        driving.resume("a", runs_dir=tmp_path, overrides={"budget.max_evaluations": 20})
     assert run_app(["resume", "a", "--runs-dir", str(tmp_path)]) == 2
     assert "Traceback" not in capsys.readouterr().err
 
@@ -175,13 +175,13 @@ def test_relative_paths_mean_the_same_from_anywhere(
     body = body_of(family, tasks, base_model="base")
     body["genome"]["models"] = [expert.name for expert in family.experts]
     monkeypatch.chdir(home)
-    row = session.run(
+    row = driving.run(
         SearchConfig.from_text(yaml.safe_dump(body)), name="a", runs_dir=tmp_path / "runs"
     )
     monkeypatch.chdir(tmp_path)
     assert str(home) in (tmp_path / "runs" / "a" / "best.yml").read_text()
     more = {"budget.max_evaluations": 16}
-    assert session.resume("a", runs_dir="runs", overrides=more).status == row.status == "done"
+    assert driving.resume("a", runs_dir="runs", overrides=more).status == row.status == "done"
 
 
 def test_prepared_facts_are_stable(family: Family, tasks: Path) -> None:
@@ -206,10 +206,10 @@ def test_a_parent_with_an_adapter_from_search_to_disk(
     assert report["equal"] is True
     recipe = Recipe.parse(tmp_path / "a" / "best.yml")
     assert set(recipe.models) <= {*names, str(family.base)}
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         found = ledger.candidates(ledger.run("a").id, 0)
     assert {c.state for c in found} == {"scored"}
-    alone = session.evaluate(
+    alone = driving.evaluate(
         Recipe.of_model(str(family.experts[0]), 4),
         SearchConfig.from_file(path),
         runs_dir=tmp_path,

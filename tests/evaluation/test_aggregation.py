@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from agentmerge.evaluation.aggregation import aggregation_of
+from agentmerge.evaluation.building import build_tasks
 from agentmerge.evaluation.racing import Course
-from agentmerge.evaluation.tasks import build_tasks
 
 
 @pytest.mark.parametrize(

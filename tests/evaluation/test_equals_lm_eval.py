@@ -12,12 +12,13 @@ import pytest
 import tiny
 from transformers import AutoModelForCausalLM
 
-from agentmerge.evaluation.live import LiveLM
+from agentmerge.contracts.worker import ItemRef, ItemResult, WorkerSpec
+from agentmerge.evaluation.building import tasks_for
+from agentmerge.evaluation.hf_lm import LiveLM
 from agentmerge.evaluation.scoring import ItemScorer
-from agentmerge.evaluation.tasks import TaskSet, tasks_for
+from agentmerge.evaluation.tasks import TaskSet
 from agentmerge.evaluation.tokenizers import context_length, tokenizer_of
 from agentmerge.recipe import Recipe
-from agentmerge.workers.base import ItemRef, ItemResult, WorkerSpec
 from agentmerge.workers.disk import DiskWorker
 from agentmerge.workers.hf import HfWorker
 from benchmarks import architectures

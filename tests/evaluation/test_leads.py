@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from lm_eval.api import metrics
 
+from agentmerge.contracts.worker import ItemRef, ItemResult
+from agentmerge.evaluation.aggregation import Rebuild
 from agentmerge.evaluation.leads import counted, lead, least_leads
-from agentmerge.evaluation.tasks import Objective, Rebuild, ScoredTask, TaskSet
-from agentmerge.workers.base import ItemRef, ItemResult
+from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 
 Results = dict[ItemRef, ItemResult]
 

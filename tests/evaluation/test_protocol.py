@@ -9,8 +9,8 @@ from typing import Any
 
 import tiny
 
+from agentmerge.evaluation.building import build_tasks
 from agentmerge.evaluation.protocol import tokenizer_identity
-from agentmerge.evaluation.tasks import build_tasks
 
 
 def hash_of(tasks_dir: Path, name: str = "tiny_filtered", **changes: Any) -> str:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from agentmerge.config import TasksConfig
+from agentmerge.contracts.worker import ItemResult
 from agentmerge.evaluation.racing import Course, Strand, evidence_against
-from agentmerge.workers.base import ItemResult
 from agentmerge.workers.fake import fake_tasks
 
 ALPHA = 0.05

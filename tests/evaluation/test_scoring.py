@@ -10,12 +10,13 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from agentmerge.contracts.worker import ItemRef, ItemResult, WorkerSpec
 from agentmerge.errors import TaskError
-from agentmerge.evaluation.live import LiveLM
+from agentmerge.evaluation.building import tasks_for
+from agentmerge.evaluation.hf_lm import LiveLM
 from agentmerge.evaluation.scoring import ItemScorer
-from agentmerge.evaluation.tasks import TaskSet, tasks_for
+from agentmerge.evaluation.tasks import TaskSet
 from agentmerge.evaluation.tokenizers import context_length, tokenizer_of
-from agentmerge.workers.base import ItemRef, ItemResult, WorkerSpec
 
 Results = dict[ItemRef, ItemResult]
 

@@ -11,10 +11,11 @@ import tiny
 import yaml
 
 from agentmerge.config import TasksConfig
+from agentmerge.contracts.worker import ItemResult
 from agentmerge.errors import CandidateFailed, TaskError
+from agentmerge.evaluation.building import build_tasks
 from agentmerge.evaluation.splitting import MIN_SEALED, choose_documents
-from agentmerge.evaluation.tasks import TaskSet, build_tasks
-from agentmerge.workers.base import ItemResult
+from agentmerge.evaluation.tasks import TaskSet
 
 
 def built(config: TasksConfig, check_built_ins: bool = False, **more: Any) -> TaskSet:

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from agentmerge.config import TasksConfig
-from agentmerge.workers.base import WorkerSpec
+from agentmerge.contracts.worker import WorkerSpec
 
 LETTERS = "abcdefghij"
 TOKENS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789:=[]#?,. \n"]

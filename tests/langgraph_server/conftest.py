@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from agentmerge.temporary import cache_dir
+from agentmerge.system.temporary import cache_dir
 from tests.session.conftest import BODY
 
 ROOT = Path(__file__).parents[2]

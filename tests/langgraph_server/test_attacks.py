@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from agentmerge.lease import Lease
 from agentmerge.ledger import Ledger
-from agentmerge.session import CHECKPOINTS, LEDGER
+from agentmerge.ledger.folder import CHECKPOINTS, LEDGER
+from agentmerge.ledger.lease import Lease
 from tests.langgraph_server.conftest import ROOT, serving
 from tests.session.conftest import BODY
 

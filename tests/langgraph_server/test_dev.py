@@ -14,7 +14,7 @@ from langgraph_sdk.client import SyncLangGraphClient
 
 from agentmerge.cli.app import run_app
 from agentmerge.ledger import Ledger
-from agentmerge.session import LEDGER
+from agentmerge.ledger.folder import LEDGER
 from tests.langgraph_server.conftest import ROOT, environment
 from tests.session.conftest import BODY, config_text
 

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from agentmerge.server_app import MAX_BODY_BYTES, Gate
+from agentmerge.session.server_app import MAX_BODY_BYTES, Gate
 
 THREAD = "01a229a6-80e3-7048-a594-3c19bc341ea8"
 RUNS = f"/threads/{THREAD}/runs"

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from agentmerge.merging.engines import KERNELS, merge_tensor
 from agentmerge.merging.kernels import Operand
-from agentmerge.merging.statistics import Statistics
+from agentmerge.merging.loops.remembered import Statistics
 
 LAYERS = 2
 

@@ -15,10 +15,10 @@ from merge_cases import edit_weights, load_all
 from safetensors.torch import load_file, save_file
 
 from agentmerge.errors import ParentError, UserError
-from agentmerge.merging import made
-from agentmerge.merging.headers import content_fingerprint
-from agentmerge.merging.plain import make_plain, survey
-from agentmerge.merging.sources import find_parent
+from agentmerge.parents import made
+from agentmerge.parents.headers import content_fingerprint
+from agentmerge.parents.plain import make_plain, survey
+from agentmerge.parents.sources import find_parent
 
 FamilyOf = Callable[..., dict[str, Path]]
 

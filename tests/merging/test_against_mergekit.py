@@ -22,8 +22,8 @@ from merge_cases import (
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 
 from agentmerge.errors import CandidateFailed, UserError
+from agentmerge.merging.family import Family, mask_key
 from agentmerge.merging.kernels import random_mask
-from agentmerge.merging.parents import Family, mask_key
 from agentmerge.merging.plan import TensorPlan
 from agentmerge.merging.reference import float64_reference, mergekit_merge
 from agentmerge.recipe import Recipe

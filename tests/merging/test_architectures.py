@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from agentmerge.cli.explain import explain_recipe
-from agentmerge.merging.checkpoint import Checkpoint
 from agentmerge.merging.export import export_checkpoint
-from agentmerge.merging.headers import TensorHeader
-from agentmerge.merging.layout import layout_faults, read_layout
-from agentmerge.merging.plain import make_plain
-from agentmerge.merging.skeleton import skeleton
-from agentmerge.merging.sources import find_parent
+from agentmerge.parents.checkpoint import Checkpoint
+from agentmerge.parents.headers import TensorHeader
+from agentmerge.parents.layout import layout_faults, read_layout
+from agentmerge.parents.plain import make_plain
+from agentmerge.parents.skeleton import skeleton
+from agentmerge.parents.sources import find_parent
 from agentmerge.recipe import Recipe
 from agentmerge.workers.hf import each_gradient
 from agentmerge.workers.targets import live_targets, pairing_faults

@@ -21,8 +21,8 @@ from agentmerge.merging import digests, kernels
 from agentmerge.merging.contraction import contract_agreeing, contract_sum, frozen
 from agentmerge.merging.engines import KERNELS, is_finite
 from agentmerge.merging.kernels import BLOCK, Operand, blocks, largest_mask
+from agentmerge.merging.loops.remembered import Statistics
 from agentmerge.merging.sparse import MASKS
-from agentmerge.merging.statistics import Statistics
 from agentmerge.methods import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")

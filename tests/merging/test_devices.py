@@ -13,12 +13,12 @@ import pytest
 import torch
 from merge_cases import LAYERS, METHODS, recipes
 
-from agentmerge import selftest
 from agentmerge.cli.app import run_app
 from agentmerge.errors import UserError
-from agentmerge.merging.parents import Family
+from agentmerge.merging.family import Family
 from agentmerge.merging.placement import PLACEMENTS, Placement
 from agentmerge.recipe import Recipe
+from agentmerge.session import selftest
 
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
 

@@ -14,11 +14,12 @@ from merge_cases import LAYERS, METHODS, edit_config, load_all, recipes
 from safetensors.torch import save_file
 
 from agentmerge.errors import CandidateFailed, ParentError, RecipeRejected, UserError
-from agentmerge.merging import export, writing
+from agentmerge.merging import export
 from agentmerge.merging.digests import digest
 from agentmerge.merging.export import export_checkpoint
-from agentmerge.merging.headers import read_headers
-from agentmerge.merging.parents import Family
+from agentmerge.merging.family import Family
+from agentmerge.parents import writing
+from agentmerge.parents.headers import read_headers
 from agentmerge.recipe import Recipe
 
 FamilyOf = Callable[..., dict[str, Path]]

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from agentmerge.errors import UserError
-from agentmerge.merging.layout import Layout, TensorSpec
 from agentmerge.merging.memory import host_limit, resident_bytes
 from agentmerge.merging.placement import (
     Demand,
@@ -24,6 +23,7 @@ from agentmerge.merging.placement import (
     layout_bytes,
     plan_memory,
 )
+from agentmerge.parents.layout import Layout, TensorSpec
 
 GB = 1_000_000_000
 

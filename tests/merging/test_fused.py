@@ -16,10 +16,10 @@ from merge_cases import merged
 from agentmerge.errors import RunFailed
 from agentmerge.merging import digests
 from agentmerge.merging.engines import KERNELS, has_fused, merge_tensor
-from agentmerge.merging.fused import FUSED, MOST_EXPERTS
 from agentmerge.merging.kernels import Operand, largest_mask
-from agentmerge.merging.orders import KEPT, Bracket, Cut, Order, cuts, order_bytes
-from agentmerge.merging.statistics import Statistics
+from agentmerge.merging.loops.fused import FUSED, MOST_EXPERTS
+from agentmerge.merging.loops.orders import KEPT, Bracket, Cut, Order, cuts, order_bytes
+from agentmerge.merging.loops.remembered import Statistics
 
 bounded = settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -164,7 +164,7 @@ def test_without_llvmlite_the_torch_kernels_serve() -> None:
         from agentmerge.merging.digests import checksum
         from agentmerge.merging.engines import has_fused, merge_tensor
         from agentmerge.merging.kernels import Operand
-        from agentmerge.merging.statistics import Statistics
+        from agentmerge.merging.loops.remembered import Statistics
         assert not has_fused("ties")
         base, target = torch.zeros(50), torch.empty(50)
         operands = [Operand(torch.arange(50.0) - 20, 0.5, 0.3)]

@@ -9,9 +9,9 @@ import torch
 
 from agentmerge.merging.contraction import contract_agreeing, contract_sum, frozen
 from agentmerge.merging.engines import KERNELS, fused_agreement, fused_pulls
-from agentmerge.merging.fused import CONSENSUS
 from agentmerge.merging.kernels import Operand
-from agentmerge.merging.statistics import Statistics
+from agentmerge.merging.loops.fused import CONSENSUS
+from agentmerge.merging.loops.remembered import Statistics
 
 SHAPES = ((1, 3), (5, 13), (40, 101))
 

@@ -16,15 +16,15 @@ from merge_cases import edit_weights, load_all
 from safetensors.torch import save_file
 
 from agentmerge.errors import ParentError
-from agentmerge.merging import headers
-from agentmerge.merging.headers import (
+from agentmerge.parents import headers
+from agentmerge.parents.headers import (
     content_fingerprint,
     num_layers,
     read_headers,
     same_bytes,
     text_config,
 )
-from agentmerge.merging.sources import find_parent
+from agentmerge.parents.sources import find_parent
 
 
 def shard(directory: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_hub_id_from_the_cache_and_one_that_is_not_there(
     (refs / "main").write_text("0" * 40)
     code = (
         "from agentmerge.errors import ParentError\n"
-        "from agentmerge.merging.sources import find_parent\n"
+        "from agentmerge.parents.sources import find_parent\n"
         "print(find_parent('some/model').model)\n"
         "try: find_parent('some/other')\n"
         "except ParentError as error: print(error)\n"

@@ -12,8 +12,8 @@ from merge_cases import edit_config, edit_weights, load_all
 from safetensors.torch import save_file
 
 from agentmerge.errors import ParentError
-from agentmerge.merging.layout import at_layer, layer_of
 from agentmerge.merging.plan import layout_faults, read_layout
+from agentmerge.parents.layout import at_layer, layer_of
 
 
 def test_the_tensors_in_order(own_family: dict[str, Path]) -> None:

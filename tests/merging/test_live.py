@@ -14,9 +14,9 @@ from merge_cases import LAYERS, METHODS, recipes
 
 from agentmerge.errors import CandidateFailed, RunFailed
 from agentmerge.merging.digests import digest
+from agentmerge.merging.family import Family
 from agentmerge.merging.live import LiveWeights
 from agentmerge.merging.memory import resident_bytes
-from agentmerge.merging.parents import Family
 from agentmerge.recipe import Recipe
 
 FamilyOf = Callable[..., dict[str, Path]]

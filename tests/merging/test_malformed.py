@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from agentmerge.errors import ParentError
-from agentmerge.merging.headers import chat_template, file_headers, read_config
-from agentmerge.merging.sources import find_parent
-from agentmerge.merging.vocabulary import read_tokens
-from agentmerge.merging.writing import copy_side_files
+from agentmerge.parents.headers import chat_template, file_headers, read_config
+from agentmerge.parents.sources import find_parent
+from agentmerge.parents.vocabulary import read_tokens
+from agentmerge.parents.writing import copy_side_files
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 

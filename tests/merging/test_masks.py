@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agentmerge.merging.family import mask_key
 from agentmerge.merging.kernels import BLOCK, KERNELS, Operand, random_mask
-from agentmerge.merging.parents import mask_key
 
 bounded = settings(max_examples=60, deadline=None, derandomize=True)
 

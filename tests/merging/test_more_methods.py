@@ -24,16 +24,16 @@ from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskAr
 
 from agentmerge.config import GenomeConfig
 from agentmerge.errors import CandidateFailed
-from agentmerge.genome import SearchSpace
 from agentmerge.merging.digests import digest
 from agentmerge.merging.engines import KERNELS
 from agentmerge.merging.export import export_checkpoint
+from agentmerge.merging.family import Family, mask_key
 from agentmerge.merging.kernels import Operand
-from agentmerge.merging.parents import Family, mask_key
 from agentmerge.merging.reference import float64_reference, mergekit_merge
 from agentmerge.merging.sparse import MASKS, della_probabilities
 from agentmerge.methods import EPSILON_REACH, METHODS
 from agentmerge.recipe import Recipe
+from agentmerge.space.grouped import SearchSpace
 
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
 

@@ -17,7 +17,7 @@ from safetensors.torch import save, save_file
 
 from agentmerge.errors import ParentError, RunFailed
 from agentmerge.merging.digests import digest
-from agentmerge.merging.parents import Family
+from agentmerge.merging.family import Family
 from agentmerge.merging.placement import PLACEMENTS, Placement
 from agentmerge.merging.plan import read_layout
 from agentmerge.merging.weights import ParentFiles, Resident

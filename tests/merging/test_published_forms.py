@@ -12,7 +12,7 @@ import yaml
 from merge_cases import LAYERS, load_all
 
 from agentmerge.errors import RecipeError, RecipeRejected
-from agentmerge.merging.parents import Family
+from agentmerge.merging.family import Family
 from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
 

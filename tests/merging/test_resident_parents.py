@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from agentmerge.errors import CandidateFailed, ParentError, RecipeRejected
 from agentmerge.merging.digests import digest
-from agentmerge.merging.headers import content_fingerprint
-from agentmerge.merging.parents import Family
+from agentmerge.merging.family import Family
+from agentmerge.parents.headers import content_fingerprint
 from agentmerge.recipe import Recipe
 
 FamilyOf = Callable[..., dict[str, Path]]

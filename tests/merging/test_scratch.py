@@ -13,11 +13,11 @@ from test_device_blocks import case, watched
 from watched import as_on_a_device
 
 from agentmerge.merging.engines import KERNELS
-from agentmerge.merging.layout import Layout, TensorSpec, read_layout
 from agentmerge.merging.placement import Demand, plan_memory
 from agentmerge.merging.scratch import scratch_bytes, slabs
 from agentmerge.merging.weights import ParentFiles, Resident
 from agentmerge.methods import METHODS
+from agentmerge.parents.layout import Layout, TensorSpec, read_layout
 
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
 

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 
 from agentmerge.errors import ParentError, RecipeError
 from agentmerge.merging.export import export_checkpoint
-from agentmerge.merging.headers import read_config
-from agentmerge.merging.layout import read_layout
-from agentmerge.merging.plain import make_plain, survey
-from agentmerge.merging.sources import Parent, find_parent
+from agentmerge.parents.headers import read_config
+from agentmerge.parents.layout import read_layout
+from agentmerge.parents.plain import make_plain, survey
+from agentmerge.parents.sources import Parent, find_parent
 from agentmerge.recipe import Recipe
 from benchmarks import architectures
 from tests.evaluation import tiny

@@ -15,9 +15,9 @@ from merge_cases import load_all
 from wrapper_cases import MODELS, write_wrapper
 
 from agentmerge.merging.export import export_checkpoint
-from agentmerge.merging.layout import layout_faults, read_layout
-from agentmerge.merging.plain import make_plain, survey
-from agentmerge.merging.sources import find_parent
+from agentmerge.parents.layout import layout_faults, read_layout
+from agentmerge.parents.plain import make_plain, survey
+from agentmerge.parents.sources import find_parent
 from agentmerge.recipe import Recipe
 from agentmerge.workers.disk import DiskWorker
 from agentmerge.workers.hf import HfWorker

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agentmerge import session
 from agentmerge.config import SearchConfig
+from agentmerge.session import driving
 
 CONFIG = """\
 genome:
@@ -27,6 +27,6 @@ budget: {max_evaluations: 40}
 def search_family(runs: Path) -> None:
     """Search "first", and "second", which left it at generation 1 with another algorithm."""
     config = SearchConfig.from_text(CONFIG)
-    session.run(config, name="first", runs_dir=runs)
+    driving.run(config, name="first", runs_dir=runs)
     other = {"search.algorithm": "random", "budget.max_evaluations": 30}
-    session.branch("first", at=1, name="second", runs_dir=runs, overrides=other)
+    driving.branch("first", at=1, name="second", runs_dir=runs, overrides=other)

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
 from agentmerge.agents.prompts import bundled_dir
-from agentmerge.agents.testing import ScriptedServer
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
+from agentmerge.contracts.worker import ItemRef
 from agentmerge.ledger import Ledger, evaluations, incumbent
 from agentmerge.report.compare import compare
 from agentmerge.report.summary import run_summary
-from agentmerge.workers.base import ItemRef
+from agentmerge.session import driving
+from agentmerge.testing.scripted import ScriptedServer
 from tests.report.conftest import CONFIG, search_family
 
 
@@ -26,9 +26,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     search_family(folder)
     changed = {"search.seed": 8, "tasks": [{"name": "one"}, {"name": "two"}]}
     config = SearchConfig.from_text(CONFIG, overrides=changed)
-    session.run(config, name="weighted", runs_dir=folder)
+    driving.run(config, name="weighted", runs_dir=folder)
     other = {"genome.layer_granularity": 1, "budget.max_evaluations": 20, "search.seed": 5}
-    session.run(SearchConfig.from_text(CONFIG, overrides=other), name="fine", runs_dir=folder)
+    driving.run(SearchConfig.from_text(CONFIG, overrides=other), name="fine", runs_dir=folder)
     return folder
 
 
@@ -55,7 +55,7 @@ def test_tree_hangs_branches_from_their_searches(
 
 
 def test_the_databases_sums_are_those_of_the_candidates(runs: Path) -> None:
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         for row in ledger.runs():
             candidates = ledger.candidates(row.id)
             summary = run_summary(ledger, row)
@@ -74,7 +74,7 @@ def test_the_databases_sums_are_those_of_the_candidates(runs: Path) -> None:
 
 
 def test_compare_pairs_items_and_says_what_differs(runs: Path) -> None:
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         found = compare(ledger, ["first", "second"])
     assert [row["name"] for row in found["searches"]] == ["first", "second"]
     difference = found["differences"][0]
@@ -94,8 +94,8 @@ def test_compare_pairs_items_and_says_what_differs(runs: Path) -> None:
 
 
 def test_a_search_against_itself_differs_in_nothing(runs: Path) -> None:
-    session.resume("first", runs_dir=runs)
-    with Ledger(runs / session.LEDGER) as ledger:
+    driving.resume("first", runs_dir=runs)
+    with Ledger(runs / driving.LEDGER) as ledger:
         row = ledger.run("first")
         ledger.add_run(type(row)(**{**_fields(row), "id": "copy", "name": "copy"}))
         ledger.copy_past(row.id, "copy", 10_000, prior=False)
@@ -114,7 +114,7 @@ def _fields(row: object) -> dict:
 
 
 def test_other_granularities_are_laid_on_the_finer_one(runs: Path) -> None:
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         recipe = compare(ledger, ["first", "fine"])["differences"][0]["recipe"]
     assert recipe["columns"] == [f"layer {layer}" for layer in range(4)]
 
@@ -142,7 +142,7 @@ def test_a_prompt_that_differs_is_shown(
         }
         for name, extra in (("plain", {}), ("brief", {"agents.prompts": str(prompts)})):
             config = SearchConfig.from_text(CONFIG, overrides=settings | extra)
-            session.run(config, name=name, runs_dir=runs)
+            driving.run(config, name=name, runs_dir=runs)
     text = said(capsys, "compare", "plain", "brief", "--runs-dir", runs)
     assert "the critic's prompt differs:" in text
     assert "+Be brief." in text
@@ -161,7 +161,7 @@ def test_an_old_database_is_read_after_it_is_brought_up_to_date(
     """As a search of an earlier version left it: no items, no prompts, no objectives."""
     old = tmp_path / "old"
     shutil.copytree(runs, old)
-    with Ledger(old / session.LEDGER) as ledger:
+    with Ledger(old / driving.LEDGER) as ledger:
         for row in ledger.runs():
             facts = {k: v for k, v in row.facts.items() if k != "objectives"}
             ledger.update_run(row.id, facts=facts)

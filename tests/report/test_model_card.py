@@ -8,18 +8,18 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from agentmerge import session
 from agentmerge.config import SearchConfig
 from agentmerge.ledger import Ledger
 from agentmerge.recipe import Recipe
 from agentmerge.report.model_card import model_card, on_the_hub
 from agentmerge.report.summary import best_recipe
+from agentmerge.session import driving
 from tests.report.conftest import CONFIG, search_family
 
 
 def card_of(runs: Path, name: str) -> tuple[str, dict, str]:
     """(card, the run's final card, the answer's recipe)."""
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         row = ledger.run(name)
         found = best_recipe(ledger, row)
         assert row.result is not None
@@ -67,7 +67,7 @@ def test_nobodys_paths_are_published(tmp_path: Path) -> None:
     text = CONFIG.replace("[north, south, east]", f"[{where}north, {where}south, {where}east]")
     text = text.replace("base_model: base", f"base_model: {where}base")
     text = text.replace("base: base", f"base: {where}base")
-    session.run(SearchConfig.from_text(text), name="a", runs_dir=tmp_path)
+    driving.run(SearchConfig.from_text(text), name="a", runs_dir=tmp_path)
     card, _, _ = card_of(tmp_path, "a")
     assert str(tmp_path) not in card
     assert "base_model" not in yaml.safe_load(card.split("---")[1])

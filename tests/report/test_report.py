@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
-from agentmerge.genome import SearchSpace
+from agentmerge.contracts.strategy import Proposal
+from agentmerge.contracts.worker import EngineInfo, ItemResult
 from agentmerge.ledger import Ledger
+from agentmerge.ledger.folder import LEDGER
 from agentmerge.report.content import comparisons, content
 from agentmerge.report.grid import grid
 from agentmerge.report.html import page
 from agentmerge.report.items import Asked, asked, gains, paired, scores
-from agentmerge.session import LEDGER
-from agentmerge.strategies.base import Proposal
-from agentmerge.workers.base import EngineInfo, ItemResult
+from agentmerge.session import driving
+from agentmerge.space.grouped import SearchSpace
 from tests.report.conftest import CONFIG, search_family
 
 
@@ -200,7 +200,7 @@ budget: {max_evaluations: 14}
 
 
 def test_scores_by_task_are_of_sealed_items_for_every_contender(tmp_path: Path) -> None:
-    row = session.run(SearchConfig.from_text(CHEAP), name="first", runs_dir=tmp_path)
+    row = driving.run(SearchConfig.from_text(CHEAP), name="first", runs_dir=tmp_path)
     with Ledger(tmp_path / LEDGER) as ledger:
         found = content(ledger, row)
         question = asked(ledger, row, "sealed")

@@ -13,8 +13,8 @@ import yaml
 
 from agentmerge.config import SearchConfig
 from agentmerge.ledger import Ledger
+from agentmerge.ledger.folder import LEDGER
 from agentmerge.report.summary import trace
-from agentmerge.session import LEDGER
 
 BODY = {
     "genome": {

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from agentmerge.agents.schemas import Guidance
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.base import Observation, Proposal, RngFor, fittest
+from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.strategy import Observation, Proposal, RngFor, fittest
+from agentmerge.space.grouped import SearchSpace
 
 
 class Descent:

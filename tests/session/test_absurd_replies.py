@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from agentmerge import session
-from agentmerge.agents.testing import Fault, ScriptedServer, ToolCalls
 from agentmerge.cli.app import run_app
 from agentmerge.ledger import Ledger
-from agentmerge.replay import replay
 from agentmerge.report.summary import run_summary
+from agentmerge.session import driving
+from agentmerge.session.replay import replay
+from agentmerge.testing.scripted import Fault, ScriptedServer, ToolCalls
 from tests.session.conftest import OBJECTIVES, config
 from tests.session.test_agents import advised, adviser
 
@@ -45,7 +45,7 @@ def everything_reads(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def searched(server: ScriptedServer, runs: Path, **sections: Any) -> Any:
     sections = {"budget": {"max_evaluations": 22}} | sections
-    return session.run(config(**advised(server, **sections)), name="a", runs_dir=runs)
+    return driving.run(config(**advised(server, **sections)), name="a", runs_dir=runs)
 
 
 @pytest.mark.parametrize("score", [1e308, 10**400, "NaN"], ids=["1e308", "10**400", "NaN"])
@@ -53,7 +53,7 @@ def test_an_absurd_forecast_is_a_failed_reply(tmp_path: Path, capsys, score: Any
     with ScriptedServer(proposing(expected_score=score)) as server:
         row = searched(server, tmp_path)
         assert (row.status, row.stop_reason) == ("done", "budget")
-        with Ledger(tmp_path / session.LEDGER) as ledger:
+        with Ledger(tmp_path / driving.LEDGER) as ledger:
             words = ledger.advice(row.id, role="proposer")
         assert words
         assert all("expected_score" in word["failure"] for word in words)
@@ -71,7 +71,7 @@ def test_three_thousand_tool_calls_cost_one_reply(tmp_path: Path) -> None:
     assert (row.status, row.stop_reason) == ("done", "budget")
     longest = max(len(json.dumps(request.body)) for request in server.requests)
     assert longest < 60_000
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         summary = run_summary(ledger, row)
         words = ledger.advice(row.id)
     assert {word["failure"] for word in words} == {""}, "it was told, and did better"
@@ -104,7 +104,7 @@ def test_no_tool_call_ends_a_search(tmp_path: Path, call: tuple[str, Any]) -> No
 def test_what_an_earlier_version_let_in_breaks_nothing(tmp_path: Path, capsys) -> None:
     with ScriptedServer(adviser) as server:
         row = searched(server, tmp_path, budget={"max_evaluations": 22, "max_tokens": 10**6})
-        with sqlite3.connect(tmp_path / session.LEDGER) as conn:
+        with sqlite3.connect(tmp_path / driving.LEDGER) as conn:
             conn.execute("UPDATE model_calls SET tokens_in = ?, cost_usd = 9e12", (2**62,))
             conn.execute("UPDATE model_calls SET tokens_out = 1e30 WHERE role = 'critic'")
             conn.execute("UPDATE model_calls SET tokens_out = 'many' WHERE role = 'controller'")
@@ -122,12 +122,12 @@ def test_what_an_earlier_version_let_in_breaks_nothing(tmp_path: Path, capsys) -
                 conn.execute(update, (json.dumps(word), generation))
         conn.close()
         everything_reads(tmp_path, capsys)
-        with Ledger(tmp_path / session.LEDGER) as ledger:
+        with Ledger(tmp_path / driving.LEDGER) as ledger:
             agents = run_summary(ledger, row)["agents"]
         assert 0 < agents["tokens_out"] < agents["tokens_in"] < 10**6
         assert agents["cost_usd"] is None
         raised = {"budget.max_evaluations": 28}
-        row = session.resume("a", runs_dir=tmp_path, overrides=raised)
+        row = driving.resume("a", runs_dir=tmp_path, overrides=raised)
     assert (row.status, row.stop_reason) == ("done", "budget")
     everything_reads(tmp_path, capsys)
 
@@ -135,7 +135,7 @@ def test_what_an_earlier_version_let_in_breaks_nothing(tmp_path: Path, capsys) -
 def test_a_refused_reply_is_refused_in_a_replay_too(tmp_path: Path) -> None:
     with ScriptedServer(proposing(mean_genome="x" * 300_000)) as server:
         row = searched(server, tmp_path)
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         (longest,) = ledger._rows("SELECT max(length(reply)) FROM model_calls")[0]
         assert any("two tries" in word["failure"] for word in ledger.advice(row.id))
     assert longest <= 200_001

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
-from agentmerge.agents.testing import Fault, ScriptedServer
 from agentmerge.cli.render import Progress
 from agentmerge.ledger import Ledger
-from agentmerge.replay import replay
 from agentmerge.report.summary import run_summary
+from agentmerge.session import driving
+from agentmerge.session.replay import replay
+from agentmerge.testing.scripted import Fault, ScriptedServer
 from tests.session.conftest import command, config, config_text, trace_of
 from tests.session.test_resume import kill_after
 
@@ -50,8 +50,8 @@ def advised(server: ScriptedServer, **sections: dict) -> dict:
 
 def test_advice_is_used_and_kept(tmp_path: Path) -> None:
     with ScriptedServer(adviser) as server:
-        row = session.run(config(**advised(server)), name="a", runs_dir=tmp_path)
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+        row = driving.run(config(**advised(server)), name="a", runs_dir=tmp_path)
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         summary = run_summary(ledger, row)
         advice = ledger.advice(row.id)
         candidates = ledger.candidates(row.id)
@@ -69,13 +69,13 @@ def test_advice_is_used_and_kept(tmp_path: Path) -> None:
 def test_words_that_nobody_hears_are_said_to_be(tmp_path, capsys, algorithm, says) -> None:
     with ScriptedServer(adviser) as server:
         sections = advised(server, search={"algorithm": algorithm})
-        session.run(config(**sections), name="a", runs_dir=tmp_path, emit=Progress(34))
+        driving.run(config(**sections), name="a", runs_dir=tmp_path, emit=Progress(34))
     assert ("does not use advice" in capsys.readouterr().err) == says
 
 
 def test_what_the_models_are_told(tmp_path: Path) -> None:
     with ScriptedServer(adviser) as server:
-        session.run(config(**advised(server)), name="a", runs_dir=tmp_path)
+        driving.run(config(**advised(server)), name="a", runs_dir=tmp_path)
     for role in ("You propose", "You judge"):
         prompts = [
             "\n".join(m["content"] for m in r.body["messages"])
@@ -112,9 +112,9 @@ def test_no_fault_ends_a_run_or_shows_the_key(tmp_path: Path, fault: Fault) -> N
     agents = {"timeout_s": 0.3, "max_retries": 1}
     with ScriptedServer(lambda body: fault) as server:
         settings = config(**advised(server, agents=agents, budget={"max_evaluations": 18}))
-        row = session.run(settings, name="a", runs_dir=tmp_path)
+        row = driving.run(settings, name="a", runs_dir=tmp_path)
         assert server.requests
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         summary = run_summary(ledger, row)
         advice = ledger.advice(row.id)
     assert (row.status, row.stop_reason) == ("done", "budget")
@@ -127,7 +127,7 @@ def test_no_fault_ends_a_run_or_shows_the_key(tmp_path: Path, fault: Fault) -> N
 def test_killed_with_a_model_repeats_no_reply(tmp_path: Path) -> None:
     with ScriptedServer(adviser) as server:
         sections = advised(server, worker={"options": {"base": "base", "delay_s": 0.02}})
-        session.run(config(**sections), name="calm", runs_dir=tmp_path / "calm")
+        driving.run(config(**sections), name="calm", runs_dir=tmp_path / "calm")
         asked = len(server.requests)
         path, runs, rng = tmp_path / "config.yml", tmp_path / "runs", random.Random(3)
         path.write_text(config_text(**sections))
@@ -151,19 +151,19 @@ def test_a_branch_may_bring_other_prompts_and_another_model(tmp_path: Path) -> N
     prompts.mkdir()
     (prompts / "critic.md").write_text("You judge, briefly.\n---\n{{history}}")
     with ScriptedServer(adviser) as server:
-        session.run(config(), name="trunk", runs_dir=tmp_path)
+        driving.run(config(), name="trunk", runs_dir=tmp_path)
         overrides = {
             "agents.llm": "openai:other",
             "agents.base_url": server.base_url,
             "agents.prompts": str(prompts),
             "search.algorithm": "llm_evo",
         }
-        row = session.branch("trunk", at=1, name="b", runs_dir=tmp_path, overrides=overrides)
+        row = driving.branch("trunk", at=1, name="b", runs_dir=tmp_path, overrides=overrides)
     assert row.status == "done"
     assert {request.body["model"] for request in server.requests} == {"other"}
     said = [r.body["messages"][0]["content"] for r in server.requests]
     assert "You judge, briefly." in said
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         words = [w for w in ledger.advice(row.id) if w["generation"] == 1]
     assert [w["guidance"]["source"] for w in words] == ["model"] * 3, "they speak from the start"
     assert replay("b", runs_dir=tmp_path).identical

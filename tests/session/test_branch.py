@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import advising, plugins, session
-from agentmerge.advising import view_of
-from agentmerge.agents.history import HistoryView
+from agentmerge import plugins
+from agentmerge.agents.view import HistoryView
+from agentmerge.contracts.strategy import Observation
 from agentmerge.errors import NotFound
 from agentmerge.ledger import Ledger
-from agentmerge.maintenance import prune_checkpoints, prune_results
-from agentmerge.replay import replay
-from agentmerge.strategies.base import Observation
+from agentmerge.search import advise
+from agentmerge.search.advise import view_of
+from agentmerge.session import driving
+from agentmerge.session.doctor import prune_checkpoints, prune_results
+from agentmerge.session.replay import replay
 from agentmerge.strategies.one_plus_one import step_size
 from tests.session.conftest import config, trace_of
 
@@ -25,21 +27,21 @@ WIDE = {"limit": 200, "search": {"algorithm": "random"}, "budget": {"max_evaluat
 
 @pytest.fixture
 def trunk(tmp_path: Path) -> Path:
-    session.run(config(), name="trunk", runs_dir=tmp_path)
+    driving.run(config(), name="trunk", runs_dir=tmp_path)
     return tmp_path
 
 
 def candidates(runs: Path, name: str) -> list:
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         return ledger.candidates(ledger.run(name).id)
 
 
 def test_a_branch_without_changes_repeats_the_search(trunk: Path) -> None:
     before = trace_of(trunk, "trunk")
-    row = session.branch("trunk", at=2, name="same", runs_dir=trunk)
+    row = driving.branch("trunk", at=2, name="same", runs_dir=trunk)
     assert trace_of(trunk, "same")["candidates"] == before["candidates"]
     assert trace_of(trunk, "trunk") == before
-    with Ledger(trunk / session.LEDGER) as ledger:
+    with Ledger(trunk / driving.LEDGER) as ledger:
         assert row.parent_run == ledger.run("trunk").id
     assert row.parent_generation == 2
     later = [c for c in candidates(trunk, "same") if c.generation > 2]
@@ -49,7 +51,7 @@ def test_a_branch_without_changes_repeats_the_search(trunk: Path) -> None:
 
 def test_a_branch_may_change_the_search(trunk: Path) -> None:
     overrides = {"search.algorithm": "random", "search.seed": 99}
-    session.branch("trunk", at=1, name="other", runs_dir=trunk, overrides=overrides)
+    driving.branch("trunk", at=1, name="other", runs_dir=trunk, overrides=overrides)
     mine, old = candidates(trunk, "other"), candidates(trunk, "trunk")
     assert [c.recipe_hash for c in mine if c.generation <= 1] == [
         c.recipe_hash for c in old if c.generation <= 1
@@ -58,7 +60,7 @@ def test_a_branch_may_change_the_search(trunk: Path) -> None:
 
 
 def test_a_branch_that_asks_other_questions_scores_the_best_again(trunk: Path) -> None:
-    session.branch("trunk", at=2, name="wide", runs_dir=trunk, overrides={"limit": 90})
+    driving.branch("trunk", at=2, name="wide", runs_dir=trunk, overrides={"limit": 90})
     mine = candidates(trunk, "wide")
     past = [c for c in mine if c.generation <= 2]
     again = [c for c in mine if c.generation == 3]
@@ -75,13 +77,13 @@ def test_strategies_learn_from_a_branchs_past_and_hear_no_score_of_it(
 ) -> None:
     """Other weights are another scale: what was 1.1 there is 0.011 here, and no reason to stop."""
     search = {"algorithm": algorithm, "population": 1}
-    session.run(
+    driving.run(
         config(search=search, budget={"max_evaluations": 20}), name="trunk", runs_dir=tmp_path
     )
     weights = [{"name": "one", "weight": 0.01}, {"name": "two", "weight": 0.005}]
     changes = {"tasks": weights, "budget.max_evaluations": 16}
     past = candidates(tmp_path, "trunk")[-1].generation
-    row = session.branch("trunk", at=past, name="low", runs_dir=tmp_path, overrides=changes)
+    row = driving.branch("trunk", at=past, name="low", runs_dir=tmp_path, overrides=changes)
     found = candidates(tmp_path, "low")
     first = min(c.generation for c in found if not c.prior)
     own = [c for c in found if c.generation > first]
@@ -102,7 +104,7 @@ def test_a_past_whose_items_are_asked_still_is_scored_again_from_the_ledger(
 ) -> None:
     search = {"algorithm": algorithm, "population": 1}
     asked = config(search=search, budget={"max_evaluations": 20})
-    session.run(asked, name="trunk", runs_dir=tmp_path)
+    driving.run(asked, name="trunk", runs_dir=tmp_path)
     past = candidates(tmp_path, "trunk")[-1].generation
     changes = {"limit": limit, "budget.max_evaluations": 16}
     told: list[list[Observation]] = []
@@ -115,7 +117,7 @@ def test_a_past_whose_items_are_asked_still_is_scored_again_from_the_ledger(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(strategy), "propose", heard)
-        row = session.branch("trunk", at=past, name="b", runs_dir=tmp_path, overrides=changes)
+        row = driving.branch("trunk", at=past, name="b", runs_dir=tmp_path, overrides=changes)
     assert row.stop_reason == "budget"
     before = [o for o in told[-1] if o.prior]
     own = {o.recipe_hash: o for o in told[-1] if not o.prior}
@@ -133,7 +135,7 @@ def test_a_past_whose_items_are_asked_still_is_scored_again_from_the_ledger(
 
 
 def test_agents_hear_no_score_of_another_scale(tmp_path: Path) -> None:
-    session.run(config(budget={"max_evaluations": 18}), name="trunk", runs_dir=tmp_path)
+    driving.run(config(budget={"max_evaluations": 18}), name="trunk", runs_dir=tmp_path)
     weights = [{"name": "one", "weight": 0.01}, {"name": "two", "weight": 0.005}]
     past = candidates(tmp_path, "trunk")[-1].generation
     changes = {"tasks": weights, "budget.max_evaluations": 14, "limit": 90}
@@ -144,15 +146,15 @@ def test_agents_hear_no_score_of_another_scale(tmp_path: Path) -> None:
         return views[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(advising, "view_of", seen)
-        session.branch("trunk", at=past, name="b", runs_dir=tmp_path, overrides=changes)
+        patch.setattr(advise, "view_of", seen)
+        driving.branch("trunk", at=past, name="b", runs_dir=tmp_path, overrides=changes)
     assert views
     assert not any(o.prior for view in views for o in view.entries)
 
 
 def test_a_generation_that_does_not_exist_names_those_that_do(trunk: Path) -> None:
     with pytest.raises(NotFound, match=r"no finished generation 44; it has 0 to \d+"):
-        session.branch("trunk", at=44, runs_dir=trunk)
+        driving.branch("trunk", at=44, runs_dir=trunk)
 
 
 def test_pruned_checkpoints_do_not_break_branches(trunk: Path) -> None:
@@ -160,27 +162,27 @@ def test_pruned_checkpoints_do_not_break_branches(trunk: Path) -> None:
     assert report["checkpoints"] > 0
     assert prune_checkpoints(trunk, dry_run=False)["freed_bytes"] > 0
     assert prune_checkpoints(trunk, dry_run=True)["checkpoints"] == 0
-    assert session.branch("trunk", at=1, name="late", runs_dir=trunk).status == "done"
-    assert session.resume("trunk", runs_dir=trunk).status == "done"
+    assert driving.branch("trunk", at=1, name="late", runs_dir=trunk).status == "done"
+    assert driving.resume("trunk", runs_dir=trunk).status == "done"
 
 
 def test_a_killed_search_can_be_branched(tmp_path: Path) -> None:
-    drain = session.Drain()
+    drain = driving.Drain()
     slow = config(worker={"options": {"base": "base", "delay_s": 0.05}})
 
     def stop_in_generation_two(event: dict) -> None:
         if event["event"] == "candidate" and event["generation"] == 2:
             drain.request()
 
-    row = session.run(slow, name="cut", runs_dir=tmp_path, emit=stop_in_generation_two, drain=drain)
+    row = driving.run(slow, name="cut", runs_dir=tmp_path, emit=stop_in_generation_two, drain=drain)
     assert row.status == "interrupted"
     with pytest.raises(NotFound, match="0 to 1"):
-        session.branch("cut", at=2, runs_dir=tmp_path)
-    assert session.branch("cut", at=1, name="on", runs_dir=tmp_path).status == "done"
+        driving.branch("cut", at=2, runs_dir=tmp_path)
+    assert driving.branch("cut", at=1, name="on", runs_dir=tmp_path).status == "done"
 
 
 def keys(runs: Path, name: str, part: str) -> dict[str, set[str]]:
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         found = ledger.item_keys(ledger.run(name).id, part)
     return {task: set(items) for task, items in found.items()}
 
@@ -190,12 +192,12 @@ class TestSealing:
 
     @pytest.fixture
     def wide(self, tmp_path: Path) -> Path:
-        session.run(config(**WIDE), name="wide", runs_dir=tmp_path)
+        driving.run(config(**WIDE), name="wide", runs_dir=tmp_path)
         return tmp_path
 
     def test_a_branch_with_a_lower_limit(self, wide: Path) -> None:
-        row = session.branch("wide", at=1, name="b", runs_dir=wide, overrides={"limit": 60})
-        again = session.branch("b", at=1, name="c", runs_dir=wide, overrides={"limit": 50})
+        row = driving.branch("wide", at=1, name="b", runs_dir=wide, overrides={"limit": 60})
+        again = driving.branch("b", at=1, name="c", runs_dir=wide, overrides={"limit": 50})
         for name in ("b", "c"):
             searched, sealed = keys(wide, "wide", "search"), keys(wide, name, "sealed")
             assert sealed
@@ -206,25 +208,25 @@ class TestSealing:
                 assert len(items) >= 20
                 assert not items & searched[task]
         assert row.result["sealed"]
-        assert session.resume("b", runs_dir=wide).result == row.result
+        assert driving.resume("b", runs_dir=wide).result == row.result
         assert replay("c", runs_dir=wide).identical
         assert again.facts["searched"]
 
     def test_what_a_forgotten_ancestor_searched(self, wide: Path) -> None:
         searched = keys(wide, "wide", "search")
-        session.branch("wide", at=1, name="b", runs_dir=wide, overrides={"limit": 60})
-        session.branch("b", at=1, name="c", runs_dir=wide)
+        driving.branch("wide", at=1, name="b", runs_dir=wide, overrides={"limit": 60})
+        driving.branch("b", at=1, name="c", runs_dir=wide)
         for name in ("wide", "b"):
             prune_results(wide, [name], dry_run=False)
-        session.branch("c", at=1, name="d", runs_dir=wide, overrides={"limit": 50})
+        driving.branch("c", at=1, name="d", runs_dir=wide, overrides={"limit": 50})
         for task, items in keys(wide, "d", "sealed").items():
             assert not items & searched[task] or items == keys(wide, "d", "search")[task]
-        assert session.resume("d", runs_dir=wide).status == "done"
+        assert driving.resume("d", runs_dir=wide).status == "done"
 
     def test_too_few_left_means_none_and_it_is_said(self, tmp_path: Path) -> None:
         few = WIDE | {"worker": {"options": {"documents": 215}}}
-        session.run(config(**few), name="wide", runs_dir=tmp_path)
-        row = session.branch("wide", at=1, name="b", runs_dir=tmp_path, overrides={"limit": 30})
+        driving.run(config(**few), name="wide", runs_dir=tmp_path)
+        row = driving.branch("wide", at=1, name="b", runs_dir=tmp_path, overrides={"limit": 30})
         assert not row.result["sealed"]
         assert any("saw" in note and "no sealed items" in note for note in row.result["notes"])
         assert not keys(tmp_path, "b", "sealed")
@@ -235,9 +237,9 @@ class TestSealing:
         best = wide / "wide" / "best.yml"
         folder = wide if runs == "runs" else wide / runs
         asked = config(**WIDE | {"limit": 60, "search": {"init": [str(best)]}})
-        row = session.run(asked, name="b", runs_dir=folder)
+        row = driving.run(asked, name="b", runs_dir=folder)
         searched = keys(wide, "wide", "search")
         assert row.facts["searched"]
         for task, items in keys(folder, "b", "sealed").items():
             assert not items & searched[task] or items == keys(folder, "b", "search")[task]
-        assert session.resume("b", runs_dir=folder).result == row.result
+        assert driving.resume("b", runs_dir=folder).result == row.result

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
 from agentmerge.agents.prices import cost_usd, price_of
-from agentmerge.agents.testing import ScriptedServer, scripted_chat_model
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger
-from agentmerge.replay import replay
 from agentmerge.report.summary import run_summary
-from agentmerge.steps import Search
+from agentmerge.search.search import Search
+from agentmerge.session import driving
+from agentmerge.session.replay import replay
+from agentmerge.testing.scripted import ScriptedServer, scripted_chat_model
 from tests.session.conftest import config, trace_of
 from tests.session.test_agents import advised, adviser
 
@@ -22,7 +22,7 @@ PRICES = {"adviser": [10.0, 30.0]}
 
 
 def summary_of(runs_dir: Path, name: str) -> dict:
-    with Ledger(runs_dir / session.LEDGER) as ledger:
+    with Ledger(runs_dir / driving.LEDGER) as ledger:
         return run_summary(ledger, ledger.run(name))
 
 
@@ -42,29 +42,29 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_models_may_cost_is_never_passed(tmp_path, budget, reason, spent) -> None:
     with ScriptedServer(adviser) as server:
         sections = advised(server, agents={"max_tokens": 500}, budget=budget)
-        row = session.run(config(**sections), name="a", runs_dir=tmp_path)
+        row = driving.run(config(**sections), name="a", runs_dir=tmp_path)
         assert (row.status, row.stop_reason) == ("done", reason)
         assert spent(summary_of(tmp_path, "a")["agents"])
         assert (tmp_path / "a" / "best.yml").is_file()
         assert row.result["verdict"]
         more = {f"budget.{key}": value * 1000 for key, value in budget.items() if key != "prices"}
-        row = session.resume("a", runs_dir=tmp_path, overrides=more)
+        row = driving.resume("a", runs_dir=tmp_path, overrides=more)
         assert (row.status, row.stop_reason) == ("done", "budget")
         plain = advised(server, agents={"max_tokens": 500}, budget={"prices": PRICES})
-        session.run(config(**plain), name="free", runs_dir=tmp_path)
+        driving.run(config(**plain), name="free", runs_dir=tmp_path)
     assert trace_of(tmp_path, "a") == trace_of(tmp_path, "free"), "the end left a mark"
 
 
 def test_nothing_is_asked_that_cannot_be_paid(tmp_path) -> None:
     with ScriptedServer(adviser) as server:
         sections = advised(server, budget={"max_tokens": 1000})
-        row = session.run(config(**sections), name="a", runs_dir=tmp_path)
+        row = driving.run(config(**sections), name="a", runs_dir=tmp_path)
         assert server.requests == []
     assert row.stop_reason == "tokens"
 
 
 def items_asked(runs_dir: Path) -> int:
-    with Ledger(runs_dir / session.LEDGER) as ledger:
+    with Ledger(runs_dir / driving.LEDGER) as ledger:
         (row,) = ledger.records(
             "SELECT sum(s.count) AS items FROM results r JOIN item_sets s ON s.id = r.item_set_id"
         )
@@ -76,12 +76,12 @@ def test_items_are_a_budget_too_and_the_end_is_in_it(tmp_path, objective) -> Non
     items = 120  # two tasks, 60 search items each, and as many sealed ones
     end = (3 + 2) * items  # the parents, the best cheap merge and the answer
     most = 14 * items + items // 2 + end
-    row = session.run(config(budget={"max_items": most}), name="a", runs_dir=tmp_path / "a")
+    row = driving.run(config(budget={"max_items": most}), name="a", runs_dir=tmp_path / "a")
     assert (row.status, row.stop_reason) == ("done", "budget")
     assert row.result["sealed"]
     assert summary_of(tmp_path / "a", "a")["evaluations"]["total"] == 14
     assert items_asked(tmp_path / "a") <= most
-    session.resume("a", runs_dir=tmp_path / "a", overrides={"budget.max_items": 10**6})
+    driving.resume("a", runs_dir=tmp_path / "a", overrides={"budget.max_items": 10**6})
     assert summary_of(tmp_path / "a", "a")["evaluations"]["total"] == 34
 
 
@@ -89,8 +89,8 @@ def test_items_are_a_budget_too_and_the_end_is_in_it(tmp_path, objective) -> Non
 def test_a_budget_that_pays_for_nothing_is_refused(tmp_path, objective) -> None:
     small = config(budget={"max_items": 700})
     with pytest.raises(UserError, match=r"700 pays for no candidate: one is asked 120 items.* 600"):
-        session.run(small, name="a", runs_dir=tmp_path)
-    row = session.run(config(budget={"max_items": 1400}), name="a", runs_dir=tmp_path)
+        driving.run(small, name="a", runs_dir=tmp_path)
+    row = driving.run(config(budget={"max_items": 1400}), name="a", runs_dir=tmp_path)
     assert row.status == "done"
 
 
@@ -103,19 +103,19 @@ def test_a_raised_budget_asks_the_rivals_that_a_smaller_one_left_out(
     search = {"algorithm": algorithm}
     for name, budgets in {"at-once": [20], "raised": [1, 4, 9, 20]}.items():
         small = config(search=search, budget={"max_evaluations": budgets[0]})
-        session.run(small, name=name, runs_dir=tmp_path)
+        driving.run(small, name=name, runs_dir=tmp_path)
         for most in budgets[1:]:
             more = {"budget.max_evaluations": most}
-            session.resume(name, runs_dir=tmp_path, overrides=more)
+            driving.resume(name, runs_dir=tmp_path, overrides=more)
     assert trace_of(tmp_path, "raised") == trace_of(tmp_path, "at-once")
     assert replay("raised", runs_dir=tmp_path).identical
 
 
 def test_a_branch_with_a_larger_budget_asks_them_too(tmp_path) -> None:
-    session.run(config(budget={"max_evaluations": 4}), name="small", runs_dir=tmp_path)
+    driving.run(config(budget={"max_evaluations": 4}), name="small", runs_dir=tmp_path)
     for name, changed in {"same": {}, "other": {"limit": 50}}.items():
         more = {"budget.max_evaluations": 16} | changed
-        session.branch("small", at=0, name=name, runs_dir=tmp_path, overrides=more)
+        driving.branch("small", at=0, name=name, runs_dir=tmp_path, overrides=more)
         found = {c["operator"] for c in trace_of(tmp_path, name)["candidates"]}
         assert {"parent", "uniform", "scale", "depth"} <= found, name
 
@@ -124,15 +124,15 @@ def test_the_end_is_within_the_timeout(tmp_path, monkeypatch) -> None:
     """Time for the sealed items is kept; where it is not enough, they are left to a resume."""
     slow = config(worker={"options": {"delay_s": 0.1}}, budget={"timeout_s": 3.0})
     began = time.monotonic()
-    row = session.run(slow, name="a", runs_dir=tmp_path / "a")
+    row = driving.run(slow, name="a", runs_dir=tmp_path / "a")
     if row.stop_reason == "timeout" and row.result["sealed"]:
         assert time.monotonic() - began < 3.0 + 5.0  # loading, and a busy machine
     monkeypatch.setattr(Search, "_ending_s", 0.0)
-    row = session.run(slow, name="b", runs_dir=tmp_path / "b")
+    row = driving.run(slow, name="b", runs_dir=tmp_path / "b")
     assert row.stop_reason == "timeout"
     assert not row.result["sealed"]
     assert any("sealed items were not asked; resume asks them" in n for n in row.result["notes"])
-    row = session.resume("b", runs_dir=tmp_path / "b", overrides={"budget.timeout_s": 600.0})
+    row = driving.resume("b", runs_dir=tmp_path / "b", overrides={"budget.timeout_s": 600.0})
     assert row.result["sealed"]
 
 
@@ -140,8 +140,8 @@ def test_an_unknown_price_is_said_not_guessed(tmp_path) -> None:
     with ScriptedServer(adviser) as server:
         limited = config(**advised(server, budget={"max_cost_usd": 1.0}))
         with pytest.raises(UserError, match="price of openai:adviser, which is not known: set"):
-            session.run(limited, name="a", runs_dir=tmp_path)
-        row = session.run(config(**advised(server)), name="b", runs_dir=tmp_path)
+            driving.run(limited, name="a", runs_dir=tmp_path)
+        row = driving.run(config(**advised(server)), name="b", runs_dir=tmp_path)
     agents = summary_of(tmp_path, row.name)["agents"]
     assert agents["cost_usd"] is None
     assert agents["unpriced"] == agents["calls"]
@@ -150,7 +150,7 @@ def test_an_unknown_price_is_said_not_guessed(tmp_path) -> None:
 def test_a_ready_model_needs_its_price_too(tmp_path) -> None:
     chat = scripted_chat_model([])
     with pytest.raises(UserError, match="price of scripted"):
-        session.run(
+        driving.run(
             config(budget={"max_cost_usd": 1.0}), runs_dir=tmp_path, models={"critic": chat}
         )
 

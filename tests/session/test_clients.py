@@ -18,16 +18,16 @@ import pytest
 import yaml
 from langgraph.types import Command
 
-from agentmerge import session
-from agentmerge.agents.testing import ScriptedServer
-from agentmerge.assembly import graphs_dir
-from agentmerge.checkpoints import open_saver
 from agentmerge.config import SearchConfig
-from agentmerge.context import _HELD, _OPEN, ClientContext
 from agentmerge.errors import AgentmergeError, LeaseHeld, RunFailed, TaskError, UserError
-from agentmerge.lease import Lease
 from agentmerge.ledger import Ledger
-from agentmerge.structure import openings
+from agentmerge.ledger.lease import Lease
+from agentmerge.ledger.words import openings
+from agentmerge.session import driving
+from agentmerge.session.checkpoints import open_saver
+from agentmerge.session.context import _HELD, _OPEN, ClientContext
+from agentmerge.session.opening import graphs_dir
+from agentmerge.testing.scripted import ScriptedServer
 from agentmerge.workers.fake import FakeWorker
 from tests.session.conftest import BODY, config, trace_of
 from tests.session.test_agents import advised
@@ -49,7 +49,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path.write_text(yaml.safe_dump(OWN))
     monkeypatch.setenv("AGENTMERGE_SERVER_CONFIG", str(path))
     monkeypatch.setenv("AGENTMERGE_RUNS_DIR", str(tmp_path))
-    with open_saver(tmp_path / session.CHECKPOINTS) as SAVERS[tmp_path]:
+    with open_saver(tmp_path / driving.CHECKPOINTS) as SAVERS[tmp_path]:
         yield path
 
 
@@ -91,7 +91,7 @@ def test_a_client_says_what_is_searched_and_nothing_else(tmp_path: Path, key: st
     whole = {inner: value} if inner else value
     with pytest.raises(UserError, match=f"{key} is the server's own to set"):
         served(tmp_path, asked(**{section: whole}))
-    session.run(config(budget={"max_evaluations": 12}), name="trunk", runs_dir=tmp_path)
+    driving.run(config(budget={"max_evaluations": 12}), name="trunk", runs_dir=tmp_path)
     for overrides in ({key: value}, {section: whole}, {f"{section}.{inner or 'kind'}": value}):
         twig = ClientContext(branch_of="trunk", at=1, overrides=overrides)
         with pytest.raises(UserError, match="is the server's own to set"):
@@ -101,7 +101,7 @@ def test_a_client_says_what_is_searched_and_nothing_else(tmp_path: Path, key: st
 def test_a_branch_runs_no_file_however_its_name_is_spelled(tmp_path: Path) -> None:
     code = tmp_path / "mine.py"
     code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    session.run(config(budget={"max_evaluations": 12}), name="trunk", runs_dir=tmp_path)
+    driving.run(config(budget={"max_evaluations": 12}), name="trunk", runs_dir=tmp_path)
     for overrides in (
         {"search": {"graph": f"{code}:build"}},
         {"search": [{"graph": f"{code}:build"}]},
@@ -121,7 +121,7 @@ def test_a_client_searches_within_the_servers_budget(tmp_path: Path, wanted: obj
         served(tmp_path, asked(budget={"max_evaluations": wanted}))
     except AgentmergeError:
         assert wanted in (None, 1e9), "no number, or none that is a whole one"
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         for row in ledger.runs():
             assert len(ledger.candidates(row.id)) <= expected
             assert SearchConfig.from_text(row.config).worker.kind == "fake"
@@ -130,14 +130,14 @@ def test_a_client_searches_within_the_servers_budget(tmp_path: Path, wanted: obj
 def test_a_limit_that_only_the_server_sets_is_not_unset(tmp_path: Path, own: Path) -> None:
     own.write_text(yaml.safe_dump(OWN | {"budget": {"max_items": 900}}))
     served(tmp_path, asked(budget={"max_items": None}))
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         (row,) = ledger.runs()
         assert SearchConfig.from_text(row.config).budget.max_items == 900
         assert len(ledger.candidates(row.id)) < 15
 
 
 def test_a_branch_is_within_the_servers_budget(tmp_path: Path) -> None:
-    session.run(config(budget={"max_evaluations": 12}), name="trunk", runs_dir=tmp_path)
+    driving.run(config(budget={"max_evaluations": 12}), name="trunk", runs_dir=tmp_path)
     for n, overrides in enumerate(
         ({"budget.max_evaluations": 10**6}, {"budget": {"max_evaluations": "1000000"}})
     ):
@@ -145,7 +145,7 @@ def test_a_branch_is_within_the_servers_budget(tmp_path: Path) -> None:
             tmp_path,
             ClientContext(branch_of="trunk", at=1, name=f"twig{n}", overrides=overrides),
         )
-        with Ledger(tmp_path / session.LEDGER) as ledger:
+        with Ledger(tmp_path / driving.LEDGER) as ledger:
             assert len(ledger.candidates(ledger.run(f"twig{n}").id)) == 21
 
 
@@ -190,7 +190,7 @@ def test_what_is_no_config_is_said(tmp_path: Path, text: object) -> None:
 
 def given_back(runs_dir: Path, thread_id: str) -> bool:
     return (
-        not _HELD and not _OPEN and Lease.holder(runs_dir / session.CHECKPOINTS, thread_id) is None
+        not _HELD and not _OPEN and Lease.holder(runs_dir / driving.CHECKPOINTS, thread_id) is None
     )
 
 
@@ -226,13 +226,13 @@ def test_a_cancelled_run_gives_back_what_it_held(tmp_path: Path, monkeypatch) ->
 
     asyncio.run(cancelled())
     assert closed
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         assert ledger.run("served").status == "interrupted"
         states = [c.state for c in ledger.candidates(thread_id)]
     assert states.count("scored") == 1, "begun when its client went: paid for, so it is kept"
     monkeypatch.setattr(FakeWorker, "score", made)
     asyncio.run(on_server(tmp_path, ClientContext(), thread_id, None))
-    session.run(config(budget={"max_evaluations": 21}), name="calm", runs_dir=tmp_path)
+    driving.run(config(budget={"max_evaluations": 21}), name="calm", runs_dir=tmp_path)
     assert trace_of(tmp_path, "served") == trace_of(tmp_path, "calm")
 
 
@@ -259,7 +259,7 @@ def test_a_run_that_fails_gives_back_what_it_held(tmp_path: Path, monkeypatch) -
 
 
 def test_a_run_cancelled_while_its_search_opens_holds_nothing(tmp_path: Path, monkeypatch) -> None:
-    from agentmerge import context
+    from agentmerge.session import context
 
     opening, go_on = threading.Event(), threading.Event()
     made = context.prepare
@@ -323,13 +323,13 @@ def test_a_run_that_waits_for_a_person_holds_nothing(
         context = asked(search=search, budget={"max_evaluations": 60})
         asyncio.run(on_server(tmp_path, context, thread_id, {}))
         assert given_back(tmp_path, thread_id)
-        with Ledger(tmp_path / session.LEDGER) as ledger:
+        with Ledger(tmp_path / driving.LEDGER) as ledger:
             row = ledger.run("served")
         assert (row.status, "merge method ties" in row.stop_reason) == ("waiting", True)
         found = asyncio.run(on_server(tmp_path, ClientContext(), thread_id, Command(resume="yes")))
     assert found["status"] == "done"
     assert given_back(tmp_path, thread_id)
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         assert [move.refusal for move in openings(ledger.advice(thread_id))] == [""]
 
 

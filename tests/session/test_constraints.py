@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from agentmerge import session
 from agentmerge.cli.render import card_text, constraint_text
 from agentmerge.config import Constraint, SearchConfig
-from agentmerge.constraints import PENALTY, floors, kept, penalised, violation
+from agentmerge.contracts.strategy import Observation
 from agentmerge.errors import ConfigError
 from agentmerge.evaluation.tasks import Objective
 from agentmerge.ledger import Candidate, Ledger, incumbent
-from agentmerge.strategies.base import Observation
+from agentmerge.search.constraints import PENALTY, floors, kept, penalised, violation
+from agentmerge.session import driving
 from tests.session.conftest import command, config, config_text, trace_of
 from tests.session.test_resume import kill_after
 
@@ -66,8 +66,8 @@ def searched(tmp_path: Path, name: str, constraints: list, budget: int = 44, **s
     body = yaml.safe_load(config_text(search=SEARCH | {"constraints": constraints} | search))
     body["tasks"][1]["weight"] = -1.0  # so that the score wants what the constraint forbids
     body["budget"]["max_evaluations"] = budget
-    row = session.run(SearchConfig.from_text(yaml.safe_dump(body)), name=name, runs_dir=tmp_path)
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    row = driving.run(SearchConfig.from_text(yaml.safe_dump(body)), name=name, runs_dir=tmp_path)
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         return row, ledger.candidates(row.id), ledger.best_candidate(row.id)
 
 
@@ -148,7 +148,7 @@ def test_killed_and_raced_it_ends_the_same(tmp_path: Path) -> None:
     sections = {
         "search": SEARCH | {"constraints": [{"task": "two", "max_drop": 0.05}], "racing": True}
     }
-    session.run(config(**sections), name="a", runs_dir=tmp_path / "calm")
+    driving.run(config(**sections), name="a", runs_dir=tmp_path / "calm")
     path, runs = tmp_path / "config.yml", tmp_path / "runs"
     path.write_text(config_text(**sections, worker={"options": {"base": "base", "delay_s": 0.01}}))
     process = command("run", path, "--name", "a", "--runs-dir", runs, "-q")

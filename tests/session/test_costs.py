@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
-from agentmerge.agents.testing import ScriptedServer
 from agentmerge.ledger.store import Store
+from agentmerge.session import driving
+from agentmerge.testing.scripted import ScriptedServer
 from tests.session.conftest import config
 from tests.session.test_agents import advised, adviser
 
@@ -31,7 +31,7 @@ def test_a_generation_has_one_thread_a_worker(tmp_path: Path, workers: int) -> N
         worker={"kind": "fake", "count": workers},
         limit=4,
     )
-    row = session.run(asked, name="a", runs_dir=tmp_path, emit=look)
+    row = driving.run(asked, name="a", runs_dir=tmp_path, emit=look)
     assert row.status == "done"
     assert len(scoring) <= workers
     assert max(alive) <= before + workers + 4, "the lease's, the checkpointer's and their like"
@@ -75,7 +75,7 @@ def rows_a_candidate(
         if event["event"] == "generation" and candidates >= evaluations / 10 * len(marks):
             marks.append((candidates, read["rows"]))
 
-    session.run(asked, name="a", runs_dir=folder, emit=look)
+    driving.run(asked, name="a", runs_dir=folder, emit=look)
     tenths = [(r - rows) / (c - count) for (count, rows), (c, r) in itertools.pairwise(marks)]
     return read["rows"] / candidates, tenths
 
@@ -107,5 +107,5 @@ def test_advised_searches_with_two_arms_read_no_more(
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
     with ScriptedServer(adviser) as server:
         asked = advised(server, search={"shadow": 0.4}, budget={"max_evaluations": 200})
-        session.run(config(**asked, limit=12), name="a", runs_dir=tmp_path)
+        driving.run(config(**asked, limit=12), name="a", runs_dir=tmp_path)
     assert read["rows"] < 2000

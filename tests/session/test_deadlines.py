@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
 from agentmerge.errors import RunFailed, UserError
 from agentmerge.ledger import Ledger
-from agentmerge.replay import replay
+from agentmerge.session import driving
+from agentmerge.session.replay import replay
 from tests.session.conftest import config, trace_of
 
 pytestmark = [
@@ -27,7 +27,7 @@ def worker(hang_when: str = "", **more) -> dict:
 
 
 def failures(runs: Path) -> list[str]:
-    with Ledger(runs / session.LEDGER, read_only=True) as ledger:
+    with Ledger(runs / driving.LEDGER, read_only=True) as ledger:
         found = ledger.candidates(ledger.run("a").id)
     return [c.failure for c in found if c.state == "failed"]
 
@@ -35,13 +35,13 @@ def failures(runs: Path) -> list[str]:
 def test_a_candidate_that_never_ends_fails_and_the_search_goes_on(tmp_path: Path) -> None:
     hangs = worker("min_weight>0.9", timeout_s=2.0)  # a uniform merge
     settings = config(worker=hangs, budget={"max_evaluations": 10})
-    row = session.run(settings, name="a", runs_dir=tmp_path)
+    row = driving.run(settings, name="a", runs_dir=tmp_path)
     assert (row.status, row.stop_reason) == ("done", "budget")
     (late,) = failures(tmp_path)
     assert "not scored within 2 s (worker.timeout_s)" in late
     assert replay("a", runs_dir=tmp_path).identical
     before = trace_of(tmp_path, "a")["candidates"]
-    session.resume("a", runs_dir=tmp_path, overrides={"worker.timeout_s": 1.0})
+    driving.resume("a", runs_dir=tmp_path, overrides={"worker.timeout_s": 1.0})
     assert trace_of(tmp_path, "a")["candidates"] == before
 
 
@@ -50,9 +50,9 @@ def test_a_limit_that_no_candidate_keeps_is_the_limits_fault(tmp_path: Path) -> 
     slow["options"] |= {"delay_s": 0.6}
     budget = {"max_evaluations": 5}
     with pytest.raises(RunFailed, match=r"not scored within 0.2 s \(worker.timeout_s\)"):
-        session.run(config(worker=slow, budget=budget), name="a", runs_dir=tmp_path)
+        driving.run(config(worker=slow, budget=budget), name="a", runs_dir=tmp_path)
     assert failures(tmp_path) == []
-    row = session.resume("a", runs_dir=tmp_path, overrides={"worker.timeout_s": 60.0})
+    row = driving.resume("a", runs_dir=tmp_path, overrides={"worker.timeout_s": 60.0})
     assert (row.status, failures(tmp_path)) == ("done", [])
 
 
@@ -65,24 +65,24 @@ def test_the_searchs_time_ends_what_runs(tmp_path: Path, apart: bool) -> None:
         budget=budget | {"timeout_s": 8.0 if apart else 1.5},
     )
     began = time.monotonic()
-    row = session.run(settings, name="a", runs_dir=tmp_path)
+    row = driving.run(settings, name="a", runs_dir=tmp_path)
     assert time.monotonic() - began < 30  # on a busy machine; it would be for ever
     assert (row.status, row.stop_reason) == ("done", "timeout")
     assert failures(tmp_path) == []
     assert replay("a", runs_dir=tmp_path).identical
-    with Ledger(tmp_path / session.LEDGER) as ledger:  # whatever made it hang is mended
+    with Ledger(tmp_path / driving.LEDGER) as ledger:  # whatever made it hang is mended
         run = ledger.run("a")
         ledger.update_run(run.id, config=run.config.replace("hang_when: mean_weight>0.8", ""))
-    later = session.resume("a", runs_dir=tmp_path, overrides={"budget.timeout_s": 600.0})
+    later = driving.resume("a", runs_dir=tmp_path, overrides={"budget.timeout_s": 600.0})
     assert later.stop_reason == "budget"
-    session.run(config(budget=budget), name="calm", runs_dir=tmp_path / "calm")
+    driving.run(config(budget=budget), name="calm", runs_dir=tmp_path / "calm")
     mine, calm = trace_of(tmp_path, "a"), trace_of(tmp_path / "calm", "calm")
     assert mine["candidates"] == calm["candidates"]
 
 
 def test_the_end_is_cut_off_too_and_resume_asks_it(tmp_path: Path, monkeypatch) -> None:
     """Sealed items that take longer than the time that is left."""
-    from agentmerge.steps import Search
+    from agentmerge.search.search import Search
 
     seconds: list[float] = []
     whole = Search.finish
@@ -100,13 +100,13 @@ def test_the_end_is_cut_off_too_and_resume_asks_it(tmp_path: Path, monkeypatch) 
 
     monkeypatch.setattr(Search, "finish", finish)
     settings = config(budget={"max_evaluations": 8, "timeout_s": 600.0})
-    row = session.run(settings, name="a", runs_dir=tmp_path)
+    row = driving.run(settings, name="a", runs_dir=tmp_path)
     assert seconds[0] < 20
     assert row.result is not None
     assert not row.result["sealed"]
     assert any("sealed items were not asked; resume asks them" in n for n in row.result["notes"])
     monkeypatch.setattr(Search, "finish", whole)
-    row = session.resume("a", runs_dir=tmp_path)
+    row = driving.resume("a", runs_dir=tmp_path)
     assert row.result is not None
     assert row.result["sealed"]
 
@@ -120,8 +120,8 @@ def test_a_resume_begins_with_the_slowest_of_before(tmp_path: Path) -> None:
     """By default a candidate's limit is a multiple of what the slowest took, here or before."""
     slow = worker()
     slow["options"] |= {"delay_s": 0.05}
-    session.run(config(worker=slow, budget={"max_evaluations": 8}), name="a", runs_dir=tmp_path)
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    driving.run(config(worker=slow, budget={"max_evaluations": 8}), name="a", runs_dir=tmp_path)
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         run = ledger.run("a").id
         took = [c.seconds for c in ledger.candidates(run) if c.score is not None]
         assert ledger.slowest_s(run) == max(t for t in took if t is not None) >= 0.05

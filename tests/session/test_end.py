@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
 from agentmerge.errors import NoWorker, UserError
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.ledger.packing import unpack_keys
 from agentmerge.recipe import Recipe
-from agentmerge.replay import replay
+from agentmerge.session import driving
+from agentmerge.session.replay import replay
 from agentmerge.workers.fake import FakeWorker
 from tests.session.conftest import config
 
@@ -21,18 +21,18 @@ pytestmark = pytest.mark.usefixtures("objectives")
 def ended(folder: Path, name: str = "a", **options: object) -> RunRow:
     budget = {"max_evaluations": 18}
     settings = config(budget=budget, worker={"options": options})
-    return session.run(settings, name=name, runs_dir=folder)
+    return driving.run(settings, name=name, runs_dir=folder)
 
 
 def own_hash(folder: Path, recipe_hash: str) -> str:
     """A recipe's hash as the fake worker computes it."""
-    with Ledger(folder / session.LEDGER) as ledger:
+    with Ledger(folder / driving.LEDGER) as ledger:
         return Recipe.parse(ledger.recipe(recipe_hash)).hash()
 
 
 def sealed_document(folder: Path) -> int:
-    with Ledger(folder / session.LEDGER) as ledger:
-        spec = session.prepare(session.SearchConfig.from_text(ledger.run("a").config)).spec
+    with Ledger(folder / driving.LEDGER) as ledger:
+        spec = driving.prepare(driving.SearchConfig.from_text(ledger.run("a").config)).spec
     return FakeWorker.tasks(spec).refs("sealed")[0].index
 
 
@@ -52,7 +52,7 @@ def test_the_next_best_is_the_answer_where_a_sealed_item_of_the_best_fails(tmp_p
     best = (tmp_path / "a" / "best.yml").read_text()
     assert Recipe.parse(best).hash() == own_hash(tmp_path, card["answer"]["recipe_hash"])
     assert replay("a", runs_dir=tmp_path).identical
-    assert session.resume("a", runs_dir=tmp_path).result == card
+    assert driving.resume("a", runs_dir=tmp_path).result == card
 
 
 def test_where_no_sealed_item_can_be_scored_the_search_items_decide(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_worker_lost_at_the_end_leaves_a_card_that_resume_completes(
     assert (tmp_path / "a" / "best.yml").is_file()
     assert replay("a", runs_dir=tmp_path).identical
     broken.clear()
-    assert session.resume("a", runs_dir=tmp_path).result == sound
+    assert driving.resume("a", runs_dir=tmp_path).result == sound
 
 
 def test_a_worker_lost_among_the_rivals_is_said_and_resume_asks_them(
@@ -129,7 +129,7 @@ def test_a_worker_lost_among_the_rivals_is_said_and_resume_asks_them(
     assert any("resume asks them" in note for note in card["notes"])
     assert replay("a", runs_dir=tmp_path).identical
     broken.clear()
-    assert session.resume("a", runs_dir=tmp_path).result == sound
+    assert driving.resume("a", runs_dir=tmp_path).result == sound
 
 
 def test_sealed_items_are_asked_of_the_answer_the_parents_and_the_best_cheap_merge(
@@ -138,7 +138,7 @@ def test_sealed_items_are_asked_of_the_answer_the_parents_and_the_best_cheap_mer
     row = ended(tmp_path)
     card = row.result
     search_items = {item for keys in items(tmp_path, "search").values() for item in keys}
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         blocks = ledger.records(
             "SELECT recipe_hash, s.keys AS keys FROM results r JOIN item_sets s "
             "ON s.id = r.item_set_id"
@@ -149,7 +149,7 @@ def test_sealed_items_are_asked_of_the_answer_the_parents_and_the_best_cheap_mer
 
 
 def items(folder: Path, part: str) -> dict[str, list[str]]:
-    with Ledger(folder / session.LEDGER) as ledger:
+    with Ledger(folder / driving.LEDGER) as ledger:
         return ledger.item_keys(ledger.run("a").id, part)
 
 
@@ -165,12 +165,12 @@ def test_a_search_that_never_began_gives_its_name_free(
     with pytest.raises(NoWorker):
         ended(tmp_path)
     monkeypatch.setattr(FakeWorker, "__init__", made)
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         row = ledger.run("a")
         identities = dict.fromkeys(row.facts["identities"], "as it was")
         ledger.update_run(row.id, facts=row.facts | {"identities": identities})
     with pytest.raises(UserError, match="under the name a again, since nothing is scored"):
-        session.resume("a", runs_dir=tmp_path)
+        driving.resume("a", runs_dir=tmp_path)
     assert ended(tmp_path).status == "done"
     with pytest.raises(UserError, match="a run called 'a' exists"):
         ended(tmp_path)
@@ -183,8 +183,8 @@ def test_evaluations_that_are_left_are_explained(
 
     monkeypatch.setattr(type(STRATEGY), "propose", lambda *given: [])
     settings = config(search={"algorithm": "random"}, budget={"max_evaluations": 30})
-    row = session.run(settings, name="a", runs_dir=tmp_path)
-    row = session.resume("a", runs_dir=tmp_path, overrides={"budget.max_evaluations": 240})
+    row = driving.run(settings, name="a", runs_dir=tmp_path)
+    row = driving.resume("a", runs_dir=tmp_path, overrides={"budget.max_evaluations": 240})
     assert row.stop_reason == "nothing more to gain"
     (note,) = [note for note in row.result["notes"] if "evaluations are left" in note]
     assert "random has nothing more to propose, and a larger budget changes nothing" in note

@@ -6,21 +6,21 @@ from pathlib import Path
 
 import numpy as np
 
-from agentmerge import session
 from agentmerge.config import SearchConfig, TasksConfig
+from agentmerge.contracts.strategy import Observation
+from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
-from agentmerge.evidence import Witness
 from agentmerge.ledger import Ledger
-from agentmerge.strategies.base import Observation
-from agentmerge.workers.base import ItemRef, ItemResult
+from agentmerge.search.evidence import Witness
+from agentmerge.session import driving
 from agentmerge.workers.fake import fake_tasks
 
 
 def test_a_search_learns_from_its_items(fake_config: str, tmp_path: Path) -> None:
     config = SearchConfig.from_text(fake_config, overrides={"search.algorithm": "margins"})
-    row = session.run(config, name="a", runs_dir=tmp_path)
+    row = driving.run(config, name="a", runs_dir=tmp_path)
     assert row.status == "done"
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         found = ledger.candidates(row.id)
     first = max(c.score for c in found if c.score is not None and c.generation == 0)
     later = max(c.score for c in found if c.score is not None)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
-from agentmerge.agents.testing import Fault, ScriptedServer, ToolCalls
 from agentmerge.ledger import Ledger
-from agentmerge.replay import replay
 from agentmerge.report.summary import run_summary
+from agentmerge.session import driving
+from agentmerge.session.replay import replay
+from agentmerge.testing.scripted import Fault, ScriptedServer, ToolCalls
 from tests.session.conftest import config
 from tests.session.test_agents import DIMENSIONS, adviser
 
@@ -127,9 +127,9 @@ def searched(tmp_path: Path, monkeypatch, reply, **server) -> tuple[dict, list, 
             budget={"max_evaluations": 13},
         )
         began = time.monotonic()
-        row = session.run(settings, name="a", runs_dir=tmp_path)
+        row = driving.run(settings, name="a", runs_dir=tmp_path)
         assert time.monotonic() - began < 60
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         summary, advice = run_summary(ledger, row), ledger.advice(row.id)
     assert (row.status, row.stop_reason) == ("done", "budget")
     for path in tmp_path.rglob("*"):
@@ -231,7 +231,7 @@ class TestProbes:
 
         summary, advice, server = searched(tmp_path, monkeypatch, answer, **self.PROBES)
         assert not any(word["failure"] for word in advice)
-        with Ledger(tmp_path / session.LEDGER) as ledger:
+        with Ledger(tmp_path / driving.LEDGER) as ledger:
             row = ledger.run("a")
             probes = [c for c in ledger.candidates(row.id) if c.operator == "probe"]
             assert ledger.probe_totals(row.id)["calls"] == 3
@@ -274,7 +274,7 @@ class TestProbes:
         assert summary["stop_reason"] == "budget"
         assert summary["evaluations"]["total"] <= 16
         askings = sum(word["role"] != "controller" for word in advice)
-        with Ledger(tmp_path / session.LEDGER) as ledger:
+        with Ledger(tmp_path / driving.LEDGER) as ledger:
             calls = ledger.probe_totals(ledger.run("a").id)["calls"]
         assert (calls > 0) == (at_once == 30), "more than any reply may hold are none"
         assert calls <= 3 * askings

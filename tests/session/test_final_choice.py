@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
 from agentmerge.config import SearchConfig
+from agentmerge.contracts.strategy import CHEAP
 from agentmerge.ledger import Ledger
-from agentmerge.strategies.base import CHEAP
+from agentmerge.session import driving
 
 
 def card_of(config: str, folder: Path, **overrides: object) -> tuple[dict, list]:
     named = {key.replace("__", "."): value for key, value in overrides.items()}
-    row = session.run(SearchConfig.from_text(config, overrides=named), name="a", runs_dir=folder)
+    row = driving.run(SearchConfig.from_text(config, overrides=named), name="a", runs_dir=folder)
     assert row.result is not None
-    with Ledger(folder / session.LEDGER) as ledger:
+    with Ledger(folder / driving.LEDGER) as ledger:
         return row.result, ledger.candidates(row.id)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
+from agentmerge.contracts.strategy import GRADIENT_COST
 from agentmerge.ledger import Ledger, evaluations
-from agentmerge.replay import replay
-from agentmerge.strategies.base import GRADIENT_COST
+from agentmerge.session import driving
+from agentmerge.session.replay import replay
 from tests.session.conftest import command, config, config_text, trace_of
 from tests.session.test_resume import events, kill_after
 
@@ -35,10 +35,10 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_gradient_counts_as_three_and_leads_up(tmp_path: Path) -> None:
-    row = session.run(
+    row = driving.run(
         config(search=SEARCH, budget={"max_evaluations": BUDGET}), name="a", runs_dir=tmp_path
     )
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         found = ledger.candidates(row.id)
     asked = [c for c in found if c.want == "gradient"]
     assert row.stop_reason == "budget"
@@ -54,12 +54,12 @@ def test_a_gradient_counts_as_three_and_leads_up(tmp_path: Path) -> None:
 
 
 def test_a_budget_that_has_no_room_for_a_gradient_is_scores(tmp_path: Path) -> None:
-    row = session.run(
+    row = driving.run(
         config(search=SEARCH, budget={"max_evaluations": RIVALS + 3 + 4 + 2}),
         name="a",
         runs_dir=tmp_path,
     )
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         found = ledger.candidates(row.id)
     assert [c.want for c in found[RIVALS : RIVALS + 3]] == ["gradient", "gradient", "score"]
     assert evaluations(found) == RIVALS + 8  # a step from the same gradient again would be a twin
@@ -67,13 +67,13 @@ def test_a_budget_that_has_no_room_for_a_gradient_is_scores(tmp_path: Path) -> N
 
 def test_a_gradient_is_paid_for_once(tmp_path: Path) -> None:
     asked = config(search=SEARCH, budget={"max_evaluations": BUDGET})
-    session.run(asked, name="a", runs_dir=tmp_path)
+    driving.run(asked, name="a", runs_dir=tmp_path)
     dead = config(
         search=SEARCH,
         budget={"max_evaluations": BUDGET},
         worker={"options": {"base": "base", "die_at": 1}},
     )
-    session.run(dead, name="b", runs_dir=tmp_path)  # no worker is asked, so none dies
+    driving.run(dead, name="b", runs_dir=tmp_path)  # no worker is asked, so none dies
     assert trace_of(tmp_path, "a") == trace_of(tmp_path, "b")
 
 
@@ -83,8 +83,8 @@ def test_where_there_is_no_gradient_a_score_is_asked(tmp_path: Path) -> None:
         search=SEARCH,
         budget={"max_evaluations": 12},
     )
-    row = session.run(slerp, name="a", runs_dir=tmp_path)
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    row = driving.run(slerp, name="a", runs_dir=tmp_path)
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         found = ledger.candidates(row.id)
     assert {c.want for c in found} == {"score"}
     assert row.status == "done"
@@ -92,7 +92,7 @@ def test_where_there_is_no_gradient_a_score_is_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["failed", "lost"])
 def test_a_gradient_that_never_comes_costs_two_and_no_score(tmp_path: Path, fault: str) -> None:
-    row = session.run(
+    row = driving.run(
         config(
             search=SEARCH,
             budget={"max_evaluations": BUDGET},
@@ -101,7 +101,7 @@ def test_a_gradient_that_never_comes_costs_two_and_no_score(tmp_path: Path, faul
         name="a",
         runs_dir=tmp_path,
     )
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         found = ledger.candidates(row.id)
     asked = [c for c in found if c.want == "gradient"]
     assert row.status == "done"
@@ -113,7 +113,7 @@ def test_a_gradient_that_never_comes_costs_two_and_no_score(tmp_path: Path, faul
 
 def test_killed_in_the_middle_it_ends_as_if_never_killed(tmp_path: Path, plugin: str) -> None:
     budget = {"max_evaluations": RIVALS + 3 + 12 * 4}
-    session.run(config(search=SEARCH, budget=budget), name="calm", runs_dir=tmp_path / "calm")
+    driving.run(config(search=SEARCH, budget=budget), name="calm", runs_dir=tmp_path / "calm")
     path = tmp_path / "config.yml"
     worker = {"options": {"base": "base", "delay_s": 0.05}}
     path.write_text(config_text(search=SEARCH, budget=budget, worker=worker))
@@ -134,8 +134,8 @@ def test_killed_in_the_middle_it_ends_as_if_never_killed(tmp_path: Path, plugin:
 
 def test_a_branch_inherits_gradients(tmp_path: Path) -> None:
     asked = config(search=SEARCH, budget={"max_evaluations": BUDGET})
-    session.run(asked, name="a", runs_dir=tmp_path)
-    row = session.branch("a", name="b", at=2, runs_dir=tmp_path)
+    driving.run(asked, name="a", runs_dir=tmp_path)
+    row = driving.branch("a", name="b", at=2, runs_dir=tmp_path)
     assert row.status == "done"
     mine, theirs = trace_of(tmp_path, "b"), trace_of(tmp_path, "a")
     assert mine["candidates"] == theirs["candidates"]

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from lm_eval.api import metrics
 
+from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import CandidateFailed
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
-from agentmerge.final import final_card
 from agentmerge.ledger import Candidate
-from agentmerge.workers.base import ItemRef, ItemResult
+from agentmerge.search.finish import final_card
 
 SEARCH, SEALED = 150, 250
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
 from agentmerge.errors import NoWorker, WorkerLost
 from agentmerge.ledger import Ledger
+from agentmerge.session import driving
 from agentmerge.workers.fake import FakeWorker
 from tests.session.conftest import config
 
@@ -16,13 +16,13 @@ BUDGET = {"max_evaluations": 18}
 
 
 def candidates(folder: Path) -> list:
-    with Ledger(folder / session.LEDGER) as ledger:
+    with Ledger(folder / driving.LEDGER) as ledger:
         return ledger.candidates(ledger.run("a").id)
 
 
 def test_a_candidate_that_loses_two_workers_is_a_failed_one(tmp_path: Path) -> None:
     options = {"die_when": "mean_weight>0.7"}  # wide uniform merges
-    row = session.run(
+    row = driving.run(
         config(budget=BUDGET, worker={"options": options}), name="a", runs_dir=tmp_path
     )
     found = candidates(tmp_path)
@@ -40,12 +40,12 @@ def test_where_all_die_the_run_ends_and_a_resume_goes_on(
 ) -> None:
     dead = {"worker": {"count": count, "options": {"die_when": "max_weight<9"}}}
     with pytest.raises(WorkerLost, match="died at load"):
-        session.run(config(budget=BUDGET, **dead), name="a", runs_dir=tmp_path)
+        driving.run(config(budget=BUDGET, **dead), name="a", runs_dir=tmp_path)
     assert all(c.state == "open" for c in candidates(tmp_path)), "a broken machine fails nobody"
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         row = ledger.run("a")
         ledger.update_run(row.id, config=row.config.replace("max_weight<9", "max_weight>9"))
-    assert session.resume("a", runs_dir=tmp_path).status == "done"
+    assert driving.resume("a", runs_dir=tmp_path).status == "done"
     assert all(c.score is not None for c in candidates(tmp_path))
 
 
@@ -59,9 +59,9 @@ def test_a_worker_that_cannot_be_started_ends_the_run_not_the_candidates(
 
     monkeypatch.setattr(FakeWorker, "__init__", refused)
     with pytest.raises(NoWorker, match="no worker can be started: RuntimeError: CUDA driver"):
-        session.run(config(budget=BUDGET), name="a", runs_dir=tmp_path)
+        driving.run(config(budget=BUDGET), name="a", runs_dir=tmp_path)
     monkeypatch.setattr(FakeWorker, "__init__", made)
-    assert session.resume("a", runs_dir=tmp_path).status == "done"
+    assert driving.resume("a", runs_dir=tmp_path).status == "done"
 
 
 def test_code_that_raises_on_one_merge_fails_that_merge(
@@ -75,6 +75,6 @@ def test_code_that_raises_on_one_merge_fails_that_merge(
         return score(self, items)
 
     monkeypatch.setattr(FakeWorker, "score", touchy)
-    row = session.run(config(budget=BUDGET), name="a", runs_dir=tmp_path)
+    row = driving.run(config(budget=BUDGET), name="a", runs_dir=tmp_path)
     assert row.status == "done"
     assert any("ZeroDivisionError: division" in c.failure for c in candidates(tmp_path))

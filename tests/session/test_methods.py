@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
 from agentmerge.cli.app import run_app
 from agentmerge.methods import METHODS
+from agentmerge.session import driving
 from tests.session.conftest import config, trace_of
 
 
@@ -20,7 +20,7 @@ def test_a_search_of_every_method(name: str, tmp_path: Path) -> None:
     if METHODS[name].base == "ignored":
         genome["base_model"] = None
     settings = config(genome=genome, budget={"max_evaluations": 20})
-    row = session.run(settings, name="run", runs_dir=tmp_path)
+    row = driving.run(settings, name="run", runs_dir=tmp_path)
     assert row.status == "done"
     found = trace_of(tmp_path, "run")["candidates"]
     assert found

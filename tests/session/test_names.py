@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
-from agentmerge import exporting, session
 from agentmerge.config import SearchConfig
 from agentmerge.demo.family import Family
 from agentmerge.demo.tasks import demo_config, write_tasks
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger
-from agentmerge.maintenance import prune_results
 from agentmerge.recipe import Recipe
 from agentmerge.report.summary import best_recipe
+from agentmerge.session import driving, export
+from agentmerge.session.doctor import prune_results
 from tests.session.conftest import command, config_text
 from tests.session.conftest import config as fake_config
 
@@ -40,14 +40,14 @@ def test_a_search_over_moved_models_keeps_its_own_names(
     tmp_path: Path, family: Family, moved: Family
 ) -> None:
     tasks, runs = write_tasks(tmp_path / "tasks", family.skills, n_items=40), tmp_path / "runs"
-    session.run(config_of(family, tasks), name="here", runs_dir=runs)
-    first = session.run(config_of(moved, tasks), name="there", runs_dir=runs)
+    driving.run(config_of(family, tasks), name="here", runs_dir=runs)
+    first = driving.run(config_of(moved, tasks), name="there", runs_dir=runs)
     #: Asks what nobody has asked, so that its merges are really made.
     fewer = config_of(moved, tasks, limit=12)
-    second = session.run(fewer, name="anew", runs_dir=runs)
-    branched = session.branch("there", at=0, name="branched", runs_dir=runs)
+    second = driving.run(fewer, name="anew", runs_dir=runs)
+    branched = driving.branch("there", at=0, name="branched", runs_dir=runs)
     own = {str(path) for path in (moved.base, *moved.experts)}
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         assert all(c.reused for c in ledger.candidates(first.id) if c.state == "scored")
         for row in (first, second, branched):
             assert [c.failure for c in ledger.candidates(row.id) if c.failure] == []
@@ -58,7 +58,7 @@ def test_a_search_over_moved_models_keeps_its_own_names(
         assert str(family.base.parent) in before
     prune_results(runs, ["here"], dry_run=False)
     shutil.rmtree(runs / "here")
-    exported = exporting.export_run("there", tmp_path / "merged", runs_dir=runs)
+    exported = export.export_run("there", tmp_path / "merged", runs_dir=runs)
     assert exported["equal"] is True
 
 
@@ -70,7 +70,7 @@ def test_searches_without_a_name_may_begin_together(tmp_path: Path) -> None:
     together = [command(*line) for _ in range(3)]
     said = [process.communicate() for process in together]
     assert [process.returncode for process in together] == [0] * 3, said
-    with Ledger(tmp_path / "runs" / session.LEDGER) as ledger:
+    with Ledger(tmp_path / "runs" / driving.LEDGER) as ledger:
         assert sorted(row.name for row in ledger.runs()) == [f"run-{n}" for n in range(1, 4)]
 
 
@@ -79,5 +79,5 @@ def test_searches_without_a_name_may_begin_together(tmp_path: Path) -> None:
 )
 def test_a_name_of_the_databases_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="that of a database"):
-        session.run(fake_config(), name=name, runs_dir=tmp_path)
+        driving.run(fake_config(), name=name, runs_dir=tmp_path)
     assert not list(tmp_path.glob("*/"))

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from agentmerge import session
 from agentmerge.config import SearchConfig
 from agentmerge.ledger import Candidate, Ledger
+from agentmerge.session import driving
 from tests.evaluation import tiny
 from tests.session.conftest import OBJECTIVES, config
 
@@ -49,9 +49,9 @@ def searched(
         },
     }
     config = SearchConfig.from_text(yaml.safe_dump(body))
-    row = session.run(config, name="a", runs_dir=runs)
+    row = driving.run(config, name="a", runs_dir=runs)
     assert row.status == "done"
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         return ledger.candidates(row.id)
 
 
@@ -86,7 +86,7 @@ def test_the_default_search_gains_and_keeps_a_constraint_on_what_should_be_low(
         "population": 1,
         "constraints": [{"task": "two", "max_drop": 0.05}],
     }
-    row = session.run(
+    row = driving.run(
         config(
             search=search, budget={"max_evaluations": 26}, worker={"options": options}, **sections
         ),
@@ -94,7 +94,7 @@ def test_the_default_search_gains_and_keeps_a_constraint_on_what_should_be_low(
         runs_dir=tmp_path,
     )
     assert row.status == "done"
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         found = ledger.candidates(row.id)
     rivals = [c for c in found if c.generation == 0]
     own = [c for c in found if c.generation > 0]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
-from agentmerge.replay import replay
+from agentmerge.session import driving
+from agentmerge.session.replay import replay
 from tests.session.conftest import BODY, OBJECTIVES, config
 from tests.session.test_branch import candidates
 
@@ -37,13 +37,13 @@ def test_a_branch_may_change_the_space(
         search={"algorithm": "llm_evo"},
         budget={"max_evaluations": 24},
     )
-    session.run(three, name="a", runs_dir=tmp_path)
+    driving.run(three, name="a", runs_dir=tmp_path)
     found = candidates(tmp_path, "a")
     last = found[-1].generation
     more = {"limit": 40} if asks == "another limit" else {}
     anew = bool(more) or "genome.models" in change  # then the past is knowledge, and not paid for
     algorithm = ALGORITHMS[number % len(ALGORITHMS)]
-    row = session.branch(
+    row = driving.branch(
         "a",
         at=last,
         name="b",

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
 from agentmerge.errors import ConfigError
 from agentmerge.ledger import Ledger
-from agentmerge.replay import replay
 from agentmerge.report.summary import run_summary
+from agentmerge.session import driving
+from agentmerge.session.replay import replay
 from tests.session.conftest import OBJECTIVES, command, config, config_text, trace_of
 from tests.session.test_resume import kill_after
 
@@ -21,14 +21,14 @@ OF_MEANS = RACED | OBJECTIVES["accuracy"]
 
 
 def candidates_of(runs_dir: Path, name: str) -> list:
-    with Ledger(runs_dir / session.LEDGER) as ledger:
+    with Ledger(runs_dir / driving.LEDGER) as ledger:
         return ledger.candidates(ledger.run(name).id)
 
 
 @pytest.fixture(scope="module")
 def raced(tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("raced")
-    session.run(config(**OF_MEANS), name="a", runs_dir=runs)
+    driving.run(config(**OF_MEANS), name="a", runs_dir=runs)
     return runs
 
 
@@ -38,7 +38,7 @@ def test_losers_stop_early_and_more_are_tried_for_the_same_items(raced: Path) ->
     assert len(stopped) > 5
     assert len(found) > 34
     assert 33 <= sum(c.cost for c in found) <= 34
-    with Ledger(raced / session.LEDGER) as ledger:
+    with Ledger(raced / driving.LEDGER) as ledger:
         row = ledger.run("a")
         summary = run_summary(ledger, row)
         for candidate in stopped:
@@ -57,7 +57,7 @@ def test_losers_stop_early_and_more_are_tried_for_the_same_items(raced: Path) ->
 def test_losers_stop_early_on_an_objective_without_bounds_too(
     objective: str, tmp_path: Path
 ) -> None:
-    session.run(config(**RACED), name="a", runs_dir=tmp_path)
+    driving.run(config(**RACED), name="a", runs_dir=tmp_path)
     found = candidates_of(tmp_path, "a")
     stopped = [c for c in found if c.state == "stopped"]
     assert stopped
@@ -70,7 +70,7 @@ def test_only_whole_scores_are_compared(raced: Path) -> None:
     found = candidates_of(raced, "a")
     scored = [c for c in found if c.score is not None]
     assert all(c.rung == c.share == 1.0 and c.tasks for c in scored)
-    with Ledger(raced / session.LEDGER) as ledger:
+    with Ledger(raced / driving.LEDGER) as ledger:
         row = ledger.run("a")
         best = ledger.best_candidate(row.id)
         assert best.score == max(c.score for c in scored)
@@ -81,11 +81,11 @@ def test_only_whole_scores_are_compared(raced: Path) -> None:
 def test_a_loser_would_have_lost(raced: Path, tmp_path: Path) -> None:
     """Asked in full, at most one in twenty would have won."""
     wrong, stopped = 0, [c for c in candidates_of(raced, "a") if c.state == "stopped"]
-    with Ledger(raced / session.LEDGER) as ledger:
+    with Ledger(raced / driving.LEDGER) as ledger:
         row = ledger.run("a")
         recipes = {c: ledger.recipe(c.recipe_hash) for c in stopped}
     for candidate, text in recipes.items():
-        whole = session.evaluate(session.Recipe.parse(text), config(**OF_MEANS), runs_dir=tmp_path)
+        whole = driving.evaluate(driving.Recipe.parse(text), config(**OF_MEANS), runs_dir=tmp_path)
         beaten = max(
             c.score
             for c in candidates_of(raced, "a")
@@ -98,7 +98,7 @@ def test_a_loser_would_have_lost(raced: Path, tmp_path: Path) -> None:
 
 
 def test_higher_rungs_reuse_lower_ones(raced: Path) -> None:
-    with Ledger(raced / session.LEDGER) as ledger:
+    with Ledger(raced / driving.LEDGER) as ledger:
         rows = ledger.records(
             "SELECT recipe_hash, sum(count) AS items FROM results r JOIN item_sets s "
             "ON s.id = r.item_set_id WHERE recipe_hash IN (SELECT recipe_hash FROM candidates "
@@ -129,14 +129,14 @@ def test_killed_in_the_middle_of_races_ends_as_if_never_killed(tmp_path: Path, r
 
 def test_a_search_does_not_depend_on_what_the_ledger_holds(tmp_path: Path, raced: Path) -> None:
     unraced = config(**OBJECTIVES["accuracy"], search={"algorithm": "random"})
-    session.run(unraced, name="before", runs_dir=tmp_path)  # all items of some of its candidates
-    session.run(config(**OF_MEANS), name="a", runs_dir=tmp_path)
+    driving.run(unraced, name="before", runs_dir=tmp_path)  # all items of some of its candidates
+    driving.run(config(**OF_MEANS), name="a", runs_dir=tmp_path)
     assert trace_of(tmp_path, "a") == trace_of(raced, "a")
 
 
 def test_it_can_be_branched_and_replayed(raced: Path) -> None:
     assert replay("a", runs_dir=raced).identical
-    row = session.branch("a", at=2, name="b", runs_dir=raced)
+    row = driving.branch("a", at=2, name="b", runs_dir=raced)
     assert trace_of(raced, "b")["candidates"] == trace_of(raced, "a")["candidates"]
     assert row.result["answer"] == trace_of(raced, "a")["result"]["answer"]
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import MergeToolkit, session
-from agentmerge.agents.testing import Fault, ScriptedServer, ToolCalls
+from agentmerge import MergeToolkit
 from agentmerge.cli.app import run_app
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger
-from agentmerge.replay import replay
+from agentmerge.session import driving
+from agentmerge.session.replay import replay
+from agentmerge.testing.scripted import Fault, ScriptedServer, ToolCalls
 from tests.session.conftest import config
 from tests.session.test_agents import advised, adviser
 from tests.session.test_faults import role_of
@@ -39,7 +40,7 @@ def kept(tmp_path: Path, monkeypatch) -> Path:
             agents={"probes": 2, "max_retries": 2},
             worker={"options": {"base": "base", "fail_when": "max_weight>0.95"}},
         )
-        row = session.run(config(**sections), name="a", runs_dir=tmp_path)
+        row = driving.run(config(**sections), name="a", runs_dir=tmp_path)
     assert row.status == "done"
     monkeypatch.delenv("OPENAI_API_KEY")
     return tmp_path
@@ -47,12 +48,12 @@ def kept(tmp_path: Path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("objective", ["accuracy", "perplexity"], indirect=True)
 def test_it_ends_identically_without_model_key_or_worker(objective: str, kept: Path) -> None:
-    before = (kept / session.LEDGER).read_bytes()
+    before = (kept / driving.LEDGER).read_bytes()
     found = replay("a", runs_dir=kept)
     assert (found.identical, found.stopped, found.differs_from) == (True, "", None)
     assert found.candidates >= 34
     assert found.replies > 10
-    assert (kept / session.LEDGER).read_bytes() == before, "a replay writes nothing"
+    assert (kept / driving.LEDGER).read_bytes() == before, "a replay writes nothing"
     assert run_app(["replay", "a", "--runs-dir", str(kept)]) == 0
 
 
@@ -76,7 +77,7 @@ def test_it_asks_with_the_prompts_of_the_time(tmp_path: Path, monkeypatch) -> No
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
     with ScriptedServer(adviser) as server:
         sections = advised(server, agents={"prompts": str(prompts)})
-        session.run(config(**sections), name="a", runs_dir=tmp_path)
+        driving.run(config(**sections), name="a", runs_dir=tmp_path)
     (prompts / "critic.md").unlink()
     prompts.rmdir()
     assert replay("a", runs_dir=tmp_path).identical
@@ -91,7 +92,7 @@ def test_a_search_that_a_limit_ended(tmp_path: Path, monkeypatch, budget) -> Non
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
     with ScriptedServer(adviser) as server:
         sections = advised(server, agents={"max_tokens": 500}, budget=budget)
-        session.run(config(**sections), name="a", runs_dir=tmp_path)
+        driving.run(config(**sections), name="a", runs_dir=tmp_path)
     assert replay("a", runs_dir=tmp_path).identical
 
 
@@ -111,11 +112,11 @@ def test_limits_are_raised_where_they_were(tmp_path, monkeypatch, algorithm, fir
     with ScriptedServer(adviser) as server:
         search = {"algorithm": algorithm, "max_generations": 2}
         sections = advised(server, agents={"max_tokens": 500}, search=search, budget=first)
-        session.run(config(**sections), name="a", runs_dir=tmp_path)
+        driving.run(config(**sections), name="a", runs_dir=tmp_path)
         for generations in (3, 20):
             more = {f"budget.{name}": limit for name, limit in later.items()}
             more["search.max_generations"] = generations
-            session.resume("a", runs_dir=tmp_path, overrides=more)
+            driving.resume("a", runs_dir=tmp_path, overrides=more)
     found = replay("a", runs_dir=tmp_path)
     assert (found.identical, found.stopped) == (True, "")
     assert found.replies > 0
@@ -125,10 +126,10 @@ def test_limits_are_raised_where_they_were(tmp_path, monkeypatch, algorithm, fir
 def test_a_search_that_ran_out_of_time(tmp_path: Path, algorithm: str) -> None:
     slow = {"options": {"base": "base", "delay_s": 0.1}}
     sections = {"budget": {"timeout_s": 1.0}, "worker": slow, "search": {"algorithm": algorithm}}
-    row = session.run(config(**sections), name="a", runs_dir=tmp_path)
+    row = driving.run(config(**sections), name="a", runs_dir=tmp_path)
     assert row.stop_reason == "timeout"
     assert replay("a", runs_dir=tmp_path).identical
-    session.resume("a", runs_dir=tmp_path, overrides={"budget.timeout_s": 100})
+    driving.resume("a", runs_dir=tmp_path, overrides={"budget.timeout_s": 100})
     found = replay("a", runs_dir=tmp_path)
     assert (found.identical, found.candidates) == (True, 34)
 
@@ -136,7 +137,7 @@ def test_a_search_that_ran_out_of_time(tmp_path: Path, algorithm: str) -> None:
 @pytest.mark.parametrize("events", [0, 1, 8, 17, 24, 31, 40])
 def test_a_search_that_has_not_ended(tmp_path, monkeypatch, capsys, events: int) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
-    drain, seen = session.Drain(), []
+    drain, seen = driving.Drain(), []
 
     def stop_after(event: dict) -> None:
         seen.append(event)
@@ -145,7 +146,7 @@ def test_a_search_that_has_not_ended(tmp_path, monkeypatch, capsys, events: int)
 
     with ScriptedServer(adviser) as server:
         settings = config(**advised(server))
-        row = session.run(settings, name="a", runs_dir=tmp_path, emit=stop_after, drain=drain)
+        row = driving.run(settings, name="a", runs_dir=tmp_path, emit=stop_after, drain=drain)
     assert row.status == "interrupted"
     found = replay("a", runs_dir=tmp_path)
     assert (found.identical, found.stopped) == (True, "'a' has not gone further")
@@ -155,14 +156,14 @@ def test_a_search_that_has_not_ended(tmp_path, monkeypatch, capsys, events: int)
 
 def test_a_branch_is_replayed_from_its_own_past(kept: Path) -> None:
     overrides = {"agents.llm": "none", "search.algorithm": "cma_es", "agents.probes": 0}
-    session.branch("a", at=1, name="b", runs_dir=kept, overrides=overrides)
+    driving.branch("a", at=1, name="b", runs_dir=kept, overrides=overrides)
     assert replay("b", runs_dir=kept).identical
 
 
 def test_what_was_tampered_with_is_found(kept: Path) -> None:
     import sqlite3
 
-    with sqlite3.connect(kept / session.LEDGER) as db:
+    with sqlite3.connect(kept / driving.LEDGER) as db:
         db.execute("UPDATE candidates SET score = score + 0.001 WHERE generation = 0")
     db.close()
     found = replay("a", runs_dir=kept)
@@ -179,8 +180,8 @@ def test_a_run_of_tools_has_nothing_to_replay(tmp_path: Path) -> None:
 
 def test_another_number_of_threads_is_named_as_the_cause(tmp_path: Path, capsys) -> None:
     """Last digits of the strategy's linear algebra decide what it proposes."""
-    session.run(config(budget={"max_evaluations": 20}), name="a", runs_dir=tmp_path)
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    driving.run(config(budget={"max_evaluations": 20}), name="a", runs_dir=tmp_path)
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         row = ledger.run("a")
         own = row.facts["arithmetic"]
         assert own["threads"] >= 1

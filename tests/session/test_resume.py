@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
-from agentmerge.assembly import assembled
-from agentmerge.checkpoints import open_saver
 from agentmerge.errors import LeaseHeld, RunFailed, UserError
-from agentmerge.lease import Lease
 from agentmerge.ledger import Ledger
+from agentmerge.ledger.lease import Lease
+from agentmerge.session import driving
+from agentmerge.session.checkpoints import open_saver
+from agentmerge.session.opening import assembled
 from tests.session.conftest import command, config, config_text, trace_of
 
 KILLS = 20
@@ -56,7 +56,7 @@ def test_killed_twenty_times_ends_as_if_never_killed(tmp_path: Path) -> None:
     )
     path = tmp_path / "config.yml"
     path.write_text(text)
-    session.run(config(budget={"max_evaluations": 70}), name="calm", runs_dir=tmp_path / "calm")
+    driving.run(config(budget={"max_evaluations": 70}), name="calm", runs_dir=tmp_path / "calm")
     runs, rng = tmp_path / "runs", random.Random(5)
     log = runs / "rough" / "log.jsonl"
     kills = 0
@@ -75,7 +75,7 @@ def test_killed_twenty_times_ends_as_if_never_killed(tmp_path: Path) -> None:
 def test_first_interrupt_saves_and_says_how_to_resume(tmp_path: Path) -> None:
     path = tmp_path / "config.yml"
     path.write_text(config_text(worker={"options": {"base": "base", "delay_s": 0.2}}))
-    session.run(config(), name="calm", runs_dir=tmp_path / "calm")
+    driving.run(config(), name="calm", runs_dir=tmp_path / "calm")
     runs = tmp_path / "runs"
     process = command("run", path, "--name", "stopped", "--runs-dir", runs)
     log = runs / "stopped" / "log.jsonl"
@@ -87,12 +87,12 @@ def test_first_interrupt_saves_and_says_how_to_resume(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "agentmerge resume stopped" in err
     assert time.monotonic() - began < 5, "waited for more than the running evaluation"
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         row = ledger.run("stopped")
         left = [c for c in ledger.candidates(row.id) if c.state == "open"]
     assert row.status == "interrupted"
     assert left
-    assert session.resume("stopped", runs_dir=runs).status == "done"
+    assert driving.resume("stopped", runs_dir=runs).status == "done"
     assert trace_of(runs, "stopped") == trace_of(tmp_path / "calm", "calm")
 
 
@@ -116,42 +116,42 @@ def test_second_interrupt_stops_at_once_and_loses_nothing(tmp_path: Path) -> Non
 
 
 def test_resume_of_a_finished_search_goes_on_with_a_larger_budget(tmp_path: Path) -> None:
-    session.run(config(budget={"max_evaluations": 20}), name="a", runs_dir=tmp_path)
-    row = session.resume("a", runs_dir=tmp_path, overrides={"budget.max_evaluations": 34})
+    driving.run(config(budget={"max_evaluations": 20}), name="a", runs_dir=tmp_path)
+    row = driving.resume("a", runs_dir=tmp_path, overrides={"budget.max_evaluations": 34})
     assert (row.status, row.stop_reason) == ("done", "budget")
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         states = Counter(c.state for c in ledger.candidates(row.id))
     assert states["scored"] == 34
     assert "max_evaluations: 34" in (tmp_path / "a" / "config.yml").read_text()
 
 
 def test_resume_of_a_finished_search_changes_nothing(tmp_path: Path) -> None:
-    session.run(config(), name="a", runs_dir=tmp_path)
+    driving.run(config(), name="a", runs_dir=tmp_path)
     before = trace_of(tmp_path, "a")
-    assert session.resume("a", runs_dir=tmp_path).status == "done"
+    assert driving.resume("a", runs_dir=tmp_path).status == "done"
     assert trace_of(tmp_path, "a") == before
 
 
 def test_resume_refuses_what_is_another_search(tmp_path: Path) -> None:
-    session.run(config(budget={"max_evaluations": 12}), name="a", runs_dir=tmp_path)
+    driving.run(config(budget={"max_evaluations": 12}), name="a", runs_dir=tmp_path)
     with pytest.raises(UserError, match="agentmerge branch a"):
-        session.resume("a", runs_dir=tmp_path, overrides={"search.seed": 8})
+        driving.resume("a", runs_dir=tmp_path, overrides={"search.seed": 8})
 
 
 def test_resume_notices_a_changed_task(tmp_path: Path) -> None:
-    row = session.run(config(budget={"max_evaluations": 12}), name="a", runs_dir=tmp_path)
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    row = driving.run(config(budget={"max_evaluations": 12}), name="a", runs_dir=tmp_path)
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         facts = row.facts | {"protocols": row.facts["protocols"] | {"one": "another"}}
         ledger.update_run(row.id, facts=facts)
     with pytest.raises(UserError, match="the definition of task 'one' changed"):
-        session.resume("a", runs_dir=tmp_path)
+        driving.resume("a", runs_dir=tmp_path)
 
 
 def test_two_processes_cannot_drive_one_search(tmp_path: Path) -> None:
-    row = session.run(config(budget={"max_evaluations": 12}), name="a", runs_dir=tmp_path)
-    checkpoints = tmp_path / session.CHECKPOINTS
+    row = driving.run(config(budget={"max_evaluations": 12}), name="a", runs_dir=tmp_path)
+    checkpoints = tmp_path / driving.CHECKPOINTS
     with Lease.acquire(checkpoints, row.id), pytest.raises(LeaseHeld, match="already running"):
-        session.resume("a", runs_dir=tmp_path)
+        driving.resume("a", runs_dir=tmp_path)
 
 
 @pytest.mark.parametrize("ending", [RuntimeError("the power went"), None], ids=str)
@@ -160,29 +160,29 @@ def test_a_search_that_another_process_finished_stays_done(
 ) -> None:
     def taken_over(event: dict) -> None:
         if event["event"] == "generation" and event["generation"] == 1:
-            with Ledger(tmp_path / session.LEDGER) as ledger:
+            with Ledger(tmp_path / driving.LEDGER) as ledger:
                 ledger.update_run(ledger.run("a").id, status="done", stop_reason="budget")
-            with closing(sqlite3.connect(tmp_path / session.CHECKPOINTS)) as conn, conn:
+            with closing(sqlite3.connect(tmp_path / driving.CHECKPOINTS)) as conn, conn:
                 conn.execute("UPDATE leases SET token = 'theirs'")
             if ending:
                 raise ending
 
     with pytest.raises(RuntimeError if ending else LeaseHeld):
-        session.run(config(), name="a", runs_dir=tmp_path, emit=taken_over)
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+        driving.run(config(), name="a", runs_dir=tmp_path, emit=taken_over)
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         row = ledger.run("a")
     assert (row.status, row.stop_reason) == ("done", "budget")
 
 
 def test_timeout_ends_the_search_with_the_best_so_far(tmp_path: Path) -> None:
     slow = config(worker={"options": {"base": "base", "delay_s": 0.05}}, budget={"timeout_s": 0.6})
-    row = session.run(slow, name="a", runs_dir=tmp_path)
+    row = driving.run(slow, name="a", runs_dir=tmp_path)
     assert (row.status, row.stop_reason) == ("done", "timeout")
     assert (tmp_path / "a" / "best.yml").is_file()
     assert row.result is not None
-    later = session.resume("a", runs_dir=tmp_path, overrides={"budget.timeout_s": 600.0})
+    later = driving.resume("a", runs_dir=tmp_path, overrides={"budget.timeout_s": 600.0})
     assert later.stop_reason == "budget"
-    session.run(config(), name="calm", runs_dir=tmp_path / "calm")
+    driving.run(config(), name="calm", runs_dir=tmp_path / "calm")
     mine, calm = trace_of(tmp_path, "a"), trace_of(tmp_path / "calm", "calm")
     assert mine["candidates"] == calm["candidates"]
 
@@ -191,8 +191,8 @@ def test_a_graph_that_ends_without_finishing_fails_loudly(tmp_path: Path) -> Non
     graph = tmp_path / "broken.py"
     graph.write_text(
         "from langgraph.graph import END, START, StateGraph\n"
-        "from agentmerge.session import Context\n"
-        "from agentmerge.state import SearchState\n"
+        "from agentmerge.session.driving import Context\n"
+        "from agentmerge.search.state import SearchState\n"
         "def build():\n"
         "    graph = StateGraph(SearchState, context_schema=Context)\n"
         "    graph.add_node('seed', lambda state: {'generation': 0})\n"
@@ -201,22 +201,22 @@ def test_a_graph_that_ends_without_finishing_fails_loudly(tmp_path: Path) -> Non
         "    return graph\n"
     )
     with pytest.raises(RunFailed, match="ended without finishing"):
-        session.run(config(search={"graph": f"{graph}:build"}), name="a", runs_dir=tmp_path)
+        driving.run(config(search={"graph": f"{graph}:build"}), name="a", runs_dir=tmp_path)
     with pytest.raises(RunFailed, match="ended without finishing"):
-        session.resume("a", runs_dir=tmp_path)
+        driving.resume("a", runs_dir=tmp_path)
 
 
 def test_a_lost_worker_is_replaced_and_nothing_is_lost(tmp_path: Path) -> None:
-    session.run(config(), name="calm", runs_dir=tmp_path / "calm")
+    driving.run(config(), name="calm", runs_dir=tmp_path / "calm")
     dying = config(worker={"options": {"base": "base", "die_at": 9}})
-    session.run(dying, name="a", runs_dir=tmp_path)
+    driving.run(dying, name="a", runs_dir=tmp_path)
     assert trace_of(tmp_path, "a") == trace_of(tmp_path / "calm", "calm")
 
 
 def test_failed_candidates_are_data(tmp_path: Path) -> None:
     failing = config(worker={"options": {"base": "base", "fail_when": "max_weight>0.9"}})
-    row = session.run(failing, name="a", runs_dir=tmp_path)
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    row = driving.run(failing, name="a", runs_dir=tmp_path)
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         failed = [c for c in ledger.candidates(row.id) if c.state == "failed"]
     assert row.status == "done"
     assert failed
@@ -225,22 +225,22 @@ def test_failed_candidates_are_data(tmp_path: Path) -> None:
 
 def test_stopped_between_a_generations_last_score_and_the_next_step(tmp_path: Path) -> None:
     """All that was begun has ended and is saved, and nothing after it."""
-    session.run(config(), name="a", runs_dir=tmp_path / "calm")
+    driving.run(config(), name="a", runs_dir=tmp_path / "calm")
     runs = tmp_path / "runs"
     runs.mkdir()
-    with open_saver(runs / session.CHECKPOINTS):
+    with open_saver(runs / driving.CHECKPOINTS):
         pass
-    with closing(sqlite3.connect(runs / session.CHECKPOINTS)) as conn, conn:
+    with closing(sqlite3.connect(runs / driving.CHECKPOINTS)) as conn, conn:
         conn.execute(
             "CREATE TRIGGER full BEFORE INSERT ON checkpoints WHEN "
             "(SELECT count(*) FROM checkpoints) > 2 "
             "BEGIN SELECT RAISE(ABORT, 'disk full'); END"
         )
     with pytest.raises(RunFailed, match="disk full"):
-        session.run(config(), name="a", runs_dir=runs)
-    with closing(sqlite3.connect(runs / session.CHECKPOINTS)) as conn, conn:
+        driving.run(config(), name="a", runs_dir=runs)
+    with closing(sqlite3.connect(runs / driving.CHECKPOINTS)) as conn, conn:
         conn.execute("DROP TRIGGER full")
-    assert session.resume("a", runs_dir=runs).status == "done"
+    assert driving.resume("a", runs_dir=runs).status == "done"
     assert trace_of(runs, "a") == trace_of(tmp_path / "calm", "a")
 
 
@@ -257,7 +257,7 @@ def test_databases_of_different_moments_go_on_from_the_ledger(tmp_path: Path, be
         with copying:
             folder = tmp_path / str(len(moments))
             folder.mkdir()
-            for name in (session.LEDGER, session.CHECKPOINTS):
+            for name in (driving.LEDGER, driving.CHECKPOINTS):
                 with (
                     closing(sqlite3.connect(calm / name)) as old,
                     closing(sqlite3.connect(folder / name)) as new,
@@ -265,28 +265,28 @@ def test_databases_of_different_moments_go_on_from_the_ledger(tmp_path: Path, be
                     old.backup(new)
             moments.append(folder)
 
-    session.run(config(budget={"max_evaluations": 24}), name="a", runs_dir=calm, emit=keep)
+    driving.run(config(budget={"max_evaluations": 24}), name="a", runs_dir=calm, emit=keep)
     rng = random.Random(3)
     for _ in range(4):
         early, late = sorted(rng.sample(range(6, len(moments)), 2))
         ledger, checkpoints = (early, late) if behind == "ledger" else (late, early)
         runs = tmp_path / f"mixed-{early}-{late}"
         runs.mkdir()
-        shutil.copy(moments[ledger] / session.LEDGER, runs / session.LEDGER)
-        shutil.copy(moments[checkpoints] / session.CHECKPOINTS, runs / session.CHECKPOINTS)
-        row = session.resume("a", runs_dir=runs)
+        shutil.copy(moments[ledger] / driving.LEDGER, runs / driving.LEDGER)
+        shutil.copy(moments[checkpoints] / driving.CHECKPOINTS, runs / driving.CHECKPOINTS)
+        row = driving.resume("a", runs_dir=runs)
         assert (row.status, row.stop_reason) == ("done", "budget"), (early, late)
         assert trace_of(runs, "a") == trace_of(calm, "a")
 
 
 def test_a_missing_generation_is_not_an_empty_one(tmp_path: Path) -> None:
     """A server's graph goes on from its own checkpoint, which may be ahead of the ledger."""
-    row = session.run(config(budget={"max_evaluations": 24}), name="a", runs_dir=tmp_path)
-    with Ledger(tmp_path / session.LEDGER) as ledger, ExitStack() as stack:
+    row = driving.run(config(budget={"max_evaluations": 24}), name="a", runs_dir=tmp_path)
+    with Ledger(tmp_path / driving.LEDGER) as ledger, ExitStack() as stack:
         last = ledger.candidates(row.id)[-1].generation
         with ledger._writing() as conn:
             conn.execute("DELETE FROM candidates WHERE generation = ?", (last,))
-        prepared = session.prepare(session.SearchConfig.from_text(row.config))
+        prepared = driving.prepare(driving.SearchConfig.from_text(row.config))
         search = assembled(prepared, row, tmp_path, ledger, lambda event: None, stack)
         search.evaluate(last, 0)
         outcome = search.select(last)

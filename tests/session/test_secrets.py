@@ -19,16 +19,17 @@ from typing import Any
 import pytest
 import yaml
 
-from agentmerge import redaction, session
 from agentmerge.agents.roles import models_for
-from agentmerge.agents.testing import Fault, ScriptedServer, ToolCalls
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
 from agentmerge.demo.family import Family
 from agentmerge.demo.tasks import demo_config, write_tasks
 from agentmerge.errors import RunFailed, UserError
 from agentmerge.ledger import Ledger
-from agentmerge.redaction import hidden, redact, revealed
+from agentmerge.session import driving
+from agentmerge.system import redaction
+from agentmerge.system.redaction import hidden, redact, revealed
+from agentmerge.testing.scripted import Fault, ScriptedServer, ToolCalls
 from agentmerge.workers.fake import FakeWorker
 from tests.session.conftest import command, config, config_text
 
@@ -186,7 +187,7 @@ def test_a_server_that_repeats_the_key_gets_it_nowhere(
     assert "[redacted]" in said
     shown = looked_at(runs, tmp_path / "out", monkeypatch, capsys)
     assert "[redacted]" in (tmp_path / "out" / "report.html").read_text()
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         words = ledger.advice(ledger.run("a").id)
         calls = ledger.records("SELECT reply, tool_calls FROM model_calls")
     assert any("[redacted]" in json.dumps(word) for word in words)
@@ -282,7 +283,7 @@ def test_secrets_of_a_config_are_used_and_kept_nowhere(
 
 
 def candidates(runs: Path) -> list[Any]:
-    with Ledger(runs / session.LEDGER, read_only=True) as ledger:
+    with Ledger(runs / driving.LEDGER, read_only=True) as ledger:
         return ledger.candidates(ledger.run("a").id)
 
 
@@ -325,8 +326,8 @@ def test_a_resume_is_given_its_secrets_again(
 
 def test_a_ledger_of_before_goes_on_and_is_shown_without(tmp_path: Path) -> None:
     body = {"worker": {"options": {"token": TOKEN}}, "budget": {"max_evaluations": 8}}
-    session.run(config(budget={"max_evaluations": 8}), name="a", runs_dir=tmp_path)
-    with closing(sqlite3.connect(tmp_path / session.LEDGER)) as conn:
+    driving.run(config(budget={"max_evaluations": 8}), name="a", runs_dir=tmp_path)
+    with closing(sqlite3.connect(tmp_path / driving.LEDGER)) as conn:
         (text,) = conn.execute("SELECT config FROM runs").fetchone()
         old = yaml.safe_load(text)
         old["worker"]["options"] |= body["worker"]["options"]
@@ -336,7 +337,7 @@ def test_a_ledger_of_before_goes_on_and_is_shown_without(tmp_path: Path) -> None
     assert run_app(["report", "a", "--runs-dir", str(tmp_path)]) == 0
     out = str(tmp_path / "parquet")
     assert run_app(["ledger", "export", "--runs-dir", str(tmp_path), "--to", out]) == 0
-    nowhere(everything_in(tmp_path, tmp_path / session.LEDGER))
+    nowhere(everything_in(tmp_path, tmp_path / driving.LEDGER))
     made = []
     init = FakeWorker.__init__
 
@@ -346,10 +347,10 @@ def test_a_ledger_of_before_goes_on_and_is_shown_without(tmp_path: Path) -> None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FakeWorker, "__init__", spying)
-        row = session.resume("a", runs_dir=tmp_path, overrides={"budget.max_evaluations": 14})
+        row = driving.resume("a", runs_dir=tmp_path, overrides={"budget.max_evaluations": 14})
     assert made == [TOKEN], "the search itself had it"
     assert "${AGENTMERGE_SECRET_TOKEN}" in row.config
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         stored = ledger.records("SELECT config FROM runs")[0]["config"]
     assert TOKEN not in stored
 
@@ -368,7 +369,7 @@ def test_an_error_that_ends_a_search_is_kept_without(
     monkeypatch.setattr(FakeWorker, "load", broken)
     run = ["run", str(path), "--runs-dir", str(tmp_path)]
     assert run_app(run) == 1
-    monkeypatch.setattr("agentmerge.steps.Search.scoring", property(lambda _: {}[TOKEN]))
+    monkeypatch.setattr("agentmerge.search.search.Search.scoring", property(lambda _: {}[TOKEN]))
     assert run_app(run) == 1
     said = capsys.readouterr()
     assert "details in" in said.err
@@ -465,8 +466,8 @@ class TestWhoseKey:
     def test_a_search_of_before_is_resumed_once_a_key_is_named(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        session.run(config(budget={"max_evaluations": 8}), name="a", runs_dir=tmp_path)
-        with closing(sqlite3.connect(tmp_path / session.LEDGER)) as conn:
+        driving.run(config(budget={"max_evaluations": 8}), name="a", runs_dir=tmp_path)
+        with closing(sqlite3.connect(tmp_path / driving.LEDGER)) as conn:
             (text,) = conn.execute("SELECT config FROM runs").fetchone()
             old = yaml.safe_load(text)
             old["agents"] |= {"llm": "openai:m", "base_url": "http://nowhere.invalid/v1"}
@@ -478,7 +479,7 @@ class TestWhoseKey:
         assert "(or --api-key-env OPENAI_API_KEY)" in capsys.readouterr().err
         assert run_app(["show", "a", "--runs-dir", str(tmp_path)]) == 0
         assert run_app([*resume, "--api-key-env", "MY_SERVERS"]) == 0
-        with Ledger(tmp_path / session.LEDGER) as ledger:
+        with Ledger(tmp_path / driving.LEDGER) as ledger:
             assert "api_key_env: MY_SERVERS" in ledger.run("a").config
 
 

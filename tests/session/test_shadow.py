@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
-from agentmerge.agents.history import integers
-from agentmerge.agents.testing import ScriptedServer
+from agentmerge.agents.view import integers
 from agentmerge.cli.render import card_text
 from agentmerge.config import SearchConfig
+from agentmerge.contracts.strategy import SHADOW, Observation
 from agentmerge.errors import ConfigError
 from agentmerge.ledger import Candidate, Ledger
-from agentmerge.replay import replay
-from agentmerge.shadow import best_within, charges, heard
-from agentmerge.strategies.base import SHADOW, Observation
+from agentmerge.search.past import best_within, charges, heard
+from agentmerge.session import driving
+from agentmerge.session.replay import replay
+from agentmerge.testing.scripted import ScriptedServer
 from tests.session.conftest import config, trace_of
 from tests.session.test_agents import advised, adviser
 
@@ -26,7 +26,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def candidates_of(runs_dir: Path, name: str) -> list[Candidate]:
-    with Ledger(runs_dir / session.LEDGER) as ledger:
+    with Ledger(runs_dir / driving.LEDGER) as ledger:
         return ledger.candidates(ledger.run(name).id)
 
 
@@ -37,7 +37,7 @@ def settings(server: ScriptedServer, share: float, **sections: dict) -> SearchCo
 
 def test_both_arms_get_their_share_and_the_card_says_what_the_models_earned(tmp_path) -> None:
     with ScriptedServer(adviser) as server:
-        row = session.run(settings(server, 0.4), name="a", runs_dir=tmp_path)
+        row = driving.run(settings(server, 0.4), name="a", runs_dir=tmp_path)
     found = candidates_of(tmp_path, "a")
     assert sum(c.cost for c in found) <= 34
     mine = [c for c in found if c.generation and c.operator != SHADOW]
@@ -58,7 +58,7 @@ def test_both_arms_get_their_share_and_the_card_says_what_the_models_earned(tmp_
 
 def test_the_models_do_not_hear_of_the_other_arm(tmp_path) -> None:
     with ScriptedServer(adviser) as server:
-        session.run(settings(server, 0.4), name="a", runs_dir=tmp_path)
+        driving.run(settings(server, 0.4), name="a", runs_dir=tmp_path)
         asked = "\n".join(str(request) for request in server.requests)
     found = candidates_of(tmp_path, "a")
 
@@ -78,8 +78,8 @@ def test_the_models_do_not_hear_of_the_other_arm(tmp_path) -> None:
 def test_it_ends_the_same_when_replayed_and_when_raced(tmp_path) -> None:
     with ScriptedServer(adviser) as server:
         raced = settings(server, 0.4, search={"racing": True})
-        session.run(raced, name="a", runs_dir=tmp_path)
-        session.run(raced, name="b", runs_dir=tmp_path)
+        driving.run(raced, name="a", runs_dir=tmp_path)
+        driving.run(raced, name="b", runs_dir=tmp_path)
     assert replay("a", runs_dir=tmp_path).identical
     assert trace_of(tmp_path, "a") == trace_of(tmp_path, "b")
 
@@ -121,7 +121,7 @@ def test_an_arm_hears_of_itself_and_of_what_both_share() -> None:
 
 def test_without_a_model_there_is_nothing_to_measure(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"shadow 0\.3 measures what a language model adds"):
-        session.run(config(search={"shadow": 0.3}), name="a", runs_dir=tmp_path)
+        driving.run(config(search={"shadow": 0.3}), name="a", runs_dir=tmp_path)
     assert not (tmp_path / "a").exists()
 
 

@@ -15,20 +15,20 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
-from agentmerge.agents.testing import Fault, ScriptedServer
-from agentmerge.assembly import graphs_dir
-from agentmerge.checkpoints import open_saver
-from agentmerge.context import Context
 from agentmerge.errors import LeaseHeld, NotFound, TaskError
 from agentmerge.ledger import Ledger
+from agentmerge.session import driving
+from agentmerge.session.checkpoints import open_saver
+from agentmerge.session.context import Context
+from agentmerge.session.opening import graphs_dir
+from agentmerge.testing.scripted import Fault, ScriptedServer
 from agentmerge.workers.fake import FakeWorker
 from tests.session.conftest import config, config_text, trace_of
 
 
 def streamed(runs_dir: Path, context: Context, thread_id: str, begin: dict | None) -> list:
     thread = {"configurable": {"thread_id": thread_id}, "max_concurrency": 64}
-    with open_saver(runs_dir / session.CHECKPOINTS) as saver:
+    with open_saver(runs_dir / driving.CHECKPOINTS) as saver:
         graphs = runpy.run_path(str(graphs_dir() / "search.py"))
         graph = graphs["graph"].compile(checkpointer=saver)
         modes = ["updates", "custom"]
@@ -46,24 +46,24 @@ def test_a_stream_gives_live_progress(tmp_path: Path) -> None:
     assert events.count("candidate") == 34
     assert events.index("generation") < len(events) - 1
     assert events[-1] == "done"
-    session.run(config(), name="calm", runs_dir=tmp_path)
+    driving.run(config(), name="calm", runs_dir=tmp_path)
     assert trace_of(tmp_path, "served") == trace_of(tmp_path, "calm")
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         assert ledger.run("served").id == thread_id, (
             "one thread for the server and the command line"
         )
-    row = session.resume("served", runs_dir=tmp_path, overrides={"budget.max_evaluations": 40})
+    row = driving.resume("served", runs_dir=tmp_path, overrides={"budget.max_evaluations": 40})
     assert (row.status, row.stop_reason) == ("done", "budget")
 
 
 def test_a_thread_may_begin_as_a_branch(tmp_path: Path) -> None:
-    session.run(config(), name="trunk", runs_dir=tmp_path)
+    driving.run(config(), name="trunk", runs_dir=tmp_path)
     overrides = {"search.seed": 11, "budget.max_evaluations": 26}
     context = Context(
         branch_of="trunk", at=1, name="twig", overrides=overrides, runs_dir=str(tmp_path)
     )
     streamed(tmp_path, context, str(uuid.uuid4()), {})
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         row = ledger.run("twig")
         assert row.parent_generation == 1
         assert row.status == "done"
@@ -73,11 +73,11 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
     unknown = Context(runs_dir=str(tmp_path))
     with pytest.raises(NotFound, match="no run called"):
         streamed(tmp_path, unknown, str(uuid.uuid4()), {})
-    from agentmerge.lease import Lease
+    from agentmerge.ledger.lease import Lease
 
-    row = session.run(config(), name="a", runs_dir=tmp_path)
+    row = driving.run(config(), name="a", runs_dir=tmp_path)
     with (
-        Lease.acquire(tmp_path / session.CHECKPOINTS, row.id, name="a"),
+        Lease.acquire(tmp_path / driving.CHECKPOINTS, row.id, name="a"),
         pytest.raises(LeaseHeld),
     ):
         streamed(tmp_path, Context(runs_dir=str(tmp_path)), row.id, {})
@@ -86,8 +86,8 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
 def test_a_run_that_fails_gives_back_what_it_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from agentmerge.context import _HELD, _OPEN
-    from agentmerge.lease import Lease
+    from agentmerge.ledger.lease import Lease
+    from agentmerge.session.context import _HELD, _OPEN
 
     made, closed = FakeWorker.score, []
 
@@ -103,12 +103,12 @@ def test_a_run_that_fails_gives_back_what_it_held(
     assert closed
     assert not _HELD
     assert not _OPEN
-    assert Lease.holder(tmp_path / session.CHECKPOINTS, thread_id) is None
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    assert Lease.holder(tmp_path / driving.CHECKPOINTS, thread_id) is None
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         assert ledger.run("served").status == "interrupted"
     monkeypatch.setattr(FakeWorker, "score", made)
     streamed(tmp_path, context, thread_id, None)
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         assert ledger.run("served").status == "done"
 
 

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge import session
-from agentmerge.agents.schemas import StructuralMove
-from agentmerge.agents.testing import ScriptedServer
 from agentmerge.cli.app import run_app
+from agentmerge.contracts.advice import StructuralMove
 from agentmerge.errors import UserError
-from agentmerge.genome import SearchSpace
 from agentmerge.ledger import Candidate, Ledger
-from agentmerge.replay import replay
+from agentmerge.ledger.words import Opening, openings
+from agentmerge.search.trials import TRIAL, finer, moved, standing
+from agentmerge.session import driving
+from agentmerge.session.replay import replay
+from agentmerge.space.grouped import SearchSpace
 from agentmerge.strategies.llm_evo import LlmEvo
-from agentmerge.structure import TRIAL, Opening, finer, moved, openings, standing
+from agentmerge.testing.scripted import ScriptedServer
 from tests.session.conftest import command, config, config_text, trace_of
 from tests.session.test_agents import advised, adviser
 from tests.session.test_faults import role_of
@@ -51,7 +52,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def moves_of(runs_dir: Path, name: str) -> tuple[list[Opening], list[Candidate]]:
-    with Ledger(runs_dir / session.LEDGER) as ledger:
+    with Ledger(runs_dir / driving.LEDGER) as ledger:
         row = ledger.run(name)
         return openings(ledger.advice(row.id)), ledger.candidates(row.id)
 
@@ -66,7 +67,7 @@ def test_a_move_opens_a_space_that_gets_its_trial(
 ) -> None:
     with ScriptedServer(mover(move)) as server:
         sections = advised(server, search={"algorithm": algorithm, "sealed_share": 0.0})
-        row = session.run(config(**sections, budget=BUDGET), name="a", runs_dir=tmp_path)
+        row = driving.run(config(**sections, budget=BUDGET), name="a", runs_dir=tmp_path)
         assert row.status == "done"
         found, candidates = moves_of(tmp_path, "a")
     assert [(o.move.change, o.move.value, o.refusal) for o in found] == [(*move, "")]
@@ -83,7 +84,7 @@ def test_a_move_opens_a_space_that_gets_its_trial(
 @pytest.mark.parametrize("objective", ["accuracy", "loss"], indirect=True)
 def test_a_space_begins_with_the_best_as_near_as_they_come(tmp_path: Path, objective) -> None:
     with ScriptedServer(mover(("method", "ties"))) as server:
-        session.run(config(**advised(server), budget=BUDGET), name="a", runs_dir=tmp_path)
+        driving.run(config(**advised(server), budget=BUDGET), name="a", runs_dir=tmp_path)
     found, candidates = moves_of(tmp_path, "a")
     first = [c for c in candidates if c.operator == "structure"]
     assert [c.label.split()[0] for c in first][:3] == ["from", "from", "from"]
@@ -91,7 +92,7 @@ def test_a_space_begins_with_the_best_as_near_as_they_come(tmp_path: Path, objec
         (c for c in candidates if c.generation <= found[0].generation), key=lambda c: c.score or 0
     )
     assert f"from {best.generation}.{best.slot}" == first[0].label
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         assert "merge_method: ties" in ledger.recipe(first[0].recipe_hash)
 
 
@@ -107,7 +108,7 @@ def test_a_move_that_opens_nothing_is_kept_with_the_reason(
     tmp_path: Path, move: tuple[str, str], reason: str
 ) -> None:
     with ScriptedServer(mover(move)) as server:
-        row = session.run(config(**advised(server), budget=BUDGET), name="a", runs_dir=tmp_path)
+        row = driving.run(config(**advised(server), budget=BUDGET), name="a", runs_dir=tmp_path)
         told = [r.body["messages"][1]["content"] for r in server.requests]
     found, candidates = moves_of(tmp_path, "a")
     assert row.status == "done"
@@ -120,7 +121,7 @@ def test_a_move_that_opens_nothing_is_kept_with_the_reason(
 def test_fixed_carries_nothing_out(tmp_path: Path) -> None:
     with ScriptedServer(mover(("method", "ties"))) as server:
         sections = advised(server, search={"structure": "fixed"})
-        session.run(config(**sections, budget=BUDGET), name="a", runs_dir=tmp_path)
+        driving.run(config(**sections, budget=BUDGET), name="a", runs_dir=tmp_path)
     assert moves_of(tmp_path, "a")[0] == []
 
 
@@ -161,11 +162,11 @@ def test_killed_in_a_trial_it_ends_the_same(tmp_path: Path) -> None:
         path = tmp_path / "config.yml"
         path.write_text(text)
         calm, torn = tmp_path / "calm", tmp_path / "torn"
-        session.run(config(**sections, budget=BUDGET), name="a", runs_dir=calm)
+        driving.run(config(**sections, budget=BUDGET), name="a", runs_dir=calm)
         log = torn / "a" / "log.jsonl"
         assert kill_after(command("run", path, "--name", "a", "--runs-dir", torn), log, 45, 0.01)
         assert kill_after(command("resume", "a", "--runs-dir", torn), log, 25, 0.02)
-        session.resume("a", runs_dir=torn)
+        driving.resume("a", runs_dir=torn)
     assert trace_of(torn, "a") == trace_of(calm, "a")
 
 
@@ -184,7 +185,7 @@ def test_the_arm_that_hears_no_model_is_not_seen_from_another_space(
     none = ("none", "")
     with ScriptedServer(mover(none, none, ("granularity", "1"))) as server:
         sections = advised(server, search={"shadow": 0.3})
-        session.run(config(**sections, budget={"max_evaluations": 90}), name="a", runs_dir=tmp_path)
+        driving.run(config(**sections, budget={"max_evaluations": 90}), name="a", runs_dir=tmp_path)
     _, candidates = moves_of(tmp_path, "a")
     shadows = {(c.generation, c.slot) for c in candidates if c.operator == "shadow"}
     assert shadows
@@ -194,10 +195,10 @@ def test_the_arm_that_hears_no_model_is_not_seen_from_another_space(
 
 def test_a_branch_keeps_the_spaces_and_may_change_the_genome(tmp_path: Path) -> None:
     with ScriptedServer(mover(("granularity", "1"))) as server:
-        row = session.run(config(**advised(server), budget=BUDGET), name="a", runs_dir=tmp_path)
+        row = driving.run(config(**advised(server), budget=BUDGET), name="a", runs_dir=tmp_path)
         found, _ = moves_of(tmp_path, "a")
-        session.branch("a", at=found[0].generation + 2, name="b", runs_dir=tmp_path)
-        session.branch(
+        driving.branch("a", at=found[0].generation + 2, name="b", runs_dir=tmp_path)
+        driving.branch(
             "a", at=2, name="c", runs_dir=tmp_path,
             overrides={"genome.layer_granularity": 4, "search.structure": "fixed"},
         )  # fmt: skip
@@ -217,13 +218,13 @@ def test_a_space_that_few_evaluations_did_not_open_is_told(tmp_path: Path) -> No
         "limit": 200,
         "worker": {"options": {"num_layers": 4, "documents": 800}},
     }
-    row = session.run(config(**sections), name="a", runs_dir=tmp_path)
+    row = driving.run(config(**sections), name="a", runs_dir=tmp_path)
     assert row.stop_reason == "nothing more to gain"
     (note,) = [note for note in row.result["notes"] if "evaluations are left" in note]
     assert "another search space (granularity 2) is opened only while 32 are" in note
     lacking = int(re.search(r"resume with (\d+) more", note).group(1))
     more = {"budget.max_evaluations": 40 + lacking}
-    session.resume("a", runs_dir=tmp_path, overrides=more)
+    driving.resume("a", runs_dir=tmp_path, overrides=more)
     assert [o.move.value for o in moves_of(tmp_path, "a")[0]] == ["2"]
     assert replay("a", runs_dir=tmp_path).identical
 
@@ -237,7 +238,7 @@ def test_free_goes_finer_where_nothing_is_left(tmp_path: Path) -> None:
     }
     sections.pop("limit")
     settings = config(**sections, budget={"max_evaluations": 90})
-    session.run(settings, name="a", runs_dir=tmp_path)
+    driving.run(settings, name="a", runs_dir=tmp_path)
     found, candidates = moves_of(tmp_path, "a")
     assert [o.move.change for o in found][:1] == ["granularity"]
     widths = {len(c.vector) for c in candidates if c.vector}

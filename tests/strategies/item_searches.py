@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from agentmerge.config import GenomeConfig
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.base import Evidence, Items, Observation, Strategy, rng_factory
+from agentmerge.contracts.strategy import Evidence, Items, Observation, Strategy, rng_factory
+from agentmerge.space.grouped import SearchSpace
 
 SPACE = SearchSpace(
     GenomeConfig(

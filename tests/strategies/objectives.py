@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agentmerge.strategies.base import Evidence, Items, Observation
+from agentmerge.contracts.strategy import Evidence, Items, Observation
 
 COUNT = 40
 KINDS = ("score", "margins", "values", "perplexity", "beside", "lower")

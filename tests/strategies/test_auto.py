@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agentmerge.agents.schemas import Guidance
+from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.strategy import Observation, Proposal, rng_factory
 from agentmerge.strategies.auto import (
     GRADIENT_STEPS,
     MOST_ADVICE,
@@ -19,7 +20,6 @@ from agentmerge.strategies.auto import (
     operator_of,
     since_gain,
 )
-from agentmerge.strategies.base import Observation, Proposal, rng_factory
 from agentmerge.strategies.gradient import Gradient, next_step
 from agentmerge.strategies.margins import prospect_for
 from tests.strategies.item_searches import SPACE, Quiz, best, searched

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agentmerge.strategies.base import Evidence, Items, Observation
+from agentmerge.contracts.strategy import Evidence, Items, Observation
 from agentmerge.strategies.censored import completed
 from agentmerge.strategies.surrogate import conditioned, fitted
 from agentmerge.strategies.table import table_of

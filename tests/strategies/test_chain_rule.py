@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from agentmerge.config import GenomeConfig, TasksConfig
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.chain_rule import differentiable_axes, unit_gradient
-from agentmerge.workers.base import ItemRef, WorkerSpec
+from agentmerge.contracts.worker import ItemRef, WorkerSpec
+from agentmerge.space.chain_rule import differentiable_axes, unit_gradient
+from agentmerge.space.grouped import SearchSpace
 from agentmerge.workers.fake import FakeWorker, fake_tasks
 
 LAYERS = 6

@@ -8,8 +8,8 @@ from dataclasses import replace
 import cma
 import pytest
 
+from agentmerge.contracts.strategy import Observation, rng_factory
 from agentmerge.strategies import cma_es
-from agentmerge.strategies.base import Observation, rng_factory
 from tests.strategies.test_population import SPACE, begun, fitness
 
 GENERATIONS = 24

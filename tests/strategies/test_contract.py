@@ -10,8 +10,8 @@ import pytest
 
 from agentmerge import plugins
 from agentmerge.config import GenomeConfig
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.base import Observation, Strategy, rng_factory
+from agentmerge.contracts.strategy import Observation, Strategy, rng_factory
+from agentmerge.space.grouped import SearchSpace
 from tests.strategies.objectives import KINDS, Objective
 
 NAMES = sorted(plugins.known("agentmerge.strategies"))

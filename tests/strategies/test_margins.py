@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agentmerge.strategies.base import Items, rng_factory
+from agentmerge.contracts.strategy import Items, rng_factory
 from agentmerge.strategies.cma_es import CmaEs
 from agentmerge.strategies.margins import Margins, prospect_of
 from agentmerge.strategies.soft_score import SoftScore

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from agentmerge import plugins
-from agentmerge.agents.schemas import Guidance
 from agentmerge.config import GenomeConfig
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.base import (
+from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.strategy import (
     PURPOSES,
     Observation,
     Proposal,
@@ -18,6 +17,7 @@ from agentmerge.strategies.base import (
     fittest,
     rng_factory,
 )
+from agentmerge.space.grouped import SearchSpace
 
 NAMES = sorted(plugins.known("agentmerge.strategies"))
 SPACE = SearchSpace(

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import yaml
 
-from agentmerge import session
 from agentmerge.config import GenomeConfig, SearchConfig
-from agentmerge.genome import SearchSpace
 from agentmerge.ledger import Ledger
+from agentmerge.session import driving
+from agentmerge.space.grouped import SearchSpace
 from agentmerge.strategies.ratios import Ratios
 from tests.session.conftest import config_text
 
@@ -106,8 +106,8 @@ def test_no_proposal_is_refused_for_what_the_space_knew(
     text = config_text(genome=genome, search=search, budget={"max_evaluations": 26})
     body = yaml.safe_load(text)
     body["genome"] = {k: v for k, v in body["genome"].items() if v is not None}
-    row = session.run(SearchConfig.from_text(yaml.safe_dump(body)), name="a", runs_dir=tmp_path)
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    row = driving.run(SearchConfig.from_text(yaml.safe_dump(body)), name="a", runs_dir=tmp_path)
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         found = [c for c in ledger.candidates(row.id) if c.generation > 0]
     assert len(found) > 6
     assert not [c.failure for c in found if c.failure]

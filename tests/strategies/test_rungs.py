@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from agentmerge.config import GenomeConfig
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.rungs import rungs
+from agentmerge.space.grouped import SearchSpace
+from agentmerge.space.rungs import rungs
 
 
 def space_of(method: str, layers: int = 4, **changes) -> SearchSpace:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agentmerge.strategies.base import Bound, Evidence, Items, Observation, rng_factory
+from agentmerge.contracts.strategy import Bound, Evidence, Items, Observation, rng_factory
 from agentmerge.strategies.margins import Margins, prospect_of, trifle_of
 from agentmerge.strategies.soft_score import SoftScore, scaled
 from agentmerge.strategies.surrogate import FIT_POINTS

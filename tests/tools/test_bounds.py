@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from agentmerge import MergeToolkit, SearchConfig
-from agentmerge.session import LEDGER
+from agentmerge.ledger.folder import LEDGER
 from agentmerge.workers.fake import FakeWorker
 
 

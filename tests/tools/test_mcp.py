@@ -13,9 +13,9 @@ import pytest
 import yaml
 from mcp import Client, StdioServerParameters
 
-from agentmerge.lease import Lease
 from agentmerge.ledger import Ledger
-from agentmerge.session import CHECKPOINTS, LEDGER
+from agentmerge.ledger.folder import CHECKPOINTS, LEDGER
+from agentmerge.ledger.lease import Lease
 
 
 def served(text: str, folder: Path) -> StdioServerParameters:

@@ -15,14 +15,15 @@ from langchain_core.messages import AIMessage, ToolMessage
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode
 
-from agentmerge import MergeToolkit, SearchConfig, session
+from agentmerge import MergeToolkit, SearchConfig
 from agentmerge.agents.ladder import release
-from agentmerge.agents.testing import scripted_chat_model
 from agentmerge.errors import LeaseHeld, NotFound, UserError
 from agentmerge.ledger import Ledger
+from agentmerge.ledger.folder import LEDGER
 from agentmerge.report.summary import best_recipe, run_summary
-from agentmerge.session import LEDGER
-from agentmerge.toolset import tools_of
+from agentmerge.search.tools import tools_of
+from agentmerge.session import driving
+from agentmerge.testing.scripted import scripted_chat_model
 
 GENOME = "[50, 40, 30, 20]"
 
@@ -252,7 +253,7 @@ def test_a_run_of_tools_goes_on_and_becomes_a_search(fake_config: str, tmp_path:
         assert json.loads(kit.get_tools()[0].invoke({"recipe": GENOME}))["known"]
     with Ledger(tmp_path / LEDGER) as ledger:
         assert ledger.run("t").stop_reason == "closed"
-    row = session.resume("t", runs_dir=tmp_path)
+    row = driving.resume("t", runs_dir=tmp_path)
     with Ledger(tmp_path / LEDGER) as ledger:
         operators = {c.operator for c in ledger.candidates(row.id)}
     assert (row.status, row.stop_reason) == ("done", "budget")

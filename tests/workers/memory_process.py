@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from agentmerge.config import TasksConfig
+from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.evaluation.tasks import TaskSet
-from agentmerge.merging.layout import read_layout
 from agentmerge.merging.placement import plan_memory
+from agentmerge.parents.layout import read_layout
 from agentmerge.recipe import Recipe
-from agentmerge.workers.base import WorkerSpec
 from agentmerge.workers.hf import HfWorker
 
 

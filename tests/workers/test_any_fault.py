@@ -16,11 +16,11 @@ import pytest
 import tiny
 import yaml
 
-from agentmerge import session
 from agentmerge.config import SearchConfig
 from agentmerge.errors import AgentmergeError, CandidateFailed, TaskError, WorkerLost
 from agentmerge.ledger import Ledger
 from agentmerge.ledger.store import Store
+from agentmerge.session import driving
 from agentmerge.workers.fake import FakeWorker
 from agentmerge.workers.hf import HfWorker
 from tests.session.conftest import BODY, OBJECTIVES, config
@@ -78,10 +78,10 @@ def driven(settings: SearchConfig, folder: Path, worker: Any, seed: int) -> None
     for attempt, share in enumerate((0.2, 0.1, 0.05, 0.0)):
         with faults(worker, rng, share) as drawn:
             try:
-                if attempt and (folder / session.LEDGER).exists() and _exists(folder):
-                    row = session.resume("a", runs_dir=folder)
+                if attempt and (folder / driving.LEDGER).exists() and _exists(folder):
+                    row = driving.resume("a", runs_dir=folder)
                 else:
-                    row = session.run(settings, name="a", runs_dir=folder)
+                    row = driving.run(settings, name="a", runs_dir=folder)
             except AgentmergeError:
                 row = None
             finally:
@@ -91,7 +91,7 @@ def driven(settings: SearchConfig, folder: Path, worker: Any, seed: int) -> None
     assert seen
     assert row is not None
     assert row.status == "done", seen
-    with Ledger(folder / session.LEDGER) as ledger:
+    with Ledger(folder / driving.LEDGER) as ledger:
         found = ledger.candidates(row.id)
     if any(c.score is not None for c in found):
         assert row.result is not None
@@ -99,11 +99,11 @@ def driven(settings: SearchConfig, folder: Path, worker: Any, seed: int) -> None
         assert place in {(c.generation, c.slot) for c in found if c.score is not None}
         assert row.result["verdict"]
         assert (folder / "a" / "best.yml").is_file()
-    assert session.resume("a", runs_dir=folder).status == "done"
+    assert driving.resume("a", runs_dir=folder).status == "done"
 
 
 def _exists(folder: Path) -> bool:
-    with Ledger(folder / session.LEDGER) as ledger:
+    with Ledger(folder / driving.LEDGER) as ledger:
         return any(row.name == "a" for row in ledger.runs())
 
 

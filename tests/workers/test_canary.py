@@ -10,9 +10,9 @@ import pytest
 from test_contract import A
 
 from agentmerge.config import TasksConfig
+from agentmerge.contracts.worker import Fingerprint, ItemRef, ItemResult, WorkerSpec
 from agentmerge.errors import RunFailed
 from agentmerge.recipe import Recipe
-from agentmerge.workers.base import Fingerprint, ItemRef, ItemResult, WorkerSpec
 from agentmerge.workers.canary import Canary
 from agentmerge.workers.fake import FakeWorker
 from agentmerge.workers.pool import Pool
@@ -100,7 +100,7 @@ def test_the_vllm_workers_canary_sees_weights_that_something_else_wrote(
     import torch
     from test_vllm import inside, spec_of
 
-    from agentmerge.workers.vllm import VllmWorker
+    from agentmerge.workers.vllm.worker import VllmWorker
 
     worker = VllmWorker(spec_of(tied, tasks_dir, canary_every=2))
     refs = worker.tasks(worker._spec).refs()

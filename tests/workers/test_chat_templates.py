@@ -9,16 +9,16 @@ import pytest
 import tiny
 import yaml
 
-from agentmerge import session
-from agentmerge.check import anchored, plan_of, prepare
 from agentmerge.cli.render import plan_text
 from agentmerge.config import SearchConfig
 from agentmerge.errors import ConfigError, UserError
-from agentmerge.evaluation.tasks import build_tasks
-from agentmerge.exporting import export_run
-from agentmerge.merging.chat_templates import template_names, template_text
+from agentmerge.evaluation.building import build_tasks
 from agentmerge.merging.export import export_checkpoint
+from agentmerge.parents.chat_templates import template_names, template_text
+from agentmerge.preflight.prepare import anchored, plan_of, prepare
 from agentmerge.recipe import Recipe
+from agentmerge.session import driving
+from agentmerge.session.export import export_run
 
 OTHER = tiny.TEMPLATE.replace("[a]", "<a>")
 DATED = "{{ strftime_now('%d %b %Y') }}" + tiny.TEMPLATE
@@ -101,11 +101,11 @@ def test_a_config_of_the_old_programs_runs_as_it_is(place: Path, tasks_dir: Path
         del body[section]
     limits = {"budget.max_evaluations": 3, "search.algorithm": "random", "worker.device": "cpu"}
     config = SearchConfig.from_text(yaml.safe_dump(body), overrides=limits)
-    row = session.run(config, name="old", runs_dir=place / "runs")
+    row = driving.run(config, name="old", runs_dir=place / "runs")
     said = [note for note in row.facts["notes"] if "have different chat templates" in note]
     assert len(said) == 1
     assert f"{str(place / 'b')!r} is the first" in said[0]
-    more = session.resume("old", runs_dir=place / "runs", overrides={"budget.max_evaluations": 4})
+    more = driving.resume("old", runs_dir=place / "runs", overrides={"budget.max_evaluations": 4})
     assert more.status == "done"
 
 
@@ -173,12 +173,12 @@ def test_a_recipes_template_is_written_and_asked_through(place: Path, tasks_dir:
     named = text.replace("base_model: base", f"base_model: {here['base']}")
     for name in ("b", "c"):
         named = named.replace(f"model: {name},", f"model: {here[name]},")
-    found = session.evaluate(
+    found = driving.evaluate(
         Recipe.parse(named.replace("NAME", "chatml")), config, runs_dir=place / "runs"
     )
     assert found["items"] == 4
     with pytest.raises(UserError, match=r"recipe's chat_template is 'chatml', and the config's"):
-        session.evaluate(
+        driving.evaluate(
             Recipe.parse(named.replace("NAME", "chatml")),
             config_of(place, tasks_dir, chat_template="alpaca"),
             runs_dir=place / "runs",
@@ -188,7 +188,7 @@ def test_a_recipes_template_is_written_and_asked_through(place: Path, tasks_dir:
 @pytest.mark.parametrize("engine", ["agentmerge", "mergekit"])
 def test_the_export_talks_as_it_was_asked(place: Path, tasks_dir: Path, engine: str) -> None:
     config = config_of(place, tasks_dir, chat_template=str(place / "c"))
-    row = session.run(config, name="talk", runs_dir=place / "runs")
+    row = driving.run(config, name="talk", runs_dir=place / "runs")
     assert any("chat template '" in note for note in (row.result or {})["notes"])
     report = export_run("talk", place / "out", runs_dir=place / "runs", engine=engine)
     assert (place / "out/chat_template.jinja").read_text() == OTHER

@@ -1,4 +1,4 @@
-"""What every worker promises (``workers/base.py``), on every worker that ships."""
+"""What every worker promises (``contracts/worker.py``), on every worker that ships."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import tiny
 
+from agentmerge.contracts.worker import Differentiator, ItemRef, ItemResult, Worker, WorkerSpec
 from agentmerge.errors import CandidateFailed, ParentError, RunFailed, WorkerLost
 from agentmerge.recipe import Recipe
-from agentmerge.workers.base import Differentiator, ItemRef, ItemResult, Worker, WorkerSpec
 from agentmerge.workers.pool import worker_class
 
 VLLM = pytest.param(

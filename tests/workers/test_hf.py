@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_contract import A, B, recipe, same
 
+from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import CandidateFailed, ParentError, RunFailed, WorkerLost
 from agentmerge.recipe import Recipe
-from agentmerge.workers.base import WorkerSpec
 from agentmerge.workers.hf import HfWorker
 
 

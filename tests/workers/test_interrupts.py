@@ -20,9 +20,9 @@ import tiny
 import yaml
 from test_pool import spec
 
-from agentmerge import session
 from agentmerge.config import SearchConfig
 from agentmerge.ledger import Ledger
+from agentmerge.session import driving
 from agentmerge.workers.pool import _WorkerProcess
 from agentmerge.workers.processes import end
 from tests.session.conftest import config_text, trace_of
@@ -33,9 +33,10 @@ ANSWER_S = 2.0
 #: The command line, with one stage of a search that says that it has begun, and does not end.
 PROGRAM = """
 import hashlib, sys, time
-from agentmerge import check, plugins
+from agentmerge import plugins
+from agentmerge.preflight import prepare as check
 from agentmerge.cli import main, trackers
-from agentmerge.steps import Search
+from agentmerge.search.search import Search
 from agentmerge.workers.fake import FakeWorker
 
 def hang(*_, **__):
@@ -162,7 +163,7 @@ def test_every_stage_answers_and_ends(tmp_path: Path, stage: str) -> None:
         assert process.stdout.readline() == "here\n"
         interrupted(process, said, SAID[stage])
     if stage == "a step in C":  # what was paid for before is there
-        with Ledger(tmp_path / "runs" / session.LEDGER) as ledger:
+        with Ledger(tmp_path / "runs" / driving.LEDGER) as ledger:
             found = ledger.candidates(ledger.run("a").id)
         assert {c.state for c in found} == {"scored"}
 
@@ -194,7 +195,7 @@ def test_workers_that_hang_or_are_stopped_end_with_the_second(tmp_path: Path) ->
         time.sleep(2)
         workers[0].send_signal(signal.SIGSTOP)
         interrupted(process, said, "a ")
-    with Ledger(tmp_path / "runs" / session.LEDGER) as ledger:
+    with Ledger(tmp_path / "runs" / driving.LEDGER) as ledger:
         (row,) = ledger.runs()
         assert {c.state for c in ledger.candidates(row.id)} == {"open"}, "none was taken for lost"
 
@@ -232,14 +233,14 @@ def test_a_search_on_real_models_is_answered_while_they_load(
         assert process.wait(120) == 130, said.all
         _, left = psutil.wait_procs(family, timeout=5)
         assert not left
-    with Ledger(runs / session.LEDGER) as ledger:
+    with Ledger(runs / driving.LEDGER) as ledger:
         row = ledger.run("a")
         states = [c.state for c in ledger.candidates(row.id)]
     assert (row.status, "open" in states) == ("interrupted", True)
-    assert session.resume("a", runs_dir=runs).status == "done"
+    assert driving.resume("a", runs_dir=runs).status == "done"
     body["worker"].pop("timeout_s")
     config = SearchConfig.from_text(yaml.safe_dump(body))
-    session.run(config, name="a", runs_dir=tmp_path / "calm")
+    driving.run(config, name="a", runs_dir=tmp_path / "calm")
     mine, calm = trace_of(runs, "a"), trace_of(tmp_path / "calm", "a")
     assert mine["candidates"] == calm["candidates"], "a process of its own answers the same"
 

@@ -20,13 +20,13 @@ import torch
 import yaml
 
 import agentmerge.workers.conditions as conditions_module
-from agentmerge import session
-from agentmerge.answers import Scoring
-from agentmerge.check import Prepared, prepare
 from agentmerge.config import SearchConfig
+from agentmerge.contracts.worker import ItemResult
 from agentmerge.errors import AgentmergeError, ParentError, RunFailed, UserError
 from agentmerge.ledger import Ledger, ResultKey
-from agentmerge.workers.base import ItemResult
+from agentmerge.preflight.prepare import Prepared, prepare
+from agentmerge.search.scoring import Scoring
+from agentmerge.session import driving
 from agentmerge.workers.conditions import conditions_hash
 from agentmerge.workers.pool import Pool
 
@@ -283,7 +283,7 @@ def test_a_models_own_code_is_part_of_the_key(place: Path) -> None:
 
 def scores(runs_dir: Path, name: str) -> tuple[list[float | None], int]:
     """(score of every candidate, how many of them were not paid for)."""
-    with Ledger(runs_dir / session.LEDGER) as ledger:
+    with Ledger(runs_dir / driving.LEDGER) as ledger:
         found = ledger.candidates(ledger.run(name).id)
     return [c.score for c in found], sum(c.reused for c in found)
 
@@ -291,39 +291,39 @@ def scores(runs_dir: Path, name: str) -> tuple[list[float | None], int]:
 def test_a_search_reuses_nothing_of_another_model(place: Path) -> None:
     """A penalty of one parent counts for no merge; a setting that does is another search's."""
     config, runs = config_of(place), place / "runs"
-    session.run(config, name="one", runs_dir=runs)
+    driving.run(config, name="one", runs_dir=runs)
     edit_json(place / "b/generation_config.json", no_repeat_ngram_size=1, repetition_penalty=1.8)
-    session.run(config, name="two", runs_dir=runs)
-    session.run(config, name="afresh", runs_dir=place / "other")
+    driving.run(config, name="two", runs_dir=runs)
+    driving.run(config, name="afresh", runs_dir=place / "other")
     one, paid_before = scores(runs, "one")
     assert paid_before == 0
     assert scores(runs, "two") == (one, 4)
     assert scores(place / "other", "afresh") == (one, 0)
     for name in ("base", "b", "c"):
         edit_json(place / name / "config.json", rms_norm_eps=0.5)
-    session.run(config, name="three", runs_dir=runs)
+    driving.run(config, name="three", runs_dir=runs)
     three, reused = scores(runs, "three")
     assert reused == 0
     assert three != one
     with pytest.raises(UserError, match=r"live model's config changed: rms_norm_eps from 1e-06 to"):
-        session.resume("one", runs_dir=runs, overrides={"budget.max_evaluations": 6})
+        driving.resume("one", runs_dir=runs, overrides={"budget.max_evaluations": 6})
 
 
 def test_a_recipe_with_other_weights_is_refused(place: Path) -> None:
     """Results of two merges are never put together under one key."""
     config, runs = config_of(place), place / "runs"
-    session.run(config, name="one", runs_dir=runs)
-    with Ledger(runs / session.LEDGER) as ledger, ledger._writing() as conn:
+    driving.run(config, name="one", runs_dir=runs)
+    with Ledger(runs / driving.LEDGER) as ledger, ledger._writing() as conn:
         conn.execute("UPDATE results SET fingerprint = 'another'")
     raised = config.model_copy(update={"tasks": config.tasks.model_copy(update={"limit": 10})})
     with pytest.raises(RunFailed, match=r"other weights \(fingerprint .*another.*--runs-dir"):
-        session.run(raised, name="two", runs_dir=runs)
+        driving.run(raised, name="two", runs_dir=runs)
 
 
 def test_old_results_stay_and_are_not_reused_and_that_is_said_once(place: Path) -> None:
     config, runs = config_of(place), place / "runs"
-    session.run(config, name="old", runs_dir=runs)
-    with Ledger(runs / session.LEDGER) as ledger, ledger._writing() as conn:
+    driving.run(config, name="old", runs_dir=runs)
+    with Ledger(runs / driving.LEDGER) as ledger, ledger._writing() as conn:
         conn.execute("UPDATE engines SET hash = 'h', info = json_remove(info, '$.conditions')")
         conn.execute("UPDATE runs SET facts = json_remove(facts, '$.engine.conditions')")
         conn.execute("UPDATE runs SET facts = json_remove(facts, '$.conditions')")
@@ -334,13 +334,13 @@ def test_old_results_stay_and_are_not_reused_and_that_is_said_once(place: Path) 
         said.extend([event["text"]] if event["event"] == "note" else [])
 
     with pytest.raises(UserError, match="has become part of the key of results"):
-        session.resume("old", runs_dir=runs, overrides={"budget.max_evaluations": 6})
-    session.run(config, name="new", runs_dir=runs, emit=emit)
+        driving.resume("old", runs_dir=runs, overrides={"budget.max_evaluations": 6})
+    driving.run(config, name="new", runs_dir=runs, emit=emit)
     assert scores(runs, "new") == (scores(runs, "old")[0], 0)
-    session.run(config, name="newer", runs_dir=runs, emit=emit)
+    driving.run(config, name="newer", runs_dir=runs, emit=emit)
     assert len(said) == 1
     assert "keyed them by weights and tasks only" in said[0]
-    branch = session.branch("old", at=0, name="branch", runs_dir=runs, emit=emit)
+    branch = driving.branch("old", at=0, name="branch", runs_dir=runs, emit=emit)
     assert branch.status == "done"
 
 

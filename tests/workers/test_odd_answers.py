@@ -10,13 +10,13 @@ import pytest
 import tiny
 import yaml
 
-from agentmerge import session
-from agentmerge.check import prepare
 from agentmerge.config import SearchConfig
 from agentmerge.errors import AnswerRefused, CandidateFailed, ConfigError, TaskError
 from agentmerge.evaluation import metrics
 from agentmerge.ledger import Ledger
+from agentmerge.preflight.prepare import prepare
 from agentmerge.recipe import Recipe
+from agentmerge.session import driving
 from agentmerge.workers.hf import HfWorker
 
 #: What each stage of a task's own code does with an answer that it does not know.
@@ -120,10 +120,10 @@ def test_the_candidate_fails_and_the_search_ends_with_an_answer(
 ) -> None:
     place = with_cloze(write(tmp_path / "tasks", parents, STAGES[stage]), tasks_dir)
     config = config_of(parents, place, "tiny_odd", "acc,none")
-    row = session.run(config, name="odd", runs_dir=tmp_path)
+    row = driving.run(config, name="odd", runs_dir=tmp_path)
     assert row.status == "done"
     assert row.result is not None
-    with Ledger(tmp_path / session.LEDGER) as ledger:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         found = ledger.candidates(row.id)
     failures = [c.failure for c in found if c.state == "failed"]
     assert failures
@@ -154,10 +154,10 @@ def test_of_a_parent_it_is_the_tasks_fault(
     place = with_cloze(write(tmp_path / "tasks", parents, body, known=1), tasks_dir)
     config = config_of(parents, place, "tiny_odd", "acc,none")
     with pytest.raises(TaskError, match=r"process_results of .*parent '\w+': mend the task"):
-        session.run(config, name="odd", runs_dir=tmp_path)
+        driving.run(config, name="odd", runs_dir=tmp_path)
     for _ in range(2):  # both experts say what the task does not know
         try:
-            row = session.resume("odd", runs_dir=tmp_path)
+            row = driving.resume("odd", runs_dir=tmp_path)
         except TaskError:
             continue
     assert row.status == "done"
@@ -174,7 +174,7 @@ def test_an_aggregation_that_raises_is_the_candidates_failure(
     spec = tiny.spec(parents, tiny.tasks_config(place, "tiny_odd=acc,none"))
     taskset = HfWorker.tasks(spec)
     task = taskset.task("tiny_odd")
-    from agentmerge.workers.base import ItemResult
+    from agentmerge.contracts.worker import ItemResult
 
     rows = [ItemResult(1.0)] * len(task.items)
     assert taskset.aggregate(task, rows) == 1.0

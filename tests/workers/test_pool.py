@@ -13,8 +13,8 @@ import pytest
 from test_contract import recipe
 
 from agentmerge.config import TasksConfig
+from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import CandidateFailed, NotBegun, UserError, WorkerLost
-from agentmerge.workers.base import WorkerSpec
 from agentmerge.workers.fake import FakeWorker
 from agentmerge.workers.pool import Pool, crowd_of, devices_for
 

@@ -17,7 +17,7 @@ import pytest
 SEARCH = """
 import multiprocessing, threading, time
 from agentmerge.recipe import Recipe
-from agentmerge.workers.base import WorkerSpec
+from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.workers.pool import Pool
 from agentmerge.config import TasksConfig
 from agentmerge.workers.fake import FakeWorker
@@ -40,16 +40,16 @@ if __name__ == "__main__":
 #: An engine's process, by either way of starting one: it prints its id and sleeps.
 ENGINE = """
 import multiprocessing, os, time
-from agentmerge.workers import vllm_extension
+from agentmerge.workers.vllm import extension
 
 def engine():
     if "{method}" == "spawn":
-        from agentmerge.workers import vllm_extension
+        from agentmerge.workers.vllm import extension
     print(os.getpid(), flush=True)
     time.sleep(3600)
 
 if __name__ == "__main__":
-    os.environ[vllm_extension.SEARCH] = str(os.getpid())
+    os.environ[extension.SEARCH] = str(os.getpid())
     multiprocessing.get_context("{method}").Process(target=engine).start()
     time.sleep(3600)
 """
@@ -59,7 +59,7 @@ import multiprocessing, os, time
 SPAWN = multiprocessing.get_context("spawn")
 
 def rank(engine):
-    from agentmerge.workers import vllm_extension
+    from agentmerge.workers.vllm import extension
     print(engine, os.getpid(), flush=True)
     time.sleep(3600)
 

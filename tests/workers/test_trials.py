@@ -12,15 +12,15 @@ import pytest
 import tiny
 import yaml
 
-from agentmerge.check import prepare
 from agentmerge.config import SearchConfig
+from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import ConfigError, TaskError
 from agentmerge.evaluation import trials
 from agentmerge.evaluation.tokenizers import tokenizer_of
 from agentmerge.evaluation.trials import faults_of, trials_of
-from agentmerge.merging.headers import chat_template
+from agentmerge.parents.headers import chat_template
+from agentmerge.preflight.prepare import prepare
 from agentmerge.recipe import Recipe
-from agentmerge.workers.base import WorkerSpec
 from agentmerge.workers.hf import HfWorker
 
 CHATML = (

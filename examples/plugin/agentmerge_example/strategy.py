@@ -1,12 +1,12 @@
-"""A search strategy: a pure function of the history (see agentmerge/strategies/base.py)."""
+"""A search strategy: a pure function of the history (see agentmerge/contracts/strategy.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agentmerge.agents.schemas import Guidance
-from agentmerge.genome import SearchSpace
-from agentmerge.strategies.base import (
+from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.space import Space
+from agentmerge.contracts.strategy import (
     Observation,
     Proposal,
     RngFor,
@@ -24,7 +24,7 @@ class Halfway:
 
     def propose(
         self,
-        space: SearchSpace,
+        space: Space,
         history: Sequence[Observation],
         guidance: Guidance | None,
         count: int,

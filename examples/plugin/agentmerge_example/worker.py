@@ -1,4 +1,4 @@
-"""A worker (see agentmerge/workers/base.py): here the built-in one, and how long each swap took."""
+"""A worker (see ``agentmerge.contracts.worker``): the built-in one, and how long each swap took."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from agentmerge.contracts.worker import EngineInfo, Fingerprint, WorkerSpec
 from agentmerge.recipe import Recipe
-from agentmerge.workers.base import EngineInfo, Fingerprint, WorkerSpec
 from agentmerge.workers.hf import HfWorker
 
 

@@ -1,0 +1,375 @@
+"""What the agents see of a search: one bounded table, in words and integers.
+
+Knows how to show a history (least to most fit, unit box as integers 0..100, real ranges stated) and
+the plain statistics of one. Knows no model and no prompt. Nothing here reads a clock.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from agentmerge.agents.ladder import Noise, release
+from agentmerge.agents.schemas import SCALE, Bounds, clean_text, percent
+from agentmerge.contracts.space import Axis
+from agentmerge.contracts.strategy import CHEAP, Observation, fittest, improved
+from agentmerge.methods import METHODS
+from agentmerge.space.grouped import SearchSpace, public_names, short_name
+
+BEST_SHOWN = 8
+ELITES = 4
+#: Most integers of genomes in one prompt: a wide space shows fewer rows.
+MAX_INTEGERS = 6_000
+MIN_ROWS = 6
+#: Most axes whose values are said by name as well.
+MAX_NAMED = 24
+_MIN_FOR_CORRELATION = 6
+
+
+@dataclass(frozen=True, slots=True)
+class TaskView:
+    """One objective as the models are told of it; `weight` is its share of the score."""
+
+    name: str
+    weight: float
+    metric: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryView:
+    """Everything an agent may know. `entries` is the whole history, ordered by (generation, slot).
+
+    sigma: the step of the last generation, None where the strategy has none.
+    budget_left: evaluations. forecasts: how good the proposer's were, in words.
+    noise: of a pair of candidates; what is shown is released by the Ladder (``told``).
+    tied: (generation, slot) of candidates shown with the score of the best before them.
+    moves: what became of structural moves so far, a sentence each.
+    """
+
+    space: SearchSpace
+    tasks: tuple[TaskView, ...]
+    entries: tuple[Observation, ...]
+    sigma: float | None
+    sigma_low: float
+    sigma_high: float
+    improved_last: bool
+    budget_left: int
+    forecasts: str = "no forecast has been tried yet"
+    noise: Noise = lambda a, b: 0.0
+    tied: frozenset[tuple[int, int]] = frozenset()
+    moves: tuple[str, ...] = ()
+
+    def told(self) -> HistoryView:
+        """The view as it may be shown to a model."""
+        released = release(self.entries, self.noise)
+        better = improved(released.entries) if released.entries else False
+        return replace(
+            self,
+            entries=released.entries,
+            tied=released.tied,
+            improved_last=self.improved_last and better,
+        )
+
+    @property
+    def generation(self) -> int:
+        return self.entries[-1].generation if self.entries else 0
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return self.space.axes
+
+    @property
+    def bounds(self) -> Bounds:
+        low, high = sorted((self.sigma_low, self.sigma_high))
+        models = tuple(short_name(model) for model in self.space.models)
+        return Bounds(
+            self.space.dimensions, low, high, self.space.num_layers, tuple(METHODS), models
+        )
+
+    @property
+    def best(self) -> Observation | None:
+        scored = [entry for entry in self.entries if entry.score is not None]
+        return max(scored, key=lambda entry: entry.score or 0.0, default=None)
+
+    @property
+    def rivals(self) -> tuple[Observation, ...]:
+        """The parents and the cheap merges: what a searched merge has to beat."""
+        return tuple(entry for entry in self.entries if entry.operator in CHEAP)
+
+    @property
+    def last(self) -> tuple[Observation, ...]:
+        """The last generation."""
+        return tuple(entry for entry in self.entries if entry.generation == self.generation)
+
+
+def variables(view: HistoryView) -> dict[str, str]:
+    """The prompt variables that every role has (prompts.COMMON), as the Ladder releases them."""
+    view = view.told()
+    names = public_names(view.space.genome.parents)
+    return {name: _published(text, names) for name, text in _variables(view).items()}
+
+
+def _published(text: str, names: Mapping[str, str]) -> str:
+    """Labels and failures name models as the user's machine does; a provider need not know."""
+    for name in sorted(names, key=len, reverse=True):
+        if names[name] != name:
+            text = text.replace(name, names[name])
+    return text
+
+
+def _variables(view: HistoryView) -> dict[str, str]:
+    return {
+        "models": _models(view),
+        "method": _method(view),
+        "axes": _axes(view),
+        "dimensions": str(view.space.dimensions),
+        "tasks": "\n".join(_task(task) for task in view.tasks),
+        "rivals": "\n".join(_rival(entry) for entry in view.rivals) or "none scored yet",
+        "generation": str(view.generation),
+        "history": _history(view),
+        "failures": _failures(view),
+        "statistics": "\n".join(f"- {line}" for line in observations(view)),
+        "sigma": "none yet" if view.sigma is None else f"{view.sigma:g}",
+        "sigma_low": f"{view.bounds.sigma_low:g}",
+        "sigma_high": f"{view.bounds.sigma_high:g}",
+        "improved_last": "yes" if view.improved_last else "no",
+        "best_score": _score(view.best),
+        "budget_left": str(view.budget_left),
+        "forecasts": view.forecasts,
+        "noise": _noise(view),
+        "layers": str(view.space.num_layers),
+        "methods": ", ".join(METHODS),
+        "moves": "; ".join(clean_text(move, 300) for move in view.moves) or "none",
+    }
+
+
+def integers(vector: Sequence[float]) -> list[int]:
+    """A unit-box vector as agents read it."""
+    return [percent(value) for value in vector]
+
+
+def shown(view: HistoryView) -> list[Observation]:
+    """The rows of the table, least to most fit: the best few and the last generation."""
+    rows = max(MIN_ROWS, MAX_INTEGERS // max(view.space.dimensions, 1))
+    best = fittest(view.entries, min(BEST_SHOWN, rows))
+    others = [entry for entry in fittest(view.last, len(view.last)) if entry not in best]
+    chosen = best + others[: rows - len(best)]
+    return fittest(chosen, len(chosen))[::-1]
+
+
+def observations(view: HistoryView) -> list[str]:
+    """Statistics of the history as sentences: all that the rule-based critic has to say."""
+    lines = [_progress(view)]
+    lines += [line for task in view.tasks if (line := _task_standing(view, task))]
+    scored = [e for e in view.entries if e.score is not None and e.vector is not None]
+    if len(scored) >= _MIN_FOR_CORRELATION:
+        lines.append(_correlations(view, scored))
+    if len(scored) >= ELITES:
+        lines += _elites(view)
+    if (line := _moved(view)) is not None:
+        lines.append(line)
+    failed = [entry for entry in view.last if entry.score is None]
+    if failed:
+        lines.append(f"{len(failed)} of {len(view.last)} candidates of the last generation failed.")
+    return lines
+
+
+def _models(view: HistoryView) -> str:
+    base = view.space.genome.base_model
+    lines = [f"- {short_name(model)}" for model in view.space.genome.models]
+    if base and base not in view.space.genome.models:
+        lines.append(f"- {short_name(base)} (the base)")
+    return "\n".join(lines)
+
+
+def _method(view: HistoryView) -> str:
+    genome = view.space.genome
+    if view.space.is_slerp:
+        pair = [short_name(model) for model in view.space.models]
+        return "slerp" if len(pair) > 2 else f"slerp; {pair[0]} is the base, {pair[1]} the partner"
+    text, method = genome.merge_method, view.space.method
+    if not method.source:
+        text += "; the models have no weights"
+    elif genome.normalizes:
+        text += "; normalize is on: only the ratios of a group's weights matter, not their scale"
+    else:
+        text += "; normalize is off: weights count as they are"
+    if genome.smooth:
+        text += "; smooth is on: values are set at knots and interpolated over the layers between"
+    return f"{text}. {method.doc}"
+
+
+def _axes(view: HistoryView) -> str:
+    return "\n".join(f"{i}. {axis.name}: {_ends(view, axis)}" for i, axis in enumerate(view.axes))
+
+
+def _ends(view: HistoryView, axis: Axis) -> str:
+    """What the ends of 0..100 stand for; slerp's choice of models is no number."""
+    names = ", ".join(short_name(model) for model in view.space.models)
+    if axis.parameter == "base":
+        return f"equal parts of 0 to {SCALE} pick one of {names}"
+    if axis.parameter == "partner":
+        return f"equal parts of 0 to {SCALE} pick one of {names} that is not the base"
+    if axis.kind == "bool":
+        return f"below {SCALE // 2} is off, above it on"
+    if axis.kind == "int":
+        return f"equal parts of 0 to {SCALE} are the whole numbers {axis.low:g} to {axis.high:g}"
+    scale = ", on a logarithmic scale" if axis.kind == "log" else ""
+    return f"0 is {axis.low:g}, {SCALE} is {axis.high:g}{scale}"
+
+
+def _task(task: TaskView) -> str:
+    direction = "higher" if task.higher_is_better else "lower"
+    return f"- {task.name}: {task.metric}, {direction} is better, weight {task.weight:g}"
+
+
+def _score(entry: Observation | None) -> str:
+    return "none" if entry is None or entry.score is None else f"{entry.score:.4f}"
+
+
+def _by_task(entry: Observation) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in entry.tasks) or "-"
+
+
+def _rival(entry: Observation) -> str:
+    name = " ".join(part for part in (entry.operator, entry.label) if part)
+    return f"- {name}: score {_score(entry)} | {_by_task(entry)}"
+
+
+def _history(view: HistoryView) -> str:
+    return "\n".join(
+        f"score {_score(entry)}{_mark(view, entry)} | {_by_task(entry)} | "
+        f"generation {entry.generation}, {entry.operator} | {integers(entry.vector or ())}"
+        for entry in shown(view)
+    )
+
+
+def _mark(view: HistoryView, entry: Observation) -> str:
+    if entry.censored:
+        return f" (estimated: stopped after {entry.rung:.0%} of the items)"
+    if entry.violation:
+        return f" (it breaks the constraints by {entry.violation:.4f}, and its score is lowered)"
+    return " (as the best)" if (entry.generation, entry.slot) in view.tied else ""
+
+
+def _noise(view: HistoryView) -> str:
+    """How far apart the two best must be for a difference to count."""
+    best = fittest(view.entries, 2)
+    if len(best) < 2 or best[0].recipe_hash == best[1].recipe_hash:
+        return "unknown"
+    return f"about {view.noise(best[0], best[1]):.3f}"
+
+
+def _failures(view: HistoryView) -> str:
+    failed = [entry for entry in view.entries if entry.score is None][-3:]
+    return (
+        "\n".join(
+            f"generation {entry.generation}, slot {entry.slot}: {clean_text(entry.failure, 120)}"
+            + ("" if entry.vector is None else f" | {integers(entry.vector)}")
+            for entry in failed
+        )
+        or "none"
+    )
+
+
+def _progress(view: HistoryView) -> str:
+    best = view.best
+    if best is None:
+        return "No candidate has been scored yet."
+    verdict = "improved on" if view.improved_last else "did not improve on"
+    last = [entry.score for entry in view.last if entry.score is not None]
+    line = f"Best score {_score(best)} (generation {best.generation}, {best.operator})"
+    if last:
+        line += (
+            f"; generation {view.generation} {verdict} what came before: "
+            f"best {max(last):.4f}, median {statistics.median(last):.4f}"
+        )
+    return line + "."
+
+
+def _task_standing(view: HistoryView, task: TaskView) -> str | None:
+    """The best candidate on one task beside the parents, in the task's own direction."""
+
+    def value(entry: Observation) -> float | None:
+        return dict(entry.tasks).get(task.name)
+
+    sign = 1.0 if task.higher_is_better else -1.0
+    best = None if view.best is None else value(view.best)
+    parents = [e for e in view.rivals if e.operator == "parent" and value(e) is not None]
+    if best is None or not parents:
+        return None
+    champion = max(parents, key=lambda e: sign * (value(e) or 0.0))
+    reach = value(champion) or 0.0
+    gap = sign * (best - reach)
+    relation = "level with" if abs(gap) < 5e-4 else "ahead of" if gap > 0 else "behind"
+    name = champion.label or "the best parent"
+    return (
+        f"{task.name}: the best candidate has {best:.4f}, {relation} the best parent there "
+        f"({name}, {reach:.4f})."
+    )
+
+
+def correlations(entries: Sequence[Observation], dimensions: int) -> list[float]:
+    """Pearson's r of each axis with the score; 0 where an axis or the score never varied."""
+    scores = [entry.score or 0.0 for entry in entries]
+    found = []
+    for axis in range(dimensions):
+        values = [entry.vector[axis] for entry in entries if entry.vector is not None]
+        try:
+            found.append(statistics.correlation(values, scores))
+        except statistics.StatisticsError:
+            found.append(0.0)
+    return found
+
+
+def _correlations(view: HistoryView, scored: Sequence[Observation]) -> str:
+    noise = 2 / math.sqrt(len(scored))
+    by_axis = correlations(scored, view.space.dimensions)
+    clear = sorted(
+        (index for index, r in enumerate(by_axis) if abs(r) > noise),
+        key=lambda index: -abs(by_axis[index]),
+    )[:ELITES]
+    if not clear:
+        return f"No axis correlates with the score beyond noise ({len(scored)} candidates)."
+    named = ", ".join(f"{view.axes[i].name} (r {by_axis[i]:+.2f})" for i in clear)
+    return f"Axes that go with the score over {len(scored)} candidates: {named}."
+
+
+def _elites(view: HistoryView) -> list[str]:
+    elites = [integers(entry.vector or ()) for entry in fittest(view.entries, ELITES)]
+    by_axis = list(zip(*elites, strict=True))
+    at_edge = [
+        f"{axis.name} at {values[0]}"
+        for axis, values in zip(view.axes, by_axis, strict=True)
+        if len(set(values)) == 1 and values[0] in (0, SCALE)
+    ]
+    spread = statistics.fmean(max(values) - min(values) for values in by_axis)
+    lines = [f"The best {len(elites)} differ by {spread:.0f} of {SCALE} an axis on average."]
+    if len(view.axes) <= MAX_NAMED:
+        # Small models lose count in a row of integers.
+        pairs = zip(view.axes, elites[0], strict=True)
+        named = ", ".join(f"{axis.name} {value}" for axis, value in pairs)
+        lines.insert(0, f"The best candidate has {named}.")
+    if at_edge:
+        lines.append(f"They all press against a bound: {', '.join(at_edge[:ELITES])}.")
+    return lines
+
+
+def _moved(view: HistoryView) -> str | None:
+    """How the last generation's best differs from the best before it."""
+    before = fittest([e for e in view.entries if e.generation < view.generation], 1)
+    after = fittest(view.last, 1)
+    if not before or not after:
+        return None
+    old, new = integers(before[0].vector or ()), integers(after[0].vector or ())
+    steps = sorted(range(len(new)), key=lambda i: -abs(new[i] - old[i]))[:ELITES]
+    moved = ", ".join(f"{view.axes[i].name} {old[i]}→{new[i]}" for i in steps if new[i] != old[i])
+    if not moved:
+        return None
+    return (
+        f"From the best before it ({_score(before[0])}) to the last generation's best "
+        f"({_score(after[0])}) the widest moves are: {moved}."
+    )

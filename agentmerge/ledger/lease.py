@@ -1,0 +1,262 @@
+"""The lease that keeps two processes off one search.
+
+Knows one row a thread id (host, pid, heartbeat, token) in a SQLite file, on connections of its
+own. Does not know what the search does with it: it takes, renews and gives back.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from agentmerge.errors import LeaseHeld, RunFailed, UserError
+from agentmerge.ledger.identity import Identity, checkpoints_gone, identity, is_elsewhere
+from agentmerge.ledger.store import is_unwritable
+from agentmerge.system.bounded import refuse_odd_file
+
+STALE_AFTER_S = 60.0
+_BUSY_TIMEOUT_S = 30.0
+_BEATS_BEFORE_STALE = 4
+#: A process with a holder's pid that began so much later than its last beat is another one.
+_STARTS_APART_S = 60.0
+
+# Tokens of this process's own leases: a row with our pid and no such token was left by an earlier
+# process that happened to have the same pid, as every restarted container has.
+_held: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a lease; `heartbeat` is seconds since the epoch on the holder's clock, which is
+    nobody else's: of another host's, only that it changes says anything."""
+
+    host: str
+    pid: int
+    heartbeat: float
+    token: str
+
+    @property
+    def is_here(self) -> bool:
+        return self.host == socket.gethostname()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether this holder is known to be at work no longer.
+
+        On this host its process says so, however long it was silent (a suspended machine, a long
+        VACUUM). Another host's says nothing at one look.
+        """
+        if not self.is_here:
+            return False
+        if self.pid == os.getpid():
+            return self.token not in _held
+        return not _is_alive(self.pid, self.heartbeat)
+
+
+class Lease:
+    """The sole right to advance one search, renewed by a thread until the block ends."""
+
+    def __init__(self, path: Path, thread_id: str, stale_after_s: float, name: str) -> None:
+        self.path = path
+        self.thread_id = thread_id
+        self.stale_after_s = stale_after_s
+        self.name = name
+        self.token = uuid.uuid4().hex
+        self._file: Identity | None = None
+        self._stop = threading.Event()
+        self._lost = threading.Event()
+
+    @classmethod
+    @contextmanager
+    def acquire(
+        cls,
+        path: Path | str,
+        thread_id: str,
+        stale_after_s: float = STALE_AFTER_S,
+        *,
+        name: str | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> Iterator[Lease]:
+        """Hold the lease of `thread_id` in the file `path` while the block runs.
+
+        Raises LeaseHeld where another process, or another block of this one, is at work. A holder
+        of this host that is dead is replaced; another host's once it was silent for `stale_after_s`
+        by this process's own clock, which is waited for. `name` is what messages call the search;
+        `say` hears why there is a wait.
+        """
+        lease = cls(Path(path), thread_id, stale_after_s, name or thread_id)
+        lease._take(say)
+        beat = threading.Thread(target=lease._renew, name=f"lease-{thread_id}", daemon=True)
+        beat.start()
+        try:
+            yield lease
+        finally:
+            lease._stop.set()
+            beat.join()
+            lease._give_back()
+
+    @staticmethod
+    def holder(path: Path | str, thread_id: str) -> Holder | None:
+        """The holder of this search's lease, unless it is known to be gone; writes nothing.
+
+        Another host's counts as being at work until a search takes its lease.
+        """
+        found = _looked_up(Path(path), thread_id)
+        return None if found is None or found.is_gone else found
+
+    def check(self) -> None:
+        """Raise LeaseHeld if the lease was taken over, as after a long sleep of the machine;
+        RunFailed if its file is no more at its path."""
+        if is_elsewhere(self.path, self._file):
+            raise RunFailed(checkpoints_gone(self.path))
+        # A file that is locked says nothing; the thread that renews looks again.
+        with suppress(sqlite3.OperationalError), _opened(self.path, "ro") as conn:
+            found = _read(conn, self.thread_id)
+            if found is None or found.token != self.token:
+                self._lost.set()
+        if self._lost.is_set():
+            raise LeaseHeld(
+                f"search {self.name!r} was taken over by another process while this one gave no "
+                "sign of life; nothing is lost: follow it there, or stop it and resume here"
+            )
+
+    def _take(self, say: Callable[[str], None]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        silent = self._silent_elsewhere(say)
+        with _transaction(self.path) as conn:
+            found = _read(conn, self.thread_id)
+            if found is not None and found != silent and not found.is_gone:
+                raise LeaseHeld(self._refusal(found))
+            conn.execute(
+                "INSERT OR REPLACE INTO leases (thread_id, host, pid, heartbeat, token) "
+                "VALUES (?, ?, ?, ?, ?)",
+                (self.thread_id, socket.gethostname(), os.getpid(), time.time(), self.token),
+            )
+            _held.add(self.token)
+        self._file = identity(self.path)
+
+    def _silent_elsewhere(self, say: Callable[[str], None]) -> Holder | None:
+        """Another host's holder that gave no sign of life for long enough, by our own clock."""
+        found = _looked_up(self.path, self.thread_id)
+        if found is None or found.is_here:
+            return None
+        say(
+            f"process {found.pid} on {found.host} had search {self.name!r}; waiting up to "
+            f"{self.stale_after_s:.0f} s for a sign that it still has"
+        )
+        until = time.monotonic() + self.stale_after_s
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, self.stale_after_s / _BEATS_BEFORE_STALE))
+            if _looked_up(self.path, self.thread_id) != found:
+                return None
+        return found
+
+    def _refusal(self, found: Holder) -> str:
+        if found.is_here and found.pid == os.getpid():
+            return f"search {self.name!r} is already running in this process (pid {found.pid})"
+        return (
+            f"search {self.name!r} is being run by process {found.pid} on {found.host}; stop that "
+            "process, or branch the search under another name"
+        )
+
+    def _renew(self) -> None:
+        while not self._stop.wait(self.stale_after_s / _BEATS_BEFORE_STALE):
+            # A locked file costs one beat of several; the next one tries again.
+            if is_elsewhere(self.path, self._file):
+                continue  # `check` says so
+            with suppress(sqlite3.OperationalError), _transaction(self.path, "rw") as conn:
+                renewed = conn.execute(
+                    "UPDATE leases SET heartbeat = ? WHERE thread_id = ? AND token = ?",
+                    (time.time(), self.thread_id, self.token),
+                )
+                if renewed.rowcount == 0:
+                    self._lost.set()
+                    return
+
+    def _give_back(self) -> None:
+        _held.discard(self.token)
+        if is_elsewhere(self.path, self._file):
+            return
+        # Where the file is locked or gone, the row is recognised as dead by whoever comes next.
+        with suppress(sqlite3.OperationalError), _transaction(self.path, "rw") as conn:
+            conn.execute(
+                "DELETE FROM leases WHERE thread_id = ? AND token = ?",
+                (self.thread_id, self.token),
+            )
+
+
+def _looked_up(path: Path, thread_id: str) -> Holder | None:
+    """A lease as it is written; None where none is, or nobody could have written one."""
+    if not path.exists():
+        return None
+    try:
+        with _opened(path, "ro") as conn:
+            return _read(conn, thread_id)
+    except sqlite3.OperationalError as error:
+        # No table yet; or a folder that cannot be written to, where no process has the file open.
+        if "no such table" in str(error) or is_unwritable(error):
+            return None
+        raise
+
+
+@contextmanager
+def _opened(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
+    refuse_odd_file(path, UserError)  # a pipe would be waited for without an end
+    where = f"{path.absolute().as_uri()}?mode={mode}"
+    with closing(sqlite3.connect(where, uri=True, timeout=_BUSY_TIMEOUT_S)) as conn:
+        yield conn
+
+
+@contextmanager
+def _transaction(path: Path, mode: str = "rwc") -> Iterator[sqlite3.Connection]:
+    """One write transaction on a connection of its own, with the table in place."""
+    with _opened(path, mode) as conn, conn:
+        conn.execute("BEGIN IMMEDIATE")
+        conn.execute(
+            "CREATE TABLE IF NOT EXISTS leases (thread_id TEXT PRIMARY KEY, "
+            "host TEXT NOT NULL, pid INTEGER NOT NULL, heartbeat REAL NOT NULL, "
+            "token TEXT NOT NULL)"
+        )
+        yield conn
+
+
+def _read(conn: sqlite3.Connection, thread_id: str) -> Holder | None:
+    row = conn.execute(
+        "SELECT host, pid, heartbeat, token FROM leases WHERE thread_id = ?", (thread_id,)
+    ).fetchone()
+    return None if row is None else Holder(*row)
+
+
+def _is_alive(pid: int, at: float) -> bool:
+    """Whether the process that had this pid at a time (seconds since the epoch) still runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        # A killed process that nobody has waited for still has its pid, and runs nothing.
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
+    fields = status.rpartition(")")[2].split()
+    return fields[0] != "Z" and _started(int(fields[19])) < at + _STARTS_APART_S
+
+
+def _started(ticks: int) -> float:
+    """When a process began, in seconds since the epoch, from its clock ticks since the boot."""
+    try:
+        lines = Path("/proc/stat").read_text().splitlines()
+        boot = next(int(line.split()[1]) for line in lines if line.startswith("btime "))
+    except (OSError, StopIteration):
+        return 0.0
+    return boot + ticks / os.sysconf("SC_CLK_TCK")

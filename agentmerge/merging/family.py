@@ -1,0 +1,193 @@
+"""A family of parents, and the merges of it.
+
+It knows weights: it reads every parent, changes none of them, and makes a merge tensor by tensor.
+It knows nothing of live models, tasks or scores, and it writes no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from agentmerge.errors import CandidateFailed, ParentError
+from agentmerge.merging.digests import digest
+from agentmerge.merging.engines import is_finite, merge_tensor
+from agentmerge.merging.kernels import Operand
+from agentmerge.merging.loops.remembered import Statistics
+from agentmerge.merging.placement import Placement, plan_memory
+from agentmerge.merging.plan import Layout, MergePlan, TensorPlan, plan, read_layout
+from agentmerge.merging.weights import ParentFiles, ParentSource, Resident, TensorSource
+from agentmerge.methods import METHODS
+from agentmerge.recipe import Recipe
+
+__all__ = ["Family", "digest", "mask_key", "merged_tensor"]
+
+
+class Family:
+    """Parents that can be merged with each other, and where their weights are. Built by ``open``.
+
+    placement: "device" or "host" (all in memory, on the device or copied there tensor by tensor),
+        or "stream" (read from the files for every merge). The bits of a merge are the same in all.
+    """
+
+    def __init__(
+        self, layout: Layout, source: ParentSource, placement: Placement, dtype: str | None
+    ) -> None:
+        self.layout = layout
+        self.placement = placement
+        self.identities = dict(source.identities)
+        self._source = source
+        self._dtype = dtype
+        self.statistics = Statistics()
+
+    @classmethod
+    def open(
+        cls,
+        paths: Mapping[str, Path],
+        *,
+        base: str | None = None,
+        dtype: str | None = None,
+        device: str = "cpu",
+        placement: Placement | Literal["auto"] = "auto",
+    ) -> Family:
+        """Read every parent once; keep them in memory unless they are to be streamed.
+
+        paths: the name that recipes use -> local directory. base: the one the others are compared
+            with. dtype: of merged tensors where a recipe names none; by default as stored.
+        placement: "auto" takes the first of device, host and stream that fits beside one live
+            model in the memory that is free now.
+
+        Raises:
+            ParentError: the models cannot be merged with each other (every reason), or a model
+                holds a number that is not finite.
+            RunFailed: they do not fit, with how much is needed.
+        """
+        layout = read_layout(paths, base)
+        if placement == "auto":
+            placement = plan_memory(layout, dtype=dtype, device=device).placement
+        source: ParentSource = ParentFiles(paths, device)
+        if placement != "stream":
+            home = device if placement == "device" else "cpu"
+            source = Resident(ParentFiles(paths), layout, device=device, home=home)
+        for model in layout.parents:
+            _refuse_broken(model, layout, source)
+        return cls(layout, source, placement, dtype)
+
+    def tensor(self, model: str, name: str) -> torch.Tensor:
+        """A parent's own tensor, as stored; it must not be changed."""
+        return self._source.tensor(model, name)
+
+    def plan(self, recipe: Recipe) -> MergePlan:
+        """How ``recipe`` (canonical) makes each tensor; errors are ``merging.plan.plan``'s."""
+        return plan(recipe, self.layout, dtype=self._dtype)
+
+    def merge(self, recipe: Recipe) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the merge once, in the layout's order, each a fresh tensor.
+
+        Raises:
+            RecipeRejected: at the call, before anything is merged.
+            CandidateFailed: at the tensor that holds a number that is not finite.
+            RunFailed: a file that the parents are streamed from is gone, or was changed.
+        """
+        return self._merged(self.plan(recipe))
+
+    @torch.no_grad()
+    def merge_into(self, item: TensorPlan, merge_seed: int | None, target: torch.Tensor) -> None:
+        """One tensor of a plan, written into ``target``; rounded to the plan's dtype, then its own.
+
+        target: of the tensor's shape; a view (some rows of a larger parameter) will do.
+
+        Raises:
+            CandidateFailed: it holds a number that is not finite. So does ``target``, then.
+        """
+        if str(target.dtype) == f"torch.{item.dtype}":
+            merged_tensor(item, merge_seed, self, target=target, statistics=self.statistics)
+            return
+        target.copy_(merged_tensor(item, merge_seed, self, statistics=self.statistics))
+        if not is_finite(target):
+            raise CandidateFailed(f"{item.spec.name!r} is not finite in {target.dtype}")
+
+    def verify(self) -> None:
+        """Raises RunFailed where the files that parents are streamed from were changed."""
+        self._source.verify()
+
+    def _merged(self, merge_plan: MergePlan) -> Iterator[tuple[str, torch.Tensor]]:
+        seed = merge_plan.merge_seed
+        for item in merge_plan.tensors:
+            tensor = merged_tensor(item, seed, self, statistics=self.statistics)
+            yield item.spec.name, tensor
+        self.verify()
+
+
+@torch.no_grad()
+def merged_tensor(
+    item: TensorPlan,
+    merge_seed: int | None,
+    source: TensorSource,
+    *,
+    target: torch.Tensor | None = None,
+    statistics: Statistics | None = None,
+) -> torch.Tensor:
+    """One tensor of a plan: fresh and contiguous, or written into ``target``, at its dtype.
+
+    statistics: what is remembered of the source's tensors, from one merge to the next.
+
+    Raises:
+        CandidateFailed: it holds a number that is not finite. So does ``target``, then.
+    """
+    effective = item.effective
+    base, operands = operands_of(item, merge_seed, source)
+    if target is None:
+        like = base if base is not None else operands[0].tensor
+        target = torch.empty(like.shape, dtype=getattr(torch, item.dtype), device=like.device)
+    shared = dict(effective.shared)
+    known = statistics or Statistics()
+    if not merge_tensor(effective.method, base, operands, shared, target, known):
+        dtype = str(target.dtype).removeprefix("torch.")
+        raise CandidateFailed(
+            f"merging {item.spec.name!r} by {effective.method} gave numbers that are not finite "
+            f"in {dtype}; the weights are too large"
+        )
+    return target
+
+
+def operands_of(
+    item: TensorPlan, merge_seed: int | None, source: TensorSource
+) -> tuple[torch.Tensor | None, list[Operand]]:
+    """The base's tensor, where the method sets one apart, and the other sources in order."""
+    effective = item.effective
+    random = METHODS[effective.method].random
+    base: torch.Tensor | None = None
+    operands = []
+    inputs = dict(item.inputs)
+    first = f"{effective.base_model}\n{inputs.get(effective.base_model or '')}"
+    for (model, name), (_, _, own) in zip(item.inputs, effective.sources, strict=True):
+        tensor = source.tensor(model, name)
+        if model == effective.base_model:
+            base = tensor
+            continue
+        key = mask_key(merge_seed or 0, source.identities[model], name) if random else ""
+        operands.append(Operand(tensor, key=key, pair=f"{first}\n{model}\n{name}", **dict(own)))
+    return base, operands
+
+
+def mask_key(merge_seed: int, fingerprint: str, tensor: str) -> str:
+    """What a random mask depends on: nothing of the recipe but its seed.
+
+    tensor: the name under which the parent has it, whatever layer it goes to.
+    """
+    return f"{merge_seed}\n{fingerprint}\n{tensor}"
+
+
+def _refuse_broken(model: str, layout: Layout, source: TensorSource) -> None:
+    broken = sorted(
+        spec.name for spec in layout.tensors if not is_finite(source.tensor(model, spec.name))
+    )
+    if broken:
+        raise ParentError(
+            f"{model}: {len(broken)} tensors hold numbers that are not finite, the first is "
+            f"{broken[0]}; the model is broken"
+        )

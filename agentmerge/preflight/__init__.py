@@ -1,0 +1,1 @@
+"""From a config to ``Prepared``: every fault at once, and the plan; and a first config."""

@@ -1,0 +1,257 @@
+"""How the agents are asked: what they see, what they may spend, and where their words are kept.
+
+Knows the three roles and a search's ledger and budget. A question that was answered before is read
+from the ledger, request by request, so that a node may run twice and a whole search be replayed.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from agentmerge.agents import controller, critic, proposer
+from agentmerge.agents.forecasts import Forecast, forecasts, track
+from agentmerge.agents.ladder import Noise
+from agentmerge.agents.prompts import Message, prompt_hash
+from agentmerge.agents.view import HistoryView, TaskView
+from agentmerge.config import Role, models_asked
+from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.calls import Call
+from agentmerge.contracts.strategy import Observation, improved
+from agentmerge.contracts.worker import ItemRef, ItemResult
+from agentmerge.errors import BudgetReached, ModelReplyError, ReplyMissing
+from agentmerge.ledger.book import Book
+from agentmerge.ledger.words import STRUCTURE, openings
+from agentmerge.search.probes import PROBE
+from agentmerge.search.trials import verdicts
+
+if TYPE_CHECKING:
+    from agentmerge.search.search import Search
+
+_AGENTS: dict[Role, Any] = {"critic": critic, "controller": controller, "proposer": proposer}
+#: Who may call tools before it answers.
+_PROBERS: tuple[Role, ...] = ("critic", "proposer")
+
+
+def advise(search: Search, role: Role, generation: int) -> str:
+    """Ask one agent and keep its word; without a model, or where it fails, its rules speak.
+
+    Returns the limit that does not allow it, or "".
+    """
+    book = search.book
+    if book.advice(generation, role):
+        return ""
+    agent = _AGENTS[role]
+    view = view_of(search, role, generation)
+    guidance = guidance_of(book, generation)
+    failure = ""
+    advised = agent.by_rules(view, guidance)
+    if role in search.models and models_asked(generation, search.population(view.space)):
+        try:
+            advised = _asked(search, role, view, guidance)
+        except ModelReplyError as error:
+            failure = str(error)
+        except BudgetReached as reached:
+            return reached.limit
+    body = {"guidance": advised.to_json(), "failure": failure}
+    book.save_advice(generation, role, body)
+    search.emit(
+        {
+            "event": "advice",
+            "role": role,
+            "generation": generation,
+            "source": advised.source,
+            "failure": failure,
+            "words": advised.thought if role == "proposer" else advised.critique,
+        }
+    )
+    return ""
+
+
+def question(
+    search: Search, role: Role, generation: int
+) -> tuple[list[Message], HistoryView, Guidance]:
+    """What a role is asked of a generation, what it may know, and what was said before it."""
+    view = view_of(search, role, generation)
+    guidance = guidance_of(search.book, generation)
+    return _AGENTS[role].messages(view, search.prompts, guidance), view, guidance
+
+
+def guidance_of(book: Book, generation: int) -> Guidance:
+    """What the agents said of this generation so far, the latest speaker's being complete."""
+    words = {w["role"]: w for w in book.advice(generation)}
+    for role in ("proposer", "controller", "critic"):
+        if role in words:
+            return Guidance.from_json(words[role]["guidance"])
+    return Guidance()
+
+
+def view_of(search: Search, role: Role, generation: int) -> HistoryView:
+    """All that an agent may know when this generation is scored.
+
+    What it tried itself in this generation is left out: where a node runs again, its question is
+    the same, and the answer is found.
+    """
+    now = search.standing(generation, decided=False)
+    space = now.turn[0]
+    history = search.told(up_to=generation, space=space)
+    own = [
+        o for o in history if o.generation == generation and (o.operator, o.label) == (PROBE, role)
+    ]
+    history = [o for o in history if o not in own and not (o.prior and o.score is None)]
+    moves = openings(search.book.advice(role=STRUCTURE))
+    before = guidance_of(search.book, generation - 1) if generation else None
+    settings = search.config.search
+    left = search.budget_left(generation) * (1 - settings.shadow)
+    metrics = {task.name: task.metric for task in search.config.tasks.tasks}
+    return HistoryView(
+        space=space,
+        tasks=tuple(
+            TaskView(o.name, o.weight, metrics.get(o.name, ""), o.higher_is_better)
+            for o in search.taskset.objectives
+        ),
+        entries=tuple(history),
+        sigma=None if before is None else before.sigma,
+        sigma_low=settings.sigma_low,
+        sigma_high=settings.sigma_high,
+        improved_last=improved(history) if history else False,
+        budget_left=math.floor(left + 1e-9) + len(own),
+        forecasts=track(_forecasts(search, generation)).sentence(),
+        noise=paired_noise(search),
+        moves=tuple(verdicts(now, [o for o in moves if o.generation < generation])),
+    )
+
+
+def _forecasts(search: Search, generation: int) -> list[Forecast]:
+    words = search.book.advice()
+    own = [o for o in search.told(generation) if not o.prior]  # others were of another scale
+    return forecasts([w for w in words if w["generation"] < generation], own)
+
+
+def paired_noise(search: Search) -> Noise:
+    """One standard error of the difference of two scores, item by item over the search items.
+
+    Of two merges that have all of them it is found once: a history is told again and again.
+    """
+    taskset, known = search.taskset, search.noises
+    plain = all(map(taskset.is_mean, taskset.objectives))
+    every = len(set(taskset.refs("search")))
+
+    def noise(a: Observation, b: Observation) -> float:
+        pair = (a.recipe_hash, b.recipe_hash)
+        if not plain or pair in known:
+            return known.get(pair, 0.0)
+        mine, theirs = (search.item_results(recipe_hash) for recipe_hash in pair)
+        found = apart(mine, theirs) if mine and theirs else 0.0
+        if len(mine) == len(theirs) == every:
+            known[pair] = found
+        return found
+
+    def apart(mine: Mapping[ItemRef, ItemResult], theirs: Mapping[ItemRef, ItemResult]) -> float:
+        variance = 0.0
+        for objective in taskset.objectives:
+            parts = [taskset.task(name).part("search") for name in objective.leaves]
+            total = sum(map(len, parts))
+            for refs in parts:
+                share = len(refs) / total if objective.by_size else 1 / len(parts)
+                gaps = [mine[r].value - theirs[r].value for r in refs if r in mine and r in theirs]
+                if len(gaps) > 1:
+                    weight = objective.signed_weight * share
+                    variance += weight**2 * statistics.variance(gaps) / len(gaps)
+        return math.sqrt(variance)
+
+    return noise
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The requests of one question, in the ledger."""
+
+    search: Search
+    role: Role
+    generation: int
+    prompt: str
+
+    def stored(self, number: int) -> Call | None:
+        run = self.search.replies_of or self.search.run_id
+        return self.search.ledger.call(run, self.generation, self.role, self.prompt, number)
+
+    def reserve(self, tokens_in: int, tokens_out: int, cost_usd: float | None) -> None:
+        if self.search.replies_of is not None:
+            self._follow(self.search.replies_of)
+        budget = self.search.config.budget
+        spent = self.search.ledger.call_totals(self.search.run_id)
+        if budget.max_tokens is not None:
+            used = spent["tokens_in"] + spent["tokens_out"]
+            if used + tokens_in + tokens_out > budget.max_tokens:
+                raise BudgetReached("tokens")
+        # A price that nobody knows was refused before the search began.
+        cost = (spent["cost_usd"] or 0.0) + (cost_usd or 0.0)
+        if budget.max_cost_usd is not None and cost > budget.max_cost_usd:
+            raise BudgetReached("cost")
+        if self.search.seconds_left <= 0:
+            raise BudgetReached("timeout")
+
+    def _follow(self, run_id: str) -> None:
+        """A replay stops where the search did; elsewhere its question is a new one."""
+        ledger = self.search.ledger
+        stop = ledger.run(run_id).stop_reason
+        last = max(c.generation for c in ledger.candidates(run_id))
+        if stop in ("tokens", "cost", "timeout") and self.generation == last:
+            raise BudgetReached(stop)
+        raise ReplyMissing(
+            f"the {self.role} of generation {self.generation} would be asked something new"
+        )
+
+    def keep(self, number: int, call: Call) -> None:
+        search = self.search
+        search.ledger.save_call(
+            search.run_id, self.generation, self.role, self.prompt, number, call,
+            model=search.models[self.role].name,
+            prompt_file=getattr(search.prompts, self.role).sha,
+        )  # fmt: skip
+        search.emit(
+            {
+                "event": "call",
+                "role": self.role,
+                "generation": self.generation,
+                "attempt": number,
+                "ending": call.ending,
+                "error": call.error or "",
+                "tokens": [call.tokens_in, call.tokens_out],
+                "cost_usd": call.cost_usd,
+                "seconds": round(call.latency_s, 3),
+            }
+        )
+
+
+def _asked(search: Search, role: Role, view: HistoryView, guidance: Guidance) -> Guidance:
+    """The model's word.
+
+    Raises:
+        ModelReplyError: no valid reply; every request is kept with its cost.
+        BudgetReached: the next request cannot be paid.
+    """
+    agent = _AGENTS[role]
+    messages = agent.messages(view, search.prompts, guidance)
+    probes = search.config.agents.probes if role in _PROBERS else 0
+    tools: Sequence[Any] = ()
+    if probes:
+        from agentmerge.search.tools import tools_of
+
+        tools = tools_of(search, view.generation, role, view.noise)
+    reply = search.models[role].ask(
+        messages,
+        agent.schema(view),
+        lambda text: agent.parse(text, view),
+        log=_Kept(search, role, view.generation, prompt_hash(messages)),
+        tools=tools,
+        probes=probes,
+        limit_s=search.seconds_left,
+        rescue=(lambda text: agent.rescue(text, view)) if role == "proposer" else None,
+    )
+    advised: Guidance = agent.by_model(reply.parsed, guidance)
+    return advised

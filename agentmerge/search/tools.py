@@ -1,0 +1,159 @@
+"""``probing``'s functions as LangChain tools: names, descriptions, argument schemas, errors.
+
+A model's mistake comes back to it as a sentence, never as an exception. Every call is kept in the
+ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+from langchain_core.tools import BaseTool, StructuredTool, ToolException
+from pydantic import BaseModel, BeforeValidator, Field
+
+from agentmerge.errors import CandidateFailed, NotBegun, UserError
+from agentmerge.search import probes
+
+if TYPE_CHECKING:
+    from agentmerge.agents.ladder import Noise
+    from agentmerge.search.search import Search
+
+
+#: Characters of what goes wrong, as a caller is told it.
+_MAX_SAID = 1_000
+_MAX_NAME = 200
+Name = Annotated[str, Field(max_length=_MAX_NAME)]
+
+
+def _as_text(value: Any) -> Any:
+    """Models send a recipe as an object or a genome as a list as often as they send a text."""
+    try:
+        return json.dumps(value) if isinstance(value, (dict, list)) else value
+    except (RecursionError, TypeError, ValueError):
+        raise ValueError("it is no recipe, but something nested deeper than any") from None
+
+
+class MergeArguments(BaseModel):
+    """What ``merge_and_evaluate`` takes."""
+
+    recipe: Annotated[str, BeforeValidator(_as_text)] = Field(
+        max_length=probes.MAX_RECIPE_CHARS,
+        description="mergekit YAML that uses only this search's models, or a JSON list of integers "
+        "from 0 to 100, one for each axis (list_candidates names the axes)",
+    )
+    tasks: list[Name] | None = Field(
+        None, max_length=100, description="only these tasks; by default all"
+    )
+    limit: int | None = Field(
+        None, ge=1, le=10**6, description="only so many items a task; by default all"
+    )
+
+
+class ListArguments(BaseModel):
+    """What ``list_candidates`` takes."""
+
+    count: int = Field(10, ge=1, le=probes.MAX_LISTED, description="how many, best first")
+
+
+class CompareArguments(BaseModel):
+    """What ``compare`` takes."""
+
+    a: Name = Field(description="a candidate's id such as \"3.1\", or a parent's name")
+    b: Name = Field(description="the other one, in the same way")
+
+
+class NoArguments(BaseModel):
+    """What ``inspect_parents`` takes."""
+
+
+_OFFERED: dict[str, tuple[Callable[..., dict[str, Any]], type[BaseModel], str]] = {
+    "merge_and_evaluate": (
+        probes.merge_and_evaluate,
+        MergeArguments,
+        "Merge the models by a recipe and score the merge on the tasks. Costs one evaluation of "
+        "the budget, unless the same merge was scored before. With tasks or limit it scores on a "
+        "part of the items only: cheaper, but not comparable with whole scores.",
+    ),
+    "list_candidates": (
+        probes.list_candidates,
+        ListArguments,
+        "List the best merges so far with scores by task, the parents among them, the axes of the "
+        "search space, and how many evaluations are left. Free.",
+    ),
+    "compare": (
+        probes.compare,
+        CompareArguments,
+        "Compare two scored candidates task by task and item by item: what b lost that a had, what "
+        "it gained, and whether the difference is beyond noise. Free.",
+    ),
+    "inspect_parents": (
+        probes.inspect_parents,
+        NoArguments,
+        "Show how the parents differ: lengths and cosines of their task vectors by layer group, "
+        "and which items only one of them solves. Costs nothing once the parents are scored.",
+    ),
+}
+
+
+def tools_of(
+    search: Search, generation: int | None = None, who: str = "", noise: Noise | None = None
+) -> list[BaseTool]:
+    """The tools of an open search.
+
+    generation: which one new candidates join; by default one of their own. who: their label.
+    noise: of a pair of candidates; where it is given, scores are shown as the Ladder releases them
+    (the search's own agents are told no more by tools than by their prompts).
+    """
+    release = None if noise is None else probes.Release(search, noise)
+    return [_tool(name, search, generation, who, release) for name in _OFFERED]
+
+
+def _tool(
+    name: str, search: Search, generation: int | None, who: str, release: probes.Release | None
+) -> BaseTool:
+    function, arguments, description = _OFFERED[name]
+    fixed: dict[str, Any] = {}
+    if name == "merge_and_evaluate":
+        fixed = {"generation": generation, "who": who}
+    if name != "inspect_parents":
+        fixed["release"] = release
+
+    def call(**given: Any) -> str:
+        given = {key: value for key, value in given.items() if value is not None}
+        at = -1 if generation is None else generation
+        try:
+            answer = json.dumps(function(search, **given, **fixed))
+        except (UserError, CandidateFailed, NotBegun) as error:
+            said = shortened(str(error))
+            search.book.save_probe(name, given, said, generation=at)
+            raise ToolException(said) from None
+        search.book.save_probe(name, given, answer, generation=at)
+        return answer
+
+    async def acall(**given: Any) -> str:
+        return await asyncio.to_thread(call, **given)
+
+    return StructuredTool.from_function(
+        func=call,
+        coroutine=acall,
+        name=name,
+        description=description,
+        args_schema=arguments,
+        handle_tool_error=True,
+        handle_validation_error=_invalid,
+    )
+
+
+def shortened(text: str) -> str:
+    """What went wrong, without the length that an argument in it may have."""
+    return text if len(text) <= _MAX_SAID else f"{text[:_MAX_SAID]}..."
+
+
+def _invalid(error: Any) -> str:
+    """A wrong argument, as a sentence for the model."""
+    first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
+    where = ".".join(str(part) for part in first["loc"])
+    return shortened(f"{where}: {first['msg']}" if where else str(first["msg"]))

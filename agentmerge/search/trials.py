@@ -1,0 +1,218 @@
+"""Structural moves: the other search spaces that a search opens, and the race for its budget.
+
+A move changes what no value of an axis can: the merge method, the layers a group, the filters or
+the models. The space that it opens inherits every candidate that has a point there, and begins with
+the best few as near as they come. It then takes turns with the space that led until now, so that
+both are asked as much, and after ``TRIAL`` evaluations of its own it leads if it holds the better
+candidate. All of this is a fold over the moves and candidates in the ledger; it keeps no state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from agentmerge.config import GenomeConfig
+from agentmerge.contracts.advice import StructuralMove
+from agentmerge.contracts.strategy import CARRIED, SHADOW, Observation, Proposal
+from agentmerge.errors import ConfigError, UserError
+from agentmerge.ledger import Candidate
+from agentmerge.ledger.words import STRUCTURE, Opening
+from agentmerge.methods import METHODS
+from agentmerge.recipe import Recipe
+from agentmerge.space.grouped import SearchSpace, short_name
+
+#: Evaluations that a new space gets before it has to lead.
+TRIAL = 16
+#: Least of the budget that must be left for a move: its trial and as much for the other space.
+WORTH = 2 * TRIAL
+#: How many of the best candidates begin a new space.
+SEEDS = 3
+#: The refusal of a person who was asked.
+REFUSED = "you said no"
+#: Operators of candidates that took no turn of a space.
+_NOT_TURNS = (SHADOW, "probe")
+_NOTHING = (math.inf, math.inf)
+#: Rungs of filters, coarse to fine, for a space whose groups are single layers already.
+FILTERS = (
+    ("self_attn", "mlp"),
+    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a search stands. spaces: all that were opened, the config's own first.
+
+    trial: the space that is on trial against the leader, or None.
+    turn: whose generation the next one is; the second only where the first has nothing to ask.
+    """
+
+    leader: SearchSpace
+    trial: SearchSpace | None
+    spaces: tuple[SearchSpace, ...]
+    turn: tuple[SearchSpace, ...]
+
+    def of(self, key: str) -> SearchSpace:
+        """The space with this key; a candidate of before spaces had keys lies in the first."""
+        return next((space for space in self.spaces if space.key == key), self.spaces[0])
+
+
+def standing(
+    base: SearchSpace, moves: Sequence[Opening], candidates: Sequence[Candidate]
+) -> Standing:
+    """How all trials so far went. candidates: up to the last finished generation."""
+    leader, trial = base, None
+    spaces, turn = [base], [base]
+    rows = [c for c in candidates if c.operator != SHADOW and not c.prior]
+    scored = [c for c in rows if c.score is not None and c.twin is None]
+    for opening in moves:
+        if opening.refusal:
+            continue
+        trial = moved(leader, opening.move)
+        spaces.append(trial)
+        asked = {
+            space.key: sum(
+                c.cost
+                for c in rows
+                if c.generation > opening.generation
+                and c.operator not in _NOT_TURNS
+                and (c.space or base.key) == space.key
+            )
+            for space in (leader, trial)
+        }
+        if asked[trial.key] < TRIAL:
+            ahead = asked[trial.key] > asked[leader.key]
+            turn = [leader, trial] if ahead else [trial, leader]
+            continue
+        mine, others = (
+            min((c.rank[:2] for c in scored if (c.space == trial.key) == own), default=_NOTHING)
+            for own in (True, False)
+        )
+        if mine < others:
+            leader = trial
+        trial, turn = None, [leader]
+    return Standing(leader, trial, tuple(spaces), tuple(turn))
+
+
+def verdicts(now: Standing, moves: Sequence[Opening]) -> list[str]:
+    """What became of each move, a sentence each."""
+    opened = iter(now.spaces[1:])
+    found = []
+    for opening in moves:
+        end = f"not made: {opening.refusal}"
+        if not opening.refusal:
+            space = next(opened)
+            leads = "it leads" if space.key == now.leader.key else "it did not lead"
+            end = "on trial" if space is now.trial else leads
+        found.append(f"{opening.move.sentence} after generation {opening.generation}: {end}")
+    return found
+
+
+def moved(space: SearchSpace, move: StructuralMove) -> SearchSpace:
+    """The space that a move opens.
+
+    Raises:
+        UserError: it opens none, with the reason.
+    """
+    genome = space.genome
+    body: dict[str, Any] = genome.model_dump()
+    if move.change == "method":
+        body |= _method(genome, move.value)
+    elif move.change == "granularity":
+        body["layer_granularity"] = int(move.value)
+    elif move.change == "filters":
+        body["filters"] = tuple(word.strip() for word in move.value.split(",") if word.strip())
+    else:
+        kept = tuple(model for model in genome.models if short_name(model) != move.value)
+        if len(kept) == len(genome.models):
+            raise UserError(f"there is no model {move.value!r} to drop")
+        body["models"] = kept
+    try:
+        found = replace(space, genome=GenomeConfig(**body))
+    except (ValidationError, ConfigError) as error:
+        raise UserError(_sentence(error)) from None
+    if found.key == space.key:
+        raise UserError(f"{move.change} {move.value!r} is what the search has already")
+    return found
+
+
+def finer(space: SearchSpace) -> StructuralMove | None:
+    """One rung up the ladder: groups of fewer layers, then filters; None at the top."""
+    step = space.genome.layer_granularity or space.num_layers
+    if step > 1:
+        fewer = max(n for n in range(1, step) if step % n == 0)
+        return StructuralMove("granularity", str(fewer), "nothing more to gain in coarser groups")
+    for filters in FILTERS:
+        if len(space.genome.filters) < len(filters) and space.method.source:
+            why = "nothing more to gain with fewer filters"
+            return StructuralMove("filters", ", ".join(filters), why)
+    return None
+
+
+def carried(
+    history: Sequence[Observation], space: SearchSpace, point: Callable[[Observation], Any]
+) -> list[Observation]:
+    """A history as it looks from ``space``; what was made in another space has no operator there.
+
+    point: an observation of another space -> its vector in this one, or None.
+    """
+    return [
+        o
+        if o.space == space.key
+        else replace(
+            o,
+            vector=point(o),
+            gradient=None,
+            loss=None,
+            operator=o.operator if o.generation == 0 else CARRIED,
+        )
+        for o in history
+    ]
+
+
+def first_points(
+    space: SearchSpace, history: Sequence[Observation], recipe: Callable[[Observation], Recipe]
+) -> list[Proposal]:
+    """What a new space begins with: the best candidates as near as they come, and its uniform
+    merge; nothing whose point is known there already.
+
+    history: as it looks from the space.
+    """
+    scored = [o for o in history if o.score is not None]
+    best = sorted(scored, key=lambda o: (-(o.score or 0.0), o.generation, o.slot))[:SEEDS]
+    points = [(space.nearest(recipe(o)), f"from {o.generation}.{o.slot}") for o in best]
+    uniform = space.uniform()[1]
+    if uniform is not None:
+        points.append((uniform, "uniform"))
+    known = {o.vector for o in history}
+    found: dict[tuple[float, ...], Proposal] = {}
+    for point, label in points:
+        found.setdefault(point, Proposal(point, STRUCTURE, label=label))
+    return [p for p in found.values() if p.vector not in known]
+
+
+def _method(genome: GenomeConfig, name: str) -> dict[str, Any]:
+    """The genome's other settings as far as the new method knows them."""
+    method = METHODS.get(name)
+    if method is None:
+        raise UserError(f"there is no merge method {name!r}")
+    known = {p.name for p in method.shared}
+    plain = name == "slerp"
+    return {
+        "merge_method": name,
+        "normalize": genome.normalize if method.normalize_param else None,
+        "evolve": () if plain else tuple(p for p in genome.evolve if p in known),
+        "filters": () if plain else genome.filters,
+        "smooth": genome.smooth and not plain,
+    }
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
+    return str(error)

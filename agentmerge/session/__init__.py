@@ -1,0 +1,4 @@
+"""A search from outside: opened, driven, branched, replayed, served, exported, cleaned up after.
+
+Alone with ``graphs/`` it knows LangGraph.
+"""

@@ -1,0 +1,279 @@
+"""Housekeeping: pruning checkpoints, and what ``doctor`` looks at. Touches no results."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agentmerge.errors import LeaseHeld, UserError
+from agentmerge.ledger import Ledger
+from agentmerge.ledger.folder import CHECKPOINTS, LEDGER
+from agentmerge.session.driving import existing_runs, opened, readable
+
+if TYPE_CHECKING:
+    from agentmerge.merging.placement import MemoryPlan
+
+#: Distribution -> the least version this code was written against.
+NEEDED = {
+    "torch": "2.6",
+    "transformers": "5",
+    "lm-eval": "0.4.13",
+    "mergekit": "0.1.5",
+    "langgraph": "1.2",
+    "langgraph-checkpoint-sqlite": "3.1",
+    "langchain": "1.5",
+    "langchain-openai": "1.7",
+    "sqlite-utils": "4",
+    "cma": "4",
+    "typer": "0.16",
+}
+KEYS = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY", "GOOGLE_API_KEY", "WANDB_API_KEY")
+
+
+def prune_checkpoints(runs_dir: Path | str, *, dry_run: bool) -> dict[str, Any]:
+    """Keep each idle search's latest checkpoint, and none of searches that are forgotten:
+    {checkpoints, freed_bytes, busy, dry_run}.
+
+    Branching reads the ledger, so pruning cannot break it. Searches that run now are left alone,
+    and the file keeps its size meanwhile.
+
+    Raises:
+        NotFound: nothing has run there.
+    """
+    from agentmerge.ledger.lease import Lease
+    from agentmerge.session.checkpoints import open_saver
+
+    runs_dir = existing_runs(runs_dir)
+    path = runs_dir / CHECKPOINTS
+    with readable(path, "NAME"), open_saver(path) as saver:
+        threads = saver.searches()  # before the rows: a search has its row before its checkpoints
+        with opened(runs_dir) as ledger:
+            rows = ledger.runs()
+        busy = [row.name for row in rows if Lease.holder(path, row.id) is not None]
+        idle = [row.id for row in rows if row.name not in busy]
+        known = {row.id for row in rows}
+        orphans = [
+            thread
+            for thread in threads
+            if thread not in known and Lease.holder(path, thread) is None
+        ]
+        old, orphaned = saver.prunable(idle), saver.prunable(orphans, strategy="delete")
+        count = old.checkpoints + orphaned.checkpoints
+        freed = old.payload_bytes + orphaned.payload_bytes
+        if not dry_run and count:
+            before = saver.size_bytes()
+            saver.prune(orphans, strategy="delete", shrink=False)
+            saver.prune(idle, shrink=not busy)
+            freed = before - saver.size_bytes()
+    return {
+        "checkpoints": count,
+        "freed_bytes": freed,
+        "busy": busy,
+        "dry_run": dry_run,
+    }
+
+
+def discard_made_parents(*, dry_run: bool) -> dict[str, Any]:
+    """Remove the checkpoints that were made of parents and that no process uses: {made,
+    freed_bytes, dry_run}. They are made again when they are needed."""
+    from agentmerge.parents.made import discard_made
+
+    made, freed = discard_made(dry_run=dry_run)
+    return {"made": made, "freed_bytes": freed, "dry_run": dry_run}
+
+
+def discard_leftovers(*, dry_run: bool) -> dict[str, Any]:
+    """Remove what processes that were killed left half made, wherever it is, and put back what they
+    had moved away: {removed, put_back, elsewhere, freed_bytes, dry_run}, paths each.
+
+    elsewhere: left alone, since another host's process may be at work there.
+    """
+    from agentmerge.ledger.journal import journal_mode
+    from agentmerge.system.temporary import cache_dir, discard_unfinished
+
+    shared = journal_mode(cache_dir() / "any") != "WAL"
+    return asdict(discard_unfinished(dry_run=dry_run, shared=shared)) | {"dry_run": dry_run}
+
+
+def prune_results(runs_dir: Path | str, names: Sequence[str], *, dry_run: bool) -> dict[str, Any]:
+    """Forget searches by name, and all results that no search has: see ``ledger.archive.prune``.
+
+    Their folders (config, best recipe, log) stay. While a search runs there ("busy") files keep
+    their size, since it would wait for them to be rewritten, and give up.
+
+    Raises:
+        NotFound: no such search.
+        UserError: one of them runs now.
+    """
+    from agentmerge.ledger.archive import prune
+    from agentmerge.ledger.lease import Lease
+    from agentmerge.session.checkpoints import open_saver
+
+    runs_dir = existing_runs(runs_dir)
+    path = runs_dir / CHECKPOINTS
+    with Ledger(runs_dir / LEDGER) as ledger, readable(path, "NAME"), ExitStack() as stack:
+        rows = [ledger.run(name) for name in dict.fromkeys(names)]
+        for row in rows if path.is_file() else ():
+            running = f"search {row.name!r} runs now; stop it before it is forgotten"
+            if dry_run and Lease.holder(path, row.id) is not None:
+                raise UserError(running)
+            if not dry_run:
+                try:
+                    stack.enter_context(Lease.acquire(path, row.id, name=row.name))
+                except LeaseHeld as error:
+                    raise UserError(running) from error
+        busy = [
+            row.name
+            for row in ledger.runs()
+            if row not in rows and Lease.holder(path, row.id) is not None
+        ]
+        if rows and not dry_run and path.is_file():
+            # Before the rows: a search that is still there can do without its checkpoints.
+            with open_saver(path) as saver:
+                for row in rows:
+                    saver.delete_thread(row.id)
+        found = prune(ledger, [row.id for row in rows], dry_run=dry_run, shrink=not busy)
+    return found | {"forgotten": [row.name for row in rows], "busy": busy}
+
+
+def diagnose(runs_dir: Path | str) -> list[dict[str, Any]]:
+    """Findings as {what, ok, detail, remedy}; a key's value is never read out."""
+    from agentmerge.workers.vllm.preflight import findings as vllm_findings
+
+    found = [
+        _finding(
+            "python",
+            sys.version_info >= (3, 11),
+            ".".join(map(str, sys.version_info[:3])),
+            "install Python 3.11 or newer",
+        )
+    ]
+    for name, least in NEEDED.items():
+        found.append(_package(name, least))
+    found += [*vllm_findings(), _device(), _memory(), _disk(Path(runs_dir))]
+    found += [_database(Path(runs_dir)), _checkpoints(Path(runs_dir))]
+    for key in KEYS:
+        state = "set" if os.environ.get(key) else "not set (needed only for that service)"
+        found.append(_finding(key, True, state))
+    return found
+
+
+def selftest_findings() -> list[dict[str, Any]]:
+    """Whether each device here computes what the CPU does, and what is trusted on it."""
+    from agentmerge.session.selftest import devices, try_device
+
+    found = []
+    for device in devices():
+        trials = try_device(device)
+        found += [_finding(f"{device}, {t.what}", t.ok, t.detail) for t in trials]
+        wrong = [trial.what for trial in trials if not trial.ok]
+        good = ", ".join(trial.what for trial in trials if trial.ok) or "nothing"
+        remedy = f"search on another device than {device}: {', '.join(wrong)} cannot be trusted"
+        found.append(_finding(f"{device}, trusted", not wrong, good, remedy))
+    return found
+
+
+def forecast(config: Path) -> MemoryPlan | None:
+    """What a config's search needs in each placement; None where its worker reads no models.
+
+    Raises:
+        ConfigError: the config or its models are at fault.
+    """
+    from agentmerge.config import SearchConfig
+    from agentmerge.preflight.prepare import anchored, prepare
+
+    settings = anchored(SearchConfig.from_file(config))
+    return prepare(
+        settings, allow_benchmarks=True, tasks=False, weights=False, run_code=False
+    ).memory
+
+
+def forecast_finding(memory: MemoryPlan) -> dict[str, Any]:
+    """A forecast as one more finding of ``diagnose``, with all its figures under ``forecast``."""
+    chosen = memory.chosen
+    detail = f"{memory.name_of(chosen)}: {memory.reason}" if chosen else memory.reason
+    return _finding("placement", chosen is not None, detail) | {"forecast": memory.to_dict()}
+
+
+def _finding(what: str, ok: bool, detail: str, remedy: str = "") -> dict[str, Any]:
+    return {"what": what, "ok": ok, "detail": detail, "remedy": remedy}
+
+
+def _package(name: str, least: str) -> dict[str, Any]:
+    remedy = f"pip install '{name}>={least}'"
+    try:
+        installed = version(name)
+    except PackageNotFoundError:
+        return _finding(name, False, "not installed", remedy)
+    return _finding(name, _numbers(installed) >= _numbers(least), installed, remedy)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.split("+")[0].split(".")
+    return tuple(int(part) for part in parts if part.isdigit())
+
+
+def _device() -> dict[str, Any]:
+    try:
+        import torch
+    except ImportError as error:
+        return _finding("device", False, f"torch cannot be imported: {error}", "pip install torch")
+    from agentmerge.merging.memory import cuda_devices, device_of
+
+    try:
+        there = [device_of(f"cuda:{index}") for index in range(cuda_devices())]
+    except UserError as error:
+        return _finding("device", False, str(error), "see nvidia-smi; or worker.device: cpu")
+    if there:
+        said = (f"{device.name}, {device.total_bytes / 1e9:.0f} GB" for device in there)
+        return _finding("device", True, "; ".join(said))
+    return _finding("device", True, f"CPU, {torch.get_num_threads()} threads")
+
+
+def _memory() -> dict[str, Any]:
+    from agentmerge.merging.memory import host_limit
+
+    limit = host_limit()
+    return _finding("memory", True, f"{limit.size_bytes / 1e9:.1f} GB {limit.source}")
+
+
+def _disk(runs_dir: Path) -> dict[str, Any]:
+    place = runs_dir if runs_dir.exists() else Path.cwd()
+    free = shutil.disk_usage(place).free / 1e9
+    return _finding(
+        "disk", free > 2, f"{free:.1f} GB free at {place.absolute()}", "free at least 2 GB"
+    )
+
+
+def _database(runs_dir: Path) -> dict[str, Any]:
+    from agentmerge.errors import AgentmergeError
+
+    path = runs_dir / LEDGER
+    if not path.is_file():
+        return _finding("results", True, f"none yet in {runs_dir}")
+    try:
+        with Ledger(path) as ledger:
+            return _finding("results", True, f"{len(ledger.runs())} searches in {path}")
+    except AgentmergeError as error:
+        return _finding("results", False, str(error), f"move {path} away")
+
+
+def _checkpoints(runs_dir: Path) -> dict[str, Any]:
+    from agentmerge.errors import AgentmergeError
+    from agentmerge.session.checkpoints import open_saver
+
+    path = runs_dir / CHECKPOINTS
+    if not path.is_file():
+        return _finding("checkpoints", True, f"none yet in {runs_dir}")
+    try:
+        with readable(path, "NAME"), open_saver(path) as saver:
+            return _finding("checkpoints", True, f"{saver.size_bytes() / 1e6:.1f} MB in {path}")
+    except AgentmergeError as error:
+        return _finding("checkpoints", False, str(error), f"delete {path}: no result is in it")

@@ -1,0 +1,385 @@
+"""A search from outside: start, resume, branch, evaluate; the run directory and the drain.
+
+``runs/NAME/`` holds the config as resolved, best.yml and the log; all searches share
+``runs/checkpoints.sqlite`` (LangGraph, thread id = run id) and ``runs/agentmerge.sqlite`` (the
+ledger). How a search is put together is ``assembly.py``, what it does ``steps.py``.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from agentmerge.config import FIRST, Role, SearchConfig
+from agentmerge.errors import CandidateFailed, LeaseHeld, NotBegun, RunFailed, UserError
+from agentmerge.ledger import Ledger, RunRow
+from agentmerge.ledger.archive import remove_runs
+from agentmerge.ledger.folder import CHECKPOINTS, LEDGER
+from agentmerge.ledger.lease import Lease
+from agentmerge.ledger.store import remedy
+from agentmerge.preflight.prepare import Prepared, anchored, anchored_name, prepare
+from agentmerge.recipe import Recipe
+from agentmerge.recipe.cancelling import cancelling_notes
+from agentmerge.search.scoring import Scoring
+from agentmerge.search.search import Emit
+from agentmerge.search.state import GRAPH_VERSION, WAITING, SearchState
+from agentmerge.session.context import Context, at_hand
+from agentmerge.session.opening import (
+    RESUMABLE,
+    assembled,
+    begun,
+    changed_facts,
+    existing_runs,
+    load_graph,
+    new_branch,
+    new_row,
+    opened,
+    pool_of,
+    resource_faults,
+    settings_hash,
+    silent,
+    unseen,
+)
+
+
+class Drain:
+    """How a running search is asked to stop: the first request lets running work finish."""
+
+    def __init__(self) -> None:
+        from langgraph.runtime import RunControl
+
+        self.control = RunControl()
+
+    def request(self) -> None:
+        self.control.request_drain("interrupted")
+
+    @property
+    def requested(self) -> bool:
+        return self.control.drain_requested
+
+
+def run(
+    config: SearchConfig,
+    *,
+    name: str | None = None,
+    runs_dir: Path | str = "runs",
+    emit: Emit | None = None,
+    drain: Drain | None = None,
+    allow_benchmarks: bool = False,
+    models: Mapping[Role, Any] | None = None,
+) -> RunRow:
+    """Start a search and drive it until it is done or drained.
+
+    models: ready chat models by role, instead of what the config names.
+
+    Raises:
+        ConfigError: every fault in the config, models and tasks.
+        RunFailed: the search cannot go on; what was scored is saved.
+    """
+    config = anchored(config)
+    if Path(runs_dir).exists() and not Path(runs_dir).is_dir():
+        raise UserError(f"--runs-dir {runs_dir} is a file; name a folder")
+    faults = resource_faults(config, models)
+    prepared = prepare(config, allow_benchmarks=allow_benchmarks, fresh=True, known_faults=faults)
+    runs_dir = Path(runs_dir)
+    with Ledger(runs_dir / LEDGER) as ledger:
+        if name is not None:
+            _clear_false_start(ledger, runs_dir, name)
+        prepared = unseen(ledger, prepared)
+        row = new_row(ledger, prepared, name)
+        row = ledger.add_run(row)
+        return _drive(prepared, row, runs_dir, ledger, emit, drain, models)
+
+
+def _clear_false_start(ledger: Ledger, runs_dir: Path, name: str) -> None:
+    """A search that failed before anything was scored gives its name free."""
+    for row in ledger.runs():
+        if row.name == name and row.status in ("new", "interrupted", "failed"):
+            begun_with = ledger.candidates(row.id)
+            held = Lease.holder(runs_dir / CHECKPOINTS, row.id)
+            if all(c.state == "open" or not c.cost for c in begun_with) and held is None:
+                remove_runs(ledger, [row.id])
+
+
+def resume(
+    name: str,
+    *,
+    runs_dir: Path | str = "runs",
+    overrides: Mapping[str, Any] | None = None,
+    emit: Emit | None = None,
+    drain: Drain | None = None,
+    models: Mapping[Role, Any] | None = None,
+    answer: bool | None = None,
+) -> RunRow:
+    """Go on with a search where it stopped; ``overrides`` may raise limits (RESUMABLE) and name
+    the key that servers of its config may have (``agents.api_key_env``).
+
+    answer: to the question that a waiting search asks (``search.approve``). Without one it is left
+        waiting.
+
+    Raises:
+        UserError: a parent, a task or the items changed since; a limit would be lowered; an answer
+            that nothing asked for.
+        RunFailed: the saved state cannot be continued.
+    """
+    runs_dir = existing_runs(runs_dir)
+    with Ledger(runs_dir / LEDGER) as ledger:
+        row = ledger.run(name)
+        foreign = sorted(set(overrides or {}) - {*RESUMABLE, "agents.api_key_env"})
+        if foreign:
+            raise UserError(
+                f"{foreign[0]} cannot change on resume; `agentmerge branch {row.name}` starts a "
+                "search with other settings from any generation"
+            )
+        limits = {key: value for key, value in (overrides or {}).items() if key in RESUMABLE}
+        _raised(SearchConfig.from_text(row.config, row.name), limits, row.name)
+        config = SearchConfig.from_text(row.config, row.name, overrides)
+        if faults := resource_faults(config, models):
+            raise UserError("\n".join(faults))
+        prepared = prepare(config, allow_benchmarks=True).without(row.facts.get("searched", ()))
+        changes = changed_facts(row.facts, prepared.facts())
+        if changes:
+            way = f"`agentmerge branch {row.name}` to score the best again"
+            if all(c.score is None for c in ledger.candidates(row.id)):
+                way = f"`agentmerge run` under the name {row.name} again, since nothing is scored"
+            raise UserError(
+                f"{'; '.join(changes)} since {row.name!r} began: old and new scores cannot be "
+                f"compared; put it back, or {way}"
+            )
+        return _drive(prepared, row, runs_dir, ledger, emit, drain, models, answer)
+
+
+def _raised(config: SearchConfig, limits: Mapping[str, Any], name: str) -> None:
+    """A search that went on under lower limits than it has used could not be replayed."""
+    for key, new in limits.items():
+        section, field = key.split(".")
+        old = getattr(getattr(config, section), field)
+        if key in ("budget.timeout_s", "worker.timeout_s") or old is None:
+            continue  # counted anew on every resume, and candidate; a first limit of its kind
+        if new is not None and new < old:
+            raise UserError(
+                f"{key} of {name!r} is {old:g} and cannot become {new:g}: resume only raises "
+                f"limits; `agentmerge branch {name}` starts a search with lower ones"
+            )
+
+
+def branch(
+    source: str,
+    *,
+    at: int,
+    name: str | None = None,
+    runs_dir: Path | str = "runs",
+    overrides: Mapping[str, Any] | None = None,
+    emit: Emit | None = None,
+    drain: Drain | None = None,
+    models: Mapping[Role, Any] | None = None,
+) -> RunRow:
+    """Start a new search from generation ``at`` of another, which is left untouched.
+
+    The shared past is copied within the ledger. Where an override changes what is asked (tasks,
+    limit, engine), old scores stay as knowledge for the strategy and the best is scored again.
+
+    Raises:
+        NotFound: no such run or generation, naming those that exist.
+    """
+    runs_dir = existing_runs(runs_dir)
+    with Ledger(runs_dir / LEDGER) as ledger:
+        prepared, row = new_branch(ledger, source, at, name, overrides or {}, models)
+        return _drive(prepared, row, runs_dir, ledger, emit, drain, models)
+
+
+def evaluate(
+    recipe: Recipe, config: SearchConfig, *, runs_dir: Path | str = "runs"
+) -> dict[str, Any]:
+    """Score any recipe under a config's tasks: {score, tasks, recipe_hash, reused, items, notes}.
+
+    Raises:
+        ConfigError: its models cannot be merged with the config's.
+        CandidateFailed: it cannot be merged or scored.
+    """
+    recipe = recipe.renamed(anchored_name)
+    settings = _under_its_template(_under_its_tokenizer(anchored(config), recipe), recipe)
+    prepared = prepare(settings, allow_benchmarks=True, also=recipe.models)
+    canonical = recipe.at(prepared.space.dtype).canonical(prepared.space.num_layers)
+    prepared.check(canonical)
+    recipe_hash = canonical.hash(prepared.identities)
+    with Ledger(Path(runs_dir) / LEDGER) as ledger, ExitStack() as stack:
+        scoring = Scoring(ledger, prepared.taskset, pool_of(prepared, stack))
+        answers = scoring.ask(canonical, recipe_hash)
+        scoring.save(answers)
+        score = prepared.taskset.score(answers.results)
+    return {
+        "score": score.value,
+        "tasks": dict(score.tasks),
+        "recipe_hash": recipe_hash,
+        "reused": not answers.paid,
+        "items": len(answers.results),
+        "notes": [*recipe.notes, *cancelling_notes(canonical)],
+    }
+
+
+def _under_its_tokenizer(config: SearchConfig, recipe: Recipe) -> SearchConfig:
+    """The config with the recipe's ``tokenizer_source``, by which parents are aligned."""
+    asked, source = recipe.tokenizer_source, config.genome.tokenizer_source
+    if asked in (None, source):
+        return config
+    if source is not None:
+        raise UserError(
+            f"the recipe's tokenizer_source is {asked!r}, and the config's {source!r}; change one"
+        )
+    genome = config.genome.model_copy(update={"tokenizer_source": asked})
+    return config.model_copy(update={"genome": genome})
+
+
+def _under_its_template(config: SearchConfig, recipe: Recipe) -> SearchConfig:
+    """The config with the recipe's ``chat_template``: it is asked as its merge would be."""
+    asked, source = recipe.chat_template, config.tasks.chat_template
+    if asked in (None, "", source):
+        return config
+    if source not in (None, FIRST):
+        raise UserError(
+            f"the recipe's chat_template is {str(asked)[:40]!r}, and the config's "
+            f"{source[:40]!r}; change one"
+        )
+    return config.model_copy(
+        update={"tasks": config.tasks.model_copy(update={"chat_template": asked})}
+    )
+
+
+def _drive(
+    prepared: Prepared,
+    row: RunRow,
+    runs_dir: Path,
+    ledger: Ledger,
+    emit: Emit | None,
+    drain: Drain | None,
+    models: Mapping[Role, Any] | None,
+    answer: bool | None = None,
+) -> RunRow:
+    from langgraph.errors import GraphDrained
+
+    from agentmerge.session.checkpoints import open_saver
+
+    drain = drain or Drain()
+    with ExitStack() as stack, readable(runs_dir / CHECKPOINTS, row.name):
+        told = emit or silent
+        lease = stack.enter_context(
+            Lease.acquire(
+                runs_dir / CHECKPOINTS,
+                row.id,
+                name=row.name,
+                say=lambda text: told({"event": "note", "text": text}),
+            )
+        )
+        saver = stack.enter_context(open_saver(runs_dir / CHECKPOINTS))
+        tell = stack.enter_context(begun(ledger, row, prepared, runs_dir, told))
+        search = assembled(prepared, row, runs_dir, ledger, tell, stack, models)
+        search.stopping = lambda: drain.requested
+        search.still_mine = lease.check
+        advisers = sorted({model.name for model in search.models.values()})
+        search.emit(
+            {
+                "event": "start",
+                "run": row.name,
+                "status": row.status,
+                "advisers": advisers,
+                "heeded": bool(getattr(search.strategy, "heeds_advice", False)),
+                "memory": prepared.memory.compromise if prepared.memory else "",
+            }
+        )
+        graph = load_graph(prepared.config.search.graph).compile(checkpointer=saver)
+        thread: Any = {
+            "configurable": {"thread_id": row.id},
+            "max_concurrency": prepared.config.worker.count,  # one thread a worker
+            "recursion_limit": prepared.config.graph_steps,
+        }
+        begin = _first_input(graph, thread, row, prepared, answer)
+        stack.enter_context(at_hand(search))
+        ledger.update_run(row.id, status="running", stop_reason="")
+        context = Context(run=row.id, runs_dir=str(runs_dir))
+        try:
+            graph.invoke(begin, thread, context=context, durability="sync", control=drain.control)
+        except (GraphDrained, NotBegun):
+            pass  # told to stop: the last step is saved, or was not begun
+        except BaseException:
+            _say_interrupted(ledger, row.id, lease)
+            raise
+        snapshot = graph.get_state(thread)
+        if snapshot.values.get("status") != "done":
+            lease.check()
+        if snapshot.interrupts:
+            question = str(snapshot.interrupts[0].value["question"])
+            ledger.update_run(row.id, status=WAITING, stop_reason=question)
+        elif snapshot.values.get("status") != "done":
+            if not drain.requested:
+                ledger.update_run(row.id, status="failed", stop_reason="ended without finishing")
+                raise RunFailed(f"search {row.name!r} ended without finishing; see its log.jsonl")
+            ledger.update_run(row.id, status="interrupted")
+    return ledger.run(row.id)
+
+
+def _say_interrupted(ledger: Ledger, run_id: str, lease: Lease) -> None:
+    """Where another process has the search by now, what that one says of it stands."""
+    with suppress(LeaseHeld):
+        lease.check()
+        ledger.update_run(run_id, status="interrupted")
+
+
+@contextmanager
+def readable(checkpoints: Path, name: str) -> Iterator[None]:
+    """A checkpoint file that fails as a sentence: the ledger still holds the whole search."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        what_to_do = remedy(error)
+        if what_to_do.startswith("move it away"):
+            what_to_do = f"delete it (no result is in it), then agentmerge resume {name}"
+        raise RunFailed(f"{checkpoints} cannot be used: {error}; {what_to_do}") from error
+
+
+def _first_input(
+    graph: Any, thread: Any, row: RunRow, prepared: Prepared, answer: bool | None
+) -> Any:
+    """What to invoke with: a first state, or an answer.
+
+    A search goes on from its ledger, whatever step its checkpoints are at: ``seed`` finds the last
+    generation there, and what was scored, advised or decided is read again and costs nothing. So
+    two files that do not fit, as after a power cut, cannot lead it astray.
+    """
+    from langgraph.types import Command
+
+    snapshot = graph.get_state(thread)
+    values = snapshot.values
+    if values.get("graph_version", GRAPH_VERSION) != GRAPH_VERSION:
+        raise RunFailed(
+            f"search {row.name!r} was saved by graph version {values.get('graph_version')}, and "
+            f"this is version {GRAPH_VERSION}; `agentmerge branch {row.name}` goes on from its "
+            "ledger"
+        )
+    if snapshot.interrupts and answer is not None:
+        return Command(resume="yes" if answer else "no")
+    if answer is not None:
+        raise UserError(f"search {row.name!r} asks nothing: leave the answer out")
+    return SearchState(run_id=row.id, graph_version=GRAPH_VERSION)
+
+
+__all__ = [
+    "CHECKPOINTS",
+    "LEDGER",
+    "CandidateFailed",
+    "Context",
+    "Drain",
+    "branch",
+    "changed_facts",
+    "evaluate",
+    "existing_runs",
+    "load_graph",
+    "opened",
+    "resource_faults",
+    "resume",
+    "run",
+    "settings_hash",
+]

@@ -1,0 +1,193 @@
+"""From a search to a checkpoint on disk that scores as the search saw it.
+
+Writes through ``merging/export.py`` (or mergekit itself), then scores the written files once, as a
+stranger would, and says whether they score the same. Knows runs and cards; knows no kernels.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from agentmerge.config import FIRST, SearchConfig
+from agentmerge.errors import UserError
+from agentmerge.ledger import Ledger, ResultKey
+from agentmerge.preflight.prepare import Prepared, prepare
+from agentmerge.recipe import Recipe
+from agentmerge.report.model_card import model_card
+from agentmerge.report.summary import best_recipe
+from agentmerge.session.driving import opened
+from agentmerge.space.grouped import public_names
+from agentmerge.system.temporary import write_at_once
+
+#: The recipe beside an exported model.
+RECIPE = "mergekit_config.yml"
+
+
+def export_run(
+    name: str,
+    to: Path,
+    *,
+    runs_dir: Path | str = "runs",
+    engine: str = "agentmerge",
+    verify: bool = True,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a run's answer to ``to``: {path, score, disk_score, equal, differing_items, warning}.
+
+    engine: "agentmerge" or "mergekit". overwrite: in place of an export that is there, which goes
+    once the new one is written. ``equal`` is None where ``verify`` is off.
+
+    Raises:
+        UserError: an unknown engine, or a folder that is not empty, or not an export's.
+    """
+    if engine not in ("agentmerge", "mergekit"):
+        raise UserError(f"--with {engine!r} is not known; use agentmerge or mergekit")
+    with opened(runs_dir) as ledger:
+        row = ledger.run(name)
+        found = best_recipe(ledger, row)
+        config = SearchConfig.from_text(row.config, row.name)
+        prepared = prepare(config, allow_benchmarks=True, tasks=verify)
+        if config.worker.kind == "fake":
+            raise UserError(f"run {name!r} searched on the fake worker: it has no model to export")
+        recipe = Recipe.parse(found["recipe"])
+        if overwrite:
+            refuse_foreign(to)
+        warning = _write(prepared, recipe, to, engine, model_card(ledger, row, found), overwrite)
+        report: dict[str, Any] = {
+            "path": str(to),
+            "score": found["score"],
+            "disk_score": None,
+            "equal": None,
+            "differing_items": None,
+            "warning": warning,
+        }
+        if verify:
+            report |= _verified(prepared, ledger, found, to)
+    return report
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises UserError where there is something at ``folder`` that no export of ours wrote."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise UserError(f"{folder} is no folder, so no model is written over it; name another")
+    if any(folder.iterdir()) and not _is_export(folder):
+        raise UserError(
+            f"{folder} holds files that agentmerge did not write, so they are not removed; name "
+            "another folder, or move them away"
+        )
+
+
+def _is_export(folder: Path) -> bool:
+    """A recipe beside a model card with our tag."""
+    try:
+        with (folder / "README.md").open(encoding="utf-8", errors="replace") as card:
+            return (folder / RECIPE).is_file() and "agentmerge" in card.read(1 << 16)
+    except OSError:
+        return False
+
+
+def _publish_recipe(folder: Path) -> None:
+    """An export is made to be shown to others: local folders are named by their last part."""
+    file = folder / RECIPE
+    recipe = Recipe.parse(file)
+    names = public_names(recipe.models)
+    if any(new != name for name, new in names.items()):
+        text = recipe.renamed(lambda name: names.get(name, name)).to_yaml()
+        head = (
+            "# Local folders are named by their last part; best.yml of the search has all of it.\n"
+        )
+        write_at_once(file, head + text)
+
+
+def report_text(report: dict[str, Any]) -> str:
+    lines = [f"merged model: {report['path']}"]
+    if report["warning"]:
+        lines.append(f"note: {report['warning']}")
+    if report["equal"] is None:
+        lines.append("not scored from disk (--no-verify)")
+    elif report["equal"]:
+        lines.append(f"scored once from disk: {report['disk_score']:.6f}, as the search saw it")
+    else:
+        lines.append(
+            f"scored once from disk: {report['disk_score']:.6f}, and the search saw "
+            f"{report['score']:.6f}: {report['differing_items']} items differ"
+        )
+    return "\n".join(lines)
+
+
+def _write(
+    prepared: Prepared, recipe: Recipe, to: Path, engine: str, card: str, overwrite: bool
+) -> str:
+    if prepared.config.tasks.chat_template not in (None, FIRST):  # it talks as it was asked
+        from agentmerge.evaluation.tokenizers import tokenizer_of
+
+        template = tokenizer_of(prepared.spec).get_chat_template()
+        recipe = replace(recipe, chat_template=template)
+    if engine == "agentmerge":
+        from agentmerge.merging.export import export_checkpoint
+
+        export_checkpoint(
+            recipe,
+            prepared.paths,
+            to,
+            template_model=prepared.spec.template_model,
+            base=prepared.config.genome.base_model,
+            dtype=prepared.spec.dtype,
+            device=prepared.spec.device,
+            card=card,
+            overwrite=overwrite,
+            finish=_publish_recipe,
+        )
+        return ""
+    from agentmerge.merging.reference import mergekit_merge
+
+    mergekit_merge(
+        recipe,
+        prepared.paths,
+        to,
+        template_model=prepared.spec.template_model,
+        card=card,
+        overwrite=overwrite,
+        finish=_publish_recipe,
+    )
+    warning = "written by mergekit: rounding may differ from what the search scored"
+    if recipe.merge_seed is not None:
+        warning = "written by mergekit: its random masks are not the ones the search scored"
+    return warning
+
+
+def _verified(
+    prepared: Prepared, ledger: Ledger, found: dict[str, Any], to: Path
+) -> dict[str, Any]:
+    """Score the written folder as a parent of its own, and compare item by item."""
+    from agentmerge.workers.pool import Pool
+
+    name = str(to.absolute())
+    options = prepared.spec.options | {"base": None}
+    tasks = prepared.spec.tasks.model_copy(update={"chat_template": None})  # the folder has it
+    alone = replace(
+        prepared.spec, parents=((name, name),), template_model=name, tasks=tasks, options=options
+    )
+    whole = Recipe.of_model(name, prepared.space.num_layers, prepared.space.dtype)
+    refs = prepared.taskset.refs()
+    with ExitStack() as stack:
+        pool = Pool(alone, count=1)
+        stack.callback(pool.close)
+        _, rows, _ = pool.evaluate(whole.canonical(prepared.space.num_layers), refs)
+        results = dict(zip(refs, rows, strict=True))
+        score = prepared.taskset.score(results)
+        differing = 0
+        for task in prepared.taskset.tasks:
+            key = ResultKey(found["recipe_hash"], prepared.engine, task.protocol_hash)
+            stored = ledger.results(key)
+            differing += sum(
+                ref.key in stored and stored[ref.key].value != results[ref].value
+                for ref in task.part("search")
+            )
+    equal = differing == 0 and score.value == found["score"]
+    return {"disk_score": score.value, "equal": equal, "differing_items": differing}

@@ -1,0 +1,61 @@
+"""What a prompt says to a model at a point of a real search, without asking one."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from agentmerge.agents.prompts import load_prompts, prompt_hash, prompt_of
+from agentmerge.config import ROLES, SearchConfig
+from agentmerge.errors import NotFound
+from agentmerge.ledger import Ledger
+from agentmerge.ledger.folder import LEDGER
+from agentmerge.preflight.prepare import prepare
+from agentmerge.search.advise import question
+from agentmerge.session.opening import assembled, existing_runs
+
+_CHARS_PER_TOKEN = 4
+
+
+def preview(
+    run: str,
+    name: str,
+    *,
+    generation: int | None = None,
+    prompts: Path | str | None = None,
+    runs_dir: Path | str = "runs",
+) -> dict[str, Any]:
+    """{messages, generation, tokens, tokens_measured}.
+
+    tokens: an estimate, at four characters a token. tokens_measured: what this very question took
+    when the search asked it, None where it did not.
+
+    Raises:
+        NotFound: no such run or generation. PromptError: no such prompt, or a bad one.
+    """
+    prompt_of(load_prompts(prompts), name)
+    role = next(role for role in ROLES if role == name)
+    with ExitStack() as stack:
+        folder = existing_runs(runs_dir)
+        ledger = stack.enter_context(Ledger(folder / LEDGER, read_only=True))
+        row = ledger.run(run)
+        known = sorted({c.generation for c in ledger.candidates(row.id) if c.state != "open"})
+        at = (known[-1] if known else 0) if generation is None else generation
+        if at not in known:
+            raise NotFound(f"run {row.name!r} has no generation {at}")
+        overrides = {} if prompts is None else {"agents.prompts": str(Path(prompts).absolute())}
+        config = SearchConfig.from_text(row.config, row.name, overrides)
+        prepared = prepare(config, allow_benchmarks=True, weights=False)
+        # The past is read, and no model: whose answers it holds, the run says itself.
+        prepared = replace(prepared, identities=row.facts["identities"])
+        search = assembled(prepared, row, folder, ledger, lambda event: None, stack, advised=False)
+        messages, _, _ = question(search, role, at)
+        asked = ledger.call(row.id, at, role, prompt_hash(messages))
+    return {
+        "messages": messages,
+        "generation": at,
+        "tokens": sum(len(m["content"]) for m in messages) // _CHARS_PER_TOKEN + 1,
+        "tokens_measured": asked.tokens_in if asked and asked.tokens_in else None,
+    }

@@ -1,0 +1,320 @@
+"""A whole search once more, offline: from its stored replies and results, with no model or worker.
+
+It runs the real graph, strategy and agents on a copy of the ledger, so a replay that ends like the
+search proves that nothing else went into it. With other prompts it says where it leaves the search.
+Limits that were raised on the way are raised at the same point; a search that has not ended is
+replayed as far as it went, and one that ran out of time stops where its time did.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from agentmerge.agents.models import AgentModel
+from agentmerge.agents.prompts import Prompt, Prompts, load_prompts
+from agentmerge.config import ROLES, Role, SearchConfig
+from agentmerge.contracts.worker import EngineInfo, Fingerprint, Gradient, ItemRef, ItemResult, Loss
+from agentmerge.errors import (
+    CandidateFailed,
+    NotBegun,
+    ReplyMissing,
+    UserError,
+    WorkerLost,
+)
+from agentmerge.ledger import Ledger, RunRow
+from agentmerge.ledger.folder import LEDGER
+from agentmerge.preflight.prepare import Prepared, prepare
+from agentmerge.recipe import Recipe
+from agentmerge.report.summary import trace
+from agentmerge.search.probes import PROBE
+from agentmerge.search.search import Outcome, Search
+from agentmerge.search.state import GRAPH_VERSION, SearchState
+from agentmerge.session.context import Context, at_hand
+from agentmerge.session.opening import (
+    TOOLS,
+    arithmetic,
+    assembled,
+    changed_facts,
+    existing_runs,
+    load_graph,
+)
+from agentmerge.system.temporary import temporary_folder
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What came of it.
+
+    identical: every candidate, every advice and the answer are the search's own.
+    differs_from: the first generation that is another, None where none is.
+    cause: what else was otherwise than in the search and may be why it differs, or "".
+    stopped: why the replay could not go on, "" where it reached the end. One that is identical and
+        stopped came as far as the search did, which has not ended.
+    """
+
+    run: str
+    identical: bool
+    generations: int
+    candidates: int
+    replies: int
+    differs_from: int | None
+    stopped: str
+    cause: str = ""
+
+
+def replay(
+    name: str, *, runs_dir: Path | str = "runs", prompts: Path | str | None = None
+) -> Replay:
+    """Replay a search. prompts: a folder of prompts to replay it with, instead of its own.
+
+    Raises:
+        NotFound: no such run.
+        UserError: the models' files or the tasks changed since, or the run was made by tools.
+    """
+    runs_dir = existing_runs(runs_dir)
+    with ExitStack() as stack:
+        folder = stack.enter_context(temporary_folder("agentmerge-replay"))
+        with Ledger(runs_dir / LEDGER, read_only=True) as original:
+            row = original.run(name)
+            original.copy_to(folder / LEDGER)
+        ledger = stack.enter_context(Ledger(folder / LEDGER))
+        search = _search(ledger, row, folder, prompts, stack)
+        stopped = ""
+        try:
+            _drive(search, folder)
+        except ReplyMissing as missing:
+            stopped = str(missing)
+        found = _compared(ledger, row, ledger.run(search.run_id), stopped)
+    return replace(found, cause="" if found.identical or prompts else _cause(row))
+
+
+def _cause(row: RunRow) -> str:
+    """Other last digits of the strategy's linear algebra end in other proposals."""
+    then, now = row.facts.get("arithmetic"), arithmetic()
+    if then is None or then == now:
+        return ""
+    key = "threads" if then["threads"] != now["threads"] else "kernels"
+    remedy = f"; set OMP_NUM_THREADS={then['threads']}" if key == "threads" else ""
+    shown = [", ".join(v) if isinstance(v, list) else v for v in (then[key], now[key])]
+    return (
+        f"its linear algebra had {shown[0]} {key} and has {shown[1]} here, which changes last "
+        f"digits and so what is proposed{remedy}"
+    )
+
+
+def _search(
+    ledger: Ledger, row: RunRow, folder: Path, prompts: Path | str | None, stack: ExitStack
+) -> Search:
+    """The search again under another id, with what is stored in place of models and workers."""
+    if row.algorithm == TOOLS:
+        raise UserError(f"run {row.name!r} was made by tools: there is no search to replay")
+    overrides = {"agents.prompts": None}  # its own are in the ledger; their folder may be gone
+    config = SearchConfig.from_text(row.config, row.name, overrides)
+    prepared = prepare(config, allow_benchmarks=True).without(row.facts.get("searched", ()))
+    changes = changed_facts(row.facts, prepared.facts())
+    if changes:
+        raise UserError(f"{'; '.join(changes)} since {row.name!r} began: it cannot be replayed")
+    again = replace(row, id=str(uuid.uuid4()), name=f"{row.name}-replay", status="new", result=None)
+    again = ledger.add_run(again)
+    if row.parent_generation is not None:
+        ledger.copy_past(row.id, again.id, row.parent_generation, prior=False)
+    (folder / again.name).mkdir()
+    search = assembled(
+        prepared, again, folder, ledger, lambda event: None, stack, advised=False, kind=_Followed
+    )
+    assert isinstance(search, _Followed)
+    search.original, search.prompts = row, _prompts(ledger, row, prompts)
+    search.configs = [
+        (since, SearchConfig.from_text(row.config, row.name, overrides | limits))
+        for since, limits in ledger.limits(row.id)
+    ]
+    asked = ledger.called_models(row.id)
+    search.models = {
+        role: AgentModel(None, name=asked.get(role, ""))
+        for role in ROLES
+        if role in asked or config.agents.settings_for(role).model != "none"
+    }
+    search.replies_of = row.id
+    never_begun = {c.recipe_hash for c in ledger.candidates(row.id) if c.state == "open"}
+    flat = {c.recipe_hash for c in ledger.candidates(row.id) if c.gradient is None}
+    lost = str((row.result or {}).get("lost", ""))
+    search.pool = _StoredResults(
+        search.pool, prepared, _failures(ledger, row), never_begun, flat, lost
+    )
+    return search
+
+
+@dataclass
+class _Followed(Search):
+    """A search that repeats another one: under the limits of the time, and as far as it came.
+
+    configs: with each set of limits, and the ledger's position from which on it held.
+    """
+
+    original: RunRow = field(init=False)
+    configs: Sequence[tuple[tuple[int, int], SearchConfig]] = ()
+
+    def seed(self) -> int:
+        self._follow()
+        return super().seed()
+
+    def select(self, generation: int) -> Outcome:
+        self._follow()
+        return super().select(generation)
+
+    def advise(self, role: Role, generation: int) -> str:
+        self._follow()
+        limit = super().advise(role, generation)
+        self._follow()  # what is decided next, a move, may have waited for a larger budget
+        return limit
+
+    def propose(self, generation: int) -> int:
+        self._follow()
+        return super().propose(generation)
+
+    @property
+    def seconds_left(self) -> float:
+        """No time passes in a replay; but it runs out where it did."""
+        return 0.0 if self.original.stop_reason == "timeout" and self._caught_up else math.inf
+
+    def _follow(self) -> None:
+        candidates, words = self.ledger.position(self.run_id)
+        for (since_candidates, since_words), config in self.configs:
+            if candidates >= since_candidates and words >= since_words:
+                self.config = config
+        if self.original.status != "done" and self._caught_up:
+            raise ReplyMissing(f"{self.original.name!r} has not gone further")
+
+    @property
+    def _caught_up(self) -> bool:
+        """Whether all that the other search decided and scored is decided and scored here."""
+        if self.ledger.position(self.run_id) != self.ledger.position(self.original.id):
+            return False
+        here, there = (self.ledger.open_count(run) for run in (self.run_id, self.original.id))
+        return here == there
+
+
+def _prompts(ledger: Ledger, row: RunRow, folder: Path | str | None) -> Prompts:
+    """What its models were told; the folder's files in their place."""
+    found = load_prompts(folder)
+    own = {
+        role: Prompt(role, Path(row.name) / f"{role}.md", text)
+        for role, text in ledger.prompts(row.id).items()
+        if folder is None or not (Path(folder) / f"{role}.md").is_file()
+    }
+    return replace(found, **own)
+
+
+def _failures(ledger: Ledger, row: RunRow) -> dict[str, str]:
+    """Recipe hash -> why it failed, on search items or in the end on sealed ones."""
+    card = row.result or {}
+    rows = [card.get("answer"), card.get("best_rival"), *card.get("parents", ())]
+    sealed = {r["recipe_hash"]: r["sealed_failure"] for r in rows if r and "sealed_failure" in r}
+    failed = {c.recipe_hash: c.failure for c in ledger.candidates(row.id) if c.failure}
+    fallen: dict[str, str] = card.get("fallen", {})
+    return fallen | sealed | failed
+
+
+def _drive(search: Search, folder: Path) -> None:
+    graph = load_graph(search.config.search.graph).compile()
+    begin = SearchState(run_id=search.run_id, graph_version=GRAPH_VERSION)
+    limits: Any = {
+        "max_concurrency": 1,  # nothing is computed: every answer is stored
+        "recursion_limit": search.config.graph_steps,
+    }
+    context = Context(run=search.run_id, runs_dir=str(folder))
+    with at_hand(search):
+        graph.invoke(begin, limits, context=context)
+
+
+@dataclass(frozen=True)
+class _StoredResults:
+    """A pool that has no workers: what the ledger lacks was never asked.
+
+    flat: merges whose gradient never came. lost: why the end could not ask any.
+    """
+
+    real: Any
+    prepared: Prepared
+    failures: Mapping[str, str]
+    never_begun: Set[str]
+    flat: Set[str]
+    lost: str
+
+    @property
+    def info(self) -> EngineInfo:
+        found: EngineInfo = self.real.info
+        return found
+
+    @property
+    def differentiates(self) -> bool:
+        return bool(self.real.differentiates)
+
+    def evaluate(
+        self,
+        recipe: Recipe,
+        refs: Sequence[ItemRef],
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> tuple[Fingerprint, list[ItemResult], float]:
+        raise self._unknown(recipe)
+
+    def gradient(
+        self,
+        recipe: Recipe,
+        refs: Sequence[ItemRef],
+        loss: Loss,
+        weights: Sequence[float],
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> tuple[Gradient, float]:
+        found = self._unknown(recipe)
+        if isinstance(found, ReplyMissing) and recipe.hash(self.prepared.identities) in self.flat:
+            raise CandidateFailed("its gradient never came")
+        raise found
+
+    def _unknown(self, recipe: Recipe) -> Exception:
+        recipe_hash = recipe.hash(self.prepared.identities)
+        if recipe_hash in self.never_begun:
+            return NotBegun("nor was it in the search that this one follows")
+        known = self.failures.get(recipe_hash)
+        if (known and known != self.lost) or not self.lost:
+            unknown = ReplyMissing("a merge was not scored before")
+            return CandidateFailed(known) if known else unknown
+        return WorkerLost(self.lost)
+
+
+def _compared(ledger: Ledger, row: RunRow, again: RunRow, stopped: str) -> Replay:
+    old, new = trace(ledger, row), trace(ledger, again)
+    by_old, by_new = _by_generation(old), _by_generation(new)
+    known = [g for g in sorted(by_old.keys() | by_new.keys()) if by_old.get(g) != by_new.get(g)]
+    differs = known[0] if known else None
+    if differs is None and old["result"] != new["result"]:
+        differs = max(by_old, default=0)
+    return Replay(
+        run=row.name,
+        identical=differs is None,
+        generations=1 + max((c["at"][0] for c in new["candidates"]), default=-1),
+        candidates=len(new["candidates"]),
+        replies=ledger.call_totals(row.id)["calls"],
+        differs_from=differs,
+        stopped=stopped,
+    )
+
+
+def _by_generation(found: Mapping[str, Any]) -> dict[int, list[Any]]:
+    """What decided each generation and what came of it.
+
+    What the agents said and tried after a generation belongs to the next one.
+    """
+    rows: dict[int, list[Any]] = {}
+    for candidate in found["candidates"]:
+        turn = candidate["at"][0] + (candidate["operator"] == PROBE)
+        rows.setdefault(turn, []).append(candidate)
+    for word in found["advice"]:
+        rows.setdefault(word["generation"] + 1, []).append(word)
+    return rows

@@ -1,0 +1,1 @@
+"""Fakes for whoever builds on agentmerge."""
