@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from merge_cases import make_family
+
+from tests.merging.merge_cases import make_family
 
 
 @pytest.fixture(autouse=True)

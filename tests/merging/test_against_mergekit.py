@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from merge_cases import (
+from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
+
+from agentmerge.errors import CandidateFailed, UserError
+from agentmerge.merging.family import Family, mask_key
+from agentmerge.merging.kernels import random_mask
+from agentmerge.merging.plan import TensorPlan
+from agentmerge.merging.reference import float64_reference, mergekit_merge
+from agentmerge.recipe import Recipe
+from tests.merging.merge_cases import (
     LAYERS,
     METHODS,
     assert_at_least_as_near,
@@ -19,14 +27,6 @@ from merge_cases import (
     recipes,
     rounding_of,
 )
-from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
-
-from agentmerge.errors import CandidateFailed, UserError
-from agentmerge.merging.family import Family, mask_key
-from agentmerge.merging.kernels import random_mask
-from agentmerge.merging.plan import TensorPlan
-from agentmerge.merging.reference import float64_reference, mergekit_merge
-from agentmerge.recipe import Recipe
 
 # said when mergekit is imported, of its own imports
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")

@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from watched import Watched, as_on_a_device
 
 from agentmerge.merging import digests, kernels
 from agentmerge.merging.contraction import contract_agreeing, contract_sum, frozen
@@ -24,6 +23,7 @@ from agentmerge.merging.kernels import BLOCK, Operand, blocks, largest_mask
 from agentmerge.merging.loops.remembered import Statistics
 from agentmerge.merging.sparse import MASKS
 from agentmerge.methods import METHODS
+from tests.merging.watched import Watched, as_on_a_device
 
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
 

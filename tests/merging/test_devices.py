@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from merge_cases import LAYERS, METHODS, recipes
 
 from agentmerge.cli.app import run_app
 from agentmerge.errors import UserError
@@ -19,6 +18,7 @@ from agentmerge.merging.family import Family
 from agentmerge.merging.placement import PLACEMENTS, Placement
 from agentmerge.recipe import Recipe
 from agentmerge.session import selftest
+from tests.merging.merge_cases import LAYERS, METHODS, recipes
 
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
 

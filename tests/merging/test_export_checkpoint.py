@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from merge_cases import LAYERS, METHODS, edit_config, load_all, recipes
 from safetensors.torch import save_file
 
 from agentmerge.errors import CandidateFailed, ParentError, RecipeRejected, UserError
@@ -21,6 +20,7 @@ from agentmerge.merging.family import Family
 from agentmerge.parents import writing
 from agentmerge.parents.headers import read_headers
 from agentmerge.recipe import Recipe
+from tests.merging.merge_cases import LAYERS, METHODS, edit_config, load_all, recipes
 
 FamilyOf = Callable[..., dict[str, Path]]
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from merge_cases import merged
 
 from agentmerge.errors import RunFailed
 from agentmerge.merging import digests
@@ -20,6 +19,7 @@ from agentmerge.merging.kernels import Operand, largest_mask
 from agentmerge.merging.loops.fused import FUSED, MOST_EXPERTS
 from agentmerge.merging.loops.orders import KEPT, Bracket, Cut, Order, cuts, order_bytes
 from agentmerge.merging.loops.remembered import Statistics
+from tests.merging.merge_cases import merged
 
 bounded = settings(max_examples=150, deadline=None, derandomize=True)
 

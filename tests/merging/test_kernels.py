@@ -10,13 +10,6 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from merge_cases import (
-    assert_at_least_as_near,
-    masks_given,
-    merged,
-    near_a_threshold,
-    rounding_of,
-)
 from mergekit import merge_methods
 from mergekit.merge_methods.base import TensorGroup
 
@@ -29,6 +22,13 @@ from agentmerge.merging.kernels import (
     sign_consensus,
 )
 from agentmerge.merging.reference import float64_reference
+from tests.merging.merge_cases import (
+    assert_at_least_as_near,
+    masks_given,
+    merged,
+    near_a_threshold,
+    rounding_of,
+)
 
 TASK_VECTOR_METHODS = ("task_arithmetic", "ties", "dare_ties")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from merge_cases import LAYERS, METHODS, recipes
 
 from agentmerge.errors import CandidateFailed, RunFailed
 from agentmerge.merging.digests import digest
@@ -18,6 +17,7 @@ from agentmerge.merging.family import Family
 from agentmerge.merging.live import LiveWeights
 from agentmerge.merging.memory import resident_bytes
 from agentmerge.recipe import Recipe
+from tests.merging.merge_cases import LAYERS, METHODS, recipes
 
 FamilyOf = Callable[..., dict[str, Path]]
 

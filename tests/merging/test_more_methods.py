@@ -10,14 +10,6 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from merge_cases import (
-    LAYERS,
-    assert_at_least_as_near,
-    load_all,
-    masks_given,
-    near_a_threshold,
-    rounding_of,
-)
 from mergekit import merge_methods
 from mergekit.merge_methods.base import TensorGroup
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
@@ -34,6 +26,14 @@ from agentmerge.merging.sparse import MASKS, della_probabilities
 from agentmerge.methods import EPSILON_REACH, METHODS
 from agentmerge.recipe import Recipe
 from agentmerge.space.grouped import SearchSpace
+from tests.merging.merge_cases import (
+    LAYERS,
+    assert_at_least_as_near,
+    load_all,
+    masks_given,
+    near_a_threshold,
+    rounding_of,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from merge_cases import LAYERS, METHODS, edit_weights, load_all, recipes
 from safetensors.torch import save, save_file
 
 from agentmerge.errors import ParentError, RunFailed
@@ -23,6 +22,7 @@ from agentmerge.merging.plan import read_layout
 from agentmerge.merging.weights import ParentFiles, Resident
 from agentmerge.methods import METHODS as ALL_METHODS
 from agentmerge.recipe import Recipe
+from tests.merging.merge_cases import LAYERS, METHODS, edit_weights, load_all, recipes
 
 FamilyOf = Callable[..., dict[str, Path]]
 

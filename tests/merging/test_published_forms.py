@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from merge_cases import LAYERS, load_all
 
 from agentmerge.errors import RecipeError, RecipeRejected
 from agentmerge.merging.family import Family
 from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
+from tests.merging.merge_cases import LAYERS, load_all
 
 # said when mergekit is imported, of its own imports
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")

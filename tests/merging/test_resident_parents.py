@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from merge_cases import LAYERS, METHODS, edit_weights, load_all, recipes
 from safetensors.torch import save_file
 
 from agentmerge.errors import CandidateFailed, ParentError, RecipeRejected
@@ -15,6 +14,7 @@ from agentmerge.merging.digests import digest
 from agentmerge.merging.family import Family
 from agentmerge.parents.headers import content_fingerprint
 from agentmerge.recipe import Recipe
+from tests.merging.merge_cases import LAYERS, METHODS, edit_weights, load_all, recipes
 
 FamilyOf = Callable[..., dict[str, Path]]
 

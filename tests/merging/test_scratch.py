@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_device_blocks import case, watched
-from watched import as_on_a_device
 
 from agentmerge.merging.engines import KERNELS
 from agentmerge.merging.placement import Demand, plan_memory
@@ -18,6 +16,8 @@ from agentmerge.merging.scratch import scratch_bytes, slabs
 from agentmerge.merging.weights import ParentFiles, Resident
 from agentmerge.methods import METHODS
 from agentmerge.parents.layout import Layout, TensorSpec, read_layout
+from tests.merging.test_device_blocks import case, watched
+from tests.merging.watched import as_on_a_device
 
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
 

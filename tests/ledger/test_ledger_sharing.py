@@ -30,7 +30,7 @@ import sys
 from dataclasses import replace
 from agentmerge.ledger import Ledger
 from agentmerge.contracts.worker import ItemResult
-from tests.core.test_ledger_sharing import ITEMS, KEY
+from tests.ledger.test_ledger_sharing import ITEMS, KEY
 path, start, end = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 with Ledger(path) as ledger:
     for slot in range(start, end):

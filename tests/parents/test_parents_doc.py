@@ -14,7 +14,7 @@ ROWS = re.findall(r"^\| [^|]+ \| `([^`]+)` \|$", TEXT.split("## What is refused"
 
 @pytest.mark.parametrize("sentence", ROWS)
 def test_each_refusal_in_the_docs_is_one_that_occurs(sentence: str) -> None:
-    files = [*HERE.glob("test_*.py"), *HERE.parents[1].glob("agentmerge/merging/*.py")]
+    files = [*HERE.glob("test_*.py"), *HERE.parents[1].glob("agentmerge/[mp]*/*.py")]
     said = "".join(
         re.sub(r'"\s*\n\s*f?"', "", file.read_text()).replace("\\+", "+") for file in files
     )

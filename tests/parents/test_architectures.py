@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from merge_cases import edit_config, edit_weights
 from mergekit.config import MergeConfiguration
 from mergekit.merge import MergeOptions, run_merge
 from safetensors.torch import save_file
@@ -30,6 +29,7 @@ from agentmerge.recipe import Recipe
 from agentmerge.workers.hf import each_gradient
 from agentmerge.workers.targets import live_targets, pairing_faults
 from benchmarks import architectures
+from tests.merging.merge_cases import edit_config, edit_weights
 
 #: type -> what is particular about it.
 MERGED = {

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from merge_cases import edit_config, edit_weights, load_all
 from safetensors.torch import save_file
 
 from agentmerge.errors import ParentError
 from agentmerge.merging.plan import layout_faults, read_layout
 from agentmerge.parents.layout import at_layer, layer_of
+from tests.merging.merge_cases import edit_config, edit_weights, load_all
 
 
 def test_the_tensors_in_order(own_family: dict[str, Path]) -> None:

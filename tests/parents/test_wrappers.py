@@ -11,8 +11,6 @@ import peft
 import pytest
 import torch
 import transformers
-from merge_cases import load_all
-from wrapper_cases import MODELS, write_wrapper
 
 from agentmerge.merging.export import export_checkpoint
 from agentmerge.parents.layout import layout_faults, read_layout
@@ -22,6 +20,8 @@ from agentmerge.recipe import Recipe
 from agentmerge.workers.disk import DiskWorker
 from agentmerge.workers.hf import HfWorker
 from tests.evaluation import tiny
+from tests.merging.merge_cases import load_all
+from tests.parents.wrapper_cases import MODELS, write_wrapper
 
 RECIPE = Recipe.parse(
     "merge_method: task_arithmetic\nbase_model: base\n"

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_cases import CONFIGS, merged_by_peft, write_adapter
-from merge_cases import edit_weights, load_all
 from safetensors.torch import load_file, save_file
 
 from agentmerge.errors import ParentError, UserError
@@ -19,6 +17,8 @@ from agentmerge.parents import made
 from agentmerge.parents.headers import content_fingerprint
 from agentmerge.parents.plain import make_plain, survey
 from agentmerge.parents.sources import find_parent
+from tests.merging.merge_cases import edit_weights, load_all
+from tests.parents.adapter_cases import CONFIGS, merged_by_peft, write_adapter
 
 FamilyOf = Callable[..., dict[str, Path]]
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from merge_cases import edit_weights, load_all
 from safetensors.torch import save_file
 
 from agentmerge.errors import ParentError
@@ -25,6 +24,7 @@ from agentmerge.parents.headers import (
     text_config,
 )
 from agentmerge.parents.sources import find_parent
+from tests.merging.merge_cases import edit_weights, load_all
 
 
 def shard(directory: Path) -> None:

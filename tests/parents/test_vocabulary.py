@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from merge_cases import edit_config, load_all
 from mergekit.config import MergeConfiguration
 from mergekit.merge import MergeOptions, run_merge
 from safetensors.torch import save_file
@@ -23,6 +22,7 @@ from agentmerge.parents.sources import Parent, find_parent
 from agentmerge.recipe import Recipe
 from benchmarks import architectures
 from tests.evaluation import tiny
+from tests.merging.merge_cases import edit_config, load_all
 
 Family = dict[str, Path]
 ROWS = len(tiny.TOKENS)

@@ -14,7 +14,7 @@ from agentmerge.config import SearchConfig
 from agentmerge.ledger import Ledger
 from agentmerge.session import driving
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def bench(name: str, *arguments: str) -> str:
