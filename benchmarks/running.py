@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from agentmerge.config import models_asked
-from agentmerge.contracts.strategy import CHEAP, Observation, Strategy, cost_of, rng_factory
+from agentmerge.contracts.operators import CHEAP
+from agentmerge.contracts.strategy import Observation, Strategy, cost_of, rng_factory
 from benchmarks.advised import Adviser
 from benchmarks.choosing import Asked, beyond_noise, most_wins
 from benchmarks.problems import Outcome, Problem

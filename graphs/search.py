@@ -22,6 +22,13 @@ from langgraph.runtime import Runtime
 from langgraph.types import Command, Send, interrupt
 from langgraph_sdk.runtime import ServerRuntime
 
+from agentmerge.search.advise import advise
+from agentmerge.search.evaluate import evaluate
+from agentmerge.search.finish import finish
+from agentmerge.search.propose import propose
+from agentmerge.search.search import Search
+from agentmerge.search.seed import first_state, seed
+from agentmerge.search.select import open_slots, select
 from agentmerge.search.state import Assignment, SearchState
 from agentmerge.search.structure import approval, question, restructure, wanted_move
 from agentmerge.session.context import (
@@ -36,50 +43,51 @@ from agentmerge.session.context import (
 Next = Literal["evaluate", "select"]
 
 
-def seed(state: SearchState, runtime: Runtime[Context]) -> Command[Next]:
+def _seed(state: SearchState, runtime: Runtime[Context]) -> Command[Next]:
     """Generation 0: parents, uniform merges, warm starts, the strategy's first draws."""
     search = search_of(runtime)
-    generation = search.seed()
+    generation = seed(search)
     return Command(
-        update=search.first_state(generation), goto=_dispatch(search.open_slots(generation))
+        update=first_state(search, generation),
+        goto=_dispatch(open_slots(search, generation)),
     )
 
 
-def evaluate(state: Assignment, runtime: Runtime[Context]) -> None:
+def _evaluate(state: Assignment, runtime: Runtime[Context]) -> None:
     """Score one candidate; what it costs is in the ledger before this returns."""
-    search_of(runtime).evaluate(state["generation"], state["slot"])
+    evaluate(search_of(runtime), state["generation"], state["slot"])
 
 
-def select(
+def _select(
     state: SearchState, runtime: Runtime[Context]
 ) -> Command[Literal["evaluate", "critic", "finish"]]:
     """Update the incumbent; decide whether to score what is left, go on, or stop."""
-    outcome = search_of(runtime).select(state["generation"])
+    outcome = select(search_of(runtime), state["generation"])
     if outcome.stop_reason:
         return Command(update=outcome.update(), goto="finish")
     return Command(update=outcome.update(), goto=_dispatch(outcome.open_slots, done="critic"))
 
 
-def critic(
+def _critic(
     state: SearchState, runtime: Runtime[Context]
 ) -> Command[Literal["controller", "finish"]]:
     """Explain what the last generation showed."""
-    return _advised(search_of(runtime).advise("critic", state["generation"]), "controller")
+    return _advised(advise(search_of(runtime), "critic", state["generation"]), "controller")
 
 
-def controller(
+def _controller(
     state: SearchState, runtime: Runtime[Context]
 ) -> Command[Literal["proposer", "finish"]]:
     """Decide how far to step."""
-    return _advised(search_of(runtime).advise("controller", state["generation"]), "proposer")
+    return _advised(advise(search_of(runtime), "controller", state["generation"]), "proposer")
 
 
-def proposer(
+def _proposer(
     state: SearchState, runtime: Runtime[Context]
 ) -> Command[Literal["evaluate", "select", "structure", "finish"]]:
     """Suggest where to look; the strategy turns all advice into the next generation."""
     search = search_of(runtime)
-    limit = search.advise("proposer", state["generation"])
+    limit = advise(search, "proposer", state["generation"])
     if limit:
         return _advised(limit, "select")
     if wanted_move(search, state["generation"]) is not None:
@@ -87,7 +95,7 @@ def proposer(
     return _proposed(search, state["generation"])
 
 
-def structure(
+def _structure(
     state: SearchState, runtime: Runtime[Context]
 ) -> Command[Literal["evaluate", "select"]]:
     """Open another search space; with ``search.approve`` only once a person has agreed."""
@@ -101,10 +109,10 @@ def structure(
     return _proposed(search, generation)
 
 
-def finish(state: SearchState, runtime: Runtime[Context]) -> SearchState:
+def _finish(state: SearchState, runtime: Runtime[Context]) -> SearchState:
     """Choose among the best few, confirm on sealed items, write recipe and report."""
     search = search_of(runtime)
-    update = search.finish(state["stop_reason"])
+    update = finish(search, state["stop_reason"])
     let_go(search)
     return update
 
@@ -114,9 +122,11 @@ def _advised(limit: str, then: Any) -> Command[Any]:
     return Command(update={"stop_reason": limit}, goto="finish") if limit else Command(goto=then)
 
 
-def _proposed(search: Any, generation: int) -> Command[Any]:
-    generation = search.propose(generation)
-    return Command(update={"generation": generation}, goto=_dispatch(search.open_slots(generation)))
+def _proposed(search: Search, generation: int) -> Command[Any]:
+    generation = propose(search, generation)
+    return Command(
+        update={"generation": generation}, goto=_dispatch(open_slots(search, generation))
+    )
 
 
 def _dispatch(slots: list[tuple[int, int]], done: Literal["select", "critic"] = "select") -> Any:
@@ -128,9 +138,8 @@ def _dispatch(slots: list[tuple[int, int]], done: Literal["select", "critic"] = 
 def build(context: type[ClientContext] = Context) -> StateGraph[SearchState, Any]:
     """The uncompiled graph. context: what whoever invokes it is trusted to say."""
     graph: StateGraph[SearchState, Any] = StateGraph(SearchState, context_schema=context)
-    graph.add_node("seed", releasing(seed))
-    for node in (evaluate, select, critic, controller, proposer, structure, finish):
-        graph.add_node(node.__name__, releasing(node))
+    for node in (_seed, _evaluate, _select, _critic, _controller, _proposer, _structure, _finish):
+        graph.add_node(node.__name__.removeprefix("_"), releasing(node))
     graph.add_edge(START, "seed")
     graph.add_edge("evaluate", "select")
     graph.add_edge("finish", END)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentmerge.contracts.advice import Guidance
-from agentmerge.contracts.strategy import LLM_EVO, Observation
+from agentmerge.contracts.operators import LLM_EVO
+from agentmerge.contracts.strategy import Observation
 
 _SAME = 1e-9
 

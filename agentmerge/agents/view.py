@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 from agentmerge.agents.ladder import Noise, release
 from agentmerge.agents.schemas import SCALE, Bounds, clean_text, percent
+from agentmerge.contracts.operators import CHEAP, PARENT
 from agentmerge.contracts.space import Axis
-from agentmerge.contracts.strategy import CHEAP, Observation, fittest, improved
+from agentmerge.contracts.strategy import Observation, fittest, improved
 from agentmerge.methods import METHODS
 from agentmerge.space.grouped import SearchSpace, public_names, short_name
 
@@ -298,7 +299,7 @@ def _task_standing(view: HistoryView, task: TaskView) -> str | None:
 
     sign = 1.0 if task.higher_is_better else -1.0
     best = None if view.best is None else value(view.best)
-    parents = [e for e in view.rivals if e.operator == "parent" and value(e) is not None]
+    parents = [e for e in view.rivals if e.operator == PARENT and value(e) is not None]
     if best is None or not parents:
         return None
     champion = max(parents, key=lambda e: sign * (value(e) or 0.0))

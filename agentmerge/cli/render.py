@@ -11,8 +11,8 @@ from typing import Any
 
 from agentmerge.agents.forecasts import Track
 from agentmerge.cli.terminal import plain_line
+from agentmerge.contracts.operators import PARENT, STRUCTURE
 from agentmerge.evaluation.statistics import figure
-from agentmerge.ledger.words import STRUCTURE
 from agentmerge.space.grouped import short_name
 
 
@@ -71,7 +71,7 @@ class Progress:
         if score is None:
             self.say(f"  candidate {event['generation']}.{event['slot']}: {event['failure']}")
             return
-        if event["operator"] == "parent":
+        if event["operator"] == PARENT:
             self.best_parent = max(
                 score, self.best_parent if self.best_parent is not None else score
             )

@@ -27,28 +27,11 @@ PURPOSES = {"sample": 0, "mutate": 1, "cma": 2, "seed": 3, "items": 4}
 #: What a gradient costs, in scores of as many items: one forward pass, and a backward pass of two.
 GRADIENT_COST = 3
 
-#: Operators of the cheap merges that every search scores first, and with the parents of all that a
-#: searched merge has to beat.
-RIVALS = ("uniform", "scale", "depth")
-CHEAP = ("parent", *RIVALS)
-
 
 def cost_of(with_gradient: bool) -> int:
     """What a candidate takes of the budget, in scores: it is always scored."""
     return 1 + GRADIENT_COST * with_gradient
 
-
-#: The operator of whole candidates that an agent asked for.
-ADVICE = "agent"
-
-#: The operator of what was drawn around an advised mean.
-LLM_EVO = "llm_evo"
-
-#: The operator of candidates of the arm that hears no model (``agentmerge.search.past``).
-SHADOW = "shadow"
-
-#: The operator, for whoever works in one search space, of what was made in another.
-CARRIED = "carried"
 
 RngFor = Callable[[int, int, str], np.random.Generator]
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.evaluation.aggregation import Aggregation, aggregation_of
+from agentmerge.evaluation.paired import leaf_shares
 from agentmerge.evaluation.statistics import RESAMPLES, Interval, Leads, Metric, Strand, leads, mean
 from agentmerge.evaluation.tasks import Part, ScoredTask, TaskSet
 
@@ -73,12 +74,11 @@ def _leads(
             ]
             for name in objective.leaves
         }
-        total = sum(map(len, shared.values()))
+        if not all(shared.values()):
+            return None
+        shares = leaf_shares(objective.by_size, {n: len(refs) for n, refs in shared.items()})
         for name, refs in shared.items():
-            if not refs:
-                return None
-            share = len(refs) / total if objective.by_size else 1 / len(shared)
-            weight = objective.signed_weight * share
+            weight = objective.signed_weight * shares[name]
             strands.append(_strand(taskset, taskset.task(name), weight, refs, mine, theirs))
     return leads(strands, seed, RESAMPLES_CALLED if _called(taskset) else RESAMPLES)
 

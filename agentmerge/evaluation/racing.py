@@ -21,6 +21,7 @@ from functools import cached_property
 import numpy as np
 
 from agentmerge.contracts.worker import ItemRef, ItemResult
+from agentmerge.evaluation.paired import leaf_shares
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 
 #: lm-eval's metrics that give each item a number in [0, 1] and average them.
@@ -163,11 +164,8 @@ class Course:
 
 def _leaf_weights(taskset: TaskSet, objective: Objective) -> dict[str, float]:
     sizes = {name: len(taskset.task(name).search) for name in objective.leaves}
-    total = sum(sizes.values())
-    return {
-        name: objective.signed_weight * (size / total if objective.by_size else 1 / len(sizes))
-        for name, size in sizes.items()
-    }
+    shares = leaf_shares(objective.by_size, sizes)
+    return {name: objective.signed_weight * share for name, share in shares.items()}
 
 
 def _place(ref: ItemRef) -> tuple[str, int]:

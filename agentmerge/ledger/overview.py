@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agentmerge.contracts.strategy import CHEAP, GRADIENT_COST
+from agentmerge.contracts.operators import CHEAP
+from agentmerge.contracts.strategy import GRADIENT_COST
 from agentmerge.ledger.candidates import Candidates
 from agentmerge.ledger.rows import Candidate, counted
 

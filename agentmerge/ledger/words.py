@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from agentmerge.contracts.advice import StructuralMove
+from agentmerge.contracts.advice import Guidance, StructuralMove
 from agentmerge.contracts.calls import MOST_TOKENS, Call
+from agentmerge.contracts.operators import STRUCTURE
 from agentmerge.ledger.store import Store
 from agentmerge.system.redaction import redact, redacted
 
@@ -27,9 +28,6 @@ _COUNTED = f"""
         FROM model_calls WHERE run_id = ?
     )
 """
-
-#: Whose word it is that a space was opened, or why not; its candidates' operator too.
-STRUCTURE = "structure"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,3 +196,12 @@ def openings(words: Iterable[Mapping[str, Any]]) -> list[Opening]:
         for word in words
         if word["role"] == STRUCTURE
     ]
+
+
+def guidance_of(words: Iterable[Mapping[str, Any]]) -> Guidance:
+    """What the agents said of one generation, by its rows: the latest speaker's is complete."""
+    said = {word["role"]: word for word in words}
+    for role in ("proposer", "controller", "critic"):
+        if role in said:
+            return Guidance.from_json(said[role]["guidance"])
+    return Guidance()

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agentmerge.config import SearchConfig
-from agentmerge.contracts.strategy import RIVALS
+from agentmerge.contracts.operators import PARENT, RIVALS, STRUCTURE
 from agentmerge.ledger import Candidate, Ledger, RunRow
 from agentmerge.ledger.rows import counted
-from agentmerge.ledger.words import STRUCTURE
 from agentmerge.space.grouped import short_name
 
 Event = Mapping[str, Any]
@@ -112,7 +111,7 @@ class Board:
         name = short_name(event["label"]) if event["label"] else ""
         line = Line(name or f"{event['operator']} {event['generation']}.{event['slot']}", score,
                     event["tasks"])  # fmt: skip
-        if event["operator"] == "parent":
+        if event["operator"] == PARENT:
             self.rivals[f"parent {name}"] = line
         elif event["operator"] in RIVALS:
             before = self.rivals.get("best cheap merge")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentmerge.config import SearchConfig
-from agentmerge.contracts.strategy import RIVALS
+from agentmerge.contracts.operators import CHEAP, PARENT, RIVALS, UNIFORM
 from agentmerge.errors import AgentmergeError
 from agentmerge.evaluation.statistics import Interval
 from agentmerge.ledger import Candidate, Ledger, RunRow, counted
@@ -125,7 +125,7 @@ def _points(own: Sequence[Candidate]) -> list[Point]:
 def _shown(scored: Sequence[Candidate], answer: Candidate | None) -> list[Candidate]:
     """Candidates whose recipe can be looked at, the answer first, then by score."""
     ranked = sorted(scored, key=lambda c: (-(c.score or 0.0), c.generation, c.slot))
-    seeds = [c for c in ranked if c.operator in ("parent", *RIVALS)]
+    seeds = [c for c in ranked if c.operator in CHEAP]
     first = [answer] if answer else []
     kept = dict.fromkeys([*first, *ranked[: MAX_GRIDS - len(seeds)], *seeds])
     return list(kept)
@@ -160,8 +160,8 @@ def _contenders(
         (c for c in scored if c.operator in RIVALS),
         key=lambda c: (-(c.score or 0.0), c.generation, c.slot),
     )
-    uniform = [c for c in rivals if c.operator == "uniform"]
-    parents = [c for c in scored if c.operator == "parent"]
+    uniform = [c for c in rivals if c.operator == UNIFORM]
+    parents = [c for c in scored if c.operator == PARENT]
     named = [("answer", answer), *(("parent", c) for c in parents)]
     named += [("best cheap merge", c) for c in rivals[:1]]
     named += [("uniform", c) for c in uniform if c not in rivals[:1]]

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from agentmerge.contracts.operators import PARENT
 from agentmerge.contracts.worker import EngineInfo, ItemResult
+from agentmerge.evaluation.paired import leaf_shares
 from agentmerge.evaluation.statistics import Interval, paired_score_difference
 from agentmerge.ledger import Candidate, Ledger, ResultKey, RunRow
 from agentmerge.space.grouped import short_name
@@ -88,14 +90,13 @@ def paired(mine: Values, theirs: Values, question: Asked) -> Interval | None:
             task: [key for key in question.keys[task] if key in theirs.get(task, ())]
             for task in objective["leaves"]
         }
-        total = sum(map(len, shared.values()))
+        if not all(shared.values()):
+            return None
+        shares = leaf_shares(objective["by_size"], {t: len(keys) for t, keys in shared.items()})
         for task, keys in shared.items():
-            if not keys:
-                return None
-            share = len(keys) / total if objective["by_size"] else 1 / len(shared)
             rows.append(
                 (
-                    objective["signed_weight"] * share,
+                    objective["signed_weight"] * shares[task],
                     [mine[task][key].value for key in keys],
                     [theirs[task][key].value for key in keys],
                 )
@@ -155,6 +156,6 @@ def candidate_name(candidate: Candidate) -> str:
     """What to call a candidate before people: never a path, always unique within a search."""
     place = f"{candidate.generation}.{candidate.slot}"
     label = short_name(candidate.label) if candidate.label else ""
-    if candidate.operator == "parent":
+    if candidate.operator == PARENT:
         return f"parent {label}"
     return f"{label} ({place})" if label else f"{candidate.operator} {place}"

@@ -6,11 +6,12 @@ from dataclasses import asdict
 from typing import Any
 
 from agentmerge.agents.forecasts import forecasts, track
+from agentmerge.contracts.operators import PARENT, STRUCTURE, UNIFORM
 from agentmerge.errors import NotFound
 from agentmerge.ledger import Candidate, Ledger, RunRow
 from agentmerge.ledger.folder import CHECKPOINTS
 from agentmerge.ledger.lease import Lease
-from agentmerge.ledger.words import STRUCTURE, openings
+from agentmerge.ledger.words import openings
 
 #: Failed candidates that a summary lists; the ledger has them all.
 MAX_FAILURES = 10
@@ -45,9 +46,7 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
         "best": None if best is None else candidate_summary(best),
         "answer": None if answer is None else candidate_summary(answer),
         "parents": [
-            candidate_summary(c)
-            for c in ledger.seeds(row.id)
-            if c.operator in ("parent", "uniform")
+            candidate_summary(c) for c in ledger.seeds(row.id) if c.operator in (PARENT, UNIFORM)
         ],
         "seconds": tally.seconds,
         "agents": ledger.call_totals(row.id) | {"forecasts": _forecasts(ledger, row)},

@@ -7,29 +7,25 @@ from the ledger, request by request, so that a node may run twice and a whole se
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agentmerge.agents import controller, critic, proposer
 from agentmerge.agents.forecasts import Forecast, forecasts, track
-from agentmerge.agents.ladder import Noise
 from agentmerge.agents.prompts import Message, prompt_hash
 from agentmerge.agents.view import HistoryView, TaskView
 from agentmerge.config import Role, models_asked
 from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.calls import Call
-from agentmerge.contracts.strategy import Observation, improved
-from agentmerge.contracts.worker import ItemRef, ItemResult
+from agentmerge.contracts.operators import PROBE, STRUCTURE
+from agentmerge.contracts.strategy import improved
 from agentmerge.errors import BudgetReached, ModelReplyError, ReplyMissing
-from agentmerge.ledger.book import Book
-from agentmerge.ledger.words import STRUCTURE, openings
-from agentmerge.search.probes import PROBE
+from agentmerge.ledger.words import guidance_of, openings
+from agentmerge.search import budget
+from agentmerge.search.propose import population
+from agentmerge.search.search import Search
 from agentmerge.search.trials import verdicts
-
-if TYPE_CHECKING:
-    from agentmerge.search.search import Search
 
 _AGENTS: dict[Role, Any] = {"critic": critic, "controller": controller, "proposer": proposer}
 #: Who may call tools before it answers.
@@ -41,15 +37,22 @@ def advise(search: Search, role: Role, generation: int) -> str:
 
     Returns the limit that does not allow it, or "".
     """
+    search.entering()
+    limit = _advised(search, role, generation)
+    search.entering()  # what is decided next, a move, may have waited for a larger budget
+    return limit
+
+
+def _advised(search: Search, role: Role, generation: int) -> str:
     book = search.book
     if book.advice(generation, role):
         return ""
     agent = _AGENTS[role]
     view = view_of(search, role, generation)
-    guidance = guidance_of(book, generation)
+    guidance = guidance_of(book.advice(generation))
     failure = ""
     advised = agent.by_rules(view, guidance)
-    if role in search.models and models_asked(generation, search.population(view.space)):
+    if role in search.models and models_asked(generation, population(search, view.space)):
         try:
             advised = _asked(search, role, view, guidance)
         except ModelReplyError as error:
@@ -76,17 +79,8 @@ def question(
 ) -> tuple[list[Message], HistoryView, Guidance]:
     """What a role is asked of a generation, what it may know, and what was said before it."""
     view = view_of(search, role, generation)
-    guidance = guidance_of(search.book, generation)
+    guidance = guidance_of(search.book.advice(generation))
     return _AGENTS[role].messages(view, search.prompts, guidance), view, guidance
-
-
-def guidance_of(book: Book, generation: int) -> Guidance:
-    """What the agents said of this generation so far, the latest speaker's being complete."""
-    words = {w["role"]: w for w in book.advice(generation)}
-    for role in ("proposer", "controller", "critic"):
-        if role in words:
-            return Guidance.from_json(words[role]["guidance"])
-    return Guidance()
 
 
 def view_of(search: Search, role: Role, generation: int) -> HistoryView:
@@ -103,9 +97,9 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
     ]
     history = [o for o in history if o not in own and not (o.prior and o.score is None)]
     moves = openings(search.book.advice(role=STRUCTURE))
-    before = guidance_of(search.book, generation - 1) if generation else None
+    before = guidance_of(search.book.advice(generation - 1)) if generation else None
     settings = search.config.search
-    left = search.budget_left(generation) * (1 - settings.shadow)
+    left = budget.left(search, generation) * (1 - settings.shadow)
     metrics = {task.name: task.metric for task in search.config.tasks.tasks}
     return HistoryView(
         space=space,
@@ -120,7 +114,7 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
         improved_last=improved(history) if history else False,
         budget_left=math.floor(left + 1e-9) + len(own),
         forecasts=track(_forecasts(search, generation)).sentence(),
-        noise=paired_noise(search),
+        noise=search.noise,
         moves=tuple(verdicts(now, [o for o in moves if o.generation < generation])),
     )
 
@@ -129,41 +123,6 @@ def _forecasts(search: Search, generation: int) -> list[Forecast]:
     words = search.book.advice()
     own = [o for o in search.told(generation) if not o.prior]  # others were of another scale
     return forecasts([w for w in words if w["generation"] < generation], own)
-
-
-def paired_noise(search: Search) -> Noise:
-    """One standard error of the difference of two scores, item by item over the search items.
-
-    Of two merges that have all of them it is found once: a history is told again and again.
-    """
-    taskset, known = search.taskset, search.noises
-    plain = all(map(taskset.is_mean, taskset.objectives))
-    every = len(set(taskset.refs("search")))
-
-    def noise(a: Observation, b: Observation) -> float:
-        pair = (a.recipe_hash, b.recipe_hash)
-        if not plain or pair in known:
-            return known.get(pair, 0.0)
-        mine, theirs = (search.item_results(recipe_hash) for recipe_hash in pair)
-        found = apart(mine, theirs) if mine and theirs else 0.0
-        if len(mine) == len(theirs) == every:
-            known[pair] = found
-        return found
-
-    def apart(mine: Mapping[ItemRef, ItemResult], theirs: Mapping[ItemRef, ItemResult]) -> float:
-        variance = 0.0
-        for objective in taskset.objectives:
-            parts = [taskset.task(name).part("search") for name in objective.leaves]
-            total = sum(map(len, parts))
-            for refs in parts:
-                share = len(refs) / total if objective.by_size else 1 / len(parts)
-                gaps = [mine[r].value - theirs[r].value for r in refs if r in mine and r in theirs]
-                if len(gaps) > 1:
-                    weight = objective.signed_weight * share
-                    variance += weight**2 * statistics.variance(gaps) / len(gaps)
-        return math.sqrt(variance)
-
-    return noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,17 +141,17 @@ class _Kept:
     def reserve(self, tokens_in: int, tokens_out: int, cost_usd: float | None) -> None:
         if self.search.replies_of is not None:
             self._follow(self.search.replies_of)
-        budget = self.search.config.budget
+        limits = self.search.config.budget
         spent = self.search.ledger.call_totals(self.search.run_id)
-        if budget.max_tokens is not None:
+        if limits.max_tokens is not None:
             used = spent["tokens_in"] + spent["tokens_out"]
-            if used + tokens_in + tokens_out > budget.max_tokens:
+            if used + tokens_in + tokens_out > limits.max_tokens:
                 raise BudgetReached("tokens")
         # A price that nobody knows was refused before the search began.
         cost = (spent["cost_usd"] or 0.0) + (cost_usd or 0.0)
-        if budget.max_cost_usd is not None and cost > budget.max_cost_usd:
+        if limits.max_cost_usd is not None and cost > limits.max_cost_usd:
             raise BudgetReached("cost")
-        if self.search.seconds_left <= 0:
+        if self.search.seconds_left() <= 0:
             raise BudgetReached("timeout")
 
     def _follow(self, run_id: str) -> None:
@@ -250,7 +209,7 @@ def _asked(search: Search, role: Role, view: HistoryView, guidance: Guidance) ->
         log=_Kept(search, role, view.generation, prompt_hash(messages)),
         tools=tools,
         probes=probes,
-        limit_s=search.seconds_left,
+        limit_s=search.seconds_left(),
         rescue=(lambda text: agent.rescue(text, view)) if role == "proposer" else None,
     )
     advised: Guidance = agent.by_model(reply.parsed, guidance)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from agentmerge.config import Constraint
+from agentmerge.contracts.operators import PARENT
 from agentmerge.contracts.strategy import Observation
 from agentmerge.evaluation.tasks import Objective
 from agentmerge.ledger import Candidate
@@ -53,7 +54,7 @@ def floors(
     """One a constrained task; none where no parent was scored. A task's own wins over ``*``."""
     allowed = {c.task: c.max_drop for c in constraints}
     parents = [
-        c for c in candidates if c.operator == "parent" and c.score is not None and not c.prior
+        c for c in candidates if c.operator == PARENT and c.score is not None and not c.prior
     ]
     found = []
     for objective in objectives:

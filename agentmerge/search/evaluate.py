@@ -1,22 +1,95 @@
-"""One candidate's race against the incumbent: asked rung by rung, dropped once it has lost.
+"""One candidate's score: its race against the incumbent, its items, its gradient, its row.
 
-Only losers stop early. A winner is asked everything, so that scores are always of the same items;
-what a rung showed is in the ledger before the next begins, and is never asked twice. The incumbent
-is the best before this generation, whatever finishes meanwhile. Knows no strategy.
+In a race it is asked rung by rung, and dropped once it has lost. Only losers stop early. A winner
+is asked everything, so that scores are always of the same items; what a rung showed is in the
+ledger before the next begins, and is never asked twice. The incumbent is the best before this
+generation, whatever finishes meanwhile. Knows no strategy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Any
 
-from agentmerge.ledger import Candidate
+from agentmerge.contracts.operators import PARENT, PROBE, SHADOW
+from agentmerge.contracts.worker import Gradient
+from agentmerge.errors import (
+    AgentmergeError,
+    AnswerRefused,
+    CandidateFailed,
+    NotBegun,
+    NoWorker,
+    TaskError,
+    WorkerLost,
+)
+from agentmerge.ledger import Candidate, GradientKey, incumbent
 from agentmerge.recipe import Recipe
-from agentmerge.search.probes import PROBE
+from agentmerge.search import budget
+from agentmerge.search.past import arm_of
+from agentmerge.search.scoring import Answers
+from agentmerge.search.search import Search
+from agentmerge.space.chain_rule import unit_gradient
+from agentmerge.space.grouped import short_name
 
-if TYPE_CHECKING:
-    from agentmerge.search.scoring import Answers
-    from agentmerge.search.search import Search
+
+def evaluate(search: Search, generation: int, slot: int) -> None:
+    """Score one candidate and commit what it cost; a bad candidate becomes a failed row.
+
+    So does one that loses two workers, or breaks a task's code, once another has been scored:
+    until then it is the machine or the task.
+    """
+    candidate = search.book.find(generation, slot)
+    # Where a server's checkpoint is ahead of the ledger there is none: `select` puts it right.
+    if candidate is None or candidate.state != "open" or not budget.wanted(search):
+        return
+    search.emit({"event": "evaluate", "generation": generation, "slot": slot})
+    recipe = Recipe.parse(search.ledger.recipe(candidate.recipe_hash, search.run_id))
+    try:
+        lost, spent = _race(search, candidate, recipe)
+        if lost is not None:
+            _save_loser(search, candidate, lost, spent)
+            return
+        answers = search.scoring.ask(
+            recipe, candidate.recipe_hash, wanted=partial(budget.wanted, search)
+        )
+        if candidate.want == "gradient":  # whatever becomes of it, these are paid for
+            search.scoring.save(answers)
+        score = search.taskset.score(answers.results)
+        search.seconds += [answers.seconds] if answers.paid else []
+        slope, more_seconds = _slope(search, candidate, recipe)
+    except NotBegun:
+        return  # left open: whoever goes on with this search scores it
+    except (CandidateFailed, TaskError, WorkerLost) as error:
+        if not isinstance(error, CandidateFailed) and _all_may_fail(search, error):
+            raise
+        search.book.save_evaluation((generation, slot), score=None, failure=str(error))
+        if isinstance(error, AnswerRefused) and candidate.operator == PARENT:
+            # Of a model that was there before the search: told at once, and kept, so that
+            # whoever does not mind can go on.
+            raise TaskError(
+                f"{error}; that was the parent {short_name(candidate.label)!r}: mend the task, "
+                "or resume, which goes on without this parent"
+            ) from error
+    else:
+        search.book.save_evaluation(
+            (generation, slot),
+            score=score.value,
+            tasks=score.tasks,
+            reused=not answers.paid and not spent,
+            counts=answers.counts,
+            seconds=spent + answers.seconds + more_seconds,
+            fingerprint=answers.fingerprint,
+            results=answers.paid,
+            slope=slope,
+        )
+    search.emit(_event(search.book.candidate(generation, slot)))
+
+
+def _all_may_fail(search: Search, error: AgentmergeError) -> bool:
+    """Whether a fault is perhaps not this candidate's alone."""
+    found = search.book.candidates()
+    return isinstance(error, NoWorker) or all(c.score is None or c.prior for c in found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +103,7 @@ class Lost:
     answers: Answers
 
 
-def run_heats(search: Search, candidate: Candidate, recipe: Recipe) -> tuple[Lost | None, float]:
+def _race(search: Search, candidate: Candidate, recipe: Recipe) -> tuple[Lost | None, float]:
     """The rungs below the last, and the seconds they took; None where it has not lost on them.
 
     Raises:
@@ -42,7 +115,7 @@ def run_heats(search: Search, candidate: Candidate, recipe: Recipe) -> tuple[Los
         return None, 0.0
     if candidate.operator == PROBE:  # who asks by a tool waits for a score
         return None, 0.0
-    best = search.best_before(candidate)
+    best = _best_before(search, candidate)
     if best is None or best.score is None or best.violation:
         return None, 0.0
     theirs = search.item_results(best.recipe_hash)
@@ -52,7 +125,9 @@ def run_heats(search: Search, candidate: Candidate, recipe: Recipe) -> tuple[Los
         refs = course.refs(rung)
         if len(refs) == whole:
             break
-        answers = search.scoring.ask(recipe, candidate.recipe_hash, wanted=search.wanted, only=refs)
+        answers = search.scoring.ask(
+            recipe, candidate.recipe_hash, wanted=partial(budget.wanted, search), only=refs
+        )
         seconds += answers.seconds
         mine = {ref: answers.results[ref] for ref in refs}
         evidence, ahead = course.standing(rung, mine, theirs)
@@ -60,3 +135,63 @@ def run_heats(search: Search, candidate: Candidate, recipe: Recipe) -> tuple[Los
             return Lost(best.score + ahead, rung, len(refs) / whole, answers), seconds
         search.scoring.save(answers)
     return None, seconds
+
+
+def _best_before(search: Search, candidate: Candidate) -> Candidate | None:
+    """The incumbent of its generation and arm, whatever of that generation is scored."""
+    found = search.book.candidates(up_to=candidate.generation - 1)
+    return incumbent(arm_of(found, shadow=candidate.operator == SHADOW))
+
+
+def _save_loser(search: Search, candidate: Candidate, lost: Lost, seconds: float) -> None:
+    search.book.save_evaluation(
+        (candidate.generation, candidate.slot),
+        score=None,
+        reused=not seconds,
+        counts=lost.answers.counts,
+        seconds=seconds,
+        fingerprint=lost.answers.fingerprint,
+        results=lost.answers.paid,
+        lost=(lost.estimate, lost.rung, lost.share),
+    )
+    stored = search.book.candidate(candidate.generation, candidate.slot)
+    search.emit(_event(stored))
+
+
+def _slope(
+    search: Search, candidate: Candidate, recipe: Recipe
+) -> tuple[tuple[GradientKey, Gradient, tuple[float, ...]] | None, float]:
+    """A candidate's gradient with itself in the unit box, if it wants one, and the seconds.
+
+    One that fails, in whatever way, is told and left out: the score stands without it.
+    """
+    if candidate.want != "gradient" or candidate.loss_kind is None:
+        return None, 0.0
+    slopes = search.slopes
+    try:
+        key, kept, seconds = slopes.ask(
+            recipe, candidate.recipe_hash, candidate.loss_kind, partial(budget.wanted, search)
+        )
+        space = search.standing(candidate.generation).of(candidate.space)
+        unit = unit_gradient(space, candidate.vector or (), slopes.named(kept))
+    except (CandidateFailed, TaskError, WorkerLost) as error:
+        at = {"generation": candidate.generation, "slot": candidate.slot}
+        search.emit({"event": "no_gradient", "failure": str(error)} | at)
+        return None, 0.0
+    return (key, kept, unit), seconds
+
+
+def _event(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "event": "candidate",
+        "generation": candidate.generation,
+        "slot": candidate.slot,
+        "operator": candidate.operator,
+        "label": candidate.label,
+        "score": candidate.score,
+        "tasks": dict(candidate.tasks),
+        "failure": candidate.failure,
+        "estimate": candidate.estimate,
+        "reused": candidate.reused,
+        "seconds": candidate.seconds,
+    }

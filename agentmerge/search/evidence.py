@@ -18,6 +18,7 @@ import numpy as np
 
 from agentmerge.contracts.strategy import Bound, Evidence, Items, Observation
 from agentmerge.contracts.worker import ItemRef, ItemResult
+from agentmerge.evaluation.paired import leaf_shares
 from agentmerge.evaluation.racing import Course
 from agentmerge.evaluation.tasks import Score, TaskSet
 from agentmerge.search.constraints import Floor, steepness, violation
@@ -122,14 +123,14 @@ def _layout(taskset: TaskSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     shares: list[float] = []
     documents: list[int] = []
     for number, objective in enumerate(taskset.objectives):
-        sizes = [len(taskset.task(leaf).part("search")) for leaf in objective.leaves]
+        sizes = {leaf: len(taskset.task(leaf).part("search")) for leaf in objective.leaves}
         if not taskset.is_mean(objective):
             tasks.append(number)
             shares.append(1.0)
-            documents.append(sum(sizes))
+            documents.append(sum(sizes.values()))
             continue
-        for size in sizes:
-            share = size / sum(sizes) if objective.by_size else 1 / len(sizes)
+        for leaf, share in leaf_shares(objective.by_size, sizes).items():
+            size = sizes[leaf]
             tasks += [number] * size
             shares += [share / size] * size
             documents += [1] * size

@@ -14,22 +14,35 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from agentmerge.contracts.strategy import CHEAP, RIVALS, rng_factory
+from agentmerge.contracts.operators import CHEAP, PARENT, RIVALS
+from agentmerge.contracts.strategy import rng_factory
 from agentmerge.contracts.worker import ItemRef, ItemResult
-from agentmerge.errors import BudgetReached, CandidateFailed, TaskError, WorkerLost
+from agentmerge.errors import (
+    BudgetReached,
+    CandidateFailed,
+    NotBegun,
+    RunFailed,
+    TaskError,
+    WorkerLost,
+)
 from agentmerge.evaluation.leads import counted, lead, least_leads
 from agentmerge.evaluation.statistics import Interval, figure
 from agentmerge.evaluation.tasks import Part
-from agentmerge.ledger import Candidate
+from agentmerge.ledger import Candidate, incumbent
+from agentmerge.recipe import Recipe
+from agentmerge.search import budget
 from agentmerge.search.constraints import kept
+from agentmerge.search.past import best_within, charges
+from agentmerge.search.search import Search
+from agentmerge.search.state import SearchState
+from agentmerge.search.structure import wanted_move
+from agentmerge.search.trials import WORTH
 from agentmerge.space.grouped import short_name
-
-if TYPE_CHECKING:
-    from agentmerge.search.search import Search
+from agentmerge.system.temporary import write_at_once
 
 _RESUMED = ["not all could be asked the sealed items, perhaps for now only; resume asks them"]
 SHORTLIST = 5
@@ -38,12 +51,52 @@ SPLITS = 200
 Results = dict[ItemRef, ItemResult]
 
 
+def finish(search: Search, stop_reason: str) -> SearchState:
+    """Choose the answer, confirm it on sealed items, write recipe and card."""
+    search.entering()
+    search.emit({"event": "finish", "reason": stop_reason})
+    candidates = search.book.candidates()
+    card: dict[str, Any] = {}
+    if incumbent(candidates) is not None:
+        card = final_card(search, candidates)
+        card["notes"] += _unused(search, stop_reason)
+        if search.config.search.shadow:
+            card["uplift"] = _uplift(search, candidates)
+        write_best(search, search.book.candidate(*card["answer"]["candidate"]))
+    search.ledger.update_run(
+        search.run_id, status="done", stop_reason=stop_reason, result=card or None
+    )
+    search.emit({"event": "done", "reason": stop_reason, "card": card})
+    return SearchState(status="done", stop_reason=stop_reason)
+
+
+def _unused(search: Search, stop_reason: str) -> list[str]:
+    """Why evaluations are left, where neither a limit nor a person ended the search."""
+    why = {
+        "nothing more to gain": "has nothing more to propose",
+        "nothing new": "proposes only merges that were tried",
+    }.get(stop_reason)
+    left = budget.evaluations_left(search)
+    if why is None or not left:
+        return []
+    told = f"{left} evaluations are left: {search.config.algorithm} {why}, and "
+    move = wanted_move(search, search.book.candidates()[-1].generation, least=0)
+    if move is not None:
+        return [
+            f"{told}another search space ({move.change} {move.value}) is opened only while "
+            f"{WORTH} are: resume with {WORTH - left} more evaluations, at least"
+        ]
+    return [
+        f"{told}a larger budget changes nothing; a branch with another strategy goes on from here"
+    ]
+
+
 def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any]:
     """The closing table as plain data: answer, parents, best rival, differences, verdict."""
     scored = [c for c in candidates if c.score is not None and c.twin is None and not c.prior]
     ranked = sorted(scored, key=lambda c: c.rank)
     allowed = [c for c in ranked if not c.violation] or ranked[:1]
-    parents = [c for c in scored if c.operator == "parent"]
+    parents = [c for c in scored if c.operator == PARENT]
     rivals = [c for c in ranked if c.operator in RIVALS]
     best_rival = rivals[0] if rivals else None
     found = confirmed(search, allowed, [c for c in ranked if c.operator not in CHEAP])
@@ -132,7 +185,7 @@ def confirmed(
         if not search.taskset.refs("sealed"):
             return first
         try:
-            search.taskset.score(search.confirm(answer), "sealed")
+            search.taskset.score(confirm(search, answer), "sealed")
             return Confirmed(choice, answer, True, [*notes, *doubt], fallen)
         except (BudgetReached, WorkerLost) as error:
             doubt = [*doubt, f"the sealed items were not asked; resume asks them: {error}"]
@@ -241,11 +294,11 @@ def _differences(
 
 def search_results(search: Search, candidate: Candidate, part: Part) -> Results:
     if part == "sealed":
-        return search.confirm(candidate)
+        return confirm(search, candidate)
     return search.item_results(candidate.recipe_hash)
 
 
-def difference(search: Search, mine: Candidate, theirs: Candidate) -> tuple[Part, Interval | None]:
+def _difference(search: Search, mine: Candidate, theirs: Candidate) -> tuple[Part, Interval | None]:
     """How far one is ahead on sealed items, or on search items where none are sealed, and which.
 
     Raises:
@@ -322,9 +375,9 @@ def _worth(
     unproven: bool,
 ) -> str:
     noise = " beyond the noise" if unproven else ""
-    name = short_name(answer.label) if answer.operator == "parent" else name_of(answer)
-    if answer.operator == "parent":
-        if all(c.operator == "parent" for c in scored):
+    name = short_name(answer.label) if answer.operator == PARENT else name_of(answer)
+    if answer.operator == PARENT:
+        if all(c.operator == PARENT for c in scored):
             return f"No merge was scored: {name} is the best of the parents that were."
         return f"No merge beat the parent {name}{noise}: use it as it is."
     if answer.operator in RIVALS:
@@ -350,7 +403,7 @@ def _worth(
 
 
 def _called(difference: Mapping[str, Any]) -> str:
-    if difference["operator"] == "parent":
+    if difference["operator"] == PARENT:
         return f"parent {short_name(difference['against'])}"
     return f"the {difference['against']} merge"
 
@@ -389,7 +442,7 @@ def _row(search: Search, candidate: Candidate, sealed: bool, lost: list[str]) ->
     }
     if sealed:
         try:
-            score = search.taskset.score(search.confirm(candidate), "sealed")
+            score = search.taskset.score(confirm(search, candidate), "sealed")
             row |= {"sealed_score": score.value, "sealed_tasks": dict(score.tasks)}
         except (BudgetReached, CandidateFailed, TaskError, WorkerLost) as error:
             row |= {"sealed_score": None, "sealed_failure": str(error)}
@@ -465,3 +518,62 @@ def _score(search: Search, results: Results, half: dict[str, list[ItemRef]]) -> 
 
 def _lead(search: Search, mine: Results, theirs: Results | None, part: Part) -> Interval | None:
     return lead(search.taskset, mine, theirs, search.config.search.seed, part)
+
+
+def confirm(search: Search, candidate: Candidate) -> dict[ItemRef, ItemResult]:
+    """Sealed items' results of a candidate, paid for once and kept.
+
+    Raises:
+        CandidateFailed, NotBegun, WorkerLost, TaskError: as the pool does.
+        BudgetReached: no time is left.
+    """
+    recipe = Recipe.parse(search.ledger.recipe(candidate.recipe_hash, search.run_id))
+    in_time = search.seconds_left() > 0
+    try:
+        answers = search.scoring.ask(
+            recipe, candidate.recipe_hash, "sealed", lambda: in_time and not search.stopping()
+        )
+    except NotBegun:
+        if (
+            search.seconds_left() < 1 and not search.stopping()
+        ):  # the pool's clock may be a bit ahead
+            raise BudgetReached("timeout") from None
+        raise
+    search.scoring.save(answers)
+    return answers.results
+
+
+def write_best(search: Search, best: Candidate) -> None:
+    """best.yml, replaced in one step: it is whole at every moment."""
+    path = search.run_dir / "best.yml"
+    if best.recipe_hash == search.written and path.exists():
+        return
+    text = search.ledger.recipe(best.recipe_hash, search.run_id)
+    try:
+        write_at_once(path, text)
+    except OSError as error:
+        raise RunFailed(f"{path} cannot be written: {error}; mend that, then resume") from error
+    search.written = best.recipe_hash
+
+
+def _uplift(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """Plain data for the closing card: both arms' best after as many evaluations, how far apart
+    they are on sealed items (search items where none are sealed), and what the agents cost."""
+    spent = {shadow: charges(candidates, shadow=shadow) for shadow in (False, True)}
+    equal = min(sum(found.values()) for found in spent.values())
+    agents, null = (best_within(candidates, equal, shadow=shadow) for shadow in (False, True))
+    found: dict[str, Any] = {
+        "share": search.config.search.shadow,
+        "evaluations": round(equal, 2),
+        "agents": None if agents is None else name_of(agents),
+        "null": None if null is None else name_of(null),
+        "cost": search.ledger.call_totals(search.replies_of or search.run_id),
+    }
+    if agents is None or null is None:
+        return found
+    found |= {"agents_search": agents.score, "null_search": null.score}
+    try:
+        part, interval = _difference(search, agents, null)
+    except (BudgetReached, CandidateFailed, TaskError, WorkerLost) as error:
+        return found | {"difference": None, "failure": str(error)}
+    return found | {"part": part, "difference": interval._asdict() if interval else None}

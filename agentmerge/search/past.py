@@ -9,17 +9,10 @@ items. One search shows the noise of its items, not the spread over searches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
-from agentmerge.contracts.strategy import SHADOW, Observation, Proposal, rng_factory
-from agentmerge.errors import BudgetReached, CandidateFailed, TaskError, WorkerLost
+from agentmerge.contracts.operators import SHADOW
+from agentmerge.contracts.strategy import Observation
 from agentmerge.ledger import Candidate
-from agentmerge.search.finish import difference, name_of
-from agentmerge.strategies.null_llm import STRATEGY
-
-if TYPE_CHECKING:
-    from agentmerge.search.search import Search
 
 
 def first_generation(candidates: Sequence[Candidate]) -> int:
@@ -47,22 +40,6 @@ def heard(history: Sequence[Observation], first: int, *, shadow: bool) -> list[O
     return [o for o in history if o.operator == SHADOW or o.generation == first]
 
 
-def shadow_proposals(search: Search, asked: Sequence[Proposal], left: int) -> list[Proposal]:
-    """The second arm's candidates beside what the first asks; left: what they may cost."""
-    share = search.config.search.shadow
-    if not share or not asked:
-        return []
-    candidates = search.book.candidates()
-    mine, theirs = (sum(charges(candidates, shadow=shadow).values()) for shadow in (True, False))
-    ahead = theirs + sum(proposal.cost for proposal in asked)
-    due = int(share / (1 - share) * ahead - mine + 1e-9)
-    history = search.told(shadow=True, space=search.space)
-    found = STRATEGY.propose(
-        search.space, history, None, max(0, min(due, left)), rng_factory(search.config.search.seed)
-    )
-    return [replace(proposal, operator=SHADOW) for proposal in found]
-
-
 def charges(candidates: Sequence[Candidate], *, shadow: bool) -> dict[tuple[int, int], float]:
     """What each candidate of an arm would have cost it alone: a twin of the other's is not free."""
     alone = arm_of(candidates, shadow=shadow, shared=False)
@@ -71,29 +48,6 @@ def charges(candidates: Sequence[Candidate], *, shadow: bool) -> dict[tuple[int,
         (c.generation, c.slot): 1.0 if c.twin is not None and c.twin not in known else c.cost
         for c in alone
     }
-
-
-def uplift(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """Plain data for the closing card: both arms' best after as many evaluations, how far apart
-    they are on sealed items (search items where none are sealed), and what the agents cost."""
-    spent = {shadow: charges(candidates, shadow=shadow) for shadow in (False, True)}
-    equal = min(sum(found.values()) for found in spent.values())
-    agents, null = (best_within(candidates, equal, shadow=shadow) for shadow in (False, True))
-    found: dict[str, Any] = {
-        "share": search.config.search.shadow,
-        "evaluations": round(equal, 2),
-        "agents": None if agents is None else name_of(agents),
-        "null": None if null is None else name_of(null),
-        "cost": search.ledger.call_totals(search.replies_of or search.run_id),
-    }
-    if agents is None or null is None:
-        return found
-    found |= {"agents_search": agents.score, "null_search": null.score}
-    try:
-        part, interval = difference(search, agents, null)
-    except (BudgetReached, CandidateFailed, TaskError, WorkerLost) as error:
-        return found | {"difference": None, "failure": str(error)}
-    return found | {"part": part, "difference": interval._asdict() if interval else None}
 
 
 def best_within(

@@ -13,13 +13,15 @@ import statistics
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import yaml
 
 from agentmerge.agents.ladder import Noise, release
 from agentmerge.agents.schemas import SCALE, unit
-from agentmerge.contracts.strategy import SHADOW, Proposal
+from agentmerge.contracts.operators import PARENT, PROBE, SHADOW
+from agentmerge.contracts.strategy import Proposal
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import (
     CandidateFailed,
@@ -30,18 +32,16 @@ from agentmerge.errors import (
     UserError,
 )
 from agentmerge.evaluation.leads import lead
+from agentmerge.evaluation.tasks import ScoredTask
 from agentmerge.ledger import Candidate
 from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
+from agentmerge.search import budget
+from agentmerge.search.evaluate import evaluate
+from agentmerge.search.search import Search
 from agentmerge.space.grouped import short_name
 from agentmerge.system.yaml_text import read_yaml
 
-if TYPE_CHECKING:
-    from agentmerge.evaluation.tasks import ScoredTask
-    from agentmerge.search.search import Search
-
-#: The operator of candidates that a tool made.
-PROBE = "probe"
 MAX_RECIPE_CHARS = 20_000
 MAX_LISTED = 50
 ITEMS_SHOWN = 8
@@ -126,7 +126,9 @@ def merge_and_evaluate(
     recipe_hash = parsed.hash(search.identities)
     with _alone(search, recipe_hash):
         _reserve(search, {"recipe": recipe, "tasks": tasks, "limit": limit}, len(only), generation)
-        answers = search.scoring.ask(parsed, recipe_hash, wanted=search.wanted, only=only)
+        answers = search.scoring.ask(
+            parsed, recipe_hash, wanted=partial(budget.wanted, search), only=only
+        )
         search.scoring.save(answers)
     scores = {}
     for task in leaves:
@@ -157,7 +159,7 @@ def list_candidates(
         "candidates": [_row(candidate) for candidate in ranked[:count]],
         "scored": len(ranked),
         "failed": sum(c.state == "failed" for c in found),
-        "evaluations_left": search.evaluations_left,
+        "evaluations_left": budget.evaluations_left(search),
         "axes": [axis.name for axis in search.present.axes],
     }
 
@@ -266,7 +268,7 @@ def _refuse_late(search: Search) -> None:
     """
     if search.stopping():
         raise NotBegun("the search was told to stop before this call's turn")
-    if not search.wanted():
+    if not budget.wanted(search):
         limit_s = search.config.budget.timeout_s
         raise UserError(f"the time of this search is used up (budget.timeout_s {limit_s:g})")
 
@@ -285,7 +287,7 @@ def _reserve(
         if search.ledger.probed(search.run_id, tool, given):
             return
         _refuse_late(search)
-        left = search.items_left
+        left = budget.items_left(search)
         if items > left:
             raise UserError(
                 f"{items} items are more than this search's budget has left ({left}); "
@@ -306,7 +308,7 @@ def _as_candidate(
     recipe_hash = recipe.hash(search.identities)
     with _alone(search, recipe_hash):
         at, known = _place(search, proposal, recipe, recipe_hash, generation)
-        search.evaluate(*at)
+        evaluate(search, *at)
     candidate = search.book.candidate(*at)
     if candidate.state == "open":
         raise NotBegun("the search was told to stop before this candidate's turn")
@@ -314,7 +316,7 @@ def _as_candidate(
         raise CandidateFailed(candidate.failure)
     return _row(_shown(release, candidate)) | {
         "known": known,
-        "evaluations_left": search.evaluations_left,
+        "evaluations_left": budget.evaluations_left(search),
     }
 
 
@@ -332,7 +334,7 @@ def _place(
             if candidate.recipe_hash == recipe_hash and not candidate.prior:
                 return (candidate.generation, candidate.slot), True
         _refuse_late(search)
-        if not search.evaluations_left:
+        if not budget.evaluations_left(search):
             most = search.config.budget.max_evaluations
             raise UserError(f"all {most} evaluations of this search are used")
         last = max((c.generation for c in found), default=-1)
@@ -372,7 +374,7 @@ def _named(search: Search, name: str) -> Candidate:
     ]
     for candidate in found:
         names = {f"{candidate.generation}.{candidate.slot}", candidate.label}
-        if candidate.operator == "parent":
+        if candidate.operator == PARENT:
             names.add(short_name(candidate.label))
         if name in names or (len(name) >= 6 and candidate.recipe_hash.startswith(name)):
             return candidate
@@ -440,7 +442,7 @@ def _solved(search: Search) -> list[dict[str, Any]]:
     results = {}
     for label, recipe, point in search.space.parents():
         if not search.item_results(recipe.hash(search.identities)):
-            parent = Proposal(point, "parent", None if point else recipe.to_yaml(), label)
+            parent = Proposal(point, PARENT, None if point else recipe.to_yaml(), label)
             _as_candidate(search, parent, recipe, None)
         results[short_name(label)] = search.item_results(recipe.hash(search.identities))
     rows = []

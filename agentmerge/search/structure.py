@@ -1,22 +1,22 @@
 """Structural moves as a search decides on them: which one is wanted, whether it may be made.
 
-What a move is and how a new space fares is ``structure.py``; the ledger keeps every decision.
+What a move is and how a new space fares is ``trials.py``; the ledger keeps every decision.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agentmerge.contracts.advice import Guidance, StructuralMove
+from agentmerge.contracts.operators import STRUCTURE
 from agentmerge.errors import RecipeRejected, UserError
 from agentmerge.ledger import incumbent
-from agentmerge.ledger.words import STRUCTURE, openings
-from agentmerge.search.advise import guidance_of, paired_noise
+from agentmerge.ledger.words import guidance_of, openings
+from agentmerge.search import budget
+from agentmerge.search.propose import asked
+from agentmerge.search.search import Search
 from agentmerge.search.trials import REFUSED, WORTH, finer, moved
 from agentmerge.space.grouped import SearchSpace
-
-if TYPE_CHECKING:
-    from agentmerge.search.search import Search
 
 
 def wanted_move(search: Search, generation: int, *, least: int = WORTH) -> StructuralMove | None:
@@ -30,9 +30,9 @@ def wanted_move(search: Search, generation: int, *, least: int = WORTH) -> Struc
     if wish == "fixed" or any(opening.generation == generation for opening in before):
         return None
     now = search.standing(generation)
-    if now.trial is not None or search.evaluations_left < least:
+    if now.trial is not None or budget.evaluations_left(search) < least:
         return None
-    guidance = guidance_of(search.book, generation)
+    guidance = guidance_of(search.book.advice(generation))
     move = guidance.structural_move if guidance.source == "model" else None
     if move is None and wish == "free" and _worth_refining(search, generation, now.leader):
         move = finer(now.leader)
@@ -92,7 +92,11 @@ def _worth_refining(search: Search, generation: int, space: SearchSpace) -> bool
     candidates = search.book.candidates()
     best = incumbent(candidates)
     cheap = incumbent([c for c in candidates if c.generation == 0])
-    if best is None or cheap is None or search.asked(space, generation, search.evaluations_left):
+    if (
+        best is None
+        or cheap is None
+        or asked(search, space, generation, budget.evaluations_left(search))
+    ):
         return False
-    noise = paired_noise(search)(best.observation(), cheap.observation())
+    noise = search.noise(best.observation(), cheap.observation())
     return (best.score or 0.0) - (cheap.score or 0.0) > 2 * noise

@@ -1,4 +1,4 @@
-"""``probing``'s functions as LangChain tools: names, descriptions, argument schemas, errors.
+"""``probes``' functions as LangChain tools: names, descriptions, argument schemas, errors.
 
 A model's mistake comes back to it as a sentence, never as an exception. Every call is kept in the
 ledger.
@@ -9,18 +9,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from langchain_core.tools import BaseTool, StructuredTool, ToolException
 from pydantic import BaseModel, BeforeValidator, Field
 
+from agentmerge.agents.ladder import Noise
 from agentmerge.errors import CandidateFailed, NotBegun, UserError
 from agentmerge.search import probes
-
-if TYPE_CHECKING:
-    from agentmerge.agents.ladder import Noise
-    from agentmerge.search.search import Search
-
+from agentmerge.search.search import Search
 
 #: Characters of what goes wrong, as a caller is told it.
 _MAX_SAID = 1_000

@@ -18,10 +18,11 @@ from pydantic import ValidationError
 
 from agentmerge.config import GenomeConfig
 from agentmerge.contracts.advice import StructuralMove
-from agentmerge.contracts.strategy import CARRIED, SHADOW, Observation, Proposal
+from agentmerge.contracts.operators import CARRIED, NO_TURN, SHADOW, STRUCTURE
+from agentmerge.contracts.strategy import Observation, Proposal
 from agentmerge.errors import ConfigError, UserError
 from agentmerge.ledger import Candidate
-from agentmerge.ledger.words import STRUCTURE, Opening
+from agentmerge.ledger.words import Opening
 from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
 from agentmerge.space.grouped import SearchSpace, short_name
@@ -34,8 +35,6 @@ WORTH = 2 * TRIAL
 SEEDS = 3
 #: The refusal of a person who was asked.
 REFUSED = "you said no"
-#: Operators of candidates that took no turn of a space.
-_NOT_TURNS = (SHADOW, "probe")
 _NOTHING = (math.inf, math.inf)
 #: Rungs of filters, coarse to fine, for a space whose groups are single layers already.
 FILTERS = (
@@ -80,7 +79,7 @@ def standing(
                 c.cost
                 for c in rows
                 if c.generation > opening.generation
-                and c.operator not in _NOT_TURNS
+                and c.operator not in NO_TURN
                 and (c.space or base.key) == space.key
             )
             for space in (leader, trial)

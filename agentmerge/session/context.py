@@ -286,7 +286,7 @@ def _interrupt(search: Search, question: str = "") -> None:
     """Let go of a search that is not done; what made it stop is the one to tell of faults."""
     status = WAITING if question else "interrupted"
     with suppress(AgentmergeError):  # another process's search by now is its to tell of
-        search.still_mine()
+        search.entering()
         search.ledger.update_run(search.run_id, status=status, stop_reason=question)
     with suppress(AgentmergeError):
         let_go(search)
@@ -318,7 +318,7 @@ def _hold(context: ClientContext, key: str) -> None:
         lease = stack.enter_context(Lease.acquire(checkpoints, row.id, name=row.name))
         tell = stack.enter_context(begun(ledger, row, prepared, context.folder, silent))
         search = assembled(prepared, row, context.folder, ledger, tell, stack)
-        search.still_mine = lease.check
+        search.entering = lease.check
         ledger.update_run(row.id, status="running", stop_reason="")
         for name in {key, row.id, row.name}:
             _OPEN[name] = search

@@ -278,7 +278,7 @@ def _drive(
         tell = stack.enter_context(begun(ledger, row, prepared, runs_dir, told))
         search = assembled(prepared, row, runs_dir, ledger, tell, stack, models)
         search.stopping = lambda: drain.requested
-        search.still_mine = lease.check
+        search.entering = lease.check
         advisers = sorted({model.name for model in search.models.values()})
         search.emit(
             {

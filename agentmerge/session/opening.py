@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import sys
 import time
@@ -20,12 +21,12 @@ from typing import Any
 
 from agentmerge import plugins
 from agentmerge.config import Role, SearchConfig
+from agentmerge.contracts.operators import STRUCTURE
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import AgentmergeError, NotFound, UserError
 from agentmerge.ledger import Ledger, ResultKey, RunRow
 from agentmerge.ledger.folder import CHECKPOINTS, LEDGER
 from agentmerge.ledger.store import SAVED
-from agentmerge.ledger.words import STRUCTURE
 from agentmerge.preflight.prepare import Prepared, prepare, warm_start
 from agentmerge.search.search import Emit, Search
 from agentmerge.system.bounded import refuse_odd_file
@@ -58,11 +59,10 @@ def assembled(
     models: Mapping[Role, Any] | None = None,
     *,
     advised: bool = True,
-    kind: type[Search] = Search,
 ) -> Search:
     """A search with its doors open, that nobody drives yet; ``stack`` closes them.
 
-    advised: with the models of the config. kind: what it is built as.
+    advised: with the models of the config.
     """
     from agentmerge.agents.prompts import load_prompts
     from agentmerge.agents.tracing import redact_traces
@@ -73,7 +73,7 @@ def assembled(
     deadline = None if timeout is None else time.monotonic() + timeout
     slowest_s = ledger.slowest_s(row.id) / max(1, len(prepared.taskset.refs("search")))  # an item
     pool = pool_of(prepared, stack, deadline, slowest_s)
-    search = kind(
+    search = Search(
         config=config,
         run_id=row.id,
         run_dir=runs_dir / row.name,
@@ -89,7 +89,7 @@ def assembled(
         models=_models(config, models) if advised else {},
         prompts=load_prompts(config.agents.prompts),
         emit=emit,
-        deadline=deadline,
+        seconds_left=lambda: math.inf if deadline is None else deadline - time.monotonic(),
     )
     for role in search.models:
         ledger.save_prompt(row.id, role, getattr(search.prompts, role).text)

@@ -12,13 +12,14 @@ import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompt, Prompts, load_prompts
-from agentmerge.config import ROLES, Role, SearchConfig
+from agentmerge.config import ROLES, SearchConfig
+from agentmerge.contracts.operators import PROBE
 from agentmerge.contracts.worker import EngineInfo, Fingerprint, Gradient, ItemRef, ItemResult, Loss
 from agentmerge.errors import (
     CandidateFailed,
@@ -32,8 +33,7 @@ from agentmerge.ledger.folder import LEDGER
 from agentmerge.preflight.prepare import Prepared, prepare
 from agentmerge.recipe import Recipe
 from agentmerge.report.summary import trace
-from agentmerge.search.probes import PROBE
-from agentmerge.search.search import Outcome, Search
+from agentmerge.search.search import Search
 from agentmerge.search.state import GRAPH_VERSION, SearchState
 from agentmerge.session.context import Context, at_hand
 from agentmerge.session.opening import (
@@ -125,15 +125,14 @@ def _search(
     if row.parent_generation is not None:
         ledger.copy_past(row.id, again.id, row.parent_generation, prior=False)
     (folder / again.name).mkdir()
-    search = assembled(
-        prepared, again, folder, ledger, lambda event: None, stack, advised=False, kind=_Followed
-    )
-    assert isinstance(search, _Followed)
-    search.original, search.prompts = row, _prompts(ledger, row, prompts)
-    search.configs = [
+    search = assembled(prepared, again, folder, ledger, lambda event: None, stack, advised=False)
+    search.prompts = _prompts(ledger, row, prompts)
+    configs = [
         (since, SearchConfig.from_text(row.config, row.name, overrides | limits))
         for since, limits in ledger.limits(row.id)
     ]
+    followed = _Followed(search, row, configs)
+    search.entering, search.seconds_left = followed.follow, followed.seconds_left
     asked = ledger.called_models(row.id)
     search.models = {
         role: AgentModel(None, name=asked.get(role, ""))
@@ -150,53 +149,35 @@ def _search(
     return search
 
 
-@dataclass
-class _Followed(Search):
-    """A search that repeats another one: under the limits of the time, and as far as it came.
+@dataclass(frozen=True)
+class _Followed:
+    """The search that another one repeats: under the limits of the time, and as far as it came.
 
     configs: with each set of limits, and the ledger's position from which on it held.
     """
 
-    original: RunRow = field(init=False)
-    configs: Sequence[tuple[tuple[int, int], SearchConfig]] = ()
+    search: Search
+    original: RunRow
+    configs: Sequence[tuple[tuple[int, int], SearchConfig]]
 
-    def seed(self) -> int:
-        self._follow()
-        return super().seed()
-
-    def select(self, generation: int) -> Outcome:
-        self._follow()
-        return super().select(generation)
-
-    def advise(self, role: Role, generation: int) -> str:
-        self._follow()
-        limit = super().advise(role, generation)
-        self._follow()  # what is decided next, a move, may have waited for a larger budget
-        return limit
-
-    def propose(self, generation: int) -> int:
-        self._follow()
-        return super().propose(generation)
-
-    @property
     def seconds_left(self) -> float:
         """No time passes in a replay; but it runs out where it did."""
         return 0.0 if self.original.stop_reason == "timeout" and self._caught_up else math.inf
 
-    def _follow(self) -> None:
-        candidates, words = self.ledger.position(self.run_id)
+    def follow(self) -> None:
+        search = self.search
+        candidates, words = search.ledger.position(search.run_id)
         for (since_candidates, since_words), config in self.configs:
             if candidates >= since_candidates and words >= since_words:
-                self.config = config
+                search.config = config
         if self.original.status != "done" and self._caught_up:
             raise ReplyMissing(f"{self.original.name!r} has not gone further")
 
     @property
     def _caught_up(self) -> bool:
         """Whether all that the other search decided and scored is decided and scored here."""
-        if self.ledger.position(self.run_id) != self.ledger.position(self.original.id):
-            return False
-        here, there = (self.ledger.open_count(run) for run in (self.run_id, self.original.id))
+        ledger, runs = self.search.ledger, (self.search.run_id, self.original.id)
+        here, there = ((ledger.position(run), ledger.open_count(run)) for run in runs)
         return here == there
 
 

@@ -17,10 +17,9 @@ from dataclasses import replace
 import numpy as np
 
 from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.operators import ADVICE, CARRIED
 from agentmerge.contracts.space import Space
 from agentmerge.contracts.strategy import (
-    ADVICE,
-    CARRIED,
     Observation,
     Proposal,
     RngFor,

@@ -16,10 +16,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.operators import ADVICE, LLM_EVO
 from agentmerge.contracts.space import Space
 from agentmerge.contracts.strategy import (
-    ADVICE,
-    LLM_EVO,
     Observation,
     Proposal,
     RngFor,

@@ -33,7 +33,6 @@ from tests.session.conftest import BODY, config, trace_of
 from tests.session.test_agents import advised
 from tests.session.test_structure import mover
 
-SEARCHED = {name: value for name, value in BODY.items() if name != "worker"}
 OWN = {"worker": BODY["worker"], "budget": {"max_evaluations": 21}}
 
 
@@ -67,7 +66,7 @@ def served(runs_dir: Path, context: ClientContext, begin: dict | None = None) ->
 
 
 def asked(**sections: object) -> ClientContext:
-    body = dict(SEARCHED)
+    body = {name: value for name, value in BODY.items() if name != "worker"}
     for section, values in sections.items():
         old = body.get(section)
         body[section] = old | values if isinstance(old, dict) else values

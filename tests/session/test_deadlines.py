@@ -82,30 +82,31 @@ def test_the_searchs_time_ends_what_runs(tmp_path: Path, apart: bool) -> None:
 
 def test_the_end_is_cut_off_too_and_resume_asks_it(tmp_path: Path, monkeypatch) -> None:
     """Sealed items that take longer than the time that is left."""
+    from agentmerge.search import finish as finishing
     from agentmerge.search.search import Search
 
     seconds: list[float] = []
-    whole = Search.finish
+    whole = finishing.finish
 
-    def finish(self: Search, stop_reason: str):
-        assert self.deadline is not None
-        if self.pool._free[0].worker._delay_s == 0.0:  # as if these were the longest items
-            self.pool._free[0].worker._delay_s = 3600.0
-            self.pool._deadlines.ends = self.deadline = time.monotonic() + 0.5
+    def finish(search: Search, stop_reason: str):
+        if search.pool._free[0].worker._delay_s == 0.0:  # as if these were the longest items
+            search.pool._free[0].worker._delay_s = 3600.0
+            search.pool._deadlines.ends = ends = time.monotonic() + 0.5
+            search.seconds_left = lambda: ends - time.monotonic()
         began = time.monotonic()
         try:
-            return whole(self, stop_reason)
+            return whole(search, stop_reason)
         finally:
             seconds.append(time.monotonic() - began)
 
-    monkeypatch.setattr(Search, "finish", finish)
+    monkeypatch.setattr(finishing, "finish", finish)
     settings = config(budget={"max_evaluations": 8, "timeout_s": 600.0})
     row = driving.run(settings, name="a", runs_dir=tmp_path)
     assert seconds[0] < 20
     assert row.result is not None
     assert not row.result["sealed"]
     assert any("sealed items were not asked; resume asks them" in n for n in row.result["notes"])
-    monkeypatch.setattr(Search, "finish", whole)
+    monkeypatch.setattr(finishing, "finish", whole)
     row = driving.resume("a", runs_dir=tmp_path)
     assert row.result is not None
     assert row.result["sealed"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agentmerge.config import SearchConfig
-from agentmerge.contracts.strategy import CHEAP
+from agentmerge.contracts.operators import CHEAP
 from agentmerge.ledger import Ledger
 from agentmerge.session import driving
 

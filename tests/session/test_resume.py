@@ -18,6 +18,8 @@ import pytest
 from agentmerge.errors import LeaseHeld, RunFailed, UserError
 from agentmerge.ledger import Ledger
 from agentmerge.ledger.lease import Lease
+from agentmerge.search.evaluate import evaluate
+from agentmerge.search.select import select
 from agentmerge.session import driving
 from agentmerge.session.checkpoints import open_saver
 from agentmerge.session.opening import assembled
@@ -288,7 +290,7 @@ def test_a_missing_generation_is_not_an_empty_one(tmp_path: Path) -> None:
             conn.execute("DELETE FROM candidates WHERE generation = ?", (last,))
         prepared = driving.prepare(driving.SearchConfig.from_text(row.config))
         search = assembled(prepared, row, tmp_path, ledger, lambda event: None, stack)
-        search.evaluate(last, 0)
-        outcome = search.select(last)
+        evaluate(search, last, 0)
+        outcome = select(search, last)
         assert (outcome.stop_reason, outcome.generation) == ("", last)
         assert outcome.open_slots[0] == (last, 0)

@@ -9,7 +9,8 @@ import pytest
 from agentmerge.agents.view import integers
 from agentmerge.cli.render import card_text
 from agentmerge.config import SearchConfig
-from agentmerge.contracts.strategy import SHADOW, Observation
+from agentmerge.contracts.operators import SHADOW
+from agentmerge.contracts.strategy import Observation
 from agentmerge.errors import ConfigError
 from agentmerge.ledger import Candidate, Ledger
 from agentmerge.search.past import best_within, charges, heard

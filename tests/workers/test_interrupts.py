@@ -36,7 +36,7 @@ import hashlib, sys, time
 from agentmerge import plugins
 from agentmerge.preflight import prepare as check
 from agentmerge.cli import main, trackers
-from agentmerge.search.search import Search
+from agentmerge.search import propose
 from agentmerge.workers.fake import FakeWorker
 
 def hang(*_, **__):
@@ -57,7 +57,7 @@ stage = sys.argv.pop(1)
 if stage == "models and tasks": check._prepare_fake = hang
 if stage == "loading": FakeWorker.__init__ = hang
 if stage == "scoring": FakeWorker.score = hang
-if stage == "a step in C": Search.propose = compute
+if stage == "a step in C": propose.propose = compute
 if stage == "a tracker":
     load, trackers.END_S = plugins.load, 3600
     plugins.load = lambda group, name: Tracker if "trackers" in group else load(group, name)

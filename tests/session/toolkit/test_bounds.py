@@ -16,6 +16,7 @@ import yaml
 
 from agentmerge import MergeToolkit, SearchConfig
 from agentmerge.ledger.folder import LEDGER
+from agentmerge.search.budget import evaluations_left
 from agentmerge.workers.fake import FakeWorker
 
 
@@ -63,13 +64,13 @@ def test_time_is_a_budget_too(fake_config: str, tmp_path: Path, paid: list[int])
         merge, *others = kit.get_tools()
         first = {"recipe": "[9, 8, 7, 6]"}
         assert merge.invoke(first).startswith("{")
-        left, spent = kit.search.evaluations_left, sum(paid)
-        kit.search.deadline = 0.0
+        left, spent = evaluations_left(kit.search), sum(paid)
+        kit.search.seconds_left = lambda: 0.0
         for more in ({}, {"limit": 5}):
             told = merge.invoke({"recipe": "[1, 2, 3, 4]"} | more)
             assert told == "the time of this search is used up (budget.timeout_s 1000)"
         assert json.loads(merge.invoke(first))["known"], "what was paid for is there"
-        assert kit.search.evaluations_left == left, "nothing was promised"
+        assert evaluations_left(kit.search) == left, "nothing was promised"
         assert sum(paid) == spent
         assert next(t for t in others if t.name == "list_candidates").invoke({}).startswith("{")
 
@@ -129,4 +130,4 @@ def test_no_recipe_is_more_than_a_sentence(ask: Callable[..., Any], toolkit: Mer
         status, text = ask("merge_and_evaluate", recipe=changed)
         assert status in ("success", "error")
         assert 0 < len(text) < 1200
-    assert toolkit.search.evaluations_left >= 0
+    assert evaluations_left(toolkit.search) >= 0

@@ -1,0 +1,60 @@
+"""What a search may still spend: evaluations, items and seconds, and what its end will take.
+
+Reserved is what an open candidate or a tool's call was promised; the ledger has both.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from agentmerge.ledger import evaluations
+from agentmerge.search.search import Search
+
+
+def evaluations_left(search: Search) -> int:
+    """What of the budget is neither used nor promised to an open candidate."""
+    return math.floor(left(search) + 1e-9)
+
+
+def items_left(search: Search) -> int:
+    """The same in items."""
+    return math.floor(left(search) * items_each(search) + 1e-9)
+
+
+def left(search: Search, up_to: int | None = None) -> float:
+    """The budget in evaluations, as it was before what agents did after generation ``up_to``.
+
+    Items that tools asked beside candidates are parts of evaluations.
+    """
+    found = search.book.candidates(up_to=up_to)
+    budget = search.config.budget
+    probed = search.book.probe_totals(None if up_to is None else up_to - 1)
+    used = evaluations(found) + sum(c.cost for c in found if c.state == "open" and not c.prior)
+    used += probed["items"] / items_each(search)
+    rest = budget.max_evaluations - used
+    if budget.max_items is not None:
+        rest = min(rest, (budget.max_items - ending_items(search)) / items_each(search) - used)
+    return max(0.0, rest)
+
+
+def ending_items(search: Search) -> int:
+    """The sealed items that the end asks, at most, where each merge has a finite answer: of the
+    parents, the best cheap merge, the answer, and the other arm's best."""
+    merges = len(search.space.genome.parents) + 2 + bool(search.config.search.shadow)
+    return merges * len(set(search.taskset.refs("sealed")) - set(search.taskset.refs("search")))
+
+
+def ending_s(search: Search) -> float:
+    """How long that takes, by the candidates that were scored."""
+    if not search.seconds:
+        return 0.0
+    return statistics.median(search.seconds) * ending_items(search) / items_each(search)
+
+
+def items_each(search: Search) -> int:
+    return max(1, len(search.taskset.refs("search")))
+
+
+def wanted(search: Search) -> bool:
+    return not search.stopping() and search.seconds_left() > ending_s(search)

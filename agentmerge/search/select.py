@@ -1,0 +1,102 @@
+"""After a generation: the incumbent, whether to score what is left, go on, or stop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from agentmerge.ledger import Candidate, counted, evaluations, incumbent
+from agentmerge.search import budget
+from agentmerge.search.constraints import violation
+from agentmerge.search.finish import write_best
+from agentmerge.search.propose import propose
+from agentmerge.search.search import Search
+from agentmerge.search.seed import complete
+from agentmerge.search.state import SearchState
+
+#: Generations in a row without one new merge after which the space counts as exhausted.
+BARREN_GENERATIONS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What ``select`` found. open_slots: candidates of this generation still to be scored."""
+
+    best: Candidate | None
+    stop_reason: str = ""
+    open_slots: list[tuple[int, int]] = field(default_factory=list)
+    generation: int = 0
+
+    def update(self) -> SearchState:
+        best = self.best
+        return SearchState(
+            generation=self.generation,
+            best=[best.generation, best.slot] if best else None,
+            best_score=best.score if best else None,
+            stop_reason=self.stop_reason,
+        )
+
+
+def select(search: Search, generation: int) -> Outcome:
+    """Find the incumbent, save its recipe, and decide what comes next."""
+    search.entering()
+    candidates = _judged(search)
+    if candidates[-1].generation < generation != search.had_no_proposal:
+        # The strategy had none, or the ledger is behind the graph's checkpoint: it decides.
+        generation = propose(search, candidates[-1].generation)
+        candidates = _judged(search)
+    if complete(search, generation, candidates):
+        candidates = _judged(search)
+    best = incumbent(candidates)
+    if best is not None:
+        write_best(search, best)
+    if search.seconds_left() <= budget.ending_s(search):
+        return Outcome(best, "timeout", generation=generation)
+    still_open = [
+        (c.generation, c.slot)
+        for c in candidates
+        if c.generation == generation and c.state == "open"
+    ]
+    if still_open:
+        return Outcome(best, open_slots=still_open, generation=generation)
+    search.emit(
+        {
+            "event": "generation",
+            "generation": generation,
+            "evaluations": counted(evaluations(candidates)),
+            "best": None if best is None else best.score,
+        }
+    )
+    limit = search.config.search.max_generations
+    reason = ""
+    if not budget.evaluations_left(search):
+        reason = "budget"
+    elif limit is not None and generation >= limit:
+        reason = "generations"
+    elif generation and best is None:
+        reason = "every candidate failed"
+    elif _barren(candidates, generation):
+        reason = "nothing new"
+    elif candidates[-1].generation < generation:
+        reason = "nothing more to gain"  # the strategy had no proposal
+    return Outcome(best, reason, generation=generation)
+
+
+def open_slots(search: Search, generation: int) -> list[tuple[int, int]]:
+    return [(c.generation, c.slot) for c in search.book.candidates(generation) if c.state == "open"]
+
+
+def _judged(search: Search) -> list[Candidate]:
+    """All candidates, their violations brought up to date."""
+    candidates = search.book.candidates()
+    if not search.config.search.constraints:
+        return candidates
+    bounds = search.floors(candidates)
+    found = {(c.generation, c.slot): violation(bounds, dict(c.tasks)) for c in candidates}
+    search.book.save_violations(found)
+    return search.book.candidates()
+
+
+def _barren(candidates: Sequence[Candidate], generation: int) -> bool:
+    recent = [c for c in candidates if c.generation > generation - BARREN_GENERATIONS]
+    return generation >= BARREN_GENERATIONS and all(c.state == "twin" for c in recent)
