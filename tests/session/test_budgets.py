@@ -11,7 +11,7 @@ from agentmerge.agents.prices import cost_usd, price_of
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger
 from agentmerge.report.summary import run_summary
-from agentmerge.search.search import Search
+from agentmerge.search import budget
 from agentmerge.session import driving
 from agentmerge.session.replay import replay
 from agentmerge.testing.scripted import ScriptedServer, scripted_chat_model
@@ -127,7 +127,7 @@ def test_the_end_is_within_the_timeout(tmp_path, monkeypatch) -> None:
     row = driving.run(slow, name="a", runs_dir=tmp_path / "a")
     if row.stop_reason == "timeout" and row.result["sealed"]:
         assert time.monotonic() - began < 3.0 + 5.0  # loading, and a busy machine
-    monkeypatch.setattr(Search, "_ending_s", 0.0)
+    monkeypatch.setattr(budget, "ending_s", lambda _: 0.0)
     row = driving.run(slow, name="b", runs_dir=tmp_path / "b")
     assert row.stop_reason == "timeout"
     assert not row.result["sealed"]

@@ -19,7 +19,7 @@ from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import CandidateFailed
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 from agentmerge.ledger import Candidate
-from agentmerge.search.finish import final_card
+from agentmerge.search import finish
 
 SEARCH, SEALED = 150, 250
 
@@ -33,6 +33,11 @@ def one_task(
         name, weight, "m", "none", higher, "loglikelihood", None, name, refs,
         tuple(range(search)), tuple(range(search, search + sealed)), objective=name,
     )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _given_sealed_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finish, "confirm", lambda search, candidate: search.confirm(candidate))
 
 
 @dataclass
@@ -87,7 +92,7 @@ class Given:
         return []
 
     def card(self) -> dict[str, Any]:
-        return final_card(self, self.candidates)  # type: ignore[arg-type]
+        return finish.final_card(self, self.candidates)  # type: ignore[arg-type]
 
 
 def shares(rng: np.random.Generator, search: float, sealed: float) -> np.ndarray:
