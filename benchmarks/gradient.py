@@ -105,7 +105,7 @@ def measured(config: str, method: str, arm: str, repeats: int) -> dict[str, Any]
 def all_kept(worker: Any, recipe: Any, refs: Any) -> Any:
     """The gradient as one would write it first: backward, then contract."""
     from agentmerge.evaluation.losses import item_loss
-    from agentmerge.merging.contraction import Contraction
+    from agentmerge.merging.gradient import Contraction
 
     worker.load(recipe)
     for parameter in worker._live.values():
@@ -143,7 +143,7 @@ def wide_config(scratch: Path) -> str:
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from agentmerge.demo.family import Family, cached_family
+    from agentmerge.demo.family import TinyFamily, cached_family
 
     tokenizer = cached_family().base
     directory = scratch / "wide"
@@ -162,7 +162,9 @@ def wide_config(scratch: Path) -> str:
         config.save_pretrained(path)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (path / name).write_bytes((tokenizer / name).read_bytes())
-    return written(scratch, "wide", Family(paths[0], tuple(paths[1:]), ("shift", "sort"), 0), 24)
+    return written(
+        scratch, "wide", TinyFamily(paths[0], tuple(paths[1:]), ("shift", "sort"), 0), 24
+    )
 
 
 def written(scratch: Path, name: str, family: Any, limit: int) -> str:

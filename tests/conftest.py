@@ -11,14 +11,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from agentmerge.demo.family import Family, cached_family
+from agentmerge.demo.family import TinyFamily, cached_family
 
 # Started in the background, a shell's command ignores Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
-def family() -> Family:
+def family() -> TinyFamily:
     """A base and two experts (shift, sort), from the cache or trained in under a minute."""
     return cached_family(("shift", "sort"), 0)
 

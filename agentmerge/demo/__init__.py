@@ -4,11 +4,11 @@
 says what a line looks like. Importing this package loads no torch.
 """
 
-from agentmerge.demo.family import Family, cached_family, make_family
+from agentmerge.demo.family import TinyFamily, cached_family, make_family
 from agentmerge.demo.tasks import demo_config, write_skill_tasks, write_tasks
 
 __all__ = [
-    "Family",
+    "TinyFamily",
     "cached_family",
     "demo_config",
     "make_family",

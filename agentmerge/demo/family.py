@@ -83,7 +83,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class TinyFamily:
     """Where a trained family lies; ``experts[i]`` learned ``skills[i]``."""
 
     base: Path
@@ -92,9 +92,9 @@ class Family:
     seed: int
 
 
-def _family_at(directory: Path, skills: tuple[str, ...], seed: int) -> Family:
+def _family_at(directory: Path, skills: tuple[str, ...], seed: int) -> TinyFamily:
     experts = tuple(directory / f"expert-{skill}" for skill in skills)
-    return Family(directory / "base", experts, skills, seed)
+    return TinyFamily(directory / "base", experts, skills, seed)
 
 
 def make_family(
@@ -103,7 +103,7 @@ def make_family(
     skills: tuple[str, ...] = ("shift", "sort"),
     seed: int = 0,
     on_progress: Progress | None = None,
-) -> Family:
+) -> TinyFamily:
     """Train a family into `directory` on one thread: about half a minute for two skills.
 
     The same skills and seed give the same weights, bit for bit, on the same machine and torch.
@@ -204,7 +204,7 @@ def cached_family(
     seed: int = 0,
     cache_dir: Path | None = None,
     on_progress: Progress | None = None,
-) -> Family:
+) -> TinyFamily:
     """The family from the cache, trained first where it is not there.
 
     `cache_dir` holds one directory a family; by default it is ``$AGENTMERGE_CACHE/families`` or

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from agentmerge.demo import language
-from agentmerge.demo.family import Family
+from agentmerge.demo.family import TinyFamily
 from agentmerge.errors import UserError
 from agentmerge.system.temporary import write_at_once
 
@@ -67,7 +67,7 @@ def skill_inputs(skill: str, n_items: int = N_ITEMS, seed: int = 0) -> list[str]
     return _texts(list(language.SKILLS).index(skill), n_items, seed)
 
 
-def demo_config(family: Family, tasks_dir: Path) -> dict[str, Any]:
+def demo_config(family: TinyFamily, tasks_dir: Path) -> dict[str, Any]:
     """A mergekit-evolve config that searches `family`, scored by the tasks in `tasks_dir`.
 
     The weights add up to one, so that a score reads as a share of right answers.
@@ -86,7 +86,7 @@ def demo_config(family: Family, tasks_dir: Path) -> dict[str, Any]:
 
 
 def demo_search(
-    family: Family, directory: Path, *, max_evaluations: int, seed: int, worker: str
+    family: TinyFamily, directory: Path, *, max_evaluations: int, seed: int, worker: str
 ) -> Path:
     """Write tasks and config of what ``agentmerge demo`` searches; returns the config."""
     tasks = write_tasks(directory / "tasks", family.skills)

@@ -13,7 +13,7 @@ from agentmerge.contracts.worker import ItemRef, WorkerSpec
 from agentmerge.errors import TaskError
 from agentmerge.evaluation import metrics
 from agentmerge.evaluation.definitions import without_code
-from agentmerge.evaluation.loading import Loaded, load_tasks, quiet
+from agentmerge.evaluation.loading import LoadedTasks, load_tasks, quiet
 from agentmerge.evaluation.protocol import protocol, protocol_hash, tokenizer_identity
 from agentmerge.evaluation.rendering import (
     DATED,
@@ -97,7 +97,7 @@ def _setting(
     tokenizer: Any,
     source: str,
     context: int | None,
-    loaded: Sequence[Loaded],
+    loaded: Sequence[LoadedTasks],
     notes: list[str],
 ) -> _Setting:
     identity = tokenizer_identity(tokenizer)
@@ -129,7 +129,7 @@ def _setting(
 
 
 def _leaves(
-    entry: TaskConfig, found: Loaded, metric: str, filter_name: str, notes: list[str]
+    entry: TaskConfig, found: LoadedTasks, metric: str, filter_name: str, notes: list[str]
 ) -> tuple[list[Any], bool]:
     """(leaf tasks that carry the metric, whether a group weights them by size)."""
     if found.group is None:

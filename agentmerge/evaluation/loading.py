@@ -35,7 +35,7 @@ _MOST_INCLUDES = 8  # one in another; more is a circle
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedTasks:
     """What one entry of the config names: one task, or a group and its leaf tasks.
 
     code: what of its author's would run, where it was not to be and so nothing was loaded.
@@ -49,7 +49,7 @@ class Loaded:
 
 def load_tasks(
     config: TasksConfig, *, check_built_ins: bool = True, run_code: bool = True
-) -> list[Loaded]:
+) -> list[LoadedTasks]:
     """The lm-eval tasks of every objective, few-shot counts and seeds set.
 
     run_code: False leaves out what names code of its author's.
@@ -65,7 +65,7 @@ def load_tasks(
         index.refuse_collisions(_reached(names, manager.task_index), check_built_ins)
         codes = ["" if run_code else _code_of(name, manager.task_index) for name in names]
         loaded = [
-            Loaded(name, (), code=code) if code else _load(name, manager, index)
+            LoadedTasks(name, (), code=code) if code else _load(name, manager, index)
             for name, code in zip(names, codes, strict=True)
         ]
     owner: dict[str, str] = {}
@@ -279,7 +279,7 @@ def _missing(names: Sequence[str], index: Any) -> list[str]:
     return _walk(names, index)[1]
 
 
-def _load(name: str, manager: Any, custom: _CustomFiles) -> Loaded:
+def _load(name: str, manager: Any, custom: _CustomFiles) -> LoadedTasks:
     from lm_eval.tasks._index import Kind
 
     entry = manager.task_index.get(name)
@@ -310,7 +310,7 @@ def _load(name: str, manager: Any, custom: _CustomFiles) -> Loaded:
             raise TaskError(f"task {task.task_name!r} runs code that models write; not supported")
         if getattr(task, "MULTIMODAL", False):
             raise TaskError(f"task {task.task_name!r} asks about images or sound; not supported")
-    return Loaded(name, tasks, loaded.get("groups", {}).get(name))
+    return LoadedTasks(name, tasks, loaded.get("groups", {}).get(name))
 
 
 def _set_fewshot(task: Any, asked: int | None) -> None:

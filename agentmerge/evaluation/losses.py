@@ -18,7 +18,7 @@ from torch.nn.functional import softplus
 from agentmerge.contracts.worker import ItemRef, Loss
 from agentmerge.errors import CandidateFailed
 from agentmerge.evaluation import metrics
-from agentmerge.evaluation.scoring import ItemScorer, Prepared
+from agentmerge.evaluation.scoring import ItemScorer, PreparedItem
 
 if TYPE_CHECKING:
     from agentmerge.evaluation.hf_lm import LiveLM, TokenPair
@@ -93,7 +93,9 @@ def item_loss(
     return ItemLoss(terms, len(found))
 
 
-def _values(item: Prepared, lm: LiveLM, loss: Loss) -> list[tuple[tuple[TokenPair, ...], Value]]:
+def _values(
+    item: PreparedItem, lm: LiveLM, loss: Loss
+) -> list[tuple[tuple[TokenPair, ...], Value]]:
     """What is added up to an item's loss; nothing where it has no gold answer."""
     kind = item.task.output_type
     if kind == "loglikelihood_rolling":
@@ -109,7 +111,9 @@ def _values(item: Prepared, lm: LiveLM, loss: Loss) -> list[tuple[tuple[TokenPai
     return [((pair,), value)]
 
 
-def _choice(item: Prepared, lm: LiveLM, loss: Loss) -> list[tuple[tuple[TokenPair, ...], Value]]:
+def _choice(
+    item: PreparedItem, lm: LiveLM, loss: Loss
+) -> list[tuple[tuple[TokenPair, ...], Value]]:
     pairs = tuple(lm.fitted(context, more) for _, context, more in item.encoded)
     if loss == "log_likelihood":
         return [((pairs[item.gold[0]],), _likelihood)] if len(item.gold) == 1 else []
@@ -125,7 +129,7 @@ def _choice(item: Prepared, lm: LiveLM, loss: Loss) -> list[tuple[tuple[TokenPai
     return [(pairs, ahead_of_others)]
 
 
-def _text(item: Prepared, lm: LiveLM, loss: Loss) -> list[tuple[tuple[TokenPair, ...], Value]]:
+def _text(item: PreparedItem, lm: LiveLM, loss: Loss) -> list[tuple[tuple[TokenPair, ...], Value]]:
     windows = lm.windows(item.instances[0].args[0])
     tokens = sum(len(gold) for _, gold in windows) if loss == "margin" else 1
     return [((window,), lambda lls, _: -lls.sum() / tokens) for window in windows]

@@ -38,7 +38,7 @@ Results = Mapping[ItemRef, ItemResult]
 
 
 @dataclass(frozen=True, slots=True)
-class Strand:
+class RacedTask:
     """One task of a race. weight: of its mean in the score, of any sign. differences: the
     candidate's value minus the incumbent's on the first items, each in [-1, 1]. total: its items.
     """
@@ -48,7 +48,7 @@ class Strand:
     total: int
 
 
-def evidence_against(strands: Sequence[Strand], head_start: float = 0.0) -> float:
+def evidence_against(strands: Sequence[RacedTask], head_start: float = 0.0) -> float:
     """An e-process for "over all items, the candidate is at least as good as the incumbent".
 
     strands: the first items of each task, the same fraction of each up to one item.
@@ -126,7 +126,7 @@ class Course:
             a = np.array([mine[ref].value for ref in refs])
             b = np.array([incumbent[ref].value for ref in refs])
             fair = fair and all(((v >= 0) & (v <= 1)).all() for v in (a, b))
-            strands.append(Strand(weight, a - b, len(self._order[name])))
+            strands.append(RacedTask(weight, a - b, len(self._order[name])))
         ahead = self._in_full(mine) - self._in_full(incumbent)
         total = ahead + sum(s.weight * float(s.differences.mean()) for s in strands)
         return (evidence_against(strands, ahead) if fair else 0.0), total

@@ -52,7 +52,7 @@ class ScoringModel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedItem:
     """An item, tokenised, with everything about it that no model changes."""
 
     task: ScoredTask
@@ -87,7 +87,7 @@ class ItemScorer:
         self._lm = lm
         self._taskset = taskset
         self._known = {ref: task for task in taskset.tasks for ref in task.items}
-        self._prepared: dict[ItemRef, Prepared] = {}
+        self._prepared: dict[ItemRef, PreparedItem] = {}
 
     def score(self, refs: Sequence[ItemRef]) -> list[ItemResult]:
         """One result an item, in the order asked.
@@ -104,7 +104,7 @@ class ItemScorer:
                 results.update(_judged(own, answers))
         return [results[ref] for ref in refs]
 
-    def prepared(self, refs: Sequence[ItemRef]) -> dict[ItemRef, Prepared]:
+    def prepared(self, refs: Sequence[ItemRef]) -> dict[ItemRef, PreparedItem]:
         """Each item once, tokenised, task by task in document order."""
         place = {task.name: i for i, task in enumerate(self._taskset.tasks)}
         for ref in refs:
@@ -116,7 +116,7 @@ class ItemScorer:
         wanted = sorted(set(refs), key=lambda ref: (place[ref.task], ref.index))
         return {ref: self._prepare(ref) for ref in wanted}
 
-    def _prepare(self, ref: ItemRef) -> Prepared:
+    def _prepare(self, ref: ItemRef) -> PreparedItem:
         if ref not in self._prepared:
             task = self._known[ref]
             asked = self._taskset.asked[ref.task]
@@ -127,11 +127,11 @@ class ItemScorer:
             elif kind == "generate_until":
                 item = self._with_gold(task, asked, instances)
             else:
-                item = Prepared(task, asked, instances)
+                item = PreparedItem(task, asked, instances)
             self._prepared[ref] = item
         return self._prepared[ref]
 
-    def _with_tokens(self, task: ScoredTask, asked: Asked, instances: Any) -> Prepared:
+    def _with_tokens(self, task: ScoredTask, asked: Asked, instances: Any) -> PreparedItem:
         encoded = self._lm.encode(instances)
         truncated = any(self._lm.cut(context, more) for _, context, more in encoded)
         gold: tuple[int, ...] = ()
@@ -140,9 +140,9 @@ class ItemScorer:
             doc = instances[0].doc
             gold = metrics.gold_choices(asked.task, doc)
             scales = metrics.choice_scales(asked.task, doc, task.metric)
-        return Prepared(task, asked, instances, tuple(encoded), truncated, gold, scales)
+        return PreparedItem(task, asked, instances, tuple(encoded), truncated, gold, scales)
 
-    def _with_gold(self, task: ScoredTask, asked: Asked, instances: Any) -> Prepared:
+    def _with_gold(self, task: ScoredTask, asked: Asked, instances: Any) -> PreparedItem:
         context, kwargs = instances[0].args[:2]
         stopping = self._lm.stopping(kwargs)
         truncated = self._lm.prompt_cut(context, stopping.max_new)
@@ -153,9 +153,9 @@ class ItemScorer:
                 if tokens and _accepted(asked, instances, self._lm.said(tokens[1], stopping)):
                     companion = tokens
                     break
-        return Prepared(task, asked, instances, truncated=truncated, companion=companion)
+        return PreparedItem(task, asked, instances, truncated=truncated, companion=companion)
 
-    def _ask(self, items: dict[ItemRef, Prepared]) -> dict[ItemRef, _Answer]:
+    def _ask(self, items: dict[ItemRef, PreparedItem]) -> dict[ItemRef, _Answer]:
         """Every request of every item, by type."""
         answers = {ref: _Answer([[] for _ in item.instances]) for ref, item in items.items()}
         places = [
@@ -164,7 +164,7 @@ class ItemScorer:
             for i, instance in enumerate(item.instances)
             for repeat in range(instance.repeats or 1)
         ]
-        by_type: dict[str, list[tuple[ItemRef, Prepared, int]]] = {}
+        by_type: dict[str, list[tuple[ItemRef, PreparedItem, int]]] = {}
         for ref, item, i, _ in places:
             by_type.setdefault(item.instances[i].request_type, []).append((ref, item, i))
         for kind, requests in by_type.items():
@@ -189,7 +189,7 @@ class ItemScorer:
 
 
 def _judged(
-    items: dict[ItemRef, Prepared], answers: dict[ItemRef, _Answer]
+    items: dict[ItemRef, PreparedItem], answers: dict[ItemRef, _Answer]
 ) -> dict[ItemRef, ItemResult]:
     """Items of one task -> results, by the task's own filter and ``process_results``."""
     first = next(iter(items.values()))
@@ -227,13 +227,13 @@ def _judged(
     return results
 
 
-def _alone(ref: ItemRef, item: Prepared, answer: _Answer) -> None:
+def _alone(ref: ItemRef, item: PreparedItem, answer: _Answer) -> None:
     """One document by itself: raises at the one that a filter stumbles over."""
     with _its_own_code(ref, "the filter", answer.responses):
         metrics.filtered(item.asked.task, item.asked.filter, item.instances, answer.responses)
 
 
-def _value(ref: ItemRef, item: Prepared, filtered: Sequence[Any]) -> float:
+def _value(ref: ItemRef, item: PreparedItem, filtered: Sequence[Any]) -> float:
     """What a document is worth by the task's own ``process_results``.
 
     Raises:
@@ -267,7 +267,7 @@ def _its_own_code(ref: ItemRef, what: str, answers: Sequence[Any]) -> Iterator[N
         ) from error
 
 
-def _evidence(item: Prepared, answer: _Answer) -> tuple[float | None, float | None]:
+def _evidence(item: PreparedItem, answer: _Answer) -> tuple[float | None, float | None]:
     """(log-likelihood of the gold answer, margin), None where there is no such thing."""
     kind = item.task.output_type
     if item.task.margin_kind == "choice":
@@ -281,7 +281,7 @@ def _evidence(item: Prepared, answer: _Answer) -> tuple[float | None, float | No
     return answer.forced or (None, None)
 
 
-def _refuse_infinite(items: dict[ItemRef, Prepared], answers: dict[ItemRef, _Answer]) -> None:
+def _refuse_infinite(items: dict[ItemRef, PreparedItem], answers: dict[ItemRef, _Answer]) -> None:
     for ref in items:
         for responses in answers[ref].responses:
             for response in responses:

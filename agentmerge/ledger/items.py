@@ -18,7 +18,7 @@ from agentmerge.ledger.store import Store, engine_text, hashed, intern
 FORGOTTEN = "searched by "
 
 
-class Items(Store):
+class ItemResults(Store):
     def save_results(
         self,
         key: ResultKey,

@@ -15,7 +15,8 @@ from agentmerge.merging.kernels import Kernel, Operand
 from agentmerge.merging.loops.remembered import Statistics
 
 try:
-    from agentmerge.merging.loops import fused, machine, slopes
+    from agentmerge.merging.loops import fused, machine
+    from agentmerge.merging.loops import gradient as slopes
 except ImportError:  # no llvmlite
     _FAST = False
 else:
@@ -55,7 +56,7 @@ def fused_agreement(
     shared: Mapping[str, float],
     statistics: Statistics,
 ) -> tuple[list[torch.Tensor], list[float]] | None:
-    """``fused_slopes.agreement``, where it serves."""
+    """``loops.gradient.agreement``, where it serves."""
     tensors = [base, *(operand.tensor for operand in operands)]
     if not _FAST or method not in fused.CONSENSUS or len(operands) > fused.MOST_EXPERTS:
         return None
@@ -73,7 +74,7 @@ def fused_pulls(
     *,
     normalize: bool,
 ) -> torch.Tensor | None:
-    """``fused_slopes.pulls``, where it serves."""
+    """``loops.gradient.pulls``, where it serves."""
     if not _FAST or ground is None or len(operands) > fused.MOST_EXPERTS:
         return None
     if not all(map(has_loops, (gradient, ground, *(operand.tensor for operand in operands)))):

@@ -54,7 +54,7 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
+class MemoryForecast:
     """What one worker needs in one placement; ``device`` is None where it is the host."""
 
     placement: Placement
@@ -91,7 +91,7 @@ class MemoryPlan:
         gradient does (0 where the worker has none); not in the forecast.
     """
 
-    forecasts: tuple[Forecast, ...]
+    forecasts: tuple[MemoryForecast, ...]
     workers: int
     host: Limit
     device: Limit | None
@@ -245,7 +245,7 @@ def _forecast(
     method: str | None,
     demand: Demand,
     cuda: bool,
-) -> Forecast:
+) -> MemoryForecast:
     count, ranks = len(layout.parents), demand.ranks
     parents = layout_bytes(layout) * count
     live = layout_bytes(layout, dtype)
@@ -261,7 +261,7 @@ def _forecast(
         known = _statistics(layout) if fused and method in RANKING_METHODS else 0
         held = 0 if placement == "stream" else parents
         share = Share(held * ranks, live, known * ranks, scratch * ranks, runtime)
-        return Forecast(placement, share)
+        return MemoryForecast(placement, share)
     sizes = [size_bytes(spec) for spec in layout.tensors]
     pinned = sum(slabs(sizes)[1]) * count if placement == "host" else 0
     mapped = max(sizes, default=0) if placement == "stream" else 0
@@ -269,7 +269,7 @@ def _forecast(
     on_device = Share(
         parents if placement == "device" else 0, live // ranks, 0, scratch, 0, demand.beside_bytes
     )
-    return Forecast(placement, host, on_device)
+    return MemoryForecast(placement, host, on_device)
 
 
 def _is_fused(layout: Layout, method: str | None) -> bool:
@@ -293,7 +293,12 @@ def _with_this_process(limit: Limit) -> Limit:
 
 
 def _short(
-    forecast: Forecast, workers: int, apart: bool, crowd: int, host: Limit, device: Limit | None
+    forecast: MemoryForecast,
+    workers: int,
+    apart: bool,
+    crowd: int,
+    host: Limit,
+    device: Limit | None,
 ) -> tuple[int, Limit] | None:
     """What ``workers`` of these need, and the limit that this exceeds; None where it fits.
 

@@ -16,7 +16,7 @@ from agentmerge.errors import AgentmergeError
 from agentmerge.ledger import Candidate, Ledger, RunRow
 from agentmerge.recipe import Recipe
 from agentmerge.report.grid import Grid, grid
-from agentmerge.report.items import Asked, Part, Values, asked, gains, paired
+from agentmerge.report.items import ItemsAsked, Part, Values, asked, gains, paired
 from agentmerge.report.summary import answer_of, run_summary
 from agentmerge.space.grouped import SearchSpace
 
@@ -91,7 +91,7 @@ def _paired_answers(
     return {"reason": reason}
 
 
-def _interval(question: Asked, mine: Values, theirs: Values) -> dict[str, Any]:
+def _interval(question: ItemsAsked, mine: Values, theirs: Values) -> dict[str, Any]:
     tasks = gains(mine, theirs, question)
     shared = sum(task["items"] for task in tasks)
     difference = paired(mine, theirs, question)
@@ -100,7 +100,7 @@ def _interval(question: Asked, mine: Values, theirs: Values) -> dict[str, Any]:
     return {"part": question.part, "items": shared} | difference._asdict() | {"tasks": tasks}
 
 
-def _incomparable(one: Asked, other: Asked) -> str:
+def _incomparable(one: ItemsAsked, other: ItemsAsked) -> str:
     if one.engine != other.engine:
         return "they were scored by different engines"
     if dict(one.protocols) != dict(other.protocols):

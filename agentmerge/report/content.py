@@ -13,7 +13,7 @@ from agentmerge.evaluation.statistics import Interval
 from agentmerge.ledger import Candidate, Ledger, RunRow, counted
 from agentmerge.recipe import Recipe
 from agentmerge.report.grid import Grid, grid
-from agentmerge.report.items import Asked, Values, asked, candidate_name, gains, paired, scores
+from agentmerge.report.items import ItemsAsked, Values, asked, candidate_name, gains, paired, scores
 from agentmerge.report.summary import answer_of, run_summary
 from agentmerge.space.grouped import SearchSpace, short_name
 
@@ -60,7 +60,7 @@ class Content:
     failed: Sequence[Candidate]
     answer: Candidate | None
     contenders: Sequence[Contender]
-    asked: Asked | None
+    asked: ItemsAsked | None
     grids: Mapping[str, Grid]
     names: Mapping[str, str]
     operators: Sequence[Mapping[str, Any]]
@@ -152,7 +152,7 @@ def _contenders(
     row: RunRow,
     scored: Sequence[Candidate],
     answer: Candidate | None,
-    question: Asked | None,
+    question: ItemsAsked | None,
 ) -> list[Contender]:
     if answer is None:
         return []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from agentmerge.report.content import MAX_ITEMS, MAX_POINTS, Contender, Content, Point, comparisons
-from agentmerge.report.items import Asked, goodness
+from agentmerge.report.items import ItemsAsked, goodness
 
 Figure = dict[str, Any]
 
@@ -223,7 +223,7 @@ def item_matrix(content: Content) -> Figure:
     return figure
 
 
-def _level(row: Contender, question: Asked, task: str, key: str) -> float:
+def _level(row: Contender, question: ItemsAsked, task: str, key: str) -> float:
     """1 for right, 0 for wrong; other values by their place between the task's extremes."""
     assert row.values is not None
     good = goodness(question, task)
@@ -238,7 +238,7 @@ def _level(row: Contender, question: Asked, task: str, key: str) -> float:
 
 
 def _ordered(
-    rows: Sequence[Contender], question: Asked, task: str, keys: Sequence[str]
+    rows: Sequence[Contender], question: ItemsAsked, task: str, keys: Sequence[str]
 ) -> list[str]:
     """Items with the same pattern side by side, those that the answer solves first."""
     return sorted(

@@ -24,7 +24,7 @@ Values = Mapping[str, Mapping[str, ItemResult]]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ItemsAsked:
     """The items of one part of a search, and what else decides an answer.
 
     keys: leaf task -> item keys, in order. objectives: as in the run's facts.
@@ -48,12 +48,12 @@ class Asked:
         return found
 
 
-def asked(ledger: Ledger, row: RunRow, part: Part) -> Asked | None:
+def asked(ledger: Ledger, row: RunRow, part: Part) -> ItemsAsked | None:
     """What a search asked; None where that was not written down, or nothing is sealed."""
     keys = ledger.item_keys(row.id, part)
     if not keys or "objectives" not in row.facts:
         return None
-    return Asked(
+    return ItemsAsked(
         part,
         {task: keys[task] for task in row.facts["protocols"] if task in keys},
         row.facts["protocols"],
@@ -63,7 +63,7 @@ def asked(ledger: Ledger, row: RunRow, part: Part) -> Asked | None:
     )
 
 
-def scores(values: Values, question: Asked) -> dict[str, float]:
+def scores(values: Values, question: ItemsAsked) -> dict[str, float]:
     """Each objective's metric on these items, of those whose metric is a mean over items."""
     found = {}
     for objective in question.objectives:
@@ -80,7 +80,7 @@ def _mean(results: Mapping[str, ItemResult]) -> float:
     return sum(result.value for result in results.values()) / len(results)
 
 
-def paired(mine: Values, theirs: Values, question: Asked) -> Interval | None:
+def paired(mine: Values, theirs: Values, question: ItemsAsked) -> Interval | None:
     """How far ``mine`` is ahead on the items that both have; None where a metric is no mean."""
     rows = []
     for objective in question.objectives:
@@ -104,7 +104,7 @@ def paired(mine: Values, theirs: Values, question: Asked) -> Interval | None:
     return paired_score_difference(rows, question.seed) if rows else None
 
 
-def goodness(question: Asked, task: str) -> Callable[[ItemResult], float | None]:
+def goodness(question: ItemsAsked, task: str) -> Callable[[ItemResult], float | None]:
     """How good one item's result is, higher for better, by what the task's values are.
 
     A perplexity's are log-likelihoods; of an f1's, predicted classes, only the margin tells right
@@ -123,7 +123,7 @@ def goodness(question: Asked, task: str) -> Callable[[ItemResult], float | None]
     return lambda result: sign * result.value
 
 
-def gains(mine: Values, theirs: Values, question: Asked) -> list[dict[str, Any]]:
+def gains(mine: Values, theirs: Values, question: ItemsAsked) -> list[dict[str, Any]]:
     """Task by task: how many items ``mine`` gained, lost, and left as they were.
 
     An item is gained where its value is better; for zeros and ones, ``both`` and ``neither`` say

@@ -27,7 +27,7 @@ Results = Mapping[ItemRef, ItemResult]
 
 
 @dataclass(frozen=True)
-class Witness:
+class ItemTable:
     """Histories with their items, reading each candidate's results once.
 
     known: recipe hash -> what the ledger has of its search items.

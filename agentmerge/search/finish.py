@@ -153,7 +153,7 @@ class Confirmed:
     fallen: recipe hash -> why its sealed items could not be. lost: why nobody could be asked.
     """
 
-    choice: Choice
+    choice: Winner
     answer: Candidate
     sealed: bool
     notes: list[str]
@@ -310,21 +310,21 @@ def _difference(search: Search, mine: Candidate, theirs: Candidate) -> tuple[Par
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Winner:
     """winner: of most halves; votes: how many."""
 
     winner: Candidate
     votes: int
 
 
-def choose(search: Search, shortlist: Sequence[Candidate]) -> Choice:
+def choose(search: Search, shortlist: Sequence[Candidate]) -> Winner:
     """The candidate that wins most random halves of the search items.
 
     A tie goes to the better search score. Halves are drawn task by task, so every half asks the
     same mix; the draws are the same for every candidate.
     """
     if len(shortlist) < 2:
-        return Choice(shortlist[0], SPLITS)
+        return Winner(shortlist[0], SPLITS)
     known = [search.item_results(candidate.recipe_hash) for candidate in shortlist]
     rng = rng_factory(search.config.search.seed)(0, 0, "items")
     votes = [0] * len(shortlist)
@@ -336,7 +336,7 @@ def choose(search: Search, shortlist: Sequence[Candidate]) -> Choice:
             half[task.name] = [items[i] for i in order[: max(1, len(items) // 2)]]
         votes[int(np.argmax([_score(search, results, half) for results in known]))] += 1
     winner = int(np.argmax(votes))
-    return Choice(shortlist[winner], votes[winner])
+    return Winner(shortlist[winner], votes[winner])
 
 
 def name_of(candidate: Candidate) -> str:

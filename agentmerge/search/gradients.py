@@ -19,7 +19,7 @@ from agentmerge.ledger import GradientKey, Ledger
 from agentmerge.recipe import Recipe
 
 
-class SlopePool(Protocol):
+class GradientPool(Protocol):
     """The worker pool, as gradients need it."""
 
     @property
@@ -39,12 +39,12 @@ class SlopePool(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Slopes:
+class Gradients:
     """The one way to a search's gradients. identities: model name -> content fingerprint."""
 
     ledger: Ledger
     taskset: TaskSet
-    pool: SlopePool
+    pool: GradientPool
     identities: Mapping[str, str]
 
     @property

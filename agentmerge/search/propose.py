@@ -48,7 +48,7 @@ def asked(search: Search, space: SearchSpace, generation: int, left: int) -> lis
         if getattr(search.strategy, "uses_items", False):
             bound = search.config.search.constraints
             known = search.book.candidates(up_to=generation) if bound else []
-            history = search.witness.of(history, search.floors(known))
+            history = search.item_table.of(history, search.floors(known))
         guidance = guidance_of(search.book.advice(generation))
         if space.key != search.standing(generation, decided=False).turn[0].key:
             guidance = replace(guidance, mean=None, candidates=(), forecasts=())

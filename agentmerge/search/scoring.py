@@ -14,10 +14,10 @@ from agentmerge.errors import RunFailed
 from agentmerge.evaluation.tasks import Part, TaskSet
 from agentmerge.ledger import Ledger, ResultKey
 from agentmerge.recipe import Recipe
-from agentmerge.search.gradients import SlopePool
+from agentmerge.search.gradients import GradientPool
 
 
-class Evaluator(SlopePool, Protocol):
+class Evaluator(GradientPool, Protocol):
     """The worker pool, as a search sees it."""
 
     @property

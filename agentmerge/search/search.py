@@ -32,8 +32,8 @@ from agentmerge.ledger.book import Book
 from agentmerge.ledger.words import openings
 from agentmerge.recipe import Recipe
 from agentmerge.search.constraints import Floor, floors, penalised
-from agentmerge.search.evidence import Witness, comparable
-from agentmerge.search.gradients import Slopes
+from agentmerge.search.evidence import ItemTable, comparable
+from agentmerge.search.gradients import Gradients
 from agentmerge.search.past import first_generation, heard
 from agentmerge.search.scoring import Evaluator, Scoring
 from agentmerge.search.trials import Standing, carried, standing
@@ -130,16 +130,16 @@ class Search:
         return Course(self.taskset)
 
     @cached_property
-    def witness(self) -> Witness:
-        return Witness(self.taskset, self.item_results)
+    def item_table(self) -> ItemTable:
+        return ItemTable(self.taskset, self.item_results)
 
     @cached_property
     def noise(self) -> PairedNoise:
         return PairedNoise(self.taskset, self.item_results)
 
     @property
-    def slopes(self) -> Slopes:
-        return Slopes(self.ledger, self.taskset, self.pool, self.identities)
+    def slopes(self) -> Gradients:
+        return Gradients(self.ledger, self.taskset, self.pool, self.identities)
 
     def told(
         self,

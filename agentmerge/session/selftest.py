@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from agentmerge.errors import UserError
-from agentmerge.merging.contraction import contract_agreeing, contract_sum, frozen
 from agentmerge.merging.device import current, release
 from agentmerge.merging.digests import checksum
 from agentmerge.merging.engines import KERNELS, merge_tensor
+from agentmerge.merging.gradient import contract_agreeing, contract_sum, frozen
 from agentmerge.merging.kernels import Operand
 from agentmerge.merging.loops.remembered import Statistics
 from agentmerge.merging.memory import cuda_devices

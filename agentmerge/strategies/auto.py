@@ -28,9 +28,9 @@ from agentmerge.contracts.strategy import (
     first_generation,
     next_generation,
 )
-from agentmerge.strategies.gradient import Gradient, next_step
+from agentmerge.strategies.gradient import GradientSteps, next_step
 from agentmerge.strategies.margins import (
-    BOLDER,
+    MORE_EXPLORATION,
     Margins,
     Prospect,
     most_promising,
@@ -94,13 +94,13 @@ class Auto:
 
 def operator_of(history: Sequence[Observation], gradients: bool, rng_for: RngFor) -> Strategy:
     """Whose generation the next one is."""
-    steps = sum(o.operator == Gradient.name for o in history)
+    steps = sum(o.operator == GradientSteps.name for o in history)
     open_gradient = gradients and next_step(history) is not None
     if open_gradient and steps < GRADIENT_STEPS:
-        return Gradient()
+        return GradientSteps()
     operators: list[Strategy] = [Margins(), OnePlusOne()]
     if open_gradient:
-        operators.append(Gradient())
+        operators.append(GradientSteps())
     if since_gain(history) < STALE:
         return operators[0]
     rates = [gain_rate(history, operator.name) for operator in operators]
@@ -116,7 +116,7 @@ def operator_of(history: Sequence[Observation], gradients: bool, rng_for: RngFor
 def nothing_to_gain(
     space: Space, history: Sequence[Observation], prospect: Prospect, rng_for: RngFor
 ) -> bool:
-    """Whether the most promising point is expected to gain a trifle at most.
+    """Whether the most promising point is expected to gain the least that is worth it, at most.
 
     Twice the doubt that proposals begin with is counted: with theirs a search would end too early.
     Never while the search's own candidates climb, however far below a rival they are: what a model
@@ -125,9 +125,9 @@ def nothing_to_gain(
     own = later(history)
     if len(own) < max(2 * STALE, space.dimensions) or since_rise(own) < STALE:
         return False
-    doubtful = replace(prospect, boldness=max(prospect.boldness, BOLDER[0]))
+    doubtful = replace(prospect, exploration=max(prospect.exploration, MORE_EXPLORATION[0]))
     rng = rng_for(next_generation(history), 0, "items")
-    return most_promising(doubtful, space, rng, np.eye(space.dimensions))[1] < prospect.trifle
+    return most_promising(doubtful, space, rng, np.eye(space.dimensions))[1] < prospect.least_gain
 
 
 def later(history: Sequence[Observation]) -> list[Observation]:
@@ -179,7 +179,7 @@ def advice(history: Sequence[Observation], guidance: Guidance | None, count: int
     own = later(history)
     asked = sum(o.operator == ADVICE for o in own)
     mine = gain_rate(history, ADVICE)
-    others = max(gain_rate(history, name) for name in (Margins.name, Gradient.name))
+    others = max(gain_rate(history, name) for name in (Margins.name, GradientSteps.name))
     earned = mine / (mine + others) if mine + others else 0.0
     share = LEAST_ADVICE + (MOST_ADVICE - LEAST_ADVICE) * earned
     allowed = int(share * (len(own) + count) - asked + 0.5)

@@ -21,7 +21,7 @@ RATE, PULL = 0.06, 0.02
 BETA1, BETA2 = 0.9, 0.99
 
 
-class Gradient:
+class GradientSteps:
     name = "gradient"
 
     def propose(
@@ -46,7 +46,9 @@ class Gradient:
 def next_step(history: Sequence[Observation]) -> tuple[float, ...] | None:
     """Where the next gradient is due; None where gradients were asked for and none came."""
     own = [
-        o for o in history if o.operator == Gradient.name and o.vector is not None and not o.prior
+        o
+        for o in history
+        if o.operator == GradientSteps.name and o.vector is not None and not o.prior
     ]
     steps = [o for o in own if o.gradient is not None]
     if own and not steps:
@@ -68,4 +70,4 @@ def next_step(history: Sequence[Observation]) -> tuple[float, ...] | None:
     return tuple(float(x) for x in np.clip(point, 0.0, 1.0))
 
 
-STRATEGY = Gradient()
+STRATEGY = GradientSteps()

@@ -18,7 +18,7 @@ from scipy.optimize import minimize
 from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.space import Space
 from agentmerge.contracts.strategy import Bound, Observation, Proposal, RngFor, next_generation
-from agentmerge.space.rungs import rungs
+from agentmerge.space.subspaces import rungs
 from agentmerge.strategies.one_plus_one import reflected
 from agentmerge.strategies.random import random_vectors
 from agentmerge.strategies.ratios import EVERYTHING, Ratios
@@ -40,11 +40,12 @@ CHANCE = 0.25
 _SOFT = 1e-3
 #: How much of the model's deviation counts. All of it sends the search far away for long, since
 #: items that all err the same way promise perfect scores anywhere unknown.
-BOLDNESS = 0.25
-BOLDER = (0.5, 1.0)
-#: A trifle is so much of the standard error of a difference in which CHANGING of the items change.
+EXPLORATION = 0.25
+MORE_EXPLORATION = (0.5, 1.0)
+#: The least gain is so much of the standard error of a difference in which CHANGING of the items
+#: change.
 CHANGING, PART = 0.01, 0.2
-#: Fewer documents have no noise to speak of: a score that nobody took apart. There a trifle is so
+#: Fewer documents have no noise to speak of: a score that nobody took apart. There it is so
 #: much of what the best score is ahead of the median.
 FEW_DOCUMENTS, LITTLE = 20, 1e-3
 
@@ -53,15 +54,15 @@ FEW_DOCUMENTS, LITTLE = 20, 1e-3
 class Prospect:
     """A model with what counts as an improvement: expected gains at points.
 
-    trifle: a gain that is not worth an evaluation, far below what the items can show. by_item:
+    least_gain: a gain that is not worth an evaluation, far below what the items can show. by_item:
     whether the model knows items, or their score alone.
     """
 
     model: ItemModel
     score: SoftScore
     best: float
-    boldness: float
-    trifle: float
+    exploration: float
+    least_gain: float
     by_item: bool
     ratios: Ratios = EVERYTHING
 
@@ -70,7 +71,7 @@ class Prospect:
         means, deviation = self.model.predict(points)
         total = np.zeros(len(points))
         for node, share in zip(_NODES, _SHARES, strict=True):
-            signals = means + self.boldness * node * deviation[:, None] * self.model.spread
+            signals = means + self.exploration * node * deviation[:, None] * self.model.spread
             total += share * np.maximum(self.score(signals) - self.best, 0.0)
         return total
 
@@ -79,11 +80,13 @@ class Prospect:
         means, deviation, kernel_slope, deviation_slope = self.model.slope(point)
         total, gradient = 0.0, np.zeros(len(point))
         for node, share in zip(_NODES, _SHARES, strict=True):
-            signals = means + self.boldness * node * deviation * self.model.spread
+            signals = means + self.exploration * node * deviation * self.model.spread
             ahead = (float(self.score(signals)) - self.best) / _SOFT
             pull = self.score.slope(signals)
             along = kernel_slope @ (self.model.weights @ pull)
-            along = along + self.boldness * node * float(self.model.spread @ pull) * deviation_slope
+            along = (
+                along + self.exploration * node * float(self.model.spread @ pull) * deviation_slope
+            )
             total += share * _SOFT * float(np.logaddexp(0.0, ahead))
             gradient += share * along / (1.0 + np.exp(-np.clip(ahead, -500, 500)))
         return -total, -gradient
@@ -149,13 +152,13 @@ def prospect_of(table: Table) -> Prospect:
     score = softened(table)
     model = fitted(table.points, table.signals)
     scores = score(table.signals)
-    trifle = trifle_of(table, scores)
+    least_gain = least_gain_of(table, scores)
     if len(table.items.weight) > 1 and model.hyper.noise < CHANCE:
-        return Prospect(model, score, best_of(scores, table), BOLDNESS, trifle, by_item=True)
+        return Prospect(model, score, best_of(scores, table), EXPLORATION, least_gain, by_item=True)
     whole, told = summed(score, table)
     smooth = fitted(table.points, told)
     best = best_of(whole(smooth.predict(table.points)[0]), table)
-    return Prospect(smooth, whole, best, 1.0, trifle, by_item=False)
+    return Prospect(smooth, whole, best, 1.0, least_gain, by_item=False)
 
 
 def best_of(scores: np.ndarray, table: Table) -> float:
@@ -177,7 +180,7 @@ def summed(score: SoftScore, table: Table) -> tuple[SoftScore, np.ndarray]:
     return SoftScore(places[0], plain, np.ones(len(sums)), decades, bounds), told
 
 
-def trifle_of(table: Table, scores: np.ndarray) -> float:
+def least_gain_of(table: Table, scores: np.ndarray) -> float:
     """A gain that is not worth an evaluation; see ``Prospect``."""
     items = table.items
     if items.counts.sum() < FEW_DOCUMENTS:
@@ -199,15 +202,15 @@ def believed(prospect: Prospect, point: np.ndarray) -> Prospect:
 def climbed(prospect: Prospect, space: Space, rng: np.random.Generator) -> np.ndarray:
     """The most promising point of the lowest rung that promises nearly as much as the whole space.
 
-    What few numbers can say is learned first, and from fewer candidates. Where a trifle is all
-    that is promised, more of the model's doubt is counted.
+    What few numbers can say is learned first, and from fewer candidates. Where the least gain is
+    all that is promised, more of the model's doubt is counted.
     """
     *lower, whole = rungs(space)
     point, gain = most_promising(prospect, space, rng, whole)
-    for boldness in BOLDER:
-        if not prospect.by_item or gain >= prospect.trifle:
+    for exploration in MORE_EXPLORATION:
+        if not prospect.by_item or gain >= prospect.least_gain:
             break
-        prospect = replace(prospect, boldness=boldness)
+        prospect = replace(prospect, exploration=exploration)
         point, gain = most_promising(prospect, space, rng, whole)
     if prospect.by_item:
         for basis in lower:

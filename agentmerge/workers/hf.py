@@ -39,9 +39,9 @@ from agentmerge.evaluation.losses import ItemLoss, item_loss
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet
 from agentmerge.evaluation.tokenizers import context_length, parent_path, tokenizer_of
-from agentmerge.merging.contraction import Contraction
 from agentmerge.merging.device import current, release
 from agentmerge.merging.family import Family
+from agentmerge.merging.gradient import Contraction
 from agentmerge.merging.live import LiveWeights
 from agentmerge.merging.memory import device_name, ran_out
 from agentmerge.merging.placement import Demand

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agentmerge.demo.family import Family
+from agentmerge.demo.family import TinyFamily
 from agentmerge.errors import UserError
 from benchmarks.smollm2_family import (
     CONFIG,
@@ -57,7 +57,7 @@ def test_answers_are_right() -> None:
 
 
 def test_a_family_is_trained_and_its_config_is_ready_to_search(
-    family: Family, tmp_path: Path
+    family: TinyFamily, tmp_path: Path
 ) -> None:
     shutil.copytree(family.base, tmp_path / "base")
     write_experts(tmp_path, tuple(Training(skill, 2, 1e-3, 4) for skill in SKILLS))

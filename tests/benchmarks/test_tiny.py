@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from agentmerge.config import SearchConfig
-from agentmerge.demo.family import Family
+from agentmerge.demo.family import TinyFamily
 from agentmerge.demo.tasks import demo_config, skill_task, write_skill_tasks, write_tasks
 from agentmerge.preflight.prepare import prepare
 from agentmerge.workers.hf import HfWorker
@@ -18,7 +18,7 @@ from benchmarks.tiny import NO_HEADROOM, TINY, TinyProblem
 ITEMS = 60
 
 
-def test_it_scores_as_the_worker_does(family: Family, tmp_path: Path) -> None:
+def test_it_scores_as_the_worker_does(family: TinyFamily, tmp_path: Path) -> None:
     tasks = write_tasks(tmp_path, family.skills, n_items=600)
     write_skill_tasks(tmp_path, family.skills, n_items=600)
     body = demo_config(family, tasks)
@@ -46,7 +46,7 @@ def test_it_scores_as_the_worker_does(family: Family, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NO_HEADROOM)
-def test_where_nothing_can_be_gained_a_cheap_rival_is_best(family: Family, name: str) -> None:
+def test_where_nothing_can_be_gained_a_cheap_rival_is_best(family: TinyFamily, name: str) -> None:
     """Beyond noise: what is asserted holds of any family, whatever the machine trained."""
     problem = TinyProblem(TINY[name], 0)
     rivals = {label: problem.sealed(point) for _, label, point in problem.first_points()}

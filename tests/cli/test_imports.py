@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from agentmerge.demo.family import Family
+from agentmerge.demo.family import TinyFamily
 from agentmerge.demo.tasks import demo_search
 from agentmerge.evaluation.catalogue import search_tasks
 
@@ -33,7 +33,9 @@ def loaded_by(folder: Path, *commands: list[str]) -> tuple[list[int], set[str]]:
     return codes, set(modules)
 
 
-def test_looking_at_models_imports_nothing_that_runs_them(family: Family, tmp_path: Path) -> None:
+def test_looking_at_models_imports_nothing_that_runs_them(
+    family: TinyFamily, tmp_path: Path
+) -> None:
     config = demo_search(family, tmp_path, max_evaluations=4, seed=0, worker="hf")
     models = [str(expert) for expert in family.experts]
     task = ["--task", "agentmerge_demo_sort", "--task-search-path", "tasks"]
@@ -46,7 +48,7 @@ def test_looking_at_models_imports_nothing_that_runs_them(family: Family, tmp_pa
     assert not RUNS_MODELS & modules
 
 
-def test_tasks_are_found_without_torch_and_transformers(family: Family, tmp_path: Path) -> None:
+def test_tasks_are_found_without_torch_and_transformers(family: TinyFamily, tmp_path: Path) -> None:
     demo_search(family, tmp_path, max_evaluations=4, seed=0, worker="hf")
     codes, modules = loaded_by(
         tmp_path, ["tasks", "search", "demo", "--task-search-path", "tasks", "--json"]

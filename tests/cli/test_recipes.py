@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from agentmerge.cli.app import run_app
-from agentmerge.demo.family import Family
+from agentmerge.demo.family import TinyFamily
 from agentmerge.ledger import Ledger
 from agentmerge.ledger.folder import LEDGER
 
@@ -134,7 +134,7 @@ def test_a_misspelt_key_of_the_old_sections_stays_with_the_results(
 
 
 def test_explain_refuses_what_its_models_cannot_be(
-    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: TinyFamily, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, two = family.experts
     recipe = tmp_path / "deep.yml"

@@ -13,7 +13,7 @@ import yaml
 
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
-from agentmerge.demo.family import Family
+from agentmerge.demo.family import TinyFamily
 from agentmerge.demo.tasks import skill_task, write_tasks
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.ledger.folder import LEDGER
@@ -26,7 +26,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_init_writes_a_config_that_passes_check(
-    here: Path, family: Family, capsys: pytest.CaptureFixture[str]
+    here: Path, family: TinyFamily, capsys: pytest.CaptureFixture[str]
 ) -> None:
     models = [str(expert) for expert in family.experts]
     assert run_app(["init", *models, "--base", str(family.base)]) == 0
@@ -44,7 +44,7 @@ def test_init_writes_a_config_that_passes_check(
 
 
 def test_init_takes_the_tasks_metrics_from_their_files(
-    here: Path, family: Family, capsys: pytest.CaptureFixture[str]
+    here: Path, family: TinyFamily, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tasks = write_tasks(here / "tasks", family.skills, n_items=60)
     arguments = ["init", *map(str, family.experts), "--to", "sub/mine.yml"]
@@ -59,7 +59,7 @@ def test_init_takes_the_tasks_metrics_from_their_files(
     assert run_app(["check", "sub/mine.yml"]) == 0
 
 
-def test_one_model_and_its_base_are_enough(here: Path, family: Family) -> None:
+def test_one_model_and_its_base_are_enough(here: Path, family: TinyFamily) -> None:
     assert run_app(["init", str(family.experts[0]), "--base", str(family.base)]) == 0
     body = yaml.safe_load((here / "config.yml").read_text())
     assert body["genome"]["merge_method"] == "linear"
@@ -78,7 +78,7 @@ def test_one_model_and_its_base_are_enough(here: Path, family: Family) -> None:
 )
 def test_a_mistake_writes_nothing(
     here: Path,
-    family: Family,
+    family: TinyFamily,
     arguments: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],

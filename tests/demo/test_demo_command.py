@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from agentmerge.cli.app import run_app
-from agentmerge.demo.family import Family
+from agentmerge.demo.family import TinyFamily
 from benchmarks.demo import ahead, read
 
 
 @pytest.mark.slow
 def test_the_demo_finds_a_merge_ahead_of_every_cheap_rival(
-    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: TinyFamily, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_app(["demo", "--dir", str(tmp_path), "--json", "-q"]) == 0
     found = read(json.loads(capsys.readouterr().out)["final"])

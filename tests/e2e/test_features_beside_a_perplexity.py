@@ -15,7 +15,7 @@ import yaml
 
 from agentmerge.config import SearchConfig
 from agentmerge.contracts.strategy import GRADIENT_COST
-from agentmerge.demo.family import Family
+from agentmerge.demo.family import TinyFamily
 from agentmerge.demo.tasks import CHOICE_TASK, demo_config, write_task, write_tasks
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.session import driving
@@ -37,7 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def body(family: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def body(family: TinyFamily, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = write_tasks(tmp_path_factory.mktemp("tasks"), family.skills, n_items=120)
     words = ["s:abcde=bcdef", "o:dbeca=abcde", "s:hgfab=ihgbc", "o:gfedh=defgh"]
     texts = [{"text": " ".join(words[n % 4 :] + words[: 1 + n % 3])} for n in range(40)]

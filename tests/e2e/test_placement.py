@@ -12,7 +12,7 @@ import yaml
 
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
-from agentmerge.demo.family import Family
+from agentmerge.demo.family import TinyFamily
 from agentmerge.demo.tasks import demo_config, write_tasks
 from agentmerge.errors import RunFailed
 from agentmerge.ledger import Ledger
@@ -25,7 +25,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("tasks"), ("shift", "sort"), n_items=60)
 
 
-def body_of(family: Family, tasks: Path, **worker: Any) -> dict[str, Any]:
+def body_of(family: TinyFamily, tasks: Path, **worker: Any) -> dict[str, Any]:
     return demo_config(family, tasks) | {
         "limit": 10,
         "task_search_path": [str(tasks)],
@@ -35,11 +35,13 @@ def body_of(family: Family, tasks: Path, **worker: Any) -> dict[str, Any]:
     }
 
 
-def config_of(family: Family, tasks: Path, **worker: Any) -> SearchConfig:
+def config_of(family: TinyFamily, tasks: Path, **worker: Any) -> SearchConfig:
     return SearchConfig.from_text(yaml.safe_dump(body_of(family, tasks, **worker)))
 
 
-def test_a_streamed_search_is_the_resident_one(family: Family, tasks: Path, tmp_path: Path) -> None:
+def test_a_streamed_search_is_the_resident_one(
+    family: TinyFamily, tasks: Path, tmp_path: Path
+) -> None:
     driving.run(config_of(family, tasks), name="a", runs_dir=tmp_path / "one")
     streamed = config_of(family, tasks, placement="stream")
     driving.run(streamed, name="a", runs_dir=tmp_path / "two")
@@ -51,7 +53,7 @@ def test_a_streamed_search_is_the_resident_one(family: Family, tasks: Path, tmp_
 
 
 def test_a_parent_that_vanishes_ends_the_search_and_loses_nothing(
-    family: Family, tasks: Path, tmp_path: Path
+    family: TinyFamily, tasks: Path, tmp_path: Path
 ) -> None:
     own = tmp_path / "family"
     shutil.copytree(family.base, own / "base")
@@ -80,12 +82,12 @@ def test_a_parent_that_vanishes_ends_the_search_and_loses_nothing(
 
 
 class TestWhatIsSaid:
-    def written(self, family: Family, tasks: Path, path: Path, **worker: Any) -> str:
+    def written(self, family: TinyFamily, tasks: Path, path: Path, **worker: Any) -> str:
         path.write_text(yaml.safe_dump(body_of(family, tasks, **worker)))
         return str(path)
 
     def test_check_and_doctor_show_the_forecast(
-        self, family: Family, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, family: TinyFamily, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         config = self.written(family, tasks, tmp_path / "c.yml", count=2)
         for command in (["check", config], ["doctor", config]):
@@ -108,7 +110,7 @@ class TestWhatIsSaid:
         assert found["memory"]["ok"]
 
     def test_too_little_memory_is_said_before_the_search(
-        self, family: Family, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, family: TinyFamily, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         config = self.written(family, tasks, tmp_path / "c.yml", memory_gb=0.01)
         for command in (["check", config], ["run", config]):
@@ -120,7 +122,7 @@ class TestWhatIsSaid:
         assert "NOT placement" in capsys.readouterr().out
 
     def test_a_search_says_that_it_streams(
-        self, family: Family, tasks: Path, tmp_path: Path
+        self, family: TinyFamily, tasks: Path, tmp_path: Path
     ) -> None:
         events: list[dict[str, Any]] = []
         config = config_of(family, tasks, placement="stream")

@@ -10,7 +10,7 @@ import yaml
 
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
-from agentmerge.demo.family import Family
+from agentmerge.demo.family import TinyFamily
 from agentmerge.demo.tasks import demo_config, skill_task, write_tasks
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger
@@ -27,7 +27,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("tasks"), ("shift", "sort"), n_items=200)
 
 
-def body_of(family: Family, tasks: Path, **genome: object) -> dict:
+def body_of(family: TinyFamily, tasks: Path, **genome: object) -> dict:
     body = demo_config(family, tasks)
     body["genome"] |= genome
     body |= {
@@ -40,7 +40,7 @@ def body_of(family: Family, tasks: Path, **genome: object) -> dict:
     return body
 
 
-def config_of(family: Family, tasks: Path, **genome: object) -> SearchConfig:
+def config_of(family: TinyFamily, tasks: Path, **genome: object) -> SearchConfig:
     return SearchConfig.from_text(yaml.safe_dump(body_of(family, tasks, **genome)))
 
 
@@ -55,7 +55,7 @@ def config_of(family: Family, tasks: Path, **genome: object) -> SearchConfig:
     ids=lambda genome: genome["merge_method"],
 )
 def test_search_export_and_score_from_disk(
-    family: Family, tasks: Path, tmp_path: Path, genome: dict
+    family: TinyFamily, tasks: Path, tmp_path: Path, genome: dict
 ) -> None:
     config = config_of(family, tasks, **genome)
     row = driving.run(config, name="a", runs_dir=tmp_path)
@@ -74,7 +74,7 @@ def test_search_export_and_score_from_disk(
     assert saved.canonical(4) == best.renamed(short_name).canonical(4), "no path of this machine"
 
 
-def test_evaluate_any_recipe_and_pay_once(family: Family, tasks: Path, tmp_path: Path) -> None:
+def test_evaluate_any_recipe_and_pay_once(family: TinyFamily, tasks: Path, tmp_path: Path) -> None:
     config = config_of(family, tasks)
     recipe = Recipe.parse(
         {
@@ -93,7 +93,7 @@ def test_evaluate_any_recipe_and_pay_once(family: Family, tasks: Path, tmp_path:
 
 
 def test_parents_score_what_they_are_known_for_and_a_second_search_costs_nothing(
-    family: Family, tasks: Path, tmp_path: Path
+    family: TinyFamily, tasks: Path, tmp_path: Path
 ) -> None:
     config = config_of(family, tasks)
     driving.run(config, name="a", runs_dir=tmp_path)
@@ -111,7 +111,7 @@ def test_parents_score_what_they_are_known_for_and_a_second_search_costs_nothing
 
 
 def test_a_changed_task_file_is_noticed_on_resume(
-    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: TinyFamily, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = write_tasks(tmp_path / "tasks", ("shift", "sort"), n_items=200)
     driving.run(config_of(family, own), name="a", runs_dir=tmp_path)
@@ -124,7 +124,7 @@ def test_a_changed_task_file_is_noticed_on_resume(
 
 
 def test_the_old_outputs_stand_where_they_used_to(
-    family: Family, tasks: Path, tmp_path: Path
+    family: TinyFamily, tasks: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "config.yml"
     body = body_of(family, tasks)
@@ -138,7 +138,7 @@ def test_the_old_outputs_stand_where_they_used_to(
 
 
 def test_check_reads_no_weights_and_says_the_plan(
-    family: Family, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: TinyFamily, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "config.yml"
     path.write_text(yaml.safe_dump(body_of(family, tasks)))
@@ -150,7 +150,7 @@ def test_check_reads_no_weights_and_says_the_plan(
 
 
 def test_check_finds_every_fault_at_once(
-    family: Family, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: TinyFamily, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     body = body_of(family, tasks, layer_granularity=3)
     body["genome"]["models"] = [*body["genome"]["models"], str(tmp_path / "nowhere")]
@@ -169,7 +169,7 @@ def test_check_finds_every_fault_at_once(
 
 
 def test_relative_paths_mean_the_same_from_anywhere(
-    family: Family, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: TinyFamily, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = family.base.parent
     body = body_of(family, tasks, base_model="base")
@@ -184,13 +184,13 @@ def test_relative_paths_mean_the_same_from_anywhere(
     assert driving.resume("a", runs_dir="runs", overrides=more).status == row.status == "done"
 
 
-def test_prepared_facts_are_stable(family: Family, tasks: Path) -> None:
+def test_prepared_facts_are_stable(family: TinyFamily, tasks: Path) -> None:
     config = config_of(family, tasks)
     assert prepare(config).facts() == prepare(config).facts()
 
 
 def test_a_parent_with_an_adapter_from_search_to_disk(
-    family: Family, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: TinyFamily, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`model+adapter` is a parent like any other, and stands in the recipe as mergekit reads it."""
     monkeypatch.setenv("AGENTMERGE_CACHE", str(tmp_path / "cache"))
@@ -219,7 +219,7 @@ def test_a_parent_with_an_adapter_from_search_to_disk(
 
 @pytest.mark.slow
 def test_shards_in_bfloat16_with_other_vocabularies_from_search_to_disk(
-    family: Family, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: TinyFamily, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
     import transformers

@@ -10,7 +10,7 @@ import pytest
 
 from agentmerge.config import TasksConfig
 from agentmerge.contracts.worker import ItemResult
-from agentmerge.evaluation.racing import Course, Strand, evidence_against
+from agentmerge.evaluation.racing import Course, RacedTask, evidence_against
 from agentmerge.workers.fake import fake_tasks
 
 ALPHA = 0.05
@@ -25,9 +25,9 @@ def sign(rng: np.random.Generator, total: int, up: float, down: float) -> np.nda
     return rng.permutation(values)
 
 
-def strands(whole: list[tuple[float, np.ndarray]]) -> list[Strand]:
+def strands(whole: list[tuple[float, np.ndarray]]) -> list[RacedTask]:
     """All items but the last tenth, as a race that is looked at to its end."""
-    return [Strand(w, values[: round(0.9 * len(values))], len(values)) for w, values in whole]
+    return [RacedTask(w, values[: round(0.9 * len(values))], len(values)) for w, values in whole]
 
 
 @pytest.mark.parametrize(
@@ -61,19 +61,19 @@ def test_a_loser_is_dropped_early(up: float, down: float, share: float) -> None:
     found = []
     for _ in range(100):
         values = sign(rng, 200, up, down)
-        found.append(evidence_against([Strand(1.0, values[: round(share * 200)], 200)]))
+        found.append(evidence_against([RacedTask(1.0, values[: round(share * 200)], 200)]))
     assert np.mean(np.array(found) >= 1 / ALPHA) > 0.8
 
 
 def test_more_items_never_take_evidence_back() -> None:
     values = sign(np.random.default_rng(5), 120, 0.1, 0.3)
-    looks = [evidence_against([Strand(0.7, values[:n], 120)]) for n in range(1, 120)]
+    looks = [evidence_against([RacedTask(0.7, values[:n], 120)]) for n in range(1, 120)]
     assert looks == sorted(looks)
 
 
 def test_what_cannot_be_caught_up_is_certain() -> None:
-    assert evidence_against([Strand(1.0, np.full(60, -1.0), 100)]) == math.inf
-    assert evidence_against([Strand(1.0, np.full(60, 1.0), 100)]) == 1.0
+    assert evidence_against([RacedTask(1.0, np.full(60, -1.0), 100)]) == math.inf
+    assert evidence_against([RacedTask(1.0, np.full(60, 1.0), 100)]) == 1.0
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (0.1, 0.2), (0.7, 0.1, 0.2)])
@@ -83,16 +83,16 @@ def test_what_the_best_answers_would_make_equal_is_not_certain_to_lose(
     """Half lost, and all of the other half won: exactly as good in the end."""
     values = np.repeat([-1.0, 1.0], 30)
     for seen in range(30, 60):
-        found = evidence_against([Strand(w, values[:seen], 60) for w in weights])
+        found = evidence_against([RacedTask(w, values[:seen], 60) for w in weights])
         assert math.isfinite(found), seen
     worse = np.append(values[:30], [-1.0, 1.0])
-    assert evidence_against([Strand(w, worse, 60) for w in weights]) == math.inf
+    assert evidence_against([RacedTask(w, worse, 60) for w in weights]) == math.inf
 
 
 def test_tasks_asked_in_full_give_a_head_start() -> None:
     values = sign(np.random.default_rng(6), 100, 0.1, 0.3)[:50]
     level, behind, ahead = (
-        evidence_against([Strand(1.0, values, 100)], start) for start in (0.0, -0.3, 0.3)
+        evidence_against([RacedTask(1.0, values, 100)], start) for start in (0.0, -0.3, 0.3)
     )
     assert behind > level > ahead
 

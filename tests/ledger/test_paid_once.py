@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from agentmerge.config import SearchConfig
 from agentmerge.contracts.worker import EngineInfo, ItemResult
-from agentmerge.demo.family import Family
+from agentmerge.demo.family import TinyFamily
 from agentmerge.demo.tasks import demo_config, skill_task, write_tasks
 from agentmerge.ledger import Ledger, ResultKey
 from agentmerge.preflight.prepare import Prepared, prepare
@@ -31,10 +31,10 @@ TASK = skill_task("shift")
 class Place:
     """A family and its tasks in a folder of their own, and a config that may be changed."""
 
-    def __init__(self, folder: Path, family: Family) -> None:
+    def __init__(self, folder: Path, family: TinyFamily) -> None:
         self.folder = folder
         shutil.copytree(family.base.parent, folder / "family", symlinks=False)
-        moved = Family(
+        moved = TinyFamily(
             folder / "family" / family.base.name,
             tuple(folder / "family" / expert.name for expert in family.experts),
             family.skills,
@@ -115,7 +115,7 @@ CHANGES: dict[str, Callable[[Place], object]] = {
 
 
 @pytest.fixture
-def place(tmp_path: Path, family: Family) -> Place:
+def place(tmp_path: Path, family: TinyFamily) -> Place:
     return Place(tmp_path, family)
 
 

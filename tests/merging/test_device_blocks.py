@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentmerge.merging import digests, kernels
-from agentmerge.merging.contraction import contract_agreeing, contract_sum, frozen
 from agentmerge.merging.engines import KERNELS, is_finite
+from agentmerge.merging.gradient import contract_agreeing, contract_sum, frozen
 from agentmerge.merging.kernels import BLOCK, Operand, blocks, largest_mask
 from agentmerge.merging.loops.remembered import Statistics
 from agentmerge.merging.sparse import MASKS

@@ -15,7 +15,7 @@ from agentmerge.errors import UserError
 from agentmerge.merging.memory import host_limit, resident_bytes
 from agentmerge.merging.placement import (
     Demand,
-    Forecast,
+    MemoryForecast,
     MemoryPlan,
     Placement,
     bytes_per_token,
@@ -35,7 +35,7 @@ def layout_of(model_gb: float = 1.0, tensors: int = 10, parents: int = 4) -> Lay
     return Layout(tuple(specs), 1, "bfloat16", False, tuple("abcdefgh"[:parents]))
 
 
-def of(plan: MemoryPlan, placement: Placement) -> Forecast:
+def of(plan: MemoryPlan, placement: Placement) -> MemoryForecast:
     return next(f for f in plan.forecasts if f.placement == placement)
 
 

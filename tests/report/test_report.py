@@ -17,7 +17,7 @@ from agentmerge.ledger.folder import LEDGER
 from agentmerge.report.content import comparisons, content
 from agentmerge.report.grid import grid
 from agentmerge.report.html import page
-from agentmerge.report.items import Asked, asked, gains, paired, scores
+from agentmerge.report.items import ItemsAsked, asked, gains, paired, scores
 from agentmerge.session import driving
 from agentmerge.space.grouped import SearchSpace
 from tests.report.conftest import CONFIG, search_family
@@ -178,7 +178,7 @@ def test_an_item_is_gained_by_what_its_task_calls_better(
         "rebuild": [rebuild],
     }
     engine = EngineInfo("fake", "1", "cpu", "float32", "1")
-    question = Asked("search", {"t": ["k"]}, {"t": "p"}, engine, [objective], 0)
+    question = ItemsAsked("search", {"t": ["k"]}, {"t": "p"}, engine, [objective], 0)
     row = gains({"t": {"k": one}}, {"t": {"k": other}}, question)[0]
     assert (row["gained"], row["lost"]) == counts
     difference = paired({"t": {"k": one}}, {"t": {"k": other}}, question)

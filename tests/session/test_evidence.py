@@ -11,7 +11,7 @@ from agentmerge.contracts.strategy import Observation
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 from agentmerge.ledger import Ledger
-from agentmerge.search.evidence import Witness
+from agentmerge.search.evidence import ItemTable
 from agentmerge.session import driving
 from agentmerge.workers.fake import fake_tasks
 
@@ -39,7 +39,7 @@ def test_values_add_up_to_the_score_and_margins_are_the_signals() -> None:
     }
     score = taskset.score(results)
     told = Observation(0, 0, (0.5,), "x", score.value, score.tasks, recipe_hash="h")
-    (found,) = Witness(taskset, lambda _: results).of([told])
+    (found,) = ItemTable(taskset, lambda _: results).of([told])
     evidence = found.evidence
     assert evidence is not None
     assert evidence.items.margins.all()
@@ -57,7 +57,7 @@ def test_a_metric_that_is_no_mean_is_one_item_and_a_lower_one_counts_against() -
     taskset = TaskSet((task,), (Objective("ppl", 2.0, False, ("ppl",)),))
     told = Observation(0, 0, (0.5,), "x", -24.0, (("ppl", 12.0),), recipe_hash="h")
     results = dict.fromkeys(refs, ItemResult(-7.0, -7.0))
-    (found,) = Witness(taskset, lambda _: results).of([told])
+    (found,) = ItemTable(taskset, lambda _: results).of([told])
     assert found.evidence is not None
     assert found.evidence.values @ found.evidence.items.weight == -24.0
     assert not found.evidence.items.margins.any()
@@ -70,7 +70,7 @@ def test_an_item_without_a_margin_somewhere_counts_with_its_value() -> None:
     holed = whole | {refs[2]: ItemResult(0.0, -1.0, None)}
     known = {"a": whole, "b": holed}
     history = [Observation(0, i, (0.5,), "x", 1.0, recipe_hash=h) for i, h in enumerate("ab")]
-    found = Witness(taskset, known.__getitem__).of(history)
+    found = ItemTable(taskset, known.__getitem__).of(history)
     assert found[0].evidence is not None
     assert found[0].evidence.items.margins.tolist() == [True, True, False, True, True]
     assert found[0].evidence.signals.tolist() == [0.5, 0.5, 1.0, 0.5, 0.5]
@@ -85,7 +85,7 @@ def test_items_that_were_not_asked_are_not_numbers() -> None:
         Observation(0, 0, (0.5,), "x", 1.0, recipe_hash="part"),
         Observation(0, 1, (0.5,), "x", 1.0, recipe_hash="whole"),
     ]
-    found = Witness(taskset, {"part": known, "whole": whole}.__getitem__).of(history)
+    found = ItemTable(taskset, {"part": known, "whole": whole}.__getitem__).of(history)
     assert found[0].evidence is not None
     assert np.isnan(found[0].evidence.signals).tolist() == [False, False, True, True]
     assert found[0].evidence.items.margins.all()
@@ -98,7 +98,7 @@ def test_a_races_loser_has_the_items_of_its_rung_whatever_else_is_known() -> Non
         Observation(0, 0, (0.5,), "x", 1.0, recipe_hash="h"),
         Observation(1, 0, (0.5,), "x", 0.4, recipe_hash="h", rung=0.25),
     ]
-    found = Witness(taskset, lambda _: whole).of(history)
+    found = ItemTable(taskset, lambda _: whole).of(history)
     asked = np.isfinite(found[1].evidence.signals)
     assert np.isfinite(found[0].evidence.signals).all()
     assert [asked[:40].sum(), asked[40:].sum()] == [10, 10]

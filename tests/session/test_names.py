@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from agentmerge.config import SearchConfig
-from agentmerge.demo.family import Family
+from agentmerge.demo.family import TinyFamily
 from agentmerge.demo.tasks import demo_config, write_tasks
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger
@@ -23,21 +23,23 @@ from tests.session.conftest import config as fake_config
 
 
 @pytest.fixture
-def moved(tmp_path: Path, family: Family) -> Family:
+def moved(tmp_path: Path, family: TinyFamily) -> TinyFamily:
     """A copy of the family elsewhere."""
     shutil.copytree(family.base.parent, tmp_path / "family")
     places = [tmp_path / "family" / expert.name for expert in family.experts]
-    return Family(tmp_path / "family" / family.base.name, tuple(places), family.skills, family.seed)
+    return TinyFamily(
+        tmp_path / "family" / family.base.name, tuple(places), family.skills, family.seed
+    )
 
 
-def config_of(family: Family, tasks: Path, **more: Any) -> SearchConfig:
+def config_of(family: TinyFamily, tasks: Path, **more: Any) -> SearchConfig:
     body = demo_config(family, tasks) | {"limit": 10, "task_search_path": [str(tasks)]}
     body |= {"search": {"algorithm": "random", "seed": 1}, "budget": {"max_evaluations": 10}}
     return SearchConfig.from_text(yaml.safe_dump(body | more))
 
 
 def test_a_search_over_moved_models_keeps_its_own_names(
-    tmp_path: Path, family: Family, moved: Family
+    tmp_path: Path, family: TinyFamily, moved: TinyFamily
 ) -> None:
     tasks, runs = write_tasks(tmp_path / "tasks", family.skills, n_items=40), tmp_path / "runs"
     driving.run(config_of(family, tasks), name="here", runs_dir=runs)

@@ -22,7 +22,7 @@ import yaml
 from agentmerge.agents.roles import models_for
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
-from agentmerge.demo.family import Family
+from agentmerge.demo.family import TinyFamily
 from agentmerge.demo.tasks import demo_config, write_tasks
 from agentmerge.errors import RunFailed, UserError
 from agentmerge.ledger import Ledger
@@ -222,7 +222,7 @@ def looked_at(
 
 
 @pytest.fixture
-def real(tmp_path: Path, family: Family) -> dict[str, Any]:
+def real(tmp_path: Path, family: TinyFamily) -> dict[str, Any]:
     """A config over real models, whose worker needs secrets; a perplexity beside an accuracy."""
     tasks = write_tasks(tmp_path / "tasks", family.skills, n_items=12)
     worker = {

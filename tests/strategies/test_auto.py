@@ -20,7 +20,7 @@ from agentmerge.strategies.auto import (
     operator_of,
     since_gain,
 )
-from agentmerge.strategies.gradient import Gradient, next_step
+from agentmerge.strategies.gradient import GradientSteps, next_step
 from agentmerge.strategies.margins import prospect_for
 from tests.strategies.item_searches import SPACE, Quiz, best, searched
 from tests.strategies.objectives import Objective
@@ -114,7 +114,7 @@ def ends(scores: list[float]) -> bool:
     history[0] = replace(history[0], score=1.0)
     prospect = prospect_for(SPACE, history)
     assert prospect is not None
-    return nothing_to_gain(SPACE, history, replace(prospect, trifle=1e9), rng_factory(0))
+    return nothing_to_gain(SPACE, history, replace(prospect, least_gain=1e9), rng_factory(0))
 
 
 def test_it_does_not_end_while_its_own_candidates_climb() -> None:
@@ -181,7 +181,7 @@ def test_gradients_come_first_where_there_are_some_and_never_where_none_came() -
 def test_descent_reaches_the_bottom() -> None:
     history = [told(0, 0.5)]
     for generation in range(1, 60):
-        (asked,) = Gradient().propose(SPACE, history, None, 1, rng_factory(0))
+        (asked,) = GradientSteps().propose(SPACE, history, None, 1, rng_factory(0))
         point = np.array(asked.vector)
         slope = tuple(float(x) for x in 2 * (point - 0.4))
         history.append(

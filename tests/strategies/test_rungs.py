@@ -9,7 +9,7 @@ import pytest
 
 from agentmerge.config import GenomeConfig
 from agentmerge.space.grouped import SearchSpace
-from agentmerge.space.rungs import rungs
+from agentmerge.space.subspaces import rungs
 
 
 def space_of(method: str, layers: int = 4, **changes) -> SearchSpace:

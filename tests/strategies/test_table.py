@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from agentmerge.contracts.strategy import Bound, Evidence, Items, Observation, rng_factory
-from agentmerge.strategies.margins import Margins, prospect_of, trifle_of
+from agentmerge.strategies.margins import Margins, least_gain_of, prospect_of
 from agentmerge.strategies.soft_score import SoftScore, scaled
 from agentmerge.strategies.surrogate import FIT_POINTS
 from agentmerge.strategies.table import Table, softened, table_of
@@ -144,15 +144,17 @@ def test_only_what_keeps_its_constraints_is_the_best_so_far() -> None:
     assert prospect_of(table).best > prospect_of(kept).best + 0.2
 
 
-def test_a_trifle_is_as_large_as_the_metric_and_as_small_as_its_documents_are_many() -> None:
-    def trifle(weight: float, value: float, documents: int) -> float:
+def test_a_least_gain_is_as_large_as_the_metric_and_as_small_as_its_documents_are_many() -> None:
+    def least(weight: float, value: float, documents: int) -> float:
         items = Items(
             np.zeros(1, int), np.array([weight]), np.zeros(1, bool), np.array([documents])
         )
         table = told([[value], [value * 1.1], [value * 1.2]], [weight])
-        return trifle_of(replace(table, items=items), table.values[:, 0] * weight)
+        return least_gain_of(replace(table, items=items), table.values[:, 0] * weight)
 
-    assert trifle(-1.0, 6.0, 400) == pytest.approx(6 * trifle(1.0, 0.5, 400), rel=0.25)
-    assert trifle(-1.0, 6.0, 100) == pytest.approx(2 * trifle(-1.0, 6.0, 400))
+    assert least(-1.0, 6.0, 400) == pytest.approx(6 * least(1.0, 0.5, 400), rel=0.25)
+    assert least(-1.0, 6.0, 100) == pytest.approx(2 * least(-1.0, 6.0, 400))
     few = told([[0.2], [0.5], [0.9]], [1.0])
-    assert trifle_of(few, few.values[:, 0]) == pytest.approx(4e-4), "nothing is known of its noise"
+    assert least_gain_of(few, few.values[:, 0]) == pytest.approx(4e-4), (
+        "nothing is known of its noise"
+    )

@@ -18,7 +18,7 @@ import yaml
 import agentmerge
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
-from agentmerge.demo.family import Family
+from agentmerge.demo.family import TinyFamily
 from agentmerge.errors import WorkerLost
 from agentmerge.recipe import Recipe
 from agentmerge.session import driving
@@ -150,7 +150,7 @@ export.export_checkpoint(recipe, paths, Path(to), template_model=base, base=base
 
 @pytest.mark.parametrize("storage", ["", "models"])
 def test_a_killed_export_leaves_the_old_one_and_gc_takes_the_half(
-    family: Family, tmp_path: Path, storage: str
+    family: TinyFamily, tmp_path: Path, storage: str
 ) -> None:
     """By an export, and by a disk worker that writes its candidate."""
     to, where = tmp_path / "merged", tmp_path / storage

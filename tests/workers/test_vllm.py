@@ -171,10 +171,10 @@ def test_a_config_that_says_tied_beside_another_head_is_refused(
 
 def test_tensors_for_the_loader_are_fresh(worker: VllmWorker) -> None:
     """vLLM keeps them by reference until a layer is whole: one buffer for all would be wrong."""
-    from agentmerge.workers.vllm.live import Merge
+    from agentmerge.workers.vllm.live import LiveMerge
 
     model = inside(worker)
-    merge = Merge(
+    merge = LiveMerge(
         model._family, model._family.plan(A), model._map, model._dtype, model._worker.device
     )
     kept = dict(merge.tensors())

@@ -118,7 +118,7 @@ class LiveModel:
     def _written(self, planned: MergePlan, way: str) -> dict[str, Any]:
         """By the loader, or part by part where this rank has parts only."""
         self._weights = None
-        merge = Merge(self._family, planned, self._map, self._dtype, self._worker.device)
+        merge = LiveMerge(self._family, planned, self._map, self._dtype, self._worker.device)
         start = time.perf_counter()
         if way == "map":
             merge.write(self.parameters())
@@ -132,7 +132,7 @@ class LiveModel:
             "swap_s": swap_s,
         }
 
-    def _prove(self, merge: Merge) -> None:
+    def _prove(self, merge: LiveMerge) -> None:
         """Every part of every tensor that this rank holds, read back from the live weights."""
         live = self.parameters()
         for name in self._names:
@@ -164,7 +164,7 @@ class LiveModel:
 
     # --- vLLM's own reload ----------------------------------------------------------------------
 
-    def _reload(self, merge: Merge) -> None:
+    def _reload(self, merge: LiveMerge) -> None:
         with self._seeing_packing():
             self._worker.reload_weights(weights_iterator=self._fed(merge))
         for module in self._model.modules():
@@ -173,7 +173,7 @@ class LiveModel:
         if merge.failure is not None:
             raise merge.failure
 
-    def _fed(self, merge: Merge) -> Iterator[tuple[str, torch.Tensor]]:
+    def _fed(self, merge: LiveMerge) -> Iterator[tuple[str, torch.Tensor]]:
         """The merge; one that fails half-way goes on with a parent's tensors, since a reload that
         is not finished leaves a model beyond repair."""
         try:
@@ -213,7 +213,7 @@ class LiveModel:
                 module.weight = freed[name]
 
 
-class Merge:
+class LiveMerge:
     """A merge on its way into the model: each expected tensor once, finite, and its digests.
 
     lines: of whole tensors, as merged. parts: of the parts that this rank holds, in live order.

@@ -50,7 +50,7 @@ _PRIVATE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class MemoryShare:
     """How a GPU's memory is divided, in bytes of one rank of one engine.
 
     model: live weights. parents: kept there, or 0 where they are on the host or in their files.
@@ -103,7 +103,7 @@ def gpu_share(
     *,
     method: str | None = None,
     engines: int = 1,
-) -> Share:
+) -> MemoryShare:
     """vLLM's part of each GPU: 1 / engines - (parents + scratch + spike + 1 GiB) / total.
 
     Every rank has whole parents. They count where they fit beside the model and as much again for
@@ -114,12 +114,12 @@ def gpu_share(
     count = len(layout.parents)
     spike = int(batched_tokens * vocabulary * _SPIKE_BYTES)
 
-    def share(here: bool) -> Share:
+    def share(here: bool) -> MemoryShare:
         scratch = scratch_bytes(layout, dtype, method, on_device=True, inputs=0 if here else count)
         # Beside the merged tensor itself: of one that lies in parts in the model, a whole copy.
         scratch += max((size_bytes(spec, dtype) for spec in layout.tensors), default=0)
         parents = layout_bytes(layout) * count if here else 0
-        return Share(total, model, parents, scratch, spike, engines)
+        return MemoryShare(total, model, parents, scratch, spike, engines)
 
     near = share(here=True)
     if placement == "device" or (placement == "auto" and near.cache > model):
@@ -173,7 +173,7 @@ def refused_args(spec: WorkerSpec) -> list[str]:
     return [f"worker.engine_args.{name} cannot be set: {whose}" for name, whose in said]
 
 
-def share_of(spec: WorkerSpec, layout: Layout) -> Share:
+def share_of(spec: WorkerSpec, layout: Layout) -> MemoryShare:
     vocabulary = int(config_of(spec).get("vocab_size") or 0)
     args = spec.options.get("engine_args") or {}
     tokens = int(args.get("max_num_batched_tokens") or batched_tokens(vocabulary))

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agentmerge.merging.contraction import contract_agreeing, contract_sum, frozen
 from agentmerge.merging.engines import KERNELS, fused_agreement, fused_pulls
+from agentmerge.merging.gradient import contract_agreeing, contract_sum, frozen
 from agentmerge.merging.kernels import Operand
 from agentmerge.merging.loops.fused import CONSENSUS
 from agentmerge.merging.loops.remembered import Statistics
