@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agentmerge.demo import (
-    Family,
+    TinyFamily,
     cached_family,
     demo_config,
     language,
@@ -49,7 +49,7 @@ def test_importing_the_demo_loads_no_torch():
 # The checkpoints
 
 
-def test_checkpoints_load_with_plain_transformers_and_are_tied(family: Family):
+def test_checkpoints_load_with_plain_transformers_and_are_tied(family: TinyFamily):
     import torch
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -64,7 +64,7 @@ def test_checkpoints_load_with_plain_transformers_and_are_tied(family: Family):
             assert set(weights.keys()) == {name for name, _ in model.named_parameters()}
 
 
-def test_tokenizer_makes_one_token_a_character_and_comes_back(family: Family):
+def test_tokenizer_makes_one_token_a_character_and_comes_back(family: TinyFamily):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(family.base)
@@ -77,7 +77,7 @@ def test_tokenizer_makes_one_token_a_character_and_comes_back(family: Family):
     assert tokenizer.decode(ids, skip_special_tokens=True) == line
 
 
-def test_lm_eval_sees_the_tokens_that_were_trained_on(family: Family):
+def test_lm_eval_sees_the_tokens_that_were_trained_on(family: TinyFamily):
     from lm_eval.models.huggingface import HFLM
 
     model = HFLM(pretrained=str(family.base), device="cpu")
@@ -96,7 +96,7 @@ def test_held_out_inputs_are_never_trained_on():
     assert not asked & ended
 
 
-def test_each_expert_has_its_own_skill_only(family: Family, tasks_dir: Path):
+def test_each_expert_has_its_own_skill_only(family: TinyFamily, tasks_dir: Path):
     base = scores(family.base, tasks_dir, limit=200)
     assert max(base.values()) <= 0.15
     for path, own in zip(family.experts, family.skills, strict=True):
@@ -106,7 +106,7 @@ def test_each_expert_has_its_own_skill_only(family: Family, tasks_dir: Path):
         assert max(found.values()) <= 0.15
 
 
-def test_the_best_uniform_merge_has_a_part_of_every_skill_and_leaves_some(family: Family):
+def test_the_best_uniform_merge_has_a_part_of_every_skill_and_leaves_some(family: TinyFamily):
     """What ended the training, measured again on the tasks' own items: true of any family."""
     from benchmarks.tiny import TINY, TinyProblem
 
@@ -121,7 +121,7 @@ def test_the_best_uniform_merge_has_a_part_of_every_skill_and_leaves_some(family
     assert 0.45 <= parents <= 0.55 < max(found.values()) < 0.9
 
 
-def test_what_ended_the_training_is_kept_with_the_family(family: Family):
+def test_what_ended_the_training_is_kept_with_the_family(family: TinyFamily):
     told = json.loads((family.base.parent / recipe.MARKER).read_text())
     assert told["made"] == recipe.how_made(SKILLS, 0)
     right = {name: row["right"] for name, row in told["measured"].items()}
@@ -279,7 +279,7 @@ def test_too_many_items_are_refused_with_the_limit(tmp_path: Path):
         write_skill_tasks(tmp_path, ("sort",), n_items=100_000)
 
 
-def test_demo_config_names_the_family_and_the_tasks_written(family: Family, tasks_dir: Path):
+def test_demo_config_names_the_family_and_the_tasks_written(family: TinyFamily, tasks_dir: Path):
     config = demo_config(family, tasks_dir)
     assert config["genome"]["models"] == [str(path) for path in family.experts]
     assert {task["name"] for task in config["tasks"]} == {p.stem for p in tasks_dir.glob("*.yaml")}
