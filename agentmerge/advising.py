@@ -10,11 +10,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from agentmerge.agents import controller, critic, proposer
 from agentmerge.agents.calls import Call
-from agentmerge.agents.forecasts import Forecast, forecasts, track
+from agentmerge.agents.forecasts import Forecast, forecasts, foretells, track
 from agentmerge.agents.history import HistoryView, TaskView
 from agentmerge.agents.ladder import Noise
 from agentmerge.agents.prompts import Message, prompt_hash
@@ -98,16 +99,18 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
     now = search.standing(generation, decided=False)
     space = now.turn[0]
     history = search.told(up_to=generation, space=space)
-    own = [
-        o for o in history if o.generation == generation and (o.operator, o.label) == (PROBE, role)
-    ]
+    latest = takewhile(lambda o: o.generation == generation, reversed(history))
+    own = [o for o in latest if (o.operator, o.label) == (PROBE, role)]
+    asked = (search.book.changes, generation, role if own else None)
+    if asked in search.views:
+        return search.views[asked]
     history = [o for o in history if o not in own and not (o.prior and o.score is None)]
     moves = openings(search.book.advice(role=STRUCTURE))
     before = guidance_of(search.book, generation - 1) if generation else None
     settings = search.config.search
     left = search.budget_left(generation) * (1 - settings.shadow)
     metrics = {task.name: task.metric for task in search.config.tasks.tasks}
-    return HistoryView(
+    found = HistoryView(
         space=space,
         tasks=tuple(
             TaskView(o.name, o.weight, metrics.get(o.name, ""), o.higher_is_better)
@@ -123,12 +126,18 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
         noise=paired_noise(search),
         moves=tuple(verdicts(now, [o for o in moves if o.generation < generation])),
     )
+    search.views.clear()
+    search.views[asked] = found  # one that tried nothing itself is told what the last one was
+    return found
 
 
 def _forecasts(search: Search, generation: int) -> list[Forecast]:
-    words = search.book.advice()
+    said = search.book.advice(role="proposer")
+    words = [word for word in said if word["generation"] < generation and foretells(word)]
+    if not words:
+        return []
     own = [o for o in search.told(generation) if not o.prior]  # others were of another scale
-    return forecasts([w for w in words if w["generation"] < generation], own)
+    return forecasts(words, own)
 
 
 def paired_noise(search: Search) -> Noise:

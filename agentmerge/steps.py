@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmerge.advising import advise, guidance_of
+from agentmerge.agents.history import HistoryView
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompts
 from agentmerge.answers import Evaluator, Scoring
@@ -50,7 +51,6 @@ from agentmerge.ledger import (
     GradientKey,
     Ledger,
     counted,
-    evaluations,
     incumbent,
 )
 from agentmerge.ledger.book import Book
@@ -127,7 +127,8 @@ class Search:
     replies_of: the run whose stored replies answer for the models; by default its own.
     stopping: set by the first Ctrl-C; candidates that have not begun are left open.
     still_mine: raises LeaseHeld where another process took the search over.
-    noises: of pairs of recipe hashes, as ``advising.paired_noise`` found them.
+    noises: of pairs of recipe hashes, as ``advising.paired_noise`` found them. views: what an agent
+        was shown last, by the state of the candidates, the generation and who asks.
     """
 
     config: SearchConfig
@@ -150,12 +151,14 @@ class Search:
     stopping: Callable[[], bool] = lambda: False
     still_mine: Callable[[], None] = lambda: None
     noises: dict[tuple[str, str], float] = field(default_factory=dict)
+    views: dict[Any, HistoryView] = field(default_factory=dict)
     _had_no_proposal: int = -1
     _written: str = ""
     _items: OrderedDict[tuple[str, Part], dict[ItemRef, ItemResult]] = field(
         default_factory=OrderedDict
     )
     _seconds: list[float] = field(default_factory=list)
+    _told: tuple[int, dict[Any, list[Observation]]] = field(default_factory=lambda: (-1, {}))
     _points: dict[tuple[str, str], tuple[float, ...] | None] = field(default_factory=dict)
 
     @cached_property
@@ -286,7 +289,7 @@ class Search:
             {
                 "event": "generation",
                 "generation": generation,
-                "evaluations": counted(evaluations(candidates)),
+                "evaluations": counted(self.book.evaluations()),
                 "best": None if best is None else best.score,
             }
         )
@@ -445,7 +448,19 @@ class Search:
         What was scored under other settings has its score under these where the ledger held all
         items' results when the branch began, else none.
         space: the one to look from; by default every vector is in the space that it was made in.
+        Not to be changed: whoever asks again before a candidate changes is told the same.
         """
+        asked = (up_to, shadow, space and space.key)
+        changes, told = self._told
+        if changes != self.book.changes:
+            self._told = changes, told = self.book.changes, {}
+        if asked not in told:
+            told[asked] = self._history(up_to, shadow, space)
+        return told[asked]
+
+    def _history(
+        self, up_to: int | None, shadow: bool, space: SearchSpace | None
+    ) -> list[Observation]:
         history = self.book.history(up_to)
         if any(o.prior for o in history):
             constrained = self.config.search.constraints
@@ -460,11 +475,12 @@ class Search:
             return history
         # After the arms are told apart: seen from another space, a candidate has no operator.
         history = carried(history, space, partial(self._point, space))
+        dimensions = space.dimensions
         for o in history:
-            if o.vector is not None and len(o.vector) != space.dimensions:
+            if o.vector is not None and len(o.vector) != dimensions:
                 raise LedgerError(
                     f"candidate {o.generation}.{o.slot} has {len(o.vector)} coordinates, and its "
-                    f"search space {space.dimensions}: the ledger was edited, or made by another "
+                    f"search space {dimensions}: the ledger was edited, or made by another "
                     "version; start anew"
                 )
         return history
@@ -580,10 +596,9 @@ class Search:
 
         Items that tools asked beside candidates are parts of evaluations.
         """
-        found = self.book.candidates(up_to=up_to)
         budget = self.config.budget
         probed = self.book.probe_totals(None if up_to is None else up_to - 1)
-        used = evaluations(found) + sum(c.cost for c in found if c.state == "open" and not c.prior)
+        used = self.book.evaluations(up_to, promised=True)
         used += probed["items"] / self._items_each
         left = budget.max_evaluations - used
         if budget.max_items is not None:
