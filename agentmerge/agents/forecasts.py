@@ -61,10 +61,9 @@ def forecasts(
             by_generation.setdefault(entry.generation, []).append(entry)
     found = []
     for word in advice:
-        said = word["guidance"]
-        if word["role"] != "proposer" or not _foretold(said):
+        if not foretells(word):
             continue
-        guidance = Guidance.from_json(said)
+        guidance = Guidance.from_json(word["guidance"])
         tried = by_generation.get(word["generation"] + 1, [])
         itself = [e.score for e in tried if _same(e.vector, guidance.mean or ())]
         around = [e.score for e in tried if e.operator == LLM_EVO]
@@ -78,6 +77,13 @@ def forecasts(
             if expected is not None and score is not None:
                 found.append(Forecast(where, "candidate", expected, score))
     return found
+
+
+def foretells(word: Mapping[str, Any]) -> bool:
+    """Whether a row of advice holds a forecast; most do not, and to read them takes time."""
+    said = word["guidance"]
+    foretold = said.get("expected_score") is not None or bool(said.get("forecasts"))
+    return word["role"] == "proposer" and foretold
 
 
 def track(found: Sequence[Forecast]) -> Track:
@@ -105,8 +111,3 @@ def _ranks(values: Sequence[float]) -> list[float]:
     """Ranks from 1; equal values share their mean rank."""
     ordered = sorted(values)
     return [ordered.index(v) + (ordered.count(v) + 1) / 2 for v in values]
-
-
-def _foretold(said: Mapping[str, Any]) -> bool:
-    """Whether a word holds a forecast; most do not, and to read them takes time."""
-    return said.get("expected_score") is not None or bool(said.get("forecasts"))

@@ -10,6 +10,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
 
 from agentmerge.agents.ladder import Noise, release
 from agentmerge.agents.schemas import SCALE, Bounds, clean_text, percent
@@ -39,7 +42,7 @@ class TaskView:
     higher_is_better: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class HistoryView:
     """Everything an agent may know. `entries` is the whole history, ordered by (generation, slot).
 
@@ -74,7 +77,7 @@ class HistoryView:
             improved_last=self.improved_last and better,
         )
 
-    @property
+    @cached_property
     def generation(self) -> int:
         return self.entries[-1].generation if self.entries else 0
 
@@ -90,17 +93,17 @@ class HistoryView:
             self.space.dimensions, low, high, self.space.num_layers, tuple(METHODS), models
         )
 
-    @property
+    @cached_property
     def best(self) -> Observation | None:
         scored = [entry for entry in self.entries if entry.score is not None]
         return max(scored, key=lambda entry: entry.score or 0.0, default=None)
 
-    @property
+    @cached_property
     def rivals(self) -> tuple[Observation, ...]:
         """The parents and the cheap merges: what a searched merge has to beat."""
         return tuple(entry for entry in self.entries if entry.operator in CHEAP)
 
-    @property
+    @cached_property
     def last(self) -> tuple[Observation, ...]:
         """The last generation."""
         return tuple(entry for entry in self.entries if entry.generation == self.generation)
@@ -315,15 +318,13 @@ def _task_standing(view: HistoryView, task: TaskView) -> str | None:
 
 def correlations(entries: Sequence[Observation], dimensions: int) -> list[float]:
     """Pearson's r of each axis with the score; 0 where an axis or the score never varied."""
-    scores = [entry.score or 0.0 for entry in entries]
-    found = []
-    for axis in range(dimensions):
-        values = [entry.vector[axis] for entry in entries if entry.vector is not None]
-        try:
-            found.append(statistics.correlation(values, scores))
-        except statistics.StatisticsError:
-            found.append(0.0)
-    return found
+    scores = np.array([entry.score or 0.0 for entry in entries])
+    values = np.array([entry.vector for entry in entries if entry.vector is not None], float)
+    varies = (np.ptp(values, axis=0) > 0) & (np.ptp(scores) > 0)
+    apart, above = values - values.mean(axis=0), scores - scores.mean()
+    scale = np.sqrt((apart**2).sum(axis=0) * (above**2).sum())
+    found = np.divide(above @ apart, scale, out=np.zeros(dimensions), where=varies & (scale > 0))
+    return [float(r) for r in found]
 
 
 def _correlations(view: HistoryView, scored: Sequence[Observation]) -> str:

@@ -11,6 +11,7 @@ purpose)`` gives an independent generator derived from the run's seed and those 
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -219,7 +220,7 @@ def first_generation(history: Sequence[Observation]) -> int:
 def fittest(history: Sequence[Observation], count: int) -> list[Observation]:
     """The best scored observations that have a vector, best first; ties go to the earlier."""
     scored = [o for o in history if o.vector is not None and o.score is not None]
-    return sorted(scored, key=lambda o: (-(o.score or 0.0), o.generation, o.slot))[:count]
+    return heapq.nsmallest(count, scored, lambda o: (-(o.score or 0.0), o.generation, o.slot))
 
 
 def improved(history: Sequence[Observation]) -> bool:

@@ -9,6 +9,7 @@ which hold no lease, ask the ledger.
 from __future__ import annotations
 
 import json
+import math
 import threading
 from bisect import bisect_left
 from collections import defaultdict
@@ -18,7 +19,7 @@ from typing import Any
 
 from agentmerge.contracts.strategy import Observation, Proposal
 from agentmerge.errors import NotFound
-from agentmerge.ledger import Candidate, Ledger
+from agentmerge.ledger import Candidate, Ledger, evaluations
 
 Place = tuple[int, int]
 
@@ -36,8 +37,12 @@ class Book:
         self._places: list[Place] = []
         self._rows: list[Candidate] = []
         self._history: list[Observation | None] = []
+        self._used: list[float] = []
+        self._promised: list[float] = []
+        #: Grows with every change of a candidate: what was worked out of them holds until then.
+        self.changes = 0
         self._twins: dict[Place, list[Place]] = defaultdict(list)
-        self._words: dict[int, dict[str, dict[str, Any]]] = {}
+        self._words: dict[str, dict[int, dict[str, Any]]] = {}
         self._probed: dict[int | None, dict[str, int]] = {}
 
     # --- candidates -------------------------------------------------------------------------
@@ -68,6 +73,12 @@ class Book:
         with self._open():
             end = None if up_to is None else self._before(up_to + 1)
             return [o for o in self._history[:end] if o is not None]
+
+    def evaluations(self, up_to: int | None = None, *, promised: bool = False) -> float:
+        """As ``rows.evaluations``; promised: with what is open, as if it were done."""
+        with self._open():
+            end = None if up_to is None else self._before(up_to + 1)
+            return math.fsum(self._used[:end] + (self._promised[:end] if promised else []))
 
     def add_candidates(
         self,
@@ -103,9 +114,15 @@ class Book:
     ) -> list[dict[str, Any]]:
         """Every agent's word, ordered by (generation, role): {generation, role, ...body}."""
         with self._open():
-            said = self._words if generation is None else {generation}
-            words = (self._words.get(at, {}) for at in sorted(said))
-            return [w for by in words for name, w in sorted(by.items()) if role in (None, name)]
+            found = []
+            for name in sorted(self._words) if role is None else [role]:
+                by = self._words.get(name, {})
+                found += [
+                    by[at]
+                    for at in (sorted(by) if generation is None else [generation])
+                    if at in by
+                ]
+            return sorted(found, key=lambda w: w["generation"]) if role is None else found
 
     def save_advice(self, generation: int, role: str, body: Mapping[str, Any]) -> None:
         """The first word of a role on a generation stays."""
@@ -134,6 +151,7 @@ class Book:
         with self._lock:
             if not self._read:
                 self._places, self._rows, self._history = [], [], []
+                self._used, self._promised = [], []
                 self._twins.clear()
                 self._words.clear()
                 for word in self._ledger.advice(self._run_id):
@@ -157,18 +175,24 @@ class Book:
                 raise
 
     def _hear(self, word: dict[str, Any]) -> None:
-        self._words.setdefault(word["generation"], {}).setdefault(word["role"], word)
+        self._words.setdefault(word["role"], {}).setdefault(word["generation"], word)
 
     def _take(self, found: Sequence[Candidate]) -> None:
         for candidate in found:
             place = (candidate.generation, candidate.slot)
             observed = candidate.observation() if candidate.told else None
+            used = evaluations([candidate])
+            promised = candidate.cost if candidate.state == "open" and not candidate.prior else 0.0
             at = bisect_left(self._places, place)
+            self.changes += 1
             if self._places[at : at + 1] == [place]:
                 self._rows[at], self._history[at] = candidate, observed
+                self._used[at], self._promised[at] = used, promised
                 continue
             self._places.insert(at, place)
             self._rows.insert(at, candidate)
             self._history.insert(at, observed)
+            self._used.insert(at, used)
+            self._promised.insert(at, promised)
             if candidate.twin is not None:
                 self._twins[candidate.twin].append(place)

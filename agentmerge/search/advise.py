@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from agentmerge.agents import controller, critic, proposer
-from agentmerge.agents.forecasts import Forecast, forecasts, track
+from agentmerge.agents.forecasts import Forecast, forecasts, foretells, track
 from agentmerge.agents.prompts import Message, prompt_hash
 from agentmerge.agents.view import HistoryView, TaskView
 from agentmerge.config import Role, models_asked
@@ -92,16 +93,18 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
     now = search.standing(generation, decided=False)
     space = now.turn[0]
     history = search.told(up_to=generation, space=space)
-    own = [
-        o for o in history if o.generation == generation and (o.operator, o.label) == (PROBE, role)
-    ]
+    latest = takewhile(lambda o: o.generation == generation, reversed(history))
+    own = [o for o in latest if (o.operator, o.label) == (PROBE, role)]
+    asked = (search.book.changes, generation, search.config.budget, role if own else None)
+    if asked in search.views:
+        return search.views[asked]
     history = [o for o in history if o not in own and not (o.prior and o.score is None)]
     moves = openings(search.book.advice(role=STRUCTURE))
     before = guidance_of(search.book.advice(generation - 1)) if generation else None
     settings = search.config.search
     left = budget.left(search, generation) * (1 - settings.shadow)
     metrics = {task.name: task.metric for task in search.config.tasks.tasks}
-    return HistoryView(
+    found = HistoryView(
         space=space,
         tasks=tuple(
             TaskView(o.name, o.weight, metrics.get(o.name, ""), o.higher_is_better)
@@ -117,12 +120,18 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
         noise=search.noise,
         moves=tuple(verdicts(now, [o for o in moves if o.generation < generation])),
     )
+    search.views.clear()
+    search.views[asked] = found  # one that tried nothing itself is told what the last one was
+    return found
 
 
 def _forecasts(search: Search, generation: int) -> list[Forecast]:
-    words = search.book.advice()
+    said = search.book.advice(role="proposer")
+    words = [word for word in said if word["generation"] < generation and foretells(word)]
+    if not words:
+        return []
     own = [o for o in search.told(generation) if not o.prior]  # others were of another scale
-    return forecasts([w for w in words if w["generation"] < generation], own)
+    return forecasts(words, own)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import statistics
 
-from agentmerge.ledger import evaluations
 from agentmerge.search.search import Search
 
 
@@ -27,10 +26,9 @@ def left(search: Search, up_to: int | None = None) -> float:
 
     Items that tools asked beside candidates are parts of evaluations.
     """
-    found = search.book.candidates(up_to=up_to)
     budget = search.config.budget
     probed = search.book.probe_totals(None if up_to is None else up_to - 1)
-    used = evaluations(found) + sum(c.cost for c in found if c.state == "open" and not c.prior)
+    used = search.book.evaluations(up_to, promised=True)
     used += probed["items"] / items_each(search)
     rest = budget.max_evaluations - used
     if budget.max_items is not None:

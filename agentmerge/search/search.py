@@ -19,6 +19,7 @@ from typing import Any
 
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompts
+from agentmerge.agents.view import HistoryView
 from agentmerge.config import Role, SearchConfig
 from agentmerge.contracts.operators import STRUCTURE
 from agentmerge.contracts.strategy import Observation, Strategy
@@ -56,7 +57,8 @@ class Search:
     stopping: set by the first Ctrl-C; candidates that have not begun are left open.
     entering: called where a node begins; raises LeaseHeld where another process took it over.
     had_no_proposal: the generation for which the strategy had none. written: best.yml's recipe.
-    seconds: what candidates took that were scored just now.
+    seconds: what candidates took that were scored just now. views: what an agent was shown last, by
+        the state of the candidates, the generation, the budget and who asks.
     """
 
     config: SearchConfig
@@ -81,9 +83,11 @@ class Search:
     had_no_proposal: int = -1
     written: str = ""
     seconds: list[float] = field(default_factory=list)
+    views: dict[Any, HistoryView] = field(default_factory=dict)
     _items: OrderedDict[tuple[str, Part], dict[ItemRef, ItemResult]] = field(
         default_factory=OrderedDict
     )
+    _told: tuple[int, dict[Any, list[Observation]]] = field(default_factory=lambda: (-1, {}))
     _points: dict[tuple[str, str], tuple[float, ...] | None] = field(default_factory=dict)
 
     @cached_property
@@ -153,7 +157,19 @@ class Search:
         What was scored under other settings has its score under these where the ledger held all
         items' results when the branch began, else none.
         space: the one to look from; by default every vector is in the space that it was made in.
+        Not to be changed: whoever asks again before a candidate changes is told the same.
         """
+        asked = (up_to, shadow, space and space.key)
+        changes, told = self._told
+        if changes != self.book.changes:
+            self._told = changes, told = self.book.changes, {}
+        if asked not in told:
+            told[asked] = self._history(up_to, shadow, space)
+        return told[asked]
+
+    def _history(
+        self, up_to: int | None, shadow: bool, space: SearchSpace | None
+    ) -> list[Observation]:
         history = self.book.history(up_to)
         if any(o.prior for o in history):
             constrained = self.config.search.constraints
@@ -168,11 +184,12 @@ class Search:
             return history
         # After the arms are told apart: seen from another space, a candidate has no operator.
         history = carried(history, space, partial(self.point_of, space))
+        dimensions = space.dimensions
         for o in history:
-            if o.vector is not None and len(o.vector) != space.dimensions:
+            if o.vector is not None and len(o.vector) != dimensions:
                 raise LedgerError(
                     f"candidate {o.generation}.{o.slot} has {len(o.vector)} coordinates, and its "
-                    f"search space {space.dimensions}: the ledger was edited, or made by another "
+                    f"search space {dimensions}: the ledger was edited, or made by another "
                     "version; start anew"
                 )
         return history

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from agentmerge.ledger import Candidate, counted, evaluations, incumbent
+from agentmerge.ledger import Candidate, counted, incumbent
 from agentmerge.search import budget
 from agentmerge.search.constraints import violation
 from agentmerge.search.finish import write_best
@@ -63,7 +63,7 @@ def select(search: Search, generation: int) -> Outcome:
         {
             "event": "generation",
             "generation": generation,
-            "evaluations": counted(evaluations(candidates)),
+            "evaluations": counted(search.book.evaluations()),
             "best": None if best is None else best.score,
         }
     )

@@ -31,6 +31,8 @@ HOSTS_VARIABLE = "AGENTMERGE_SERVER_HOSTS"
 MAX_BODY_BYTES = 1 << 20
 
 _CONTEXT_KEYS = frozenset(field.name for field in fields(ClientContext))
+#: What is no text there; nothing converts a context's values.
+_NO_TEXT = {"at": int, "overrides": dict}
 #: How a run is told and watched. What is searched is in ``context``; where it goes, and what its
 #: state is, is nobody's to say.
 _RUN_KEYS = frozenset({
@@ -192,11 +194,20 @@ def _look_at_body(body: bytes, keys: frozenset[str] | None) -> None:
     _only(said, keys, "")
     config = _mapping(said, "config")
     _only(config, _CONFIG_KEYS, "config.")
-    _only(_mapping(config, "configurable"), _CONTEXT_KEYS, "config.configurable.")
-    _only(_mapping(said, "context"), _CONTEXT_KEYS, "context.")
+    _look_at_context(_mapping(config, "configurable"), "config.configurable.")
+    _look_at_context(_mapping(said, "context"), "context.")
     _only(_mapping(said, "command"), frozenset({"resume"}), "command.")
     if said.get("input"):
         raise _Refused(422, "input must be empty: what is searched is said in context")
+
+
+def _look_at_context(said: dict[str, Any], where: str) -> None:
+    _only(said, _CONTEXT_KEYS, where)
+    for key in _CONTEXT_KEYS & said.keys():
+        kind = _NO_TEXT.get(key, str)
+        if said[key] and type(said[key]) is not kind:
+            word = {int: "a whole number", dict: "a JSON object", str: "text"}[kind]
+            raise _Refused(422, f"{where}{key} must be {word}")
 
 
 def _mapping(said: dict[str, Any], key: str) -> dict[str, Any]:

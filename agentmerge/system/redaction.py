@@ -90,7 +90,19 @@ def keep_secret(value: str) -> None:
 def redact(text: str, *, shapes: bool = True) -> str:
     """The text without secrets. shapes: also what only looks like one; text that must stay usable
     as it is (a recipe on its way to a pipe) goes without."""
-    known = _pattern(_environment(), frozenset(_values))
+    return _cleaned(text, _known(), shapes)
+
+
+def redacted(value: Any, *, shapes: bool = True) -> Any:
+    """The same value with ``redact`` applied to every text in it, keys of mappings included."""
+    return _walked(value, _known(), shapes)  # the environment is read once, whatever its size
+
+
+def _known() -> re.Pattern[str] | None:
+    return _pattern(_environment(), frozenset(_values))
+
+
+def _cleaned(text: str, known: re.Pattern[str] | None, shapes: bool) -> str:
     if known is not None:
         text = known.sub(MASK, text)
     if shapes:
@@ -99,17 +111,15 @@ def redact(text: str, *, shapes: bool = True) -> str:
     return text
 
 
-def redacted(value: Any, *, shapes: bool = True) -> Any:
-    """The same value with ``redact`` applied to every text in it, keys of mappings included."""
+def _walked(value: Any, known: re.Pattern[str] | None, shapes: bool) -> Any:
     if isinstance(value, str):
-        return redact(value, shapes=shapes)
+        return _cleaned(value, known, shapes)
     if isinstance(value, Mapping):
         return {
-            redacted(key, shapes=shapes): redacted(item, shapes=shapes)
-            for key, item in value.items()
+            _walked(key, known, shapes): _walked(item, known, shapes) for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return [redacted(item, shapes=shapes) for item in value]
+        return [_walked(item, known, shapes) for item in value]
     return value
 
 

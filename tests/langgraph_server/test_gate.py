@@ -151,6 +151,19 @@ def test_and_nothing_else(client, more: dict[str, Any]) -> None:
         assert next(iter(more)) in answer.json()["detail"]
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"run": 7}, {"config": ["genome"]}, {"name": {"a": 1}}, {"branch_of": True}, {"at": "2"},
+     {"at": True}, {"at": 1.5}, {"overrides": ["a"]}],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["context", "configurable"])
+def test_a_context_has_values_of_its_kinds(client, wrong: dict[str, Any], place: str) -> None:
+    said = {"context": wrong} if place == "context" else {"config": {"configurable": wrong}}
+    answer = client.post(RUNS, json=GOOD | said)
+    assert answer.status_code == 422
+    assert f"{next(iter(wrong))} must be " in answer.json()["detail"]
+
+
 def test_a_thread_begins_without_a_state(client) -> None:
     written = {"supersteps": [{"updates": [{"values": {"stop_reason": "x"}, "as_node": "select"}]}]}
     assert client.post("/threads", json=written).status_code == 422

@@ -5,11 +5,16 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from agentmerge.ledger import Ledger, book
 from agentmerge.ledger.store import Store
+from agentmerge.search import advise as advising
+from agentmerge.search.search import Search
 from agentmerge.session import driving
 from agentmerge.testing.scripted import ScriptedServer
 from tests.session.conftest import config
@@ -87,6 +92,35 @@ def test_a_search_of_two_hundred_reads_few_rows_a_candidate(
     whole, _ = rows_a_candidate(tmp_path, read, 200, search)
     most = 20 if "racing" in search else 10  # a race asks in three parts, each with rows of its own
     assert whole < most
+
+
+def test_a_generation_walks_the_whole_past_as_often_as_the_first_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The budget is added up as candidates change, and three agents by rules share one view."""
+    done: Counter[str] = Counter()
+
+    def count(owner: object, name: str, many: Callable[..., int]) -> None:
+        plain = getattr(owner, name)
+
+        def counted(*given: Any, **more: Any) -> Any:
+            done[name] += many(*given)
+            return plain(*given, **more)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(advising, "HistoryView", lambda *_: 1)
+    count(Search, "_history", lambda *_: 1)
+    count(book, "evaluations", lambda candidates: len(candidates))
+    search = {"algorithm": "random", "population": 3, "max_generations": 40}
+    asked = config(search=search, budget={"max_evaluations": 200}, limit=8)
+    driving.run(asked, name="a", runs_dir=tmp_path)
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
+        candidates = len(ledger.candidates(ledger.run("a").id))
+    assert candidates > 120
+    assert done["HistoryView"] == 40
+    assert done["_history"] <= 2 * 40
+    assert done["evaluations"] <= 3 * candidates, "as a candidate is written, not as it is asked"
 
 
 @pytest.mark.slow
