@@ -270,6 +270,14 @@ def test_secrets_of_a_config_are_used_and_kept_nowhere(
         assert {r.headers["authorization"] for r in server.requests} == {f"Basic {basic}"}
     assert "logged in with [redacted]" in said
     assert "stands in its place, and `resume` and `branch` need it" in said
+    merged = tmp_path / "merged"
+    code, exported = cli(
+        "export", "a", "--to", merged, "--runs-dir", runs,
+        **environment | {"AGENTMERGE_SECRET_TOKEN": TOKEN},
+    )  # fmt: skip
+    assert code == 0, exported
+    said += exported
+    assert {"README.md", "config.json", "mergekit_config.yml"} <= {f.name for f in merged.iterdir()}
     monkeypatch.syspath_prepend(tmp_path / "plugin")
     shown = looked_at(runs, tmp_path / "out", monkeypatch, capsys)
     failures = [c.failure for c in candidates(runs)]
