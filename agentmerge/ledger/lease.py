@@ -25,7 +25,8 @@ from agentmerge.system.bounded import refuse_odd_file
 STALE_AFTER_S = 60.0
 _BUSY_TIMEOUT_S = 30.0
 _BEATS_BEFORE_STALE = 4
-#: A process with a holder's pid that began so much later than its last beat is another one.
+#: A process with a holder's pid that began so much later than its last beat is another one, where
+#: the holder's token does not say when it began.
 _STARTS_APART_S = 60.0
 
 # Tokens of this process's own leases: a row with our pid and no such token was left by an earlier
@@ -58,7 +59,7 @@ class Holder:
             return False
         if self.pid == os.getpid():
             return self.token not in _held
-        return not _is_alive(self.pid, self.heartbeat)
+        return not _is_alive(self.pid, self.heartbeat, self.token)
 
 
 class Lease:
@@ -69,7 +70,7 @@ class Lease:
         self.thread_id = thread_id
         self.stale_after_s = stale_after_s
         self.name = name
-        self.token = uuid.uuid4().hex
+        self.token = uuid.uuid4().hex + _birth(os.getpid())
         self._file: Identity | None = None
         self._stop = threading.Event()
         self._lost = threading.Event()
@@ -235,21 +236,42 @@ def _read(conn: sqlite3.Connection, thread_id: str) -> Holder | None:
     return None if row is None else Holder(*row)
 
 
-def _is_alive(pid: int, at: float) -> bool:
-    """Whether the process that had this pid at a time (seconds since the epoch) still runs."""
+def _is_alive(pid: int, at: float, token: str) -> bool:
+    """Whether the process that had this pid still runs: by when it began, counted from the boot as
+    its token has it; in a token of earlier versions, by a clock that may have been set since (`at`,
+    seconds since the epoch)."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    try:
-        # A killed process that nobody has waited for still has its pid, and runs nothing.
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+    fields = _stat(pid)
+    if fields is None:
         return True
-    fields = status.rpartition(")")[2].split()
-    return fields[0] != "Z" and _started(int(fields[19])) < at + _STARTS_APART_S
+    if fields[0] == "Z":  # killed, and nobody has waited for it: it has its pid, and runs nothing
+        return False
+    _, told, birth = token.partition("@")
+    return told + birth == _birth(pid) if told else _started(int(fields[19])) < at + _STARTS_APART_S
+
+
+def _birth(pid: int) -> str:
+    """Which boot of the machine a process belongs to, and its clock ticks since then; empty where
+    the system does not say."""
+    fields = _stat(pid)
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+    return "" if fields is None else f"@{boot}:{fields[19]}"
+
+
+def _stat(pid: int) -> list[str] | None:
+    """What Linux says of a process, from its state on."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
 
 
 def _started(ticks: int) -> float:

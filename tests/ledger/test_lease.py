@@ -169,9 +169,12 @@ def test_a_file_that_is_gone_is_no_takeover(path, what):
     assert not path.exists() or path.read_bytes() == b""
 
 
-def test_a_live_process_of_this_host_is_never_replaced(path, holder):
-    """A machine that slept, or a file that was locked for minutes, costs it heartbeats only."""
-    rewrite(path, heartbeat=time.time() - 40)
+@pytest.mark.parametrize("off", [-40, -400 * 86400, 400 * 86400])
+def test_a_live_process_of_this_host_is_never_replaced(path, holder, off):
+    """A machine that slept, a file that was locked for minutes, or a clock that was set since costs
+    it heartbeats only."""
+    rewrite(path, heartbeat=time.time() + off)
+    assert Lease.holder(path, "t").pid == holder.pid
     with (
         pytest.raises(LeaseHeld, match="stop that process"),
         Lease.acquire(path, "t", stale_after_s=30),
@@ -179,8 +182,17 @@ def test_a_live_process_of_this_host_is_never_replaced(path, holder):
         pass
 
 
-def test_another_process_with_the_pid_is_not_the_holder(path, holder):
-    rewrite(path, heartbeat=time.time() - 3600)  # long before that process began
+@pytest.mark.parametrize("left_by", ["this version", "another boot", "an earlier version"])
+def test_another_process_with_the_pid_is_not_the_holder(path, holder, left_by):
+    token = Lease.holder(path, "t").token
+    number, _, birth = token.partition("@")
+    boot, _, ticks = birth.partition(":")
+    if left_by == "this version":
+        rewrite(path, token=f"{number}@{boot}:{int(ticks) - 1}")
+    elif left_by == "another boot":
+        rewrite(path, token=f"{number}@{boot[::-1]}:{ticks}")
+    else:
+        rewrite(path, token=number, heartbeat=time.time() - 3600)  # long before that process began
     with Lease.acquire(path, "t"):
         assert Lease.holder(path, "t").pid == os.getpid()
 
