@@ -25,7 +25,7 @@ from agentmerge.system.temporary import is_believed, size_bytes
 VERSION = 1
 
 #: What a made checkpoint, and a folder that becomes one, is called here.
-_KEY = re.compile(r"[0-9a-f]{24}|\.[0-9a-f]{24}-[0-9a-f]+")
+_KEY, _BECOMING = re.compile(r"[0-9a-f]{24}"), re.compile(r"\.[0-9a-f]{24}-[0-9a-f]+")
 
 #: Open lock files of the checkpoints in use; the system releases them when the process ends.
 _in_use: dict[Path, int] = {}
@@ -78,8 +78,7 @@ def discard_made(*, dry_run: bool) -> tuple[int, int]:
     """Remove every made checkpoint that no process uses: (how many, bytes). They are made again
     when they are needed."""
     count = freed = 0
-    folders = [path for path in made_dir().glob("*") if path.is_dir() and _KEY.fullmatch(path.name)]
-    for folder in folders:
+    for folder in filter(_is_ours, made_dir().glob("*")):
         lock = _open_lock(folder)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,6 +91,14 @@ def discard_made(*, dry_run: bool) -> tuple[int, int]:
         finally:
             os.close(lock)
     return count, freed
+
+
+def _is_ours(path: Path) -> bool:
+    """A finished one says so itself; one in the making has a name that nothing else has."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    finished = _KEY.fullmatch(path.name) and (path / MADE).is_file()
+    return bool(finished or _BECOMING.fullmatch(path.name))
 
 
 def _lock(target: Path) -> None:

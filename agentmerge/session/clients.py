@@ -24,6 +24,8 @@ CLIENT_KEYS = (
     "genome", "tasks", "limit", "num_fewshot", "shuffle", "apply_chat_template",
     "fewshot_as_multiturn", "random_init", "search", "budget",
 )  # fmt: skip
+#: Most models that a client may have merged: a search space grows with each.
+MOST_MODELS = 64
 #: And what of these sections it may not: files that are read, code that is run, what tokens cost.
 _SERVERS_OWN = frozenset({"search.graph", "search.init", "budget.prices"})
 
@@ -115,8 +117,12 @@ def _tighter(asked: BudgetSettings, own: Mapping[str, Any]) -> BudgetSettings:
 
 
 def _refuse_models(config: SearchConfig, own: Mapping[str, Any]) -> None:
-    """Where the server's file lists ``genome.models``, a client names no other; where it lets
-    models bring code or pickles, it has to."""
+    """No more than a server can hold. Where its file lists ``genome.models``, a client names no
+    other; where it lets models bring code or pickles, it has to."""
+    if (many := len(config.genome.models)) > MOST_MODELS:
+        raise UserError(
+            f"genome.models has {many} entries; from a client {MOST_MODELS} are the most"
+        )
     listed = (own.get("genome") or {}).get("models")
     named = [*config.genome.models, config.genome.base_model, config.genome.tokenizer_source]
     if listed is not None:

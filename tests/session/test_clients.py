@@ -172,6 +172,13 @@ def test_a_server_may_list_the_models_that_clients_name(tmp_path: Path, own: Pat
         served(tmp_path, asked())
 
 
+def test_a_client_names_no_more_models_than_a_server_holds(tmp_path: Path) -> None:
+    many = [f"m{i}" for i in range(65)]
+    with pytest.raises(UserError, match=r"genome\.models has 65 entries; from a client 64"):
+        served(tmp_path, asked(genome={"models": many}))
+    assert not list(tmp_path.glob("served*"))
+
+
 @pytest.mark.parametrize("template", ["/etc/passwd", "server.yml", "~/.netrc"])
 def test_no_file_is_read_as_a_clients_template(tmp_path: Path, monkeypatch, template: str) -> None:
     monkeypatch.chdir(tmp_path)

@@ -20,10 +20,11 @@ from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
 from agentmerge.demo.family import TinyFamily
 from agentmerge.errors import WorkerLost
+from agentmerge.parents.headers import MADE
 from agentmerge.recipe import Recipe
 from agentmerge.session import driving
 from agentmerge.session.checkpoints import open_saver
-from agentmerge.session.doctor import discard_leftovers, prune_checkpoints
+from agentmerge.session.doctor import discard_leftovers, discard_made_parents, prune_checkpoints
 from agentmerge.system.temporary import (
     Unfinished,
     crash_file,
@@ -234,6 +235,21 @@ def test_nothing_that_others_made_is_removed(tmp_path: Path) -> None:
     assert thesis.is_dir()
     assert theirs.is_dir()
     assert link.is_symlink()
+
+
+def test_of_made_parents_only_those_that_say_so_are_removed(tmp_path: Path) -> None:
+    parents = tmp_path / "cache" / "parents"
+    ours = parents / ("a" * 24)
+    for folder in (ours, parents / ("b" * 24), tmp_path / "thesis"):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(bytes(100))
+    (ours / MADE).write_text("{}")
+    (parents / ("c" * 24)).symlink_to(tmp_path / "thesis")
+    for dry_run in (True, False):
+        assert discard_made_parents(dry_run=dry_run)["made"] == 1
+    left = {path.name for path in parents.iterdir() if not path.name.startswith(".")}
+    assert left == {"b" * 24, "c" * 24}
+    assert (tmp_path / "thesis" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("how", ["everybody's", "no number", "a pipe", "a link"])
