@@ -12,13 +12,13 @@ import numpy as np
 from agentmerge.contracts.strategy import Observation, Proposal
 from agentmerge.contracts.worker import Gradient, ItemRef, ItemResult
 from agentmerge.errors import NotFound
-from agentmerge.ledger.gradients import Gradients, insert_gradient
+from agentmerge.ledger.gradients import GradientRows, insert_gradient
 from agentmerge.ledger.items import ItemResults
 from agentmerge.ledger.rows import Candidate, GradientKey, ResultKey
 from agentmerge.system.redaction import redact
 
 
-class Candidates(ItemResults, Gradients):
+class Candidates(ItemResults, GradientRows):
     def add_candidates(
         self,
         run_id: str,

@@ -12,7 +12,7 @@ from agentmerge.ledger.rows import GradientKey
 from agentmerge.ledger.store import Store, engine_text, hashed, intern
 
 
-class Gradients(Store):
+class GradientRows(Store):
     def gradient(self, key: GradientKey) -> Gradient | None:
         """The gradient kept under ``key``, its models by the names it was kept under."""
         rows = self._rows(
