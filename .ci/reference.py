@@ -1,4 +1,5 @@
-"""Writes docs/reference from the code: every command, every config key, every merge method.
+"""Writes docs/reference from the code: every command, config key, merge method and
+public name of Python.
 
 python .ci/reference.py            # writes the pages
 python .ci/reference.py --check    # says which page is out of date, and fails
@@ -6,13 +7,16 @@ python .ci/reference.py --check    # says which page is out of date, and fails
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
-from typing import Any
+from importlib import import_module
+from typing import Any, get_origin
 
 os.environ["COLUMNS"] = os.environ["TERMINAL_WIDTH"] = "96"
 
 import typer
+from pydantic import BaseModel
 
 from agentmerge.cli.app import app
 from agentmerge.config import _OWN_SECTIONS, GenomeConfig, TaskConfig, TasksConfig
@@ -104,7 +108,90 @@ def methods() -> str:
     return "\n".join(parts)
 
 
-PAGES = {"commands.md": commands, "config-keys.md": config, "methods.md": methods}
+def python() -> str:
+    """Every public name with its signature and docstring."""
+    parts = [
+        "# Python\n",
+        "What may be imported; every other module may change with any release.\n",
+    ]
+    for name in ("agentmerge", "agentmerge.contracts"):
+        module = import_module(name)
+        parts.append(f"## {name}\n\n{_docstring(module)}")
+        for public in module.__all__:
+            if not public.startswith("_"):
+                parts.append(f"### {public}\n\n{_described(public, getattr(module, public))}")
+    return "\n".join(parts)
+
+
+def _described(name: str, value: Any) -> str:
+    """Head and docstring; of a class, those of its methods as well."""
+    if not callable(value) or get_origin(value) is not None:
+        text = str(value).replace("typing.", "").replace("collections.abc.", "")
+        return f"```python\n{name} = {text}\n```\n"
+    if not inspect.isclass(value):
+        return f"```python\ndef {_head(name, value)}\n```\n\n{_docstring(value)}"
+    lines, docs = [f"class {_head(name, value)}"], [_docstring(value)]
+    for method, found in vars(value).items():
+        if method.startswith("_"):
+            continue
+        if isinstance(found, property):
+            lines.append(f"    {method}  # property")
+        elif inspect.isroutine(getattr(value, method)):
+            head = _head(method, getattr(value, method))
+            lines.append(f"    def {head}".replace("\n", "\n    "))
+        else:
+            continue
+        if said := _docstring(found):
+            docs.append(f"`{method}`: {said}")
+    return f"```python\n{chr(10).join(lines)}\n```\n\n{chr(10).join(docs)}"
+
+
+class _Written(str):
+    """An annotation as it stands in the code."""
+
+    __repr__ = str.__str__
+
+
+def _head(name: str, value: Any) -> str:
+    """Name and parameters, one a line where they are long."""
+    if inspect.isclass(value) and (
+        issubclass(value, (Exception, BaseModel)) or hasattr(value, "_is_protocol")
+    ):
+        return f"{name}({value.__mro__[1].__name__})"
+    signature = inspect.signature(value)
+    for own in (parameters := dict(signature.parameters)):
+        kept = parameters[own]
+        if isinstance(kept.annotation, str):
+            parameters[own] = kept.replace(annotation=_Written(kept.annotation))
+    back = signature.return_annotation
+    back = _Written(back) if isinstance(back, str) else back
+    whole = signature.replace(parameters=list(parameters.values()), return_annotation=back)
+    text = str(whole).replace("typing.", "")
+    if len(name + text) <= 90:
+        return name + text
+    lines = [str(one) for one in parameters.values()]
+    first = next(
+        (n for n, one in enumerate(parameters.values()) if one.kind == one.KEYWORD_ONLY), None
+    )
+    if first is not None:
+        lines.insert(first, "*")
+    tail = text[text.rindex(")") + 1 :]
+    return "\n".join([f"{name}(", *(f"    {line}," for line in lines), f"){tail}"])
+
+
+def _docstring(value: Any) -> str:
+    """Its paragraphs as they are written, code for code."""
+    own = value.__dict__.get("__doc__") if inspect.isclass(value) else value.__doc__
+    text = inspect.cleandoc(own or "").replace("``", "`")
+    return f"{text}\n" if text else ""
+
+
+PAGES = {
+    "commands.md": commands,
+    "config-keys.md": config,
+    "methods.md": methods,
+    "python.md": python,
+}
 
 
 def on_files(files: Any, config: Any) -> Any:

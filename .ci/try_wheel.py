@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import agentmerge
@@ -28,6 +29,8 @@ home = Path(agentmerge.__file__).parent
 assert home.is_relative_to(sys.prefix), f"agentmerge comes from {home}, not from the wheel"
 for found in (bundled_dir(), graphs_dir()):
     assert found.is_relative_to(home), f"{found} is not inside the wheel"
+assert version("agentmerge") == agentmerge.__version__
+assert (home / "py.typed").is_file()
 load_prompts()
 load_graph("search")
 

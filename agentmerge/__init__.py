@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from agentmerge.session.driving import run as run
     from agentmerge.session.toolkit import MergeToolkit as MergeToolkit
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "run": "session.driving",

@@ -7,7 +7,7 @@ agentmerge is registered the same way, here. Nothing is imported before it is as
     [project.entry-points."agentmerge.strategies"]
     my_search = "my_package.search:STRATEGY"
 
-``examples/plugin`` is a package with one of each.
+``examples/plugin`` is a package with one of each; docs/plugins.md says what each promises.
 """
 
 from __future__ import annotations

@@ -23,7 +23,10 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 
+import agentmerge
+import agentmerge.contracts
 from agentmerge.cli.app import app, run_app
 from agentmerge.config import SearchConfig
 from agentmerge.methods import METHODS
@@ -222,12 +225,33 @@ def test_the_reference_has_everything() -> None:
     for name in ("run", "ledger prune", "tasks search", "compare"):
         assert f"## agentmerge {name}\n" in pages["commands.md"]
     assert "  --runs-dir" in pages["commands.md"]
+    for name in [*agentmerge.__all__, *agentmerge.contracts.__all__]:
+        assert name.startswith("_") or f"### {name}\n" in pages["python.md"]
+    assert "def from_file(path: Path | str" in pages["python.md"]
 
 
 def test_every_page_is_in_the_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text()
     missing = [page.name for page in (ROOT / "docs").glob("*.md") if page.name not in text]
     assert missing == []
+
+
+def test_where_things_go_is_where_they_are() -> None:
+    page = (ROOT / "docs" / "contributing.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", page, re.M)
+    assert len(rows) > 30
+    named = [name for _, answer in rows for name in re.findall(r"`([^`]+)`", answer)]
+    places = [name for name in named if "/" in name]
+    assert [place for place in places if not (ROOT / place).exists()] == []
+    source = "".join((ROOT / place).read_text() for place in places if place.endswith(".py"))
+    assert [name for name in set(named) - set(places) if name.split(".")[-1] not in source] == []
+
+
+def test_what_github_reads_is_yaml() -> None:
+    pages = [*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml"]
+    read = {page.name: yaml.safe_load(page.read_text()) for page in pages}
+    assert {"bug.yml", "surprise.yml", "feature.yml", "ci.yml"} <= read.keys()
+    assert ".ci/run" in [step.get("run") for step in read["ci.yml"]["jobs"]["run"]["steps"]]
 
 
 def test_the_events_of_a_search_are_written_down() -> None:

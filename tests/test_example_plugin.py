@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,28 @@ def test_everything_that_it_adds_is_used(installed: Path, family, tmp_path: Path
     assert {"parent", "halfway"} <= {row["operator"] for row in rows}
     log = (tmp_path / "runs/plugged/log.jsonl").read_text()
     assert "calm: stay" in log
+
+
+def test_it_passes_the_suites_of_the_contracts(installed: Path, family, tmp_path: Path) -> None:
+    tests = ROOT / "examples/plugin/tests"
+    line = [sys.executable, "-m", "pytest", "-q", "-rA", "-W", "error", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*line, "-p", "no:asyncio", f"--rootdir={tests}", str(tests)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{installed}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    for name in ("TestTimedWorker::test_a_parent_with_nan", "TestHalfway::test_it_gains"):
+        assert f"::{name}" in done.stdout
+
+
+def test_it_knows_two_doors_and_no_room_behind_them() -> None:
+    source = "\n".join(path.read_text() for path in (ROOT / "examples/plugin").rglob("*.py"))
+    doors = re.findall(r"^\s*(?:from|import) (agentmerge[\w.]*)", source, re.M)
+    assert set(doors) == {"agentmerge.contracts", "agentmerge.testing"}
 
 
 def test_what_is_not_installed_is_unknown(tmp_path: Path, fake_config: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import typer
 import yaml
 from pydantic import BaseModel
 
+import agentmerge
 from agentmerge import config
 from agentmerge.cli.app import app
 
@@ -51,6 +55,42 @@ def test_importing_agentmerge_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("[] "), done.stdout
+
+
+PUBLIC = ("agentmerge", "agentmerge.contracts", "agentmerge.testing")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_what_is_public_is_listed(name: str) -> None:
+    module = importlib.import_module(name)
+    assert list(module.__all__) == sorted(set(module.__all__))
+    for public in module.__all__:
+        assert getattr(module, public) is not None
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("agentmerge")
+        for alias in node.names
+    }
+    assert imported == set(module.__all__) - {"__version__"}, "imported for others, and not listed"
+
+
+def test_the_contracts_load_nothing_heavy() -> None:
+    heavy = ("torch", "transformers", "lm_eval", "langgraph", "langchain", "langchain_core")
+    code = (
+        "import sys, agentmerge.contracts; "
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_version_is_written_once() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" in project["project"]["dynamic"]
+    assert project["tool"]["hatch"]["version"]["path"] == "agentmerge/__init__.py"
+    assert f"## {agentmerge.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert (ROOT / "agentmerge" / "py.typed").is_file()
 
 
 def test_help_works_in_a_process_of_its_own() -> None:

@@ -1,2 +1,81 @@
 """What crosses from one room to another, and what each room promises: strategies, workers, spaces,
-advice, calls of models. Nothing here computes; a plugin imports this room alone."""
+advice, calls of models, trackers. Nothing here computes.
+
+The one door of a plugin: ``from agentmerge.contracts import ...`` has all that one of any group
+needs, and loads no torch, LangGraph or chat model (docs/plugins.md).
+"""
+
+from agentmerge.config import GenomeConfig, SearchConfig, TasksConfig
+from agentmerge.contracts.advice import Guidance, StructuralMove
+from agentmerge.contracts.calls import ModelProvider
+from agentmerge.contracts.space import Axis, Space
+from agentmerge.contracts.strategy import (
+    Bound,
+    Evidence,
+    Items,
+    Observation,
+    Proposal,
+    RngFor,
+    Strategy,
+    default_population,
+    fittest,
+    improved,
+    next_generation,
+    rng_factory,
+)
+from agentmerge.contracts.tracker import Tracker
+from agentmerge.contracts.worker import (
+    Differentiator,
+    EngineInfo,
+    Fingerprint,
+    Gradient,
+    ItemRef,
+    ItemResult,
+    Loss,
+    TensorSlope,
+    Worker,
+    WorkerSpec,
+)
+from agentmerge.errors import CandidateFailed, RunFailed, UserError, WorkerLost
+from agentmerge.plugins import load as load_plugin
+from agentmerge.recipe import Recipe
+
+__all__ = [
+    "Axis",
+    "Bound",
+    "CandidateFailed",
+    "Differentiator",
+    "EngineInfo",
+    "Evidence",
+    "Fingerprint",
+    "GenomeConfig",
+    "Gradient",
+    "Guidance",
+    "ItemRef",
+    "ItemResult",
+    "Items",
+    "Loss",
+    "ModelProvider",
+    "Observation",
+    "Proposal",
+    "Recipe",
+    "RngFor",
+    "RunFailed",
+    "SearchConfig",
+    "Space",
+    "Strategy",
+    "StructuralMove",
+    "TasksConfig",
+    "TensorSlope",
+    "Tracker",
+    "UserError",
+    "Worker",
+    "WorkerLost",
+    "WorkerSpec",
+    "default_population",
+    "fittest",
+    "improved",
+    "load_plugin",
+    "next_generation",
+    "rng_factory",
+]

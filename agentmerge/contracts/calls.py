@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from langchain_core.language_models import BaseChatModel
 
 #: More tokens than any context holds: a count beyond it is no count.
 MOST_TOKENS = 10_000_000
@@ -57,6 +60,14 @@ class CallLog(Protocol):
 
     def keep(self, number: int, call: Call) -> None:
         """Called as soon as a request ended."""
+        ...
+
+
+class ModelProvider(Protocol):
+    """From the name behind the colon of ``--llm provider:name`` to a chat model."""
+
+    def __call__(self, model: str, **options: Any) -> BaseChatModel:
+        """options: base_url, temperature, max_tokens and timeout, as far as the user set them."""
         ...
 
 

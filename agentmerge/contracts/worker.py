@@ -4,7 +4,7 @@ A worker loads one recipe at a time and scores items on it. It is built from a `
 can be pickled, so a pool may start it in this process, in a process of its own, or on another
 machine. It knows nothing of searches, budgets or databases.
 
-Every worker passes ``tests/workers/test_contract.py``:
+Every worker passes ``agentmerge.testing.WorkerSuite``:
     load() of a recipe, then score(), gives the same results whatever was loaded before;
     load() of a bad recipe raises CandidateFailed and the next load() works;
     score() returns one ItemResult an item, in the order asked;

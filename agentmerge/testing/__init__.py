@@ -1,1 +1,49 @@
-"""Fakes for whoever builds on agentmerge."""
+"""Fakes and contract suites for whoever builds on agentmerge; the suites need pytest.
+
+``scripted`` has chat models that say what a script says, the fake worker scores without a model,
+and who inherits a suite is judged as what ships is.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agentmerge.testing.objectives import Objective as Objective
+    from agentmerge.testing.scripted import Fault as Fault
+    from agentmerge.testing.scripted import ScriptedServer as ScriptedServer
+    from agentmerge.testing.scripted import ToolCalls as ToolCalls
+    from agentmerge.testing.scripted import scripted_chat_model as scripted_chat_model
+    from agentmerge.testing.strategy_suite import StrategySuite as StrategySuite
+    from agentmerge.testing.worker_suite import ModelWorkerSuite as ModelWorkerSuite
+    from agentmerge.testing.worker_suite import WorkerSuite as WorkerSuite
+    from agentmerge.testing.worker_suite import demo_spec as demo_spec
+    from agentmerge.workers.fake import FakeWorker as FakeWorker
+
+_HOMES = {
+    "FakeWorker": "workers.fake",
+    "Fault": "testing.scripted",
+    "ModelWorkerSuite": "testing.worker_suite",
+    "Objective": "testing.objectives",
+    "ScriptedServer": "testing.scripted",
+    "StrategySuite": "testing.strategy_suite",
+    "ToolCalls": "testing.scripted",
+    "WorkerSuite": "testing.worker_suite",
+    "demo_spec": "testing.worker_suite",
+    "scripted_chat_model": "testing.scripted",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'agentmerge.testing' has no attribute {name!r}")
+    home = f"agentmerge.{_HOMES[name]}"
+    if home.endswith("_suite") and home not in sys.modules:
+        import pytest
+
+        pytest.register_assert_rewrite(home)  # so that what fails says with which values
+    return getattr(import_module(home), name)

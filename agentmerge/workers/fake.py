@@ -1,7 +1,8 @@
 """A worker without a model: item results as a smooth function of a recipe's weights.
 
-Supported API, for tests, strategies and plugins: a search on it takes milliseconds a candidate and
-is deterministic everywhere. It knows recipes and items; it imports no torch.
+Supported API, for tests, strategies and plugins, who find it in ``agentmerge.testing``: a search on
+it takes milliseconds a candidate and is deterministic everywhere. It knows recipes and items; it
+imports no torch.
 
 Every task has its own optimum, different by depth; parents take sides in turn, so that a uniform
 merge is never the best. The nearer a merge is to the optimum, the more items it answers; an item's

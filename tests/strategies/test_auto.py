@@ -22,8 +22,8 @@ from agentmerge.strategies.auto import (
 )
 from agentmerge.strategies.gradient import GradientSteps, next_step
 from agentmerge.strategies.margins import prospect_for
+from agentmerge.testing.objectives import Objective
 from tests.strategies.item_searches import SPACE, Quiz, best, searched
-from tests.strategies.objectives import Objective
 from tests.strategies.test_contract import space
 
 

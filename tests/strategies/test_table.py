@@ -12,7 +12,7 @@ from agentmerge.strategies.margins import Margins, least_gain_of, prospect_of
 from agentmerge.strategies.soft_score import SoftScore, scaled
 from agentmerge.strategies.surrogate import FIT_POINTS
 from agentmerge.strategies.table import Table, softened, table_of
-from tests.strategies.objectives import Objective
+from agentmerge.testing.objectives import Objective
 from tests.strategies.test_contract import space
 
 CENTRE = (0.3, 0.45, 0.6, 0.4)

@@ -1,15 +1,15 @@
-"""A search strategy: a pure function of the history (see agentmerge/contracts/strategy.py)."""
+"""A search strategy: a pure function of the history (see ``agentmerge.contracts.Strategy``)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agentmerge.contracts.advice import Guidance
-from agentmerge.contracts.space import Space
-from agentmerge.contracts.strategy import (
+from agentmerge.contracts import (
+    Guidance,
     Observation,
     Proposal,
     RngFor,
+    Space,
     default_population,
     fittest,
     next_generation,

@@ -6,12 +6,14 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from agentmerge.contracts import SearchConfig
+
 
 class CsvTracker:
     """Writes NAME.csv into the folder that --wandb-project names, or the working directory."""
 
     def __init__(
-        self, config: Any, *, name: str | None, project: str | None, entity: str | None
+        self, config: SearchConfig, *, name: str | None, project: str | None, entity: str | None
     ) -> None:
         folder = Path(project or ".")
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A worker (see ``agentmerge.contracts.worker``): the built-in one, and how long each swap took."""
+"""A worker: the built-in one, and how long each swap took."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from agentmerge.contracts.worker import EngineInfo, Fingerprint, WorkerSpec
-from agentmerge.recipe import Recipe
-from agentmerge.workers.hf import HfWorker
+from agentmerge.contracts import EngineInfo, Fingerprint, Recipe, WorkerSpec, load_plugin
+
+HfWorker: Any = load_plugin("agentmerge.workers", "hf")
 
 
 class TimedWorker(HfWorker):

@@ -26,7 +26,7 @@ class Tracker(Protocol):
     ) -> None: ...
 
     def tell(self, event: dict[str, Any]) -> None:
-        """One event, as ``steps.Search.emit`` makes it."""
+        """One event, as ``docs/watching.md`` has it."""
         ...
 
     def keep(self, kind: str, path: Path) -> None:

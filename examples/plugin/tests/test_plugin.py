@@ -1,0 +1,22 @@
+"""The plugin is judged as what ships with agentmerge is: by the suites of the contracts."""
+
+from __future__ import annotations
+
+import pytest
+
+from agentmerge.contracts import Strategy, Worker, load_plugin
+from agentmerge.testing import ModelWorkerSuite, StrategySuite
+
+
+class TestTimedWorker(ModelWorkerSuite):
+    kind = "timed_hf"
+
+    def test_every_swap_is_timed(self, worker: Worker, first: object) -> None:
+        assert worker.swaps_s
+        assert min(worker.swaps_s) > 0
+
+
+class TestHalfway(StrategySuite):
+    @pytest.fixture
+    def strategy(self) -> Strategy:
+        return load_plugin("agentmerge.strategies", "halfway")
