@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agentmerge.testing.objectives import Objective as Objective
+    from agentmerge.testing.landscapes import Landscape as Landscape
     from agentmerge.testing.scripted import Fault as Fault
     from agentmerge.testing.scripted import ScriptedServer as ScriptedServer
     from agentmerge.testing.scripted import ToolCalls as ToolCalls
@@ -26,7 +26,7 @@ _HOMES = {
     "FakeWorker": "workers.fake",
     "Fault": "testing.scripted",
     "ModelWorkerSuite": "testing.worker_suite",
-    "Objective": "testing.objectives",
+    "Landscape": "testing.landscapes",
     "ScriptedServer": "testing.scripted",
     "StrategySuite": "testing.strategy_suite",
     "ToolCalls": "testing.scripted",

@@ -21,7 +21,7 @@ from agentmerge.config import GenomeConfig
 from agentmerge.contracts.strategy import Observation, Strategy, rng_factory
 from agentmerge.plugins import load
 from agentmerge.space.grouped import SearchSpace
-from agentmerge.testing.objectives import KINDS, Objective
+from agentmerge.testing.landscapes import KINDS, Landscape
 
 
 def space(dimensions: int = 4) -> SearchSpace:
@@ -73,7 +73,7 @@ def search(
 
 
 def driven(
-    strategy: Strategy, objective: Objective, evaluations: int, past: tuple[Observation, ...] = ()
+    strategy: Strategy, objective: Landscape, evaluations: int, past: tuple[Observation, ...] = ()
 ) -> tuple[Observation, ...]:
     """A search of an objective that fails in places."""
     there = space()
@@ -172,7 +172,7 @@ class StrategySuite:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_it_gains_whatever_the_objective_is_like(self, strategy: Strategy, kind: str) -> None:
-        objective = Objective(kind, (0.3, 0.45, 0.6, 0.4))
+        objective = Landscape(kind, (0.3, 0.45, 0.6, 0.4))
         found = driven(strategy, objective, 26)
         rivals = [o.score for o in found if o.generation == 0 and o.score is not None]
         own = [o.score for o in found if o.generation > 0 and o.score is not None]
@@ -185,7 +185,7 @@ class StrategySuite:
 
     def test_what_was_scored_under_other_settings_is_no_failure(self, strategy: Strategy) -> None:
         """A branch that asks something else: candidates of before have evidence and no score."""
-        objective = Objective("margins", (0.3, 0.45, 0.6, 0.4))
+        objective = Landscape("margins", (0.3, 0.45, 0.6, 0.4))
         before = [
             replace(o, score=None, prior=True)
             for o in driven(strategy, objective, 26)

@@ -22,7 +22,7 @@ from agentmerge.strategies.auto import (
 )
 from agentmerge.strategies.gradient import GradientSteps, next_step
 from agentmerge.strategies.margins import prospect_for
-from agentmerge.testing.objectives import Objective
+from agentmerge.testing.landscapes import Landscape
 from tests.strategies.item_searches import SPACE, Quiz, best, searched
 from tests.strategies.test_contract import space
 
@@ -41,7 +41,7 @@ def test_it_ends_by_itself_once_nothing_is_left_to_gain() -> None:
 
 @pytest.mark.parametrize("kind", ["values", "perplexity"])
 def test_it_ends_by_itself_without_margins_too(kind: str) -> None:
-    objective = Objective(kind, (0.3, 0.45, 0.6, 0.4))
+    objective = Landscape(kind, (0.3, 0.45, 0.6, 0.4))
     there = space()
     points = [p for _, _, p in [*there.parents(), *there.scale_points()] if p]
     history = [objective.observe(0, i, p, "scale") for i, p in enumerate(points)]

@@ -12,7 +12,7 @@ from agentmerge.strategies.margins import Margins, least_gain_of, prospect_of
 from agentmerge.strategies.soft_score import SoftScore, scaled
 from agentmerge.strategies.surrogate import FIT_POINTS
 from agentmerge.strategies.table import Table, softened, table_of
-from agentmerge.testing.objectives import Objective
+from agentmerge.testing.landscapes import Landscape
 from tests.strategies.test_contract import space
 
 CENTRE = (0.3, 0.45, 0.6, 0.4)
@@ -89,7 +89,7 @@ def test_a_failure_is_poor_on_a_scale_of_decades_too() -> None:
 
 @pytest.mark.parametrize("kind", ["lower", "perplexity"])
 def test_it_leaves_where_candidates_fail(kind: str) -> None:
-    objective = Objective(kind, CENTRE)
+    objective = Landscape(kind, CENTRE)
     rng = np.random.default_rng(2)
     points = [tuple(p) for p in rng.random((14, 4))]
     history = [objective.observe(0, i, p, "x", fail=True) for i, p in enumerate(points)]
@@ -103,7 +103,7 @@ def test_it_leaves_where_candidates_fail(kind: str) -> None:
 
 def test_rows_are_in_the_historys_order_so_that_failures_do_not_crowd_out_the_rest() -> None:
     """Length scales are fitted on the latest rows: they may not be failures alone."""
-    objective = Objective("margins", CENTRE)
+    objective = Landscape("margins", CENTRE)
     rng = np.random.default_rng(3)
     history = []
     for generation in range(2 * FIT_POINTS):

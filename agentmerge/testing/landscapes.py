@@ -1,4 +1,4 @@
-"""Objectives that are not easy: no mean over items, no margins, lower is better, in two scales."""
+"""Landscapes that are not easy: no mean over items, no margins, lower is better, in two scales."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KINDS = ("score", "margins", "values", "perplexity", "beside", "lower")
 
 
 @dataclass(frozen=True)
-class Objective:
+class Landscape:
     """A known function of the point, told in one of KINDS.
 
     score: nobody kept items. margins, values: the items' margins, or only right and wrong.
