@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,18 @@ from agentmerge.ledger.gradients import GradientRows, insert_gradient
 from agentmerge.ledger.items import ItemResults
 from agentmerge.ledger.rows import Candidate, GradientKey, ResultKey
 from agentmerge.system.redaction import redact
+
+#: A candidate's fields as columns of its row c, and of t, that of the candidate whose twin it is.
+_COLUMNS = {field.name: f"c.{field.name}" for field in fields(Candidate)}
+_COLUMNS |= {
+    name: f"coalesce(t.{name}, c.{name})"
+    for name in ("score", "tasks", "estimate", "rung", "share", "violation")
+}
+_COLUMNS |= {
+    name: f"coalesce(c.{name}, CASE c.loss_kind WHEN t.loss_kind THEN t.{name} END)"
+    for name in ("loss", "gradient")
+}
+_COLUMNS |= {"failure": "coalesce(nullif(c.failure, ''), t.failure, '')", "twin": "c.twin_slot"}
 
 
 class Candidates(ItemResults, GradientRows):
@@ -81,14 +94,7 @@ class Candidates(ItemResults, GradientRows):
         elif up_to is not None:
             where, values = "AND c.generation <= ?", [run_id, up_to]
         rows = self._rows(
-            "SELECT c.generation, c.slot, c.operator, c.label, c.vector, c.recipe_hash, c.state, "
-            "coalesce(t.score, c.score), coalesce(t.tasks, c.tasks), "
-            "coalesce(nullif(c.failure, ''), t.failure, ''), c.reused, c.twin_generation, "
-            "c.twin_slot, c.truncated, c.cut_off, c.seconds, c.prior, c.want, c.loss_kind, "
-            "coalesce(c.loss, CASE c.loss_kind WHEN t.loss_kind THEN t.loss END), "
-            "coalesce(c.gradient, CASE c.loss_kind WHEN t.loss_kind THEN t.gradient END), "
-            "coalesce(t.estimate, c.estimate), coalesce(t.rung, c.rung), "
-            "coalesce(t.share, c.share), coalesce(t.violation, c.violation), c.space "
+            f"SELECT {', '.join(_COLUMNS.values())}, c.twin_generation "
             "FROM candidates c "
             "LEFT JOIN candidates t ON t.run_id = c.run_id AND t.generation = c.twin_generation "
             f"AND t.slot = c.twin_slot WHERE c.run_id = ? {where} ORDER BY c.generation, c.slot",
@@ -201,12 +207,9 @@ class Candidates(ItemResults, GradientRows):
         are; by default all. space: the key of the first run's own space, which candidates of before
         spaces had keys lie in.
         """
-        columns = (
-            "generation, slot, operator, label, vector, recipe_hash, twin_generation, twin_slot, "
-            "state, score, tasks, failure, reused, truncated, cut_off, seconds, fingerprint, "
-            "want, loss_kind, loss, gradient, estimate, rung, share, violation"
-        )
         with self._writing() as conn:
+            every = [row[1] for row in conn.execute("PRAGMA table_info(candidates)")]
+            columns = ", ".join(c for c in every if c not in ("run_id", "prior", "space"))
             conn.execute(
                 f"INSERT OR IGNORE INTO candidates (run_id, prior, space, {columns}) SELECT ?, "
                 f"max(prior, ?), coalesce(nullif(space, ''), ?), {columns} FROM candidates "
@@ -249,33 +252,11 @@ def _earlier(
 
 
 def _candidate(row: tuple[Any, ...]) -> Candidate:
-    (generation, slot, operator, label, vector, recipe_hash, state, score, tasks, failure, reused,
-     twin_generation, twin_slot, truncated, cut_off, seconds, prior, want, loss_kind, loss,
-     gradient, estimate, rung, share, violation, space) = row  # fmt: skip
-    return Candidate(
-        generation,
-        slot,
-        operator,
-        label,
-        None if vector is None else tuple(json.loads(vector)),
-        recipe_hash,
-        state,
-        score,
-        tuple((name, value) for name, value in json.loads(tasks or "[]")),
-        failure,
-        bool(reused),
-        None if twin_slot is None else (twin_generation, twin_slot),
-        truncated,
-        cut_off,
-        seconds,
-        bool(prior),
-        want,
-        loss_kind,
-        loss,
-        None if gradient is None else tuple(json.loads(gradient)),
-        estimate,
-        rung,
-        share,
-        violation,
-        space,
-    )
+    *own, twin_generation = row
+    found = dict(zip(_COLUMNS, own, strict=True))
+    for name in ("vector", "gradient"):
+        found[name] = None if found[name] is None else tuple(json.loads(found[name]))
+    found["tasks"] = tuple((name, value) for name, value in json.loads(found["tasks"] or "[]"))
+    found["twin"] = None if found["twin"] is None else (twin_generation, found["twin"])
+    found |= {name: bool(found[name]) for name in ("reused", "prior")}
+    return Candidate(**found)
