@@ -12,8 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import agentmerge
-from agentmerge.agents.prompts import bundled_dir, load_prompts
-from agentmerge.session.opening import graphs_dir, load_graph
+from agentmerge import load_graph
+from agentmerge.agents.prompts import load_prompts
+from agentmerge.system.bundled import bundled
 
 CONFIG = """\
 genome:
@@ -27,7 +28,7 @@ budget: {max_evaluations: 12}
 
 home = Path(agentmerge.__file__).parent
 assert home.is_relative_to(sys.prefix), f"agentmerge comes from {home}, not from the wheel"
-for found in (bundled_dir(), graphs_dir()):
+for found in map(bundled, ("prompts", "graphs")):
     assert found.is_relative_to(home), f"{found} is not inside the wheel"
 assert version("agentmerge") == agentmerge.__version__
 assert (home / "py.typed").is_file()
@@ -39,4 +40,4 @@ with tempfile.TemporaryDirectory() as folder:
     Path(folder, "config.yml").write_text(CONFIG)
     for line in ("check config.yml", "run config.yml --name try -q", "best try", "show try"):
         subprocess.run([program, *line.split()], cwd=folder, check=True)
-print(f"the wheel works: prompts in {bundled_dir().name}/, graphs in {graphs_dir().name}/")
+print("the wheel works: its prompts and graphs are inside it")

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agentmerge.config import SearchConfig as SearchConfig
+    from agentmerge.session.context import Context as Context
     from agentmerge.session.driving import branch as branch
     from agentmerge.session.driving import evaluate as evaluate
     from agentmerge.session.driving import resume as resume
     from agentmerge.session.driving import run as run
+    from agentmerge.session.graphs import load_graph as load_graph
     from agentmerge.session.toolkit import MergeToolkit as MergeToolkit
 
 __version__ = "0.2.0"
@@ -24,10 +26,22 @@ _HOMES = {
     "branch": "session.driving",
     "evaluate": "session.driving",
     "SearchConfig": "config",
+    "Context": "session.context",
+    "load_graph": "session.graphs",
     "MergeToolkit": "session.toolkit",
 }
 
-__all__ = ["MergeToolkit", "SearchConfig", "__version__", "branch", "evaluate", "resume", "run"]
+__all__ = [
+    "Context",
+    "MergeToolkit",
+    "SearchConfig",
+    "__version__",
+    "branch",
+    "evaluate",
+    "load_graph",
+    "resume",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -31,6 +31,7 @@ from agentmerge import SearchConfig
 from agentmerge.cli.render import table
 from agentmerge.demo.family import cached_family
 from agentmerge.demo.tasks import demo_config, write_tasks
+from agentmerge.ledger.folder import opened
 from agentmerge.report.summary import run_summary
 from agentmerge.session import driving
 
@@ -84,7 +85,7 @@ def one(folder: Path, arm: str, seed: int, options: Any, url: str | None) -> dic
     config = SearchConfig.from_text(yaml.safe_dump(body))
     began = time.monotonic()
     row = driving.run(config, name=f"{arm}-{seed}", runs_dir=folder)
-    with driving.opened(folder) as ledger:
+    with opened(folder) as ledger:
         summary = run_summary(ledger, row)
         advice = ledger.advice(row.id)
     assert row.result is not None

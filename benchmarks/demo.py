@@ -93,6 +93,7 @@ def one(seed: int, worker: str) -> dict[str, Any]:
     from agentmerge.config import SearchConfig
     from agentmerge.demo.family import MARKER, make_family
     from agentmerge.demo.tasks import demo_search
+    from agentmerge.ledger.folder import opened
     from agentmerge.report.summary import run_summary
     from agentmerge.session import driving
 
@@ -106,7 +107,7 @@ def one(seed: int, worker: str) -> dict[str, Any]:
         )
         row = driving.run(SearchConfig.from_file(config), name="demo", runs_dir=folder / "runs")
         ended = time.process_time()
-        with driving.opened(folder / "runs") as ledger:
+        with opened(folder / "runs") as ledger:
             used = run_summary(ledger, row)["evaluations"]["total"]
         measured = json.loads((folder / "family" / MARKER).read_text())["measured"]
     assert row.result is not None

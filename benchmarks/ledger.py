@@ -27,8 +27,8 @@ from agentmerge.contracts.worker import EngineInfo, ItemResult
 from agentmerge.ledger import Ledger, ResultKey, RunRow
 from agentmerge.ledger.archive import stats
 from agentmerge.ledger.folder import LEDGER
+from agentmerge.preflight.facts import settings_hash
 from agentmerge.preflight.prepare import prepare
-from agentmerge.session.driving import settings_hash
 
 CONFIG = """\
 genome:

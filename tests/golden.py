@@ -29,9 +29,9 @@ import yaml
 
 from agentmerge.config import SearchConfig
 from agentmerge.ledger import Ledger
+from agentmerge.preflight.facts import arithmetic
 from agentmerge.report.summary import trace
 from agentmerge.session import driving
-from agentmerge.session.opening import arithmetic
 from agentmerge.testing.scripted import ScriptedServer
 from tests.session.conftest import OBJECTIVES, command, config, config_text
 from tests.session.test_agents import adviser

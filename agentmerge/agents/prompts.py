@@ -16,6 +16,7 @@ from pathlib import Path
 
 from agentmerge.errors import PromptError
 from agentmerge.system.bounded import read_text
+from agentmerge.system.bundled import bundled
 
 Message = dict[str, str]
 
@@ -139,7 +140,7 @@ def load_prompts(override_dir: Path | str | None = None) -> Prompts:
         _check_folder(override)
     found = {}
     for role in VARIABLES:
-        path = bundled_dir() / f"{role}.md"
+        path = bundled("prompts") / f"{role}.md"
         if override is not None and (override / path.name).exists():
             path = override / path.name
         found[role] = Prompt(role, path, _read(path)).check()
@@ -170,18 +171,11 @@ def eject(directory: Path) -> list[Path]:
         for name in VARIABLES:
             path = directory / f"{name}.md"
             if not path.exists():
-                path.write_text(_read(bundled_dir() / path.name), encoding="utf-8")
+                path.write_text(_read(bundled("prompts") / path.name), encoding="utf-8")
                 written.append(path)
     except OSError as error:
         raise PromptError(f"{directory} cannot be written: {error.strerror}") from None
     return written
-
-
-def bundled_dir() -> Path:
-    """Our own prompts: in the wheel beside this package's code, in a checkout at its root."""
-    package = Path(__file__).parents[1]
-    bundled = package / "_bundled" / "prompts"
-    return bundled if bundled.is_dir() else package.parent / "prompts"
 
 
 def prompt_hash(messages: Sequence[Message]) -> str:

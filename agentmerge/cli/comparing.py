@@ -20,8 +20,8 @@ def tree(
     as_json: options.Json = False,
 ) -> int:
     """Draw the searches and their branches."""
+    from agentmerge.ledger.folder import opened
     from agentmerge.report.lineage import lineage
-    from agentmerge.session.driving import opened
 
     with opened(runs_dir) as ledger:
         found = lineage(ledger)
@@ -41,8 +41,8 @@ def compare(
 ) -> int:
     """Compare searches by scores, items, recipes, settings and cost."""
     from agentmerge.errors import UserError
+    from agentmerge.ledger.folder import opened
     from agentmerge.report.compare import compare as compared
-    from agentmerge.session.driving import opened
 
     if len(dict.fromkeys(names)) < 2:
         raise UserError(f"compare needs two searches, and {names[0]!r} is one; name another")

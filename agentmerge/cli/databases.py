@@ -19,7 +19,7 @@ app = typer.Typer(
 def stats(runs_dir: options.RunsDir = Path("runs"), as_json: options.Json = False) -> int:
     """Show how large it is, and what of it no search needs."""
     from agentmerge.ledger.archive import stats as measured
-    from agentmerge.session.driving import opened
+    from agentmerge.ledger.folder import opened
 
     with opened(runs_dir) as ledger:
         found = measured(ledger)
@@ -48,7 +48,7 @@ def prune(
     as_json: options.Json = False,
 ) -> int:
     """Remove what no search has, forget searches. Folders of runs stay."""
-    from agentmerge.session.doctor import prune_results
+    from agentmerge.session.gc import prune_results
 
     found = prune_results(runs_dir, forget or [], dry_run=dry_run)
     verb = "would remove" if dry_run else "removed"
@@ -76,7 +76,7 @@ def export(
 ) -> int:
     """Write searches, candidates and every item result as Parquet."""
     from agentmerge.ledger.archive import export_parquet
-    from agentmerge.session.driving import opened
+    from agentmerge.ledger.folder import opened
 
     with opened(runs_dir) as ledger:
         counts = export_parquet(ledger, to)

@@ -53,6 +53,7 @@ def run_demo(
     from agentmerge.config import SearchConfig
     from agentmerge.demo.family import cached_family
     from agentmerge.demo.tasks import demo_search
+    from agentmerge.ledger.folder import opened
     from agentmerge.report.summary import run_summary
     from agentmerge.session import driving
 
@@ -71,7 +72,7 @@ def run_demo(
         progress(config, quiet=quiet, as_json=as_json) as listener,
     ):
         row = driving.run(config, runs_dir=directory, emit=listener, drain=drain)
-    with driving.opened(directory) as ledger:
+    with opened(directory) as ledger:
         summary = run_summary(ledger, row)
     if row.result is None:
         say(f"saved; go on with: agentmerge resume {row.name} --runs-dir {directory}")

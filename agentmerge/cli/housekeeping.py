@@ -22,7 +22,7 @@ def gc(
     parents that were made in the cache and are not in use. Results and branches stay.
     """
     from agentmerge.errors import NotFound
-    from agentmerge.session.doctor import discard_leftovers, discard_made_parents, prune_checkpoints
+    from agentmerge.session.gc import discard_leftovers, discard_made_parents, prune_checkpoints
 
     # What was left anywhere goes, whatever is at fault with this runs directory.
     left = discard_leftovers(dry_run=dry_run)

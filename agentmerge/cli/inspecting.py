@@ -55,7 +55,7 @@ def check(
     from agentmerge.cli.render import plan_text
     from agentmerge.ledger import Ledger
     from agentmerge.ledger.folder import LEDGER
-    from agentmerge.session.opening import settings_hash
+    from agentmerge.preflight.facts import settings_hash
 
     path = runs_dir / LEDGER
     ledger = Ledger(path) if path.is_file() else None

@@ -29,9 +29,9 @@ def report(
     as_json: options.Json = False,
 ) -> int:
     """Write an HTML page of searches. Charts, items, agents' words; it needs no network."""
+    from agentmerge.ledger.folder import opened
     from agentmerge.report.html import write_report
     from agentmerge.report.picture import take_picture
-    from agentmerge.session.driving import opened
 
     with opened(runs_dir) as ledger:
         target = to or runs_dir / ledger.run(names[0]).name / "report.html"

@@ -14,8 +14,8 @@ from agentmerge.cli.terminal import show_result
 def list_runs(runs_dir: options.RunsDir = Path("runs"), as_json: options.Json = False) -> int:
     """List the searches."""
     from agentmerge.cli.render import number, table
+    from agentmerge.ledger.folder import opened
     from agentmerge.report.summary import run_summary
-    from agentmerge.session.driving import opened
 
     with opened(runs_dir) as ledger:
         found = [run_summary(ledger, row) for row in ledger.runs()]
@@ -40,8 +40,8 @@ def show(
 ) -> int:
     """Show where a search stands. Its best, its parents, what the agents cost."""
     from agentmerge.cli.render import summary_text
+    from agentmerge.ledger.folder import opened
     from agentmerge.report.summary import run_summary
-    from agentmerge.session.driving import opened
 
     with opened(runs_dir) as ledger:
         summary = run_summary(ledger, ledger.run(name))
@@ -53,8 +53,8 @@ def best(
     name: options.Search, runs_dir: options.RunsDir = Path("runs"), as_json: options.Json = False
 ) -> int:
     """Print the best recipe of a search as mergekit YAML."""
+    from agentmerge.ledger.folder import opened
     from agentmerge.report.summary import best_recipe
-    from agentmerge.session.driving import opened
 
     with opened(runs_dir) as ledger:
         found = best_recipe(ledger, ledger.run(name))

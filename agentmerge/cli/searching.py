@@ -138,10 +138,11 @@ def resume(
 ) -> int:
     """Go on with a search where it stopped; limits may be raised."""
     from agentmerge.config import SearchConfig
+    from agentmerge.ledger.folder import opened
     from agentmerge.report.board import Follower
     from agentmerge.session import driving
 
-    with driving.opened(runs_dir) as ledger:
+    with opened(runs_dir) as ledger:
         row = ledger.run(name)
         past = [e for e in Follower(ledger, row).news() if e["event"] != "done"]
     settings = SearchConfig.from_text(row.config, name, given)
@@ -180,9 +181,10 @@ def branch(
     """Leave a search at a generation, with any setting changed."""
     from agentmerge.cli.trackers import Tracking, tracked
     from agentmerge.config import SearchConfig
+    from agentmerge.ledger.folder import opened
     from agentmerge.session import driving
 
-    with driving.opened(runs_dir) as ledger:
+    with opened(runs_dir) as ledger:
         row = ledger.run(name)
     settings = SearchConfig.from_text(row.config, name, given)
     names = (*(tracker or ()), *(["wandb"] if wandb else []))
@@ -203,9 +205,10 @@ def _driven(
     """Run ``start(emit, drain)`` with progress and signals, then show how it ended."""
     from agentmerge.cli.live import progress
     from agentmerge.cli.render import summary_text
+    from agentmerge.ledger.folder import opened
     from agentmerge.report.summary import run_summary
     from agentmerge.search.state import WAITING
-    from agentmerge.session.driving import Drain, opened
+    from agentmerge.session.driving import Drain
 
     drain = Drain()
     say = speaker(quiet, as_json)

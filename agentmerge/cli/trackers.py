@@ -144,8 +144,8 @@ def _started(config: Any, tracking: Tracking, name: str | None) -> list[_Guarded
 
 def _fruits(runs_dir: Path, run: str) -> Sequence[tuple[str, Path]]:
     """(kind, file) of what a search leaves: its best recipe so far, and its report."""
+    from agentmerge.ledger.folder import opened
     from agentmerge.report.html import write_report
-    from agentmerge.session.driving import opened
 
     recipe = runs_dir / run / "best.yml"
     found = [("recipe", recipe)] if recipe.is_file() else []

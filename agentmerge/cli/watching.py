@@ -25,9 +25,9 @@ def watch(
     from agentmerge.cli.live import JsonLines, progress
     from agentmerge.cli.render import summary_text
     from agentmerge.config import SearchConfig
+    from agentmerge.ledger.folder import opened
     from agentmerge.report.board import Follower
     from agentmerge.report.summary import run_status, run_summary
-    from agentmerge.session.driving import opened
 
     with opened(runs_dir) as ledger:
         row = ledger.run(name)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentmerge.errors import RunFailed, UserError
+from agentmerge.ledger.folder import CHECKPOINTS
 from agentmerge.ledger.identity import (
     Identity,
     abandon,
@@ -25,6 +26,7 @@ from agentmerge.ledger.identity import (
     is_elsewhere,
 )
 from agentmerge.ledger.journal import journal_mode
+from agentmerge.ledger.store import remedy
 from agentmerge.system.bounded import refuse_odd_file
 from agentmerge.system.redaction import redact
 
@@ -46,7 +48,6 @@ if TYPE_CHECKING:
 
 BUSY_TIMEOUT_S = 30.0
 RUNS_DIR_VARIABLE = "AGENTMERGE_RUNS_DIR"
-CHECKPOINTS_FILE = "checkpoints.sqlite"
 
 # Rows of one thread that are not the newest of their namespace.
 _OLDER = """thread_id = ? AND checkpoint_id < (
@@ -330,6 +331,18 @@ def open_saver(path: Path | str) -> Iterator[Saver]:
         _close(saver)
 
 
+@contextmanager
+def readable(checkpoints: Path, name: str) -> Iterator[None]:
+    """A checkpoint file that fails as a sentence: the ledger still holds the whole search."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        what_to_do = remedy(error)
+        if what_to_do.startswith("move it away"):
+            what_to_do = f"delete it (no result is in it), then agentmerge resume {name}"
+        raise RunFailed(f"{checkpoints} cannot be used: {error}; {what_to_do}") from error
+
+
 @asynccontextmanager
 async def langgraph_checkpointer() -> AsyncIterator[Saver]:
     """The saver for a LangGraph server, on the file that the command line uses.
@@ -338,7 +351,7 @@ async def langgraph_checkpointer() -> AsyncIterator[Saver]:
     {"path": "./agentmerge/session/checkpoints.py:langgraph_checkpointer"}. The folder is
     $AGENTMERGE_RUNS_DIR, or runs/ under the working directory.
     """
-    path = Path(os.environ.get(RUNS_DIR_VARIABLE, "runs")) / CHECKPOINTS_FILE
+    path = Path(os.environ.get(RUNS_DIR_VARIABLE, "runs")) / CHECKPOINTS
     saver = await asyncio.to_thread(_open, path)
     try:
         yield saver

@@ -13,7 +13,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,13 @@ from agentmerge.errors import (
     UserError,
 )
 from agentmerge.ledger import Ledger, RunRow
-from agentmerge.ledger.folder import CHECKPOINTS, LEDGER
-from agentmerge.ledger.lease import Lease
 from agentmerge.preflight.prepare import Prepared, anchored, prepare
 from agentmerge.search.search import Search
 from agentmerge.search.state import WAITING
+from agentmerge.session.branching import new_branch
 from agentmerge.session.checkpoints import RUNS_DIR_VARIABLE
 from agentmerge.session.clients import client_changes, client_config
-from agentmerge.session.opening import (
-    assembled,
-    begun,
-    changed_facts,
-    new_branch,
-    new_row,
-    resource_faults,
-    silent,
-    unseen,
-)
+from agentmerge.session.opening import new_run, opened_search, prepared_again, resource_faults
 
 #: Seconds that a server's run waits at its end until its search is closed; that goes on after them.
 _ENDING_S = 60.0
@@ -139,7 +129,7 @@ def search_of(runtime: Any) -> Search:
         if run is not None:
             run.refuse_over()
         if key not in _OPEN:
-            _hold(context, key)
+            _hold(context, key, run)
             if run is not None:
                 run.holds(_OPEN[key])
         elif run is not None:
@@ -196,6 +186,9 @@ class ServedRun:
                 self._nodes -= 1
                 self._change.notify_all()
 
+    def is_over(self) -> bool:
+        return self._over
+
     def refuse_over(self) -> None:
         if self._over:
             raise RunFailed("this run is over; a new one on its thread goes on with the search")
@@ -206,18 +199,14 @@ class ServedRun:
 
     def holds(self, search: Search) -> None:
         """It has opened this search, unless it was over before: opening takes minutes."""
-        with self._change:
-            self._search = search
+        self._search = search
         if self._over:
             _interrupt(search)
             self.refuse_over()
 
     def stop(self) -> None:
         """Nothing more is begun from here on."""
-        with self._change:
-            self._over = True
-            if self._search is not None:
-                self._search.stopping = lambda: True
+        self._over = True
 
     def give_back(self) -> None:
         """Wait for what its nodes have begun, and close its search, unless it is closed."""
@@ -310,16 +299,14 @@ def at_hand(search: Search) -> Iterator[None]:
         _OPEN.pop(search.run_id, None)
 
 
-def _hold(context: ClientContext, key: str) -> None:
+def _hold(context: ClientContext, key: str, run: ServedRun | None) -> None:
+    stopping = run.is_over if run else lambda: False
     with ExitStack() as stack:
-        ledger = stack.enter_context(Ledger(context.folder / LEDGER))
-        prepared, row = _run(context, key, ledger)
-        checkpoints = context.folder / CHECKPOINTS
-        lease = stack.enter_context(Lease.acquire(checkpoints, row.id, name=row.name))
-        tell = stack.enter_context(begun(ledger, row, prepared, context.folder, silent))
-        search = assembled(prepared, row, context.folder, ledger, tell, stack)
-        search.entering = lease.check
-        ledger.update_run(row.id, status="running", stop_reason="")
+        opening = opened_search(
+            context.folder, partial(_run, context, key), drive=True, stopping=stopping
+        )
+        search, _, row = stack.enter_context(opening)
+        search.ledger.update_run(row.id, status="running", stop_reason="")
         for name in {key, row.id, row.name}:
             _OPEN[name] = search
             stack.callback(_OPEN.pop, name, None)
@@ -339,13 +326,8 @@ def _run(context: ClientContext, key: str, ledger: Ledger) -> tuple[Prepared, Ru
             raise
         config = anchored(context.search_config())
         prepared = prepare(config, fresh=True, known_faults=resource_faults(config))
-        prepared = unseen(ledger, prepared)
-        row = new_row(ledger, prepared, context.name, run_id=key)
-        row = ledger.add_run(row)
-        return prepared, row
-    config = SearchConfig.from_text(row.config, row.name)
-    prepared = prepare(config, allow_benchmarks=True).without(row.facts.get("searched", ()))
-    changes = changed_facts(row.facts, prepared.facts())
+        return new_run(ledger, prepared, context.name, run_id=key)
+    prepared, changes = prepared_again(row, SearchConfig.from_text(row.config, row.name))
     if changes:
         raise UserError(f"{'; '.join(changes)} since {row.name!r} began; branch it")
     return prepared, row

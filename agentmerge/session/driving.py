@@ -2,46 +2,40 @@
 
 ``runs/NAME/`` holds the config as resolved, best.yml and the log; all searches share
 ``runs/checkpoints.sqlite`` (LangGraph, thread id = run id) and ``runs/agentmerge.sqlite`` (the
-ledger). How a search is put together is ``assembly.py``, what it does ``steps.py``.
+ledger). How a search is opened is ``opening``; what it does, its graph says.
 """
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from agentmerge.config import FIRST, Role, SearchConfig
-from agentmerge.errors import CandidateFailed, LeaseHeld, NotBegun, RunFailed, UserError
+from agentmerge.errors import LeaseHeld, NotBegun, RunFailed, UserError
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.ledger.archive import remove_runs
-from agentmerge.ledger.folder import CHECKPOINTS, LEDGER
+from agentmerge.ledger.folder import CHECKPOINTS, LEDGER, existing_runs
 from agentmerge.ledger.lease import Lease
-from agentmerge.ledger.store import remedy
 from agentmerge.preflight.prepare import Prepared, anchored, anchored_name, prepare
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.cancelling import cancelling_notes
 from agentmerge.search.scoring import Scoring
-from agentmerge.search.search import Emit
+from agentmerge.search.search import Emit, Search
 from agentmerge.search.state import GRAPH_VERSION, WAITING, SearchState
+from agentmerge.session.branching import new_branch
 from agentmerge.session.context import Context, at_hand
+from agentmerge.session.graphs import load_graph
 from agentmerge.session.opening import (
     RESUMABLE,
-    assembled,
-    begun,
-    changed_facts,
-    existing_runs,
-    load_graph,
-    new_branch,
-    new_row,
-    opened,
+    FindRun,
+    new_run,
+    opened_search,
     pool_of,
+    prepared_again,
     resource_faults,
-    settings_hash,
     silent,
-    unseen,
 )
 
 
@@ -84,14 +78,13 @@ def run(
         raise UserError(f"--runs-dir {runs_dir} is a file; name a folder")
     faults = resource_faults(config, models)
     prepared = prepare(config, allow_benchmarks=allow_benchmarks, fresh=True, known_faults=faults)
-    runs_dir = Path(runs_dir)
-    with Ledger(runs_dir / LEDGER) as ledger:
+
+    def begin(ledger: Ledger) -> tuple[Prepared, RunRow]:
         if name is not None:
-            _clear_false_start(ledger, runs_dir, name)
-        prepared = unseen(ledger, prepared)
-        row = new_row(ledger, prepared, name)
-        row = ledger.add_run(row)
-        return _drive(prepared, row, runs_dir, ledger, emit, drain, models)
+            _clear_false_start(ledger, Path(runs_dir), name)
+        return new_run(ledger, prepared, name)
+
+    return _drive(Path(runs_dir), begin, emit, drain, models)
 
 
 def _clear_false_start(ledger: Ledger, runs_dir: Path, name: str) -> None:
@@ -125,8 +118,8 @@ def resume(
             that nothing asked for.
         RunFailed: the saved state cannot be continued.
     """
-    runs_dir = existing_runs(runs_dir)
-    with Ledger(runs_dir / LEDGER) as ledger:
+
+    def again(ledger: Ledger) -> tuple[Prepared, RunRow]:
         row = ledger.run(name)
         foreign = sorted(set(overrides or {}) - {*RESUMABLE, "agents.api_key_env"})
         if foreign:
@@ -139,8 +132,7 @@ def resume(
         config = SearchConfig.from_text(row.config, row.name, overrides)
         if faults := resource_faults(config, models):
             raise UserError("\n".join(faults))
-        prepared = prepare(config, allow_benchmarks=True).without(row.facts.get("searched", ()))
-        changes = changed_facts(row.facts, prepared.facts())
+        prepared, changes = prepared_again(row, config)
         if changes:
             way = f"`agentmerge branch {row.name}` to score the best again"
             if all(c.score is None for c in ledger.candidates(row.id)):
@@ -149,7 +141,9 @@ def resume(
                 f"{'; '.join(changes)} since {row.name!r} began: old and new scores cannot be "
                 f"compared; put it back, or {way}"
             )
-        return _drive(prepared, row, runs_dir, ledger, emit, drain, models, answer)
+        return prepared, row
+
+    return _drive(existing_runs(runs_dir), again, emit, drain, models, answer)
 
 
 def _raised(config: SearchConfig, limits: Mapping[str, Any], name: str) -> None:
@@ -185,10 +179,11 @@ def branch(
     Raises:
         NotFound: no such run or generation, naming those that exist.
     """
-    runs_dir = existing_runs(runs_dir)
-    with Ledger(runs_dir / LEDGER) as ledger:
-        prepared, row = new_branch(ledger, source, at, name, overrides or {}, models)
-        return _drive(prepared, row, runs_dir, ledger, emit, drain, models)
+
+    def begin(ledger: Ledger) -> tuple[Prepared, RunRow]:
+        return new_branch(ledger, source, at, name, overrides or {}, models)
+
+    return _drive(existing_runs(runs_dir), begin, emit, drain, models)
 
 
 def evaluate(
@@ -250,10 +245,8 @@ def _under_its_template(config: SearchConfig, recipe: Recipe) -> SearchConfig:
 
 
 def _drive(
-    prepared: Prepared,
-    row: RunRow,
     runs_dir: Path,
-    ledger: Ledger,
+    find: FindRun,
     emit: Emit | None,
     drain: Drain | None,
     models: Mapping[Role, Any] | None,
@@ -264,21 +257,17 @@ def _drive(
     from agentmerge.session.checkpoints import open_saver
 
     drain = drain or Drain()
-    with ExitStack() as stack, readable(runs_dir / CHECKPOINTS, row.name):
-        told = emit or silent
-        lease = stack.enter_context(
-            Lease.acquire(
-                runs_dir / CHECKPOINTS,
-                row.id,
-                name=row.name,
-                say=lambda text: told({"event": "note", "text": text}),
-            )
-        )
-        saver = stack.enter_context(open_saver(runs_dir / CHECKPOINTS))
-        tell = stack.enter_context(begun(ledger, row, prepared, runs_dir, told))
-        search = assembled(prepared, row, runs_dir, ledger, tell, stack, models)
-        search.stopping = lambda: drain.requested
-        search.entering = lease.check
+    with (
+        opened_search(
+            runs_dir,
+            find,
+            drive=True,
+            models=models,
+            emit=emit or silent,
+            stopping=lambda: drain.requested,
+        ) as (search, prepared, row),
+        open_saver(runs_dir / CHECKPOINTS) as saver,
+    ):
         advisers = sorted({model.name for model in search.models.values()})
         search.emit(
             {
@@ -297,47 +286,42 @@ def _drive(
             "recursion_limit": prepared.config.graph_steps,
         }
         begin = _first_input(graph, thread, row, prepared, answer)
-        stack.enter_context(at_hand(search))
-        ledger.update_run(row.id, status="running", stop_reason="")
+        search.ledger.update_run(row.id, status="running", stop_reason="")
         context = Context(run=row.id, runs_dir=str(runs_dir))
         try:
-            graph.invoke(begin, thread, context=context, durability="sync", control=drain.control)
+            with at_hand(search):
+                graph.invoke(
+                    begin, thread, context=context, durability="sync", control=drain.control
+                )
         except (GraphDrained, NotBegun):
             pass  # told to stop: the last step is saved, or was not begun
         except BaseException:
-            _say_interrupted(ledger, row.id, lease)
+            _say_interrupted(search)
             raise
-        snapshot = graph.get_state(thread)
-        if snapshot.values.get("status") != "done":
-            lease.check()
-        if snapshot.interrupts:
-            question = str(snapshot.interrupts[0].value["question"])
-            ledger.update_run(row.id, status=WAITING, stop_reason=question)
-        elif snapshot.values.get("status") != "done":
-            if not drain.requested:
-                ledger.update_run(row.id, status="failed", stop_reason="ended without finishing")
-                raise RunFailed(f"search {row.name!r} ended without finishing; see its log.jsonl")
-            ledger.update_run(row.id, status="interrupted")
-    return ledger.run(row.id)
+        _say_how_it_ended(search, graph.get_state(thread), drain)
+        return search.ledger.run(row.id)
 
 
-def _say_interrupted(ledger: Ledger, run_id: str, lease: Lease) -> None:
+def _say_interrupted(search: Search) -> None:
     """Where another process has the search by now, what that one says of it stands."""
     with suppress(LeaseHeld):
-        lease.check()
-        ledger.update_run(run_id, status="interrupted")
+        search.entering()
+        search.ledger.update_run(search.run_id, status="interrupted")
 
 
-@contextmanager
-def readable(checkpoints: Path, name: str) -> Iterator[None]:
-    """A checkpoint file that fails as a sentence: the ledger still holds the whole search."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        what_to_do = remedy(error)
-        if what_to_do.startswith("move it away"):
-            what_to_do = f"delete it (no result is in it), then agentmerge resume {name}"
-        raise RunFailed(f"{checkpoints} cannot be used: {error}; {what_to_do}") from error
+def _say_how_it_ended(search: Search, snapshot: Any, drain: Drain) -> None:
+    done = snapshot.values.get("status") == "done"
+    if not done:
+        search.entering()
+    if snapshot.interrupts:
+        question = str(snapshot.interrupts[0].value["question"])
+        search.ledger.update_run(search.run_id, status=WAITING, stop_reason=question)
+    elif not done and drain.requested:
+        search.ledger.update_run(search.run_id, status="interrupted")
+    elif not done:
+        reason = "ended without finishing"
+        search.ledger.update_run(search.run_id, status="failed", stop_reason=reason)
+        raise RunFailed(f"search {search.run_dir.name!r} {reason}; see its log.jsonl")
 
 
 def _first_input(
@@ -364,22 +348,3 @@ def _first_input(
     if answer is not None:
         raise UserError(f"search {row.name!r} asks nothing: leave the answer out")
     return SearchState(run_id=row.id, graph_version=GRAPH_VERSION)
-
-
-__all__ = [
-    "CHECKPOINTS",
-    "LEDGER",
-    "CandidateFailed",
-    "Context",
-    "Drain",
-    "branch",
-    "changed_facts",
-    "evaluate",
-    "existing_runs",
-    "load_graph",
-    "opened",
-    "resource_faults",
-    "resume",
-    "run",
-    "settings_hash",
-]

@@ -14,11 +14,11 @@ from typing import Any
 from agentmerge.config import FIRST, SearchConfig
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger, ResultKey
+from agentmerge.ledger.folder import opened
 from agentmerge.preflight.prepare import Prepared, prepare
 from agentmerge.recipe import Recipe
 from agentmerge.report.model_card import model_card
 from agentmerge.report.summary import best_recipe
-from agentmerge.session.driving import opened
 from agentmerge.space.grouped import public_names
 from agentmerge.system.temporary import write_at_once
 

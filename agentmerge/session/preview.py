@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 from agentmerge.agents.prompts import load_prompts, prompt_hash, prompt_of
 from agentmerge.config import ROLES, SearchConfig
 from agentmerge.errors import NotFound
-from agentmerge.ledger import Ledger
-from agentmerge.ledger.folder import LEDGER
+from agentmerge.ledger.folder import existing_runs, opened
 from agentmerge.preflight.prepare import prepare
 from agentmerge.search.advise import question
-from agentmerge.session.opening import assembled, existing_runs
+from agentmerge.session.opening import opened_search
 
 _CHARS_PER_TOKEN = 4
 
@@ -37,22 +35,22 @@ def preview(
     """
     prompt_of(load_prompts(prompts), name)
     role = next(role for role in ROLES if role == name)
-    with ExitStack() as stack:
-        folder = existing_runs(runs_dir)
-        ledger = stack.enter_context(Ledger(folder / LEDGER, read_only=True))
+    folder = existing_runs(runs_dir)
+    with opened(folder) as ledger:
         row = ledger.run(run)
         known = sorted({c.generation for c in ledger.candidates(row.id) if c.state != "open"})
-        at = (known[-1] if known else 0) if generation is None else generation
-        if at not in known:
-            raise NotFound(f"run {row.name!r} has no generation {at}")
-        overrides = {} if prompts is None else {"agents.prompts": str(Path(prompts).absolute())}
-        config = SearchConfig.from_text(row.config, row.name, overrides)
-        prepared = prepare(config, allow_benchmarks=True, weights=False)
-        # The past is read, and no model: whose answers it holds, the run says itself.
-        prepared = replace(prepared, identities=row.facts["identities"])
-        search = assembled(prepared, row, folder, ledger, lambda event: None, stack, advised=False)
+    at = (known[-1] if known else 0) if generation is None else generation
+    if at not in known:
+        raise NotFound(f"run {row.name!r} has no generation {at}")
+    overrides = {} if prompts is None else {"agents.prompts": str(Path(prompts).absolute())}
+    config = SearchConfig.from_text(row.config, row.name, overrides)
+    prepared = prepare(config, allow_benchmarks=True, weights=False)
+    # The past is read, and no model: whose answers it holds, the run says itself.
+    prepared = replace(prepared, identities=row.facts["identities"])
+    past = opened_search(folder, lambda _: (prepared, row), advised=False, read_only=True)
+    with past as (search, _, _):
         messages, _, _ = question(search, role, at)
-        asked = ledger.call(row.id, at, role, prompt_hash(messages))
+        asked = search.ledger.call(row.id, at, role, prompt_hash(messages))
     return {
         "messages": messages,
         "generation": at,

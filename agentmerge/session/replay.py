@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +29,16 @@ from agentmerge.errors import (
     WorkerLost,
 )
 from agentmerge.ledger import Ledger, RunRow
-from agentmerge.ledger.folder import LEDGER
-from agentmerge.preflight.prepare import Prepared, prepare
+from agentmerge.ledger.folder import LEDGER, existing_runs
+from agentmerge.preflight.facts import arithmetic
+from agentmerge.preflight.prepare import Prepared
 from agentmerge.recipe import Recipe
 from agentmerge.report.summary import trace
 from agentmerge.search.search import Search
 from agentmerge.search.state import GRAPH_VERSION, SearchState
 from agentmerge.session.context import Context, at_hand
-from agentmerge.session.opening import (
-    TOOLS,
-    arithmetic,
-    assembled,
-    changed_facts,
-    existing_runs,
-    load_graph,
-)
+from agentmerge.session.graphs import load_graph
+from agentmerge.session.opening import TOOLS, opened_search, prepared_again
 from agentmerge.system.temporary import temporary_folder
 
 
@@ -78,19 +73,18 @@ def replay(
         UserError: the models' files or the tasks changed since, or the run was made by tools.
     """
     runs_dir = existing_runs(runs_dir)
-    with ExitStack() as stack:
-        folder = stack.enter_context(temporary_folder("agentmerge-replay"))
+    with temporary_folder("agentmerge-replay") as folder:
         with Ledger(runs_dir / LEDGER, read_only=True) as original:
             row = original.run(name)
             original.copy_to(folder / LEDGER)
-        ledger = stack.enter_context(Ledger(folder / LEDGER))
-        search = _search(ledger, row, folder, prompts, stack)
-        stopped = ""
-        try:
-            _drive(search, folder)
-        except ReplyMissing as missing:
-            stopped = str(missing)
-        found = _compared(ledger, row, ledger.run(search.run_id), stopped)
+        with opened_search(folder, partial(_again, row), advised=False) as (opened, prepared, _):
+            search = _following(opened, prepared, row, prompts)
+            stopped = ""
+            try:
+                _drive(search, folder)
+            except ReplyMissing as missing:
+                stopped = str(missing)
+            found = _compared(search.ledger, row, search.ledger.run(search.run_id), stopped)
     return replace(found, cause="" if found.identical or prompts else _cause(row))
 
 
@@ -108,45 +102,52 @@ def _cause(row: RunRow) -> str:
     )
 
 
-def _search(
-    ledger: Ledger, row: RunRow, folder: Path, prompts: Path | str | None, stack: ExitStack
-) -> Search:
-    """The search again under another id, with what is stored in place of models and workers."""
+#: A search's own prompts are in the ledger; their folder may be gone.
+_OWN_PROMPTS: Mapping[str, Any] = {"agents.prompts": None}
+
+
+def _again(row: RunRow, ledger: Ledger) -> tuple[Prepared, RunRow]:
+    """The search under another id."""
     if row.algorithm == TOOLS:
         raise UserError(f"run {row.name!r} was made by tools: there is no search to replay")
-    overrides = {"agents.prompts": None}  # its own are in the ledger; their folder may be gone
-    config = SearchConfig.from_text(row.config, row.name, overrides)
-    prepared = prepare(config, allow_benchmarks=True).without(row.facts.get("searched", ()))
-    changes = changed_facts(row.facts, prepared.facts())
+    config = SearchConfig.from_text(row.config, row.name, _OWN_PROMPTS)
+    prepared, changes = prepared_again(row, config)
     if changes:
         raise UserError(f"{'; '.join(changes)} since {row.name!r} began: it cannot be replayed")
     again = replace(row, id=str(uuid.uuid4()), name=f"{row.name}-replay", status="new", result=None)
     again = ledger.add_run(again)
     if row.parent_generation is not None:
         ledger.copy_past(row.id, again.id, row.parent_generation, prior=False)
-    (folder / again.name).mkdir()
-    search = assembled(prepared, again, folder, ledger, lambda event: None, stack, advised=False)
-    search.prompts = _prompts(ledger, row, prompts)
+    return prepared, again
+
+
+def _following(
+    search: Search, prepared: Prepared, row: RunRow, prompts: Path | str | None
+) -> Search:
+    """The search with what is stored in place of models and workers."""
+    ledger = search.ledger
     configs = [
-        (since, SearchConfig.from_text(row.config, row.name, overrides | limits))
+        (since, SearchConfig.from_text(row.config, row.name, {**_OWN_PROMPTS, **limits}))
         for since, limits in ledger.limits(row.id)
     ]
-    followed = _Followed(search, row, configs)
-    search.entering, search.seconds_left = followed.follow, followed.seconds_left
     asked = ledger.called_models(row.id)
-    search.models = {
-        role: AgentModel(None, name=asked.get(role, ""))
-        for role in ROLES
-        if role in asked or config.agents.settings_for(role).model != "none"
-    }
-    search.replies_of = row.id
     never_begun = {c.recipe_hash for c in ledger.candidates(row.id) if c.state == "open"}
     flat = {c.recipe_hash for c in ledger.candidates(row.id) if c.gradient is None}
     lost = str((row.result or {}).get("lost", ""))
-    search.pool = _StoredResults(
-        search.pool, prepared, _failures(ledger, row), never_begun, flat, lost
+    found = replace(
+        search,
+        prompts=_prompts(ledger, row, prompts),
+        models={
+            role: AgentModel(None, name=asked.get(role, ""))
+            for role in ROLES
+            if role in asked or search.config.agents.settings_for(role).model != "none"
+        },
+        replies_of=row.id,
+        pool=_StoredResults(search.pool, prepared, _failures(ledger, row), never_begun, flat, lost),
     )
-    return search
+    followed = _Followed(found, row, configs)
+    found.entering, found.seconds_left = followed.follow, followed.seconds_left
+    return found
 
 
 @dataclass(frozen=True)

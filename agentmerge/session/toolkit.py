@@ -4,14 +4,16 @@
     with MergeToolkit("config.yml") as toolkit:
         agent = create_agent(model, toolkit.get_tools())
 
-Knows how to open a run that keeps what the tools do; what they do is in ``probing``, and how they
-are offered in ``toolset``.
+Knows which run keeps what the tools do; what they do is in ``search.probes``, and how they are
+offered in ``search.tools``.
 """
 
 from __future__ import annotations
 
+import threading
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -20,11 +22,9 @@ from langchain_core.tools import BaseTool
 from agentmerge.config import SearchConfig
 from agentmerge.errors import NotFound, UserError
 from agentmerge.ledger import Ledger, RunRow
-from agentmerge.ledger.folder import CHECKPOINTS, LEDGER
-from agentmerge.ledger.lease import Lease
-from agentmerge.preflight.prepare import anchored, prepare
+from agentmerge.preflight.prepare import Prepared, anchored, prepare
 from agentmerge.search.tools import tools_of
-from agentmerge.session.opening import TOOLS, assembled, changed_facts, new_row
+from agentmerge.session.opening import TOOLS, new_row, opened_search, prepared_again
 
 
 class MergeToolkit:
@@ -47,46 +47,15 @@ class MergeToolkit:
         runs_dir: Path | str = "runs",
         allow_benchmarks: bool = False,
     ) -> None:
-        self._stack = ExitStack()
-        try:
-            self._open(config, name, Path(runs_dir), allow_benchmarks)
-        except BaseException:
-            self._stack.close()
-            raise
-
-    def _open(
-        self,
-        config: SearchConfig | Path | str | None,
-        name: str,
-        runs_dir: Path,
-        allow_benchmarks: bool,
-    ) -> None:
-        ledger = self._stack.enter_context(Ledger(runs_dir / LEDGER))
-        row = next((found for found in ledger.runs() if found.name == name), None)
-        if config is None:
-            if row is None:
-                raise NotFound(f"no run called {name!r} in {runs_dir}; give a config to begin one")
-            config = SearchConfig.from_text(row.config, name)
-        elif not isinstance(config, SearchConfig):
-            config = SearchConfig.from_file(Path(config))
-        prepared = prepare(anchored(config), allow_benchmarks=allow_benchmarks or row is not None)
-        if row is None:
-            row = replace(new_row(ledger, prepared, name), algorithm=TOOLS)
-            row = ledger.add_run(row)
-        prepared = prepared.without(row.facts.get("searched", ()))
-        changes = changed_facts(row.facts, prepared.facts())
-        if changes:
-            more = f" and {len(changes) - 1} more such" if len(changes) > 1 else ""
-            raise UserError(
-                f"run {name!r} is another config's, or that changed since ({changes[0]}{more}); "
-                "choose another name"
+        self._stopped = threading.Event()
+        find = partial(_run, config, name, allow_benchmarks)
+        with ExitStack() as stack:
+            self.search, _, row = stack.enter_context(
+                opened_search(Path(runs_dir), find, stopping=self._stopped.is_set)
             )
-        checkpoints = runs_dir / CHECKPOINTS
-        self._stack.enter_context(Lease.acquire(checkpoints, row.id, name=row.name))
-        (runs_dir / row.name).mkdir(parents=True, exist_ok=True)
-        self.search = assembled(prepared, row, runs_dir, ledger, lambda event: None, self._stack)
-        ledger.update_run(row.id, status="running")
-        self._stack.callback(self._ended, ledger, row)
+            self.search.ledger.update_run(row.id, status="running")
+            stack.callback(self._ended, self.search.ledger, row)
+            self._stack = stack.pop_all()
 
     def _ended(self, ledger: Ledger, row: RunRow) -> None:
         """Done, as tools have no end of their own; but a search stands where it stood."""
@@ -101,7 +70,7 @@ class MergeToolkit:
 
     def stop(self) -> None:
         """Begin nothing more: calls that wait for a worker come back at once."""
-        self.search.stopping = lambda: True
+        self._stopped.set()
 
     def close(self) -> None:
         """End the workers and give the run back; safe to call twice."""
@@ -112,3 +81,30 @@ class MergeToolkit:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _run(
+    config: SearchConfig | Path | str | None, name: str, allow_benchmarks: bool, ledger: Ledger
+) -> tuple[Prepared, RunRow]:
+    """The run of this name, or a new one."""
+    row = next((found for found in ledger.runs() if found.name == name), None)
+    if config is None:
+        if row is None:
+            where = ledger.path.parent
+            raise NotFound(f"no run called {name!r} in {where}; give a config to begin one")
+        config = SearchConfig.from_text(row.config, name)
+    elif not isinstance(config, SearchConfig):
+        config = SearchConfig.from_file(Path(config))
+    config = anchored(config)
+    if row is None:
+        prepared = prepare(config, allow_benchmarks=allow_benchmarks)
+        row = replace(new_row(ledger, prepared, name), algorithm=TOOLS)
+        return prepared, ledger.add_run(row)
+    prepared, changes = prepared_again(row, config)
+    if changes:
+        more = f" and {len(changes) - 1} more such" if len(changes) > 1 else ""
+        raise UserError(
+            f"run {name!r} is another config's, or that changed since ({changes[0]}{more}); "
+            "choose another name"
+        )
+    return prepared, row

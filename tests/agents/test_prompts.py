@@ -2,10 +2,11 @@
 
 import pytest
 
-from agentmerge.agents.prompts import VARIABLES, bundled_dir, load_prompts, prompt_hash
+from agentmerge.agents.prompts import VARIABLES, load_prompts, prompt_hash
 from agentmerge.agents.view import variables
 from agentmerge.errors import PromptError
 from agentmerge.space.grouped import public_names
+from agentmerge.system.bundled import bundled
 
 CRITIC = "Judge.\n---\n{{history}} {{best_score}}"
 
@@ -21,7 +22,7 @@ def test_our_own_prompts_load_and_use_what_their_role_has():
     assert VARIABLES.keys() == {"critic", "controller", "proposer"}
     for role in VARIABLES:
         prompt = getattr(prompts, role)
-        assert prompt.path == bundled_dir() / f"{role}.md"
+        assert prompt.path == bundled("prompts") / f"{role}.md"
         assert [
             m["role"] for m in prompt.render(**dict.fromkeys(VARIABLES[role].allowed, "v"))
         ] == [

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge.agents.prompts import bundled_dir
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
 from agentmerge.contracts.worker import ItemRef
@@ -16,6 +15,7 @@ from agentmerge.ledger import Ledger, evaluations, incumbent
 from agentmerge.report.compare import compare
 from agentmerge.report.summary import run_summary
 from agentmerge.session import driving
+from agentmerge.system.bundled import bundled
 from agentmerge.testing.scripted import ScriptedServer
 from tests.report.conftest import CONFIG, search_family
 
@@ -131,7 +131,7 @@ def test_a_prompt_that_differs_is_shown(
     monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
     prompts = tmp_path / "prompts"
     prompts.mkdir()
-    text = (bundled_dir() / "critic.md").read_text()
+    text = (bundled("prompts") / "critic.md").read_text()
     (prompts / "critic.md").write_text(text.rstrip() + "\nBe brief.\n")
     runs = tmp_path / "runs"
     with ScriptedServer(lambda body: {"summary": "so", "findings": []}) as server:

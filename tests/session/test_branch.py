@@ -14,7 +14,7 @@ from agentmerge.ledger import Ledger
 from agentmerge.search import advise
 from agentmerge.search.advise import view_of
 from agentmerge.session import driving
-from agentmerge.session.doctor import prune_checkpoints, prune_results
+from agentmerge.session.gc import prune_checkpoints, prune_results
 from agentmerge.session.replay import replay
 from agentmerge.strategies.one_plus_one import step_size
 from tests.session.conftest import config, trace_of

@@ -26,7 +26,7 @@ from agentmerge.ledger.words import openings
 from agentmerge.session import driving
 from agentmerge.session.checkpoints import open_saver
 from agentmerge.session.context import _HELD, _OPEN, ClientContext
-from agentmerge.session.opening import graphs_dir
+from agentmerge.system.bundled import bundled
 from agentmerge.testing.scripted import ScriptedServer
 from agentmerge.workers.fake import FakeWorker
 from tests.session.conftest import BODY, config, trace_of
@@ -55,7 +55,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 async def on_server(runs_dir: Path, context: ClientContext, thread_id: str, begin: Any):
     """As langgraph-api runs it: the graph is entered for one run, and left however that ends."""
     thread = {"configurable": {"thread_id": thread_id}, "max_concurrency": 64}
-    served = runpy.run_path(str(graphs_dir() / "search.py"))["served"]
+    served = runpy.run_path(str(bundled("graphs") / "search.py"))["served"]
     async with served(thread, SimpleNamespace(execution_runtime=True)) as graph:
         compiled = graph.compile(checkpointer=SAVERS[runs_dir])
         return await compiled.ainvoke(begin, thread, context=context)
@@ -340,7 +340,7 @@ def test_a_run_that_waits_for_a_person_holds_nothing(
 
 
 def test_nodes_of_no_run_open_nothing(tmp_path: Path) -> None:
-    graph = runpy.run_path(str(graphs_dir() / "search.py"))["build"](ClientContext)
+    graph = runpy.run_path(str(bundled("graphs") / "search.py"))["build"](ClientContext)
     thread = {"configurable": {"thread_id": str(uuid.uuid4())}}
     with pytest.raises(RunFailed, match="this run is over"):
         graph.compile(checkpointer=SAVERS[tmp_path]).invoke({}, thread, context=asked())

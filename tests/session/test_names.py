@@ -17,7 +17,7 @@ from agentmerge.ledger import Ledger
 from agentmerge.recipe import Recipe
 from agentmerge.report.summary import best_recipe
 from agentmerge.session import driving, export
-from agentmerge.session.doctor import prune_results
+from agentmerge.session.gc import prune_results
 from tests.session.conftest import command, config_text
 from tests.session.conftest import config as fake_config
 

@@ -10,7 +10,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from agentmerge.search.evaluate import evaluate
 from agentmerge.search.select import select
 from agentmerge.session import driving
 from agentmerge.session.checkpoints import open_saver
-from agentmerge.session.opening import assembled
+from agentmerge.session.opening import opened_search
 from tests.session.conftest import command, config, config_text, trace_of
 
 KILLS = 20
@@ -284,12 +284,12 @@ def test_databases_of_different_moments_go_on_from_the_ledger(tmp_path: Path, be
 def test_a_missing_generation_is_not_an_empty_one(tmp_path: Path) -> None:
     """A server's graph goes on from its own checkpoint, which may be ahead of the ledger."""
     row = driving.run(config(budget={"max_evaluations": 24}), name="a", runs_dir=tmp_path)
-    with Ledger(tmp_path / driving.LEDGER) as ledger, ExitStack() as stack:
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
         last = ledger.candidates(row.id)[-1].generation
         with ledger._writing() as conn:
             conn.execute("DELETE FROM candidates WHERE generation = ?", (last,))
         prepared = driving.prepare(driving.SearchConfig.from_text(row.config))
-        search = assembled(prepared, row, tmp_path, ledger, lambda event: None, stack)
+    with opened_search(tmp_path, lambda _: (prepared, row)) as (search, _, _):
         evaluate(search, last, 0)
         outcome = select(search, last)
         assert (outcome.stop_reason, outcome.generation) == ("", last)

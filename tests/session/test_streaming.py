@@ -20,7 +20,7 @@ from agentmerge.ledger import Ledger
 from agentmerge.session import driving
 from agentmerge.session.checkpoints import open_saver
 from agentmerge.session.context import Context
-from agentmerge.session.opening import graphs_dir
+from agentmerge.system.bundled import bundled
 from agentmerge.testing.scripted import Fault, ScriptedServer
 from agentmerge.workers.fake import FakeWorker
 from tests.session.conftest import config, config_text, trace_of
@@ -29,7 +29,7 @@ from tests.session.conftest import config, config_text, trace_of
 def streamed(runs_dir: Path, context: Context, thread_id: str, begin: dict | None) -> list:
     thread = {"configurable": {"thread_id": thread_id}, "max_concurrency": 64}
     with open_saver(runs_dir / driving.CHECKPOINTS) as saver:
-        graphs = runpy.run_path(str(graphs_dir() / "search.py"))
+        graphs = runpy.run_path(str(bundled("graphs") / "search.py"))
         graph = graphs["graph"].compile(checkpointer=saver)
         modes = ["updates", "custom"]
         return [*graph.stream(begin, thread, context=context, stream_mode=modes)]

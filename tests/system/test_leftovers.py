@@ -24,7 +24,7 @@ from agentmerge.parents.headers import MADE
 from agentmerge.recipe import Recipe
 from agentmerge.session import driving
 from agentmerge.session.checkpoints import open_saver
-from agentmerge.session.doctor import discard_leftovers, discard_made_parents, prune_checkpoints
+from agentmerge.session.gc import discard_leftovers, discard_made_parents, prune_checkpoints
 from agentmerge.system.temporary import (
     Unfinished,
     crash_file,

@@ -1,0 +1,45 @@
+"""A search's graph: one of ours by its name, or a user's own file, which is code."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from agentmerge.errors import UserError
+from agentmerge.system.bundled import bundled
+
+
+def look_at_graph(name: str, run_code: bool) -> None:
+    """Ours is only looked for: what it imports takes seconds. A user's own is loaded."""
+    if _graph_file(name).parent != bundled("graphs") and run_code:
+        load_graph(name)
+
+
+def _graph_file(name: str) -> Path:
+    text = name.partition(":")[0]
+    path = Path(text) if text.endswith(".py") else bundled("graphs") / f"{text}.py"
+    if not path.is_file():
+        raise UserError(f"no graph at {path}; give a name from graphs/ or path.py:build")
+    return path
+
+
+def load_graph(name: str) -> Any:
+    """The uncompiled graph: ``search``, another file in graphs/, or ``path.py:build``.
+
+    Raises:
+        UserError: no such file or function.
+    """
+    path, function = _graph_file(name), name.partition(":")[2]
+    spec = importlib.util.spec_from_file_location(f"agentmerge_graph_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} cannot be loaded as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # annotations of nodes are looked up there
+    spec.loader.exec_module(module)
+    build: Callable[[], Any] | None = getattr(module, function or "build", None)
+    if build is None:
+        raise UserError(f"{path} has no function {function or 'build'!r}")
+    return build()
