@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompts
@@ -24,7 +24,7 @@ from agentmerge.config import Role, SearchConfig
 from agentmerge.contracts.operators import STRUCTURE
 from agentmerge.contracts.strategy import Observation, Strategy
 from agentmerge.contracts.worker import ItemRef, ItemResult
-from agentmerge.errors import AgentmergeError, LedgerError
+from agentmerge.errors import AgentmergeError, LedgerError, UserError
 from agentmerge.evaluation.paired import PairedNoise
 from agentmerge.evaluation.racing import Course
 from agentmerge.evaluation.tasks import Part, Score, TaskSet
@@ -41,6 +41,18 @@ from agentmerge.search.trials import Standing, carried, standing
 from agentmerge.space.grouped import SearchSpace
 
 Emit = Callable[[dict[str, Any]], None]
+
+#: What was a method of a search in version 0.1 and is a function -> its module beside this one.
+_METHODS_OF_0_1 = {
+    "seed": "seed",
+    "first_state": "seed",
+    "evaluate": "evaluate",
+    "select": "select",
+    "open_slots": "select",
+    "advise": "advise",
+    "propose": "propose",
+    "finish": "finish",
+}
 
 #: Merges whose item results are kept in memory.
 KEPT_RESULTS = 16
@@ -89,6 +101,18 @@ class Search:
     )
     _told: tuple[int, dict[Any, list[Observation]]] = field(default_factory=lambda: (-1, {}))
     _points: dict[tuple[str, str], tuple[float, ...] | None] = field(default_factory=dict)
+
+    if not TYPE_CHECKING:  # or any name would pass for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """Where a user's own graph is one of version 0.1, it says so."""
+            if name not in _METHODS_OF_0_1:
+                raise AttributeError(f"a search has no {name!r}", name=name, obj=self)
+            raise UserError(
+                f"a search has no .{name}() of its own since version 0.1: write `from "
+                f"agentmerge.search.{_METHODS_OF_0_1[name]} import {name}` and `{name}(search, "
+                "...)` in its place (see CHANGELOG.md)"
+            )
 
     @cached_property
     def book(self) -> Book:

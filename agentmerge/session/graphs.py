@@ -6,9 +6,10 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
-from agentmerge.errors import UserError
+from agentmerge.errors import AgentmergeError, UserError
 from agentmerge.system.bundled import bundled
 
 
@@ -30,7 +31,7 @@ def load_graph(name: str) -> Any:
     """The uncompiled graph: ``search``, another file in graphs/, or ``path.py:build``.
 
     Raises:
-        UserError: no such file or function.
+        UserError: no such file or function, or its code fails.
     """
     path, function = _graph_file(name), name.partition(":")[2]
     spec = importlib.util.spec_from_file_location(f"agentmerge_graph_{path.stem}", path)
@@ -38,8 +39,22 @@ def load_graph(name: str) -> Any:
         raise UserError(f"{path} cannot be loaded as Python")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # annotations of nodes are looked up there
-    spec.loader.exec_module(module)
-    build: Callable[[], Any] | None = getattr(module, function or "build", None)
-    if build is None:
-        raise UserError(f"{path} has no function {function or 'build'!r}")
-    return build()
+    try:
+        spec.loader.exec_module(module)
+        build: Callable[[], Any] | None = getattr(module, function or "build", None)
+        if build is None:
+            raise UserError(f"{path} has no function {function or 'build'!r}")
+        return build()
+    except AgentmergeError:
+        raise
+    except Exception as error:
+        raise UserError(_not_loaded(path, error)) from error
+
+
+def _not_loaded(path: Path, error: Exception) -> str:
+    lines = [f":{at.lineno}" for at in extract_tb(error.__traceback__) if at.filename == str(path)]
+    said = " ".join(str(error).split())
+    found = f"{path}{lines[-1] if lines else ''} cannot be loaded: {type(error).__name__}: {said}"
+    if isinstance(error, ImportError) and (error.name or "").startswith("agentmerge"):
+        found += "; modules of agentmerge moved since version 0.1 (see CHANGELOG.md)"
+    return found

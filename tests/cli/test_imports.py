@@ -67,3 +67,14 @@ def test_a_word_that_stands_in_an_included_file_finds_the_task(tmp_path: Path) -
     (tmp_path / "other.yaml").write_text("task: plain_other\ndataset_path: some/other\n")
     found = [entry.name for entry in search_tasks("quokka", [str(tmp_path)])]
     assert found == ["plain_one", "plain_two"]
+
+
+def test_looking_at_searches_does_not_import_what_drives_them(
+    fake_config: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yml").write_text(fake_config)
+    loaded_by(tmp_path, ["run", "config.yml", "--name", "a", "--max-evaluations", "8", "-q"])
+    reading = ([verb, "a"] for verb in ("show", "best", "report"))
+    codes, modules = loaded_by(tmp_path, ["list"], ["tree"], *reading)
+    assert codes == [0] * 5
+    assert not (RUNS_MODELS | {"torch", "langchain_core"}) & modules

@@ -193,7 +193,7 @@ def test_a_graph_that_ends_without_finishing_fails_loudly(tmp_path: Path) -> Non
     graph = tmp_path / "broken.py"
     graph.write_text(
         "from langgraph.graph import END, START, StateGraph\n"
-        "from agentmerge.session.driving import Context\n"
+        "from agentmerge import Context\n"
         "from agentmerge.search.state import SearchState\n"
         "def build():\n"
         "    graph = StateGraph(SearchState, context_schema=Context)\n"
