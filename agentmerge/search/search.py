@@ -42,16 +42,9 @@ from agentmerge.space.grouped import SearchSpace
 
 Emit = Callable[[dict[str, Any]], None]
 
-#: What was a method of a search in version 0.1 and is a function -> its module beside this one.
-_METHODS_OF_0_1 = {
-    "seed": "seed",
-    "first_state": "seed",
-    "evaluate": "evaluate",
-    "select": "select",
-    "open_slots": "select",
-    "advise": "advise",
-    "propose": "propose",
-    "finish": "finish",
+#: A method of a search in version 0.1 -> the module beside this one where it is a function now.
+_METHODS_OF_0_1 = {"first_state": "seed", "open_slots": "select"} | {
+    name: name for name in ("seed", "evaluate", "select", "advise", "propose", "finish")
 }
 
 #: Merges whose item results are kept in memory.

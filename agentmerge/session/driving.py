@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +150,7 @@ def resume(
 def _raised(config: SearchConfig, limits: Mapping[str, Any], name: str) -> None:
     """A search that went on under lower limits than it has used could not be replayed."""
     for key, new in limits.items():
-        section, field = key.split(".")
-        old = getattr(getattr(config, section), field)
+        old = attrgetter(key)(config)
         if key in ("budget.timeout_s", "worker.timeout_s") or old is None:
             continue  # counted anew on every resume, and candidate; a first limit of its kind
         if new is not None and new < old:
@@ -179,11 +179,14 @@ def branch(
     Raises:
         NotFound: no such run or generation, naming those that exist.
     """
-
-    def begin(ledger: Ledger) -> tuple[Prepared, RunRow]:
-        return new_branch(ledger, source, at, name, overrides or {}, models)
-
-    return _drive(existing_runs(runs_dir), begin, emit, drain, models)
+    changes = overrides or {}
+    return _drive(
+        existing_runs(runs_dir),
+        lambda ledger: new_branch(ledger, source, at, name, changes, models),
+        emit,
+        drain,
+        models,
+    )
 
 
 def evaluate(
@@ -310,6 +313,7 @@ def _say_interrupted(search: Search) -> None:
 
 
 def _say_how_it_ended(search: Search, snapshot: Any, drain: Drain) -> None:
+    """In its row, where the graph's last step has not."""
     done = snapshot.values.get("status") == "done"
     if not done:
         search.entering()

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,6 @@ RESUMABLE = (
     "budget.max_cost_usd",
     "search.max_generations",
 )
-
-
 #: Finds a run in an open ledger, or writes a new one there.
 FindRun = Callable[[Ledger], tuple[Prepared, RunRow]]
 
@@ -282,7 +281,7 @@ def _begun(
     folder = runs_dir / row.name
     write_at_once(folder / "config.yml", prepared.config.to_yaml())
     for config in (SearchConfig.from_text(row.config, row.name), prepared.config):
-        ledger.save_limits(row.id, _limits_of(config))
+        ledger.save_limits(row.id, {key: attrgetter(key)(config) for key in RESUMABLE})
     ledger.update_run(row.id, config=prepared.config.to_yaml())
     for task in prepared.taskset.tasks:
         ledger.save_items(row.id, task.name, "search", task.part("search"))
@@ -300,15 +299,6 @@ def _begun(
                 }
             )
         yield tell
-
-
-def _limits_of(config: SearchConfig) -> dict[str, Any]:
-    """The settings that ``resume`` may raise, as overrides."""
-    found = {}
-    for dotted in RESUMABLE:
-        section, _, key = dotted.partition(".")
-        found[dotted] = getattr(getattr(config, section), key)
-    return found
 
 
 def _telling(emit: Emit, log: Any) -> Emit:
