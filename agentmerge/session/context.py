@@ -160,13 +160,16 @@ def _served(runtime: Any) -> ServedRun | None:
 
 class ServedRun:
     """One run of the graph on a server's thread. However it ends (done, failed, cancelled, its
-    client gone, waiting for a person), lease, workers and memory of its search are given back."""
+    client gone, waiting for a person), lease, workers and memory of its search are given back.
+
+    over: nothing more is begun once it is set.
+    """
 
     def __init__(self) -> None:
         self._search: Search | None = None
         self._question = ""
         self._nodes = 0
-        self._over = False
+        self.over = threading.Event()
         self._change = threading.Condition()
 
     @contextmanager
@@ -186,11 +189,8 @@ class ServedRun:
                 self._nodes -= 1
                 self._change.notify_all()
 
-    def is_over(self) -> bool:
-        return self._over
-
     def refuse_over(self) -> None:
-        if self._over:
+        if self.over.is_set():
             raise RunFailed("this run is over; a new one on its thread goes on with the search")
 
     def refuse_others(self, search: Search) -> None:
@@ -200,13 +200,9 @@ class ServedRun:
     def holds(self, search: Search) -> None:
         """It has opened this search, unless it was over before: opening takes minutes."""
         self._search = search
-        if self._over:
+        if self.over.is_set():
             _interrupt(search)
             self.refuse_over()
-
-    def stop(self) -> None:
-        """Nothing more is begun from here on."""
-        self._over = True
 
     def give_back(self) -> None:
         """Wait for what its nodes have begun, and close its search, unless it is closed."""
@@ -226,7 +222,7 @@ async def served_run(thread: str) -> AsyncIterator[None]:
     finally:
         if _SERVED.get(thread) is run:
             del _SERVED[thread]
-        run.stop()
+        run.over.set()
         await _apart(run.give_back)
 
 
@@ -300,7 +296,7 @@ def at_hand(search: Search) -> Iterator[None]:
 
 
 def _hold(context: ClientContext, key: str, run: ServedRun | None) -> None:
-    stopping = run.is_over if run else lambda: False
+    stopping = run.over.is_set if run else lambda: False
     with ExitStack() as stack:
         opening = opened_search(
             context.folder, partial(_run, context, key), drive=True, stopping=stopping
