@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from agentmerge.testing.scripted import ScriptedServer as ScriptedServer
     from agentmerge.testing.scripted import ToolCalls as ToolCalls
     from agentmerge.testing.scripted import scripted_chat_model as scripted_chat_model
+    from agentmerge.testing.space_suite import SpaceSuite as SpaceSuite
     from agentmerge.testing.strategy_suite import StrategySuite as StrategySuite
     from agentmerge.testing.worker_suite import ModelWorkerSuite as ModelWorkerSuite
     from agentmerge.testing.worker_suite import WorkerSuite as WorkerSuite
@@ -28,6 +29,7 @@ _HOMES = {
     "ModelWorkerSuite": "testing.worker_suite",
     "Landscape": "testing.landscapes",
     "ScriptedServer": "testing.scripted",
+    "SpaceSuite": "testing.space_suite",
     "StrategySuite": "testing.strategy_suite",
     "ToolCalls": "testing.scripted",
     "WorkerSuite": "testing.worker_suite",

@@ -9,8 +9,9 @@ import pytest
 
 from agentmerge.config import GenomeConfig
 from agentmerge.errors import ConfigError, RecipeRejected
-from agentmerge.recipe import Recipe
 from agentmerge.space.grouped import SearchSpace
+from agentmerge.testing import SpaceSuite
+from agentmerge.testing.space_suite import comes_back
 
 METHODS = ("linear", "task_arithmetic", "ties", "dare_ties", "slerp")
 
@@ -53,11 +54,7 @@ def test_recipe_to_vector_to_recipe_is_exact() -> None:
     rng = np.random.default_rng(0)
     checked = 0
     for space in spaces():
-        recipe = space.recipe(rng.random(space.dimensions))
-        assert Recipe.parse(recipe.to_yaml()).canonical(4) == recipe
-        point = space.vector(recipe)
-        assert point is not None
-        assert space.recipe(point) == recipe
+        comes_back(space, rng.random(space.dimensions).tolist())
         checked += 1
     assert checked > 500
 
@@ -122,3 +119,16 @@ def test_granularity_that_does_not_divide_names_those_that_do() -> None:
 def test_a_point_outside_the_box_is_refused() -> None:
     with pytest.raises(RecipeRejected, match="2 values in"):
         space_of("task_arithmetic").recipe([0.5, 1.5])
+
+
+class TestGrouped(SpaceSuite):
+    @pytest.fixture(params=METHODS)
+    def space(self, request: pytest.FixtureRequest) -> SearchSpace:
+        plain = request.param == "slerp"
+        return space_of(
+            request.param,
+            models=("a", "b", "c"),
+            layer_granularity=2,
+            filters=() if plain else ("self_attn", "mlp"),
+            allow_negative_weights=not plain,
+        )
