@@ -25,6 +25,7 @@ from transformers import (
 
 from agentmerge.config import TasksConfig
 from agentmerge.contracts.worker import WorkerSpec
+from agentmerge.recipe import Recipe
 
 LETTERS = "abcdefghij"
 TOKENS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789:=[]#?,. \n"]
@@ -247,3 +248,16 @@ def spec(
         "batch_size": 16,
     }
     return WorkerSpec(**(body | changes))
+
+
+def recipe(b: Any, c: Any, method: str = "task_arithmetic", **more: Any) -> Recipe:
+    """A merge of the family's two experts onto its base."""
+    models = [
+        {"model": "b", "parameters": {"weight": b, **more}},
+        {"model": "c", "parameters": {"weight": c, **more}},
+    ]
+    body = {"merge_method": method, "base_model": "base", "models": models}
+    return Recipe.parse(body).canonical(2)
+
+
+A, B = recipe(0.9, 0.2), recipe(0.1, 1.4)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_contract import A
+from tiny import A
 
 from agentmerge.config import TasksConfig
 from agentmerge.contracts.worker import Fingerprint, ItemRef, ItemResult, WorkerSpec

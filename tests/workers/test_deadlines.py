@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 import tiny
-from test_contract import recipe
 from test_pool import REFS, expected, spec
+from tiny import recipe
 
 from agentmerge.errors import NotBegun, NoWorker, WorkerLost
 from agentmerge.workers import places, pool

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_contract import recipe
 from test_pool import REFS, TASKS, spec
+from tiny import recipe
 
 from agentmerge.contracts.worker import ItemRef
 from agentmerge.errors import UserError

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_contract import A
+from tiny import A
 
 from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import RunFailed, UserError, WorkerLost

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_contract import recipe
+from tiny import recipe
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from agentmerge.config import GenomeConfig

@@ -10,11 +10,12 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_contract import A, B, recipe, same
+from tiny import A, B, recipe
 
 from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import CandidateFailed, ParentError, RunFailed, WorkerLost
 from agentmerge.recipe import Recipe
+from agentmerge.testing.worker_suite import same
 from agentmerge.workers.hf import HfWorker
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_contract import recipe
+from tiny import recipe
 
 from agentmerge.config import TasksConfig
 from agentmerge.contracts.worker import WorkerSpec

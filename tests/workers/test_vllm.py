@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
-from test_contract import A, B, recipe
+from tiny import A, B, recipe
 
 from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import CandidateFailed, ParentError, RunFailed

@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
-from test_contract import A, B, recipe
 from test_vllm import PROMPTS, Said, inside, live, near, said, settings, spec_of
+from tiny import A, B, recipe
 
 from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import CandidateFailed, WorkerLost

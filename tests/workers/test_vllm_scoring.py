@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from lm_eval.api.instance import Instance
-from test_contract import A, B
 from test_vllm import near, spec_of
+from tiny import A, B
 
 from agentmerge.errors import CandidateFailed, TaskError
 from agentmerge.workers.vllm.worker import VllmWorker
