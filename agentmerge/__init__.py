@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agentmerge.config import SearchConfig as SearchConfig
+    from agentmerge.preflight.graphs import load_graph as load_graph
     from agentmerge.session.context import Context as Context
     from agentmerge.session.driving import branch as branch
     from agentmerge.session.driving import evaluate as evaluate
     from agentmerge.session.driving import resume as resume
     from agentmerge.session.driving import run as run
-    from agentmerge.session.graphs import load_graph as load_graph
     from agentmerge.session.toolkit import MergeToolkit as MergeToolkit
 
 __version__ = "0.2.0"
@@ -27,7 +27,7 @@ _HOMES = {
     "evaluate": "session.driving",
     "SearchConfig": "config",
     "Context": "session.context",
-    "load_graph": "session.graphs",
+    "load_graph": "preflight.graphs",
     "MergeToolkit": "session.toolkit",
 }
 

@@ -25,7 +25,10 @@ def check(
     that the config names unless told."""
     from agentmerge.config import SearchConfig
     from agentmerge.errors import ConfigError
-    from agentmerge.preflight.prepare import all_faults, anchored, plan_of, prepare
+    from agentmerge.preflight.anchoring import anchored
+    from agentmerge.preflight.faults import all_faults
+    from agentmerge.preflight.plan import plan_of
+    from agentmerge.preflight.prepare import prepare
 
     def looked_at(settings: SearchConfig) -> Any:
         from agentmerge.session.opening import resource_faults

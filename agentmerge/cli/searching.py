@@ -41,7 +41,7 @@ def run(
     """Search for the best merge of a config's models."""
     from agentmerge.cli.trackers import Tracking, tracked
     from agentmerge.config import SearchConfig
-    from agentmerge.preflight.prepare import init_notes
+    from agentmerge.preflight.anchoring import init_notes
 
     mapped = map_options(old)
     settings = SearchConfig.from_file(config, mapped.overrides | given)
@@ -77,7 +77,7 @@ def run(
 def refuse_unknown_names(settings: Any) -> None:
     """Mistakes that need no model are told before what loads models is imported."""
     from agentmerge.errors import ConfigError
-    from agentmerge.preflight.prepare import named_faults
+    from agentmerge.preflight.faults import named_faults
 
     if faults := named_faults(settings):
         raise ConfigError(faults)
@@ -87,11 +87,12 @@ def _check_storage(storage: Path | None, final_model: bool, kind: str) -> None:
     """Found out before the search is paid for."""
     from agentmerge.errors import UserError
     from agentmerge.session.export import refuse_foreign
+    from agentmerge.workers.pool import reads_models
 
     if storage is None:
         return
-    if final_model and kind == "fake":
-        raise UserError("the fake worker has no model to save; add --no-save-final-model")
+    if final_model and not reads_models(kind):
+        raise UserError(f"the {kind} worker has no model to save; add --no-save-final-model")
     try:
         storage.mkdir(parents=True, exist_ok=True)
     except OSError as error:

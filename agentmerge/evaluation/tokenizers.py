@@ -6,6 +6,7 @@ not import what would run one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from agentmerge.config import FIRST
 from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import ConfigError, ParentError
 from agentmerge.evaluation.loading import quiet
-from agentmerge.parents.chat_templates import template_names, template_text
+from agentmerge.parents.chat_templates import MOST, template_names, template_text
 from agentmerge.parents.headers import chat_template
 from agentmerge.system.bounded import read_text
 
@@ -31,25 +32,33 @@ def tokenizer_of(spec: WorkerSpec) -> Any:
     return tokenizer
 
 
-def _asked_template(spec: WorkerSpec, asked: str) -> Any:
-    """The template that ``chat_template`` names: of a model, a template of mergekit's or its text,
-    or in a file; "auto" is mergekit's word for the one that most models have."""
-    names = list(dict(spec.parents))
-    if asked in names:
-        return _tokenizer(spec, asked).chat_template
-    if asked == "auto":
-        found = [text for name in names if (text := chat_template(parent_path(spec, name)))]
-        return max(found, key=found.count) if found else None
+def asked_templates(asked: str, paths: Mapping[str, Path]) -> dict[str, str | None]:
+    """The templates that a ``chat_template`` may stand for, by whose they are, in words: of a
+    model, of all, a template of mergekit's or its text, or in a file.
+
+    Raises:
+        ConfigError: it stands for nothing.
+    """
+    if asked in paths or asked == MOST:
+        names = [asked] if asked in paths else paths
+        return {repr(name): chat_template(paths[name]) for name in names}
     text = template_text(asked)
-    if text is not None:
-        return text
-    if not Path(asked).exists():
+    if text is None and not Path(asked).exists():
         raise ConfigError(
-            f"chat_template {asked!r} is neither a model of the genome ({', '.join(names)}), nor a "
+            f"chat_template {asked!r} is neither a model of the genome ({', '.join(paths)}), nor a "
             f"template that mergekit has ({', '.join(template_names())}), nor a file that can be "
             "read"
         )
-    return read_text(asked, ConfigError)
+    return {"the config": read_text(asked, ConfigError) if text is None else text}
+
+
+def _asked_template(spec: WorkerSpec, asked: str) -> Any:
+    """The one that most have."""
+    paths = {name: Path(path) for name, path in spec.parents}
+    if asked in paths:
+        return _tokenizer(spec, asked).chat_template
+    found = [text for text in asked_templates(asked, paths).values() if text]
+    return max(found, key=found.count) if found else None
 
 
 def _tokenizer(spec: WorkerSpec, model: str) -> Any:

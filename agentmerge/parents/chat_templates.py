@@ -12,8 +12,10 @@ from pathlib import Path
 
 from agentmerge.errors import UserError
 
-#: Settings that leave the choice open.
-UNSAID = (None, "", "auto")
+#: mergekit's word for the template that most models have.
+MOST = "auto"
+#: Settings of a recipe that leave the choice open.
+UNSAID = (None, "", MOST)
 
 
 @cache

@@ -8,7 +8,7 @@ from hashlib import sha256
 from typing import Any
 
 from agentmerge.config import SearchConfig
-from agentmerge.preflight.prepare import Prepared
+from agentmerge.preflight.plan import Prepared
 
 
 def changed_facts(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

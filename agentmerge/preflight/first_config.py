@@ -18,7 +18,10 @@ import yaml
 from agentmerge.config import SearchConfig
 from agentmerge.errors import UserError
 from agentmerge.evaluation.catalogue import TaskEntry, task_entries
-from agentmerge.preflight.prepare import Prepared, anchored, family_layout, prepare
+from agentmerge.preflight.anchoring import anchored
+from agentmerge.preflight.models import family_layout
+from agentmerge.preflight.plan import Prepared
+from agentmerge.preflight.prepare import prepare
 from agentmerge.space.grouped import short_name
 from agentmerge.system.temporary import write_at_once
 

@@ -9,7 +9,7 @@ from agentmerge.contracts.operators import DEPTH, INCUMBENT, INIT, PARENT, SCALE
 from agentmerge.contracts.strategy import Proposal
 from agentmerge.errors import RecipeRejected, UserError
 from agentmerge.ledger import Candidate
-from agentmerge.preflight.prepare import warm_start
+from agentmerge.preflight.anchoring import warm_start
 from agentmerge.recipe import Recipe
 from agentmerge.search import budget
 from agentmerge.search.past import first_generation

@@ -12,7 +12,8 @@ from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import AgentmergeError, NotFound
 from agentmerge.ledger import Ledger, ResultKey, RunRow
 from agentmerge.preflight.facts import answers
-from agentmerge.preflight.prepare import Prepared, prepare
+from agentmerge.preflight.plan import Prepared
+from agentmerge.preflight.prepare import prepare
 from agentmerge.session.opening import new_row, resource_faults
 
 

@@ -26,7 +26,9 @@ from agentmerge.errors import (
     UserError,
 )
 from agentmerge.ledger import Ledger, RunRow
-from agentmerge.preflight.prepare import Prepared, anchored, prepare
+from agentmerge.preflight.anchoring import anchored
+from agentmerge.preflight.plan import Prepared
+from agentmerge.preflight.prepare import prepare
 from agentmerge.search.search import Search
 from agentmerge.search.state import WAITING
 from agentmerge.session.branching import new_branch

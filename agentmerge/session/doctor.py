@@ -78,7 +78,8 @@ def forecast(config: Path) -> MemoryPlan | None:
         ConfigError: the config or its models are at fault.
     """
     from agentmerge.config import SearchConfig
-    from agentmerge.preflight.prepare import anchored, prepare
+    from agentmerge.preflight.anchoring import anchored
+    from agentmerge.preflight.prepare import prepare
 
     settings = anchored(SearchConfig.from_file(config))
     return prepare(

@@ -19,7 +19,10 @@ from agentmerge.ledger import Ledger, RunRow
 from agentmerge.ledger.archive import remove_runs
 from agentmerge.ledger.folder import CHECKPOINTS, LEDGER, existing_runs
 from agentmerge.ledger.lease import Lease
-from agentmerge.preflight.prepare import Prepared, anchored, anchored_name, prepare
+from agentmerge.preflight.anchoring import anchored, anchored_name
+from agentmerge.preflight.graphs import load_graph
+from agentmerge.preflight.plan import Prepared
+from agentmerge.preflight.prepare import prepare
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.cancelling import cancelling_notes
 from agentmerge.search.scoring import Scoring
@@ -27,7 +30,6 @@ from agentmerge.search.search import Emit, Search
 from agentmerge.search.state import GRAPH_VERSION, WAITING, SearchState
 from agentmerge.session.branching import new_branch
 from agentmerge.session.context import Context, at_hand
-from agentmerge.session.graphs import load_graph
 from agentmerge.session.opening import (
     RESUMABLE,
     FindRun,

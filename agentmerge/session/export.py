@@ -15,12 +15,14 @@ from agentmerge.config import FIRST, SearchConfig
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger, ResultKey
 from agentmerge.ledger.folder import opened
-from agentmerge.preflight.prepare import Prepared, prepare
+from agentmerge.preflight.plan import Prepared
+from agentmerge.preflight.prepare import prepare
 from agentmerge.recipe import Recipe
 from agentmerge.report.model_card import model_card
 from agentmerge.report.summary import best_recipe
 from agentmerge.space.grouped import public_names
 from agentmerge.system.temporary import write_at_once
+from agentmerge.workers.pool import reads_models
 
 #: The recipe beside an exported model.
 RECIPE = "mergekit_config.yml"
@@ -50,8 +52,11 @@ def export_run(
         found = best_recipe(ledger, row)
         config = SearchConfig.from_text(row.config, row.name)
         prepared = prepare(config, allow_benchmarks=True, tasks=verify)
-        if config.worker.kind == "fake":
-            raise UserError(f"run {name!r} searched on the fake worker: it has no model to export")
+        if not reads_models(config.worker.kind):
+            raise UserError(
+                f"run {name!r} searched on the {config.worker.kind} worker: it has no model to "
+                "export"
+            )
         recipe = Recipe.parse(found["recipe"])
         if overwrite:
             refuse_foreign(to)

@@ -24,10 +24,13 @@ from agentmerge.ledger import Ledger, RunRow
 from agentmerge.ledger.folder import CHECKPOINTS, LEDGER
 from agentmerge.ledger.lease import Lease
 from agentmerge.ledger.store import SAVED
+from agentmerge.preflight.anchoring import warm_start
 from agentmerge.preflight.facts import arithmetic, changed_facts, settings_hash
-from agentmerge.preflight.prepare import Prepared, prepare, warm_start
+from agentmerge.preflight.faults import Faults
+from agentmerge.preflight.graphs import look_at_graph
+from agentmerge.preflight.plan import Prepared
+from agentmerge.preflight.prepare import prepare
 from agentmerge.search.search import Emit, Search
-from agentmerge.session.graphs import look_at_graph
 from agentmerge.system.bounded import refuse_odd_file
 from agentmerge.system.redaction import redacted, revealed
 from agentmerge.system.temporary import write_at_once
@@ -155,28 +158,20 @@ def resource_faults(
     """
     from agentmerge.agents.prompts import load_prompts
 
-    faults = []
+    faults = Faults()
     for key in ("options", "engine_args"):
-        try:
+        with faults.of(UserError):
             revealed(getattr(config.worker, key), f"worker.{key}")
-        except UserError as error:
-            faults.append(str(error))
-    try:
+    with faults.of(UserError):
         if not _models(config, ready) and config.search.shadow:
             faults.append(
                 f"search.shadow {config.search.shadow:g} measures what a language model adds, and "
                 "none advises: name one (agents.llm, --llm), or leave shadow out"
             )
-    except UserError as error:
-        faults.append(str(error))
-    for load in (
-        lambda: load_prompts(config.agents.prompts),
-        lambda: look_at_graph(config.search.graph, run_code),
-    ):
-        try:
-            load()
-        except UserError as error:
-            faults += str(error).splitlines()
+    with faults.of(UserError):
+        load_prompts(config.agents.prompts)
+    with faults.of(UserError):
+        look_at_graph(config.search.graph, run_code)
     return faults
 
 

@@ -31,13 +31,13 @@ from agentmerge.errors import (
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.ledger.folder import LEDGER, existing_runs
 from agentmerge.preflight.facts import arithmetic
-from agentmerge.preflight.prepare import Prepared
+from agentmerge.preflight.graphs import load_graph
+from agentmerge.preflight.plan import Prepared
 from agentmerge.recipe import Recipe
 from agentmerge.report.summary import trace
 from agentmerge.search.search import Search
 from agentmerge.search.state import GRAPH_VERSION, SearchState
 from agentmerge.session.context import Context, at_hand
-from agentmerge.session.graphs import load_graph
 from agentmerge.session.opening import TOOLS, opened_search, prepared_again
 from agentmerge.system.temporary import temporary_folder
 

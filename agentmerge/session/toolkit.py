@@ -22,7 +22,9 @@ from langchain_core.tools import BaseTool
 from agentmerge.config import SearchConfig
 from agentmerge.errors import NotFound, UserError
 from agentmerge.ledger import Ledger, RunRow
-from agentmerge.preflight.prepare import Prepared, anchored, prepare
+from agentmerge.preflight.anchoring import anchored
+from agentmerge.preflight.plan import Prepared
+from agentmerge.preflight.prepare import prepare
 from agentmerge.search.tools import tools_of
 from agentmerge.session.opening import TOOLS, new_row, opened_search, prepared_again
 

@@ -61,8 +61,10 @@ _NO_NUMBERS = (
 _before_vllm: list[dict[str, str]] = []
 
 
-def conditions(spec: WorkerSpec) -> dict[str, Any]:
+def conditions(spec: WorkerSpec, *, vllm: bool = False) -> dict[str, Any]:
     """The record: one entry for each thing, nested mappings of plain values.
+
+    vllm: it is what answers, so its variables count.
 
     Raises:
         ParentError: the live model's config cannot be read.
@@ -82,7 +84,7 @@ def conditions(spec: WorkerSpec) -> dict[str, Any]:
         ),
         "code": _code((path, template)) if spec.trust_remote_code else {},
         "float32_matmul_precision": spec.matmul_precision,
-        "environment": _environment(vllm="vllm" in (spec.kind, spec.options.get("evaluate_with"))),
+        "environment": _environment(vllm=vllm),
         "merging": MERGING,
         "scoring": SCORING,
     }
@@ -91,9 +93,9 @@ def conditions(spec: WorkerSpec) -> dict[str, Any]:
     return record
 
 
-def conditions_hash(spec: WorkerSpec) -> str:
+def conditions_hash(spec: WorkerSpec, *, vllm: bool = False) -> str:
     """SHA-256 of the record, 16 hex digits."""
-    text = json.dumps(conditions(spec), sort_keys=True, default=str)
+    text = json.dumps(conditions(spec, vllm=vllm), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
+from agentmerge import plugins
 from agentmerge.contracts.worker import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
-from agentmerge.errors import AgentmergeError, ConfigError, RunFailed, WorkerLost
+from agentmerge.errors import AgentmergeError, RunFailed, WorkerLost
 from agentmerge.evaluation.building import tasks_for
 from agentmerge.evaluation.tasks import TaskSet
 from agentmerge.merging.device import release
@@ -35,7 +36,6 @@ from agentmerge.merging.plan import Layout, plan, read_layout
 from agentmerge.parents.headers import refuse_replaced
 from agentmerge.recipe import Recipe
 from agentmerge.system.temporary import TemporaryFolder
-from agentmerge.workers.conditions import conditions
 
 
 class DiskWorker:
@@ -63,30 +63,18 @@ class DiskWorker:
 
     @staticmethod
     def describe(spec: WorkerSpec) -> EngineInfo:
-        engine = spec.options.get("evaluate_with", "hf")
-        if engine == "vllm":
-            from agentmerge.workers.vllm.worker import VllmWorker
-
-            return replace(VllmWorker.describe(spec), engine="disk")
-        if engine != "hf":
-            raise ConfigError(f"worker.options.evaluate_with {engine!r} must be hf or vllm")
-        from agentmerge.workers.hf import describe
-
-        return describe("disk", spec)
+        found: EngineInfo = _scorer(spec).describe(spec)
+        return replace(found, engine="disk")
 
     @staticmethod
     def conditions(spec: WorkerSpec) -> dict[str, Any]:
-        return conditions(spec)
+        found: dict[str, Any] = _scorer(spec).conditions(spec)
+        return found
 
     @staticmethod
     def preflight(spec: WorkerSpec, layout: Layout | None) -> tuple[list[str], list[str]]:
-        if spec.options.get("evaluate_with") == "vllm":
-            from agentmerge.workers.vllm.preflight import preflight
-
-            return preflight(spec, layout)
-        from agentmerge.workers.hf import preflight as look
-
-        return look(spec, layout)
+        found: tuple[list[str], list[str]] = _scorer(spec).preflight(spec, layout)
+        return found
 
     @property
     def info(self) -> EngineInfo:
@@ -156,3 +144,8 @@ class DiskWorker:
         if self._loaded is not None:
             shutil.rmtree(self._loaded[0], ignore_errors=True)
             self._loaded = None
+
+
+def _scorer(spec: WorkerSpec) -> Any:
+    """The class of worker whose engine scores in the process of its own."""
+    return plugins.load("agentmerge.workers", spec.options.get("evaluate_with", "hf"))

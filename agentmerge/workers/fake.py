@@ -14,6 +14,7 @@ one (``exact_match``), a loss whose mean should be low (``mse``), or the log-lik
 Options (``worker.options``):
     base: the parent that counts as nobody's expert (no optimum of its own).
     delay_s: how long a score takes.
+    num_layers: how deep the parents are, 4 by default.
     documents: items a task has before limits and sealing.
     groups: task -> of how many leaves it is the group, each with fewer items than the one before.
     scales: what margins are multiplied by: an item has one of these, as its key says.
@@ -144,6 +145,8 @@ def _perplexity(values: Sequence[tuple[float, int]]) -> float:
 class FakeWorker:
     """See the module's head; the contract is ``contracts/worker.py``."""
 
+    reads_models = False
+
     def __init__(self, spec: WorkerSpec, taskset: TaskSet | None = None) -> None:
         options = FakeOptions.of(spec.options)
         self._parents = [name for name, _ in spec.parents if name != options.base]
@@ -169,6 +172,10 @@ class FakeWorker:
     def tasks(spec: WorkerSpec) -> TaskSet:
         options = FakeOptions.of(spec.options)
         return fake_tasks(spec.tasks, options.documents or 400, options.groups)
+
+    @staticmethod
+    def num_layers(spec: WorkerSpec) -> int:
+        return FakeOptions.of(spec.options).num_layers or 4
 
     @staticmethod
     def describe(spec: WorkerSpec) -> EngineInfo:

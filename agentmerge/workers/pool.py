@@ -55,8 +55,22 @@ T = TypeVar("T")
 
 def worker_class(spec: WorkerSpec) -> Any:
     """The class of ``spec.kind``: called with (spec, taskset or None); ``tasks(spec)`` gives the
-    TaskSet it asks, and ``describe(spec)`` its EngineInfo without building it."""
+    TaskSet it asks, and ``describe(spec)`` its EngineInfo without building it.
+
+    What else a class may say, of a spec and the models' layout (None where there is none):
+        options: what ``worker.options`` takes (``workers.options``).
+        reads_models: False where parents are names alone; ``num_layers(spec)`` is their depth then.
+        has_canary: True where ``worker.canary_every`` is one of its options.
+        conditions(spec): what its answers depend on (``workers.conditions``).
+        preflight(spec, layout): faults of a search on it, and notes.
+        demand(spec, layout): what a memory plan has to know of it.
+    """
     return plugins.load("agentmerge.workers", spec.kind)
+
+
+def reads_models(kind: str) -> bool:
+    """Whether workers of a kind merge models, or know parents by their names alone."""
+    return bool(getattr(plugins.load("agentmerge.workers", kind), "reads_models", True))
 
 
 def devices_for(spec: WorkerSpec, count: int) -> list[str]:

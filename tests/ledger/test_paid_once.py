@@ -22,7 +22,8 @@ from agentmerge.contracts.worker import EngineInfo, ItemResult
 from agentmerge.demo.family import TinyFamily
 from agentmerge.demo.tasks import demo_config, skill_task, write_tasks
 from agentmerge.ledger import Ledger, ResultKey
-from agentmerge.preflight.prepare import Prepared, prepare
+from agentmerge.preflight.plan import Prepared
+from agentmerge.preflight.prepare import prepare
 from agentmerge.recipe import Recipe
 
 TASK = skill_task("shift")

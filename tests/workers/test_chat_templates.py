@@ -15,7 +15,9 @@ from agentmerge.errors import ConfigError, UserError
 from agentmerge.evaluation.building import build_tasks
 from agentmerge.merging.export import export_checkpoint
 from agentmerge.parents.chat_templates import template_names, template_text
-from agentmerge.preflight.prepare import anchored, plan_of, prepare
+from agentmerge.preflight.anchoring import anchored
+from agentmerge.preflight.plan import plan_of
+from agentmerge.preflight.prepare import prepare
 from agentmerge.recipe import Recipe
 from agentmerge.session import driving
 from agentmerge.session.export import export_run

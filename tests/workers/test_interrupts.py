@@ -34,7 +34,6 @@ ANSWER_S = 2.0
 PROGRAM = """
 import hashlib, sys, time
 from agentmerge import plugins
-from agentmerge.preflight import prepare as check
 from agentmerge.cli import main, trackers
 from agentmerge.search import propose
 from agentmerge.workers.fake import FakeWorker
@@ -54,7 +53,7 @@ class Tracker:
     close = hang
 
 stage = sys.argv.pop(1)
-if stage == "models and tasks": check._prepare_fake = hang
+if stage == "models and tasks": FakeWorker.tasks = hang
 if stage == "loading": FakeWorker.__init__ = hang
 if stage == "scoring": FakeWorker.score = hang
 if stage == "a step in C": propose.propose = compute

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,14 @@ from agentmerge.config import SearchConfig
 from agentmerge.contracts.worker import ItemResult
 from agentmerge.errors import AgentmergeError, ParentError, RunFailed, UserError
 from agentmerge.ledger import Ledger, ResultKey
-from agentmerge.preflight.prepare import Prepared, prepare
+from agentmerge.preflight.plan import Prepared
+from agentmerge.preflight.prepare import prepare
 from agentmerge.search.scoring import Scoring
 from agentmerge.session import driving
 from agentmerge.workers.conditions import conditions_hash
+from agentmerge.workers.disk import DiskWorker
 from agentmerge.workers.pool import Pool
+from agentmerge.workers.vllm.worker import VllmWorker
 
 CODE = """\
 import os, sys
@@ -256,14 +260,18 @@ def test_every_setting_that_a_config_has_is_part_of_the_key(place: Path) -> None
 def test_vllms_variables_count_for_vllm_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conditions_module, "_before_vllm", [])
     hf = tiny.spec({"b": place / "b"}, tiny.tasks_config(place / "tasks", "tiny_answer"))
-    vllm = dataclasses.replace(hf, kind="vllm")
-    before = conditions_hash(hf), conditions_hash(vllm)
+    disk = dataclasses.replace(hf, options=hf.options | {"evaluate_with": "vllm"})
+    by_vllm = partial(conditions_hash, hf, vllm=True)
+    before = conditions_hash(hf), by_vllm()
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
     monkeypatch.setenv("VLLM_API_KEY", "secret")
-    assert (conditions_hash(hf), conditions_hash(vllm)) == before
+    assert (conditions_hash(hf), by_vllm()) == before
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     assert conditions_hash(hf) == before[0]
-    assert conditions_hash(vllm) != before[1]
+    assert by_vllm() != before[1]
+    assert VllmWorker.describe(hf).conditions == DiskWorker.describe(disk).conditions == by_vllm()
+    assert DiskWorker.describe(hf).conditions == before[0]
+    assert VllmWorker.conditions(hf) == DiskWorker.conditions(disk) != DiskWorker.conditions(hf)
 
 
 def test_a_models_own_code_is_part_of_the_key(place: Path) -> None:

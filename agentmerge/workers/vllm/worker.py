@@ -48,6 +48,8 @@ class VllmWorker:
         WorkerLost: vLLM cannot run this model, or died.
     """
 
+    has_canary = True
+
     def __init__(self, spec: WorkerSpec, taskset: TaskSet | None = None) -> None:
         from agentmerge.evaluation.tokenizers import context_length, tokenizer_of
         from agentmerge.workers.vllm.engine import Engine, vllm_imported
@@ -109,12 +111,12 @@ class VllmWorker:
             str(spec.batch_size),
             int(args.get("tensor_parallel_size", 1)),
             SCORING if spec.options.get("in_place", True) else f"{SCORING}, packed",
-            conditions_hash(spec),
+            conditions_hash(spec, vllm=True),
         )
 
     @staticmethod
     def conditions(spec: WorkerSpec) -> dict[str, Any]:
-        return conditions(spec)
+        return conditions(spec, vllm=True)
 
     @property
     def info(self) -> EngineInfo:

@@ -15,13 +15,23 @@ from agentmerge.system.bundled import bundled
 
 def look_at_graph(name: str, run_code: bool) -> None:
     """Ours is only looked for: what it imports takes seconds. A user's own is loaded."""
-    if _graph_file(name).parent != bundled("graphs") and run_code:
+    _graph_file(name)
+    if run_code and is_own(name):
         load_graph(name)
 
 
-def _graph_file(name: str) -> Path:
+def is_own(name: str) -> bool:
+    """Whether a graph is a user's own."""
+    return _path(name).parent != bundled("graphs")
+
+
+def _path(name: str) -> Path:
     text = name.partition(":")[0]
-    path = Path(text) if text.endswith(".py") else bundled("graphs") / f"{text}.py"
+    return Path(text) if text.endswith(".py") else bundled("graphs") / f"{text}.py"
+
+
+def _graph_file(name: str) -> Path:
+    path = _path(name)
     if not path.is_file():
         raise UserError(f"no graph at {path}; give a name from graphs/ or path.py:build")
     return path

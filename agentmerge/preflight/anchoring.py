@@ -1,0 +1,134 @@
+"""What a config names by its place: models and files, the same from anywhere, and warm starts.
+
+Knows names and recipes; reads no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from agentmerge.config import SearchConfig
+from agentmerge.errors import RecipeRejected, UserError
+from agentmerge.parents.chat_templates import UNSAID
+from agentmerge.recipe import Recipe
+from agentmerge.recipe.cancelling import cancelling_notes
+
+
+def anchored_name(name: str) -> str:
+    """A model or file that is here as an absolute path; any other name as it stands."""
+    path = Path(name).expanduser()
+    if "+" in name and not path.exists():  # a model and its adapter
+        return "+".join(map(anchored_name, name.split("+")))
+    return str(path.absolute()) if path.exists() and not path.is_absolute() else name
+
+
+def anchored(config: SearchConfig) -> SearchConfig:
+    """The config with local folders and files absolute, so that it means the same from anywhere.
+
+    mergekit, too, takes a relative ``a/b`` for a hub id; hub ids stay as they are.
+    """
+
+    def template(asked: str | None) -> str | None:
+        return asked if asked is None or "{" in asked else anchored_name(asked)
+
+    genome = config.genome
+    graph_file, colon, function = config.search.graph.partition(":")
+    base, source = genome.base_model, genome.tokenizer_source
+    return config.model_copy(
+        update={
+            "genome": genome.model_copy(
+                update={
+                    "models": tuple(anchored_name(model) for model in genome.models),
+                    "base_model": base and anchored_name(base),
+                    "chat_template": template(genome.chat_template),
+                    "tokenizer_source": source
+                    if source in (None, "union", "base")
+                    else anchored_name(source),
+                }
+            ),
+            "tasks": config.tasks.model_copy(
+                update={
+                    "task_search_path": tuple(map(anchored_name, config.tasks.task_search_path)),
+                    "chat_template": template(config.tasks.chat_template),
+                }
+            ),
+            "worker": config.worker.model_copy(
+                update={
+                    "lm_eval_args": config.worker.lm_eval_args.model_copy(
+                        update={"chat_template": template(config.worker.lm_eval_args.chat_template)}
+                    )
+                }
+            ),
+            "search": config.search.model_copy(
+                update={
+                    "init": tuple(map(anchored_name, config.search.init)),
+                    "graph": anchored_name(graph_file) + colon + function
+                    if graph_file.endswith(".py")
+                    else config.search.graph,
+                }
+            ),
+            "agents": config.agents.model_copy(
+                update={"prompts": config.agents.prompts and anchored_name(config.agents.prompts)}
+            ),
+        }
+    )
+
+
+def warm_start(path: str | Path) -> Recipe:
+    """A recipe to begin with, its models named as an anchored config names them.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    return Recipe.parse(Path(path)).renamed(anchored_name)
+
+
+def init_faults(config: SearchConfig) -> list[str]:
+    """Warm-start recipes that cannot be read, that name other models, or another chat template."""
+    known = set(config.genome.parents)
+    faults = []
+    for path in config.search.init:
+        try:
+            recipe = warm_start(path)
+        except UserError as error:
+            faults.append(f"--init {path}: {error}")
+            continue
+        template = recipe.chat_template
+        if template not in (*UNSAID, config.tasks.chat_template):
+            faults.append(
+                f"--init {path}: its chat_template {str(template)[:40]!r} is not the search's; set "
+                "genome.chat_template to it, or take it out of the recipe"
+            )
+        strangers = sorted(set(recipe.models) - known)
+        if strangers:
+            faults.append(
+                f"--init {path}: names {strangers}, which the genome does not; a warm start may "
+                f"only use {sorted(known)}"
+            )
+    return faults
+
+
+def init_notes(config: SearchConfig, num_layers: int | None = None) -> list[str]:
+    """What in the warm starts does nothing, and where the depth is known, what nearly cancels."""
+    notes = []
+    for path in config.search.init:
+        with suppress(UserError, RecipeRejected):  # a fault, or a failed candidate, said as such
+            recipe = warm_start(path)
+            notes += [f"--init {path}: {note}" for note in recipe.notes]
+            if num_layers is not None:
+                found = cancelling_notes(recipe.canonical(num_layers))
+                notes += [f"--init {path}: {note}" for note in found]
+    return notes
+
+
+def depth_faults(config: SearchConfig, num_layers: int) -> Iterator[str]:
+    """Warm starts that models of this depth cannot make."""
+    for path in config.search.init:
+        try:
+            warm_start(path).canonical(num_layers)
+        except RecipeRejected as error:
+            yield f"--init {path}: {error}"
+        except UserError:
+            continue  # said already

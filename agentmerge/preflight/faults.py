@@ -1,0 +1,150 @@
+"""How faults are collected and told at once; and those that a config alone shows.
+
+Knows names and files of a config; reads no model and no task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agentmerge import plugins
+from agentmerge.config import ROLES, SearchConfig
+from agentmerge.errors import AgentmergeError, ConfigError, UserError
+from agentmerge.system.redaction import revealed
+
+#: Benchmarks that are not objectives unless the user insists (LLM-Evo-Merge's and upstream's list).
+BENCHMARK_PREFIXES = (
+    "mmlu", "hendrycks", "agieval", "gsm8k", "hellaswag", "winogrande", "arc_", "ai2_arc",
+    "truthfulqa", "bigbench", "piqa", "openbookqa", "leaderboard",
+)  # fmt: skip
+
+
+class Faults(list[str]):
+    """Sentences in the order in which they were found."""
+
+    @contextmanager
+    def of(self, kind: type[AgentmergeError]) -> Iterator[None]:
+        """Within: an error of this kind ends the block, and its sentences that nobody has said yet
+        are faults."""
+        try:
+            yield
+        except kind as error:
+            self += [fault for fault in str(error).splitlines() if fault not in self]
+
+    def tell(self) -> None:
+        """
+        Raises:
+            ConfigError: all of them, where there are any.
+        """
+        if self:
+            raise ConfigError(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What is looked at, how far (see ``prepare.prepare``), and what was found wrong so far.
+
+    kind: the worker's class; None where it cannot be had.
+    """
+
+    config: SearchConfig
+    kind: Any = None
+    faults: Faults = field(default_factory=Faults)
+    also: Sequence[str] = ()
+    fresh: bool = False
+    tasks: bool = False
+    weights: bool = False
+    run_code: bool = True
+
+
+def all_faults(error: ConfigError, look: Callable[[SearchConfig], object]) -> list[str]:
+    """The faults of a config's text, and those that ``look`` finds in what can be read of it."""
+    faults = Faults(error.faults)
+    if error.readable is not None:
+        with faults.of(ConfigError):
+            look(error.readable)
+    return faults
+
+
+def named_faults(config: SearchConfig) -> list[str]:
+    """Names of workers, strategies and models' providers that nobody knows; imports nothing heavy,
+    so that they are told at once."""
+    from agentmerge.agents.providers import refuse_unnamed_key, split_spec
+
+    faults = Faults()
+    for group, name in _named_plugins(config):
+        with faults.of(UserError):
+            plugins.named(group, name)
+    for role in ROLES:
+        settings = config.agents.settings_for(role)
+        if settings.model not in (None, "none"):
+            with faults.of(UserError):
+                split_spec(str(settings.model), settings.base_url)
+                if settings.base_url and settings.api_key_env is None:
+                    server = revealed(settings.base_url, "base_url")
+                    refuse_unnamed_key(str(settings.model), server)
+    return faults
+
+
+def benchmark_faults(config: SearchConfig) -> list[str]:
+    """Published benchmarks among the objectives: a merge tuned on them proves nothing."""
+    named = [
+        task.name
+        for task in config.tasks.tasks
+        if task.name.startswith(BENCHMARK_PREFIXES) and not task.name.endswith("_train")
+    ]
+    return [
+        f"tasks: {name!r} is a public benchmark, and a merge tuned on it proves nothing; use a "
+        "training split (a name ending in _train), or pass --allow-benchmark-tasks"
+        for name in named
+    ]
+
+
+def tokenizer_faults(config: SearchConfig) -> list[str]:
+    source = config.genome.tokenizer_source
+    known = config.genome.parents
+    if source in (None, "union", "base", *known) or Path(str(source)).expanduser().is_dir():
+        return []
+    return [
+        f"genome.tokenizer_source {source!r} is not possible; use union, base, the directory of a "
+        f"tokenizer, or one of the models: {', '.join(known)}"
+    ]
+
+
+def _named_plugins(config: SearchConfig) -> tuple[tuple[str, str], ...]:
+    return (
+        ("agentmerge.strategies", config.algorithm),
+        ("agentmerge.workers", config.worker.kind),
+    )
+
+
+def device_faults(config: SearchConfig) -> list[str]:
+    device = config.worker.device
+    if device is None or device == "cpu":
+        return []
+    import torch
+
+    from agentmerge.merging.memory import cuda_devices
+
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        return [f"worker.device {device!r} is not a device; use cpu or cuda"]
+    there = cuda_devices()
+    if wanted.type == "cuda" and (wanted.index or 0) >= there:
+        other = f"one of the {there} that are (cuda:0, ...)" if there else "cpu"
+        return [f"worker.device {device!r} is not on this machine; use {other}"]
+    return []
+
+
+def plugin_faults(config: SearchConfig) -> list[str]:
+    """Workers and strategies that nobody knows, or that cannot be imported."""
+    faults = Faults()
+    for group, name in _named_plugins(config):
+        with faults.of(UserError):
+            plugins.load(group, name)
+    return faults

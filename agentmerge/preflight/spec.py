@@ -1,0 +1,132 @@
+"""A worker from a config: its class, its spec, and what follows from the two before it is built.
+
+Knows configs and folders of models; reads no weights and no tasks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agentmerge import plugins
+from agentmerge.config import SearchConfig
+from agentmerge.contracts.worker import EngineInfo, WorkerSpec
+from agentmerge.errors import UserError
+from agentmerge.parents.headers import chat_template, read_config, text_config
+from agentmerge.workers.options import given
+from agentmerge.workers.pool import crowd_of, devices_for, worker_class
+
+if TYPE_CHECKING:  # read only where models are
+    from agentmerge.merging.placement import MemoryPlan
+    from agentmerge.parents.layout import Layout
+
+
+def known_class(config: SearchConfig) -> Any:
+    """The class of the config's worker; None where it cannot be had, which is a fault by itself."""
+    with suppress(UserError):
+        return plugins.load("agentmerge.workers", config.worker.kind)
+    return None
+
+
+def spec_of(
+    config: SearchConfig, paths: Mapping[str, Path], dtype: str, device: str | None = None
+) -> WorkerSpec:
+    """The spec of a worker on these folders.
+
+    dtype, device: what it computes in and on; by default the config's device, or the fastest here.
+    """
+    spec = WorkerSpec(
+        kind=config.worker.kind,
+        parents=tuple((name, str(path)) for name, path in paths.items()),
+        template_model=template_model(config, paths),
+        tasks=config.tasks,
+        dtype=dtype,
+        batch_size=config.worker.batch_size,
+        device=device or config.worker.device or _device(),
+        matmul_precision=_matmul_precision(),
+        trust_remote_code=config.worker.trust_remote_code,
+        options={"base": config.genome.base_model} | _engine(config) | given(config.worker.options),
+        method=config.genome.merge_method,
+    )
+    return replace(spec, crowd=crowd_of(spec, config.worker.count))
+
+
+def _engine(config: SearchConfig) -> dict[str, Any]:
+    worker = config.worker
+    given = {"engine_args": worker.engine_args} if worker.engine_args else {}
+    canary = getattr(known_class(config), "has_canary", False)
+    return given | {"canary_every": worker.canary_every} if canary else given
+
+
+def template_model(config: SearchConfig, paths: Mapping[str, Path]) -> str:
+    """Whose tokenizer asks: ``tokenizer_source`` where it names a parent, else the first expert
+    that has a chat template, else the base, else the first expert."""
+    source = config.genome.tokenizer_source
+    if source == "base":
+        source = config.genome.base_model
+    if source in paths:
+        return str(source)
+    names = list(config.genome.parents)
+    if config.tasks.apply_chat_template:
+        for name in names:
+            if name in paths and chat_template(paths[name]):
+                return name
+    return next(name for name in names if name in paths)
+
+
+def _matmul_precision() -> str:
+    """torch's, where this process has torch: else nobody can have set it."""
+    torch: Any = sys.modules.get("torch")
+    return torch.get_float32_matmul_precision() if torch else "highest"
+
+
+def _device() -> str:
+    from agentmerge.merging.memory import cuda_devices
+
+    return "cuda" if cuda_devices() else "cpu"
+
+
+def base_among(config: SearchConfig, names: Collection[str]) -> str | None:
+    base = config.genome.base_model
+    return base if base in names else None
+
+
+def engine_of(spec: WorkerSpec) -> tuple[EngineInfo, dict[str, Any]]:
+    """What the spec's worker is, and the conditions that it answers under, where it has any."""
+    kind = worker_class(spec)
+    known = getattr(kind, "conditions", None)
+    return kind.describe(spec), known(spec) if known else {}
+
+
+def memory_of(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryPlan:
+    """Where the parents are kept, decided once for all workers: each alone would see what the
+    others have not taken yet."""
+    from agentmerge.merging.placement import (
+        Demand,
+        bytes_per_token,
+        gradient_bytes_per_token,
+        plan_memory,
+    )
+
+    kind = worker_class(spec)
+    demand = getattr(kind, "demand", None)
+    text = text_config(read_config(Path(dict(spec.parents)[spec.template_model])))
+    has_gradient = hasattr(kind, "gradient")
+    return plan_memory(
+        layout,
+        dtype=spec.dtype,
+        device=spec.device,
+        method=spec.method,
+        workers=config.worker.count,
+        apart=config.worker.timeout_s is not None,
+        devices=len(set(devices_for(spec, config.worker.count))),
+        demand=demand(spec, layout) if demand else Demand(),
+        asked=config.worker.placement,
+        memory_gb=config.worker.memory_gb,
+        token_bytes=bytes_per_token(text, spec.dtype),
+        gradient_token_bytes=gradient_bytes_per_token(text, spec.dtype) if has_gradient else 0,
+    )
