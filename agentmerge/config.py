@@ -96,9 +96,9 @@ class GenomeConfig(_Frozen):
             faults.append(f"models has {len(self.models)} entry; a merge needs at least two")
         for name in sorted({name for name in self.models if self.models.count(name) > 1}):
             faults.append(f"models names {name!r} twice; name each model once")
-        if self.merge_method == "slerp" and (self.smooth or self.filters):
+        if method is not None and method.pairwise and (self.smooth or self.filters):
             key = "smooth" if self.smooth else "filters"
-            faults.append(f"{key} is not possible with slerp; remove it")
+            faults.append(f"{key} is not possible with {self.merge_method}; remove it")
         if "" in self.filters:
             faults.append("filters holds an empty text, which is in every name; remove it")
         if len(set(self.filters)) != len(self.filters):
@@ -117,20 +117,20 @@ class GenomeConfig(_Frozen):
             yield f"models has {count}, and {name} merges exactly {method.most}"
         elif len(experts) < method.least and self.models:
             yield f"models has {count}, and {name} needs at least {method.least}"
-        if self.normalize is not None and method.normalize_param is None and name != "slerp":
+        if self.normalize is not None and method.normalize_param is None and not method.pairwise:
             yield f"normalize is not possible with {name}; remove it"
         possible = {p.name: p for p in method.shared if p.name != method.normalize_param}
         for asked in self.evolve:
-            if asked not in possible or name == "slerp":
-                known = ", ".join(possible) if possible and name != "slerp" else "nothing"
+            if asked not in possible or method.pairwise:
+                known = ", ".join(possible) if possible and not method.pairwise else "nothing"
                 yield f"evolve names {asked!r}, and {name} can evolve {known}"
-        if name != "slerp" and not method.source and not self.evolved and len(experts) < 2:
+        if not (method.pairwise or method.source or self.evolved) and len(experts) < 2:
             yield f"{name} of one model has nothing to search; add a model to models"
         stepped = [p.name for p in self.evolved if p.whole]
         if self.smooth and (stepped or (method.most == 1 and len(experts) > 1)):
             what = f"{stepped[0]}, a whole number" if stepped else "a choice between models"
             yield f"smooth is not possible with {name}: {what}, cannot be interpolated; remove it"
-        if self.filters and not method.source and not self.evolved and name != "slerp":
+        if self.filters and not (method.pairwise or method.source or self.evolved):
             yield f"filters is not possible with {name}; remove it"
 
     @property
@@ -151,8 +151,10 @@ class GenomeConfig(_Frozen):
 
     @property
     def evolved(self) -> tuple[Parameter, ...]:
-        """The parameters of the whole merge that are searched; slerp's has rules of its own."""
-        shared = () if self.merge_method == "slerp" else METHODS[self.merge_method].shared
+        """The parameters of the whole merge that are searched; a share of two models has rules of
+        its own."""
+        method = METHODS[self.merge_method]
+        shared = () if method.pairwise else method.shared
         switches = ("normalize", "normalize_weights")
         return tuple(
             p for p in shared if p.name not in switches and (p.searched or p.name in self.evolve)
@@ -651,7 +653,7 @@ def _resolve(
 
 def _note_slerp(genome: GenomeConfig, out: _Faults) -> None:
     """slerp merges two models, the base being one of them; what else is named is told."""
-    if genome.merge_method != "slerp":
+    if not METHODS[genome.merge_method].pairwise:
         return
     if genome.base_model not in (None, *genome.models):
         out.notices.append(

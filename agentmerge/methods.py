@@ -78,6 +78,12 @@ class Method:
     def needs_base(self) -> bool:
         return self.base == "required"
 
+    @property
+    def pairwise(self) -> bool:
+        """Whether a slice is two models, the base one of them, with a share t in place of
+        weights."""
+        return self.base == "ignored" and any(parameter.name == "t" for parameter in self.shared)
+
     def sets_apart(self, base_model: str | None) -> bool:
         """Whether ``base_model`` is what the sources are compared with, and has no parameters."""
         return base_model is not None and self.base != "ignored"

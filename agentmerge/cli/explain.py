@@ -47,8 +47,8 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
     for place, name, effective in _grouped(groups):
         total, where = _total(effective), place
         for model_name, at, own in effective.sources:
-            apart = METHODS[effective.method].sets_apart(effective.base_model)
-            if apart and model_name == effective.base_model:
+            method = METHODS[effective.method]
+            if method.sets_apart(effective.base_model) and model_name == effective.base_model:
                 values = "base"
             else:
                 found = own or effective.shared  # of a method without weights
@@ -56,7 +56,7 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
                     f"{key} {value / total if key == 'weight' else value:g}" for key, value in found
                 )
                 values = values or "the model"
-            if effective.method == "slerp":
+            if method.pairwise:
                 t = dict(effective.shared)["t"]
                 values = f"t {t:g} away" if model_name == effective.base_model else f"t {t:g}"
             moved = at is not None and f"layer {at}" != where

@@ -178,7 +178,8 @@ class Observation:
 
 class Strategy(Protocol):
     """One that also has ``uses_items = True`` is told each observation with its evidence; one that
-    reads guidance has ``heeds_advice = True``, so that nobody pays unawares for words unheard."""
+    reads guidance has ``heeds_advice = True``, so that nobody pays unawares for words unheard; one
+    with settings of its own gives itself with them in ``with_settings(config.search)``."""
 
     name: str
 

@@ -111,10 +111,10 @@ def _check_sources(recipe: Recipe, layout: Layout) -> None:
                     f"{layout.num_layers}"
                 )
         base = piece.base_model or recipe.base_model
-        if recipe.merge_method == "slerp" and (len(names) != 2 or base not in names):
+        if method.pairwise and (len(names) != 2 or base not in names):
             raise RecipeRejected(
-                f"slice {index} gives slerp {names} with base_model {base!r}; it needs two models, "
-                "one of them the base_model"
+                f"slice {index} gives {method.name} {names} with base_model {base!r}; it needs two "
+                "models, one of them the base_model"
             )
         if method.sets_apart(base) and base not in names:
             raise RecipeRejected(f"slice {index} has no source for its base_model {base!r}")

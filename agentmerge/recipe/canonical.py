@@ -27,7 +27,7 @@ def canonical(recipe: B, num_layers: int) -> B:
     slices = [_canonical_slice(recipe, piece, num_layers) for piece in recipe.slices]
     bases = {piece.base_model or recipe.base_model for piece in slices}
     base_model = recipe.base_model if method.sets_apart(recipe.base_model) else None
-    if len(bases) == 1 and method.name != "slerp" and method.sets_apart(next(iter(bases))):
+    if len(bases) == 1 and not method.pairwise and method.sets_apart(next(iter(bases))):
         base_model = bases.pop()  # said once, for the whole merge
         slices = [replace(piece, base_model=None) for piece in slices]
     merged = slices[:1]
@@ -42,7 +42,7 @@ def canonical(recipe: B, num_layers: int) -> B:
             "recipes that change the depth are not supported"
         )
     shared: Parameters = ()
-    if method.name != "slerp":
+    if not method.pairwise:
         shared, merged = _hoisted(method, merged)
     seeded = method.random and not single
     return replace(
@@ -70,7 +70,7 @@ def _canonical_slice(recipe: Body, piece: Slice, num_layers: int) -> Slice:
         sources.append(Source(source.model, layers, tuple(_without_unread(own))))
     if apart and base is not None and base not in {s.model for s in sources}:
         sources.append(Source(base, sources[0].layer_range))
-    if method.name == "slerp":
+    if method.pairwise:
         t = Setting.scalar(0.5)
         for scope in (recipe.parameters, piece.parameters):
             if "t" in dict(scope):

@@ -46,13 +46,13 @@ def grid(space: SearchSpace, recipe: Recipe) -> Grid:
                     continue
                 for name, value in own:
                     values[short_name(model), name] = value
-                if found.method == "slerp":
+                if method.pairwise:
                     t = dict(found.shared)["t"]
                     values[short_name(model), "share"] = 1 - t if model == found.base_model else t
                 elif not own:
                     values[short_name(model), "present"] = 1.0
             for name, value in found.shared:
-                if name in searched and found.method != "slerp":
+                if name in searched and not method.pairwise:
                     values["all models", name] = value
             for (model, name), value in values.items():
                 where = (filter_ or OTHER) if space.genome.filters else ""

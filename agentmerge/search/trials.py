@@ -201,13 +201,12 @@ def _method(genome: GenomeConfig, name: str) -> dict[str, Any]:
     if method is None:
         raise UserError(f"there is no merge method {name!r}")
     known = {p.name for p in method.shared}
-    plain = name == "slerp"
     return {
         "merge_method": name,
         "normalize": genome.normalize if method.normalize_param else None,
-        "evolve": () if plain else tuple(p for p in genome.evolve if p in known),
-        "filters": () if plain else genome.filters,
-        "smooth": genome.smooth and not plain,
+        "evolve": () if method.pairwise else tuple(p for p in genome.evolve if p in known),
+        "filters": () if method.pairwise else genome.filters,
+        "smooth": genome.smooth and not method.pairwise,
     }
 
 

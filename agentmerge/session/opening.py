@@ -257,9 +257,8 @@ def pool_of(
 
 def _strategy(config: SearchConfig) -> Any:
     strategy = plugins.load("agentmerge.strategies", config.algorithm)
-    if config.algorithm == "cma_es":
-        return type(strategy)(config.search.sigma0)
-    return strategy
+    settle = getattr(strategy, "with_settings", None)
+    return settle(config.search) if settle else strategy
 
 
 def _models(config: SearchConfig, ready: Mapping[Role, Any] | None) -> dict[Role, Any]:

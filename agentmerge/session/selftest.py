@@ -96,7 +96,7 @@ def case(
     ]
     own = {parameter.name: parameter.default or 0.0 for parameter in known.shared}
     shared = own | {name: value for name, value in _ASKED.items() if name in own}
-    apart = method == "slerp" or known.sets_apart("base")
+    apart = known.pairwise or known.sets_apart("base")
     count = known.most or max(2, known.least)
     return base if apart else None, operands[:count], shared
 
@@ -111,7 +111,8 @@ def merges(device: str) -> Iterator[str]:
             target = torch.empty_like(want, device=device)
             there = _moved(base, device), [_there(operand, device) for operand in operands]
             finite = merge_tensor(method, *there, shared, target, Statistics())
-            exact = METHODS[method].engine == "agentmerge" and method != "slerp"
+            known = METHODS[method]
+            exact = known.engine == "agentmerge" and not known.pairwise
             exact = exact and not shared.get("rescale")
             if not finite or not _same(target.cpu(), want, exact):
                 yield f"{method} of {dtype} differs"

@@ -90,7 +90,7 @@ class SearchSpace:
 
     @property
     def is_slerp(self) -> bool:
-        return self.genome.merge_method == "slerp"
+        return self.method.pairwise
 
     @property
     def picks_partner(self) -> bool:
@@ -168,6 +168,8 @@ class SearchSpace:
     def vector(self, recipe: Recipe) -> tuple[float, ...] | None:
         """The point of a recipe, or None where the recipe lies outside this space."""
         canonical = recipe.canonical(self.num_layers)
+        if canonical.merge_method != self.genome.merge_method:
+            return None
         values = self._slerp_values(canonical) if self.is_slerp else self._values(canonical)
         if values is None:
             return None
@@ -418,8 +420,6 @@ class SearchSpace:
         return Slice(sources, base, (("t", Setting.scalar(t)),))
 
     def _values(self, recipe: Recipe) -> list[float] | None:
-        if recipe.merge_method != self.genome.merge_method:
-            return None
         values: list[float] = []
         for axis in self.axes:
             value = self._partner(recipe, axis) if axis.parameter == "partner" else None
@@ -457,8 +457,6 @@ class SearchSpace:
         return (self.models.index(names[0]) + 0.5) / len(self.models)
 
     def _slerp_values(self, recipe: Recipe) -> list[float] | None:
-        if recipe.merge_method != "slerp":
-            return None
         values: list[float] = []
         width = len(self.axes) // self.groups
         for group in range(self.groups):

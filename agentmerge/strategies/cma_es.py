@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from agentmerge.config import SearchSettings
 from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.space import Space
 from agentmerge.contracts.strategy import (
@@ -44,6 +45,9 @@ class CmaEs:
 
     def __init__(self, sigma0: float = SIGMA0) -> None:
         self.sigma0 = sigma0
+
+    def with_settings(self, search: SearchSettings) -> CmaEs:
+        return CmaEs(search.sigma0)
 
     def propose(
         self,

@@ -290,7 +290,7 @@ def _point(recipe: Recipe, parents: Sequence[str]) -> np.ndarray:
             shared, base = dict(effective.shared), effective.base_model
             weights = {}
             for model, _, own in effective.sources:
-                if recipe.merge_method == "slerp":
+                if method.pairwise:
                     share = shared["t"]
                     weights[model] = 1 - share if model == base else share
                 elif not (method.sets_apart(base) and model == base):
