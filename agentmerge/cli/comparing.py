@@ -21,7 +21,7 @@ def tree(
 ) -> int:
     """Draw the searches and their branches."""
     from agentmerge.ledger.folder import opened
-    from agentmerge.report.lineage import lineage
+    from agentmerge.report.compare import lineage
 
     with opened(runs_dir) as ledger:
         found = lineage(ledger)

@@ -17,7 +17,7 @@ from agentmerge.ledger import Candidate, Ledger, RunRow
 from agentmerge.recipe import Recipe
 from agentmerge.report.grid import Grid, grid
 from agentmerge.report.items import ItemsAsked, Part, Values, asked, gains, paired
-from agentmerge.report.summary import answer_of, run_summary
+from agentmerge.report.summary import answer_of, run_status, run_summary
 from agentmerge.space.grouped import SearchSpace
 
 
@@ -184,4 +184,32 @@ def _prompts(ledger: Ledger, one: RunRow, other: RunRow) -> list[dict[str, Any]]
                 mine.splitlines(), theirs.splitlines(), one.name, other.name, lineterm="", n=1
             )
             found.append({"role": role, "diff": "\n".join(lines)})
+    return found
+
+
+def lineage(ledger: Ledger) -> list[dict[str, Any]]:
+    """Every search, oldest first: {name, parent, generation, status, search, evaluations, best,
+    answer}: the best score seen, and the answer's.
+
+    A branch whose parent is gone stands by itself.
+    """
+    rows = ledger.runs()
+    names = {row.id: row.name for row in rows}
+    found = []
+    for row in rows:
+        best = ledger.best_candidate(row.id)
+        answer = answer_of(ledger, row)
+        parent = names.get(row.parent_run or "")
+        found.append(
+            {
+                "name": row.name,
+                "parent": parent,
+                "generation": row.parent_generation,
+                "status": run_status(ledger, row),
+                "search": row.algorithm,
+                "evaluations": ledger.tally(row.id).evaluations,
+                "best": None if best is None else best.score,
+                "answer": answer.score if row.result and answer else None,
+            }
+        )
     return found

@@ -23,6 +23,8 @@ _PRIOR_SD = 1.5
 _ITERATIONS = 40
 #: Items that hyper-parameters are fitted on, and numbers of points they are fitted on, at most.
 FIT_ITEMS, FIT_POINTS = 400, 160
+#: With fewer rows that were asked everything there is nothing to expect the rest from.
+LEAST_WHOLE = 2
 _ROOT5 = np.sqrt(5.0)
 
 
@@ -167,3 +169,29 @@ def _cost(points: np.ndarray, signals: np.ndarray, theta: np.ndarray) -> tuple[f
     slope = 2 * (shared.sum(1) @ scaled**2 - (scaled * (shared @ scaled)).sum(0))
     gradient = np.append(slope + off / _PRIOR_SD, np.trace(push) * noise)
     return fit + 0.5 * float(off @ off), gradient
+
+
+def completed(points: np.ndarray, signals: np.ndarray) -> np.ndarray:
+    """Signals (n, m) with NaN, at points (n, d) -> the same without; what was seen is untouched:
+    what losers of races would have shown on the items that they were not asked.
+
+    A loser's rung is the same part of the items for all losers of that rung, so each part needs one
+    factorisation. The rest gets the process's own expectation, which leaves its mean as it was.
+
+    Length scales are fitted on the items that all rows have. Rows that cannot be completed, for
+    want of whole ones or of a common item, stay as they are.
+    """
+    seen = np.isfinite(signals)
+    common = seen.all(0)
+    if common.all() or not common.any() or seen.all(1).sum() < LEAST_WHOLE:
+        return signals
+    hyper = fitted(points, signals[:, common]).hyper
+    found = signals.copy()
+    patterns, which = np.unique(seen, axis=1, return_inverse=True)
+    for number, rows in enumerate(patterns.T):
+        if rows.all():
+            continue
+        items = np.flatnonzero(which.ravel() == number)
+        model = conditioned(points[rows], signals[np.ix_(rows, items)], hyper)
+        found[np.ix_(~rows, items)] = model.predict(points[~rows])[0]
+    return found

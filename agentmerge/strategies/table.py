@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from agentmerge.contracts.strategy import Items, Observation
-from agentmerge.strategies.censored import completed
 from agentmerge.strategies.soft_score import (
     SoftScore,
     calibrated,
@@ -20,6 +19,7 @@ from agentmerge.strategies.soft_score import (
     scaled,
     softening_of,
 )
+from agentmerge.strategies.surrogate import completed
 
 CLIP = 12.0
 #: What a proposal looks at, at most: items, and points (the best quarter and the latest).

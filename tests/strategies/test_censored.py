@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from agentmerge.contracts.strategy import Evidence, Items, Observation
-from agentmerge.strategies.censored import completed
-from agentmerge.strategies.surrogate import conditioned, fitted
+from agentmerge.strategies.surrogate import completed, conditioned, fitted
 from agentmerge.strategies.table import table_of
 
 
