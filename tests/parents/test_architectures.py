@@ -68,6 +68,7 @@ def test_refused_before_anything_is_loaded(model_type: str, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of models as old as transformers
 def test_the_page_is_what_the_sweep_finds() -> None:
     rows = list(architectures.survey_types(list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)))
     assert not [row for row in rows if row.verdict == "wrong"]

@@ -77,10 +77,10 @@ def loaded(
 
 def assert_as_forecast(found: dict[str, Any]) -> None:
     """Within a tenth; and what the models take no more than a tenth above, beside libraries (which
-    vary by some 20 MB). Statistics may take less than forecast, where magnitudes repeat."""
+    vary by some 40 MB). Statistics may take less than forecast, where magnitudes repeat."""
     assert found["peak"] == pytest.approx(found["forecast"], rel=0.1), found
     weights, forecast = (found[key] - found["runtime"] for key in ("peak", "forecast"))
-    assert 0.75 * forecast - 20_000_000 < weights < 1.1 * forecast + 20_000_000, found
+    assert 0.75 * forecast - 20_000_000 < weights < 1.1 * forecast + 40_000_000, found
 
 
 @pytest.fixture(scope="module")
