@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from agentmerge.contracts.worker import Worker
-from agentmerge.errors import RunFailed, WorkerLost
+from agentmerge.errors import NotBegun, RunFailed, WorkerLost
 from agentmerge.workers.processes import GIVEN_UP
 
 T = TypeVar("T")
@@ -24,10 +24,15 @@ T = TypeVar("T")
 TIMES = 20
 #: and never less than this.
 FLOOR_S = 600.0
+INTERRUPTED = "whoever waited for this candidate was interrupted; it stays open"
 
 
 class Late(Exception):
     """What was asked is not done yet."""
+
+
+class Interrupted(NotBegun):
+    """Nobody waits any more for what was asked."""
 
 
 @dataclass
@@ -70,12 +75,23 @@ class Place:
         self.worker: Worker | None = None
         self._todo: queue.SimpleQueue[Callable[[], object] | None] | None = None
         self._thread: threading.Thread | None = None
+        self.interrupted = False
+        self._outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] | None = None
+        self._lock = threading.Lock()
 
-    def ask(self, work: Callable[[], T], limit_s: float = math.inf) -> T:
-        """What the work gives, or raises.
+    def interrupt(self) -> None:
+        """Nobody waits here any more, nor will until ``interrupted`` is taken back."""
+        with self._lock:
+            self.interrupted = True
+            if self._outcome is not None:
+                self._outcome.put((None, Interrupted(INTERRUPTED)))
+
+    def ask(self, work: Callable[[], T], limit_s: float | None = None) -> T:
+        """What the work gives, or raises. limit_s: None for what ends by itself.
 
         Raises:
             Late: it has not ended in time, and goes on.
+            Interrupted: nobody is to wait for it; where it was begun, it goes on.
         """
         if self._todo is None:
             self._todo = queue.SimpleQueue()
@@ -91,9 +107,13 @@ class Place:
             except BaseException as error:
                 outcome.put((None, error))
 
-        self._todo.put(run)
+        with self._lock:
+            if limit_s is not None and self.interrupted:
+                raise Interrupted(INTERRUPTED)
+            self._outcome = None if limit_s is None else outcome
+            self._todo.put(run)
         try:
-            value, error = outcome.get(timeout=None if limit_s == math.inf else max(0.0, limit_s))
+            value, error = outcome.get(timeout=None if limit_s == math.inf else limit_s)
         except queue.Empty:
             raise Late from None
         if error is not None:

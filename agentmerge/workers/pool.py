@@ -1,10 +1,11 @@
-"""Hands candidates to free workers, one at a time each; safe to call from many threads.
+"""Gives work to workers in turn, first come, first served; safe to call from many threads.
 
-A worker is built when it is first needed. One lives in this process, several in a process each, and
-so does one whose candidates have a deadline (``worker.timeout_s``). A worker that is lost is built
-anew and its candidate tried once more; one that is late is ended and counts as lost. What lives in
-this process cannot be ended: it is left alone, and nothing else is begun there. The pool knows no
-search, no budget and no database.
+Whoever submits work gets its future: it runs on one of the pool's threads, of which there is one a
+worker, and has that worker to itself until it ends. A worker is built when it is first needed. One
+lives in this process, several in a process each, and so does one whose candidates have a deadline
+(``worker.timeout_s``). A worker that is lost is built anew and its candidate tried once more; one
+that is late is ended and counts as lost. What lives in this process cannot be ended: it is left
+alone, and nothing else is begun there. The pool knows no search, no budget and no database.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
@@ -39,7 +42,7 @@ from agentmerge.recipe import Recipe
 from agentmerge.system.redaction import clean_screen, remember, remembered, revealed
 from agentmerge.system.temporary import discard_unfinished
 from agentmerge.system.waits import waiting_for
-from agentmerge.workers.places import Deadlines, Late, Place, close_quietly
+from agentmerge.workers.places import Deadlines, Interrupted, Late, Place, close_quietly
 from agentmerge.workers.processes import end, end_with, uninterrupted
 
 if TYPE_CHECKING:
@@ -92,6 +95,12 @@ def crowd_of(spec: WorkerSpec, count: int) -> int:
     return max(map(devices.count, devices))
 
 
+class Turn(Future[T]):
+    """What comes of submitted work. place: where it is at work."""
+
+    place: Place | None = None
+
+
 class Pool:
     """Workers of one spec.
 
@@ -119,7 +128,9 @@ class Pool:
         self._free = [Place() for _ in range(count)]
         self._size = count
         self._left_alone: threading.Thread | None = None
-        self._change = threading.Condition()
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="pool")
+        self._mine = threading.local()  # .place: of the turn that a thread of the pool has
+        self._lock = threading.Lock()
         self._stopped = False
         self._lost_in_a_row = 0
 
@@ -128,6 +139,65 @@ class Pool:
         """What the workers are, without building one."""
         found: EngineInfo = worker_class(self.spec).describe(self.spec)
         return found
+
+    def submit(self, work: Callable[..., T], *arguments: Any) -> Turn[T]:
+        """The future of ``work(*arguments)``, called once a worker is free.
+
+        What it asks of the pool meanwhile, one thing after another, is that worker's to answer:
+        ``submit(pool.evaluate, recipe, refs)`` is one candidate's results, and a function that
+        asks for them, looks at them and asks on is all of a candidate's.
+
+        Raises, through the future, what the work raises, and:
+            NotBegun: the pool was stopped before its turn came.
+        """
+        turn: Turn[T] = Turn()
+        with self._lock:
+            if not self._stopped:
+                self._threads.submit(self._take_turn, turn, partial(work, *arguments))
+                return turn
+        turn.set_exception(_stopped())
+        return turn
+
+    def wait(self, turns: Collection[Turn[Any]]) -> None:
+        """Until all have ended; where one fails, those that have not begun are cancelled.
+
+        Whoever is interrupted meanwhile leaves none of them at work.
+        """
+        try:
+            wait_for(turns, return_when=FIRST_EXCEPTION)
+            for turn in turns:
+                turn.cancel()
+            wait_for(turns)
+        except BaseException:  # Ctrl-C: nobody waits for the workers any more
+            for turn in turns:
+                turn.cancel()
+                with self._lock:
+                    if turn.place is not None:
+                        turn.place.interrupt()
+            raise
+
+    def _take_turn(self, turn: Turn[T], work: Callable[[], T]) -> None:
+        """Runs on a thread of the pool; a place is free, as there are as many."""
+        if not turn.set_running_or_notify_cancel():
+            return
+        with self._lock:
+            built = next((i for i, place in enumerate(self._free) if place.worker is not None), 0)
+            turn.place = self._mine.place = place = self._free.pop(built)
+            place.interrupted = False
+        result, error = None, None
+        try:
+            if self._stopped:
+                raise _stopped()
+            result = work()
+        except BaseException as raised:
+            error = raised
+        with self._lock:
+            turn.place = self._mine.place = None
+            self._free.append(place)
+        if error is None:
+            turn.set_result(cast(T, result))
+        else:
+            turn.set_exception(error)
 
     def evaluate(
         self,
@@ -179,47 +249,54 @@ class Pool:
     def _on_a_worker(
         self, job: Callable[[Worker], T], items: int, wanted: Callable[[], bool]
     ) -> tuple[T, float]:
-        """What a job gives, and its seconds; on a new worker where the first is lost over it."""
-        place = self._take()
-        try:
-            if not wanted() or not self._deadlines.left_s:
-                raise NotBegun("the search was told to stop before this candidate's turn")
-            if self._left_alone is not None and self._left_alone.is_alive():
-                raise NoWorker("the worker still works on a candidate that was given up")
-            self._left_alone = None
-            # Where all were lost lately, one more try shows whether that is over.
-            for again in (False,) if self._lost_in_a_row >= LOSSES else (True, False):
-                start = time.monotonic()
-                built = place.worker is not None
-                try:
-                    if not built:
-                        self._within(place, partial(self._build, place), _STARTING_S, "ready")
-                        built = True
-                    done = self._scored(place, job, items), time.monotonic() - start
-                except AgentmergeError as error:
-                    if not isinstance(error, WorkerLost):
-                        self._lost_in_a_row = 0
-                        raise
-                    if self._left_alone is not None:
-                        raise
-                    lost = error
-                except Exception as error:  # the worker's own fault, or of what it runs on
-                    lost = WorkerLost(_one_line(error))
-                    lost.__cause__ = error
-                except BaseException:  # Ctrl-C: nobody waits for the worker any more
-                    self._end(place)
-                    raise
-                else:
+        """What a job gives, and its seconds, in this thread's turn or in one of its own."""
+        place = getattr(self._mine, "place", None)
+        if place is not None:
+            return self._tried(place, job, items, wanted)
+        turn = self.submit(self._on_a_worker, job, items, wanted)
+        self.wait([turn])
+        return turn.result()
+
+    def _tried(
+        self, place: Place, job: Callable[[Worker], T], items: int, wanted: Callable[[], bool]
+    ) -> tuple[T, float]:
+        """On a new worker where the first is lost over it."""
+        if self._stopped:
+            raise _stopped()
+        if not wanted() or not self._deadlines.left_s:
+            raise NotBegun("the search was told to stop before this candidate's turn")
+        if self._left_alone is not None and self._left_alone.is_alive():
+            raise NoWorker("the worker still works on a candidate that was given up")
+        self._left_alone = None
+        # Where all were lost lately, one more try shows whether that is over.
+        for again in (False,) if self._lost_in_a_row >= LOSSES else (True, False):
+            start = time.monotonic()
+            built = place.worker is not None
+            try:
+                if not built:
+                    self._within(place, partial(self._build, place), _STARTING_S, "ready")
+                    built = True
+                done = self._scored(place, job, items), time.monotonic() - start
+            except AgentmergeError as error:
+                if not isinstance(error, WorkerLost):
                     self._lost_in_a_row = 0
-                    return done
-                self._discard(place)
-                if not again:
-                    raise self._lost(lost, built) from lost.__cause__
-            raise AssertionError("unreachable")
-        finally:
-            with self._change:
-                self._free.append(place)
-                self._change.notify()
+                    raise
+                if self._left_alone is not None:
+                    raise
+                lost = error
+            except Exception as error:  # the worker's own fault, or of what it runs on
+                lost = WorkerLost(_one_line(error))
+                lost.__cause__ = error
+            except BaseException:  # a worker's SystemExit
+                self._end(place)
+                raise
+            else:
+                self._lost_in_a_row = 0
+                return done
+            self._discard(place)
+            if not again:
+                raise self._lost(lost, built) from lost.__cause__
+        raise AssertionError("unreachable")
 
     def _scored(self, place: Place, job: Callable[[Worker], T], items: int) -> T:
         worker, start = place.worker, time.monotonic()
@@ -241,6 +318,9 @@ class Pool:
         try:
             with waiting_for(what):
                 return place.ask(work, min(limit_s, left_s))
+        except Interrupted:
+            self._end(place)
+            raise
         except Late:
             self._end(place)
         if left_s <= limit_s:
@@ -276,9 +356,8 @@ class Pool:
 
     def stop(self) -> None:
         """Let running evaluations end and begin no other."""
-        with self._change:
+        with self._lock:
             self._stopped = True
-            self._change.notify_all()
 
     def close(self) -> None:
         """Stop, wait for running evaluations, and close every worker; safe to call twice.
@@ -287,8 +366,8 @@ class Pool:
             RunFailed: a worker that looks back at its end found its answers wrong.
         """
         self.stop()
-        with waiting_for("the end of the workers"), self._change:
-            self._change.wait_for(lambda: len(self._free) == self._size)
+        with waiting_for("the end of the workers"):
+            self._threads.shutdown()
             found = [failure for place in self._free if (failure := _emptied(place)) is not None]
         if found:
             raise found[0]
@@ -299,21 +378,13 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _take(self) -> Place:
-        with self._change:
-            self._change.wait_for(lambda: self._free or self._stopped)
-            if self._stopped:
-                raise NotBegun("the worker pool is stopped; this candidate was not begun")
-            built = next((i for i, place in enumerate(self._free) if place.worker is not None), 0)
-            return self._free.pop(built)
-
     def _build(self, place: Place) -> None:
         """Runs on the place's own thread."""
         if not self._apart:
             make = self._make or worker_class(self.spec)
             place.worker = make(with_secrets(self.spec), self._taskset)
             return
-        with self._change:
+        with self._lock:
             device = self._devices.pop(0)
         own = replace(self.spec, device=device, crowd=self._crowd)
         try:
@@ -328,6 +399,10 @@ class Pool:
         _emptied(place)
         if isinstance(lost, _WorkerProcess):
             self._devices.append(lost.device)
+
+
+def _stopped() -> NotBegun:
+    return NotBegun("the worker pool is stopped; this candidate was not begun")
 
 
 def _emptied(place: Place) -> RunFailed | None:
