@@ -467,10 +467,11 @@ class SearchConfig(_Frozen):
 
     @property
     def graph_steps(self) -> int:
-        """More steps than the state machine can take within the budget."""
+        """More steps than the state machine can take within the budget: a generation has seven at
+        most, and of three in a row one holds a merge that is paid."""
         racing = self.search.racing
         cheapest = racing.rungs[0] if racing else 1.0
-        return 50 + math.ceil(8 * self.budget.max_evaluations / cheapest)
+        return 50 + math.ceil(3 * 7 * self.budget.max_evaluations / cheapest)
 
     @classmethod
     def from_file(

@@ -1,12 +1,13 @@
 """The search as a LangGraph state machine: topology only; each node calls one thing.
 
-    seed -> evaluate (one Send a candidate) -> select -> critic -> controller -> proposer
-                 ^                               |                                   |
-                 |_______________________________|_______ (structure, for a move) ___|
-                                                 `-> finish
+    seed -> dispatch -> collect -> select -> critic -> controller -> proposer
+               ^                     |                                  |
+               |_____________________|______ (structure, for a move) ___|
+                                     `-> finish
 
-``runtime.context`` is an ``agentmerge.session.context.Context``; ``search_of`` gives the search
-that it stands for, with open ledger, worker pool, strategy and agents. The graph is exported
+``dispatch`` hands the open candidates of a generation to the worker pool, ``collect`` waits for
+them. ``runtime.context`` is an ``agentmerge.session.context.Context``; ``search_of`` gives the
+search that it stands for, with open ledger, worker pool, strategy and agents. The graph is exported
 uncompiled and without a saver.
 """
 
@@ -19,17 +20,16 @@ from typing import Any, Literal
 from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
-from langgraph.types import Command, Send, interrupt
+from langgraph.types import Command, interrupt
 from langgraph_sdk.runtime import ServerRuntime
 
 from agentmerge.search.advise import advise
-from agentmerge.search.evaluate import evaluate
+from agentmerge.search.evaluate import collect, dispatch
 from agentmerge.search.finish import finish
 from agentmerge.search.propose import propose
-from agentmerge.search.search import Search
 from agentmerge.search.seed import first_state, seed
-from agentmerge.search.select import open_slots, select
-from agentmerge.search.state import Assignment, SearchState
+from agentmerge.search.select import select
+from agentmerge.search.state import SearchState
 from agentmerge.search.structure import approval, question, restructure, wanted_move
 from agentmerge.session.context import (
     ClientContext,
@@ -40,32 +40,35 @@ from agentmerge.session.context import (
     served_run,
 )
 
-Next = Literal["evaluate", "select"]
 
-
-def _seed(state: SearchState, runtime: Runtime[Context]) -> Command[Next]:
+def _seed(state: SearchState, runtime: Runtime[Context]) -> SearchState:
     """Generation 0: parents, uniform merges, warm starts, the strategy's first draws."""
     search = search_of(runtime)
-    generation = seed(search)
-    return Command(
-        update=first_state(search, generation),
-        goto=_dispatch(open_slots(search, generation)),
-    )
+    return first_state(search, seed(search))
 
 
-def _evaluate(state: Assignment, runtime: Runtime[Context]) -> None:
-    """Score one candidate; what it costs is in the ledger before this returns."""
-    evaluate(search_of(runtime), state["generation"], state["slot"])
+def _dispatch(state: SearchState, runtime: Runtime[Context]) -> None:
+    """Hand every open candidate of the generation to the worker pool."""
+    dispatch(search_of(runtime), state["generation"])
+
+
+def _collect(state: SearchState, runtime: Runtime[Context]) -> None:
+    """Wait until all are done; what each cost was in the ledger as it ended."""
+    collect(search_of(runtime))
+
+
+def _evaluate(state: object, runtime: Runtime[Context]) -> None:
+    """What threads of graph version 1 were sent for a candidate: ``select`` has it dispatched."""
 
 
 def _select(
     state: SearchState, runtime: Runtime[Context]
-) -> Command[Literal["evaluate", "critic", "finish"]]:
+) -> Command[Literal["dispatch", "critic", "finish"]]:
     """Update the incumbent; decide whether to score what is left, go on, or stop."""
     outcome = select(search_of(runtime), state["generation"])
     if outcome.stop_reason:
         return Command(update=outcome.update(), goto="finish")
-    return Command(update=outcome.update(), goto=_dispatch(outcome.open_slots, done="critic"))
+    return Command(update=outcome.update(), goto="dispatch" if outcome.open_slots else "critic")
 
 
 def _critic(
@@ -84,20 +87,18 @@ def _controller(
 
 def _proposer(
     state: SearchState, runtime: Runtime[Context]
-) -> Command[Literal["evaluate", "select", "structure", "finish"]]:
+) -> Command[Literal["dispatch", "structure", "finish"]]:
     """Suggest where to look; the strategy turns all advice into the next generation."""
     search = search_of(runtime)
     limit = advise(search, "proposer", state["generation"])
     if limit:
-        return _advised(limit, "select")
+        return _advised(limit, "dispatch")
     if wanted_move(search, state["generation"]) is not None:
         return Command(goto="structure")
-    return _proposed(search, state["generation"])
+    return Command(update={"generation": propose(search, state["generation"])}, goto="dispatch")
 
 
-def _structure(
-    state: SearchState, runtime: Runtime[Context]
-) -> Command[Literal["evaluate", "select"]]:
+def _structure(state: SearchState, runtime: Runtime[Context]) -> SearchState:
     """Open another search space; with ``search.approve`` only once a person has agreed."""
     search, generation = search_of(runtime), state["generation"]
     move = wanted_move(search, generation)
@@ -106,7 +107,7 @@ def _structure(
         if approved is None:
             approved = interrupt(question(generation, move)) in (True, "yes")
         restructure(search, generation, move, approved=approved)
-    return _proposed(search, generation)
+    return SearchState(generation=propose(search, generation))
 
 
 def _finish(state: SearchState, runtime: Runtime[Context]) -> SearchState:
@@ -122,25 +123,17 @@ def _advised(limit: str, then: Any) -> Command[Any]:
     return Command(update={"stop_reason": limit}, goto="finish") if limit else Command(goto=then)
 
 
-def _proposed(search: Search, generation: int) -> Command[Any]:
-    generation = propose(search, generation)
-    return Command(
-        update={"generation": generation}, goto=_dispatch(open_slots(search, generation))
-    )
-
-
-def _dispatch(slots: list[tuple[int, int]], done: Literal["select", "critic"] = "select") -> Any:
-    """One ``evaluate`` a candidate that is still open, or straight on where there is none."""
-    sends = [Send("evaluate", Assignment(generation=g, slot=s)) for g, s in slots]
-    return sends or done
-
-
 def build(context: type[ClientContext] = Context) -> StateGraph[SearchState, Any]:
     """The uncompiled graph. context: what whoever invokes it is trusted to say."""
     graph: StateGraph[SearchState, Any] = StateGraph(SearchState, context_schema=context)
-    for node in (_seed, _evaluate, _select, _critic, _controller, _proposer, _structure, _finish):
+    scoring = (_seed, _dispatch, _collect, _evaluate, _select)
+    for node in (*scoring, _critic, _controller, _proposer, _structure, _finish):
         graph.add_node(node.__name__.removeprefix("_"), releasing(node))
     graph.add_edge(START, "seed")
+    graph.add_edge("seed", "dispatch")
+    graph.add_edge("structure", "dispatch")
+    graph.add_edge("dispatch", "collect")
+    graph.add_edge("collect", "select")
     graph.add_edge("evaluate", "select")
     graph.add_edge("finish", END)
     return graph

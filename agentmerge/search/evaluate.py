@@ -3,11 +3,13 @@
 In a race it is asked rung by rung, and dropped once it has lost. Only losers stop early. A winner
 is asked everything, so that scores are always of the same items; what a rung showed is in the
 ledger before the next begins, and is never asked twice. The incumbent is the best before this
-generation, whatever finishes meanwhile. Knows no strategy.
+generation, whatever finishes meanwhile. All of a candidate is one piece of work for the worker
+pool, from ``dispatch`` to ``collect``. Knows no strategy.
 """
 
 from __future__ import annotations
 
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +33,31 @@ from agentmerge.search.scoring import Answers
 from agentmerge.search.search import Search
 from agentmerge.space.chain_rule import unit_gradient
 from agentmerge.space.grouped import short_name
+
+
+def dispatch(search: Search, generation: int) -> None:
+    """Hand every open candidate of a generation to the pool, unless it is there already."""
+    for candidate in search.book.candidates(generation):
+        at = (generation, candidate.slot)
+        if candidate.state == "open" and at not in search.dispatched:
+            # In a context like this one, in which what is told reaches whoever streams the graph.
+            context = copy_context()
+            search.dispatched[at] = search.pool.submit(context.run, evaluate, search, *at)
+
+
+def collect(search: Search) -> None:
+    """Wait until all that was handed out has ended; what it cost is in the ledger by then.
+
+    Raises:
+        AgentmergeError: what no candidate is to blame for; those that had not begun stay open.
+    """
+    turns = list(search.dispatched.values())
+    search.dispatched.clear()
+    search.pool.wait(turns)
+    for turn in turns:
+        error = None if turn.cancelled() else turn.exception()
+        if error is not None and not isinstance(error, NotBegun):
+            raise error
 
 
 def evaluate(search: Search, generation: int, slot: int) -> None:

@@ -5,9 +5,10 @@ Knows the tasks, the ledger's keys and the pool; nothing of candidates or of a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from agentmerge.contracts.worker import EngineInfo, Fingerprint, ItemRef, ItemResult
 from agentmerge.errors import RunFailed
@@ -15,6 +16,8 @@ from agentmerge.evaluation.tasks import Part, TaskSet
 from agentmerge.ledger import Ledger, ResultKey
 from agentmerge.recipe import Recipe
 from agentmerge.search.gradients import GradientPool
+
+T = TypeVar("T")
 
 
 class Evaluator(GradientPool, Protocol):
@@ -26,6 +29,10 @@ class Evaluator(GradientPool, Protocol):
     def evaluate(
         self, recipe: Recipe, refs: Sequence[ItemRef], wanted: Callable[[], bool] = ...
     ) -> tuple[Fingerprint, list[ItemResult], float]: ...
+
+    def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]: ...
+
+    def wait(self, turns: Collection[Any]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -62,8 +63,9 @@ class Search:
     stopping: set by the first Ctrl-C; candidates that have not begun are left open.
     entering: called where a node begins; raises LeaseHeld where another process took it over.
     had_no_proposal: the generation for which the strategy had none. written: best.yml's recipe.
-    seconds: what candidates took that were scored just now. views: what an agent was shown last, by
-        the state of the candidates, the generation, the budget and who asks.
+    dispatched: (generation, slot) -> what the pool will have done. seconds: what candidates took
+        that were scored just now. views: what an agent was shown last, by the state of the
+        candidates, the generation, the budget and who asks.
     """
 
     config: SearchConfig
@@ -87,6 +89,7 @@ class Search:
     entering: Callable[[], None] = lambda: None
     had_no_proposal: int = -1
     written: str = ""
+    dispatched: dict[tuple[int, int], Future[None]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     views: dict[Any, HistoryView] = field(default_factory=dict)
     _items: OrderedDict[tuple[str, Part], dict[ItemRef, ItemResult]] = field(

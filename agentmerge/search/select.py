@@ -82,10 +82,6 @@ def select(search: Search, generation: int) -> Outcome:
     return Outcome(best, reason, generation=generation)
 
 
-def open_slots(search: Search, generation: int) -> list[tuple[int, int]]:
-    return [(c.generation, c.slot) for c in search.book.candidates(generation) if c.state == "open"]
-
-
 def _judged(search: Search) -> list[Candidate]:
     """All candidates, their violations brought up to date."""
     candidates = search.book.candidates()

@@ -1,6 +1,6 @@
 """What LangGraph checkpoints: ids and small numbers; everything else is in the ledger.
 
-No reducers: evaluate tasks commit to the ledger and write nothing here, so replaying one cannot
+No reducers: what scores commits to the ledger and writes nothing here, so replaying a node cannot
 double anything.
 """
 
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-#: Raise when nodes are renamed or removed: an older search then refuses to resume, loudly.
-GRAPH_VERSION = 1
+#: Raise when nodes are renamed or removed. What an older graph saved is begun anew from the ledger;
+#: what a newer one saved is refused, loudly. 2: dispatch and collect, in place of evaluate.
+GRAPH_VERSION = 2
 #: A run's status where it stopped to ask its user (``search.approve``); the question is its
 #: stop_reason.
 WAITING = "waiting"
@@ -29,10 +30,3 @@ class SearchState(TypedDict, total=False):
     stop_reason: str
     best: list[int] | None
     best_score: float | None
-
-
-class Assignment(TypedDict):
-    """What one ``evaluate`` task is sent."""
-
-    generation: int
-    slot: int

@@ -287,7 +287,6 @@ def _drive(
         graph = load_graph(prepared.config.search.graph).compile(checkpointer=saver)
         thread: Any = {
             "configurable": {"thread_id": row.id},
-            "max_concurrency": prepared.config.worker.count,  # one thread a worker
             "recursion_limit": prepared.config.graph_steps,
         }
         begin = _first_input(graph, thread, row, prepared, answer)
@@ -343,7 +342,7 @@ def _first_input(
 
     snapshot = graph.get_state(thread)
     values = snapshot.values
-    if values.get("graph_version", GRAPH_VERSION) != GRAPH_VERSION:
+    if values.get("graph_version", GRAPH_VERSION) > GRAPH_VERSION:
         raise RunFailed(
             f"search {row.name!r} was saved by graph version {values.get('graph_version')}, and "
             f"this is version {GRAPH_VERSION}; `agentmerge branch {row.name}` goes on from its "

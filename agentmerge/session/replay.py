@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompt, Prompts, load_prompts
@@ -40,6 +41,8 @@ from agentmerge.search.state import GRAPH_VERSION, SearchState
 from agentmerge.session.context import Context, at_hand
 from agentmerge.session.opening import TOOLS, opened_search, prepared_again
 from agentmerge.system.temporary import temporary_folder
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,10 +209,7 @@ def _failures(ledger: Ledger, row: RunRow) -> dict[str, str]:
 def _drive(search: Search, folder: Path) -> None:
     graph = load_graph(search.config.search.graph).compile()
     begin = SearchState(run_id=search.run_id, graph_version=GRAPH_VERSION)
-    limits: Any = {
-        "max_concurrency": 1,  # nothing is computed: every answer is stored
-        "recursion_limit": search.config.graph_steps,
-    }
+    limits: Any = {"recursion_limit": search.config.graph_steps}
     context = Context(run=search.run_id, runs_dir=str(folder))
     with at_hand(search):
         graph.invoke(begin, limits, context=context)
@@ -217,7 +217,7 @@ def _drive(search: Search, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _StoredResults:
-    """A pool that has no workers: what the ledger lacks was never asked.
+    """A pool that has no workers: what the ledger lacks was never asked, so nothing takes long.
 
     flat: merges whose gradient never came. lost: why the end could not ask any.
     """
@@ -237,6 +237,14 @@ class _StoredResults:
     @property
     def differentiates(self) -> bool:
         return bool(self.real.differentiates)
+
+    def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
+        done: Future[T] = Future()
+        done.set_result(work(*arguments))
+        return done
+
+    def wait(self, turns: Collection[Any]) -> None:
+        """All that was submitted has ended."""
 
     def evaluate(
         self,

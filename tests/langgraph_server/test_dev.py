@@ -38,7 +38,8 @@ def test_a_server_and_the_command_line_share_searches(server, capsys) -> None:
 def share(client: SyncLangGraphClient, runs: Path, capsys) -> None:
     (assistant,) = client.assistants.search(graph_id="search")
     drawn = client.assistants.get_graph(assistant["assistant_id"])
-    assert {"seed", "evaluate", "select", "critic", "finish"} <= {n["id"] for n in drawn["nodes"]}
+    nodes = {"seed", "dispatch", "collect", "select", "critic", "finish"}
+    assert nodes <= {n["id"] for n in drawn["nodes"]}
 
     thread = client.threads.create(thread_id=str(uuid.uuid4()))["thread_id"]
     evil = yaml.safe_load(config_text()) | {"agents": {"llm": "openai:m", "base_url": "http://x"}}

@@ -54,7 +54,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 async def on_server(runs_dir: Path, context: ClientContext, thread_id: str, begin: Any):
     """As langgraph-api runs it: the graph is entered for one run, and left however that ends."""
-    thread = {"configurable": {"thread_id": thread_id}, "max_concurrency": 64}
+    thread = {"configurable": {"thread_id": thread_id}}
     served = runpy.run_path(str(bundled("graphs") / "search.py"))["served"]
     async with served(thread, SimpleNamespace(execution_runtime=True)) as graph:
         compiled = graph.compile(checkpointer=SAVERS[runs_dir])

@@ -27,7 +27,7 @@ from tests.session.conftest import config, config_text, trace_of
 
 
 def streamed(runs_dir: Path, context: Context, thread_id: str, begin: dict | None) -> list:
-    thread = {"configurable": {"thread_id": thread_id}, "max_concurrency": 64}
+    thread = {"configurable": {"thread_id": thread_id}}
     with open_saver(runs_dir / driving.CHECKPOINTS) as saver:
         graphs = runpy.run_path(str(bundled("graphs") / "search.py"))
         graph = graphs["graph"].compile(checkpointer=saver)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +89,75 @@ def test_stop_lets_running_evaluations_end() -> None:
     with pytest.raises(NotBegun, match="not begun"):
         pool.evaluate(recipe(0.1, 0.5), REFS)
     pool.close()
+
+
+def test_submitted_work_gets_its_turn_in_order_on_one_thread_a_worker() -> None:
+    order: list[int] = []
+    before = threading.active_count()
+    with Pool(spec(delay_s=0.01, fail_when="max_weight>0.95")) as pool:
+
+        def work(number: int) -> Any:
+            order.append(number)
+            return pool.evaluate(recipe(0.02 * number, 0.5), REFS)
+
+        turns = [pool.submit(work, number) for number in range(40)]
+        failing = pool.submit(pool.evaluate, recipe(0.99, 0.1), REFS)
+        assert threading.active_count() <= before + 2  # the worker's own, and who asks it
+        pool.wait(turns)
+        assert order == list(range(40))
+        assert [turn.result()[:2] for turn in turns[:3]] == [
+            expected(0.02 * number, 0.5) for number in range(3)
+        ]
+        assert isinstance(failing.exception(), CandidateFailed)
+
+
+class SaysWhich(FakeWorker):
+    """A digest that tells the process."""
+
+    def load(self, asked: Any) -> Any:
+        return replace(super().load(asked), digest=str(os.getpid()))
+
+
+def test_work_that_asks_several_times_keeps_its_worker() -> None:
+    with Pool(spec(delay_s=0.05), count=2, make=SaysWhich) as pool:
+
+        def race(number: int) -> set[str]:
+            whole = [recipe(0.1 * number, 0.1), recipe(0.1 * number, 0.1), recipe(0.5, 0.5)]
+            found = {pool.evaluate(each, REFS)[0].digest for each in whole}
+            pool.gradient(whole[0], REFS, "margin", [1.0] * len(REFS))
+            return found
+
+        turns = [pool.submit(race, number) for number in range(4)]
+        pool.wait(turns)
+        assert all(len(turn.result()) == 1 for turn in turns)
+        assert len(set.union(*(turn.result() for turn in turns))) == 2
+
+
+def test_a_failure_cancels_what_has_not_begun() -> None:
+    with Pool(spec(delay_s=0.2)) as pool:
+
+        def broken() -> None:
+            pool.evaluate(recipe(0.1, 0.5), REFS)
+            raise UserError("the data is gone")
+
+        turns: list[Any] = [pool.submit(broken)]
+        turns += [pool.submit(pool.evaluate, recipe(0.1 * i, 0.5), REFS) for i in range(9)]
+        pool.wait(turns)
+        assert isinstance(turns[0].exception(), UserError)
+        assert turns[-1].cancelled()
+        assert pool.evaluate(recipe(0.5, 0.1), REFS)[:2] == expected(0.5, 0.1)
+
+
+def test_a_stopped_pool_begins_nothing_and_says_so() -> None:
+    pool = Pool(spec(delay_s=0.3))
+    turns = [pool.submit(pool.evaluate, recipe(0.1 * i, 0.5), REFS) for i in range(3)]
+    while not turns[0].running():
+        time.sleep(0.01)
+    time.sleep(0.05)
+    pool.close()
+    assert turns[0].result()[:2] == expected(0.0, 0.5)
+    turns.append(pool.submit(pool.evaluate, recipe(0.1, 0.5), REFS))
+    assert all(isinstance(turn.exception(), NotBegun) for turn in turns[1:])
 
 
 def test_processes_of_their_own(tmp_path: Path) -> None:
