@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from agentmerge.session.graphs import load_graph
 
 from agentmerge.errors import RunFailed
 from agentmerge.ledger import Ledger, RunRow
@@ -20,7 +21,6 @@ from agentmerge.search.state import GRAPH_VERSION
 from agentmerge.session import driving
 from agentmerge.session.checkpoints import open_saver
 from agentmerge.session.context import Context
-from agentmerge.session.graphs import load_graph
 from agentmerge.testing.scripted import ScriptedServer
 from tests.session.conftest import config, trace_of
 from tests.session.test_agents import advised
