@@ -95,14 +95,14 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
     history = search.told(up_to=generation, space=space)
     latest = takewhile(lambda o: o.generation == generation, reversed(history))
     own = [o for o in latest if (o.operator, o.label) == (PROBE, role)]
-    asked = (search.book.changes, generation, search.config.budget, role if own else None)
+    left = budget.left(search, generation) * (1 - search.config.search.shadow)
+    asked = (search.book.changes, generation, left, role if own else None)
     if asked in search.views:
         return search.views[asked]
     history = [o for o in history if o not in own and not (o.prior and o.score is None)]
     moves = openings(search.book.advice(role=STRUCTURE))
     before = guidance_of(search.book.advice(generation - 1)) if generation else None
     settings = search.config.search
-    left = budget.left(search, generation) * (1 - settings.shadow)
     metrics = {task.name: task.metric for task in search.config.tasks.tasks}
     found = HistoryView(
         space=space,

@@ -65,7 +65,7 @@ class Search:
     had_no_proposal: the generation for which the strategy had none. written: best.yml's recipe.
     dispatched: (generation, slot) -> what the pool will have done. seconds: what candidates took
         that were scored just now. views: what an agent was shown last, by the state of the
-        candidates, the generation, the budget and who asks.
+        candidates, the generation, what is left and who asks.
     """
 
     config: SearchConfig

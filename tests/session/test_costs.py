@@ -39,7 +39,7 @@ def test_a_generation_has_one_thread_a_worker(tmp_path: Path, workers: int) -> N
     row = driving.run(asked, name="a", runs_dir=tmp_path, emit=look)
     assert row.status == "done"
     assert len(scoring) <= workers
-    assert max(alive) <= before + workers + 4, "the lease's, the checkpointer's and their like"
+    assert max(alive) <= before + 2 * workers + 4, "the lease's, the checkpointer's and their like"
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from agentmerge.session.graphs import load_graph
 
 from agentmerge.errors import RunFailed
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.ledger.words import openings
+from agentmerge.preflight.graphs import load_graph
 from agentmerge.search.state import GRAPH_VERSION
 from agentmerge.session import driving
 from agentmerge.session.checkpoints import open_saver
