@@ -193,7 +193,7 @@ def test_an_export_that_a_kill_leaves_names_none_either(
         swap_in(fresh, target)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("agentmerge.merging.writing.swap_in", killed)
+    monkeypatch.setattr("agentmerge.parents.writing.swap_in", killed)
     with pytest.raises(KeyboardInterrupt):
         export_run("a", tmp_path / "out", runs_dir=made / "runs", engine=engine)
     assert str(made) not in (tmp_path / "out" / "mergekit_config.yml").read_text()
