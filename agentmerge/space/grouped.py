@@ -549,7 +549,9 @@ def _neutral(axis: Axis) -> float:
 
 
 def _largest_epsilon(density: float) -> float:
-    return EPSILON_REACH * max(0.0, min(density, 1.0 - density))
+    """0 for densities so small that rounding would make the epsilon as large."""
+    least = min(density, 1.0 - density)
+    return EPSILON_REACH * least if least > 1e-300 else 0.0
 
 
 def _covering(recipe: Recipe, first: int, last: int) -> Slice | None:

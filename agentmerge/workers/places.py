@@ -31,7 +31,7 @@ class Late(Exception):
     """What was asked is not done yet."""
 
 
-class Interrupted(NotBegun):
+class NoLongerAwaited(NotBegun):
     """Nobody waits any more for what was asked."""
 
 
@@ -84,14 +84,14 @@ class Place:
         with self._lock:
             self.interrupted = True
             if self._outcome is not None:
-                self._outcome.put((None, Interrupted(INTERRUPTED)))
+                self._outcome.put((None, NoLongerAwaited(INTERRUPTED)))
 
     def ask(self, work: Callable[[], T], limit_s: float | None = None) -> T:
         """What the work gives, or raises. limit_s: None for what ends by itself.
 
         Raises:
             Late: it has not ended in time, and goes on.
-            Interrupted: nobody is to wait for it; where it was begun, it goes on.
+            NoLongerAwaited: nobody is to wait for it; where it was begun, it goes on.
         """
         if self._todo is None:
             self._todo = queue.SimpleQueue()
@@ -109,7 +109,7 @@ class Place:
 
         with self._lock:
             if limit_s is not None and self.interrupted:
-                raise Interrupted(INTERRUPTED)
+                raise NoLongerAwaited(INTERRUPTED)
             self._outcome = None if limit_s is None else outcome
             self._todo.put(run)
         try:

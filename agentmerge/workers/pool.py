@@ -42,7 +42,7 @@ from agentmerge.recipe import Recipe
 from agentmerge.system.redaction import clean_screen, remember, remembered, revealed
 from agentmerge.system.temporary import discard_unfinished
 from agentmerge.system.waits import waiting_for
-from agentmerge.workers.places import Deadlines, Interrupted, Late, Place, close_quietly
+from agentmerge.workers.places import Deadlines, Late, NoLongerAwaited, Place, close_quietly
 from agentmerge.workers.processes import end, end_with, uninterrupted
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ class Pool:
         try:
             with waiting_for(what):
                 return place.ask(work, min(limit_s, left_s))
-        except Interrupted:
+        except NoLongerAwaited:
             self._end(place)
             raise
         except Late:
