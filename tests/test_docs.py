@@ -200,6 +200,15 @@ def test_python_in_the_pages_runs(
     exec(compile(block.replace('name="first"', 'name="third"'), page, "exec"), {})
 
 
+@pytest.mark.parametrize("begins", ["import optuna"])
+def test_the_examples_of_the_yardsticks_run(begins: str) -> None:
+    text = (ROOT / "docs" / "yardsticks.md").read_text()
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if b.startswith(begins)]
+    there: dict[str, Any] = {}
+    exec(compile(block, "yardsticks.md", "exec"), there)
+    assert there["study"].best_value < 1.5
+
+
 def test_pages_have_commands_and_reasons_are_needed() -> None:
     assert len(ALL) > 30
     for part in PARSED:
