@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from agentmerge.errors import RecipeError
 
-Kind = Literal["float", "log", "int", "bool"]
+Kind = Literal["float", "log", "int", "bool", "share"]
 
 #: The share of the largest epsilon that della's axis reaches. mergekit wants density plus and
 #: minus epsilon inside (0, 1), ends excluded, also after densities are rounded to 12 digits.
@@ -24,9 +24,9 @@ class Parameter:
     """One parameter of a merge method.
 
     default: None where a recipe must say it.
-    low, high: the bounds of its axis (a weight's high is 1 where only ratios count); of della's
-        epsilon as a share of the largest legal one.
-    kind: float; log (a float searched on a logarithmic scale); int and bool, whole numbers.
+    low, high: the bounds of its axis (a weight's high is 1 where only ratios count).
+    kind: float; log (a float searched on a logarithmic scale); int and bool, whole numbers; share
+        (of della's epsilon, searched as a share of the largest that its density allows).
     searched: an axis of every search; the others are axes where ``genome.evolve`` names them.
     """
 
@@ -161,6 +161,7 @@ _EPSILON = Parameter(
     "How far the probability of keeping an element departs from the density: minus this for a "
     "row's smallest, plus this for its largest. The axis is the share of the largest legal value.",
     0.15,
+    kind="share",
 )
 
 
@@ -182,7 +183,16 @@ def _task_vectors(normalize: bool, rescale: bool | None) -> tuple[Parameter, ...
     return (_normalize(normalize), scale, again)
 
 
-_DARE, _CRUMBS, _DELLA = "2311.03099", "2312.06795", "2406.11617"
+_RAM_EPSILON = Parameter(
+    "epsilon",
+    "What an element has to have moved by, in units of the weights, to count as changed.",
+    1e-5,
+    1e-8,
+    1e-2,
+    "log",
+)
+
+_DARE, _CRUMBS, _DELLA, _RAM = "2311.03099", "2312.06795", "2406.11617", "2601.13572"
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -278,6 +288,28 @@ METHODS: dict[str, Method] = {
             (Parameter("select_topk", "The share of elements kept, by their variance.", 1.0),),
             "required",
             "2408.07990",
+            engine="mergekit",
+        ),
+        Method(
+            "ram",
+            "Task vectors: elements that one model changed, whole; the mean of what several did.",
+            (),
+            (_RAM_EPSILON,),
+            "required",
+            _RAM,
+            engine="mergekit",
+        ),
+        Method(
+            "ramplus_tl",
+            "As ram; what one model changed counts more, the more of a tensor others changed too.",
+            (),
+            (
+                Parameter("r", "What a unit of that ratio adds to the factor of 1.", 0.1),
+                Parameter("alpha", "The ratio, shared to own elements, beyond which it ends.", 0.2),
+                _RAM_EPSILON,
+            ),
+            "required",
+            _RAM,
             engine="mergekit",
         ),
         Method(

@@ -19,8 +19,8 @@ _SLACK = 1e-9
 class Axis:
     """One coordinate: a parameter of one model in one layer group under one filter.
 
-    model: None for a parameter of the whole merge. kind: as ``methods.Parameter``'s; epsilon's
-    value is a share of the largest one its density allows.
+    model: None for a parameter of the whole merge. kind: as ``methods.Parameter``'s; the
+    value of a share is what its density has still to make a number of.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Axis:
     def value(self, unit: float) -> float:
         if self.kind in ("int", "bool"):
             return self.low + index_at(unit, int(self.high - self.low) + 1)
-        if self.parameter == "epsilon":
+        if self.kind == "share":
             return unit  # rounded once the density has made an epsilon of it
         if self.kind == "log":
             return round12(self.low * (self.high / self.low) ** unit)

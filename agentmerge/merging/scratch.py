@@ -23,6 +23,7 @@ _BLOCKWISE = ("linear", "slerp", "task_arithmetic")
 _MASKING, _MASKING_METHODS = (1.0, 1.2), ("dare_ties", "dare_linear")
 _SORTING = (34.0, 0.0)
 _MERGEKIT = (20.0, 20.0)
+_STACKING, _STACKING_METHODS = (20.0, 28.0), ("ram", "ramplus_tl")
 #: The same of the fused loops: magnitudes in float32 while an order is made, or a bit an element.
 _RANKING, RANKING_METHODS = (4.0, 0.0), ("ties", "breadcrumbs", "breadcrumbs_ties")
 _RANKING_BLOCKS_BYTES = 12_000_000
@@ -83,7 +84,7 @@ def _in_host(spec: TensorSpec, method: str | None, experts: int, fused: bool) ->
     elif fused:
         fixed, each = _RANKING if method in RANKING_METHODS else _FUSED_MASKING
     elif METHODS[method].engine == "mergekit":
-        fixed, each = _MERGEKIT
+        fixed, each = _STACKING if method in _STACKING_METHODS else _MERGEKIT
     else:
         fixed, each = _MASKING if method in _MASKING_METHODS else _SORTING
     return math.prod(spec.shape) * (fixed + each * experts)
@@ -95,7 +96,7 @@ def _on_device(spec: TensorSpec, method: str | None, experts: int, fused: bool) 
     count = math.prod(spec.shape)
     method = method or "della"
     if METHODS[method].engine == "mergekit":
-        fixed, each = _MERGEKIT
+        fixed, each = _STACKING if method in _STACKING_METHODS else _MERGEKIT
         return count * (fixed + each * experts)
     fixed, each = (0.0, 0.0) if method in _BLOCKWISE else _DEVICE_MASKING
     arrays = _DEVICE_ARRAYS + _ELECTING_ARRAYS * experts * (method in _ELECTING)

@@ -307,7 +307,7 @@ class SearchSpace:
         self, parameter: Parameter, group: int, model: str | None, filter_: str | None
     ) -> Axis:
         who = None if model is None else short_name(model)
-        what = "epsilon share" if parameter.name == "epsilon" else parameter.name
+        what = f"{parameter.name} share" if parameter.kind == "share" else parameter.name
         name = " ".join(x for x in (self.layers_text(group), who, filter_, what) if x)
         low, high = parameter.low, parameter.high
         if parameter.name == "weight":
@@ -354,11 +354,11 @@ class SearchSpace:
         place: dict[tuple[int, str | None, str, str | None], float] = {}
         for axis, value in zip(self.axes, values, strict=True):
             place[axis.group, axis.model, axis.parameter, axis.filter] = value
-        for group, model, parameter, filter_ in list(place):
-            if parameter == "epsilon":
-                largest = _largest_epsilon(place[group, model, "density", filter_])
-                share = place[group, model, parameter, filter_]
-                place[group, model, parameter, filter_] = round12(share * largest)
+        for axis in self.axes:
+            if axis.kind == "share":
+                at = axis.group, axis.model, axis.parameter, axis.filter
+                largest = _largest_epsilon(place[axis.group, axis.model, "density", axis.filter])
+                place[at] = round12(place[at] * largest)
         spans = [tuple(range(self.groups))] if self.genome.smooth else list(self._each_group())
         slices = []
         for groups in spans:
@@ -425,7 +425,7 @@ class SearchSpace:
             value = self._partner(recipe, axis) if axis.parameter == "partner" else None
             if axis.parameter != "partner":
                 value = self._read(recipe, axis)
-            if value is not None and axis.parameter == "epsilon":
+            if value is not None and axis.kind == "share":
                 density = self._read(recipe, replace(axis, parameter="density"))
                 largest = _largest_epsilon(density or 0.0)
                 value = inside_unit(value / largest) if largest else 0.0
@@ -544,7 +544,9 @@ def _end(model: str, depth: int) -> str:
 
 def _neutral(axis: Axis) -> float:
     """Where an axis leaves the others' values as they are, or else its middle."""
-    plain = {"density": 1.0, "lambda": 1.0, "gamma": 0.0, "epsilon": 0.0, "select_topk": 1.0}
+    if axis.kind == "share":
+        return 0.0
+    plain = {"density": 1.0, "lambda": 1.0, "gamma": 0.0, "select_topk": 1.0}
     return axis.unit(plain[axis.parameter]) if axis.parameter in plain else 0.5
 
 

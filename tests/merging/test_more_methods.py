@@ -58,12 +58,14 @@ OTHER = {
     "tol": 1e-2,
     "filter_wise": 1.0,
     "t": 0.3,
+    "r": 0.9,
+    "alpha": 0.9,
 }
 
 
 def test_every_method_has_an_engine() -> None:
     assert KERNELS.keys() == METHODS.keys()
-    assert set(BORROWED) == set(merge_methods_by_name()) & set(BORROWED)
+    assert set(merge_methods_by_name()) - set(METHODS) <= {"passthrough"}
 
 
 def merge_methods_by_name() -> list[str]:
@@ -320,7 +322,8 @@ def test_borrowed_methods_are_mergekits(method: str, dtype: torch.dtype, with_ba
             if dtype == torch.float32:
                 assert torch.equal(ours(case), mergekits(case))
                 continue
-            want, theirs = mergekits(case, double=True), mergekits(case)
+            # ramplus_tl's factors, in float32, make mergekit's own result float32
+            want, theirs = mergekits(case, double=True), mergekits(case).to(dtype)
             # thresholds and the number of steps are decided in float32, not in bfloat16
             skip = (ours(case).double() - want).abs() > 0.05 if method == "sce" else None
             if skip is not None:
