@@ -377,6 +377,7 @@ class WorkerSettings(_Frozen):
 
     kind: str = "hf"
     count: int = Field(1, ge=1, le=MOST_WORKERS)
+    host: str | None = None
     batch_size: int = Field(64, gt=0)
     device: str | None = None
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None

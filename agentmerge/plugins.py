@@ -1,4 +1,4 @@
-"""Finds workers, strategies, trackers and model providers by name.
+"""Finds workers, their hosts, strategies, trackers and model providers by name.
 
 A plugin is an entry point of an installed package, in one of the groups below; what ships with
 agentmerge is registered the same way, here. Nothing is imported before it is asked for.
@@ -27,6 +27,10 @@ _BUILT_IN: dict[str, dict[str, str]] = {
         "disk": "agentmerge.workers.disk:DiskWorker",
         "vllm": "agentmerge.workers.vllm.worker:VllmWorker",
         "fake": "agentmerge.workers.fake:FakeWorker",
+    },
+    "agentmerge.hosts": {
+        "here": "agentmerge.workers.hosts.here:Here",
+        "process": "agentmerge.workers.hosts.process:Processes",
     },
     "agentmerge.strategies": {
         "llm_evo": "agentmerge.strategies.llm_evo:STRATEGY",

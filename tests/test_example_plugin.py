@@ -38,7 +38,12 @@ def test_everything_that_it_adds_is_used(installed: Path, family, tmp_path: Path
     body |= {
         "task_search_path": [str(tasks)],
         "limit": 10,
-        "worker": {"kind": "timed_hf", "batch_size": 60, "options": {"threads": 1}},
+        "worker": {
+            "kind": "timed_hf",
+            "host": "polite",
+            "batch_size": 60,
+            "options": {"threads": 1},
+        },
         "search": {"algorithm": "halfway", "population": 2, "sealed_share": 0.0},
         "budget": {"max_evaluations": 14},
     }
@@ -76,7 +81,11 @@ def test_it_passes_the_suites_of_the_contracts(installed: Path, family, tmp_path
         timeout=300,
     )
     assert done.returncode == 0, done.stdout
-    for name in ("TestTimedWorker::test_a_parent_with_nan", "TestHalfway::test_it_gains"):
+    for name in (
+        "TestTimedWorker::test_a_parent_with_nan",
+        "TestHalfway::test_it_gains",
+        "TestPolite::test_two_work_beside_each_other",
+    ):
         assert f"::{name}" in done.stdout
 
 

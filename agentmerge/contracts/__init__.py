@@ -25,10 +25,13 @@ from agentmerge.contracts.strategy import (
 )
 from agentmerge.contracts.tracker import Tracker
 from agentmerge.contracts.worker import (
+    Build,
     Differentiator,
     EngineInfo,
     Fingerprint,
     Gradient,
+    Host,
+    Hosted,
     ItemRef,
     ItemResult,
     Loss,
@@ -43,6 +46,7 @@ from agentmerge.recipe import Recipe
 __all__ = [
     "Axis",
     "Bound",
+    "Build",
     "CandidateFailed",
     "Differentiator",
     "EngineInfo",
@@ -51,6 +55,8 @@ __all__ = [
     "GenomeConfig",
     "Gradient",
     "Guidance",
+    "Host",
+    "Hosted",
     "ItemRef",
     "ItemResult",
     "Items",

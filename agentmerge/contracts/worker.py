@@ -15,7 +15,7 @@ Every worker passes ``agentmerge.testing.WorkerSuite``:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -192,4 +192,58 @@ class Differentiator(Worker, Protocol):
                 gradient of, no item has a gold answer, or the loss is not finite.
             WorkerLost: the worker is gone.
         """
+        ...
+
+
+#: Builds a worker where it is called; it can be pickled.
+Build = Callable[[WorkerSpec], Worker]
+
+
+class Hosted(Protocol):
+    """One worker where a host has it, perhaps not built yet."""
+
+    def ready(self) -> Worker:
+        """The worker once it is built, which takes as long as loading its models does.
+
+        Raises:
+            WorkerLost: it died meanwhile; or what building it raised.
+        """
+        ...
+
+    def end(self) -> None:
+        """At once, whatever it does: whoever waits for it gets ``WorkerLost``. Only where workers
+        are ``apart``; may be called from any thread."""
+        ...
+
+    def close(self) -> None:
+        """Close the worker, if there is one, and leave nothing of it behind.
+
+        Raises:
+            RunFailed: a worker that looks back at its end found its answers wrong.
+        """
+        ...
+
+
+class Host(Protocol):
+    """Where workers live; a plugin's entry point is the class. Built once a search, with how many
+    workers it is going to have.
+
+    apart: they share no memory with the search, and can be ended while they work. What is not apart
+        has one worker, and no deadline.
+    """
+
+    apart: bool
+
+    def __init__(self, count: int) -> None: ...
+
+    def start(self, spec: WorkerSpec, build: Build) -> Hosted:
+        """Begin a worker and return; from several threads.
+
+        Raises:
+            WorkerLost: it cannot be started.
+        """
+        ...
+
+    def close(self) -> None:
+        """After every worker's own."""
         ...

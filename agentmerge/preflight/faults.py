@@ -119,7 +119,24 @@ def _named_plugins(config: SearchConfig) -> tuple[tuple[str, str], ...]:
     return (
         ("agentmerge.strategies", config.algorithm),
         ("agentmerge.workers", config.worker.kind),
+        *([("agentmerge.hosts", config.worker.host)] if config.worker.host else []),
     )
+
+
+def host_faults(config: SearchConfig) -> list[str]:
+    """A host whose workers share the search's memory has one, and no way to end it."""
+    worker, faults = config.worker, Faults()
+    if worker.host is not None:
+        with faults.of(UserError):
+            if not plugins.load("agentmerge.hosts", worker.host).apart:
+                for key, value in (("count", worker.count), ("timeout_s", worker.timeout_s)):
+                    if value not in (None, 1):
+                        faults.append(
+                            f"worker.{key} {value} is not possible with worker.host "
+                            f"{worker.host!r}, where one worker lives that nothing can end; "
+                            "use process"
+                        )
+    return faults
 
 
 def device_faults(config: SearchConfig) -> list[str]:

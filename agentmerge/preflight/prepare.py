@@ -25,6 +25,7 @@ from agentmerge.preflight.faults import (
     Look,
     benchmark_faults,
     device_faults,
+    host_faults,
     plugin_faults,
     tokenizer_faults,
 )
@@ -84,6 +85,9 @@ def prepare(
     if devices := device_faults(config):
         faults += devices
         spoiled["device"] = "cpu"
+    if hosts := host_faults(config):
+        faults += [fault for fault in hosts if fault not in faults]
+        spoiled["host"] = None
     if spoiled:  # goes, for the rest of the faults
         config = config.model_copy(update={"worker": config.worker.model_copy(update=spoiled)})
     kind = known_class(config)

@@ -18,7 +18,7 @@ from agentmerge.contracts.worker import EngineInfo, WorkerSpec
 from agentmerge.errors import UserError
 from agentmerge.parents.headers import chat_template, read_config, text_config
 from agentmerge.workers.options import given
-from agentmerge.workers.pool import crowd_of, devices_for, worker_class
+from agentmerge.workers.pool import crowd_of, devices_for, host_class, worker_class
 
 if TYPE_CHECKING:  # read only where models are
     from agentmerge.merging.placement import MemoryPlan
@@ -112,7 +112,7 @@ def memory_of(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryP
         plan_memory,
     )
 
-    kind = worker_class(spec)
+    kind, worker = worker_class(spec), config.worker
     demand = getattr(kind, "demand", None)
     text = text_config(read_config(Path(dict(spec.parents)[spec.template_model])))
     has_gradient = hasattr(kind, "gradient")
@@ -121,12 +121,12 @@ def memory_of(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryP
         dtype=spec.dtype,
         device=spec.device,
         method=spec.method,
-        workers=config.worker.count,
-        apart=config.worker.timeout_s is not None,
-        devices=len(set(devices_for(spec, config.worker.count))),
+        workers=worker.count,
+        apart=host_class(worker.host, worker.count, worker.timeout_s).apart,
+        devices=len(set(devices_for(spec, worker.count))),
         demand=demand(spec, layout) if demand else Demand(),
-        asked=config.worker.placement,
-        memory_gb=config.worker.memory_gb,
+        asked=worker.placement,
+        memory_gb=worker.memory_gb,
         token_bytes=bytes_per_token(text, spec.dtype),
         gradient_token_bytes=gradient_bytes_per_token(text, spec.dtype) if has_gradient else 0,
     )

@@ -250,7 +250,13 @@ def pool_of(
 
     worker = prepared.config.worker
     deadlines = Deadlines(worker.timeout_s, ends, slowest_s)
-    pool = Pool(prepared.spec, worker.count, taskset=prepared.taskset, deadlines=deadlines)
+    pool = Pool(
+        prepared.spec,
+        worker.count,
+        taskset=prepared.taskset,
+        deadlines=deadlines,
+        host=worker.host,
+    )
     stack.callback(pool.close)
     return pool
 

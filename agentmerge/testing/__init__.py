@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from agentmerge.testing.host_suite import HostSuite as HostSuite
     from agentmerge.testing.landscapes import Landscape as Landscape
     from agentmerge.testing.scripted import Fault as Fault
     from agentmerge.testing.scripted import ScriptedServer as ScriptedServer
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "FakeWorker": "workers.fake",
     "Fault": "testing.scripted",
+    "HostSuite": "testing.host_suite",
     "ModelWorkerSuite": "testing.worker_suite",
     "Landscape": "testing.landscapes",
     "ScriptedServer": "testing.scripted",

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from agentmerge.contracts.worker import Worker
+from agentmerge.contracts.worker import Hosted, Worker
 from agentmerge.errors import NotBegun, RunFailed, WorkerLost
 from agentmerge.workers.processes import GIVEN_UP
 
@@ -72,7 +72,9 @@ class Place:
     """Where one worker lives, and the thread that works with it."""
 
     def __init__(self) -> None:
-        self.worker: Worker | None = None
+        self.hosted: Hosted | None = None
+        self.worker: Worker | None = None  # once it is ready
+        self.device: str | None = None
         self._todo: queue.SimpleQueue[Callable[[], object] | None] | None = None
         self._thread: threading.Thread | None = None
         self.interrupted = False
@@ -123,13 +125,18 @@ class Place:
 
     def give_up(self) -> threading.Thread | None:
         """Wait no more for what was asked; its thread closes the worker once it is through."""
-        worker, self.worker = self.worker, None
+        hosted = self.taken()
         thread, self._thread = self._thread, None
         if thread is not None and self._todo is not None:
             thread.name = GIVEN_UP
-            self._todo.put(lambda: close_quietly(worker))
+            self._todo.put(lambda: close_quietly(hosted))
         self.leave()
         return thread
+
+    def taken(self) -> Hosted | None:
+        """Who lived here; nobody does from now on."""
+        hosted, self.hosted, self.worker = self.hosted, None, None
+        return hosted
 
     def leave(self) -> None:
         """Let the thread end."""
@@ -143,11 +150,11 @@ def _work(todo: queue.SimpleQueue[Callable[[], object] | None]) -> None:
         work()
 
 
-def close_quietly(worker: Worker | None) -> RunFailed | None:
+def close_quietly(hosted: Hosted | None) -> RunFailed | None:
     """What a worker had against its own answers; one that is gone already has nothing."""
-    if worker is not None:
+    if hosted is not None:
         try:
-            worker.close()
+            hosted.close()
         except WorkerLost:
             pass
         except RunFailed as failure:

@@ -1,26 +1,20 @@
 """Gives work to workers in turn, first come, first served; safe to call from many threads.
 
 Whoever submits work gets its future: it runs on one of the pool's threads, of which there is one a
-worker, and has that worker to itself until it ends. A worker is built when it is first needed. One
-lives in this process, several in a process each, and so does one whose candidates have a deadline
-(``worker.timeout_s``). A worker that is lost is built anew and its candidate tried once more; one
-that is late is ended and counts as lost. What lives in this process cannot be ended: it is left
-alone, and nothing else is begun there. The pool knows no search, no budget and no database.
+worker, and has that worker to itself until it ends. A worker is built when it is first needed,
+where its host has it (``hosts``). A worker that is lost is built anew and its candidate tried once
+more; one that is late is ended and counts as lost. What lives in this process cannot be ended: it
+is left alone, and nothing else is begun there. The pool knows no search, no budget and no database.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import pickle
-import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -31,6 +25,7 @@ from agentmerge.contracts.worker import (
     EngineInfo,
     Fingerprint,
     Gradient,
+    Host,
     ItemRef,
     ItemResult,
     Loss,
@@ -39,11 +34,10 @@ from agentmerge.contracts.worker import (
 )
 from agentmerge.errors import AgentmergeError, NotBegun, NoWorker, RunFailed, WorkerLost
 from agentmerge.recipe import Recipe
-from agentmerge.system.redaction import clean_screen, remember, remembered, revealed
-from agentmerge.system.temporary import discard_unfinished
+from agentmerge.system.redaction import remember, remembered, revealed
 from agentmerge.system.waits import waiting_for
+from agentmerge.workers.hosts.process import one_line
 from agentmerge.workers.places import Deadlines, Late, NoLongerAwaited, Place, close_quietly
-from agentmerge.workers.processes import end, end_with, uninterrupted
 
 if TYPE_CHECKING:
     from agentmerge.evaluation.tasks import TaskSet
@@ -51,8 +45,8 @@ if TYPE_CHECKING:
 Make = Callable[..., Worker]
 #: Candidates in a row, each of which lost two workers, after which the machine is at fault.
 LOSSES = 3
-#: Seconds that a worker process may take to be ready, and to end by itself.
-_STARTING_S, _CLOSING_S = 3600, 30
+#: Seconds that a worker may take to be ready.
+_STARTING_S = 3600
 T = TypeVar("T")
 
 
@@ -89,6 +83,14 @@ def devices_for(spec: WorkerSpec, count: int) -> list[str]:
     return [f"cuda:{worker % places * ranks}" for worker in range(count)]
 
 
+def host_class(name: str | None, count: int, timeout_s: float | None) -> type[Host]:
+    """Where workers live: by default one without a deadline in this process, others in a process
+    each."""
+    default = "here" if count == 1 and timeout_s is None else "process"
+    found: type[Host] = plugins.load("agentmerge.hosts", name or default)
+    return found
+
+
 def crowd_of(spec: WorkerSpec, count: int) -> int:
     """How many of ``count`` workers share the fullest device."""
     devices = devices_for(spec, count)
@@ -108,6 +110,7 @@ class Pool:
         workers it must be picklable.
     taskset: what is asked, where the caller has built it already; worker processes build it anew.
     deadlines: how long candidates may take, and when whatever runs is ended.
+    host: the name of where workers live; by default see ``host_class``.
     """
 
     def __init__(
@@ -117,16 +120,16 @@ class Pool:
         make: Make | None = None,
         taskset: TaskSet | None = None,
         deadlines: Deadlines | None = None,
+        host: str | None = None,
     ) -> None:
         self.spec = spec
+        self._deadlines = deadlines or Deadlines()
+        self._host = host_class(host, count, self._deadlines.asked_s)(count)
         self._make = make
         self._taskset = taskset
-        self._deadlines = deadlines or Deadlines()
-        self._apart = count > 1 or self._deadlines.asked_s is not None
         self._devices = devices_for(spec, count)
         self._crowd = crowd_of(spec, count)
         self._free = [Place() for _ in range(count)]
-        self._size = count
         self._left_alone: threading.Thread | None = None
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="pool")
         self._mine = threading.local()  # .place: of the turn that a thread of the pool has
@@ -274,7 +277,7 @@ class Pool:
             built = place.worker is not None
             try:
                 if not built:
-                    self._within(place, partial(self._build, place), _STARTING_S, "ready")
+                    self._within(place, partial(self._start, place), _STARTING_S, "ready")
                     built = True
                 done = self._scored(place, job, items), time.monotonic() - start
             except AgentmergeError as error:
@@ -285,7 +288,7 @@ class Pool:
                     raise
                 lost = error
             except Exception as error:  # the worker's own fault, or of what it runs on
-                lost = WorkerLost(_one_line(error))
+                lost = WorkerLost(one_line(error))
                 lost.__cause__ = error
             except BaseException:  # a worker's SystemExit
                 self._end(place)
@@ -328,7 +331,7 @@ class Pool:
         late = f"not {done} within {limit_s:.3g} s"
         if done == "scored":
             late += f" ({self._deadlines.why})"
-        if self._apart:
+        if self._host.apart:
             raise WorkerLost(f"{late}: its worker process was ended; a longer limit may do")
         raise NoWorker(
             f"{late}, and a worker in this process cannot be ended: set worker.timeout_s "
@@ -337,11 +340,11 @@ class Pool:
 
     def _end(self, place: Place) -> None:
         """Give a place's worker up and end it where it has a process of its own."""
-        worker = place.worker
+        hosted = place.hosted
         thread = place.give_up()
-        if isinstance(worker, _WorkerProcess):
-            worker.end()
-            self._devices.append(worker.device)
+        if self._host.apart and hosted is not None:
+            hosted.end()
+            self._give_back(place)
         else:
             self._left_alone = thread
 
@@ -369,6 +372,7 @@ class Pool:
         with waiting_for("the end of the workers"):
             self._threads.shutdown()
             found = [failure for place in self._free if (failure := _emptied(place)) is not None]
+            self._host.close()
         if found:
             raise found[0]
 
@@ -378,27 +382,29 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _build(self, place: Place) -> None:
+    def _start(self, place: Place) -> None:
         """Runs on the place's own thread."""
-        if not self._apart:
-            make = self._make or worker_class(self.spec)
-            place.worker = make(with_secrets(self.spec), self._taskset)
-            return
-        with self._lock:
-            device = self._devices.pop(0)
-        own = replace(self.spec, device=device, crowd=self._crowd)
+        spec, build = self.spec, Building(self._make, self._taskset, {})
+        if self._host.apart:
+            with self._lock:
+                place.device = self._devices.pop(0)
+            spec = replace(spec, device=place.device, crowd=self._crowd)
+            build = Building(self._make, None, remembered())
         try:
-            place.worker = process = _WorkerProcess(own, self._make, self._size, remembered())
+            place.hosted = self._host.start(spec, build)
         except BaseException:
-            self._devices.append(device)
+            self._give_back(place)
             raise
-        process.begin()
+        place.worker = place.hosted.ready()
 
     def _discard(self, place: Place) -> None:
-        lost = place.worker
         _emptied(place)
-        if isinstance(lost, _WorkerProcess):
-            self._devices.append(lost.device)
+        self._give_back(place)
+
+    def _give_back(self, place: Place) -> None:
+        device, place.device = place.device, None
+        if device is not None:
+            self._devices.append(device)
 
 
 def _stopped() -> NotBegun:
@@ -407,10 +413,26 @@ def _stopped() -> NotBegun:
 
 def _emptied(place: Place) -> RunFailed | None:
     """Close a place's worker, on the thread that it worked on; what it had against its answers."""
-    worker, place.worker = place.worker, None
-    failure = place.ask(partial(close_quietly, worker)) if worker is not None else None
+    hosted = place.taken()
+    failure = place.ask(partial(close_quietly, hosted)) if hosted is not None else None
     place.leave()
     return failure
+
+
+@dataclass(frozen=True)
+class Building:
+    """Builds a worker; can be sent to where it lives.
+
+    secrets: what references of a spec stand for besides the environment.
+    """
+
+    make: Make | None
+    taskset: TaskSet | None
+    secrets: Mapping[str, str]
+
+    def __call__(self, spec: WorkerSpec) -> Worker:
+        remember(self.secrets)
+        return (self.make or worker_class(spec))(with_secrets(spec), self.taskset)
 
 
 def with_secrets(spec: WorkerSpec) -> WorkerSpec:
@@ -421,148 +443,3 @@ def with_secrets(spec: WorkerSpec) -> WorkerSpec:
         UserError: a variable that an option names is not set.
     """
     return replace(spec, options=revealed(spec.options, "worker.options"))
-
-
-class _WorkerProcess:
-    """A worker in a process of its own, with the contract of ``base.Worker``.
-
-    secrets: what references of the spec stand for besides the environment.
-    """
-
-    def __init__(
-        self, spec: WorkerSpec, make: Make | None, count: int, secrets: Mapping[str, str]
-    ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, spec, make, count, secrets), daemon=True
-        )
-        self.device = spec.device
-        with uninterrupted():
-            self._process.start()
-        theirs.close()
-        self._info: EngineInfo | None = None
-
-    def begin(self) -> None:
-        """Wait until it is built there."""
-        self._info = self._receive()
-
-    @property
-    def info(self) -> EngineInfo:
-        assert self._info is not None
-        return self._info
-
-    def load(self, recipe: Recipe) -> Fingerprint:
-        found: Fingerprint = self._call("load", recipe)
-        return found
-
-    def score(self, items: Sequence[ItemRef]) -> list[ItemResult]:
-        found: list[ItemResult] = self._call("score", tuple(items))
-        return found
-
-    def gradient(
-        self,
-        recipe: Recipe,
-        items: Sequence[ItemRef],
-        loss: Loss = "margin",
-        weights: Sequence[float] | None = None,
-    ) -> Gradient:
-        found: Gradient = self._call("gradient", recipe, tuple(items), loss, weights)
-        return found
-
-    def close(self) -> None:
-        said, answers = None, False
-        with suppress(OSError, EOFError):  # it died before, or has nothing to say
-            self._pipe.send(("close", ()))
-            answers = self._pipe.poll(_CLOSING_S)
-            if answers:
-                _, said = self._pipe.recv()
-        self._process.join(10 if answers else 0)
-        self.end()
-        self._process.join(10)
-        self._pipe.close()
-        # A model's size, where it was writing one as it died.
-        discard_unfinished(dry_run=False, shared=False, pid=self._process.pid or 0)
-        if isinstance(said, AgentmergeError):
-            raise said
-
-    def end(self) -> None:
-        """At once, whatever it does, with the processes that it has started."""
-        end(self._process)
-
-    def _call(self, name: str, *arguments: Any) -> Any:
-        try:
-            self._pipe.send((name, arguments))
-        except OSError:
-            raise self._lost() from None
-        return self._receive()
-
-    def _receive(self) -> Any:
-        try:
-            good, value = self._pipe.recv()
-        except (EOFError, OSError):
-            raise self._lost() from None
-        if not good:
-            raise value
-        return value
-
-    def _lost(self) -> WorkerLost:
-        self._process.join(5)
-        return WorkerLost(
-            f"worker process {self._process.pid} died (exit code {self._process.exitcode}); "
-            "if it was killed for memory, lower worker.count or worker.batch_size"
-        )
-
-
-def _serve(
-    pipe: Any, spec: WorkerSpec, make: Make | None, count: int, secrets: Mapping[str, str]
-) -> None:
-    """The other side of ``_WorkerProcess``."""
-    remember(secrets)
-    with clean_screen():
-        _answer(pipe, spec, make, count)
-
-
-def _answer(pipe: Any, spec: WorkerSpec, make: Make | None, count: int) -> None:
-    """Answers calls until told to close.
-
-    count: how many such processes share the machine's cores.
-    """
-    os.setpgid(0, 0)  # Ctrl-C drains the search, not its workers; and it is ended as a whole
-    end_with(os.getppid())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    if count > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    try:
-        worker = (make or worker_class(spec))(with_secrets(spec), None)
-        pipe.send((True, worker.info))
-        while True:
-            name, arguments = pipe.recv()
-            if name == "close":
-                worker.close()
-                return
-            try:
-                reply = (True, getattr(worker, name)(*arguments))
-            except AgentmergeError as error:
-                reply = (False, _portable(error))
-            pipe.send(reply)
-    except (EOFError, OSError):
-        return  # the search is gone
-    except BaseException as error:
-        lost = error if isinstance(error, AgentmergeError) else WorkerLost(_one_line(error))
-        pipe.send((False, _portable(lost)))
-
-
-def _one_line(error: BaseException) -> str:
-    """A candidate's failure is read among others: no traceback, and not a driver's ten lines."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-
-
-def _portable(error: AgentmergeError) -> AgentmergeError:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # a plugin's own exception
-        return WorkerLost(str(error))
-    return error

@@ -18,6 +18,7 @@ from tiny import recipe
 
 from agentmerge.errors import NotBegun, NoWorker, WorkerLost
 from agentmerge.workers import places, pool
+from agentmerge.workers.hosts import process
 from agentmerge.workers.places import Deadlines
 from agentmerge.workers.pool import Pool, worker_class
 
@@ -56,7 +57,7 @@ def test_a_late_candidate_is_lost_and_its_workers_are_gone() -> None:
 
 
 def test_a_stopped_process_is_replaced_and_the_candidate_scored(monkeypatch) -> None:
-    monkeypatch.setattr(pool, "_CLOSING_S", 0.2)
+    monkeypatch.setattr(process, "_CLOSING_S", 0.2)
     with Pool(spec(), count=1, deadlines=Deadlines(asked_s=2.0)) as tried:
         tried.evaluate(recipe(0.5, 0.1), REFS)
         (worker,) = children()

@@ -23,7 +23,8 @@ from test_pool import spec
 from agentmerge.config import SearchConfig
 from agentmerge.ledger import Ledger
 from agentmerge.session import driving
-from agentmerge.workers.pool import _WorkerProcess
+from agentmerge.workers.hosts.process import WorkerProcess
+from agentmerge.workers.pool import Building
 from agentmerge.workers.processes import end
 from tests.session.conftest import config_text, trace_of
 
@@ -279,11 +280,11 @@ def test_a_command_that_is_still_imported_ends_with_a_word(module: str) -> None:
 
 
 def test_a_worker_that_is_still_imported_hears_no_ctrl_c(capfd: pytest.CaptureFixture[str]) -> None:
-    worker = _WorkerProcess(spec(), None, 2, {})
+    worker = WorkerProcess(spec(), Building(None, None, {}), 2)
     try:
         assert worker._process.pid is not None
         os.kill(worker._process.pid, signal.SIGINT)
-        worker.begin()
+        worker.ready()
         assert worker.info.device == "cpu"
     finally:
         end(worker._process)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agentmerge.contracts import Strategy, Worker, load_plugin
-from agentmerge.testing import ModelWorkerSuite, StrategySuite
+from agentmerge.testing import HostSuite, ModelWorkerSuite, StrategySuite
 
 
 class TestTimedWorker(ModelWorkerSuite):
@@ -14,6 +14,10 @@ class TestTimedWorker(ModelWorkerSuite):
     def test_every_swap_is_timed(self, worker: Worker, first: object) -> None:
         assert worker.swaps_s
         assert min(worker.swaps_s) > 0
+
+
+class TestPolite(HostSuite):
+    name = "polite"
 
 
 class TestHalfway(StrategySuite):

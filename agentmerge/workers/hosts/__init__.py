@@ -1,0 +1,1 @@
+"""Where workers live (``contracts.worker.Host``): in this process, or each in one of its own."""

@@ -1,0 +1,178 @@
+"""Workers in processes of their own on this machine, each answering over a pipe."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from agentmerge.contracts.worker import (
+    Build,
+    EngineInfo,
+    Fingerprint,
+    Gradient,
+    ItemRef,
+    ItemResult,
+    Loss,
+    Worker,
+    WorkerSpec,
+)
+from agentmerge.errors import AgentmergeError, WorkerLost
+from agentmerge.recipe import Recipe
+from agentmerge.system.redaction import clean_screen
+from agentmerge.system.temporary import discard_unfinished
+from agentmerge.workers.processes import end, end_with, uninterrupted
+
+#: Seconds that a worker may take to end by itself.
+_CLOSING_S = 30
+
+
+class Processes:
+    apart = True
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def start(self, spec: WorkerSpec, build: Build) -> WorkerProcess:
+        return WorkerProcess(spec, build, self._count)
+
+    def close(self) -> None:
+        pass
+
+
+class WorkerProcess:
+    """The worker of a process; count: how many such processes share the machine's cores."""
+
+    def __init__(self, spec: WorkerSpec, build: Build, count: int = 1) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, spec, build, count), daemon=True
+        )
+        with uninterrupted():
+            self._process.start()
+        theirs.close()
+        self._info: EngineInfo | None = None
+
+    def ready(self) -> Worker:
+        self._info = self._receive()
+        return self
+
+    @property
+    def info(self) -> EngineInfo:
+        assert self._info is not None
+        return self._info
+
+    def load(self, recipe: Recipe) -> Fingerprint:
+        found: Fingerprint = self._call("load", recipe)
+        return found
+
+    def score(self, items: Sequence[ItemRef]) -> list[ItemResult]:
+        found: list[ItemResult] = self._call("score", tuple(items))
+        return found
+
+    def gradient(
+        self,
+        recipe: Recipe,
+        items: Sequence[ItemRef],
+        loss: Loss = "margin",
+        weights: Sequence[float] | None = None,
+    ) -> Gradient:
+        found: Gradient = self._call("gradient", recipe, tuple(items), loss, weights)
+        return found
+
+    def close(self) -> None:
+        said, answers = None, False
+        with suppress(OSError, EOFError):  # it died before, or has nothing to say
+            self._pipe.send(("close", ()))
+            answers = self._pipe.poll(_CLOSING_S)
+            if answers:
+                _, said = self._pipe.recv()
+        self._process.join(10 if answers else 0)
+        self.end()
+        self._process.join(10)
+        self._pipe.close()
+        # A model's size, where it was writing one as it died.
+        discard_unfinished(dry_run=False, shared=False, pid=self._process.pid or 0)
+        if isinstance(said, AgentmergeError):
+            raise said
+
+    def end(self) -> None:
+        """With the processes that it has started."""
+        end(self._process)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        try:
+            self._pipe.send((name, arguments))
+        except OSError:
+            raise self._lost() from None
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            good, value = self._pipe.recv()
+        except (EOFError, OSError):
+            raise self._lost() from None
+        if not good:
+            raise value
+        return value
+
+    def _lost(self) -> WorkerLost:
+        self._process.join(5)
+        return WorkerLost(
+            f"worker process {self._process.pid} died (exit code {self._process.exitcode}); "
+            "if it was killed for memory, lower worker.count or worker.batch_size"
+        )
+
+
+def _serve(pipe: Any, spec: WorkerSpec, build: Build, count: int) -> None:
+    """The other side: answers calls until told to close."""
+    os.setpgid(0, 0)  # Ctrl-C drains the search, not its workers; and it is ended as a whole
+    end_with(os.getppid())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    if count > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    with clean_screen():
+        _answer(pipe, spec, build)
+
+
+def _answer(pipe: Any, spec: WorkerSpec, build: Build) -> None:
+    try:
+        worker = build(spec)
+        pipe.send((True, worker.info))
+        while True:
+            name, arguments = pipe.recv()
+            if name == "close":
+                worker.close()
+                return
+            try:
+                reply = (True, getattr(worker, name)(*arguments))
+            except AgentmergeError as error:
+                reply = (False, portable(error))
+            pipe.send(reply)
+    except (EOFError, OSError):
+        return  # the search is gone
+    except BaseException as error:
+        pipe.send((False, portable(error)))
+
+
+def portable(error: BaseException) -> AgentmergeError:
+    """The error, or what can be said of it elsewhere: a candidate's failure is read among others,
+    with no traceback, and not a driver's ten lines."""
+    if isinstance(error, AgentmergeError):
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # a plugin's own exception
+            return WorkerLost(str(error))
+        return error
+    return WorkerLost(one_line(error))
+
+
+def one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
