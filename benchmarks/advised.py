@@ -25,7 +25,7 @@ from agentmerge.contracts.calls import Call, NoLog
 from agentmerge.contracts.strategy import Observation, improved
 from agentmerge.errors import ModelReplyError
 from agentmerge.strategies.llm_evo import SIGMA_HIGH, SIGMA_LOW
-from benchmarks.problems import Problem
+from agentmerge.testing.problem import Problem
 
 _ROLES: tuple[tuple[str, Any], ...] = (
     ("critic", critic),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.tiny import TINY, TinyProblem
+from agentmerge.testing.tiny import TINY, TinyProblem
 
 RATE, BETA1, BETA2 = 0.03, 0.9, 0.99
 

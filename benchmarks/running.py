@@ -21,9 +21,9 @@ import numpy as np
 from agentmerge.config import models_asked
 from agentmerge.contracts.operators import CHEAP
 from agentmerge.contracts.strategy import Observation, Strategy, cost_of, rng_factory
+from agentmerge.testing.problem import Problem, Shown
 from benchmarks.advised import Adviser
 from benchmarks.choosing import Asked, beyond_noise, most_wins
-from benchmarks.problems import Outcome, Problem
 
 Make = Callable[[int], Problem]
 """The problem of a seed; it can be sent to another process."""
@@ -50,7 +50,7 @@ def run_search(problem: Problem, arm: Arm, seed: int, budget: int) -> dict[str, 
     spent, thinking, stopped = 0, 0.0, ""
     points: list[dict[str, Any]] = []
 
-    def tell(generation: int, slot: int, operator: str, vector: Any, outcome: Outcome) -> None:
+    def tell(generation: int, slot: int, operator: str, vector: Any, outcome: Shown) -> None:
         nonlocal spent
         again = outcome.gradient is not None and any(o.vector == vector for o in history)
         spent += cost_of(outcome.gradient is not None) - again  # its score is known
@@ -106,7 +106,7 @@ def run_search(problem: Problem, arm: Arm, seed: int, budget: int) -> dict[str, 
     }
 
 
-def _by_task(problem: Problem, outcome: Outcome) -> tuple[tuple[str, float], ...]:
+def _by_task(problem: Problem, outcome: Shown) -> tuple[tuple[str, float], ...]:
     """(task, mean value), where items are known."""
     if outcome.evidence is None:
         return ()

@@ -20,27 +20,21 @@ from typing import Any
 
 from agentmerge import plugins
 from agentmerge.strategies.auto import Auto
+from agentmerge.testing.functions import KNOWN
 from benchmarks import comparing, plots
 from benchmarks.advised import Adviser
 from benchmarks.running import Arm, Make, run_suite
-from benchmarks.synthetic import DIMENSIONS, FUNCTIONS, SyntheticProblem
 
 
 def problems_of(suite: str) -> dict[str, Make]:
     """Name -> what makes the problem of a seed."""
     if suite == "synthetic":
-        found: dict[str, Make] = {}
-        for function in FUNCTIONS:
-            for dimensions in DIMENSIONS:
-                for noisy in (False, True):
-                    make = partial(SyntheticProblem, function, dimensions, noisy)
-                    found[make(0).name] = make
-        return found
+        return dict(KNOWN)
     if suite == "smollm2":
         from benchmarks.smollm2 import FAMILIES, SmolLM2Problem
 
         return {name: partial(SmolLM2Problem, name) for name in FAMILIES}
-    from benchmarks.tiny import HEADROOM, NO_HEADROOM, SPARE, TINY, TinyProblem
+    from agentmerge.testing.tiny import HEADROOM, NO_HEADROOM, SPARE, TINY, TinyProblem
 
     names = {"tiny": HEADROOM, "no-headroom": NO_HEADROOM, "fine": ("tiny-so-64",), "spare": SPARE}[
         suite

@@ -21,8 +21,8 @@ from agentmerge.config import SearchConfig
 from agentmerge.contracts.strategy import Evidence, Items
 from agentmerge.merging.family import Family
 from agentmerge.space.grouped import SearchSpace
-from benchmarks.prefixes import NO_TOKEN, Rows, answer_logits
-from benchmarks.problems import Outcome, first_points
+from agentmerge.testing.prefixes import NO_TOKEN, Rows, answer_logits
+from agentmerge.testing.problem import Shown, first_points
 from benchmarks.smollm2_family import CONFIG, INTERFERING, PLAIN, cached_family
 from benchmarks.smollm2_items import CODES, N_ITEMS, SEARCH_LIMIT, SKILLS, Item, items
 
@@ -43,12 +43,12 @@ class Sheet:
 
 @dataclass
 class SmolLM2Problem:
-    """See ``benchmarks.problems.Problem``."""
+    """See ``agentmerge.testing.problem.Problem``."""
 
     name: str
     seed: int
     tasks: tuple[str, ...] = SKILLS
-    _cache: dict[tuple[float, ...], Outcome] = field(default_factory=dict, repr=False)
+    _cache: dict[tuple[float, ...], Shown] = field(default_factory=dict, repr=False)
     _confirmed: dict[tuple[float, ...], np.ndarray] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -62,15 +62,15 @@ class SmolLM2Problem:
     def first_points(self) -> list[tuple[str, str, tuple[float, ...]]]:
         return first_points(self.space)
 
-    def evaluate(self, vector: Sequence[float]) -> Outcome:
+    def evaluate(self, vector: Sequence[float]) -> Shown:
         key = tuple(float(x) for x in vector)
         if key not in self._cache:
             values, margins = self._ask(key, self._search)
             evidence = Evidence(self._items, margins, values)
-            self._cache[key] = Outcome(float(values.mean()), evidence)
+            self._cache[key] = Shown(float(values.mean()), evidence)
         return self._cache[key]
 
-    def gradient(self, vector: Sequence[float]) -> Outcome:
+    def gradient(self, vector: Sequence[float]) -> Shown:
         """The score alone: this suite has no gradients."""
         return self.evaluate(vector)
 

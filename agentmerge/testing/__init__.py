@@ -1,7 +1,8 @@
-"""Fakes and contract suites for whoever builds on agentmerge; the suites need pytest.
+"""Fakes, problems and contract suites for whoever builds on agentmerge; the suites need pytest.
 
 ``scripted`` has chat models that say what a script says, the fake worker scores without a model,
-and who inherits a suite is judged as what ships is.
+who inherits a suite is judged as what
+ships is, and ``problems`` are what searches are measured on.
 """
 
 from __future__ import annotations

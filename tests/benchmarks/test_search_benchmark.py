@@ -13,12 +13,12 @@ import torch
 
 from agentmerge.agents.models import AgentModel
 from agentmerge.contracts.strategy import Observation
+from agentmerge.testing.functions import SyntheticProblem
+from agentmerge.testing.prefixes import NO_TOKEN, Rows, answer_logits
 from agentmerge.testing.scripted import scripted_chat_model
 from benchmarks import comparing, search
 from benchmarks.advised import Adviser, dealt_anew
-from benchmarks.prefixes import NO_TOKEN, Rows, answer_logits
 from benchmarks.running import Arm, run_search
-from benchmarks.synthetic import SyntheticProblem
 
 POINT = [20, 80]
 

@@ -12,8 +12,8 @@ from agentmerge.config import SearchConfig
 from agentmerge.demo.family import TinyFamily
 from agentmerge.demo.tasks import demo_config, skill_task, write_skill_tasks, write_tasks
 from agentmerge.preflight.prepare import prepare
+from agentmerge.testing.tiny import NO_HEADROOM, TINY, TinyProblem
 from agentmerge.workers.hf import HfWorker
-from benchmarks.tiny import NO_HEADROOM, TINY, TinyProblem
 
 ITEMS = 60
 

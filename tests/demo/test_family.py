@@ -108,7 +108,7 @@ def test_each_expert_has_its_own_skill_only(family: TinyFamily, tasks_dir: Path)
 
 def test_the_best_uniform_merge_has_a_part_of_every_skill_and_leaves_some(family: TinyFamily):
     """What ended the training, measured again on the tasks' own items: true of any family."""
-    from benchmarks.tiny import TINY, TinyProblem
+    from agentmerge.testing.tiny import TINY, TinyProblem
 
     problem = TinyProblem(TINY["tiny-so-8"], 0)
     found = {

@@ -1,7 +1,7 @@
-"""What a benchmark searches: a space, first points that every arm gets, and how points are scored.
+"""What searches are held against: a space, first points that every arm gets, and what points show.
 
-Knows no strategy. A problem answers from a cache where it can: its answers depend on the point
-alone, so that what one arm asked costs the next one nothing.
+A problem answers from a cache where it can: its answers depend on the point and the seed alone, so
+that what one arm asked costs the next one nothing. Knows no strategy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from agentmerge.space.grouped import SearchSpace
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
+class Shown:
     """A point's score (None: it failed), what its items showed, and the slope of a loss there."""
 
     score: float | None
@@ -27,7 +27,8 @@ class Outcome:
 
 
 class Problem(Protocol):
-    """tasks: their names, in the order of the items' numbers; all count the same."""
+    """tasks: their names, in the order of the items' numbers; all count the same. Vectors are in
+    the unit box of ``space``. A score is what its items' values sum to, weighted."""
 
     name: str
     space: SearchSpace
@@ -37,9 +38,9 @@ class Problem(Protocol):
         """(operator, label, vector) of the cheap rivals, evaluated first by every arm."""
         ...
 
-    def evaluate(self, vector: Sequence[float]) -> Outcome: ...
+    def evaluate(self, vector: Sequence[float]) -> Shown: ...
 
-    def gradient(self, vector: Sequence[float]) -> Outcome:
+    def gradient(self, vector: Sequence[float]) -> Shown:
         """As ``evaluate``, with the coefficients' gradient of a smooth score."""
         ...
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from agentmerge.config import GenomeConfig
 from agentmerge.contracts.strategy import Evidence, Items
 from agentmerge.space.grouped import SearchSpace
-from benchmarks.problems import Outcome, first_points
+from agentmerge.testing.problem import Shown, first_points
 
 ITEMS = 400
 DIMENSIONS = (2, 5, 16, 32)
@@ -54,7 +55,7 @@ FUNCTIONS: dict[str, tuple[Callable[[np.ndarray], float], float, bool]] = {
 
 @dataclass
 class SyntheticProblem:
-    """See ``benchmarks.problems.Problem``. The sealed score is the true one, without noise."""
+    """See ``problem.Problem``. The sealed score is the true one, without noise."""
 
     function: str
     dimensions: int
@@ -84,18 +85,18 @@ class SyntheticProblem:
     def first_points(self) -> list[tuple[str, str, tuple[float, ...]]]:
         return first_points(self.space)
 
-    def evaluate(self, vector: Sequence[float]) -> Outcome:
+    def evaluate(self, vector: Sequence[float]) -> Shown:
         quality = self._quality(vector)
         if not self.noisy:
-            return Outcome(quality)
+            return Shown(quality)
         digest = hashlib.sha256(np.asarray([self.seed, *vector]).tobytes()).digest()
         rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
         chance = min(max(quality, 1e-6), 1 - 1e-6)
         margins = np.log(chance / (1 - chance)) + rng.logistic(size=ITEMS)
         values = (margins > 0).astype(float)
-        return Outcome(float(values.mean()), Evidence(self._items, margins, values))
+        return Shown(float(values.mean()), Evidence(self._items, margins, values))
 
-    def gradient(self, vector: Sequence[float]) -> Outcome:
+    def gradient(self, vector: Sequence[float]) -> Shown:
         return self.evaluate(vector)
 
     def sealed(self, vector: Sequence[float]) -> np.ndarray:
@@ -106,3 +107,14 @@ class SyntheticProblem:
         z = (np.asarray(vector)[self._order] - self._optimum) * 2 * half_width
         z = self._turn @ z if rotated else z
         return float(1.0 / (1.0 + function(z)))
+
+
+#: Name -> what makes the problem of a seed.
+KNOWN = {
+    f"{function}-{dimensions}{'-noisy' if noisy else ''}": partial(
+        SyntheticProblem, function, dimensions, noisy
+    )
+    for function in FUNCTIONS
+    for dimensions in DIMENSIONS
+    for noisy in (False, True)
+}

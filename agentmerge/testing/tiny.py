@@ -22,14 +22,14 @@ from agentmerge.config import GenomeConfig
 from agentmerge.contracts.strategy import Evidence, Items
 from agentmerge.contracts.worker import Gradient, TensorSlope
 from agentmerge.demo import language
-from agentmerge.demo.family import BOS, EOS, VOCABULARY, cached_family
+from agentmerge.demo.family import cached_family
 from agentmerge.demo.tasks import skill_inputs
-from agentmerge.demo.training import Weights
+from agentmerge.demo.training import BOS, EOS, VOCABULARY, Weights
 from agentmerge.merging.family import Family
 from agentmerge.space.chain_rule import unit_gradient
 from agentmerge.space.grouped import SearchSpace
-from benchmarks.prefixes import Rows, answer_logits
-from benchmarks.problems import Outcome, first_points
+from agentmerge.testing.prefixes import Rows, answer_logits
+from agentmerge.testing.problem import Shown, first_points
 
 SEARCH_ITEMS, SEALED_ITEMS = 200, 400
 #: What the expert of a damaged family is left with at the best weight of its task vector.
@@ -100,11 +100,11 @@ NO_HEADROOM = ("tiny-useless", "tiny-halves", "tiny-useless-2", "tiny-halves-2")
 
 @dataclass
 class TinyProblem:
-    """See ``benchmarks.problems.Problem``."""
+    """See ``problem.Problem``."""
 
     setting: TinySetting
     seed: int
-    _cache: dict[tuple[float, ...], Outcome] = field(default_factory=dict, repr=False)
+    _cache: dict[tuple[float, ...], Shown] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         torch.set_num_threads(1)
@@ -131,21 +131,21 @@ class TinyProblem:
     def first_points(self) -> list[tuple[str, str, tuple[float, ...]]]:
         return first_points(self.space)
 
-    def evaluate(self, vector: Sequence[float]) -> Outcome:
+    def evaluate(self, vector: Sequence[float]) -> Shown:
         key = tuple(float(x) for x in vector)
         if key not in self._cache:
             values, margins = self._ask(key, self._search)
             evidence = Evidence(self._items, margins, values)
-            self._cache[key] = Outcome(float(values.mean()), evidence)
+            self._cache[key] = Shown(float(values.mean()), evidence)
         return self._cache[key]
 
-    def gradient(self, vector: Sequence[float]) -> Outcome:
+    def gradient(self, vector: Sequence[float]) -> Shown:
         """As ``evaluate``, with the slope of the mean log(1 + exp(-margin)) in the unit box."""
         known = self.evaluate(vector)
         if self.setting.method != "task_arithmetic":
             return known
         loss, unit, _ = self.descent(vector, self._search)
-        return Outcome(known.score, known.evidence, unit, loss)
+        return Shown(known.score, known.evidence, unit, loss)
 
     def descent(
         self, vector: Sequence[float], rows: Rows
