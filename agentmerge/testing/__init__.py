@@ -1,8 +1,7 @@
 """Fakes, problems and contract suites for whoever builds on agentmerge; the suites need pytest.
 
 ``scripted`` has chat models that say what a script says, the fake worker scores without a model,
-who inherits a suite is judged as what
-ships is, and ``problems`` are what searches are measured on.
+who inherits a suite is judged as what ships is, and ``problems`` are what searches are measured on.
 """
 
 from __future__ import annotations
