@@ -34,11 +34,9 @@ def problems_of(suite: str) -> dict[str, Make]:
         from benchmarks.smollm2 import FAMILIES, SmolLM2Problem
 
         return {name: partial(SmolLM2Problem, name) for name in FAMILIES}
-    from agentmerge.testing.tiny import HEADROOM, NO_HEADROOM, SPARE, TINY, TinyProblem
+    from agentmerge.testing.tiny import SUITES, TINY, TinyProblem
 
-    names = {"tiny": HEADROOM, "no-headroom": NO_HEADROOM, "fine": ("tiny-so-64",), "spare": SPARE}[
-        suite
-    ]
+    names = SUITES[suite]
     return {name: partial(TinyProblem, TINY[name]) for name in names}
 
 
@@ -69,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.search", description=__doc__)
     parser.add_argument(
         "--suite",
-        choices=("synthetic", "tiny", "no-headroom", "spare", "fine", "smollm2"),
+        choices=("synthetic", "tiny", "second", "no-headroom", "spare", "fine", "smollm2"),
         required=True,
     )
     parser.add_argument("--problems", help="comma-separated names of the suite's; by default all")

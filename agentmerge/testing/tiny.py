@@ -53,6 +53,7 @@ class TinySetting:
     random halves, doubled: their mean is it).
     damaged: base and experts of these two share noise, as much as leaves the expert `DAMAGED` of
     its answers, so that no merge answers everything. granularity: 0 is one group of all layers.
+    family: the seed of the family's weights.
     """
 
     name: str
@@ -62,6 +63,7 @@ class TinySetting:
     experts: Literal["own", "spare", "useless", "halves"] = "own"
     damaged: bool = False
     granularity: int = 1
+    family: int = 0
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -81,6 +83,9 @@ TINY = {
         TinySetting("tiny-so-24", ("shift", "sort"), filters=("self_attn", "mlp")),
         TinySetting("tiny-so-16-ties", ("shift", "sort"), "ties"),
         TinySetting("tiny-sro-12", ("shift", "reverse", "sort")),
+        # What was found on the family above, on one of other skills and weights.
+        TinySetting("tiny-rs-8", ("reverse", "sort"), family=1),
+        TinySetting("tiny-rs-24", ("reverse", "sort"), filters=("self_attn", "mlp"), family=1),
         # Merges are poor until the third expert is found to be of no use.
         TinySetting("tiny-so-12-spare", ("shift", "sort"), experts="spare"),
         # Finer than the suite: how far the search reaches, and what gradients are worth there.
@@ -93,9 +98,14 @@ TINY = {
         TinySetting("tiny-halves-2", ("shift",), experts="halves", damaged=True, granularity=0),
     )
 }
-HEADROOM = ("tiny-so-8", "tiny-so-24", "tiny-so-16-ties", "tiny-sro-12")
-SPARE = ("tiny-so-12-spare",)
 NO_HEADROOM = ("tiny-useless", "tiny-halves", "tiny-useless-2", "tiny-halves-2")
+SUITES = {
+    "tiny": ("tiny-so-8", "tiny-so-24", "tiny-so-16-ties", "tiny-sro-12"),
+    "second": ("tiny-rs-8", "tiny-rs-24"),
+    "no-headroom": NO_HEADROOM,
+    "spare": ("tiny-so-12-spare",),
+    "fine": ("tiny-so-64",),
+}
 
 
 @dataclass
@@ -215,7 +225,7 @@ def _opened(setting: TinySetting) -> tuple[Family, Any]:
     from transformers import AutoConfig
 
     own = setting.experts in ("own", "spare")
-    found = cached_family(setting.models if own else ("shift", "sort"), 0)
+    found = cached_family(setting.models if own else ("shift", "sort"), setting.family)
     paths: dict[str, Path] = {"base": found.base}
     if own:
         paths |= dict(zip(setting.models, found.experts, strict=True))
