@@ -2,7 +2,7 @@
 
 Every run is a file of its own, written when it ends: a suite that is stopped goes on where it was.
 The budget counts evaluations of all search items; the cheap rivals, failures and duplicates are in
-it, and a gradient counts as three.
+it, and a gradient counts as three. An arm that begins by itself has it all to itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,16 @@ CHECKPOINTS = (10, 15, 20, 25, 30, 40, 50, 60, 80, 100)
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """name: in tables. make: a fresh strategy. advise: seed -> the agents that it listens to."""
+    """name: in tables. make: a fresh strategy. advise: seed -> the agents that it listens to.
+
+    alone: whether it is told nothing of the cheap rivals and begins as it would by itself. They
+    cost it nothing then, and its answer has to beat them all the same.
+    """
 
     name: str
     make: Callable[[], Strategy]
     advise: Callable[[int], Adviser] | None = None
+    alone: bool = False
 
 
 def run_search(problem: Problem, arm: Arm, seed: int, budget: int) -> dict[str, Any]:
@@ -72,14 +77,19 @@ def run_search(problem: Problem, arm: Arm, seed: int, budget: int) -> dict[str, 
 
     for slot, (operator, _, vector) in enumerate(problem.first_points()):
         tell(0, slot, operator, vector, problem.evaluate(vector))
+    rivals = list(history)
+    if arm.alone:
+        rivals = [replace(o, vector=None, score=None) for o in history]
+        spent, points = 0, []
     size = strategy.population(space.dimensions)
     while spent < budget:
+        told = (*rivals, *history[len(rivals) :])
         guidance = None
         if adviser and models_asked(history[-1].generation, size):
             guidance = adviser.guidance(problem, history, budget - spent)
         before = time.perf_counter()
         count = min(size, budget - spent)
-        asked = strategy.propose(space, tuple(history), guidance, count, rng_for)
+        asked = strategy.propose(space, told, guidance, count, rng_for)
         thinking += time.perf_counter() - before
         if not asked:
             stopped = "nothing to gain"

@@ -5,7 +5,9 @@
 Writes ``DIR/runs/*.json`` (one a search: stopped and started again, it goes on where it was),
 ``DIR/results.md`` (tables) and ``DIR/PROBLEM.png`` (medians and quartiles on the way). Arms are
 strategies by name; ``auto`` asks for no gradients, ``auto_gradients`` does; ``botorch`` is Bayesian
-optimisation on the score alone. With --llm there are
+optimisation on the score alone. Two begin by themselves, knowing no cheap rivals, with the whole
+budget: ``cma_es_mergekit``, as mergekit-evolve does, and ``tpe_alone``, as optuna does (ten random
+points). With --llm there are
 ``auto_llm`` and ``llm_evo_llm``, which a chat model advises, and their controls ``..._shuffled``,
 where what it is told of scores is shuffled; one model a DIR.
 """
@@ -23,6 +25,7 @@ from agentmerge.strategies.auto import Auto
 from agentmerge.testing.functions import KNOWN
 from benchmarks import comparing, plots
 from benchmarks.advised import Adviser
+from benchmarks.mergekit_rival import MergekitEvolve
 from benchmarks.running import Arm, Make, run_suite
 
 
@@ -56,6 +59,10 @@ def arm_of(name: str, llm: str | None = None, base_url: str | None = None) -> Ar
         return Arm(name, arm_of(own).make, partial(Adviser.of, llm, base_url, shuffled))
     if name in ("auto", "auto_gradients"):
         return Arm(name, partial(Auto, gradients_from=None if name == "auto" else 1))
+    if name == "cma_es_mergekit":
+        return Arm(name, MergekitEvolve, alone=True)
+    if name == "tpe_alone":
+        return Arm(name, arm_of("tpe").make, alone=True)
     if name == "botorch":
         from benchmarks.botorch_rival import BoTorch
 

@@ -98,7 +98,7 @@ def operator_of(history: Sequence[Observation], gradients: bool, rng_for: RngFor
     open_gradient = gradients and next_step(history) is not None
     if open_gradient and steps < GRADIENT_STEPS:
         return GradientSteps()
-    operators: list[Strategy] = [Margins(), OnePlusOne()]
+    operators: list[Strategy] = [Margins(), OnePlusOne(anywhere=True)]
     if open_gradient:
         operators.append(GradientSteps())
     if since_gain(history) < STALE:

@@ -4,10 +4,10 @@ A call replays the whole search: the same asks with the same injected random num
 scores that came back. An engine that has played a beginning of it in this process goes on from
 there, which gives the same numbers sooner. Only full populations of the present size are told,
 failures as worse than the worst; a generation that the budget cut short is asked and not told.
-Starts at the best point that was known before its first own generation. A user's population is the
-one that is asked for, but of one: asked for one at a time, it collects its default population over
-as many generations. Advice from agents is not used here (``llm_evo`` is the strategy that follows
-it).
+Starts at the best merge that was known before its first own generation (``starting.py``). A user's
+population is the one that is asked for, but of one: asked for one at a time, it collects its
+default population over as many generations. Advice from agents is not used here (``llm_evo`` is the
+strategy that follows it).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from agentmerge.contracts.strategy import (
     fittest,
     next_generation,
 )
+from agentmerge.strategies.starting import merges
 
 SIGMA0 = 1 / 6
 #: Engines that are kept to go on from.
@@ -61,38 +62,47 @@ class CmaEs:
         if generation == 0 or count == 0:
             return []
         own = _populations(history, self.name)
-        size, begun = _size(own, count), 0
+        size, begun = _size(own, count), []
         if size == 1:
             size = default_population(space.dimensions)
             own = _collected(own, size)
             last = max(own, default=generation)
             if own and len(own[last]) < size:  # the population that is being asked
-                generation, begun = last, len(own.pop(last))
-        points = self._replay(space, history, own, generation, size, rng_for)
-        return [Proposal(point, self.name) for point in points[begun : begun + count]]
+                generation, begun = last, own.pop(last)
+        first = min((g for g, found in own.items() if len(found) == size), default=generation)
+        x0 = self._start(space, history, first, own.get(first, begun), size, rng_for)
+        steps = [
+            (past, _costs(population) if len(population) == size else None)
+            for past, population in sorted(own.items())
+            if past >= first
+        ]
+        points = _played((x0, self.sigma0, size), rng_for, steps, generation)
+        mine = [tuple(float(x) for x in point[: space.dimensions]) for point in points]
+        return [Proposal(point, self.name) for point in mine[len(begun) : len(begun) + count]]
 
     def population(self, dimensions: int) -> int:
         return default_population(dimensions)
 
-    def _replay(
+    def _start(
         self,
         space: Space,
         history: Sequence[Observation],
-        own: dict[int, list[Observation]],
         generation: int,
+        population: Sequence[Observation],
         size: int,
         rng_for: RngFor,
-    ) -> list[tuple[float, ...]]:
-        first = min((g for g, found in own.items() if len(found) == size), default=generation)
-        told = {g: found for g, found in own.items() if g >= first}
-        start = fittest([o for o in history if o.generation < first], 1)
-        x0 = start[0].vector if start and start[0].vector else (0.5,) * space.dimensions
-        steps = [
-            (past, _costs(population) if len(population) == size else None)
-            for past, population in sorted(told.items())
-        ]
-        points = _played((x0, self.sigma0, size), rng_for, steps, generation)
-        return [tuple(float(x) for x in point[: space.dimensions]) for point in points]
+    ) -> tuple[float, ...]:
+        """The first mean. population: what is known of the first one, asked as ``generation``."""
+
+        def drawn(x0: tuple[float, ...], first: Observation) -> tuple[float, ...]:
+            play = _Play(*_engine(x0, self.sigma0, size), steps=[])
+            play.ask(rng_for, first.generation)
+            return tuple(play.points[0][: space.dimensions])
+
+        before = [o for o in history if o.generation < generation]
+        known = merges(space, before, population[0] if population else None, drawn)
+        best = fittest(known, 1)
+        return best[0].vector if best and best[0].vector else (0.5,) * space.dimensions
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 One child at a time of the best point so far. The step grows where a child is better than its
 parent and shrinks where it is not, so that about one in five succeeds; its size is a fold over the
-history. A population above one gives so many children of the same parent.
+history. A population above one gives so many children of the same parent, which is never one of the
+models that are merged (``starting.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.space import Space
 from agentmerge.contracts.strategy import Observation, Proposal, RngFor, fittest, next_generation
+from agentmerge.strategies.starting import merges
 
 SIGMA0 = 0.2
 SIGMA_LEAST, SIGMA_MOST = 1e-3, 0.5
@@ -22,6 +24,10 @@ SIGMA_LEAST, SIGMA_MOST = 1e-3, 0.5
 
 class OnePlusOne:
     name = "one_plus_one"
+
+    def __init__(self, anywhere: bool = False) -> None:
+        """anywhere: whether it may go on from a parent too, as a step of another search."""
+        self.anywhere = anywhere
 
     def propose(
         self,
@@ -34,6 +40,13 @@ class OnePlusOne:
         generation = next_generation(history)
         if generation == 0:
             return []
+        if not self.anywhere:
+
+            def drawn(start: tuple[float, ...], first: Observation) -> tuple[float, ...]:
+                return mutated(start, SIGMA0, first.generation, first.slot, rng_for)
+
+            own = (o for o in history if o.operator == self.name and not o.prior)
+            history = merges(space, history, next(own, None), drawn)
         best = fittest(history, 1)
         parent = best[0].vector if best and best[0].vector else (0.5,) * space.dimensions
         sigma = step_size(history, self.name, space.dimensions)

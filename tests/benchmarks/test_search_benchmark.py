@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from agentmerge.agents.models import AgentModel
-from agentmerge.contracts.strategy import Observation
+from agentmerge.config import GenomeConfig
+from agentmerge.contracts.strategy import Observation, rng_factory
+from agentmerge.space.grouped import SearchSpace
 from agentmerge.testing.functions import SyntheticProblem
 from agentmerge.testing.prefixes import NO_TOKEN, Rows, answer_logits
 from agentmerge.testing.scripted import scripted_chat_model
 from benchmarks import comparing, search
 from benchmarks.advised import Adviser, dealt_anew
+from benchmarks.mergekit_rival import MergekitEvolve
 from benchmarks.running import Arm, run_search
 
 POINT = [20, 80]
@@ -70,6 +73,41 @@ def test_a_model_advises_as_in_the_product(arm: str) -> None:
     assert run["spent"] <= 24
     operators = {point["operator"] for point in run["points"]}
     assert ("agent" if arm == "auto" else "llm_evo") in operators
+
+
+@pytest.mark.parametrize("name", ["cma_es_mergekit", "tpe_alone"])
+def test_a_rival_that_begins_by_itself_is_told_nothing(name: str) -> None:
+    problem = SyntheticProblem("sphere", 5, False, 0)
+    run = run_search(problem, search.arm_of(name), 3, 40)
+    again = run_search(problem, search.arm_of(name), 3, 40)
+    assert run["points"] == again["points"]
+    assert [p["spent"] for p in run["points"]] == list(range(1, 41)), "all of the budget is its own"
+    assert {p["operator"] for p in run["points"]} == {name.removesuffix("_alone")}
+    first = problem.first_points()
+    best = max(p["score"] for p in run["points"])
+    assert run["answers"]["best"]["search"] >= max(
+        best, *(problem.evaluate(v).score for *_, v in first)
+    )
+
+
+def test_mergekits_rival_begins_as_mergekit_does() -> None:
+    genome = GenomeConfig(models=("a", "b"), base_model="base", merge_method="ties")
+    space = SearchSpace(genome, 4)
+    before = [Observation(0, 0, None, "uniform", None)]
+    values = []
+    for seed in range(40):
+        asked = MergekitEvolve().propose(space, before, None, 99, rng_factory(seed))
+        assert len(asked) == 4 + int(3 * np.log(space.dimensions))
+        for proposal in asked:
+            assert proposal.vector is not None
+            values.append([a.value(u) for a, u in zip(space.axes, proposal.vector, strict=True)])
+    weights, densities = (
+        np.array(values)[:, [axis.parameter == name for axis in space.axes]]
+        for name in ("weight", "density")
+    )
+    assert weights.mean() == pytest.approx(1 / 2, abs=0.02)
+    assert weights.std() == pytest.approx(1 / 6, abs=0.02)
+    assert densities.mean() == pytest.approx(1 - 0.3989 / 6, abs=0.02), "1, and no more"
 
 
 def test_shuffled_feedback_is_only_what_the_model_is_told() -> None:
