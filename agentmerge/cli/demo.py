@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+
+from agentmerge.contracts.card import Card, Compared
 
 SKILLS = ("shift", "sort")
 INTRO = """\
@@ -27,15 +28,18 @@ def _program() -> str:
     return "python -m agentmerge" if started.name == "__main__.py" else str(_short(started))
 
 
-def measured_here(card: dict[str, Any], used: int, allowed: int) -> str:
+def measured_here(card: Card, used: int, allowed: int) -> str:
     """What this run measured, and of what: other families have other figures."""
-    key = "sealed_score" if card["sealed"] else "score"
-    parent = max((row[key] for row in card["parents"] if row[key] is not None), default=None)
-    rival = card["best_rival"]
-    steps = [("the best parent", parent), ("the best cheap merge", rival and rival[key])]
-    steps.append((f"this search after {used} of {allowed} evaluations", card["answer"][key]))
+
+    def score(row: Compared | None) -> float | None:
+        return getattr(row, "sealed_score" if card.sealed else "score", None)
+
+    parents = [value for row in card.parents if (value := score(row)) is not None]
+    steps = [("the best parent", max(parents, default=None))]
+    steps.append(("the best cheap merge", score(card.best_rival)))
+    steps.append((f"this search after {used} of {allowed} evaluations", score(card.answer)))
     figures = ", ".join(f"{what} {value:.3f}" for what, value in steps if value is not None)
-    where = "sealed" if card["sealed"] else "search"
+    where = "sealed" if card.sealed else "search"
     return (
         f"Measured here, on {where} items: {figures}.\n"
         "The models were trained on this machine; on another processor they come out otherwise, "
@@ -78,8 +82,8 @@ def run_demo(
         say(f"saved; go on with: agentmerge resume {row.name} --runs-dir {directory}")
         show_result(summary, as_json, "stopped before the search was done")
         return 128 + caught[0] if caught else 0
-    show_result(summary, as_json, "\n" + card_text(row.result))
-    say("\n" + measured_here(row.result, summary["evaluations"]["total"], max_evaluations))
+    show_result(summary, as_json, "\n" + card_text(row.card))
+    say("\n" + measured_here(row.card, summary["evaluations"]["total"], max_evaluations))
     here = f"--runs-dir {_short(directory)}"
     program = _program()
     say(

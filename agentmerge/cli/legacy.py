@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -19,20 +19,24 @@ from agentmerge.errors import UserError
 
 @dataclass(frozen=True)
 class Legacy:
-    """The old programs' options as given; None where an option was not."""
+    """The old programs' options as typer shows them and as given; None where one was not."""
 
-    storage_path: Path | None = None
-    strategy: str | None = None
+    storage_path: Annotated[
+        Path | None, typer.Option(help="Also write best_config.yaml and final_model here.")
+    ] = None
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", "-s", help="pool, buffered or serial: scheduling.")
+    ] = None
     vllm: bool | None = None
     in_memory: bool | None = None
-    num_gpus: int | None = None
+    num_gpus: Annotated[int | None, typer.Option(min=1)] = None
     merge_cuda: bool | None = None
     allow_crimes: bool | None = None
     random_seed: int | None = None
     max_generation: int | None = None
     max_fevals: int | None = None
     max_retries: int | None = None
-    api_key: str | None = None
+    api_key: Annotated[str | None, typer.Option(help="Refused: use OPENAI_API_KEY.")] = None
     llm_model: str | None = None
     sigma0: float | None = None
     save_final_model: bool | None = None
@@ -42,41 +46,10 @@ class Legacy:
     load_in_4bit: bool | None = None
 
 
-def _switch(name: str) -> Any:
-    return Annotated[bool | None, typer.Option(f"--{name}/--no-{name}")]
-
-
-#: What typer shows of each field of Legacy.
-_OPTIONS: dict[str, Any] = {
-    "storage_path": Annotated[
-        Path | None, typer.Option(help="Also write best_config.yaml and final_model here.")
-    ],
-    "strategy": Annotated[
-        str | None, typer.Option("--strategy", "-s", help="pool, buffered or serial: scheduling.")
-    ],
-    "vllm": _switch("vllm"),
-    "in_memory": _switch("in-memory"),
-    "num_gpus": Annotated[int | None, typer.Option(min=1)],
-    "merge_cuda": _switch("merge-cuda"),
-    "allow_crimes": _switch("allow-crimes"),
-    "random_seed": Annotated[int | None, typer.Option()],
-    "max_generation": Annotated[int | None, typer.Option()],
-    "max_fevals": Annotated[int | None, typer.Option()],
-    "max_retries": Annotated[int | None, typer.Option()],
-    "api_key": Annotated[str | None, typer.Option(help="Refused: use OPENAI_API_KEY.")],
-    "llm_model": Annotated[str | None, typer.Option()],
-    "sigma0": Annotated[float | None, typer.Option()],
-    "save_final_model": _switch("save-final-model"),
-    "reshard": _switch("reshard"),
-    "force_population_size": Annotated[int | None, typer.Option()],
-    "load_in_8bit": _switch("load-in-8bit"),
-    "load_in_4bit": _switch("load-in-4bit"),
-}
-
-
 def old_options(command: Callable[..., int]) -> Callable[..., int]:
     """Replaces a command's parameter ``old`` by the old programs' options."""
-    return expanded(command, "old", _OPTIONS, lambda used: Legacy(**used))
+    shown = get_type_hints(Legacy, include_extras=True)
+    return expanded(command, "old", shown, lambda used: Legacy(**used))
 
 
 @dataclass

@@ -12,11 +12,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from agentmerge.cli.render import Progress, duration, number
+from agentmerge.cli.render import duration, number
 from agentmerge.cli.terminal import plain_line
 from agentmerge.config import SearchConfig
+from agentmerge.contracts import events
+from agentmerge.contracts.events import Event, Note, parsed
+from agentmerge.contracts.operators import STRUCTURE
 from agentmerge.evaluation.statistics import figure
-from agentmerge.report.board import Board, Event
+from agentmerge.report.board import Board
 from agentmerge.space.grouped import short_name
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -41,22 +44,42 @@ class JsonLines:
         print(json.dumps(event), file=self._stream, flush=True)
 
     def say(self, line: str) -> None:
-        self({"event": "note", "text": line})
+        self(Note(text=line).to_json())
 
 
-class Screen:
+class Progress:
+    """Lines on stderr: one a generation, one a failure."""
+
+    def __init__(self, board: Board, quiet: bool = False) -> None:
+        self.board, self.quiet = board, quiet
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        told = parsed(event)
+        self.board.tell(told)
+        if isinstance(told, events.Evaluated) and told.failure:
+            self.say(f"  candidate {told.generation}.{told.slot}: {told.failure}")
+        elif isinstance(told, Note):
+            self.say(f"note: {plain_line(told.text)}")
+        self.show(told)
+
+    def show(self, event: Event) -> None:
+        for line in event_lines(event, self.board):
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+
+class Screen(Progress):
     """A rich screen, drawn anew as events come; lines scroll by above it."""
 
     def __init__(self, board: Board, live: Any) -> None:
-        self._board, self._live = board, live
+        super().__init__(board)
+        self._live = live
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        self._board.tell(event)
-        if event["event"] == "candidate" and event["failure"]:
-            self.say(f"candidate {event['generation']}.{event['slot']}: {event['failure']}")
-        if event["event"] == "note":
-            self.say(f"note: {plain_line(event['text'])}")
-        self._live.update(drawn(self._board))
+    def show(self, event: Event) -> None:
+        self._live.update(drawn(self.board))
 
     def say(self, line: str) -> None:
         from rich.text import Text
@@ -66,26 +89,67 @@ class Screen:
 
 @contextmanager
 def progress(
-    config: SearchConfig | None, *, quiet: bool, as_json: bool, past: Iterable[Event] = ()
+    config: SearchConfig, *, quiet: bool, as_json: bool, past: Iterable[Event] = ()
 ) -> Iterator[Listener]:
     """The listener that fits: JSON where a program asked, a screen on a terminal, else lines.
 
-    past: events of a search that goes on, for the screen to begin with.
+    past: events of a search that goes on, which are known and not told.
     """
+    board = Board(config)
+    for event in past:
+        board.tell(event)
     if as_json and not quiet:
         yield JsonLines()
         return
-    if quiet or config is None or not sys.stderr.isatty():
-        yield Progress(config.budget.max_evaluations if config else 0, quiet)
+    if quiet or not sys.stderr.isatty():
+        yield Progress(board, quiet)
         return
     from rich.console import Console
     from rich.live import Live
 
-    board = Board(config)
-    for event in past:
-        board.tell(event)
     with Live(console=Console(stderr=True), refresh_per_second=4, transient=True) as live:
         yield Screen(board, live)
+
+
+def event_lines(event: Event, board: Board) -> Iterator[str]:
+    """What is said of an event where no screen shows the board, which has it already."""
+    match event:
+        case events.Begun(run=run, advisers=[]):
+            yield (
+                f"{run}: no language model advises (--llm none); the agents work by rules, on "
+                "statistics of the history"
+            )
+        case events.Begun():
+            yield f"{event.run}: advised by {', '.join(event.advisers)}"
+            if not event.heeded:
+                yield (
+                    "  note: this algorithm does not use advice: the models explain the search and "
+                    "cost what they cost; auto and llm_evo use it"
+                )
+        case events.Generation():
+            limit = board.config.budget.max_evaluations
+            best, parent = (
+                "none" if score is None else figure(score, digits=4)
+                for score in (event.best, board.best_parent)
+            )
+            line = f"generation {event.generation:>3}   {event.evaluations:>4g} of {limit} "
+            line += f"evaluations   best {best}"
+            line += "" if board.best_parent is None else f" (best parent {parent})"
+            left = board.seconds_left
+            yield line if left is None else f"{line}   about {duration(left)} left"
+        case events.Advised() if event.role == STRUCTURE:
+            end = f"not opened: {event.failure}" if event.failure else "opened, on trial"
+            yield f"  another search space: {_first_line(event.words)}: {end}"
+        case events.Advised() if event.failure:
+            yield f"  {event.role}: {event.failure}; its rules advise instead"
+        case events.Advised(source="model") if event.words:
+            yield f"  {event.role}: {_first_line(event.words)}"
+    if isinstance(event, events.Begun) and event.memory:
+        yield f"  {event.memory}"
+
+
+def _first_line(words: str) -> str:
+    return words.splitlines()[0][:160]
 
 
 def drawn(board: Board) -> Any:

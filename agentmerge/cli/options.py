@@ -72,154 +72,49 @@ Trackers = Annotated[
 WandbProject = Annotated[str | None, typer.Option("--wandb-project")]
 WandbEntity = Annotated[str | None, typer.Option("--wandb-entity")]
 
-#: Option -> the config key that it sets, and what typer shows of it.
-SETTINGS: dict[str, tuple[str, Any]] = {
-    "search": (
-        "search.algorithm",
-        Annotated[
-            str | None,
-            typer.Option(
-                "--search",
-                help="How to search: auto, unless a strategy is named (docs/search.md).",
-                autocompletion=_plugins("agentmerge.strategies"),
-            ),
-        ],
-    ),
-    "worker": (
-        "worker.kind",
-        Annotated[
-            str | None,
-            typer.Option(
-                "--worker",
-                help="hf, vllm, disk or fake.",
-                autocompletion=_plugins("agentmerge.workers"),
-            ),
-        ],
-    ),
-    "llm": (
-        "agents.llm",
-        Annotated[str | None, typer.Option("--llm", help='"none" or provider:model.')],
-    ),
-    "base_url": (
-        "agents.base_url",
-        Annotated[str | None, typer.Option("--base-url", help="A server for --llm's model.")],
-    ),
-    "api_key_env": (
-        "agents.api_key_env",
-        Annotated[
-            str | None,
-            typer.Option(
-                "--api-key-env",
-                help="The variable whose key a server may have (none: it needs no key).",
-            ),
-        ],
-    ),
-    "prompts": (
-        "agents.prompts",
-        Annotated[Path | None, typer.Option("--prompts", help="Folder of prompts to override.")],
-    ),
-    "graph": (
-        "search.graph",
-        Annotated[str | None, typer.Option("--graph", help="Graph name or path.py:build.")],
-    ),
-    "seed": (
-        "search.seed",
-        Annotated[int | None, typer.Option("--seed", help="All randomness derives from it.")],
-    ),
-    "max_generations": (
-        "search.max_generations",
-        Annotated[int | None, typer.Option("--max-generations")],
-    ),
-    "max_evaluations": (
-        "budget.max_evaluations",
-        Annotated[
-            int | None,
-            typer.Option("--max-evaluations", help="Distinct merges to score, seeds included."),
-        ],
-    ),
-    "timeout": (
-        "budget.timeout_s",
-        Annotated[float | None, typer.Option("--timeout", help="Seconds of wall clock.")],
-    ),
-    "worker_timeout": (
-        "worker.timeout_s",
-        Annotated[
-            float | None,
-            typer.Option("--worker-timeout", help="Seconds that one candidate may take."),
-        ],
-    ),
-    "max_items": (
-        "budget.max_items",
-        Annotated[int | None, typer.Option("--max-items", help="Items to ask of candidates.")],
-    ),
-    "max_tokens": (
-        "budget.max_tokens",
-        Annotated[int | None, typer.Option("--max-tokens", help="Tokens of all models.")],
-    ),
-    "max_cost": (
-        "budget.max_cost_usd",
-        Annotated[float | None, typer.Option("--max-cost", help="US dollars for the models.")],
-    ),
-    "probes": (
-        "agents.probes",
-        Annotated[
-            int | None,
-            typer.Option("--probes", help="Tool calls of critic and proposer, a generation."),
-        ],
-    ),
-    "shadow": (
-        "search.shadow",
-        Annotated[
-            float | None,
-            typer.Option("--shadow", help="Share of the budget for an arm that hears no model."),
-        ],
-    ),
-    "structure": (
-        "search.structure",
-        Annotated[
-            str | None,
-            typer.Option(
-                "--structure",
-                help="Other search spaces: fixed (none), advised (a model's) or free (finer ones).",
-            ),
-        ],
-    ),
-    "approve": (
-        "search.approve",
-        Annotated[
-            bool | None,
-            typer.Option("--approve/--no-approve", help="Ask before another search space."),
-        ],
-    ),
-    "population": (
-        "search.population",
-        Annotated[int | None, typer.Option("--population", help="Candidates a generation.")],
-    ),
-    "sigma_low": ("search.sigma_low", Annotated[float | None, typer.Option("--sigma-low")]),
-    "sigma_high": ("search.sigma_high", Annotated[float | None, typer.Option("--sigma-high")]),
-    "init": (
-        "search.init",
-        Annotated[
-            list[Path] | None, typer.Option("--init", help="A recipe to start from; repeatable.")
-        ],
-    ),
-    "task_search_path": (
-        "task_search_path",
-        Annotated[
-            list[Path] | None,
-            typer.Option("--task-search-path", help="Folder of lm-eval task files; repeatable."),
-        ],
-    ),
-    "batch_size": ("worker.batch_size", Annotated[int | None, typer.Option("--batch-size")]),
-    "limit": (
-        "limit",
-        Annotated[int | None, typer.Option("--limit", help="Search items a task.")],
-    ),
-    "trust_remote_code": (
-        "worker.trust_remote_code",
-        Annotated[bool | None, typer.Option("--trust-remote-code/--no-trust-remote-code")],
-    ),
-}
+#: Option -> the config key that it sets, its type, its help, and whose names it completes.
+_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "search": ("search.algorithm", str, "How to search: auto, unless a strategy is named "
+               "(docs/search.md).", "agentmerge.strategies"),
+    "worker": ("worker.kind", str, "hf, vllm, disk or fake.", "agentmerge.workers"),
+    "llm": ("agents.llm", str, '"none" or provider:model.'),
+    "base_url": ("agents.base_url", str, "A server for --llm's model."),
+    "api_key_env": ("agents.api_key_env", str, "The variable whose key a server may have (none: it "
+                    "needs no key)."),
+    "prompts": ("agents.prompts", Path, "Folder of prompts to override."),
+    "graph": ("search.graph", str, "Graph name or path.py:build."),
+    "seed": ("search.seed", int, "All randomness derives from it."),
+    "max_generations": ("search.max_generations", int),
+    "max_evaluations": ("budget.max_evaluations", int, "Distinct merges to score, seeds included."),
+    "timeout": ("budget.timeout_s", float, "Seconds of wall clock."),
+    "worker_timeout": ("worker.timeout_s", float, "Seconds that one candidate may take."),
+    "max_items": ("budget.max_items", int, "Items to ask of candidates."),
+    "max_tokens": ("budget.max_tokens", int, "Tokens of all models."),
+    "max_cost": ("budget.max_cost_usd", float, "US dollars for the models."),
+    "probes": ("agents.probes", int, "Tool calls of critic and proposer, a generation."),
+    "shadow": ("search.shadow", float, "Share of the budget for an arm that hears no model."),
+    "structure": ("search.structure", str, "Other search spaces: fixed (none), advised (a model's) "
+                  "or free (finer ones)."),
+    "approve": ("search.approve", bool, "Ask before another search space."),
+    "population": ("search.population", int, "Candidates a generation."),
+    "sigma_low": ("search.sigma_low", float),
+    "sigma_high": ("search.sigma_high", float),
+    "init": ("search.init", list[Path], "A recipe to start from; repeatable."),
+    "task_search_path": ("task_search_path", list[Path], "Folder of lm-eval task files; "
+                         "repeatable."),
+    "batch_size": ("worker.batch_size", int),
+    "limit": ("limit", int, "Search items a task."),
+    "trust_remote_code": ("worker.trust_remote_code", bool),
+}  # fmt: skip
+
+
+def _shown(name: str, kind: Any, text: str | None = None, group: str | None = None) -> Any:
+    """What typer shows of an option that may be left out."""
+    flag = name.replace("_", "-")
+    names = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
+    completed = _plugins(group) if group else None
+    return Annotated[kind | None, typer.Option(names, help=text, autocompletion=completed)]
+
 
 #: What ``resume`` may raise, what ``branch`` may change, and what a new search may say.
 LIMITS = (
@@ -236,8 +131,8 @@ RUN = (*BRANCH, "init")
 
 
 def settings(*names: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Replaces a command's parameter ``given`` by these options of SETTINGS."""
-    options = {name: SETTINGS[name][1] for name in names}
+    """Replaces a command's parameter ``given`` by these options, each of a config key."""
+    options = {name: _shown(name, *_SETTINGS[name][1:]) for name in names}
     return lambda command: expanded(command, "given", options, overrides)
 
 
@@ -282,5 +177,5 @@ def overrides(used: Mapping[str, Any]) -> dict[str, Any]:
             value = [str(Path(item).absolute()) for item in value]
         elif isinstance(value, Path):
             value = str(value.absolute())
-        found[SETTINGS[name][0]] = value
+        found[_SETTINGS[name][0]] = value
     return found

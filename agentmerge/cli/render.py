@@ -4,101 +4,15 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
 from agentmerge.agents.forecasts import Track
 from agentmerge.cli.terminal import plain_line
-from agentmerge.contracts.operators import PARENT, STRUCTURE
+from agentmerge.contracts.card import Card
 from agentmerge.evaluation.statistics import figure
 from agentmerge.space.grouped import short_name
-
-
-class Progress:
-    """Turns a search's events into lines on stderr: one a generation, one a failure."""
-
-    def __init__(self, budget: int, quiet: bool = False) -> None:
-        self.budget = budget
-        self.quiet = quiet
-        self.began = time.monotonic()
-        self.scored = 0
-        self.best: float | None = None
-        self.best_parent: float | None = None
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        kind = event["event"]
-        if kind == "start":
-            self.began = time.monotonic()
-            advisers = ", ".join(event["advisers"])
-            self.say(
-                f"{event['run']}: advised by {advisers}"
-                if advisers
-                else f"{event['run']}: no language model advises (--llm none); the agents work "
-                "by rules, on statistics of the history"
-            )
-            if advisers and not event.get("heeded", True):
-                self.say(
-                    "  note: this algorithm does not use advice: the models explain the search and "
-                    "cost what they cost; auto and llm_evo use it"
-                )
-            if event["memory"]:
-                self.say(f"  {event['memory']}")
-        elif kind == "note":
-            self.say(f"note: {plain_line(event['text'])}")
-        elif kind == "candidate":
-            self._candidate(event)
-        elif kind == "generation":
-            self._generation(event)
-        elif kind == "advice" and event["role"] == STRUCTURE:
-            end = f"not opened: {event['failure']}" if event["failure"] else "opened, on trial"
-            self.say(f"  another search space: {event['words'].splitlines()[0][:160]}: {end}")
-        elif kind == "advice" and event["failure"]:
-            self.say(f"  {event['role']}: {event['failure']}; its rules advise instead")
-        elif kind == "advice" and event["source"] == "model" and event["words"]:
-            self.say(f"  {event['role']}: {event['words'].splitlines()[0][:160]}")
-
-    def say(self, line: str) -> None:
-        if not self.quiet:
-            print(line, file=sys.stderr, flush=True)
-
-    def _candidate(self, event: dict[str, Any]) -> None:
-        self.scored += not (event["reused"] or event.get("past", False))
-        score = event["score"]
-        if event["estimate"] is not None:
-            return  # it lost to the incumbent before it was asked everything
-        if score is None:
-            self.say(f"  candidate {event['generation']}.{event['slot']}: {event['failure']}")
-            return
-        if event["operator"] == PARENT:
-            self.best_parent = max(
-                score, self.best_parent if self.best_parent is not None else score
-            )
-        self.best = max(score, self.best if self.best is not None else score)
-        if sys.stderr.isatty() and not self.quiet:
-            print(
-                f"\r  generation {event['generation']}, candidate {event['slot']}: {score:.4f} "
-                f"(best {self.best:.4f})\x1b[K\r",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def _generation(self, event: dict[str, Any]) -> None:
-        done = event["evaluations"]
-        best = "none" if event["best"] is None else figure(event["best"], digits=4)
-        parent = (
-            ""
-            if self.best_parent is None
-            else f" (best parent {figure(self.best_parent, digits=4)})"
-        )
-        line = f"generation {event['generation']:>3}   {done:>4g} of {self.budget} evaluations   "
-        left = self.budget - done
-        if self.scored and left > 0:
-            seconds = (time.monotonic() - self.began) / self.scored * left
-            parent += f"   about {duration(seconds)} left"
-        self.say(f"{line}best {best}{parent}")
 
 
 def duration(seconds: float) -> str:
@@ -128,52 +42,38 @@ def number(value: float | None) -> str:
     return "-" if value is None else figure(value)
 
 
-def card_text(card: Mapping[str, Any]) -> str:
+def card_text(card: Card) -> str:
     """The closing table and what it means, for someone who has never merged a model."""
-    answer = card["answer"]
-    tasks = list(answer["tasks"])
-    sealed = card["sealed"]
-    head = ["", *(["sealed"] if sealed else []), "search", *tasks]
+    tasks = list(card.answer.tasks)
+    head = ["", *(["sealed"] if card.sealed else []), "search", *tasks]
+    named = [(f"parent {short_name(row.name)}", row) for row in card.parents]
+    if card.best_rival:
+        named.append((f"best cheap merge ({card.best_rival.name})", card.best_rival))
     rows = [head]
-
-    def add(row: Mapping[str, Any], name: str) -> None:
-        rows.append(
-            [
-                name,
-                *([number(row.get("sealed_score"))] if sealed else []),
-                number(row["score"]),
-                *(number(row["tasks"].get(task)) for task in tasks),
-            ]
-        )
-
-    for parent in card["parents"]:
-        add(parent, f"parent {short_name(parent['name'])}")
-    rival = card["best_rival"]
-    if rival:
-        add(rival, f"best cheap merge ({rival['name']})")
-    add(answer, "this search's answer")
+    for name, row in [*named, ("this search's answer", card.answer)]:
+        scores = [row.sealed_score, row.score] if card.sealed else [row.score]
+        scores += [row.tasks.get(task) for task in tasks]
+        rows.append([name, *map(number, scores)])
     lines = [_fitting(rows, tasks), ""]
-    if sealed:
+    if card.sealed:
         lines.append(
             "search: weighted score on the items the search saw; sealed: on items it never saw."
         )
-    if answer.get("interval"):
-        low, high = answer["interval"]
+    if card.answer.interval:
+        low, high = card.answer.interval
         lines.append(
             f"The answer's score lies between {figure(low)} and {figure(high)} (95 %, over items)."
         )
     lines += [
-        f"Ahead of {short_name(d['against'])} by {figure(d['mean'], '+')} "
-        f"({figure(d['low'], '+')} to {figure(d['high'], '+')})"
-        for d in card["differences"]
+        f"Ahead of {short_name(d.against)} by {figure(d.mean, '+')} "
+        f"({figure(d.low, '+')} to {figure(d.high, '+')})"
+        for d in card.differences
     ]
-    lines += [f"constraint: {constraint_text(row)}" for row in card.get("constraints", ())]
-    lines += [f"warning: {line}" for line in card.get("warnings", ())]
-    lines += [f"note: {note}" for note in card["notes"]]
-    if card.get("uplift"):
-        lines.append(uplift_text(card["uplift"]))
-    lines.append(card["verdict"])
-    return "\n".join(lines)
+    lines += [f"constraint: {constraint_text(row)}" for row in card.constraints]
+    lines += [f"warning: {line}" for line in card.warnings]
+    lines += [f"note: {note}" for note in card.notes]
+    lines += [uplift_text(card.uplift)] if card.uplift else []
+    return "\n".join([*lines, card.verdict])
 
 
 def _fitting(rows: list[list[str]], tasks: Sequence[str]) -> str:
@@ -252,7 +152,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     if not summary["final"]:
         lines += [f"warning: {line}" for line in summary["warnings"]]
     if summary["final"]:
-        lines += ["", card_text(summary["final"])]
+        lines += ["", card_text(Card.parse(summary["final"]))]
     elif summary["best"]:
         tasks = list(summary["best"]["tasks"])
         rows = [["", "score", *tasks]]

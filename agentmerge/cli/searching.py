@@ -139,13 +139,14 @@ def resume(
 ) -> int:
     """Go on with a search where it stopped; limits may be raised."""
     from agentmerge.config import SearchConfig
+    from agentmerge.contracts.events import Done
     from agentmerge.ledger.folder import opened
     from agentmerge.report.board import Follower
     from agentmerge.session import driving
 
     with opened(runs_dir) as ledger:
         row = ledger.run(name)
-        past = [e for e in Follower(ledger, row).news() if e["event"] != "done"]
+        past = [e for e in Follower(ledger, row).news() if not isinstance(e, Done)]
     settings = SearchConfig.from_text(row.config, name, given)
     _check_storage(storage_path, save_final_model, settings.worker.kind)
 

@@ -13,10 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from agentmerge.contracts.events import Emit
 from agentmerge.errors import AgentmergeError, UserError
 from agentmerge.system.waits import waiting_for
-
-Emit = Callable[[dict[str, Any]], None]
 
 #: Seconds that a tracker may take to begin, and all of them together after the search.
 START_S, END_S = 10.0, 30.0

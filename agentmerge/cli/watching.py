@@ -50,7 +50,7 @@ def _follow(follower: Any, listener: Any, every: float, status: Any) -> None:
     while True:
         driven = status() == "running"  # asked first, so that its last events are not missed
         for event in follower.news():
-            listener(event)
+            listener(event.to_json())
         if not driven:
             return
         time.sleep(every)

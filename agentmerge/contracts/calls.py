@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from agentmerge.contracts.events import Called
+
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
 
@@ -40,6 +42,18 @@ class Call:
     tokens_out: int = 0
     latency_s: float = 0.0
     cost_usd: float | None = None
+
+    def event(self, role: str, generation: int, attempt: int) -> Called:
+        return Called(
+            role=role,
+            generation=generation,
+            attempt=attempt,
+            ending=self.ending,
+            error=self.error or "",
+            tokens=[self.tokens_in, self.tokens_out],
+            cost_usd=self.cost_usd,
+            seconds=round(self.latency_s, 3),
+        )
 
 
 class CallLog(Protocol):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from agentmerge.contracts.card import Card
+from agentmerge.contracts.events import Evaluated, Generation
 from agentmerge.contracts.strategy import GRADIENT_COST, Observation
 from agentmerge.contracts.worker import EngineInfo, Loss
 
@@ -71,6 +73,22 @@ class Candidate:
         """Of scored ones the smallest is the best: fewer faults, more score, earlier."""
         return self.violation, -(self.score or 0.0), self.generation, self.slot
 
+    def event(self, past: bool = False) -> Evaluated:
+        return Evaluated(
+            generation=self.generation,
+            slot=self.slot,
+            operator=self.operator,
+            label=self.label,
+            score=self.score,
+            tasks=dict(self.tasks),
+            failure=self.failure,
+            estimate=self.estimate,
+            reused=self.reused,
+            seconds=self.seconds,
+            twin=self.twin is not None,
+            past=past,
+        )
+
     def observation(self) -> Observation:
         return Observation(
             self.generation,
@@ -107,6 +125,11 @@ class RunRow:
     facts: dict[str, Any]
     result: dict[str, Any] | None
 
+    @property
+    def card(self) -> Card:
+        """The result as a value; an empty one before there is one."""
+        return Card.parse(self.result or {})
+
 
 @dataclass(frozen=True, slots=True)
 class ResultKey:
@@ -135,6 +158,16 @@ def incumbent(candidates: Sequence[Candidate]) -> Candidate | None:
     """The best candidate scored under the present settings: least violation, then best score."""
     scored = [c for c in candidates if c.score is not None and not c.prior and c.twin is None]
     return min(scored, key=lambda c: c.rank, default=None)
+
+
+def whole(generation: int, cost: float, best: Candidate | None) -> Generation:
+    """That all of a generation is scored. cost: of all so far. best: the incumbent."""
+    return Generation(
+        generation=generation,
+        evaluations=counted(cost),
+        best=best.score if best else None,
+        leader=[best.generation, best.slot] if best else None,
+    )
 
 
 def evaluations(candidates: Sequence[Candidate]) -> float:

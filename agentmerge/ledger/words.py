@@ -10,6 +10,7 @@ from typing import Any
 
 from agentmerge.contracts.advice import Guidance, StructuralMove
 from agentmerge.contracts.calls import MOST_TOKENS, Call
+from agentmerge.contracts.events import Advised
 from agentmerge.contracts.operators import STRUCTURE
 from agentmerge.ledger.store import Store
 from agentmerge.system.redaction import redact, redacted
@@ -94,20 +95,23 @@ class Words(Store):
         self, run_id: str, generation: int, role: str, prompt_hash: str, attempt: int = 0
     ) -> Call | None:
         """A request that was made before, or None."""
+        return self.calls(run_id, generation).get((role, prompt_hash, attempt))
+
+    def calls(self, run_id: str, generation: int) -> dict[tuple[str, str, int], Call]:
+        """The requests of a generation as they were made, by role, prompt's hash and attempt."""
         rows = self._rows(
-            "SELECT messages, ending, shape, reply, tool_calls, error, tokens_in_, tokens_out_, "
-            f"latency_s, cost_usd_ FROM ({_COUNTED}) WHERE generation = ? "
-            "AND role = ? AND prompt_hash = ? AND attempt = ?",
+            "SELECT role, prompt_hash, attempt, messages, ending, shape, reply, tool_calls, error, "
+            f"tokens_in_, tokens_out_, latency_s, cost_usd_ FROM ({_COUNTED}) WHERE generation = ? "
+            "ORDER BY created",
             run_id,
             generation,
-            role,
-            prompt_hash,
-            attempt,
         )
-        for messages, ending, shape, reply, tool_calls, *rest in rows:
-            calls = tuple(json.loads(tool_calls))
-            return Call(json.loads(messages), ending, shape, reply, calls, *rest)
-        return None
+        return {
+            (role, prompt, attempt): Call(
+                json.loads(messages), ending, shape, reply, tuple(json.loads(tools)), *rest
+            )
+            for role, prompt, attempt, messages, ending, shape, reply, tools, *rest in rows
+        }
 
     def called_models(self, run_id: str) -> dict[str, str]:
         """Role -> the name of the model that was asked for it."""
@@ -196,6 +200,19 @@ def openings(words: Iterable[Mapping[str, Any]]) -> list[Opening]:
         for word in words
         if word["role"] == STRUCTURE
     ]
+
+
+def spoken(word: Mapping[str, Any]) -> Advised:
+    """An agent's word as it is told. word: a row of a run's advice."""
+    guidance, role = word["guidance"], word["role"]
+    said = guidance.get("thought" if role in ("proposer", STRUCTURE) else "critique") or ""
+    return Advised(
+        role=role,
+        generation=word["generation"],
+        source=guidance.get("source", "rules"),
+        failure=word.get("failure") or "",
+        words=said,
+    )
 
 
 def guidance_of(words: Iterable[Mapping[str, Any]]) -> Guidance:

@@ -9,18 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from agentmerge.config import SearchConfig
+from agentmerge.contracts import events
+from agentmerge.contracts.events import Event
 from agentmerge.contracts.operators import PARENT, RIVALS, STRUCTURE
-from agentmerge.ledger import Candidate, Ledger, RunRow
-from agentmerge.ledger.rows import counted
+from agentmerge.ledger import Candidate, Ledger, RunRow, incumbent
+from agentmerge.ledger.rows import whole
+from agentmerge.ledger.words import spoken
 from agentmerge.space.grouped import short_name
-
-Event = Mapping[str, Any]
 
 #: Which agent speaks after which, for the name of the phase.
 _FINISH = "choosing the answer, and asking it the sealed items"
+_CHEAP = "best cheap merge"
 _NEXT = {"critic": "controller", "controller": "proposer", "proposer": "next generation"}
 
 
@@ -47,7 +48,6 @@ class Board:
     rivals: dict[str, Line] = field(default_factory=dict)
     trail: list[float] = field(default_factory=list)
     words: dict[str, str] = field(default_factory=dict)
-    advisers: tuple[str, ...] = ()
     evaluations: float = 0
     paid: int = 0
     paid_at: float = 0.0
@@ -55,12 +55,7 @@ class Board:
     tokens: int = 0
     cost_usd: float = 0.0
     reason: str = ""
-
-    def tell(self, event: Event) -> None:
-        """Take in one event; kinds that are not shown change nothing."""
-        kind = str(event["event"])
-        if kind in _FOLDS:
-            _FOLDS[kind](self, event)
+    _lines: dict[tuple[int, ...], Line] = field(default_factory=dict)
 
     @property
     def budgets(self) -> list[tuple[str, float, float]]:
@@ -89,71 +84,63 @@ class Board:
             return pace
         return min(pace, max(0.0, self.config.budget.timeout_s - (time.monotonic() - self.began)))
 
-    def _start(self, event: Event) -> None:
-        self.run = event["run"]
-        self.advisers = tuple(event.get("advisers", ()))
+    @property
+    def best_parent(self) -> float | None:
+        scores = [line.score for name, line in self.rivals.items() if name != _CHEAP]
+        return max(scores, default=None)
 
-    def _evaluate(self, event: Event) -> None:
-        self.generation = event["generation"]
-        self.current = f"candidate {event['slot']}"
-        self.phase = "evaluating"
+    def tell(self, event: Event) -> None:
+        """Take in one event; kinds that are not shown change nothing."""
+        match event:
+            case events.Begun():
+                self.run, self.began = event.run, time.monotonic()
+            case events.Evaluate():
+                self.generation, self.current = event.generation, f"candidate {event.slot}"
+                self.phase = "evaluating"
+            case events.Evaluated():
+                self._candidate(event)
+            case events.Generation():
+                self.evaluations = event.evaluations
+                self.trail += [] if event.best is None else [event.best]
+                self.best = self._lines.get(tuple(event.leader or ()), self.best)
+                self._lines.clear()
+                spent = self.evaluations >= self.config.budget.max_evaluations
+                self.phase, self.current = _FINISH if spent else "critic", ""
+            case events.Advised():
+                self.phase = _NEXT.get(event.role, "advice")
+                if words := " ".join((event.failure or event.words).split()):
+                    self.words[event.role] = words
+            case events.Called():
+                self.tokens += sum(event.tokens)
+                self.cost_usd += event.cost_usd or 0.0
+            case events.Ending():
+                self.phase, self.current = _FINISH, ""
+            case events.Done():
+                self.phase, self.current, self.reason = "done", "", event.reason
 
-    def _candidate(self, event: Event) -> None:
-        self.generation = max(self.generation, event["generation"])
-        self.evaluations += not event.get("twin", False)
+    def _candidate(self, event: events.Evaluated) -> None:
+        self.generation = max(self.generation, event.generation)
+        self.evaluations += not event.twin
         self.phase = "evaluating"
-        if not (event["reused"] or event.get("past", False)):
+        if not (event.reused or event.past):
             self.paid, self.paid_at = self.paid + 1, time.monotonic()
-        score = event["score"]
-        if score is None:
-            self.failed += bool(event["failure"])  # else it lost a race, and has an estimate
-            return
-        name = short_name(event["label"]) if event["label"] else ""
-        line = Line(name or f"{event['operator']} {event['generation']}.{event['slot']}", score,
-                    event["tasks"])  # fmt: skip
-        if event["operator"] == PARENT:
+        self.failed += bool(event.failure)
+        if event.score is None:
+            return  # it failed, or lost a race and has an estimate
+        name = short_name(event.label) if event.label else ""
+        place = f"{event.operator} {event.generation}.{event.slot}"
+        line = self._lines[event.generation, event.slot] = Line(
+            name or place, event.score, event.tasks
+        )
+        cheap = self.rivals.get(_CHEAP)
+        if event.operator == PARENT:
             self.rivals[f"parent {name}"] = line
-        elif event["operator"] in RIVALS:
-            before = self.rivals.get("best cheap merge")
-            if before is None or score > before.score:
-                self.rivals["best cheap merge"] = line
-        if self.best is None or score > self.best.score:
+        elif event.operator in RIVALS and (cheap is None or line.score > cheap.score):
+            self.rivals[_CHEAP] = line
+        # Where some are not allowed, which is the best is known once a generation is judged.
+        judged = self.config.search.constraints
+        if self.best is None or (line.score > self.best.score and not judged):
             self.best = line
-
-    def _generation(self, event: Event) -> None:
-        self.evaluations = event["evaluations"]
-        if event["best"] is not None:
-            self.trail.append(event["best"])
-        spent = self.evaluations >= self.config.budget.max_evaluations
-        self.phase, self.current = _FINISH if spent else "critic", ""
-
-    def _advice(self, event: Event) -> None:
-        self.phase = _NEXT.get(event["role"], "advice")
-        words = event["failure"] or event["words"] or ""
-        if words:
-            self.words[event["role"]] = " ".join(words.split())
-
-    def _call(self, event: Event) -> None:
-        self.tokens += sum(event["tokens"])
-        self.cost_usd += event["cost_usd"] or 0.0
-
-    def _finish(self, event: Event) -> None:
-        self.phase, self.current = _FINISH, ""
-
-    def _done(self, event: Event) -> None:
-        self.phase, self.current, self.reason = "done", "", event["reason"]
-
-
-_FOLDS = {
-    "start": Board._start,
-    "evaluate": Board._evaluate,
-    "candidate": Board._candidate,
-    "generation": Board._generation,
-    "advice": Board._advice,
-    "call": Board._call,
-    "finish": Board._finish,
-    "done": Board._done,
-}
 
 
 class Follower:
@@ -166,35 +153,41 @@ class Follower:
         self.ledger, self.row = ledger, row
         self._generation = 0
         self._seen: set[tuple[int, int]] = set()
-        self._said: set[tuple[int, str]] = set()
+        self._said: set[tuple[str | int, ...]] = set()
         self._current: tuple[int, int] | None = None
         self._total = 0.0
-        self._best: float | None = None
+        self._best: Candidate | None = None
         self._first = True
 
-    def news(self) -> Iterator[dict[str, Any]]:
+    def news(self) -> Iterator[Event]:
         """The events since the last call, in the order they happened."""
         if self._first:
             advisers = [*self.ledger.called_models(self.row.id)]
-            yield {"event": "start", "run": self.row.name, "status": self.row.status} | {
-                "advisers": advisers,
-                "memory": "",
-            }
+            yield events.Begun(run=self.row.name, status=self.row.status, advisers=advisers)
         while found := self.ledger.candidates(self.row.id, self._generation):
             yield from self._candidates(found)
             if any(c.state == "open" for c in found):
                 break
-            yield from self._whole()
+            if self._unsaid(""):
+                self._best = incumbent([*([self._best] if self._best else []), *found])
+                yield whole(self._generation, self._total, self._best)
             yield from self._words()
             if not self.ledger.candidates(self.row.id, self._generation + 1):
                 break
             self._generation += 1
         self.row = self.ledger.run(self.row.id)
         if self.row.status == "done":
-            yield {"event": "done", "reason": self.row.stop_reason, "card": self.row.result}
+            yield events.Done(reason=self.row.stop_reason, card=self.row.result or {})
         self._first = False
 
-    def _candidates(self, found: list[Candidate]) -> Iterator[dict[str, Any]]:
+    def _unsaid(self, *what: str | int) -> bool:
+        """Whether this of the generation is new; from now on it is not."""
+        key = (self._generation, *what)
+        new = key not in self._said
+        self._said.add(key)
+        return new
+
+    def _candidates(self, found: list[Candidate]) -> Iterator[Event]:
         for candidate in found:
             at = (candidate.generation, candidate.slot)
             if at in self._seen or candidate.prior:
@@ -202,47 +195,18 @@ class Follower:
             if candidate.state == "open":
                 if at != self._current:
                     self._current = at
-                    yield {"event": "evaluate", "generation": at[0], "slot": at[1]}
+                    yield events.Evaluate(generation=at[0], slot=at[1])
                 return  # a worker takes them in order
             self._seen.add(at)
             self._total += candidate.cost
-            if candidate.score is not None and candidate.twin is None:
-                self._best = max(candidate.score, self._best or candidate.score)
-            yield {
-                "event": "candidate",
-                "generation": at[0],
-                "slot": at[1],
-                "operator": candidate.operator,
-                "label": candidate.label,
-                "score": candidate.score,
-                "tasks": dict(candidate.tasks),
-                "failure": candidate.failure,
-                "estimate": candidate.estimate,
-                "reused": candidate.reused,
-                "seconds": candidate.seconds,
-                "twin": candidate.twin is not None,
-                "past": self._first,
-            }
+            yield candidate.event(self._first)
 
-    def _whole(self) -> Iterator[dict[str, Any]]:
-        if (self._generation, "") not in self._said:
-            self._said.add((self._generation, ""))
-            yield {"event": "generation", "generation": self._generation} | {
-                "evaluations": counted(self._total),
-                "best": self._best,
-            }
-
-    def _words(self) -> Iterator[dict[str, Any]]:
-        order = ("critic", "controller", "proposer", STRUCTURE)
+    def _words(self) -> Iterator[Event]:
+        calls = self.ledger.calls(self.row.id, self._generation)
+        for (role, prompt, attempt), call in calls.items():
+            if self._unsaid(role, prompt, attempt):
+                yield call.event(role, self._generation, attempt)
         said = {word["role"]: word for word in self.ledger.advice(self.row.id, self._generation)}
-        for role in (role for role in order if role in said):
-            if (self._generation, role) in self._said:
-                continue
-            self._said.add((self._generation, role))
-            guidance = said[role]["guidance"]
-            words = guidance.get("thought" if role in ("proposer", STRUCTURE) else "critique") or ""
-            yield {"event": "advice", "role": role, "generation": self._generation} | {
-                "source": guidance.get("source", "rules"),
-                "failure": said[role].get("failure") or "",
-                "words": words,
-            }
+        for role in ("critic", "controller", "proposer", STRUCTURE):
+            if role in said and self._unsaid(role):
+                yield spoken(said[role])

@@ -36,16 +36,15 @@ def compare(ledger: Ledger, names: Sequence[str]) -> dict[str, Any]:
 
 def _row(ledger: Ledger, row: RunRow) -> dict[str, Any]:
     summary, answer = run_summary(ledger, row), answer_of(ledger, row)
-    told = (row.result or {}).get("answer", {})
     return {
         "name": row.name,
         "status": summary["status"],
         "search": row.algorithm,
         "seed": row.seed,
         "score": None if answer is None else answer.score,
-        "sealed_score": told.get("sealed_score"),
+        "sealed_score": row.card.answer.sealed_score,
         "tasks": {} if answer is None else dict(answer.tasks),
-        "sealed_tasks": told.get("sealed_tasks", {}),
+        "sealed_tasks": row.card.answer.sealed_tasks or {},
         "evaluations": summary["evaluations"],
         "seconds": summary["seconds"],
         "agents": summary["agents"],

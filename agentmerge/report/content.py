@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agentmerge.config import SearchConfig
+from agentmerge.contracts.card import Compared
 from agentmerge.contracts.operators import CHEAP, PARENT, RIVALS, UNIFORM
 from agentmerge.errors import AgentmergeError
 from agentmerge.evaluation.statistics import Interval
@@ -84,7 +85,7 @@ def content(ledger: Ledger, row: RunRow) -> Content:
     scored = [c for c in own if c.score is not None]
     answer = answer_of(ledger, row)
     points = _points(own)
-    question = asked(ledger, row, "sealed" if row.result and row.result["sealed"] else "search")
+    question = asked(ledger, row, "sealed" if row.card.sealed else "search")
     shown = _shown(scored, answer)
     return Content(
         row=row,
@@ -165,13 +166,13 @@ def _contenders(
     named = [("answer", answer), *(("parent", c) for c in parents)]
     named += [("best cheap merge", c) for c in rivals[:1]]
     named += [("uniform", c) for c in uniform if c not in rivals[:1]]
-    card = {} if row.result is None else _card_rows(row.result)
+    card = {tuple(told.candidate): told for told in row.card.rows}
     found = []
     for kind, candidate in named:
-        told = card.get((candidate.generation, candidate.slot), {})
+        told = card.get((candidate.generation, candidate.slot), Compared())
         values = None if question is None else question.values(ledger, candidate.recipe_hash)
-        sealed, tasks = told.get("sealed_score"), told.get("sealed_tasks", {})
-        if not told and question is not None and question.part == "sealed" and values is not None:
+        sealed, tasks = told.sealed_score, told.sealed_tasks or {}
+        if question and question.part == "sealed" and values and not told.name:
             tasks = scores(values, question)
             weights = {o["name"]: o["signed_weight"] for o in question.objectives}
             if tasks.keys() == weights.keys():
@@ -190,19 +191,14 @@ def _contenders(
     return found
 
 
-def _card_rows(card: Mapping[str, Any]) -> dict[tuple[int, int], Mapping[str, Any]]:
-    rows = [card["answer"], *card["parents"], card["best_rival"]]
-    return {(row["candidate"][0], row["candidate"][1]): row for row in rows if row}
-
-
 def comparisons(content: Content) -> list[dict[str, Any]]:
     """The answer against each other contender: {name, kind, difference or None, tasks}."""
     question = content.asked
     if question is None or not content.contenders:
         return []
     mine = content.contenders[0].values
-    card = content.row.result or {}
-    told = {d["against"]: d for d in card.get("differences", ())}
+    # As the search found them: of metrics that stored values alone do not make, too.
+    told = {d.against: Interval(d.mean, d.low, d.high) for d in content.row.card.differences}
     found = []
     for other in content.contenders[1:]:
         if mine is None or other.values is None or other.candidate == content.answer:
@@ -211,17 +207,12 @@ def comparisons(content: Content) -> list[dict[str, Any]]:
             {
                 "name": other.name,
                 "kind": other.kind,
-                "difference": _told(told.get(other.candidate.label))
+                "difference": told.get(other.candidate.label)
                 or paired(mine, other.values, question),
                 "tasks": gains(mine, other.values, question),
             }
         )
     return found
-
-
-def _told(row: Mapping[str, Any] | None) -> Interval | None:
-    """A difference as the search found it: of metrics that stored values alone do not make."""
-    return None if row is None else Interval(row["mean"], row["low"], row["high"])
 
 
 def _operators(candidates: Sequence[Candidate], points: Sequence[Point]) -> list[dict[str, Any]]:

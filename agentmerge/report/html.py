@@ -132,12 +132,12 @@ def _charts(found: Content, key: str) -> dict[str, Any]:
 def _section(found: Content, key: str) -> dict[str, Any]:
     """What the template shows of one search."""
     row, summary = found.row, found.summary
-    card = row.result or {}
+    card = row.card
     best_parent = max(
         (
             score
             for c in found.contenders
-            for score in [c.sealed if card.get("sealed") else c.search]
+            for score in [c.sealed if card.sealed else c.search]
             if c.kind == "parent" and score is not None
         ),
         default=None,
@@ -149,10 +149,10 @@ def _section(found: Content, key: str) -> dict[str, Any]:
         "stop_reason": row.stop_reason,
         "algorithm": row.algorithm,
         "seed": row.seed,
-        "verdict": card.get("verdict", ""),
-        "notes": [shortened(note) for note in (*card.get("warnings", []), *card.get("notes", []))],
+        "verdict": card.verdict,
+        "notes": [shortened(note) for note in (*card.warnings, *card.notes)],
         "answer": None if found.answer is None else found.answer.score,
-        "sealed": (card.get("answer") or {}).get("sealed_score"),
+        "sealed": card.answer.sealed_score,
         "best_parent": best_parent,
         "evaluations": summary["evaluations"],
         "generations": summary["generations"],

@@ -27,13 +27,12 @@ def model_card(ledger: Ledger, row: RunRow, found: Mapping[str, Any]) -> str:
     """The card as Markdown. found: as ``summary.best_recipe`` returns it."""
     recipe = Recipe.parse(found["recipe"])
     config = SearchConfig.from_text(row.config, row.name)
-    final = row.result or {}
-    head = yaml.safe_dump(_metadata(recipe, row, found, final), sort_keys=False)
+    head = yaml.safe_dump(_metadata(recipe, row, found), sort_keys=False)
     parts = [
         f"---\n{head}---\n# {row.name}",
-        _summary(row, recipe, final),
+        _summary(row, recipe),
         "## Scores",
-        _scores(ledger, row, config, found, final),
+        _scores(ledger, row, config, found),
         "## Parents",
         _parents(row, recipe),
         "## How to find it again",
@@ -57,17 +56,15 @@ def on_the_hub(name: str) -> bool:
     return not Path(name).expanduser().exists()
 
 
-def _metadata(
-    recipe: Recipe, row: RunRow, found: Mapping[str, Any], final: Mapping[str, Any]
-) -> dict[str, Any]:
+def _metadata(recipe: Recipe, row: RunRow, found: Mapping[str, Any]) -> dict[str, Any]:
     body: dict[str, Any] = {}
     published = [name for name in recipe.models if on_the_hub(name)]
     if published:
         body["base_model"] = published
     body |= {"library_name": "transformers", "tags": list(TAGS)}
-    answer = final.get("answer") or {}
-    tasks = answer.get("sealed_tasks") or found["tasks"]
-    part = "sealed items" if answer.get("sealed_tasks") else "search items"
+    sealed = row.card.answer.sealed_tasks
+    tasks = sealed or found["tasks"]
+    part = "sealed items" if sealed else "search items"
     body["model-index"] = [
         {
             "name": row.name,
@@ -90,17 +87,17 @@ def _metric(row: RunRow, task: str) -> str:
     return named.get(task, "score").partition(",")[0]
 
 
-def _summary(row: RunRow, recipe: Recipe, final: Mapping[str, Any]) -> str:
+def _summary(row: RunRow, recipe: Recipe) -> str:
     names = ", ".join(short_name(name) for name in recipe.models)
     lines = [
         f"A merge ({recipe.merge_method}) of {names}, found by "
         f"agentmerge: search {row.algorithm}, "
         f"seed {row.seed}."
     ]
-    if final.get("verdict"):
-        lines += ["", shortened(str(final["verdict"]))]
-    lines += [f"\nWarning: {shortened(line)}" for line in final.get("warnings", [])]
-    lines += [f"\nNote: {shortened(note)}" for note in final.get("notes", [])]
+    if row.card.verdict:
+        lines += ["", shortened(row.card.verdict)]
+    lines += [f"\nWarning: {shortened(line)}" for line in row.card.warnings]
+    lines += [f"\nNote: {shortened(note)}" for note in row.card.notes]
     return "\n".join(lines)
 
 
@@ -109,11 +106,9 @@ def _scores(
     row: RunRow,
     config: SearchConfig,
     found: Mapping[str, Any],
-    final: Mapping[str, Any],
 ) -> str:
     """A row a task; sealed metrics with their interval where they are shares of right answers."""
-    answer = final.get("answer") or {}
-    sealed = answer.get("sealed_tasks") or {}
+    sealed = row.card.answer.sealed_tasks or {}
     weights = {task.name: task for task in config.tasks.tasks}
     intervals = _intervals(ledger, row, found["recipe_hash"]) if sealed else {}
     head = "| task | metric | weight | search items |" + (" sealed items |" if sealed else "")
@@ -128,15 +123,14 @@ def _scores(
         lines.append(cells)
     total = f"| **weighted score** | | | {figure(found['score'], digits=4)} |"
     if sealed:
-        total += f" {figure(answer['sealed_score'], digits=4)} |"
+        total += f" {figure(row.card.answer.sealed_score or 0.0, digits=4)} |"
     lines.append(total)
     if sealed:
         lines += ["", "Sealed items were never seen by the search. Intervals are Wilson's, 95 %."]
-    for difference in final.get("differences", []):
+    for d in row.card.differences:
         lines.append(
-            f"\nAgainst {short_name(difference['against'])}: {figure(difference['mean'], '+', 4)} "
-            f"({figure(difference['low'], '+', 4)} to {figure(difference['high'], '+', 4)}, 95 %, "
-            "paired by item)."
+            f"\nAgainst {short_name(d.against)}: {figure(d.mean, '+', 4)} "
+            f"({figure(d.low, '+', 4)} to {figure(d.high, '+', 4)}, 95 %, paired by item)."
         )
     return "\n".join(lines)
 

@@ -132,5 +132,5 @@ def best_recipe(ledger: Ledger, row: RunRow) -> dict[str, Any]:
 def answer_of(ledger: Ledger, row: RunRow) -> Candidate | None:
     """What a finished search chose, else the best so far, else None."""
     if row.result:
-        return ledger.candidate(row.id, *row.result["answer"]["candidate"])
+        return ledger.candidate(row.id, *row.card.answer.candidate)
     return ledger.best_candidate(row.id)

@@ -22,7 +22,7 @@ from agentmerge.contracts.calls import Call
 from agentmerge.contracts.operators import PROBE, STRUCTURE
 from agentmerge.contracts.strategy import improved
 from agentmerge.errors import BudgetReached, ModelReplyError, ReplyMissing
-from agentmerge.ledger.words import guidance_of, openings
+from agentmerge.ledger.words import guidance_of, openings, spoken
 from agentmerge.search import budget
 from agentmerge.search.propose import population
 from agentmerge.search.search import Search
@@ -62,16 +62,7 @@ def _advised(search: Search, role: Role, generation: int) -> str:
             return reached.limit
     body = {"guidance": advised.to_json(), "failure": failure}
     book.save_advice(generation, role, body)
-    search.emit(
-        {
-            "event": "advice",
-            "role": role,
-            "generation": generation,
-            "source": advised.source,
-            "failure": failure,
-            "words": advised.thought if role == "proposer" else advised.critique,
-        }
-    )
+    search.emit(spoken({"generation": generation, "role": role} | body))
     return ""
 
 
@@ -181,19 +172,7 @@ class _Kept:
             model=search.models[self.role].name,
             prompt_file=getattr(search.prompts, self.role).sha,
         )  # fmt: skip
-        search.emit(
-            {
-                "event": "call",
-                "role": self.role,
-                "generation": self.generation,
-                "attempt": number,
-                "ending": call.ending,
-                "error": call.error or "",
-                "tokens": [call.tokens_in, call.tokens_out],
-                "cost_usd": call.cost_usd,
-                "seconds": round(call.latency_s, 3),
-            }
-        )
+        search.emit(call.event(self.role, self.generation, number))
 
 
 def _asked(search: Search, role: Role, view: HistoryView, guidance: Guidance) -> Guidance:

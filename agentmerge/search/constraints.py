@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from agentmerge.config import Constraint
+from agentmerge.contracts.card import Compared
 from agentmerge.contracts.operators import PARENT
 from agentmerge.contracts.strategy import Observation
 from agentmerge.evaluation.tasks import Objective
@@ -95,8 +96,8 @@ def penalised(history: Sequence[Observation], objectives: Sequence[Objective]) -
 
 def kept(
     found: Sequence[Floor],
-    answer: Mapping[str, Any],
-    parents: Sequence[Mapping[str, Any]],
+    answer: Compared,
+    parents: Sequence[Compared],
 ) -> list[dict[str, Any]]:
     """The closing card's rows: each floor, what the answer has there, on search and sealed items.
 
@@ -104,7 +105,7 @@ def kept(
     """
     rows = []
     for floor in found:
-        metric = answer["tasks"][floor.task]
+        metric = answer.tasks[floor.task]
         row = {
             "task": floor.task,
             "max_drop": floor.max_drop,
@@ -113,10 +114,10 @@ def kept(
             "answer": metric,
             "kept": not floor.lacking(metric),
         }
-        sealed = [p["sealed_tasks"][floor.task] for p in parents if p.get("sealed_tasks")]
-        if sealed and answer.get("sealed_tasks"):
+        sealed = [p.sealed_tasks[floor.task] for p in parents if p.sealed_tasks]
+        if sealed and answer.sealed_tasks:
             best = max(sealed) if floor.higher_is_better else min(sealed)
-            mine = answer["sealed_tasks"][floor.task]
+            mine = answer.sealed_tasks[floor.task]
             held = not replace(floor, metric=best).lacking(mine)
             row |= {"sealed_parent": best, "sealed_answer": mine, "sealed_kept": held}
         rows.append(row)

@@ -12,8 +12,8 @@ from __future__ import annotations
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
+from agentmerge.contracts.events import Evaluate, NoGradient
 from agentmerge.contracts.operators import PARENT, PROBE, SHADOW
 from agentmerge.contracts.worker import Gradient
 from agentmerge.errors import (
@@ -70,7 +70,7 @@ def evaluate(search: Search, generation: int, slot: int) -> None:
     # Where a server's checkpoint is ahead of the ledger there is none: `select` puts it right.
     if candidate is None or candidate.state != "open" or not budget.wanted(search):
         return
-    search.emit({"event": "evaluate", "generation": generation, "slot": slot})
+    search.emit(Evaluate(generation=generation, slot=slot))
     recipe = Recipe.parse(search.ledger.recipe(candidate.recipe_hash, search.run_id))
     try:
         lost, spent = _race(search, candidate, recipe)
@@ -110,7 +110,7 @@ def evaluate(search: Search, generation: int, slot: int) -> None:
             results=answers.paid,
             slope=slope,
         )
-    search.emit(_event(search.book.candidate(generation, slot)))
+    search.emit(search.book.candidate(generation, slot).event())
 
 
 def _all_may_fail(search: Search, error: AgentmergeError) -> bool:
@@ -181,8 +181,7 @@ def _save_loser(search: Search, candidate: Candidate, lost: Lost, seconds: float
         results=lost.answers.paid,
         lost=(lost.estimate, lost.rung, lost.share),
     )
-    stored = search.book.candidate(candidate.generation, candidate.slot)
-    search.emit(_event(stored))
+    search.emit(search.book.candidate(candidate.generation, candidate.slot).event())
 
 
 def _slope(
@@ -202,23 +201,7 @@ def _slope(
         space = search.standing(candidate.generation).of(candidate.space)
         unit = unit_gradient(space, candidate.vector or (), slopes.named(kept))
     except (CandidateFailed, TaskError, WorkerLost) as error:
-        at = {"generation": candidate.generation, "slot": candidate.slot}
-        search.emit({"event": "no_gradient", "failure": str(error)} | at)
+        place = {"generation": candidate.generation, "slot": candidate.slot}
+        search.emit(NoGradient(failure=str(error), **place))
         return None, 0.0
     return (key, kept, unit), seconds
-
-
-def _event(candidate: Candidate) -> dict[str, Any]:
-    return {
-        "event": "candidate",
-        "generation": candidate.generation,
-        "slot": candidate.slot,
-        "operator": candidate.operator,
-        "label": candidate.label,
-        "score": candidate.score,
-        "tasks": dict(candidate.tasks),
-        "failure": candidate.failure,
-        "estimate": candidate.estimate,
-        "reused": candidate.reused,
-        "seconds": candidate.seconds,
-    }

@@ -12,12 +12,15 @@ code, a worker), there is an answer, and the card says what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
+from agentmerge.contracts.card import Answered, Card, Compared, Difference
+from agentmerge.contracts.events import Done, Ending
 from agentmerge.contracts.operators import CHEAP, PARENT, RIVALS
 from agentmerge.contracts.strategy import rng_factory
 from agentmerge.contracts.worker import ItemRef, ItemResult
@@ -54,19 +57,20 @@ Results = dict[ItemRef, ItemResult]
 def finish(search: Search, stop_reason: str) -> SearchState:
     """Choose the answer, confirm it on sealed items, write recipe and card."""
     search.entering()
-    search.emit({"event": "finish", "reason": stop_reason})
+    search.emit(Ending(reason=stop_reason))
     candidates = search.book.candidates()
-    card: dict[str, Any] = {}
+    card: Card | None = None
     if incumbent(candidates) is not None:
         card = final_card(search, candidates)
-        card["notes"] += _unused(search, stop_reason)
-        if search.config.search.shadow:
-            card["uplift"] = _uplift(search, candidates)
-        write_best(search, search.book.candidate(*card["answer"]["candidate"]))
-    search.ledger.update_run(
-        search.run_id, status="done", stop_reason=stop_reason, result=card or None
-    )
-    search.emit({"event": "done", "reason": stop_reason, "card": card})
+        card = replace(
+            card,
+            notes=[*card.notes, *_unused(search, stop_reason)],
+            uplift=_uplift(search, candidates) if search.config.search.shadow else None,
+        )
+        write_best(search, search.book.candidate(*card.answer.candidate))
+    result = None if card is None else card.to_json()
+    search.ledger.update_run(search.run_id, status="done", stop_reason=stop_reason, result=result)
+    search.emit(Done(reason=stop_reason, card=result or {}))
     return SearchState(status="done", stop_reason=stop_reason)
 
 
@@ -91,8 +95,7 @@ def _unused(search: Search, stop_reason: str) -> list[str]:
     ]
 
 
-def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """The closing table as plain data: answer, parents, best rival, differences, verdict."""
+def final_card(search: Search, candidates: Sequence[Candidate]) -> Card:
     scored = [c for c in candidates if c.score is not None and c.twin is None and not c.prior]
     ranked = sorted(scored, key=lambda c: c.rank)
     allowed = [c for c in ranked if not c.violation] or ranked[:1]
@@ -110,22 +113,28 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any
     for candidate in dict.fromkeys([answer, *others]):
         rows[candidate.generation, candidate.slot] = _row(search, candidate, sealed, lost)
     part: Part = "sealed" if sealed else "search"
-    known = [c for c in others if "sealed_failure" not in rows[c.generation, c.slot]]
+    known = [c for c in others if rows[c.generation, c.slot].sealed_failure is None]
     differences = _differences(search, answer, known, part)
     interval = _lead(search, search_results(search, answer, part), None, part)
     chosen = rows[answer.generation, answer.slot]
     all_parents = [rows[c.generation, c.slot] for c in parents]
     broken = ["no candidate kept every constraint; this one breaks them least"]
-    card = {
-        "answer": chosen
-        | {"votes": choice.votes, "splits": SPLITS}
-        | {"interval": None if interval is None else [interval.low, interval.high]},
-        "parents": all_parents,
-        "best_rival": rows[best_rival.generation, best_rival.slot] if best_rival else None,
-        "sealed": sealed,
-        "differences": differences,
-        "warnings": search.ledger.run(search.run_id).facts.get("warnings", []),
-        "notes": [
+    known_parents = {c.label for c in parents}
+    missing = [label for label, _, _ in search.space.parents() if label not in known_parents]
+    where = _where(search, part)
+    return Card(
+        answer=Answered(
+            **vars(chosen),
+            votes=choice.votes,
+            splits=SPLITS,
+            interval=None if interval is None else [interval.low, interval.high],
+        ),
+        parents=all_parents,
+        best_rival=rows[best_rival.generation, best_rival.slot] if best_rival else None,
+        sealed=sealed,
+        differences=differences,
+        warnings=search.ledger.run(search.run_id).facts.get("warnings", []),
+        notes=[
             *found.notes,
             *doubts,
             *_unasked(rows.values()),
@@ -135,15 +144,11 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> dict[str, Any
             *(broken if answer.violation else []),
             *_at_bounds(search, answer),
         ],
-        "constraints": kept(search.floors(scored), chosen, all_parents),
-        "fallen": found.fallen,
-        "lost": lost[0] if lost else "",
-    }
-    known_parents = {c.label for c in parents}
-    missing = [label for label, _, _ in search.space.parents() if label not in known_parents]
-    where = _where(search, part)
-    words = verdict(answer, scored, differences, where, missing, unproven=found.unproven)
-    return card | {"verdict": words}
+        constraints=kept(search.floors(scored), chosen, all_parents),
+        fallen=found.fallen,
+        lost=lost[0] if lost else "",
+        verdict=verdict(answer, scored, differences, where, missing, unproven=found.unproven),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,17 +283,14 @@ def undenied(
 
 def _differences(
     search: Search, answer: Candidate, others: Sequence[Candidate], part: Part
-) -> list[dict[str, Any]]:
-    """How far the answer is ahead of each other, paired by item; all have been asked."""
+) -> list[Difference]:
+    """How far the answer is ahead of each other; all have been asked."""
     mine = search_results(search, answer, part)
     found = []
     for other in others:
-        if other is answer:
-            continue
-        ahead = _lead(search, mine, search_results(search, other, part), part)
-        if ahead is not None:
-            row = {"against": name_of(other), "operator": other.operator}
-            found.append(row | ahead._asdict())
+        theirs = mine if other is answer else search_results(search, other, part)
+        if other is not answer and (ahead := _lead(search, mine, theirs, part)) is not None:
+            found.append(Difference(name_of(other), other.operator, *ahead))
     return found
 
 
@@ -346,7 +348,7 @@ def name_of(candidate: Candidate) -> str:
 def verdict(
     answer: Candidate,
     scored: Sequence[Candidate],
-    differences: Sequence[dict[str, Any]],
+    differences: Sequence[Difference],
     where: str,
     missing: Sequence[str] = (),
     *,
@@ -359,9 +361,10 @@ def verdict(
     is better on search items by no more than luck can do, and was not asked whether on others.
     """
     words = _worth(answer, scored, differences, where, unproven)
-    best = min(differences, key=lambda d: float(d["mean"]), default=None)
-    if answer.operator in CHEAP and best is not None and best["high"] < 0:
-        words += f" But {_called(best)} is ahead of it on {where} by {_span(_turned(best))}."
+    best = min(differences, key=attrgetter("mean"), default=None)
+    if answer.operator in CHEAP and best is not None and best.high < 0:
+        turned = Interval(-best.mean, -best.high, -best.low)
+        words += f" But {_called(best)} is ahead of it on {where} by {_span(turned)}."
     if missing:
         words += f" Without a score: {', '.join(f'parent {short_name(name)}' for name in missing)}."
     return words
@@ -370,7 +373,7 @@ def verdict(
 def _worth(
     answer: Candidate,
     scored: Sequence[Candidate],
-    differences: Sequence[dict[str, Any]],
+    differences: Sequence[Difference],
     where: str,
     unproven: bool,
 ) -> str:
@@ -391,30 +394,25 @@ def _worth(
         return "There was no cheap rival to compare with."
     if not differences:
         return f"The cheap rivals cannot be compared with: there are too few {where}."
-    best = min(differences, key=lambda d: float(d["mean"]))
+    best = min(differences, key=attrgetter("mean"))
     rival = f"the best cheap rival, {_called(best)},"
-    if best["high"] < 0:
+    if best.high < 0:
         return f"The searched merge is worse than {rival} on {where}: {_span(best)}."
-    if best["low"] > 0 and all(d["low"] > 0 for d in differences):
+    if all(d.low > 0 for d in differences):
         return f"The searched merge beats {rival} on {where} by {_span(best)}."
-    near = min(differences, key=lambda d: float(d["low"]))
+    near = min(differences, key=attrgetter("low"))
     rival = rival if near is best else f"{_called(near)}, a cheap rival,"
     return f"The searched merge and {rival} cannot be told apart on {where}: {_span(near)}."
 
 
-def _called(difference: Mapping[str, Any]) -> str:
-    if difference["operator"] == PARENT:
-        return f"parent {short_name(difference['against'])}"
-    return f"the {difference['against']} merge"
+def _called(difference: Difference) -> str:
+    if difference.operator == PARENT:
+        return f"parent {short_name(difference.against)}"
+    return f"the {difference.against} merge"
 
 
-def _turned(difference: Mapping[str, Any]) -> Interval:
-    return Interval(-difference["mean"], -difference["high"], -difference["low"])
-
-
-def _span(found: Interval | Mapping[str, Any]) -> str:
-    ends = found._asdict() if isinstance(found, Interval) else found
-    mean, low, high = (figure(ends[key], "+") for key in ("mean", "low", "high"))
+def _span(found: Interval | Difference) -> str:
+    mean, low, high = (figure(end, "+") for end in (found.mean, found.low, found.high))
     return f"{mean} ({low} to {high}, 95 %)"
 
 
@@ -428,27 +426,22 @@ def _where(search: Search, part: Part) -> str:
     return f"sealed items (of {', '.join(stand_in)} its search items, for want of sealed ones)"
 
 
-def _row(search: Search, candidate: Candidate, sealed: bool, lost: list[str]) -> dict[str, Any]:
+def _row(search: Search, candidate: Candidate, sealed: bool, lost: list[str]) -> Compared:
     """A candidate as the card has it. lost: gets why nobody could be asked, which may pass."""
-    row: dict[str, Any] = {
-        "candidate": [candidate.generation, candidate.slot],
-        "name": name_of(candidate),
-        "operator": candidate.operator,
-        "recipe_hash": candidate.recipe_hash,
-        "score": candidate.score,
-        "tasks": dict(candidate.tasks),
-        "truncated": candidate.truncated,
-        "cut_off": candidate.cut_off,
-    }
-    if sealed:
-        try:
-            score = search.taskset.score(confirm(search, candidate), "sealed")
-            row |= {"sealed_score": score.value, "sealed_tasks": dict(score.tasks)}
-        except (BudgetReached, CandidateFailed, TaskError, WorkerLost) as error:
-            row |= {"sealed_score": None, "sealed_failure": str(error)}
-            if isinstance(error, (BudgetReached, WorkerLost)):
-                lost.append(str(error))
-    return row
+    row = Compared(
+        (candidate.generation, candidate.slot), name_of(candidate), candidate.operator,
+        candidate.recipe_hash, candidate.score, dict(candidate.tasks), candidate.truncated,
+        candidate.cut_off,
+    )  # fmt: skip
+    if not sealed:
+        return row
+    try:
+        score = search.taskset.score(confirm(search, candidate), "sealed")
+    except (BudgetReached, CandidateFailed, TaskError, WorkerLost) as error:
+        if isinstance(error, (BudgetReached, WorkerLost)):
+            lost.append(str(error))
+        return replace(row, sealed_failure=str(error))
+    return replace(row, sealed_score=score.value, sealed_tasks=dict(score.tasks))
 
 
 def _at_bounds(search: Search, answer: Candidate) -> list[str]:
@@ -473,26 +466,26 @@ def _at_bounds(search: Search, answer: Candidate) -> list[str]:
     ]
 
 
-def _unasked(rows: Iterable[dict[str, Any]]) -> list[str]:
+def _unasked(rows: Iterable[Compared]) -> list[str]:
     """Whom the sealed items could not compare, and why."""
     return [
-        f"{short_name(row['name'])} is not compared on sealed items: {row['sealed_failure']}"
+        f"{short_name(row.name)} is not compared on sealed items: {row.sealed_failure}"
         for row in rows
-        if "sealed_failure" in row
+        if row.sealed_failure is not None
     ]
 
 
-def _unfair(rows: Collection[dict[str, Any]], chosen: dict[str, Any], items: int) -> list[str]:
+def _unfair(rows: Collection[Compared], chosen: Compared, items: int) -> list[str]:
     """A published ten-point gain was parents' answers being cut off more often: say so. Where all
     are cut alike, how many."""
     found = []
-    if chosen["truncated"]:
+    if chosen.truncated:
         found.append(
-            f"{chosen['truncated']} of {items} prompts were cut to fit the context, so their "
+            f"{chosen.truncated} of {items} prompts were cut to fit the context, so their "
             "beginnings were not asked; make them shorter, or give models a longer context"
         )
     for key, what in (("truncated", "prompts cut to fit"), ("cut_off", "answers cut off")):
-        counts = {short_name(row["name"]): row[key] for row in rows}
+        counts = {short_name(row.name): getattr(row, key) for row in rows}
         if len(set(counts.values())) > 1:
             some = [f"{name} {count}" for name, count in counts.items() if count]
             each = ", ".join([*some, "none of the others"] if len(some) < len(counts) else some)

@@ -22,6 +22,7 @@ from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompts
 from agentmerge.agents.view import HistoryView
 from agentmerge.config import Role, SearchConfig
+from agentmerge.contracts.events import Event
 from agentmerge.contracts.operators import STRUCTURE
 from agentmerge.contracts.strategy import Observation, Strategy
 from agentmerge.contracts.worker import ItemRef, ItemResult
@@ -40,8 +41,6 @@ from agentmerge.search.past import first_generation, heard
 from agentmerge.search.scoring import Evaluator, Scoring
 from agentmerge.search.trials import Standing, carried, standing
 from agentmerge.space.grouped import SearchSpace
-
-Emit = Callable[[dict[str, Any]], None]
 
 #: A method of a search in version 0.1 -> the module beside this one where it is a function now.
 _METHODS_OF_0_1 = {"first_state": "seed", "open_slots": "select"} | {
@@ -81,7 +80,7 @@ class Search:
     check: Callable[[Recipe], object]
     models: Mapping[Role, AgentModel]
     prompts: Prompts
-    emit: Emit
+    emit: Callable[[Event], None]
     paths: Mapping[str, Path] = field(default_factory=dict)
     replies_of: str | None = None
     seconds_left: Callable[[], float] = lambda: math.inf

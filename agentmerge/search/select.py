@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from agentmerge.ledger import Candidate, counted, incumbent
+from agentmerge.ledger import Candidate, incumbent
+from agentmerge.ledger.rows import whole
 from agentmerge.search import budget
 from agentmerge.search.constraints import violation
 from agentmerge.search.finish import write_best
@@ -59,14 +60,7 @@ def select(search: Search, generation: int) -> Outcome:
     ]
     if still_open:
         return Outcome(best, open_slots=still_open, generation=generation)
-    search.emit(
-        {
-            "event": "generation",
-            "generation": generation,
-            "evaluations": counted(search.book.evaluations()),
-            "best": None if best is None else best.score,
-        }
-    )
+    search.emit(whole(generation, search.book.evaluations(), best))
     limit = search.config.search.max_generations
     reason = ""
     if not budget.evaluations_left(search):

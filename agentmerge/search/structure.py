@@ -11,7 +11,7 @@ from agentmerge.contracts.advice import Guidance, StructuralMove
 from agentmerge.contracts.operators import STRUCTURE
 from agentmerge.errors import RecipeRejected, UserError
 from agentmerge.ledger import incumbent
-from agentmerge.ledger.words import guidance_of, openings
+from agentmerge.ledger.words import guidance_of, openings, spoken
 from agentmerge.search import budget
 from agentmerge.search.propose import asked
 from agentmerge.search.search import Search
@@ -75,16 +75,7 @@ def restructure(search: Search, generation: int, move: StructuralMove, *, approv
     word = Guidance(structural_move=move, thought=move.sentence)
     body = {"guidance": word.to_json(), "failure": refusal}
     search.book.save_advice(generation, STRUCTURE, body)
-    search.emit(
-        {
-            "event": "advice",
-            "role": STRUCTURE,
-            "generation": generation,
-            "source": "rules",
-            "failure": refusal,
-            "words": word.thought,
-        }
-    )
+    search.emit(spoken({"generation": generation, "role": STRUCTURE} | body))
 
 
 def _worth_refining(search: Search, generation: int, space: SearchSpace) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmerge.config import FIRST, Role, SearchConfig
+from agentmerge.contracts.events import Begun, Emit
 from agentmerge.errors import LeaseHeld, NotBegun, RunFailed, UserError
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.ledger.archive import remove_runs
@@ -26,7 +27,7 @@ from agentmerge.preflight.prepare import prepare
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.cancelling import cancelling_notes
 from agentmerge.search.scoring import Scoring
-from agentmerge.search.search import Emit, Search
+from agentmerge.search.search import Search
 from agentmerge.search.state import GRAPH_VERSION, WAITING, SearchState
 from agentmerge.session.branching import new_branch
 from agentmerge.session.context import Context, at_hand
@@ -275,14 +276,13 @@ def _drive(
     ):
         advisers = sorted({model.name for model in search.models.values()})
         search.emit(
-            {
-                "event": "start",
-                "run": row.name,
-                "status": row.status,
-                "advisers": advisers,
-                "heeded": bool(getattr(search.strategy, "heeds_advice", False)),
-                "memory": prepared.memory.compromise if prepared.memory else "",
-            }
+            Begun(
+                run=row.name,
+                status=row.status,
+                advisers=advisers,
+                heeded=bool(getattr(search.strategy, "heeds_advice", False)),
+                memory=prepared.memory.compromise if prepared.memory else "",
+            )
         )
         graph = load_graph(prepared.config.search.graph).compile(checkpointer=saver)
         thread: Any = {

@@ -19,6 +19,7 @@ from typing import Any
 
 from agentmerge import plugins
 from agentmerge.config import Role, SearchConfig
+from agentmerge.contracts.events import Begun, Emit, Event, Note
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.ledger.folder import CHECKPOINTS, LEDGER
@@ -30,7 +31,7 @@ from agentmerge.preflight.faults import Faults
 from agentmerge.preflight.graphs import look_at_graph
 from agentmerge.preflight.plan import Prepared
 from agentmerge.preflight.prepare import prepare
-from agentmerge.search.search import Emit, Search
+from agentmerge.search.search import Search
 from agentmerge.system.bounded import refuse_odd_file
 from agentmerge.system.redaction import redacted, revealed
 from agentmerge.system.temporary import write_at_once
@@ -53,7 +54,7 @@ RESUMABLE = (
 FindRun = Callable[[Ledger], tuple[Prepared, RunRow]]
 
 
-def silent(event: dict[str, Any]) -> None:
+def silent(event: object) -> None:
     """Nobody listens."""
 
 
@@ -89,8 +90,9 @@ def opened_search(
         config = prepared.config
         leased = nullcontext(lambda: None) if read_only else _leased(runs_dir, row, emit)
         entering = stack.enter_context(leased)
+        tell: Callable[[Event], None] = silent
         if drive:
-            emit = stack.enter_context(_begun(ledger, row, prepared, runs_dir, emit))
+            tell = stack.enter_context(_begun(ledger, row, prepared, runs_dir, emit))
         timeout = config.budget.timeout_s
         deadline = None if timeout is None else time.monotonic() + timeout
         slowest_s = ledger.slowest_s(row.id) / max(1, len(prepared.taskset.refs("search")))
@@ -109,7 +111,7 @@ def opened_search(
             paths=prepared.paths,
             models=_models(config, models) if advised else {},
             prompts=load_prompts(config.agents.prompts),
-            emit=emit,
+            emit=tell,
             seconds_left=lambda: math.inf if deadline is None else deadline - time.monotonic(),
             stopping=stopping,
             entering=entering,
@@ -127,7 +129,7 @@ def _leased(runs_dir: Path, row: RunRow, emit: Emit) -> Iterator[Callable[[], No
     path = runs_dir / CHECKPOINTS
 
     def say(text: str) -> None:
-        emit({"event": "note", "text": text})
+        emit(Note(text=text).to_json())
 
     with readable(path, row.name), Lease.acquire(path, row.id, name=row.name, say=say) as lease:
         (runs_dir / row.name).mkdir(parents=True, exist_ok=True)
@@ -276,7 +278,7 @@ def _models(config: SearchConfig, ready: Mapping[Role, Any] | None) -> dict[Role
 @contextmanager
 def _begun(
     ledger: Ledger, row: RunRow, prepared: Prepared, runs_dir: Path, emit: Emit
-) -> Iterator[Emit]:
+) -> Iterator[Callable[[Event], None]]:
     """The run's folder with its config and items as they are now; tells ``emit`` and the log."""
     folder = runs_dir / row.name
     write_at_once(folder / "config.yml", prepared.config.to_yaml())
@@ -291,31 +293,30 @@ def _begun(
         tell = _telling(emit, log)
         if prepared.conditions and ledger.first_time(WEAK) and (weak := ledger.keyed_too_weakly()):
             tell(
-                {
-                    "event": "note",
-                    "text": f"{weak} blocks of results in this runs directory are from a version "
+                Note(
+                    text=f"{weak} blocks of results in this runs directory are from a version "
                     "that keyed them by weights and tasks only, not by the model's settings and "
-                    "code; reports still show them, and searches score those merges again",
-                }
+                    "code; reports still show them, and searches score those merges again"
+                )
             )
         yield tell
 
 
-def _telling(emit: Emit, log: Any) -> Emit:
+def _telling(emit: Emit, log: Any) -> Callable[[Event], None]:
     """Tell the listener, whoever streams the graph ("custom"), and the run's log.
 
     No search depends on the log or on the stream.
     """
     from langgraph.config import get_stream_writer
 
-    def tell(event: dict[str, Any]) -> None:
-        named = {"run": event["run"]} if "run" in event else {}  # a name, and a folder's
-        event = redacted(event) | named
+    def tell(event: Event) -> None:
+        named = {"run": event.run} if isinstance(event, Begun) else {}  # a name, and a folder's
+        body = redacted(event.to_json()) | named
         with suppress(OSError, ValueError):
-            log.write(json.dumps({"time": round(time.time(), 3)} | event) + "\n")
+            log.write(json.dumps({"time": round(time.time(), 3)} | body) + "\n")
             log.flush()
         with suppress(RuntimeError, KeyError):  # not inside a graph
-            get_stream_writer()(event)
-        emit(event)
+            get_stream_writer()(body)
+        emit(body)
 
     return tell

@@ -136,7 +136,7 @@ def _following(
     asked = ledger.called_models(row.id)
     never_begun = {c.recipe_hash for c in ledger.candidates(row.id) if c.state == "open"}
     flat = {c.recipe_hash for c in ledger.candidates(row.id) if c.gradient is None}
-    lost = str((row.result or {}).get("lost", ""))
+    lost = row.card.lost
     found = replace(
         search,
         prompts=_prompts(ledger, row, prompts),
@@ -198,12 +198,10 @@ def _prompts(ledger: Ledger, row: RunRow, folder: Path | str | None) -> Prompts:
 
 def _failures(ledger: Ledger, row: RunRow) -> dict[str, str]:
     """Recipe hash -> why it failed, on search items or in the end on sealed ones."""
-    card = row.result or {}
-    rows = [card.get("answer"), card.get("best_rival"), *card.get("parents", ())]
-    sealed = {r["recipe_hash"]: r["sealed_failure"] for r in rows if r and "sealed_failure" in r}
+    card = row.card
+    sealed = {r.recipe_hash: r.sealed_failure for r in card.rows if r.sealed_failure is not None}
     failed = {c.recipe_hash: c.failure for c in ledger.candidates(row.id) if c.failure}
-    fallen: dict[str, str] = card.get("fallen", {})
-    return fallen | sealed | failed
+    return dict(card.fallen) | sealed | failed
 
 
 def _drive(search: Search, folder: Path) -> None:

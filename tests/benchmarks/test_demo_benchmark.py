@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from agentmerge.cli.demo import measured_here
+from agentmerge.contracts.card import Card
 from benchmarks import demo
 
 
@@ -63,9 +64,9 @@ def test_what_ran_before_is_counted_and_not_run_again(
 
 
 def test_the_demo_closes_with_what_it_measured_itself() -> None:
-    told = measured_here(card("margins 3.0", 0.7, 0.1), 41, 100)
+    told = measured_here(Card.parse(card("margins 3.0", 0.7, 0.1)), 41, 100)
     assert "sealed items: the best parent 0.600, the best cheap merge 0.400" in told
     assert "this search after 41 of 100 evaluations 0.700" in told
     alone = card("parent b", 0.6, 0.0) | {"best_rival": None}
     alone["parents"][0]["sealed_score"] = None
-    assert "the best parent 0.600, this search" in measured_here(alone, 41, 100)
+    assert "the best parent 0.600, this search" in measured_here(Card.parse(alone), 41, 100)

@@ -17,6 +17,7 @@ import pytest
 from agentmerge.cli.app import run_app
 from agentmerge.cli.live import sparkline
 from agentmerge.config import SearchConfig
+from agentmerge.contracts.events import Evaluate, Evaluated, parsed
 from agentmerge.ledger import Ledger
 from agentmerge.report.board import Board, Follower
 from agentmerge.session import driving
@@ -121,7 +122,7 @@ def test_what_a_watcher_reads_is_what_the_driver_told(tmp_path: Path) -> None:
     told: list[dict] = []
     driving.run(SearchConfig.from_text(CONFIG), name="a", runs_dir=tmp_path, emit=told.append)
     with Ledger(tmp_path / driving.LEDGER, read_only=True) as ledger:
-        read = list(Follower(ledger, ledger.run("a")).news())
+        read = [event.to_json() for event in Follower(ledger, ledger.run("a")).news()]
 
     def gist(events: list[dict]) -> list[tuple]:
         kept = []
@@ -141,7 +142,7 @@ def test_what_a_watcher_reads_is_what_the_driver_told(tmp_path: Path) -> None:
     boards = Board(config), Board(config)
     for board, events in zip(boards, (told, read), strict=True):
         for event in events:
-            board.tell(event)
+            board.tell(parsed(event))
     one, other = boards
     assert one.best is not None
     assert other.best is not None
@@ -165,11 +166,10 @@ def test_the_board_knows_every_cheap_merge_and_names_candidates(
     monkeypatch.setattr("agentmerge.report.board.time.monotonic", lambda: now[0])
 
     def told(slot: int, operator: str, score: float) -> None:
-        board.tell({"event": "evaluate", "generation": 0, "slot": slot})
+        board.tell(Evaluate(generation=0, slot=slot))
         now[0] += 2.0
         board.tell(
-            {"event": "candidate", "generation": 0, "slot": slot, "operator": operator}
-            | {"label": operator, "score": score, "tasks": {}, "failure": "", "reused": False}
+            Evaluated(generation=0, slot=slot, operator=operator, label=operator, score=score)
         )
 
     told(9, "uniform", 0.5)

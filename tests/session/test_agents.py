@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge.cli.render import Progress
+from agentmerge.cli.live import Progress
 from agentmerge.ledger import Ledger
+from agentmerge.report.board import Board
 from agentmerge.report.summary import run_summary
 from agentmerge.session import driving
 from agentmerge.session.replay import replay
@@ -69,7 +70,8 @@ def test_advice_is_used_and_kept(tmp_path: Path) -> None:
 def test_words_that_nobody_hears_are_said_to_be(tmp_path, capsys, algorithm, says) -> None:
     with ScriptedServer(adviser) as server:
         sections = advised(server, search={"algorithm": algorithm})
-        driving.run(config(**sections), name="a", runs_dir=tmp_path, emit=Progress(34))
+        asked = config(**sections)
+        driving.run(asked, name="a", runs_dir=tmp_path, emit=Progress(Board(asked)))
     assert ("does not use advice" in capsys.readouterr().err) == says
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from agentmerge.cli.render import card_text, constraint_text
 from agentmerge.config import Constraint, SearchConfig
+from agentmerge.contracts.card import Compared
 from agentmerge.contracts.strategy import Observation
 from agentmerge.errors import ConfigError
 from agentmerge.evaluation.tasks import Objective
@@ -97,7 +98,7 @@ def test_what_breaks_one_is_never_the_answer_where_something_keeps_it(
     assert (line["task"], line["kept"]) == ("two", True)
     assert line["answer"] == answer["tasks"]["two"]
     assert "constraint: two may be 0.05 worse than the best parent: search items kept" in card_text(
-        row.result
+        row.card
     )
     # and the search itself went where it is kept
     late = [c for c in scored if c.generation >= 3]
@@ -130,12 +131,12 @@ def test_where_nothing_keeps_them_the_least_violation_is_the_best() -> None:
 
 def test_a_floor_that_does_not_hold_on_sealed_items_is_said() -> None:
     found = floors([Constraint(task="one", max_drop=0.02)], BOTH, PARENTS)
-    answer = {"tasks": {"one": 0.79}, "sealed_tasks": {"one": 0.70}}
-    parents = [{"sealed_tasks": {"one": 0.4}}, {"sealed_tasks": {"one": 0.75}}]
+    answer = Compared(tasks={"one": 0.79}, sealed_tasks={"one": 0.70})
+    parents = [Compared(sealed_tasks={"one": 0.4}), Compared(sealed_tasks={"one": 0.75})]
     (row,) = kept(found, answer, parents)
     assert (row["kept"], row["sealed_kept"]) == (True, False)
     assert (row["best_parent"], row["sealed_parent"]) == ("north", 0.75)
-    (unsealed,) = kept(found, {"tasks": {"one": 0.7}}, [{}])
+    (unsealed,) = kept(found, Compared(tasks={"one": 0.7}), [Compared()])
     assert not unsealed["kept"]
     assert "sealed_kept" not in unsealed
     text = constraint_text(row)

@@ -92,7 +92,7 @@ class Given:
         return []
 
     def card(self) -> dict[str, Any]:
-        return finish.final_card(self, self.candidates)  # type: ignore[arg-type]
+        return finish.final_card(self, self.candidates).to_json()  # type: ignore[arg-type]
 
 
 def shares(rng: np.random.Generator, search: float, sealed: float) -> np.ndarray:

@@ -52,7 +52,7 @@ def test_both_arms_get_their_share_and_the_card_says_what_the_models_earned(tmp_
     assert gap["low"] <= gap["mean"] <= gap["high"]
     assert card["cost"]["calls"] > 0
     assert card["cost"]["tokens_in"] > 0
-    text = card_text(row.result)
+    text = card_text(row.card)
     assert f"{card['cost']['calls']} calls" in text
     assert "The models' advice" in text
 
