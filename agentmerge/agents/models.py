@@ -304,7 +304,7 @@ class _Asking(Generic[R]):
             why = f"{model.name} {reason(error)}"
             latency_s = time.monotonic() - began
             # Nobody answered, but what was asked may have been computed, and be charged.
-            lost = (_tokens_of(sent), most_out) if ran_out_of_time(error) else (0, 0)
+            lost = (tokens_of(sent), most_out) if ran_out_of_time(error) else (0, 0)
             return (
                 Call(sent, ending, shape, error=why, tokens_in=lost[0], tokens_out=lost[1],
                      latency_s=latency_s, cost_usd=cost_usd(model.price, *lost)),
@@ -552,7 +552,7 @@ def _usage(message: AIMessage, sent: Sequence[dict[str, Any]], text: str) -> tup
     """
     usage: dict[str, Any] = dict(message.usage_metadata or {})
     counts = []
-    for name, estimate in (("input_tokens", _tokens_of(sent)), ("output_tokens", _tokens(text))):
+    for name, estimate in (("input_tokens", tokens_of(sent)), ("output_tokens", _tokens(text))):
         said = usage.get(name)
         if type(said) is not int or not 0 <= said <= MOST_TOKENS:
             counts.append(estimate)
@@ -561,7 +561,8 @@ def _usage(message: AIMessage, sent: Sequence[dict[str, Any]], text: str) -> tup
     return counts[0], counts[1]
 
 
-def _tokens_of(sent: Sequence[dict[str, Any]]) -> int:
+def tokens_of(sent: Sequence[dict[str, Any]]) -> int:
+    """An estimate, at four characters a token."""
     return _tokens("".join(str(m["content"]) for m in sent))
 
 

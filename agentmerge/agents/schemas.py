@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -54,6 +55,33 @@ class Bounds:
 
 # Strict: true, "12" and null are not numbers, however kindly pydantic would read them.
 Number = Annotated[float, Strict()]
+
+
+def _checked_genome(value: list[float], info: ValidationInfo) -> list[float]:
+    dimensions = _bounds(info).dimensions
+    if len(value) != dimensions:
+        raise ValueError(
+            f"it has {len(value)} numbers; give exactly {dimensions}, one for each axis"
+        )
+    for index, number in enumerate(value):
+        if not math.isfinite(number):
+            raise ValueError(f"number {index} is {number}; give integers from 0 to {SCALE}")
+        if not -_TOLERANCE <= number <= SCALE + _TOLERANCE:
+            raise ValueError(f"number {index} is {number:g}; give integers from 0 to {SCALE}")
+    if all(number <= 1 for number in value) and any(number % 1 for number in value):
+        raise ValueError(f"it looks like fractions of 1; give integers from 0 to {SCALE}")
+    return [min(max(number, 0.0), float(SCALE)) for number in value]
+
+
+def _checked_score(value: float | None) -> float | None:
+    if value is not None and bounded_score(value) is None:
+        raise ValueError(f"{value:g} is no score; give one that a merge may reach, or null")
+    return value
+
+
+Score = Annotated[Number | None, AfterValidator(_checked_score)]
+Genome = Annotated[list[Number], AfterValidator(_checked_genome)]
+Text = Annotated[str, AfterValidator(lambda text: clean_text(text, _MAX_TEXT))]
 
 
 class _Reply(BaseModel):
@@ -99,53 +127,28 @@ def _divides(value: str, layers: int) -> bool:
 class ProposedCandidate(_Reply):
     """A whole candidate, and the score expected of it."""
 
-    genome: list[Number]
-    expected_score: Number | None = None
+    genome: Genome
+    expected_score: Score = None
 
     @model_validator(mode="before")
     @classmethod
     def _bare(cls, value: Any) -> Any:
         return {"genome": value} if isinstance(value, list) else value
 
-    @field_validator("genome")
-    @classmethod
-    def _genome(cls, value: list[float], info: ValidationInfo) -> list[float]:
-        return _checked_genome(value, _bounds(info).dimensions)
-
-    @field_validator("expected_score")
-    @classmethod
-    def _finite(cls, value: float | None) -> float | None:
-        return _checked_score(value)
-
 
 class ProposerReply(_Reply):
     """Where to look next, in integers 0..100 of the unit box, and the scores expected there."""
 
-    thought: str
-    mean_genome: list[Number]
+    thought: Text
+    mean_genome: Genome
     candidates: list[ProposedCandidate] = Field(default_factory=list)
-    expected_score: Number | None = None
+    expected_score: Score = None
     structural_move: ProposedMove | None = None
-
-    @field_validator("thought")
-    @classmethod
-    def _clean(cls, value: str) -> str:
-        return clean_text(value, _MAX_TEXT)
-
-    @field_validator("mean_genome")
-    @classmethod
-    def _genome(cls, value: list[float], info: ValidationInfo) -> list[float]:
-        return _checked_genome(value, _bounds(info).dimensions)
 
     @field_validator("candidates", mode="before")
     @classmethod
     def _few(cls, value: Any) -> Any:
         return value[:MAX_CANDIDATES] if isinstance(value, list) else value
-
-    @field_validator("expected_score")
-    @classmethod
-    def _finite(cls, value: float | None) -> float | None:
-        return _checked_score(value)
 
 
 class CriticReply(_Reply):
@@ -171,13 +174,8 @@ class CriticReply(_Reply):
 class ControllerReply(_Reply):
     """How far the next generation should step, as a fraction of the unit box."""
 
-    thought: str
+    thought: Text
     sigma: Number
-
-    @field_validator("thought")
-    @classmethod
-    def _clean(cls, value: str) -> str:
-        return clean_text(value, _MAX_TEXT)
 
     @field_validator("sigma")
     @classmethod
@@ -300,27 +298,6 @@ def clean_text(text: str, limit: int) -> str:
 def _bounds(info: ValidationInfo) -> Bounds:
     assert isinstance(info.context, Bounds), "replies are validated by parse_reply"
     return info.context
-
-
-def _checked_genome(value: list[float], dimensions: int) -> list[float]:
-    if len(value) != dimensions:
-        raise ValueError(
-            f"it has {len(value)} numbers; give exactly {dimensions}, one for each axis"
-        )
-    for index, number in enumerate(value):
-        if not math.isfinite(number):
-            raise ValueError(f"number {index} is {number}; give integers from 0 to {SCALE}")
-        if not -_TOLERANCE <= number <= SCALE + _TOLERANCE:
-            raise ValueError(f"number {index} is {number:g}; give integers from 0 to {SCALE}")
-    if all(number <= 1 for number in value) and any(number % 1 for number in value):
-        raise ValueError(f"it looks like fractions of 1; give integers from 0 to {SCALE}")
-    return [min(max(number, 0.0), float(SCALE)) for number in value]
-
-
-def _checked_score(value: float | None) -> float | None:
-    if value is not None and bounded_score(value) is None:
-        raise ValueError(f"{value:g} is no score; give one that a merge may reach, or null")
-    return value
 
 
 def _sentence(error: Any) -> str:

@@ -86,7 +86,8 @@ def compare_text(found: Mapping[str, Any]) -> str:
 
 
 def _searches_text(searches: Sequence[Mapping[str, Any]]) -> str:
-    from agentmerge.cli.render import duration, number, table
+    from agentmerge.cli.render import number, table
+    from agentmerge.evaluation.statistics import duration
 
     sealed = any(row["sealed_score"] is not None for row in searches)
     tasks = list(dict.fromkeys(task for row in searches for task in row["tasks"]))

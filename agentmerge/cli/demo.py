@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from agentmerge.contracts.card import Card, Compared
 
@@ -51,9 +52,9 @@ def run_demo(
     directory: Path, max_evaluations: int, seed: int, worker: str, as_json: bool, quiet: bool
 ) -> int:
     """Make the family (or take it from the cache), search it, and print the closing table."""
-    from agentmerge.cli.live import progress
     from agentmerge.cli.render import card_text
-    from agentmerge.cli.terminal import show_result, signals, speaker
+    from agentmerge.cli.searching import followed
+    from agentmerge.cli.terminal import show_result, speaker
     from agentmerge.config import SearchConfig
     from agentmerge.demo.family import cached_family
     from agentmerge.demo.tasks import demo_search
@@ -70,12 +71,11 @@ def run_demo(
         family, directory, max_evaluations=max_evaluations, seed=seed, worker=worker
     )
     config = SearchConfig.from_file(config_path)
-    drain = driving.Drain()
-    with (
-        signals(drain, say) as caught,
-        progress(config, quiet=quiet, as_json=as_json) as listener,
-    ):
-        row = driving.run(config, runs_dir=directory, emit=listener, drain=drain)
+
+    def start(emit: Any, drain: Any) -> Any:
+        return driving.run(config, runs_dir=directory, emit=emit, drain=drain)
+
+    row, caught = followed(start, config, as_json, quiet)
     with opened(directory) as ledger:
         summary = run_summary(ledger, row)
     if row.result is None:

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from agentmerge.cli.render import duration, number
+from agentmerge.cli.render import number
 from agentmerge.cli.terminal import plain_line
 from agentmerge.config import SearchConfig
 from agentmerge.contracts import events
 from agentmerge.contracts.events import Event, Note, parsed
 from agentmerge.contracts.operators import STRUCTURE
-from agentmerge.evaluation.statistics import figure
+from agentmerge.evaluation.statistics import duration, figure
 from agentmerge.report.board import Board
 from agentmerge.space.grouped import short_name
 

@@ -11,16 +11,8 @@ from typing import Any
 from agentmerge.agents.forecasts import Track
 from agentmerge.cli.terminal import plain_line
 from agentmerge.contracts.card import Card
-from agentmerge.evaluation.statistics import figure
+from agentmerge.evaluation.statistics import duration, figure
 from agentmerge.space.grouped import short_name
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def table(rows: Sequence[Sequence[str]], numbers: bool = True) -> str:

@@ -201,24 +201,32 @@ def branch(
     return _driven(start, settings, runs_dir, as_json, quiet)
 
 
+def followed(
+    start: Any, config: Any, as_json: bool, quiet: bool, past: Any = ()
+) -> tuple[Any, list[int]]:
+    """(what ``start(emit, drain)`` returns, signals that came): with progress and signals."""
+    from agentmerge.cli.live import progress
+    from agentmerge.session.driving import Drain
+
+    drain = Drain()
+    with (
+        signals(drain, speaker(quiet, as_json)) as caught,
+        progress(config, quiet=quiet, as_json=as_json, past=past) as listener,
+    ):
+        return start(listener, drain), caught
+
+
 def _driven(
     start: Any, config: Any, runs_dir: Path, as_json: bool, quiet: bool, past: Any = ()
 ) -> int:
-    """Run ``start(emit, drain)`` with progress and signals, then show how it ended."""
-    from agentmerge.cli.live import progress
+    """Run ``start(emit, drain)`` as it is followed, then show how it ended."""
     from agentmerge.cli.render import summary_text
     from agentmerge.ledger.folder import opened
     from agentmerge.report.summary import run_summary
     from agentmerge.search.state import WAITING
-    from agentmerge.session.driving import Drain
 
-    drain = Drain()
     say = speaker(quiet, as_json)
-    with (
-        signals(drain, say) as caught,
-        progress(config, quiet=quiet, as_json=as_json, past=past) as listener,
-    ):
-        row = start(listener, drain)
+    row, caught = followed(start, config, as_json, quiet, past)
     with opened(runs_dir) as ledger:
         summary = run_summary(ledger, row)
     show_result(summary, as_json, summary_text(summary))

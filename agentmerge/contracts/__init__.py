@@ -1,5 +1,5 @@
 """What crosses from one room to another, and what each room promises: strategies, workers, spaces,
-advice, calls of models, trackers. Nothing here computes.
+advice, calls of models, events, trackers. Nothing here computes.
 
 The one door of a plugin: ``from agentmerge.contracts import ...`` has all that one of any group
 needs, and loads no torch, LangGraph or chat model (docs/plugins.md).

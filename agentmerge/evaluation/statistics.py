@@ -51,6 +51,12 @@ def figure(value: float, sign: str = "", digits: int = 3) -> str:
     return f"{value:{sign}.{digits + 1}g}" if large else f"{value:{sign}.{digits}f}"
 
 
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def wilson(values: Sequence[float]) -> Interval:
     """Wilson's 95 % interval for the mean of zeros and ones (Wilson 1927); never outside [0, 1].
 

@@ -54,6 +54,7 @@ __all__ = [
     "Slice",
     "Source",
     "length",
+    "renamed",
     "round12",
 ]
 
@@ -204,7 +205,7 @@ class Recipe(Body):
         body = self.to_dict()
         body.pop("chat_template", None)
         if identities:
-            body = _renamed(body, identities)
+            body = renamed(body, identities)
         text = json.dumps(body, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -326,14 +327,15 @@ def _first_value(scopes: Iterable[Parameters], name: str, tensor: str, t: float)
     return None
 
 
-def _renamed(value: Any, identities: Mapping[str, str]) -> Any:
+def renamed(value: Any, identities: Mapping[str, str]) -> Any:
+    """A recipe's tree with other names for its models, of those that are known."""
     if isinstance(value, dict):
         return {
             key: identities.get(item, item)
             if key in ("model", "base_model") and isinstance(item, str)
-            else _renamed(item, identities)
+            else renamed(item, identities)
             for key, item in value.items()
         }
     if isinstance(value, list):
-        return [_renamed(item, identities) for item in value]
+        return [renamed(item, identities) for item in value]
     return value

@@ -124,8 +124,8 @@ def _points(own: Sequence[Candidate]) -> list[Point]:
 
 
 def _shown(scored: Sequence[Candidate], answer: Candidate | None) -> list[Candidate]:
-    """Candidates whose recipe can be looked at, the answer first, then by score."""
-    ranked = sorted(scored, key=lambda c: (-(c.score or 0.0), c.generation, c.slot))
+    """Candidates whose recipe can be looked at, the answer first, then the best."""
+    ranked = sorted(scored, key=lambda c: c.rank)
     seeds = [c for c in ranked if c.operator in CHEAP]
     first = [answer] if answer else []
     kept = dict.fromkeys([*first, *ranked[: MAX_GRIDS - len(seeds)], *seeds])
@@ -157,10 +157,7 @@ def _contenders(
 ) -> list[Contender]:
     if answer is None:
         return []
-    rivals = sorted(
-        (c for c in scored if c.operator in RIVALS),
-        key=lambda c: (-(c.score or 0.0), c.generation, c.slot),
-    )
+    rivals = sorted((c for c in scored if c.operator in RIVALS), key=lambda c: c.rank)
     uniform = [c for c in rivals if c.operator == UNIFORM]
     parents = [c for c in scored if c.operator == PARENT]
     named = [("answer", answer), *(("parent", c) for c in parents)]

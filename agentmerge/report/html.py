@@ -16,7 +16,7 @@ from typing import Any
 
 from agentmerge.contracts.advice import Guidance
 from agentmerge.errors import UserError
-from agentmerge.evaluation.statistics import figure
+from agentmerge.evaluation.statistics import duration, figure
 from agentmerge.ledger import Ledger
 from agentmerge.report import figures
 from agentmerge.report.content import Content, comparisons, content, place, shortened, words
@@ -57,7 +57,7 @@ def page(contents: Sequence[Content]) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"score": _score, "signed": _signed, "duration": _duration}
+    environment.filters |= {"score": _score, "signed": _signed, "duration": duration}
     environment.filters["breakable"] = _breakable
     charts: dict[str, Any] = {}
     runs = []
@@ -255,9 +255,3 @@ def _breakable(name: str) -> Any:
 
 def _signed(value: float) -> str:
     return figure(value, "+", 4)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

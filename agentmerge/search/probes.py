@@ -35,7 +35,7 @@ from agentmerge.evaluation.leads import lead
 from agentmerge.evaluation.tasks import ScoredTask
 from agentmerge.ledger import Candidate
 from agentmerge.methods import METHODS
-from agentmerge.recipe import Recipe
+from agentmerge.recipe import Recipe, renamed
 from agentmerge.search import budget
 from agentmerge.search.evaluate import evaluate
 from agentmerge.search.search import Search
@@ -231,7 +231,7 @@ def read_recipe(search: Search, text: str) -> tuple[Recipe, tuple[float, ...] | 
     body = {key: value for key, value in body.items() if key in _RECIPE_KEYS}
     body["dtype"] = space.dtype
     try:
-        recipe = Recipe.parse(_with_full_names(body, _full_names(search.identities)))
+        recipe = Recipe.parse(renamed(body, _full_names(search.identities)))
         strangers = sorted(set(recipe.models) - set(search.identities))
         if strangers:
             known = ", ".join(short_name(name) for name in search.identities)
@@ -522,19 +522,6 @@ def _full_names(known: Iterable[str]) -> dict[str, str]:
     names = [*known]
     short = [short_name(name) for name in names]
     return {s: name for s, name in zip(short, names, strict=True) if short.count(s) == 1}
-
-
-def _with_full_names(value: Any, full: Mapping[str, str]) -> Any:
-    if isinstance(value, dict):
-        return {
-            key: full.get(item, item)
-            if key in ("model", "base_model") and isinstance(item, str)
-            else _with_full_names(item, full)
-            for key, item in value.items()
-        }
-    if isinstance(value, list):
-        return [_with_full_names(item, full) for item in value]
-    return value
 
 
 def _short(value: float) -> float:

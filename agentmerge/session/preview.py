@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from agentmerge.agents.models import tokens_of
 from agentmerge.agents.prompts import load_prompts, prompt_hash, prompt_of
 from agentmerge.config import ROLES, SearchConfig
 from agentmerge.errors import NotFound
@@ -13,8 +14,6 @@ from agentmerge.ledger.folder import existing_runs, opened
 from agentmerge.preflight.prepare import prepare
 from agentmerge.search.advise import question
 from agentmerge.session.opening import opened_search
-
-_CHARS_PER_TOKEN = 4
 
 
 def preview(
@@ -54,6 +53,6 @@ def preview(
     return {
         "messages": messages,
         "generation": at,
-        "tokens": sum(len(m["content"]) for m in messages) // _CHARS_PER_TOKEN + 1,
+        "tokens": tokens_of(messages),
         "tokens_measured": asked.tokens_in if asked and asked.tokens_in else None,
     }
