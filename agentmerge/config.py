@@ -26,8 +26,10 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -175,16 +177,28 @@ class GenomeConfig(_Frozen):
 
 
 class TaskConfig(_Frozen):
-    """One objective: an lm-eval task, its metric ("name,filter") and its weight in the score."""
+    """One objective: an lm-eval task, its metric ("name,filter") and its weight in the score.
+
+    scorer: who judges the answers in place of the task; the metric then has its name.
+    """
 
     name: str
     weight: float = 1.0
     metric: str = "acc,none"
+    scorer: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _bare_name(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("scorer"):
+            return {"metric": f"{value['scorer']},none"} | value
         return {"name": value} if isinstance(value, str) else value
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a scorer as it was stored when there were none."""
+        body: dict[str, Any] = plainly(self)
+        return body if self.scorer else {k: v for k, v in body.items() if k != "scorer"}
 
 
 class TasksConfig(_Frozen):

@@ -1,4 +1,4 @@
-"""Finds workers, their hosts, strategies, trackers and model providers by name.
+"""Finds workers, their hosts, strategies, trackers, scorers and model providers by name.
 
 A plugin is an entry point of an installed package, in one of the groups below; what ships with
 agentmerge is registered the same way, here. Nothing is imported before it is asked for.
@@ -49,6 +49,7 @@ _BUILT_IN: dict[str, dict[str, str]] = {
         "mlflow": "agentmerge.report.mlflow:MlflowTracker",
     },
     "agentmerge.models": {},
+    "agentmerge.scorers": {},
 }
 
 

@@ -47,6 +47,7 @@ def test_everything_that_it_adds_is_used(installed: Path, family, tmp_path: Path
         "search": {"algorithm": "halfway", "population": 2, "sealed_share": 0.0},
         "budget": {"max_evaluations": 14},
     }
+    body["tasks"][0] = {"name": body["tasks"][0]["name"], "weight": 0.4, "scorer": "letters"}
     config = tmp_path / "config.yml"
     config.write_text(yaml.safe_dump(body))
     line = [sys.executable, "-m", "agentmerge", "run", str(config), "--name", "plugged", "-q"]
@@ -63,6 +64,8 @@ def test_everything_that_it_adds_is_used(installed: Path, family, tmp_path: Path
     assert found["search"] == "halfway"
     assert found["agents"]["calls"] > 0
     assert found["agents"]["failures"] == 0
+    judged = found["best"]["tasks"][body["tasks"][0]["name"]]
+    assert 0 < judged < 1
     rows = csv.DictReader((tmp_path / "plugged.csv").read_text().splitlines())
     assert {"parent", "halfway"} <= {row["operator"] for row in rows}
     log = (tmp_path / "runs/plugged/log.jsonl").read_text()

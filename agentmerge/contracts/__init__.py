@@ -8,6 +8,7 @@ needs, and loads no torch, LangGraph or chat model (docs/plugins.md).
 from agentmerge.config import GenomeConfig, SearchConfig, TasksConfig
 from agentmerge.contracts.advice import Guidance, StructuralMove
 from agentmerge.contracts.calls import ModelProvider
+from agentmerge.contracts.scorer import Scorer
 from agentmerge.contracts.space import Axis, Space
 from agentmerge.contracts.strategy import (
     Bound,
@@ -67,6 +68,7 @@ __all__ = [
     "Recipe",
     "RngFor",
     "RunFailed",
+    "Scorer",
     "SearchConfig",
     "Space",
     "Strategy",

@@ -24,6 +24,7 @@ from agentmerge.evaluation.rendering import (
     item_key,
     render,
 )
+from agentmerge.evaluation.scorers import judge
 from agentmerge.evaluation.splitting import choose_documents, split, stand_in
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 from agentmerge.evaluation.tokenizers import context_length, tokenizer_of
@@ -69,6 +70,8 @@ def build(
                     "check --run-code builds it"
                 )
                 continue
+            for task in found.tasks if entry.scorer else ():
+                judge(task, str(entry.scorer))
             metric, filter_name = metrics.parse_metric(entry.metric, entry.name)
             leaves, by_size = _leaves(entry, found, metric, filter_name, notes)
             built = []
