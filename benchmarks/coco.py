@@ -17,8 +17,9 @@ import argparse
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ GROUPS = {
         "severe, multimodal": range(122, 131),
     },
 }
-JUDGES = ("coco-experiment", "cocopp", "cma", "cmaes", "optuna", "smac", "botorch")
+#: Whose versions a table says: the judges, and what arms need besides ourselves.
+JUDGES = ("coco-experiment", "cocopp")
+NEEDED = {"pycma": "cma", "cmaes": "cmaes", "tpe": "optuna", "smac": "smac", "botorch": "botorch"}
 Run = dict[str, Any]
 
 
@@ -89,7 +92,7 @@ def reached(one: Run, evaluations: int) -> float:
 
 
 def shares(runs: Iterable[Run], per_dimension: int, functions: Iterable[int] = ()) -> list[float]:
-    """The shares at so many evaluations a dimension, one a search; NaN if it had fewer."""
+    """The shares at so many evaluations a dimension, one a search, of these functions or all."""
     kept = set(functions)
     return [
         reached(one, per_dimension * one["dimension"])
@@ -133,7 +136,7 @@ def _table(
         mine = [found[key] for key in common]
         cells = [shares(mine, k) for k in steps]
         cells += [shares(mine, last, functions) for functions in groups.values()]
-        ended = sum(one["ended"] is not None for one in mine)
+        ended = sum(one["ended"] is not None and one["ended"] <= budget for one in mine)
         seconds = float(np.median([one["cpu_s"] for one in mine]))
         rows.append([arm, *map(_mean, cells), f"{seconds:.1f}", str(ended) if ended else ""])
     if reference:
@@ -156,8 +159,10 @@ def _mean(values: Sequence[float]) -> str:
 
 def best_of_2009(suite: str) -> Callable[[int, int, int], float]:
     """From the runs that cocopp ships: at each target those of the algorithm that was best."""
-    import cocopp
-    from cocopp import bestalg
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it looks for its archive on the network as it is imported
+        import cocopp
+        from cocopp import bestalg
 
     path = Path(cocopp.__file__).parent / "refalgs" / f"best2009-{suite}.tar.gz"
     entries = bestalg.load_reference_algorithm(str(path))
@@ -205,6 +210,25 @@ def run_all(asked: argparse.Namespace) -> list[Run]:
     return found
 
 
+def stored(asked: argparse.Namespace) -> list[Run]:
+    """What was run, larger budgets too: but for SMAC's design, their beginnings are the same."""
+    dimensions, instances = numbers(asked.dimensions), numbers(asked.instances)
+    arms = asked.arms.split(",")
+    found: dict[Any, Run] = {}
+    for path in asked.out.glob("runs/*.json"):
+        one = json.loads(path.read_text())
+        budget = min(asked.per_dimension * one["dimension"], asked.most)
+        enough = one["budget"] == budget or (one["budget"] > budget and one["arm"] != "smac")
+        key = (one["dimension"], arms.index(one["arm"]) if one["arm"] in arms else -1)
+        key = (*key, one["function"], one["instance"])
+        there = one["dimension"] in dimensions and one["instance"] in instances
+        if one["suite"] != asked.suite or key[1] < 0 or not there or not enough:
+            continue
+        if key not in found or one["budget"] < found[key]["whole"]:
+            found[key] = one | {"whole": one["budget"], "budget": budget}
+    return [found[key] for key in sorted(found)]
+
+
 def numbers(text: str) -> list[int]:
     """ "1-3,5" -> [1, 2, 3, 5]."""
     found: list[int] = []
@@ -228,24 +252,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = sorted(set(asked.arms.split(",")) - set(ARMS))
     if unknown:
         parser.error(f"no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
-    if asked.read:
-        arms = asked.arms.split(",")
-        runs = [json.loads(path.read_text()) for path in sorted(asked.out.glob("runs/*.json"))]
-        kept = (numbers(asked.dimensions), numbers(asked.instances))
-        runs = [
-            one
-            for one in runs
-            if one["suite"] == asked.suite
-            and one["arm"] in arms
-            and one["dimension"] in kept[0]
-            and one["instance"] in kept[1]
-            and one["budget"] == min(asked.per_dimension * one["dimension"], asked.most)
-        ]
-        runs.sort(key=lambda one: (one["dimension"], arms.index(one["arm"])))
-    else:
-        runs = run_all(asked)
+    arms = asked.arms.split(",")
+    needed = [*JUDGES, *(NEEDED[arm] for arm in arms if arm in NEEDED)]
+    try:
+        versions = ", ".join(f"{name} {version(name)}" for name in needed)
+    except PackageNotFoundError as error:
+        parser.error(f"{error.name} is not installed: pip install 'agentmerge[coco]'")
+    runs = stored(asked) if asked.read else run_all(asked)
     text = tables(runs, best_of_2009(asked.suite))
-    text += f"\n{', '.join(f'{name} {version(name)}' for name in JUDGES)}; {machine(1)}\n"
+    text += f"\n{versions}; {machine(1)}\n"
     (asked.out / "results.md").write_text(text)
     print(text)
 
