@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -29,6 +30,7 @@ import agentmerge
 import agentmerge.contracts
 from agentmerge.cli.app import app, run_app
 from agentmerge.config import SearchConfig
+from agentmerge.contracts.events import Event
 from agentmerge.methods import METHODS
 from tests.report.conftest import CONFIG, search_family
 
@@ -274,11 +276,12 @@ def test_what_github_reads_is_yaml() -> None:
 
 
 def test_the_events_of_a_search_are_written_down() -> None:
-    source = "".join(path.read_text() for path in (ROOT / "agentmerge").rglob("*.py"))
+    """Each kind, and each of its fields."""
     page = (ROOT / "docs" / "watching.md").read_text()
-    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == set(
-        re.findall(r'"event": "(\w+)"', source)
-    )
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)", page, re.M))
+    assert {kind: set(re.findall(r"`(\w+)`", row)) - {"watch"} for kind, row in rows.items()} == {
+        kind.event: {field.name for field in fields(kind)} for kind in Event.__subclasses__()
+    }
 
 
 def test_the_configuration_page_names_every_section() -> None:

@@ -10,13 +10,13 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from agentmerge.cli.render import number
 from agentmerge.cli.terminal import plain_line
 from agentmerge.config import SearchConfig
 from agentmerge.contracts import events
-from agentmerge.contracts.events import Event, Note, parsed
+from agentmerge.contracts.events import Emit, Event, Note, parsed
 from agentmerge.contracts.operators import STRUCTURE
 from agentmerge.evaluation.statistics import duration, figure
 from agentmerge.report.board import Board
@@ -26,29 +26,12 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 MAX_RIVALS = 6
 
 
-class Listener(Protocol):
-    """Hears a search's events, and lines from the command itself."""
-
-    def __call__(self, event: dict[str, Any]) -> None: ...
-
-    def say(self, line: str) -> None: ...
-
-
-class JsonLines:
-    """Every event as a line of JSON."""
-
-    def __init__(self, stream: Any = None) -> None:
-        self._stream = stream or sys.stderr
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        print(json.dumps(event), file=self._stream, flush=True)
-
-    def say(self, line: str) -> None:
-        self(Note(text=line).to_json())
+def json_line(event: dict[str, Any], stream: Any = None) -> None:
+    print(json.dumps(event), file=stream or sys.stderr, flush=True)
 
 
 class Progress:
-    """Lines on stderr: one a generation, one a failure."""
+    """Lines on stderr: one a generation, one a failure. What others wrote stays in its line."""
 
     def __init__(self, board: Board, quiet: bool = False) -> None:
         self.board, self.quiet = board, quiet
@@ -57,14 +40,14 @@ class Progress:
         told = parsed(event)
         self.board.tell(told)
         if isinstance(told, events.Evaluated) and told.failure:
-            self.say(f"  candidate {told.generation}.{told.slot}: {told.failure}")
+            self.say(plain_line(f"  candidate {told.generation}.{told.slot}: {told.failure}"))
         elif isinstance(told, Note):
-            self.say(f"note: {plain_line(told.text)}")
+            self.say(plain_line(f"note: {told.text}"))
         self.show(told)
 
     def show(self, event: Event) -> None:
         for line in event_lines(event, self.board):
-            self.say(line)
+            self.say(plain_line(line))
 
     def say(self, line: str) -> None:
         if not self.quiet:
@@ -90,7 +73,7 @@ class Screen(Progress):
 @contextmanager
 def progress(
     config: SearchConfig, *, quiet: bool, as_json: bool, past: Iterable[Event] = ()
-) -> Iterator[Listener]:
+) -> Iterator[Emit]:
     """The listener that fits: JSON where a program asked, a screen on a terminal, else lines.
 
     past: events of a search that goes on, which are known and not told.
@@ -99,7 +82,7 @@ def progress(
     for event in past:
         board.tell(event)
     if as_json and not quiet:
-        yield JsonLines()
+        yield json_line
         return
     if quiet or not sys.stderr.isatty():
         yield Progress(board, quiet)
@@ -171,7 +154,7 @@ def drawn(board: Board) -> Any:
         )
     for role, words in board.words.items():
         line = Text(f"{role}: ", style="dim", no_wrap=True, overflow="ellipsis")
-        parts.append(line.append(words, style="not dim"))
+        parts.append(line.append(plain_line(words), style="not dim"))
     parts.append(_bars(board))
     return Panel(Group(*parts), title="agentmerge", title_align="left", border_style="blue")
 

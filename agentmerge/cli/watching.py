@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ def watch(
     ] = False,
 ) -> int:
     """Follow a search that runs elsewhere. Reads the results database, until it ends."""
-    from agentmerge.cli.live import JsonLines, progress
+    from agentmerge.cli.live import json_line, progress
     from agentmerge.cli.render import summary_text
     from agentmerge.config import SearchConfig
     from agentmerge.ledger.folder import opened
@@ -32,25 +33,24 @@ def watch(
     with opened(runs_dir) as ledger:
         row = ledger.run(name)
         follower = Follower(ledger, row)
-        config = SearchConfig.from_text(row.config, row.name)
+
+        def follow(listener: Any) -> None:
+            """Tell the listener what is new until nobody drives the search any more."""
+            driven = True
+            while driven:
+                # Asked first, so that its last events are not missed.
+                driven = run_status(ledger, follower.row) == "running"
+                for event in follower.news():
+                    listener(event.to_json())
+                if driven:
+                    time.sleep(every)
+
         if as_json:
-            _follow(
-                follower, JsonLines(sys.stdout), every, lambda: run_status(ledger, follower.row)
-            )
+            follow(partial(json_line, stream=sys.stdout))
             return 0
+        config = SearchConfig.from_text(row.config, row.name)
         with progress(config, quiet=False, as_json=False) as listener:
-            _follow(follower, listener, every, lambda: run_status(ledger, follower.row))
+            follow(listener)
         summary = run_summary(ledger, ledger.run(name))
     show_result(summary, False, summary_text(summary))
     return 0
-
-
-def _follow(follower: Any, listener: Any, every: float, status: Any) -> None:
-    """Tell the listener what is new until nobody drives the search any more."""
-    while True:
-        driven = status() == "running"  # asked first, so that its last events are not missed
-        for event in follower.news():
-            listener(event.to_json())
-        if not driven:
-            return
-        time.sleep(every)

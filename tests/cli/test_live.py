@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from agentmerge.cli.app import run_app
-from agentmerge.cli.live import sparkline
+from agentmerge.cli.live import Progress, sparkline
 from agentmerge.config import SearchConfig
 from agentmerge.contracts.events import Evaluate, Evaluated, parsed
 from agentmerge.ledger import Ledger
@@ -182,6 +182,16 @@ def test_the_board_knows_every_cheap_merge_and_names_candidates(
     assert before is not None
     assert after is not None
     assert after < before, "time goes on while a candidate is scored"
+
+
+def test_what_others_wrote_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    board = Board(SearchConfig.from_text(CONFIG))
+    fault = "\x1b[2Jthe task's own words\nand more"
+    failed = Evaluated(
+        generation=1, slot=2, operator="x", label="", score=None, failure=fault
+    ).to_json()
+    Progress(board)(failed)
+    assert capsys.readouterr().err == "  candidate 1.2: [2Jthe task's own wordsand more\n"
 
 
 def test_watch_follows_a_search_until_it_ends(tmp_path: Path) -> None:
