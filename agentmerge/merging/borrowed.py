@@ -51,12 +51,19 @@ def borrowed(
         parameters[name] = [getattr(operand, name) for operand in operands]
     device = tensors[0].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.random.manual_seed(_SAMPLE_SEED)
+        _generator(device).manual_seed(_SAMPLE_SEED)
         try:
             (result,) = merge_methods.get(method)([group], parameters=parameters)
         except ValueError as error:
             raise CandidateFailed(f"mergekit's {method} could not merge: {error}") from error
     return copied(result.contiguous(), out)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """Of one device: ``torch.manual_seed`` also queues a call for each that is not there."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
 
 
 def _end_point(
