@@ -15,8 +15,8 @@ and what is compared is all the rest.
 A difference is also told in roundings: units in the last place, in the stored dtype, of the largest
 of the two results and the parents' values there. Elements where a parent's difference is as large
 as others of which only some are kept (in bfloat16 many are equal) are counted apart: which of them
-it is, is nobody's word. Seconds are the processor's, of one thread, after a first merge of each; the
-median.
+it is, is nobody's word. Seconds are the processor's, of one thread, after a first merge of each;
+the median.
 """
 
 from __future__ import annotations
@@ -308,7 +308,7 @@ def table(result: Mapping[str, Any]) -> list[list[str]]:
             line.append(f"{100 * share:.2g} %" if share else "none")
             line.append(f"{max(row.largest for row in here):.1e}" if share else "0")
             line.append(f"{max(row.roundings for row in here):.2g}")
-            if dtype == "float32":  # those that are mergekit's own functions are the same in float32
+            if dtype == "float32":  # mergekit's own functions are the same there
                 line.append(f"{max(row.wide for row in here):.2g}" if share else "")
         line.append(f"{100 * max(row.ties / row.elements for row in own):.2g} %")
         timed = next(row for row in own if row.dtype == "bfloat16" and not row.tied)
