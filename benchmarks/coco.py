@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -174,59 +175,57 @@ def best_of_2009(suite: str) -> Callable[[int, int, int], float]:
     return share
 
 
-def path_of(out: Path, suite: str, arm: str, key: tuple[int, int, int], budget: int) -> Path:
-    function, dimension, instance = key
-    return (
-        out / "runs" / f"{suite}--{arm}--{function:03}-{dimension:02}-{instance:02}-{budget}.json"
-    )
+def path_of(asked: argparse.Namespace, arm: str, key: Sequence[int]) -> Path | None:
+    """The file of a run, also of one at a larger budget: but for SMAC's design, which depends on
+    the budget, its beginning is the same. None where there is none.
+
+    key: (function, dimension, instance).
+    """
+    which = "{:03}-{:02}-{:02}".format(*key)
+    paths = (asked.out / "runs").glob(f"{asked.suite}--{arm}--{which}-*.json")
+    found = {int(path.stem.rpartition("-")[2]): path for path in paths}
+    budget = budget_of(asked, key[1])
+    enough = [b for b in found if b == budget or (b > budget and arm != "smac")]
+    return found[min(enough)] if enough else None
 
 
-def run_all(asked: argparse.Namespace) -> list[Run]:
+def budget_of(asked: argparse.Namespace, dimension: int) -> int:
+    return int(min(asked.per_dimension * dimension, asked.most))
+
+
+def run_all(asked: argparse.Namespace) -> None:
     """Instance by instance and arm by arm, so that whatever is stopped has whole tables."""
     import cocoex
 
     cocoex.log_level("warning")
-    found = []
     dimensions, instances = numbers(asked.dimensions), numbers(asked.instances)
-    for instance in instances:
-        for arm in asked.arms.split(","):
-            for dimension in dimensions:
-                budget = min(asked.per_dimension * dimension, asked.most)
-                suite = cocoex.Suite(
-                    asked.suite, f"instances: {instance}", f"dimensions: {dimension}"
-                )
-                for problem in suite:
-                    path = path_of(asked.out, asked.suite, arm, problem.id_triple, budget)
-                    if not path.is_file():
-                        one = run(arm, problem, asked.suite, budget, asked.out)
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        draft = path.with_suffix(".tmp")
-                        draft.write_text(json.dumps(one))
-                        draft.replace(path)
-                        print(
-                            f"{path.stem}: {reached(one, budget):.2f}, {one['cpu_s']} s", flush=True
-                        )
-                    found.append(json.loads(path.read_text()))
-    return found
+    for instance, arm, dimension in product(instances, asked.arms.split(","), dimensions):
+        budget = budget_of(asked, dimension)
+        where = f"instances: {instance}", f"dimensions: {dimension}"
+        for problem in cocoex.Suite(asked.suite, *where):
+            if path_of(asked, arm, problem.id_triple):
+                continue
+            one = run(arm, problem, asked.suite, budget, asked.out)
+            which = "{:03}-{:02}-{:02}".format(*problem.id_triple)
+            path = asked.out / "runs" / f"{asked.suite}--{arm}--{which}-{budget}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_suffix(".tmp")
+            draft.write_text(json.dumps(one))
+            draft.replace(path)
+            print(f"{path.stem}: {reached(one, budget):.2f}, {one['cpu_s']} s", flush=True)
 
 
 def stored(asked: argparse.Namespace) -> list[Run]:
-    """What was run, larger budgets too: but for SMAC's design, their beginnings are the same."""
+    """What was run of what is asked."""
+    found = []
+    functions = [f for group in GROUPS[asked.suite].values() for f in group]
     dimensions, instances = numbers(asked.dimensions), numbers(asked.instances)
-    arms = asked.arms.split(",")
-    found: dict[Any, Run] = {}
-    for path in asked.out.glob("runs/*.json"):
-        one = json.loads(path.read_text())
-        budget = min(asked.per_dimension * one["dimension"], asked.most)
-        enough = one["budget"] == budget or (one["budget"] > budget and one["arm"] != "smac")
-        key = (one["dimension"], arms.index(one["arm"]) if one["arm"] in arms else -1)
-        key = (*key, one["function"], one["instance"])
-        there = one["dimension"] in dimensions and one["instance"] in instances
-        if one["suite"] != asked.suite or key[1] < 0 or not there or not enough:
-            continue
-        if key not in found or one["budget"] < found[key]["whole"]:
-            found[key] = one | {"whole": one["budget"], "budget": budget}
-    return [found[key] for key in sorted(found)]
+    for dimension, arm in product(dimensions, asked.arms.split(",")):
+        for function, instance in product(functions, instances):
+            if path := path_of(asked, arm, (function, dimension, instance)):
+                budget = budget_of(asked, dimension)
+                found.append(json.loads(path.read_text()) | {"budget": budget})
+    return found
 
 
 def numbers(text: str) -> list[int]:
@@ -258,8 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         versions = ", ".join(f"{name} {version(name)}" for name in needed)
     except PackageNotFoundError as error:
         parser.error(f"{error.name} is not installed: pip install 'agentmerge[coco]'")
-    runs = stored(asked) if asked.read else run_all(asked)
-    text = tables(runs, best_of_2009(asked.suite))
+    if not asked.read:
+        run_all(asked)
+    text = tables(stored(asked), best_of_2009(asked.suite))
     text += f"\n{versions}; {machine(1)}\n"
     (asked.out / "results.md").write_text(text)
     print(text)

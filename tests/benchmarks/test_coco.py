@@ -92,13 +92,13 @@ def test_tables_compare_what_all_arms_have_searched() -> None:
 
 def test_a_longer_run_stands_for_a_shorter_one(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
-    runs = {"a": one("auto", 1, [(1, 9.0), (30, 0.0)], budget=100)}
-    runs["b"] = one("auto", 2, [(1, 9.0)], budget=100)
-    runs["c"] = one("auto", 2, [(1, 8.0)], budget=20)
-    runs["d"] = one("smac", 1, [(1, 9.0)], budget=100)  # whose design depends on the budget
-    runs["e"] = one("auto", 3, [(1, 9.0)], budget=10)
-    for name, run in runs.items():
-        (tmp_path / "runs" / f"{name}.json").write_text(json.dumps(run))
+    runs = [one("auto", 1, [(1, 9.0), (30, 0.0)], budget=100)]
+    runs += [one("auto", 2, [(1, 9.0)], budget=100), one("auto", 2, [(1, 8.0)], budget=20)]
+    runs += [one("auto", 3, [(1, 9.0)], budget=10)]
+    runs += [one("smac", 1, [(1, 9.0)], budget=100)]  # whose design depends on the budget
+    for run in runs:
+        name = f"bbob--{run['arm']}--{run['function']:03}-02-01-{run['budget']}.json"
+        (tmp_path / "runs" / name).write_text(json.dumps(run))
     asked = argparse.Namespace(
         suite="bbob", dimensions="2", instances="1", arms="auto,smac", per_dimension=10, most=500,
         out=tmp_path,
