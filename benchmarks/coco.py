@@ -205,8 +205,8 @@ def run_all(asked: argparse.Namespace) -> None:
         for problem in cocoex.Suite(asked.suite, *where):
             if path_of(asked, arm, problem.id_triple):
                 continue
-            one = run(arm, problem, asked.suite, budget, asked.out)
             which = "{:03}-{:02}-{:02}".format(*problem.id_triple)
+            one = run(arm, problem, asked.suite, budget, asked.out)
             path = asked.out / "runs" / f"{asked.suite}--{arm}--{which}-{budget}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_suffix(".tmp")
