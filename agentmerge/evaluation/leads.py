@@ -7,16 +7,27 @@ and MCC as arithmetic on counts of items, any other aggregation by calling it on
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from agentmerge.contracts.strategy import Observation
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.evaluation.aggregation import Aggregation, aggregation_of
-from agentmerge.evaluation.paired import leaf_shares
-from agentmerge.evaluation.statistics import RESAMPLES, Interval, Leads, Metric, Strand, leads, mean
-from agentmerge.evaluation.tasks import Part, ScoredTask, TaskSet
+from agentmerge.evaluation.statistics import (
+    MIN_ITEMS,
+    RESAMPLES,
+    Interval,
+    Leads,
+    Metric,
+    Strand,
+    leads,
+    mean,
+)
+from agentmerge.evaluation.tasks import Objective, Part, ScoredTask, TaskSet, leaf_shares
 
 Results = Mapping[ItemRef, ItemResult]
 
@@ -33,7 +44,7 @@ def lead(
 
     Items count that both have. None where they are too few for an interval, or a task has none.
     """
-    found = _leads(taskset, [mine], theirs, seed, part)
+    found = _leads(taskset, taskset.objectives, [mine], theirs, seed, part)
     return None if found is None else found.interval()
 
 
@@ -45,7 +56,7 @@ def least_leads(
     So what is said of one that was chosen among them counts how many there were. None with too few
     items; minus infinity where nothing can be said.
     """
-    found = _leads(taskset, tried, theirs, seed, part)
+    found = _leads(taskset, taskset.objectives, tried, theirs, seed, part)
     return None if found is None else found.at_least().tolist()
 
 
@@ -61,11 +72,61 @@ def counted(taskset: TaskSet, size: int) -> list[int]:
     return [*range(best), *np.linspace(best, size - 1, most - best).astype(int).tolist()]
 
 
+@dataclass(frozen=True)
+class PairedNoise:
+    """One standard error of the difference of two scores, over the search items that both have.
+
+    Of means it is known from the items' differences; of what is no mean (a perplexity, an F1), from
+    a bootstrap of the metric itself, with as few items as there are.
+
+    known: recipe hash -> what is known of its search items. Of two merges that have all of them the
+    error is found once: a history is told again and again.
+    """
+
+    taskset: TaskSet
+    known: Callable[[str], Results]
+    _found: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    def __call__(self, a: Observation, b: Observation) -> float:
+        pair = (a.recipe_hash, b.recipe_hash)
+        if pair in self._found:
+            return self._found[pair]
+        mine, theirs = map(self.known, pair)
+        found = math.sqrt(self._variance(mine, theirs)) if mine and theirs else 0.0
+        if len(mine) == len(theirs) == len(set(self.taskset.refs("search"))):
+            self._found[pair] = found
+        return found
+
+    def _variance(self, mine: Results, theirs: Results) -> float:
+        variance, others = 0.0, []
+        for objective in self.taskset.objectives:
+            if not self.taskset.is_mean(objective):
+                others.append(objective)
+                continue
+            parts = {name: self.taskset.task(name).part("search") for name in objective.leaves}
+            sizes = {name: len(refs) for name, refs in parts.items()}
+            for name, share in leaf_shares(objective.by_size, sizes).items():
+                both = [ref for ref in parts[name] if ref in mine and ref in theirs]
+                gaps = [mine[ref].value - theirs[ref].value for ref in both]
+                if len(gaps) > 1:
+                    weight = objective.signed_weight * share
+                    variance += weight**2 * statistics.variance(gaps) / len(gaps)
+        found = _leads(self.taskset, others, [mine], theirs, 0, "search", least=1)
+        return variance if found is None else variance + float(found.draws.var())
+
+
 def _leads(
-    taskset: TaskSet, mine: Sequence[Results], theirs: Results | None, seed: int, part: Part
+    taskset: TaskSet,
+    objectives: Sequence[Objective],
+    mine: Sequence[Results],
+    theirs: Results | None,
+    seed: int,
+    part: Part,
+    least: int = MIN_ITEMS,
 ) -> Leads | None:
+    """None where there are fewer items than ``least``, or some task has none that all have."""
     strands = []
-    for objective in taskset.objectives:
+    for objective in objectives:
         shared = {
             name: [
                 ref
@@ -80,7 +141,9 @@ def _leads(
         for name, refs in shared.items():
             weight = objective.signed_weight * shares[name]
             strands.append(_strand(taskset, taskset.task(name), weight, refs, mine, theirs))
-    return leads(strands, seed, RESAMPLES_CALLED if _called(taskset) else RESAMPLES)
+    if sum(len(strand.mine) for strand in strands) < least:
+        return None
+    return leads(strands, seed, RESAMPLES_CALLED if _called(taskset) else RESAMPLES, least)
 
 
 def _strand(

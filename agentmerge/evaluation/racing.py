@@ -21,8 +21,7 @@ from functools import cached_property
 import numpy as np
 
 from agentmerge.contracts.worker import ItemRef, ItemResult
-from agentmerge.evaluation.paired import leaf_shares
-from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
+from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet, leaf_shares
 
 #: lm-eval's metrics that give each item a number in [0, 1] and average them.
 BOUNDED = frozenset(

@@ -131,10 +131,12 @@ class Leads:
         return found
 
 
-def leads(strands: Sequence[Strand], seed: int, resamples: int = RESAMPLES) -> Leads | None:
+def leads(
+    strands: Sequence[Strand], seed: int, resamples: int = RESAMPLES, least: int = MIN_ITEMS
+) -> Leads | None:
     """Every candidate of ``mine`` against the one in ``theirs``, on the same resamples.
 
-    None with fewer than ten items in all.
+    None with fewer than ``least`` items in all.
 
     Raises:
         ValueError: no tasks, no items, or unequal numbers of them.
@@ -147,7 +149,7 @@ def leads(strands: Sequence[Strand], seed: int, resamples: int = RESAMPLES) -> L
             raise ValueError(
                 f"{len(strand.mine)} values against {others}: they must be of the same items"
             )
-    if sum(len(strand.mine) for strand in strands) < MIN_ITEMS:
+    if sum(len(strand.mine) for strand in strands) < least:
         return None
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, len(strands)])))
     size = strands[0].mine.shape[1]

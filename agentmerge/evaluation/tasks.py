@@ -212,3 +212,9 @@ class TaskSet:
             sizes[task.name] = len(items)
         scores = self.combine(leaves, sizes)
         return Score(self.objective(scores), tuple(scores.items()))
+
+
+def leaf_shares(by_size: bool, sizes: Mapping[str, int]) -> dict[str, float]:
+    """What each leaf task counts in its objective's metric; together 1. sizes: items of each."""
+    total = sum(sizes.values())
+    return {n: size / total if by_size else 1 / len(sizes) for n, size in sizes.items()}

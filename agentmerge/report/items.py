@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from agentmerge.contracts.operators import PARENT
 from agentmerge.contracts.worker import EngineInfo, ItemResult
-from agentmerge.evaluation.paired import leaf_shares
 from agentmerge.evaluation.statistics import Interval, paired_score_difference
+from agentmerge.evaluation.tasks import leaf_shares
 from agentmerge.ledger import Candidate, Ledger, ResultKey, RunRow
 from agentmerge.space.grouped import short_name
 

@@ -18,9 +18,8 @@ import numpy as np
 
 from agentmerge.contracts.strategy import Bound, Evidence, Items, Observation
 from agentmerge.contracts.worker import ItemRef, ItemResult
-from agentmerge.evaluation.paired import leaf_shares
 from agentmerge.evaluation.racing import Course
-from agentmerge.evaluation.tasks import Score, TaskSet
+from agentmerge.evaluation.tasks import Score, TaskSet, leaf_shares
 from agentmerge.search.constraints import Floor, steepness, violation
 
 Results = Mapping[ItemRef, ItemResult]

@@ -27,7 +27,7 @@ from agentmerge.contracts.operators import STRUCTURE
 from agentmerge.contracts.strategy import Observation, Strategy
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import AgentmergeError, LedgerError, UserError
-from agentmerge.evaluation.paired import PairedNoise
+from agentmerge.evaluation.leads import PairedNoise
 from agentmerge.evaluation.racing import Course
 from agentmerge.evaluation.tasks import Part, Score, TaskSet
 from agentmerge.ledger import Candidate, Ledger

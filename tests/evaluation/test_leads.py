@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from lm_eval.api import metrics
 
+from agentmerge.contracts.strategy import Observation
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.evaluation.aggregation import Rebuild
-from agentmerge.evaluation.leads import counted, lead, least_leads
+from agentmerge.evaluation.leads import PairedNoise, counted, lead, least_leads
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 
 Results = dict[ItemRef, ItemResult]
@@ -147,3 +149,63 @@ def test_tries_beyond_those_counted_are_stood_for_by_some() -> None:
         assert found[:5] == [0, 1, 2, 3, 4], "those that can be chosen"
         assert found[-1] == size - 1
         assert len(set(found)) == most
+
+
+def noise_of(found: TaskSet, *known: Results) -> float:
+    noise = PairedNoise(found, lambda recipe: known[int(recipe)])
+    one, other = (Observation(0, i, None, "x", 0.0, recipe_hash=str(i)) for i in range(2))
+    return noise(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_scores_are_apart_by_the_noise_of_the_metric_itself(kind: str) -> None:
+    """As a plain bootstrap of the metric over paired items has it; of means, in closed form."""
+    one, function, mine, theirs = KINDS[kind]
+    found = taskset((one, function))
+    both = [results(one, values) for values in (mine, theirs)]
+    rng, gaps = np.random.default_rng(1), []
+    for _ in range(800):
+        drawn = rng.integers(0, 60, 60)
+        again = replace(one, statics=tuple(np.array(one.statics)[drawn]) if one.statics else ())
+        told = taskset((again, function))
+        scores = [
+            told.score(results(again, np.asarray(values)[drawn]), "search").value
+            for values in (mine, theirs)
+        ]
+        gaps.append(scores[0] - scores[1])
+    assert noise_of(found, *both) == pytest.approx(np.std(gaps), rel=0.25)
+    assert noise_of(found, *both) == noise_of(found, *both)
+
+
+def test_noise_of_a_perplexity_beside_an_accuracy_counts_both() -> None:
+    accuracy, loss = task("right", 60), task("loss", 60, higher=False)
+    right, other = GOLD, np.where(np.arange(60) % 7 == 0, 1 - GOLD, GOLD)
+    first = results(accuracy, right) | results(loss, NATS)
+    second = results(accuracy, other) | results(loss, LESS)
+    both = noise_of(taskset((accuracy, None), (loss, metrics.perplexity)), first, second)
+    alone = [
+        noise_of(taskset((accuracy, None)), first, second),
+        noise_of(taskset((loss, metrics.perplexity)), first, second),
+    ]
+    assert min(alone) > 0
+    assert both == pytest.approx(float(np.hypot(*alone)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 9])
+def test_few_items_of_a_perplexity_have_noise_too(size: int) -> None:
+    one = task("a", size, higher=False)
+    both = results(one, NATS[:size]), results(one, LESS[:size])
+    found = noise_of(taskset((one, metrics.perplexity)), *both)
+    assert 0 < found < np.inf
+    wild = results(one, [-1e6] * size), both[1]
+    assert 0 < noise_of(taskset((one, metrics.perplexity)), *wild) < np.inf
+
+
+def test_noise_is_of_the_items_that_both_have() -> None:
+    one = task("a", 60, higher=False)
+    first, second = results(one, NATS), results(one, LESS)
+    half, other = (dict(list(known.items())[:30]) for known in (first, second))
+    found = taskset((one, metrics.perplexity))
+    assert noise_of(found, half, second) == noise_of(found, half, other)
+    assert noise_of(found, half, second) != noise_of(found, first, second)
+    assert noise_of(found, {}, second) == 0
