@@ -8,7 +8,7 @@ Every candidate and every cheap rival of a search is right on the same share of 
 of one family are. "drawn" candidates are independent of each other; "climbing" ones are made as a
 search makes them, each near the best so far, so that luck adds up. The choice by repeated splits
 (after arXiv 2605.05973), the count of tries and the confirmation are the product's
-(``agentmerge.search.finish``), on arrays.
+(``agentmerge.search.choosing``), on arrays.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from agentmerge.evaluation.statistics import RESAMPLES, Leads, Strand, leads
+from agentmerge.evaluation.statistics import RESAMPLES, Leads, PairedTask, leads
 
 SPLITS = 200
 SHORTLIST = 5
@@ -53,11 +53,11 @@ class Asked:
         self, mine: np.ndarray, theirs: np.ndarray, seed: int, resamples: int = RESAMPLES
     ) -> Leads:
         """mine: (m, k) values, theirs: (m,)."""
-        strands = []
+        tasks = []
         for one in np.unique(self.task):
             at = self.task == one
-            strands.append(Strand(float(self.weight[at].sum()), mine[at], theirs[at]))
-        found = leads(strands, seed, resamples)
+            tasks.append(PairedTask(float(self.weight[at].sum()), mine[at], theirs[at]))
+        found = leads(tasks, seed, resamples)
         assert found is not None, "too few items"
         return found
 

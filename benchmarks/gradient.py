@@ -105,7 +105,7 @@ def measured(config: str, method: str, arm: str, repeats: int) -> dict[str, Any]
 def all_kept(worker: Any, recipe: Any, refs: Any) -> Any:
     """The gradient as one would write it first: backward, then contract."""
     from agentmerge.evaluation.losses import item_loss
-    from agentmerge.merging.gradient import Contraction
+    from agentmerge.merging.gradient import MergeGradient
 
     worker.load(recipe)
     for parameter in worker._live.values():
@@ -114,7 +114,7 @@ def all_kept(worker: Any, recipe: Any, refs: Any) -> Any:
         for part in item_loss(worker._scorer, worker._lm, refs, "margin").parts(worker._lm):
             part.backward()
         plan, family = worker._family.plan(recipe), worker._family
-        slopes = Contraction(plan, family, family.statistics)
+        slopes = MergeGradient(plan, family, family.statistics)
         for name, parameter in worker._live.items():
             slopes.add(name, parameter.grad)
     for parameter in worker._live.values():

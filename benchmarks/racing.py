@@ -26,7 +26,7 @@ from agentmerge import plugins
 from agentmerge.config import SearchConfig
 from agentmerge.demo.family import cached_family
 from agentmerge.demo.tasks import skill_task, write_skill_tasks
-from agentmerge.evaluation.statistics import paired_difference
+from agentmerge.evaluation.statistics import paired_score_difference
 from agentmerge.ledger import Ledger
 from agentmerge.report.summary import run_summary
 from agentmerge.session import driving
@@ -115,7 +115,7 @@ def table(rows: list[dict[str, Any]], arms: list[str]) -> str:
         )
     sealed = {arm: [row["sealed"] for row in rows if row["arm"] == arm] for arm in arms}
     for one, other in (("raced", "full"), ("raced", "full, less")):
-        gap = paired_difference(sealed[one], sealed[other], 0)
+        gap = paired_score_difference([(1.0, sealed[one], sealed[other])], 0)
         if gap is None:
             lines.append(f"sealed, {one} minus {other}: too few seeds for an interval")
             continue

@@ -174,7 +174,7 @@ def _chosen(shortlist: Sequence[Observation], seed: int) -> Observation:
 def _beyond_noise(
     winner: Observation, ranked: Sequence[Observation], rivals: Sequence[Observation], seed: int
 ) -> bool:
-    """The product's rule (``agentmerge.search.finish``): ahead of each rival, all tries counted."""
+    """The product's rule (``search.choosing``): ahead of each rival, all tries counted."""
     if winner.operator in CHEAP:
         return False
     tried = [o for o in ranked if o.operator not in CHEAP]

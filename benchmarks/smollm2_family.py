@@ -39,6 +39,7 @@ import yaml
 from torch.nn.functional import cross_entropy
 
 from agentmerge.errors import AgentmergeError, UserError
+from agentmerge.space import seeds
 from benchmarks.smollm2_items import SKILLS, Item, family_config, items, task_name, write_tasks
 
 VERSION = 2
@@ -240,7 +241,7 @@ def scores(config: Path, kind: str = "hf") -> dict[str, list[float]]:
 
     prepared = prepare(SearchConfig.from_file(config, {"worker.kind": kind}))
     space = prepared.space
-    merges = [(Path(name).name, recipe) for name, recipe, _ in space.parents()]
+    merges = [(Path(name).name, recipe) for name, recipe, _ in seeds.parents(space)]
     merges += [
         (f"uniform {w:.2f}", space.recipe([axis.unit(w) for axis in space.axes])) for w in UNIFORM
     ]

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from agentmerge import plugins
+from agentmerge.contracts import operators
+from agentmerge.methods import METHODS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "agentmerge"
 ROOMS = runpy.run_path(str(ROOT / ".ci" / "rooms.py"))
@@ -72,6 +76,34 @@ def test_no_two_classes_have_a_name() -> None:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     )
     assert [name for name, count in names.items() if count > 1] == []
+
+
+#: Words of these tables that are words of others too: a placement, what a proposal wants.
+ALSO = {"auto", "gradient"}
+TABLES = {"methods.py", "plugins.py", "contracts/operators.py"}
+
+
+def compared(node: ast.Compare) -> set[object]:
+    """The literals that something is held against: ``x == "a"``, ``x in ("a", "b")``."""
+    sides = [node.left, *node.comparators] if isinstance(node.ops[0], (ast.Eq, ast.NotEq)) else []
+    for side in node.comparators:
+        if isinstance(side, (ast.Tuple, ast.List, ast.Set)):
+            sides += side.elts
+    return {side.value for side in sides if isinstance(side, ast.Constant)}
+
+
+def test_nobody_asks_for_a_kind_by_its_name() -> None:
+    """Workers, strategies, trackers, merge methods and operators answer questions instead."""
+    names = {name for group in plugins._BUILT_IN.values() for name in group} | set(METHODS)
+    names |= {v for k, v in vars(operators).items() if k.isupper() and isinstance(v, str)}
+    found = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node)}"
+        for path in PACKAGE.rglob("*.py")
+        if str(path.relative_to(PACKAGE)) not in TABLES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Compare) and compared(node) & (names - ALSO)
+    ]
+    assert found == []
 
 
 def test_the_picture_of_the_rooms_is_of_today() -> None:

@@ -7,26 +7,18 @@ wide one (LLM-Evo-Merge).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from agentmerge.agents.prompts import Message, Prompts
-from agentmerge.agents.schemas import ControllerReply, json_schema, parse_reply
+from agentmerge.agents.schemas import ControllerReply
 from agentmerge.agents.view import HistoryView, variables
 from agentmerge.contracts.advice import Guidance
+
+REPLY = ControllerReply
 
 
 def messages(view: HistoryView, prompts: Prompts, guidance: Guidance) -> list[Message]:
     """`guidance` holds the critic's words."""
     return prompts.controller.render(critique=guidance.critique or "none", **variables(view))
-
-
-def schema(view: HistoryView) -> dict[str, Any]:
-    return json_schema(ControllerReply, view.bounds)
-
-
-def parse(text: str, view: HistoryView) -> ControllerReply:
-    """Raises ModelReplyError."""
-    return parse_reply(text, ControllerReply, view.bounds)
 
 
 def by_model(reply: ControllerReply, guidance: Guidance) -> Guidance:

@@ -6,28 +6,20 @@ Knows its prompt, its reply and how to do without a model: plain statistics of t
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from agentmerge.agents.prompts import Message, Prompts
-from agentmerge.agents.schemas import CriticReply, json_schema, parse_reply
+from agentmerge.agents.schemas import CriticReply
 from agentmerge.agents.view import HistoryView, observations, variables
 from agentmerge.contracts.advice import Guidance
 
 MAX_CRITIQUE = 1_500
 
+REPLY = CriticReply
+
 
 def messages(view: HistoryView, prompts: Prompts, guidance: Guidance) -> list[Message]:
     """The critic speaks first: `guidance` has nothing for it yet."""
     return prompts.critic.render(**variables(view))
-
-
-def schema(view: HistoryView) -> dict[str, Any]:
-    return json_schema(CriticReply, view.bounds)
-
-
-def parse(text: str, view: HistoryView) -> CriticReply:
-    """Raises ModelReplyError."""
-    return parse_reply(text, CriticReply, view.bounds)
 
 
 def by_model(reply: CriticReply, guidance: Guidance) -> Guidance:
@@ -38,7 +30,7 @@ def by_model(reply: CriticReply, guidance: Guidance) -> Guidance:
 
 def by_rules(view: HistoryView, guidance: Guidance) -> Guidance:
     """The guidance with the statistics as critique."""
-    return replace(guidance, critique=_bounded(observations(view.told())))
+    return replace(guidance, critique=_bounded(observations(view.released())))
 
 
 def _bounded(lines: list[str]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.operators import LLM_EVO
-from agentmerge.contracts.strategy import Observation
+from agentmerge.contracts.strategy import History, Observation
 
 _SAME = 1e-9
 
@@ -48,9 +48,7 @@ class Track:
         return f"{text}; rank correlation with what came {self.rank_correlation:+.2f}"
 
 
-def forecasts(
-    advice: Iterable[Mapping[str, Any]], history: Sequence[Observation]
-) -> list[Forecast]:
+def forecasts(advice: Iterable[Mapping[str, Any]], history: History) -> list[Forecast]:
     """Every forecast that can be held against a score, in order.
 
     advice: rows of the ledger. Only words of a model count: rules forecast nothing.

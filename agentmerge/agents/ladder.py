@@ -8,10 +8,10 @@ Knows no items: the noise of a pair is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from agentmerge.contracts.strategy import Observation
+from agentmerge.contracts.strategy import History, Observation
 
 #: One standard error of the paired difference of two candidates' scores, or 0 where there is none.
 Noise = Callable[[Observation, Observation], float]
@@ -26,7 +26,7 @@ class Released:
     tied: frozenset[tuple[int, int]]
 
 
-def release(history: Sequence[Observation], noise: Noise) -> Released:
+def release(history: History, noise: Noise) -> Released:
     """Walk a history in its own order, so that the same past is always told the same way."""
     best: Observation | None = None
     shown: list[Observation] = []

@@ -7,14 +7,12 @@ is found (providers.py), nor what is kept of it (a ``CallLog``).
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from agentmerge.agents.faults import (
@@ -28,41 +26,36 @@ from agentmerge.agents.faults import (
 from agentmerge.agents.prices import Price, cost_usd
 from agentmerge.agents.prompts import Message
 from agentmerge.agents.providers import resolve_model
+from agentmerge.agents.replies import Said, as_now, most_tokens, read, tokens_of, typed
 from agentmerge.agents.schemas import MAX_REPLY_CHARS
+from agentmerge.agents.shapes import (
+    SHAPE_WORDS,
+    SHAPES,
+    SYSTEM_WORDS,
+    TOOL_WORDS,
+    TOOLS,
+    bound,
+    has_shapes,
+    no_more,
+    repair,
+    shaped,
+    without_system,
+)
 from agentmerge.agents.wire import bind, within
-from agentmerge.contracts.calls import MOST_TOKENS, Call, CallLog, Ending, NoLog
+from agentmerge.contracts.calls import Call, CallLog, Ending, NoLog
 from agentmerge.errors import ModelReplyError, ReplyMissing
-from agentmerge.system.redaction import redact_json, redacted
 from agentmerge.system.waits import waiting_for
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
-    from langchain_core.messages import AIMessage, BaseMessage
     from langchain_core.tools import BaseTool
 
-#: How a reply's shape is asked for, from the strictest to what every server understands.
-LADDER = ("json_schema", "json_object", "text")
-#: A request that offers tools asks for the shape in words.
-TOOLS = "tools"
 #: The most tokens that a reply is taken to have where nobody set a limit; under a budget of tokens
 #: or dollars it is the limit.
 ASSUMED_MAX_TOKENS = 8192
-#: What a server names that does not know a way of asking (llama-cpp-python: with status 500).
-_SHAPE_WORDS = re.compile(r"response_format|json_schema|json_object")
-_TOOL_WORDS = re.compile(r"\btools?\b|tool_choice")
-#: What a server, or its model's chat template, says that takes no system message.
-_SYSTEM_WORDS = re.compile(r"(?i)\bsystem\b.{0,20}\b(role|message|prompt)|\broles must alternate")
 _FIRST_PAUSE_S = 0.5
 _MAX_PAUSE_S = 8.0
-_MAX_SHOWN = 2_000
 _MAX_TOOL_CHARS = 6_000
-_CHARS_PER_TOKEN = 4
-#: No tokenizer in use makes fewer tokens of a text than this part of the estimate.
-_LEAST_SHARE = 2
-#: Of one reply: tool calls, characters of all their arguments, and how deep these nest.
-_MOST_CALLS, _MOST_ARGUMENTS, _MOST_DEPTH = 32, 40_000, 32
-#: Of a tool call's id, which goes back to the server with what came of it, and of its name.
-_MOST_NAME = 200
 #: Unanswered questions in a row after which a model is spared some, and the most it is spared.
 _PATIENCE, _MOST_SPARED = 3, 24
 
@@ -114,10 +107,10 @@ class AgentModel:
         self.price = price
         self.total_s = timeout_s * (max_retries + 1)
         self.sleep = sleep
-        #: A schema's title -> the rung of LADDER that the server was found to take for it. A server
+        #: A schema's title -> the one of SHAPES that the server was found to take for it. A server
         #: that takes one schema may refuse another's keywords.
         self.shapes: dict[str, str] = {}
-        self.has_shapes = chat is None or _has_shapes(chat)
+        self.has_shapes = chat is None or has_shapes(chat)
         self.takes_tools = True
         self.takes_system = True
         self.unanswered = 0
@@ -189,7 +182,7 @@ class AgentModel:
                 conversation += _probed(call.tool_calls, by_name, probes)
                 probes -= len(call.tool_calls)
                 if probes <= 0:
-                    conversation.append(_no_more(schema))
+                    conversation.append(no_more(schema))
                 continue
             if repaired:
                 if rescue is not None:
@@ -197,7 +190,7 @@ class AgentModel:
                         return asking.reply(call, rescue(call.reply or ""))
                 asking.fail(f"{self.name} gave no valid reply in two tries: {call.error}")
             repaired = True
-            conversation += _repair(call.reply or "", call.error or "", schema)
+            conversation += repair(call.reply or "", call.error or "", schema)
 
 
 @dataclass
@@ -218,12 +211,12 @@ class _Asking(Generic[R]):
     def send(
         self, conversation: Sequence[dict[str, Any]], tools: Sequence[BaseTool]
     ) -> tuple[Call, R | None]:
-        """The first request that was answered, after retries and, once a server, the ladder; and
+        """The first request that was answered, after retries and, once a server, lower shapes; and
         what its text was parsed to."""
         shape = TOOLS if tools else self._shape()
         while True:
             number, self.attempts = self.attempts, self.attempts + 1
-            stored = _as_now(self.log.stored(number))
+            stored = as_now(self.log.stored(number))
             pause_s = 0.0
             if stored is None:
                 call, parsed, pause_s = self._live(conversation, shape, tools)
@@ -241,7 +234,7 @@ class _Asking(Generic[R]):
                     self.model.takes_tools, tools = False, ()
                     shape = self._shape()
                 else:
-                    shape = LADDER[LADDER.index(call.shape) + 1]
+                    shape = SHAPES[SHAPES.index(call.shape) + 1]
             elif call.ending == "no_system":
                 self.model.takes_system = False
             elif call.ending == "retry":
@@ -253,7 +246,7 @@ class _Asking(Generic[R]):
                 return call, parsed
 
     def _shape(self) -> str:
-        first = LADDER[0] if self.model.has_shapes else "text"
+        first = SHAPES[0] if self.model.has_shapes else "text"
         return self.model.shapes.get(self.schema["title"], first)
 
     def reply(self, call: Call, parsed: R) -> Reply[R]:
@@ -278,9 +271,9 @@ class _Asking(Generic[R]):
     ) -> tuple[Call, R | None, float]:
         """One request on the wire: (what came of it, what it was parsed to, the pause after it)."""
         model = self.model
-        sent = _shaped(conversation, shape, self.schema)
+        sent = shaped(conversation, shape, self.schema)
         if not model.takes_system:
-            sent = _without_system(sent)
+            sent = without_system(sent)
         if model.spared and self.attempts == 1:
             model.spared -= 1
             why = f"{model.name} was not asked: it left {model.unanswered} questions unanswered"
@@ -289,7 +282,7 @@ class _Asking(Generic[R]):
             model.answered(False)
             late = f"{model.name} took longer than {self.total_s:g} s"
             return Call(sent, "failed", shape, error=late), None, 0.0
-        most_in = _most_tokens(sent, self.schema, tools)
+        most_in = most_tokens(sent, self.schema, tools)
         most_out = model.max_tokens or ASSUMED_MAX_TOKENS
         self.log.reserve(most_in, most_out, cost_usd(model.price, most_in, most_out))
         if model.chat is None:
@@ -331,12 +324,12 @@ class _Asking(Generic[R]):
 
     def _request(
         self, messages: Sequence[dict[str, Any]], shape: str, tools: Sequence[BaseTool]
-    ) -> _Said:
+    ) -> Said:
         chat: Any = self.model.chat
         if tools:
             chat = chat.bind_tools(tools)
         elif shape != "text":
-            chat = _bound(chat, shape, self.schema)
+            chat = bound(chat, shape, self.schema)
         limit_s = min(self.model.timeout_s, self._left_s())
         with warnings.catch_warnings():
             # langchain-openai warns, besides raising, where a server refuses json_schema.
@@ -344,21 +337,21 @@ class _Asking(Generic[R]):
             with waiting_for(f"a reply of {self.model.name}"):
                 # Read in there too: what is no chat completion may show as late as that.
                 return within(
-                    limit_s, lambda: _read(chat.invoke(_typed(messages)), messages, bool(tools))
+                    limit_s, lambda: read(chat.invoke(typed(messages)), messages, bool(tools))
                 )
 
     def _ending(self, shape: str, error: Exception) -> tuple[Ending, float]:
         """What to do after a fault, and after which pause."""
-        if self.model.takes_system and refuses_for(error, _SYSTEM_WORDS):
+        if self.model.takes_system and refuses_for(error, SYSTEM_WORDS):
             return "no_system", 0.0
         if shape == TOOLS:
-            if refuses(error, _TOOL_WORDS) or isinstance(error, NotImplementedError):
+            if refuses(error, TOOL_WORDS) or isinstance(error, NotImplementedError):
                 return "lower", 0.0
         # A server that never answered to this schema may only dislike this rung.
         elif (
             self.schema["title"] not in self.model.shapes
-            and shape in LADDER[:-1]
-            and refuses(error, _SHAPE_WORDS)
+            and shape in SHAPES[:-1]
+            and refuses(error, SHAPE_WORDS)
         ):
             return "lower", 0.0
         if self.retries >= self.model.max_retries or not may_pass(error):
@@ -370,66 +363,6 @@ class _Asking(Generic[R]):
 
     def _left_s(self) -> float:
         return self.started + self.total_s - time.monotonic()
-
-
-def _has_shapes(chat: BaseChatModel) -> bool:
-    return _speaks_openai(chat) or chat._llm_type == "chat-ollama"
-
-
-def _speaks_openai(chat: BaseChatModel) -> bool:
-    return "openai" in chat._llm_type and hasattr(chat, "extra_body")
-
-
-def _bound(chat: Any, shape: str, schema: dict[str, Any]) -> Any:
-    if not _speaks_openai(chat):
-        return chat.bind(format=schema if shape == "json_schema" else "json")
-    # Through extra_body, past the client's own parsing: that raises on a reply cut short.
-    body = {**(chat.extra_body or {}), "response_format": _format(shape, schema)}
-    return chat.bind(extra_body=body)
-
-
-def _format(shape: str, schema: dict[str, Any]) -> dict[str, Any]:
-    if shape == "json_object":
-        # Llama.cpp and those who follow it take the schema here; others leave it unread.
-        return {"type": "json_object", "schema": schema}
-    named = {"name": schema["title"], "schema": schema, "strict": True}
-    return {"type": "json_schema", "json_schema": named}
-
-
-def _shaped(
-    conversation: Sequence[dict[str, Any]], shape: str, schema: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """The conversation; the schema is in words where the server is not given it."""
-    messages = [dict(message) for message in conversation]
-    if shape != "json_schema":
-        last = next(m for m in reversed(messages) if m["role"] == "user")
-        last["content"] += f"\n\n{_schema_in_words(schema)}"
-    return messages
-
-
-def _schema_in_words(schema: dict[str, Any]) -> str:
-    plain = json.dumps(schema)
-    return f"Answer with one JSON object that fits this JSON schema, and nothing else:\n{plain}"
-
-
-def _without_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same words with what the system was told at the head of the first user's message."""
-    told = [m["content"] for m in messages if m["role"] == "system"]
-    rest = [dict(m) for m in messages if m["role"] != "system"]
-    first = next(m for m in rest if m["role"] == "user")
-    first["content"] = "\n\n".join([*told, first["content"]])
-    return rest
-
-
-def _repair(text: str, error: str, schema: dict[str, Any]) -> list[Message]:
-    return [
-        {"role": "assistant", "content": text[:_MAX_SHOWN] or "(empty)"},
-        {"role": "user", "content": f"That was refused. {error}\n\n{_schema_in_words(schema)}"},
-    ]
-
-
-def _no_more(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"role": "user", "content": f"No tool calls are left. {_schema_in_words(schema)}"}
 
 
 def _probed(
@@ -451,120 +384,3 @@ def _probed(
         result = {"role": "tool", "content": answer[:_MAX_TOOL_CHARS], "tool_call_id": call["id"]}
         said.append(result)
     return said
-
-
-@dataclass(frozen=True, slots=True)
-class _Said:
-    """A message as it enters. wanted: tool calls. excess: why these are more than any may be."""
-
-    text: str
-    wanted: tuple[dict[str, Any], ...]
-    excess: str
-    tokens: tuple[int, int]
-
-
-def _read(message: AIMessage, sent: Sequence[dict[str, Any]], tools: bool) -> _Said:
-    # A server may repeat the key; from here on its words are stored, shown and asked again.
-    text = redact_json(str(message.text))
-    wanted = _tool_calls(message) if tools else ()
-    excess = _excess(wanted)
-    tokens = _usage(message, sent, text)
-    calls = () if excess else tuple(redacted(_plain(call)) for call in wanted)
-    return _Said(text, calls, excess, tokens)
-
-
-def _tool_calls(message: AIMessage) -> tuple[dict[str, Any], ...]:
-    """Every tool call of a message, broken ones too: their arguments are still text."""
-    found = [*message.tool_calls, *message.invalid_tool_calls]
-    return tuple(
-        {"name": call["name"], "args": call["args"], "id": call["id"] or f"call-{number}"}
-        for number, call in enumerate(found)
-    )
-
-
-def _excess(calls: Sequence[dict[str, Any]]) -> str:
-    """What is too much about tool calls, as a sentence for the model, or ""."""
-    if len(calls) > _MOST_CALLS:
-        return f"It has {len(calls)} tool calls; make {_MOST_CALLS} at most."
-    level: list[Any] = [call["args"] for call in calls]
-    for _ in range(_MOST_DEPTH):
-        level = [inner for value in level for inner in _inner(value)]
-    if level:
-        return f"The arguments of a tool call nest more than {_MOST_DEPTH} deep."
-    size = len(json.dumps([call["args"] for call in calls]))
-    if size > _MOST_ARGUMENTS:
-        return f"The arguments of its tool calls have {size} characters; write less."
-    return ""
-
-
-def _inner(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
-
-
-def _plain(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call that every database and server takes: no lone surrogates, no endless names."""
-    whole = json.dumps(call, ensure_ascii=False).encode("utf-8", "replace")
-    plain: dict[str, Any] = json.loads(whole)
-    return plain | {key: str(plain[key])[:_MOST_NAME] for key in ("name", "id")}
-
-
-def _as_now(stored: Call | None) -> Call | None:
-    """A request of an earlier version: what is too much now is of no use."""
-    if stored is None or not (excess := _excess(stored.tool_calls)):
-        return stored
-    return replace(stored, ending="refused", tool_calls=(), error=excess)
-
-
-def _typed(messages: Sequence[dict[str, Any]]) -> list[BaseMessage]:
-    from langchain_core.messages import AIMessage, ToolMessage, convert_to_messages
-
-    found: list[BaseMessage] = []
-    for message in messages:
-        if "tool_calls" in message:
-            calls = [
-                {"name": c["name"], "args": c["args"] if isinstance(c["args"], dict) else {},
-                 "id": c["id"], "type": "tool_call"}
-                for c in message["tool_calls"]
-            ]  # fmt: skip
-            found.append(AIMessage(message["content"], tool_calls=calls))
-        elif message["role"] == "tool":
-            found.append(ToolMessage(message["content"], tool_call_id=message["tool_call_id"]))
-        else:
-            found += convert_to_messages([message])
-    return found
-
-
-def _most_tokens(
-    messages: Sequence[dict[str, Any]], schema: dict[str, Any], tools: Sequence[BaseTool]
-) -> int:
-    """No tokenizer makes more tokens than there are bytes."""
-    size = len(json.dumps([*messages])) + len(json.dumps(schema))
-    return size + sum(len(json.dumps(tool.get_input_jsonschema())) + 500 for tool in tools)
-
-
-def _usage(message: AIMessage, sent: Sequence[dict[str, Any]], text: str) -> tuple[int, int]:
-    """(tokens in, tokens out): what the server says, but no fewer than the text must have.
-
-    A budget that believed a server's zeros would never bind. Where the server says nothing, or no
-    number that tokens can have, the text is the estimate.
-    """
-    usage: dict[str, Any] = dict(message.usage_metadata or {})
-    counts = []
-    for name, estimate in (("input_tokens", tokens_of(sent)), ("output_tokens", _tokens(text))):
-        said = usage.get(name)
-        if type(said) is not int or not 0 <= said <= MOST_TOKENS:
-            counts.append(estimate)
-        else:
-            counts.append(max(said, estimate // _LEAST_SHARE))
-    return counts[0], counts[1]
-
-
-def tokens_of(sent: Sequence[dict[str, Any]]) -> int:
-    """An estimate, at four characters a token."""
-    return _tokens("".join(str(m["content"]) for m in sent))
-
-
-def _tokens(text: str) -> int:
-    return len(text) // _CHARS_PER_TOKEN + 1

@@ -7,20 +7,14 @@ a model: the mean of the four best, weighted by score.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from agentmerge.agents.prompts import Message, Prompts
-from agentmerge.agents.schemas import (
-    MAX_CANDIDATES,
-    ProposedMove,
-    ProposerReply,
-    json_schema,
-    parse_reply,
-    unit,
-)
+from agentmerge.agents.schemas import MAX_CANDIDATES, ProposedMove, ProposerReply, unit
 from agentmerge.agents.view import ELITES, HistoryView, variables
 from agentmerge.contracts.advice import Guidance, StructuralMove
 from agentmerge.contracts.strategy import fittest
+
+REPLY = ProposerReply
 
 
 def messages(view: HistoryView, prompts: Prompts, guidance: Guidance) -> list[Message]:
@@ -31,23 +25,6 @@ def messages(view: HistoryView, prompts: Prompts, guidance: Guidance) -> list[Me
         max_candidates=str(MAX_CANDIDATES),
         **variables(view),
     )
-
-
-def schema(view: HistoryView) -> dict[str, Any]:
-    return json_schema(ProposerReply, view.bounds)
-
-
-def parse(text: str, view: HistoryView) -> ProposerReply:
-    """Raises ModelReplyError."""
-    return parse_reply(text, ProposerReply, view.bounds)
-
-
-def rescue(text: str, view: HistoryView) -> ProposerReply:
-    """The genomes of a reply whose structural move cannot be made.
-
-    Raises ModelReplyError.
-    """
-    return parse_reply(text, ProposerReply, view.bounds, without=("structural_move",))
 
 
 def by_model(reply: ProposerReply, guidance: Guidance) -> Guidance:

@@ -17,10 +17,10 @@ import numpy as np
 from agentmerge.agents.ladder import Noise, release
 from agentmerge.agents.schemas import SCALE, Bounds, clean_text, percent
 from agentmerge.contracts.operators import CHEAP, PARENT
-from agentmerge.contracts.space import Axis
+from agentmerge.contracts.space import Axis, Space
 from agentmerge.contracts.strategy import Observation, fittest, improved
 from agentmerge.methods import METHODS
-from agentmerge.space.grouped import SearchSpace, public_names, short_name
+from agentmerge.recipe.names import public_names, short_name
 
 BEST_SHOWN = 8
 ELITES = 4
@@ -53,7 +53,7 @@ class HistoryView:
     moves: what became of structural moves so far, a sentence each.
     """
 
-    space: SearchSpace
+    space: Space
     tasks: tuple[TaskView, ...]
     entries: tuple[Observation, ...]
     sigma: float | None
@@ -66,7 +66,7 @@ class HistoryView:
     tied: frozenset[tuple[int, int]] = frozenset()
     moves: tuple[str, ...] = ()
 
-    def told(self) -> HistoryView:
+    def released(self) -> HistoryView:
         """The view as it may be shown to a model."""
         released = release(self.entries, self.noise)
         better = improved(released.entries) if released.entries else False
@@ -111,7 +111,7 @@ class HistoryView:
 
 def variables(view: HistoryView) -> dict[str, str]:
     """The prompt variables that every role has (prompts.COMMON), as the Ladder releases them."""
-    view = view.told()
+    view = view.released()
     names = public_names(view.space.genome.parents)
     return {name: _published(text, names) for name, text in _variables(view).items()}
 
@@ -191,7 +191,7 @@ def _models(view: HistoryView) -> str:
 
 def _method(view: HistoryView) -> str:
     genome = view.space.genome
-    if view.space.is_slerp:
+    if view.space.method.pairwise:
         pair = [short_name(model) for model in view.space.models]
         return "slerp" if len(pair) > 2 else f"slerp; {pair[0]} is the base, {pair[1]} the partner"
     text, method = genome.merge_method, view.space.method

@@ -9,7 +9,7 @@ from agentmerge.errors import UserError
 from agentmerge.methods import METHODS
 from agentmerge.recipe import MOST_LAYERS, Effective, Recipe, length
 from agentmerge.recipe.cancelling import cancelling_notes
-from agentmerge.space.grouped import short_name
+from agentmerge.recipe.names import short_name
 
 #: Stand-ins where no model says what its tensors are called.
 _KINDS = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight")
@@ -32,7 +32,8 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
         for name in recipe.models
     )
     if checked:
-        from agentmerge.merging.plan import plan, read_layout
+        from agentmerge.merging.plan import plan
+        from agentmerge.parents.layout import read_layout
 
         plan(
             canonical, read_layout({name: Path(name) for name in recipe.models}, recipe.base_model)

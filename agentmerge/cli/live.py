@@ -19,8 +19,8 @@ from agentmerge.contracts import events
 from agentmerge.contracts.events import Emit, Event, Note, parsed
 from agentmerge.contracts.operators import STRUCTURE
 from agentmerge.evaluation.statistics import duration, figure
+from agentmerge.recipe.names import short_name
 from agentmerge.report.board import Board
-from agentmerge.space.grouped import short_name
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 MAX_RIVALS = 6

@@ -12,7 +12,7 @@ from agentmerge.agents.forecasts import Track
 from agentmerge.cli.terminal import plain_line
 from agentmerge.contracts.card import Card
 from agentmerge.evaluation.statistics import duration, figure
-from agentmerge.space.grouped import short_name
+from agentmerge.recipe.names import short_name
 
 
 def table(rows: Sequence[Sequence[str]], numbers: bool = True) -> str:

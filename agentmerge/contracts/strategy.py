@@ -176,6 +176,9 @@ class Observation:
         return self.score is not None and self.rung < 1.0
 
 
+History = Sequence[Observation]
+
+
 class Strategy(Protocol):
     """One that also has ``uses_items = True`` is told each observation with its evidence; one that
     reads guidance has ``heeds_advice = True``, so that nobody pays unawares for words unheard; one
@@ -184,12 +187,7 @@ class Strategy(Protocol):
     name: str
 
     def propose(
-        self,
-        space: Space,
-        history: Sequence[Observation],
-        guidance: Guidance | None,
-        count: int,
-        rng_for: RngFor,
+        self, space: Space, history: History, guidance: Guidance | None, count: int, rng_for: RngFor
     ) -> list[Proposal]:
         """At most ``count`` candidates of the next generation, in slot order.
 
@@ -208,23 +206,23 @@ def default_population(dimensions: int) -> int:
     return 4 + round(3 * float(np.log(max(dimensions, 1))))
 
 
-def next_generation(history: Sequence[Observation]) -> int:
+def next_generation(history: History) -> int:
     """The generation that is being proposed: one after the last in ``history``, 0 if empty."""
     return history[-1].generation + 1 if history else 0
 
 
-def first_generation(history: Sequence[Observation]) -> int:
+def first_generation(history: History) -> int:
     """The one of the cheap rivals: 0, or where a branch that asks something else began anew."""
     return min((o.generation for o in history if not o.prior), default=0)
 
 
-def fittest(history: Sequence[Observation], count: int) -> list[Observation]:
+def fittest(history: History, count: int) -> list[Observation]:
     """The best scored observations that have a vector, best first; ties go to the earlier."""
     scored = [o for o in history if o.vector is not None and o.score is not None]
     return heapq.nsmallest(count, scored, lambda o: (-(o.score or 0.0), o.generation, o.slot))
 
 
-def improved(history: Sequence[Observation]) -> bool:
+def improved(history: History) -> bool:
     """Did the last generation beat all before it? The first one counts as an improvement."""
     last = history[-1].generation
     new = [o.score for o in history if o.score is not None and o.generation == last]

@@ -23,7 +23,7 @@ from agentmerge.evaluation.statistics import (
     Interval,
     Leads,
     Metric,
-    Strand,
+    PairedTask,
     leads,
     mean,
 )
@@ -125,7 +125,7 @@ def _leads(
     least: int = MIN_ITEMS,
 ) -> Leads | None:
     """None where there are fewer items than ``least``, or some task has none that all have."""
-    strands = []
+    paired = []
     for objective in objectives:
         shared = {
             name: [
@@ -140,25 +140,25 @@ def _leads(
         shares = leaf_shares(objective.by_size, {n: len(refs) for n, refs in shared.items()})
         for name, refs in shared.items():
             weight = objective.signed_weight * shares[name]
-            strands.append(_strand(taskset, taskset.task(name), weight, refs, mine, theirs))
-    if sum(len(strand.mine) for strand in strands) < least:
+            paired.append(_paired_task(taskset, taskset.task(name), weight, refs, mine, theirs))
+    if sum(len(strand.mine) for strand in paired) < least:
         return None
-    return leads(strands, seed, RESAMPLES_CALLED if _called(taskset) else RESAMPLES, least)
+    return leads(paired, seed, RESAMPLES_CALLED if _called(taskset) else RESAMPLES, least)
 
 
-def _strand(
+def _paired_task(
     taskset: TaskSet,
     task: ScoredTask,
     weight: float,
     refs: Sequence[ItemRef],
     mine: Sequence[Results],
     theirs: Results | None,
-) -> Strand:
+) -> PairedTask:
     statics = None
     if task.rebuild != "plain":
         place = {ref: i for i, ref in enumerate(task.items)}
         statics = np.array([task.statics[place[ref]] for ref in refs], float)
-    return Strand(
+    return PairedTask(
         weight,
         np.array([[one[ref].value for one in mine] for ref in refs], float),
         None if theirs is None else np.array([theirs[ref].value for ref in refs], float),

@@ -47,10 +47,10 @@ class RacedTask:
     total: int
 
 
-def evidence_against(strands: Sequence[RacedTask], head_start: float = 0.0) -> float:
+def evidence_against(tasks: Sequence[RacedTask], head_start: float = 0.0) -> float:
     """An e-process for "over all items, the candidate is at least as good as the incumbent".
 
-    strands: the first items of each task, the same fraction of each up to one item.
+    tasks: the first items of each task, the same fraction of each up to one item.
     head_start: what is known already of the score's difference, from tasks asked in full.
 
     Returns the largest wealth of the process so far: if the candidate is as good, the chance that
@@ -65,12 +65,12 @@ def evidence_against(strands: Sequence[RacedTask], head_start: float = 0.0) -> f
     takes one item of the smallest task and as many of each other as keep the fractions level;
     where they differ by less than an item, m is lowered by the most that this could matter.
     """
-    steps = min(strand.total for strand in strands)
-    taken = min(((len(s.differences) + 1) * steps - 1) // s.total for s in strands)
-    weights = np.array([s.weight for s in strands])
-    totals = np.array([s.total for s in strands])
+    steps = min(task.total for task in tasks)
+    taken = min(((len(s.differences) + 1) * steps - 1) // s.total for s in tasks)
+    weights = np.array([s.weight for s in tasks])
+    totals = np.array([s.total for s in tasks])
     widest = float(np.abs(weights).sum())
-    sums = [np.append(0.0, np.cumsum(s.differences)) for s in strands]
+    sums = [np.append(0.0, np.cumsum(s.differences)) for s in tasks]
     wealth, most = np.ones(len(_STAKES)), 1.0
     for step in range(taken):
         before, after = step * totals // steps, (step + 1) * totals // steps
@@ -110,7 +110,7 @@ class Course:
             found += order[:count]
         return found
 
-    def standing(self, rung: float, mine: Results, incumbent: Results) -> tuple[float, float]:
+    def evidence(self, rung: float, mine: Results, incumbent: Results) -> tuple[float, float]:
         """(evidence against the candidate, its score minus the incumbent's) on a rung.
 
         No evidence where a value is outside [0, 1]: its metric is not what it is called.
@@ -118,17 +118,17 @@ class Course:
         Raises:
             CandidateFailed: a metric that was asked in full is not finite.
         """
-        strands, fair = [], True
+        tasks, fair = [], True
         for name, weight in self._raced.items():
             task = self.taskset.task(name)
             refs = self._order[name][: self._count(task, rung)]
             a = np.array([mine[ref].value for ref in refs])
             b = np.array([incumbent[ref].value for ref in refs])
             fair = fair and all(((v >= 0) & (v <= 1)).all() for v in (a, b))
-            strands.append(RacedTask(weight, a - b, len(self._order[name])))
+            tasks.append(RacedTask(weight, a - b, len(self._order[name])))
         ahead = self._in_full(mine) - self._in_full(incumbent)
-        total = ahead + sum(s.weight * float(s.differences.mean()) for s in strands)
-        return (evidence_against(strands, ahead) if fair else 0.0), total
+        total = ahead + sum(s.weight * float(s.differences.mean()) for s in tasks)
+        return (evidence_against(tasks, ahead) if fair else 0.0), total
 
     def _in_full(self, results: Results) -> float:
         """The part of a score that comes from tasks that are not raced."""

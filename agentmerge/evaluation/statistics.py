@@ -78,7 +78,7 @@ def mean(counts: np.ndarray, values: np.ndarray, statics: np.ndarray | None) -> 
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Strand:
+class PairedTask:
     """One task of a score. weight: of its metric in the score.
 
     mine: (items, candidates). theirs: the one that all are compared with; None: nothing is.
@@ -132,7 +132,7 @@ class Leads:
 
 
 def leads(
-    strands: Sequence[Strand], seed: int, resamples: int = RESAMPLES, least: int = MIN_ITEMS
+    tasks: Sequence[PairedTask], seed: int, resamples: int = RESAMPLES, least: int = MIN_ITEMS
 ) -> Leads | None:
     """Every candidate of ``mine`` against the one in ``theirs``, on the same resamples.
 
@@ -141,22 +141,22 @@ def leads(
     Raises:
         ValueError: no tasks, no items, or unequal numbers of them.
     """
-    if not strands:
+    if not tasks:
         raise ValueError("a difference needs at least one task")
-    for strand in strands:
-        others = len(strand.mine) if strand.theirs is None else len(strand.theirs)
-        if len(strand.mine) != others or not others:
+    for task in tasks:
+        others = len(task.mine) if task.theirs is None else len(task.theirs)
+        if len(task.mine) != others or not others:
             raise ValueError(
-                f"{len(strand.mine)} values against {others}: they must be of the same items"
+                f"{len(task.mine)} values against {others}: they must be of the same items"
             )
-    if sum(len(strand.mine) for strand in strands) < least:
+    if sum(len(task.mine) for task in tasks) < least:
         return None
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, len(strands)])))
-    size = strands[0].mine.shape[1]
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, len(tasks)])))
+    size = tasks[0].mine.shape[1]
     ahead, centre, draws = np.zeros(size), np.zeros(size), np.zeros((resamples, size))
-    for strand in strands:
-        asked, more = _tables(strand), _more(strand)
-        ahead += _told(strand, np.ones((1, len(strand.mine))), asked)[0]
+    for task in tasks:
+        asked, more = _tables(task), _more(task)
+        ahead += _told(task, np.ones((1, len(task.mine))), asked)[0]
         tables = [
             None if t is None else np.vstack([t, *m]) for t, m in zip(asked, more, strict=True)
         ]
@@ -164,12 +164,12 @@ def leads(
         given = [t for t in tables if t is not None]
         _, first, often = np.unique(np.hstack(given), axis=0, return_index=True, return_counts=True)
         tables = [None if t is None else t[first] for t in tables]
-        centre += _told(strand, often[None].astype(float), tables)[0]
+        centre += _told(task, often[None].astype(float), tables)[0]
         step = max(1, _CELLS // (len(often) + size))
         for start in range(0, resamples, step):
             count = min(step, resamples - start)
             drawn = rng.multinomial(often.sum(), often / often.sum(), size=count).astype(float)
-            draws[start : start + count] += _told(strand, drawn, tables)
+            draws[start : start + count] += _told(task, drawn, tables)
     return Leads(ahead, draws, centre)
 
 
@@ -177,39 +177,39 @@ Tables = Sequence[np.ndarray | None]
 """(mine, theirs, statics), each (items, candidates)."""
 
 
-def _tables(strand: Strand) -> Tables:
+def _tables(task: PairedTask) -> Tables:
     def wide(column: np.ndarray | None) -> np.ndarray | None:
-        return None if column is None else np.broadcast_to(column[:, None], strand.mine.shape)
+        return None if column is None else np.broadcast_to(column[:, None], task.mine.shape)
 
-    return strand.mine, wide(strand.theirs), wide(strand.statics)
+    return task.mine, wide(task.theirs), wide(task.statics)
 
 
-def _told(strand: Strand, counts: np.ndarray, tables: Tables) -> np.ndarray:
-    """The strand's part of each difference, resample by resample."""
+def _told(task: PairedTask, counts: np.ndarray, tables: Tables) -> np.ndarray:
+    """The task's part of each difference, resample by resample."""
     mine, theirs, statics = tables
     assert mine is not None
 
     def metric(values: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            found = strand.metric(counts, values, statics)
+            found = task.metric(counts, values, statics)
         return np.clip(np.nan_to_num(found, posinf=_LARGEST, neginf=-_LARGEST), -_LARGEST, _LARGEST)
 
-    return strand.weight * (metric(mine) - (0.0 if theirs is None else metric(theirs)))
+    return task.weight * (metric(mine) - (0.0 if theirs is None else metric(theirs)))
 
 
-def _more(strand: Strand) -> Sequence[Sequence[np.ndarray]]:
+def _more(task: PairedTask) -> Sequence[Sequence[np.ndarray]]:
     """Rows to add to each table: what the items did not show; see the module's head."""
-    values, columns = strand.mine, np.arange(strand.mine.shape[1])
-    statics = np.zeros(len(values)) if strand.statics is None else strand.statics
-    if strand.theirs is None:
+    values, columns = task.mine, np.arange(task.mine.shape[1])
+    statics = np.zeros(len(values)) if task.statics is None else task.statics
+    if task.theirs is None:
         low, high = values.argmin(0), values.argmax(0)
         ends = np.stack([values[low, columns], values[high, columns]])
-        if np.isin(values, (0.0, 1.0)).all() and not strand.labels:
+        if np.isin(values, (0.0, 1.0)).all() and not task.labels:
             ends[0], ends[1] = 0.0, 1.0
         return [ends, ends], [], [statics[[low, high]]] * 2
-    theirs = np.broadcast_to(strand.theirs[:, None], values.shape)
+    theirs = np.broadcast_to(task.theirs[:, None], values.shape)
     gap = np.abs(values - theirs)
-    if strand.labels:  # right against wrong, where there is that, and not one error and another
+    if task.labels:  # right against wrong, where there is that, and not one error and another
         told = ((values == statics[:, None]) != (theirs == statics[:, None])).astype(float)
         gap = np.where(told.any(0), told, gap)
     size = np.sqrt((gap**2).sum(0) / np.maximum((gap > 0).sum(0), 1))
@@ -217,19 +217,14 @@ def _more(strand: Strand) -> Sequence[Sequence[np.ndarray]]:
     mine, other = values[typical, columns], theirs[typical, columns]
     alike = gap.max(0) == 0
     if alike.any():
-        worst, best = strand.theirs.min(), strand.theirs.max()
-        if np.isin(strand.theirs, (0.0, 1.0)).all():
+        worst, best = task.theirs.min(), task.theirs.max()
+        if np.isin(task.theirs, (0.0, 1.0)).all():
             worst, best = 0.0, 1.0
         elif worst == best:
             worst = best - max(1.0, abs(best))
         mine, other = np.where(alike, best, mine), np.where(alike, worst, other)
     both = statics[typical]
     return [np.stack([mine, other])], [np.stack([other, mine])], [np.stack([both, both])]
-
-
-def paired_difference(a: Sequence[float], b: Sequence[float], seed: int) -> Interval | None:
-    """The mean of a - b over the same items in the same order; see ``paired_score_difference``."""
-    return paired_score_difference([(1.0, a, b)], seed)
 
 
 def paired_score_difference(
@@ -244,6 +239,7 @@ def paired_score_difference(
         ValueError: no tasks, no items, or unequal numbers of them.
     """
     found = leads(
-        [Strand(w, np.asarray(a, float)[:, None], np.asarray(b, float)) for w, a, b in tasks], seed
+        [PairedTask(w, np.asarray(a, float)[:, None], np.asarray(b, float)) for w, a, b in tasks],
+        seed,
     )
     return None if found is None else found.interval()

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from agentmerge.contracts.operators import INIT
 from agentmerge.contracts.strategy import Observation, rng_factory
 from agentmerge.errors import UserError
 from agentmerge.space.box import unit_box
@@ -132,9 +133,9 @@ def _history(study: Study, space: Distributions, transform: Any) -> tuple[Observ
     for trial in study.get_trials(deepcopy=False, states=told):
         if any(trial.distributions.get(name) != one for name, one in space.items()):
             continue
-        operator = trial.system_attrs.get(OPERATOR, "init")
+        operator = trial.system_attrs.get(OPERATOR, INIT)
         generation = found[-1].generation if found else 0
-        generation += operator != "init" or generation > 0
+        generation += operator != INIT or generation > 0
         value = trial.value if trial.state == TrialState.COMPLETE else None
         score = None if value is None or not np.isfinite(value) else sign * value
         point = _point(transform, trial.params)

@@ -180,7 +180,7 @@ class Book:
     def _take(self, found: Sequence[Candidate]) -> None:
         for candidate in found:
             place = (candidate.generation, candidate.slot)
-            observed = candidate.observation() if candidate.told else None
+            observed = candidate.observation() if candidate.observed else None
             used = evaluations([candidate])
             promised = candidate.cost if candidate.state == "open" and not candidate.prior else 0.0
             at = bisect_left(self._places, place)

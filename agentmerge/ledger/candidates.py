@@ -123,7 +123,7 @@ class Candidates(ItemResults, GradientRows):
     def history(self, run_id: str, up_to: int | None = None) -> list[Observation]:
         """Everything that was scored, stopped or failed, ordered by (generation, slot)."""
         found = self.candidates(run_id, up_to=up_to)
-        return [c.observation() for c in found if c.told]
+        return [c.observation() for c in found if c.observed]
 
     def recipe(self, recipe_hash: str, run_id: str = "") -> str:
         """As mergekit YAML, with a run's own names for its models where others differ."""

@@ -63,7 +63,7 @@ class Candidate:
         return (self.twin is None) * self.share + GRADIENT_COST * differentiated
 
     @property
-    def told(self) -> bool:
+    def observed(self) -> bool:
         """Whether strategies are told of it: it was scored, stopped or failed."""
         known = self.score is not None or self.estimate is not None or bool(self.failure)
         return known and self.state != "open"

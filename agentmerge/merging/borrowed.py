@@ -12,26 +12,22 @@ What mergekit cannot merge (multislerp of vectors that cancel) is a failed candi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from agentmerge.errors import CandidateFailed
-from agentmerge.merging.kernels import Kernel, Operand, copied
+from agentmerge.merging.kernels import Kernel, Operands, Shared, copied
 from agentmerge.methods import METHODS
 
 _SAMPLE_SEED = 0
+#: The parameter at whose zero nothing is added to the base.
+_SHARES = {"sce": "select_topk", "nearswap": "t"}
 
 
 def borrowed(
-    base: torch.Tensor | None,
-    operands: Sequence[Operand],
-    shared: Mapping[str, float],
-    out: torch.dtype,
-    *,
-    method: str,
+    base: torch.Tensor | None, operands: Operands, shared: Shared, out: torch.dtype, *, method: str
 ) -> torch.Tensor:
     """One tensor by mergekit's ``method``."""
     end = _end_point(method, base, operands, shared)
@@ -67,17 +63,12 @@ def _generator(device: torch.device) -> torch.Generator:
 
 
 def _end_point(
-    method: str,
-    base: torch.Tensor | None,
-    operands: Sequence[Operand],
-    shared: Mapping[str, float],
+    method: str, base: torch.Tensor | None, operands: Operands, shared: Shared
 ) -> torch.Tensor | None:
     """The parent that the merge is, if it is one."""
     if not operands or operands[0].tensor.numel() == 0:
         return base if base is not None else operands[0].tensor
-    if method == "sce" and shared["select_topk"] <= 0:
-        return base
-    if method == "nearswap" and shared["t"] <= 0:
+    if method in _SHARES and shared[_SHARES[method]] <= 0:
         return base
     if not METHODS[method].source:
         return None

@@ -6,17 +6,17 @@ machine's memory and of a kind that the fused loops know, those serve, with the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from agentmerge.merging import borrowed, kernels, sparse
-from agentmerge.merging.kernels import Kernel, Operand
+from agentmerge.merging.kernels import Kernel, Operands, Shared
 from agentmerge.merging.loops.remembered import Statistics
 
 try:
     from agentmerge.merging.loops import fused, machine
-    from agentmerge.merging.loops import gradient as slopes
+    from agentmerge.merging.loops import gradient as loops
 except ImportError:  # no llvmlite
     _FAST = False
 else:
@@ -30,8 +30,8 @@ _LOOP_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def merge_tensor(
     method: str,
     base: torch.Tensor | None,
-    operands: Sequence[Operand],
-    shared: Mapping[str, float],
+    operands: Operands,
+    shared: Shared,
     target: torch.Tensor,
     statistics: Statistics,
 ) -> bool:
@@ -50,11 +50,7 @@ def has_fused(method: str) -> bool:
 
 
 def fused_agreement(
-    method: str,
-    base: torch.Tensor,
-    operands: Sequence[Operand],
-    shared: Mapping[str, float],
-    statistics: Statistics,
+    method: str, base: torch.Tensor, operands: Operands, shared: Shared, statistics: Statistics
 ) -> tuple[list[torch.Tensor], list[float]] | None:
     """``loops.gradient.agreement``, where it serves."""
     tensors = [base, *(operand.tensor for operand in operands)]
@@ -62,24 +58,24 @@ def fused_agreement(
         return None
     if not all(map(_suits, tensors)):
         return None
-    return slopes.agreement(method, base, operands, shared, statistics)
+    return loops.agreement(method, base, operands, shared, statistics)
 
 
-def fused_pulls(
+def fused_slopes(
     ground: torch.Tensor | None,
-    operands: Sequence[Operand],
+    operands: Operands,
     kept: Sequence[torch.Tensor | None],
     scales: Sequence[float],
     gradient: torch.Tensor,
     *,
     normalize: bool,
 ) -> torch.Tensor | None:
-    """``loops.gradient.pulls``, where it serves."""
+    """``loops.gradient.slopes``, where it serves."""
     if not _FAST or ground is None or len(operands) > fused.MOST_EXPERTS:
         return None
     if not all(map(has_loops, (gradient, ground, *(operand.tensor for operand in operands)))):
         return None
-    return slopes.pulls(ground, operands, kept, scales, gradient, normalize=normalize)
+    return loops.slopes(ground, operands, kept, scales, gradient, normalize=normalize)
 
 
 def has_loops(tensor: torch.Tensor) -> bool:

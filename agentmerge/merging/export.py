@@ -19,10 +19,11 @@ import torch
 from agentmerge.errors import UserError
 from agentmerge.merging.digests import digest
 from agentmerge.merging.family import merged_tensor
-from agentmerge.merging.plan import MergePlan, TensorPlan, plan, read_layout
+from agentmerge.merging.plan import MergePlan, TensorPlan, plan
 from agentmerge.merging.weights import ParentFiles
 from agentmerge.parents.chat_templates import recipe_template
 from agentmerge.parents.headers import read_config, read_headers
+from agentmerge.parents.layout import read_layout
 from agentmerge.parents.writing import (
     SHARD_SIZE_BYTES,
     Entry,

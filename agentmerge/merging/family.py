@@ -13,17 +13,15 @@ from typing import Literal
 import torch
 
 from agentmerge.errors import CandidateFailed, ParentError
-from agentmerge.merging.digests import digest
 from agentmerge.merging.engines import is_finite, merge_tensor
 from agentmerge.merging.kernels import Operand
 from agentmerge.merging.loops.remembered import Statistics
 from agentmerge.merging.placement import Placement, plan_memory
-from agentmerge.merging.plan import Layout, MergePlan, TensorPlan, plan, read_layout
+from agentmerge.merging.plan import MergePlan, TensorPlan, plan
 from agentmerge.merging.weights import ParentFiles, ParentSource, Resident, TensorSource
 from agentmerge.methods import METHODS
+from agentmerge.parents.layout import Layout, read_layout
 from agentmerge.recipe import Recipe
-
-__all__ = ["Family", "digest", "mask_key", "merged_tensor"]
 
 
 class Family:

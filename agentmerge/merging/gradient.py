@@ -20,7 +20,7 @@ Merged weights that are rounded to a narrow dtype are taken as if they were not.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +29,11 @@ from agentmerge.contracts.worker import TensorSlope
 from agentmerge.errors import CandidateFailed
 from agentmerge.merging import sparse
 from agentmerge.merging.device import kept
-from agentmerge.merging.engines import fused_agreement, fused_pulls
+from agentmerge.merging.engines import fused_agreement, fused_slopes
 from agentmerge.merging.family import operands_of
 from agentmerge.merging.kernels import (
-    Operand,
+    Operands,
+    Shared,
     blocks,
     magnitude_mask,
     present,
@@ -43,13 +44,13 @@ from agentmerge.merging.kernels import (
 from agentmerge.merging.loops.remembered import Statistics
 from agentmerge.merging.plan import MergePlan, TensorPlan
 from agentmerge.merging.weights import TensorSource
-from agentmerge.methods import METHODS
+from agentmerge.methods import METHODS, divides_by_agreeing
 from agentmerge.recipe import CANCEL_SHARE
 
-#: How each method's masks are made, and whether signs must agree; others keep everything.
-_MASKS: dict[str, tuple[sparse.MaskOf, bool]] = {
-    "ties": (lambda base, operand: magnitude_mask(base, operand.tensor, operand.density), True),
-    "dare_ties": (sparse.dropped_mask, True),
+#: How each method's masks are made; others keep everything.
+_MASKS: dict[str, sparse.MaskOf] = {
+    "ties": lambda base, operand: magnitude_mask(base, operand.tensor, operand.density),
+    "dare_ties": sparse.dropped_mask,
     **sparse.MASKS,
 }
 
@@ -66,7 +67,7 @@ class Frozen:
     scales: tuple[float, ...]
 
 
-class Contraction:
+class MergeGradient:
     """The slopes of one merge; ``add`` takes each tensor's gradient, in any number of parts.
 
     Masks are made at a tensor's first part and kept, an eighth of a byte an element and model.
@@ -99,7 +100,7 @@ class Contraction:
             self._frozen[name] = frozen(
                 item.effective.method, base, operands, shared, self._statistics
             )
-        agreeing = _MASKS.get(item.effective.method, (None, False))[1]
+        agreeing = divides_by_agreeing(METHODS[item.effective.method])
         contract = contract_agreeing if agreeing else contract_sum
         found = contract(base, operands, self._frozen[name], shared, gradient)
         self._sums[name] = self._sums[name] + found if name in self._sums else found
@@ -133,15 +134,15 @@ class Contraction:
 def frozen(
     method: str,
     base: torch.Tensor | None,
-    operands: Sequence[Operand],
-    shared: Mapping[str, float],
+    operands: Operands,
+    shared: Shared,
     statistics: Statistics,
 ) -> Frozen:
     """Masks, rescaling and agreement of one tensor, as the merge at these weights has them."""
     if method not in _MASKS:
         return Frozen((None,) * len(operands), (1.0,) * len(operands))
     base = present(base)
-    mask_of, agreeing = _MASKS[method]
+    mask_of, agreeing = _MASKS[method], divides_by_agreeing(METHODS[method])
     if found := fused_agreement(method, base, operands, shared, statistics):
         return Frozen(tuple(found[0]), tuple(found[1]))
     ground, working = base.reshape(-1), working_dtype([base, *(o.tensor for o in operands)])
@@ -157,7 +158,7 @@ def frozen(
 
 def _agreement(
     ground: torch.Tensor,
-    operands: Sequence[Operand],
+    operands: Operands,
     masks: Sequence[torch.Tensor | None],
     scales: Sequence[float],
     working: torch.dtype,
@@ -184,9 +185,9 @@ def _agreement(
 
 def contract_sum(
     base: torch.Tensor | None,
-    operands: Sequence[Operand],
+    operands: Operands,
     held: Frozen,
-    shared: Mapping[str, float],
+    shared: Shared,
     gradient: torch.Tensor,
 ) -> torch.Tensor:
     """(operands + 1,) float64: d loss / d each weight, and last d loss / d lambda."""
@@ -194,7 +195,7 @@ def contract_sum(
     ratios = bool(shared["normalize"])
     # Ratios do not change with the origin, and near the models nothing cancels.
     ground = operands[0].tensor if base is None and ratios else base
-    by_loop = fused_pulls(ground, operands, held.kept, held.scales, gradient, normalize=False)
+    by_loop = fused_slopes(ground, operands, held.kept, held.scales, gradient, normalize=False)
     if by_loop is not None:
         pulls = by_loop[:-1]
     else:
@@ -213,14 +214,14 @@ def contract_sum(
 
 def contract_agreeing(
     base: torch.Tensor | None,
-    operands: Sequence[Operand],
+    operands: Operands,
     held: Frozen,
-    shared: Mapping[str, float],
+    shared: Shared,
     gradient: torch.Tensor,
 ) -> torch.Tensor:
     """As ``contract_sum``, where each element is normalized by the weights that agree in it."""
     ratios = bool(shared["normalize"])
-    found = fused_pulls(base, operands, held.kept, held.scales, gradient, normalize=ratios)
+    found = fused_slopes(base, operands, held.kept, held.scales, gradient, normalize=ratios)
     if found is None:
         found = _agreeing(base, operands, held, ratios, gradient)
     found[:-1] *= shared["lambda"]
@@ -229,7 +230,7 @@ def contract_agreeing(
 
 def _agreeing(
     base: torch.Tensor | None,
-    operands: Sequence[Operand],
+    operands: Operands,
     held: Frozen,
     normalize: bool,
     gradient: torch.Tensor,
@@ -258,7 +259,7 @@ def _agreeing(
 
 def _added(
     ground: torch.Tensor | None,
-    operands: Sequence[Operand],
+    operands: Operands,
     held: Frozen,
     block: slice,
     working: torch.dtype,

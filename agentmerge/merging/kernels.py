@@ -76,23 +76,21 @@ class Operand:
     pair: str = ""
 
 
+Operands = Sequence[Operand]
+#: The parameters of the whole merge, by name.
+Shared = Mapping[str, float]
+
+
 class Kernel(Protocol):
     """One merge method on one tensor; returns a fresh tensor of dtype ``out``."""
 
     def __call__(
-        self,
-        base: torch.Tensor | None,
-        operands: Sequence[Operand],
-        shared: Mapping[str, float],
-        out: torch.dtype,
+        self, base: torch.Tensor | None, operands: Operands, shared: Shared, out: torch.dtype
     ) -> torch.Tensor: ...
 
 
 def linear(
-    base: torch.Tensor | None,
-    operands: Sequence[Operand],
-    shared: Mapping[str, float],
-    out: torch.dtype,
+    base: torch.Tensor | None, operands: Operands, shared: Shared, out: torch.dtype
 ) -> torch.Tensor:
     """The weighted sum; with ``normalize``, the weighted mean."""
     live, factors = scaled(operands, shared)
@@ -112,10 +110,7 @@ def linear(
 
 
 def slerp(
-    base: torch.Tensor | None,
-    operands: Sequence[Operand],
-    shared: Mapping[str, float],
-    out: torch.dtype,
+    base: torch.Tensor | None, operands: Operands, shared: Shared, out: torch.dtype
 ) -> torch.Tensor:
     """From the base at t 0 to the one operand at t 1 along the arc between their directions."""
     start, end, t = present(base), operands[0].tensor, shared["t"]
@@ -131,10 +126,7 @@ def slerp(
 
 
 def task_arithmetic(
-    base: torch.Tensor | None,
-    operands: Sequence[Operand],
-    shared: Mapping[str, float],
-    out: torch.dtype,
+    base: torch.Tensor | None, operands: Operands, shared: Shared, out: torch.dtype
 ) -> torch.Tensor:
     """The base plus the weighted sum of the task vectors (operand minus base)."""
     base = present(base)
@@ -157,10 +149,7 @@ def task_arithmetic(
 
 
 def ties(
-    base: torch.Tensor | None,
-    operands: Sequence[Operand],
-    shared: Mapping[str, float],
-    out: torch.dtype,
+    base: torch.Tensor | None, operands: Operands, shared: Shared, out: torch.dtype
 ) -> torch.Tensor:
     """Task vectors trimmed to their largest elements, then summed where they agree in sign."""
     base = present(base)
@@ -169,10 +158,7 @@ def ties(
 
 
 def dare_ties(
-    base: torch.Tensor | None,
-    operands: Sequence[Operand],
-    shared: Mapping[str, float],
-    out: torch.dtype,
+    base: torch.Tensor | None, operands: Operands, shared: Shared, out: torch.dtype
 ) -> torch.Tensor:
     """Task vectors with elements dropped at random, then summed where they agree in sign."""
     base = present(base)
@@ -193,9 +179,9 @@ KERNELS: dict[str, Kernel] = {
 
 def sign_consensus(
     base: torch.Tensor,
-    operands: Sequence[Operand],
+    operands: Operands,
     masks: Sequence[torch.Tensor | None],
-    shared: Mapping[str, float],
+    shared: Shared,
     out: torch.dtype,
 ) -> torch.Tensor:
     """The base plus the masked, weighted task vectors, each element from those of its sign.
@@ -328,10 +314,7 @@ def _largest_on_device(ground: torch.Tensor, flat: torch.Tensor, keep: int) -> t
 
 
 def _kth_largest(
-    bits_of: Callable[[slice], torch.Tensor],
-    spans: Sequence[slice],
-    k: int,
-    device: torch.device,
+    bits_of: Callable[[slice], torch.Tensor], spans: Sequence[slice], k: int, device: torch.device
 ) -> tuple[int, int, int]:
     """The k-th largest of some integers, how many equal ones are among the k, and in all.
 
@@ -417,9 +400,7 @@ def hash_limit(density: float) -> int:
     return min(math.ceil(density * 2**32), 2**32) - 1
 
 
-def scaled(
-    operands: Sequence[Operand], shared: Mapping[str, float]
-) -> tuple[list[Operand], list[float]]:
+def scaled(operands: Operands, shared: Shared) -> tuple[list[Operand], list[float]]:
     """The operands whose weight is not zero, and their weights, brought to sum 1 if asked."""
     live = [operand for operand in operands if operand.weight]
     weights = [operand.weight for operand in live]

@@ -12,19 +12,10 @@ from functools import cached_property
 
 from agentmerge.errors import RecipeRejected
 from agentmerge.methods import METHODS
+from agentmerge.parents.checkpoint import at_layer
 from agentmerge.parents.headers import DTYPES
-from agentmerge.parents.layout import Layout, TensorSpec, at_layer, layout_faults, read_layout
+from agentmerge.parents.layout import Layout, TensorSpec
 from agentmerge.recipe import Effective, Recipe
-
-__all__ = [
-    "Layout",
-    "MergePlan",
-    "TensorPlan",
-    "TensorSpec",
-    "layout_faults",
-    "plan",
-    "read_layout",
-]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from heapq import nlargest
 
-from agentmerge.methods import METHODS
+from agentmerge.methods import METHODS, divides_by_agreeing
 from agentmerge.parents.layout import Layout, TensorSpec
 
 WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -34,7 +34,6 @@ _FUSED_MASKING = (0.0, 0.125)
 #: elected, and what finding the largest, or ranking rows, takes at least.
 _DEVICE_MASKING = (2.0, 1.0)
 _DEVICE_ARRAYS, _ELECTING_ARRAYS = 6, 3
-_ELECTING = ("ties", "dare_ties", "breadcrumbs_ties", "della")
 _DEVICE_RANKING, _DEVICE_SORTING = 48, 96
 
 #: Of page-locked memory; a power of two.
@@ -99,11 +98,11 @@ def _on_device(spec: TensorSpec, method: str | None, experts: int, fused: bool) 
         fixed, each = _STACKING if method in _STACKING_METHODS else _MERGEKIT
         return count * (fixed + each * experts)
     fixed, each = (0.0, 0.0) if method in _BLOCKWISE else _DEVICE_MASKING
-    arrays = _DEVICE_ARRAYS + _ELECTING_ARRAYS * experts * (method in _ELECTING)
+    arrays = _DEVICE_ARRAYS + _ELECTING_ARRAYS * experts * divides_by_agreeing(METHODS[method])
     block = arrays * (4 if WIDTHS[spec.dtype] == 2 else 8)
     if method in RANKING_METHODS:
         block = max(block, _DEVICE_RANKING)
-    elif method in ("della", "della_linear"):
+    elif "epsilon" in dict(METHODS[method].source_params):
         block = max(block, _DEVICE_SORTING)
     return count * (fixed + each * experts) + block * min(count, DEVICE_BLOCK)
 

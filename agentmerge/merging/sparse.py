@@ -12,7 +12,7 @@ Kernels as in ``kernels.py``, with its precision, its rules at the edges and its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,8 @@ import torch
 from agentmerge.merging.kernels import (
     Kernel,
     Operand,
+    Operands,
+    Shared,
     block_size,
     blocks,
     copied,
@@ -33,6 +35,7 @@ from agentmerge.merging.kernels import (
     sign_consensus,
     working_dtype,
 )
+from agentmerge.methods import METHODS, divides_by_agreeing
 
 #: Where an operand's task vector is kept: flat, None for all of it.
 MaskOf = Callable[[torch.Tensor, Operand], torch.Tensor | None]
@@ -95,9 +98,9 @@ def della_probabilities(base: torch.Tensor, operand: Operand) -> torch.Tensor:
 
 def masked_sum(
     base: torch.Tensor,
-    operands: Sequence[Operand],
+    operands: Operands,
     masks: Sequence[torch.Tensor | None],
-    shared: Mapping[str, float],
+    shared: Shared,
     out: torch.dtype,
 ) -> torch.Tensor:
     """The base plus the masked, weighted task vectors; masks as in ``sign_consensus``."""
@@ -128,27 +131,27 @@ def masked_sum(
     return result
 
 
-def _kernel(mask_of: MaskOf, consensus: bool) -> Kernel:
+def _kernel(mask_of: MaskOf, combine: Callable[..., torch.Tensor]) -> Kernel:
     def kernel(
-        base: torch.Tensor | None,
-        operands: Sequence[Operand],
-        shared: Mapping[str, float],
-        out: torch.dtype,
+        base: torch.Tensor | None, operands: Operands, shared: Shared, out: torch.dtype
     ) -> torch.Tensor:
         base = present(base)
         masks = [mask_of(base, operand) for operand in operands]
-        return (sign_consensus if consensus else masked_sum)(base, operands, masks, shared, out)
+        return combine(base, operands, masks, shared, out)
 
     return kernel
 
 
-#: How each method's masks are made, and whether signs must agree.
-MASKS: dict[str, tuple[MaskOf, bool]] = {
-    "dare_linear": (dropped_mask, False),
-    "breadcrumbs": (crumbs_mask, False),
-    "breadcrumbs_ties": (crumbs_mask, True),
-    "della": (della_mask, True),
-    "della_linear": (della_mask, False),
+#: How each method's masks are made.
+MASKS: dict[str, MaskOf] = {
+    "dare_linear": dropped_mask,
+    "breadcrumbs": crumbs_mask,
+    "breadcrumbs_ties": crumbs_mask,
+    "della": della_mask,
+    "della_linear": della_mask,
 }
 
-KERNELS: dict[str, Kernel] = {name: _kernel(*how) for name, how in MASKS.items()}
+KERNELS: dict[str, Kernel] = {
+    name: _kernel(mask_of, sign_consensus if divides_by_agreeing(METHODS[name]) else masked_sum)
+    for name, mask_of in MASKS.items()
+}

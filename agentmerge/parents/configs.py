@@ -25,7 +25,6 @@ class ClassConfig:
     wraps: the text model is one part of several. layer_counts: how many layers it has, by each of
     the config's words for it (a class may count two a block); empty where nothing says.
     tied: whether the head is the embedding, as loading takes it; None where nothing says.
-    by_class: transformers has the class, so what the file leaves out is known.
     """
 
     text: Mapping[str, Any]
@@ -33,7 +32,6 @@ class ClassConfig:
     layer_counts: tuple[int, ...]
     tied: bool | None
     encodes: bool
-    by_class: bool
 
 
 def class_config(config: Mapping[str, Any]) -> ClassConfig:
@@ -60,7 +58,6 @@ def _class_config(key: str) -> ClassConfig:
         ),
         tied=bool(getattr(made, "tie_word_embeddings", False)),
         encodes=bool(getattr(made, "is_encoder_decoder", False)),
-        by_class=True,
     )
 
 
@@ -74,7 +71,6 @@ def _as_written(config: Mapping[str, Any]) -> ClassConfig:
         layer_counts=_layer_counts(text),
         tied=None if says is None else bool(says),
         encodes=bool(config.get("is_encoder_decoder")),
-        by_class=False,
     )
 
 
@@ -95,7 +91,7 @@ def _made(config: Mapping[str, Any]) -> Any:
     if kind is None or (isinstance(config.get("text_config"), Mapping) and not kind.sub_configs):
         return None
     try:
-        with quiet_transformers():
+        with quiet_logs():
             return kind.from_dict(_in_todays_words(config))
     # A class may refuse a config in any way; transformers' own words come when it is loaded.
     except Exception:
@@ -192,11 +188,11 @@ def _rotations(key: str) -> tuple[Any, ...] | None:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without what transformers says in passing."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+def quiet_logs(level: int = logging.WARNING) -> Iterator[None]:
+    """Without what a library says in passing."""
+    before = logging.root.manager.disable
+    logging.disable(level)
     try:
         yield
     finally:
-        logging.disable(level)
+        logging.disable(before)

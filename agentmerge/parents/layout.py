@@ -16,10 +16,8 @@ from functools import cached_property
 from pathlib import Path
 
 from agentmerge.errors import ParentError
-from agentmerge.parents.checkpoint import HEADS, Checkpoint, at_layer, is_one_of, layer_of
+from agentmerge.parents.checkpoint import HEADS, Checkpoint, is_one_of
 from agentmerge.parents.differences import Member, differences, is_after, name_position
-
-__all__ = ["Layout", "TensorSpec", "at_layer", "layer_of", "layout_faults", "read_layout"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from agentmerge.errors import ParentError
-from agentmerge.parents.configs import quiet_transformers
+from agentmerge.parents.configs import quiet_logs
 
 
 def auto_class(config: Any) -> Any:
@@ -33,7 +33,7 @@ def skeleton(
         ParentError: transformers cannot build it.
     """
     try:
-        with quiet_transformers():
+        with quiet_logs():
             config = transformers.AutoConfig.from_pretrained(
                 str(directory), trust_remote_code=trust_remote_code
             )

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from agentmerge.errors import ParentError
+from agentmerge.parents.configs import quiet_logs
 from agentmerge.system.bounded import read_json
 
 #: Tokens that a sentence names.
@@ -190,7 +191,7 @@ def align(
     for name, path in directories.items():
         _refuse_without_tokenizer(name, path, trust_remote_code)
     try:
-        with _quiet(), _vocabularies_in_order():
+        with quiet_logs(logging.CRITICAL), redirect_stderr(io.StringIO()), _vocabularies_in_order():
             built = build_tokenizer(
                 base_model=references[first],
                 referenced_models=list(references.values()),
@@ -222,7 +223,7 @@ def _refuse_without_tokenizer(name: str, path: Path, trust_remote_code: bool) ->
     from transformers import AutoTokenizer
 
     try:
-        with _quiet():
+        with quiet_logs(logging.CRITICAL), redirect_stderr(io.StringIO()):
             AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises what its tokenizers raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -248,14 +249,3 @@ def _vocabularies_in_order() -> Iterator[None]:
         yield
     finally:
         PreTrainedTokenizerFast.get_vocab = as_it_comes
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(level)

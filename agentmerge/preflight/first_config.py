@@ -18,11 +18,12 @@ import yaml
 from agentmerge.config import SearchConfig
 from agentmerge.errors import UserError
 from agentmerge.evaluation.catalogue import TaskEntry, task_entries
+from agentmerge.methods import METHODS
 from agentmerge.preflight.anchoring import anchored
 from agentmerge.preflight.models import family_layout
 from agentmerge.preflight.plan import Prepared
 from agentmerge.preflight.prepare import prepare
-from agentmerge.space.grouped import short_name
+from agentmerge.recipe.names import short_name
 from agentmerge.system.temporary import write_at_once
 
 #: More axes than this need more evaluations than a first search should cost.
@@ -94,7 +95,8 @@ def config_text(
     """The config as YAML with a comment a choice."""
     method, why_method, merged = _method(models, base)
     draft: dict[str, Any] = {"models": list(merged), "merge_method": method}
-    if base is not None and method == "task_arithmetic":
+    needs_base = METHODS[method].needs_base
+    if needs_base:
         draft["base_model"] = base
     layout = family_layout(
         SearchConfig.from_text(yaml.safe_dump({"genome": draft, "tasks": ["none"]}))
@@ -126,7 +128,7 @@ def config_text(
         f"  # {why_step}",
         f"  layer_granularity: {step}",
     ]
-    if method == "task_arithmetic":
+    if needs_base:
         lines += [
             "  # not normalised: how much of the task vectors goes in is searched, too",
             "  normalize: false",

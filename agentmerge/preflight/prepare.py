@@ -32,13 +32,7 @@ from agentmerge.preflight.faults import (
 from agentmerge.preflight.graphs import is_own
 from agentmerge.preflight.models import Models, layout_of, located, surveyed
 from agentmerge.preflight.plan import Prepared
-from agentmerge.preflight.spec import (
-    base_among,
-    engine_of,
-    known_class,
-    memory_of,
-    spec_of,
-)
+from agentmerge.preflight.spec import base_among, engine_of, known_class, memory_of, spec_of
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.system.temporary import temporary_folder
 from agentmerge.system.waits import waiting_for

@@ -17,7 +17,7 @@ from agentmerge.contracts.operators import PARENT, RIVALS, STRUCTURE
 from agentmerge.ledger import Candidate, Ledger, RunRow, incumbent
 from agentmerge.ledger.rows import whole
 from agentmerge.ledger.words import spoken
-from agentmerge.space.grouped import short_name
+from agentmerge.recipe.names import short_name
 
 #: Which agent speaks after which, for the name of the phase.
 _FINISH = "choosing the answer, and asking it the sealed items"

@@ -13,10 +13,11 @@ from agentmerge.errors import AgentmergeError
 from agentmerge.evaluation.statistics import Interval
 from agentmerge.ledger import Candidate, Ledger, RunRow, counted
 from agentmerge.recipe import Recipe
+from agentmerge.recipe.names import short_name
 from agentmerge.report.grid import Grid, grid
 from agentmerge.report.items import ItemsAsked, Values, asked, candidate_name, gains, paired, scores
 from agentmerge.report.summary import answer_of, run_summary
-from agentmerge.space.grouped import SearchSpace, short_name
+from agentmerge.space.grouped import SearchSpace
 
 #: Candidates whose recipe the page carries; with more, the best and the seeds are kept.
 MAX_GRIDS = 400
@@ -160,7 +161,7 @@ def _contenders(
     rivals = sorted((c for c in scored if c.operator in RIVALS), key=lambda c: c.rank)
     uniform = [c for c in rivals if c.operator == UNIFORM]
     parents = [c for c in scored if c.operator == PARENT]
-    named = [("answer", answer), *(("parent", c) for c in parents)]
+    named = [("answer", answer), *((PARENT, c) for c in parents)]
     named += [("best cheap merge", c) for c in rivals[:1]]
     named += [("uniform", c) for c in uniform if c not in rivals[:1]]
     card = {tuple(told.candidate): told for told in row.card.rows}

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from agentmerge.errors import AgentmergeError
 from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
-from agentmerge.space.grouped import SearchSpace, short_name
+from agentmerge.recipe.names import short_name
+from agentmerge.space.grouped import SearchSpace
 
 OTHER = "other tensors"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.operators import PARENT
 from agentmerge.errors import UserError
 from agentmerge.evaluation.statistics import duration, figure
 from agentmerge.ledger import Ledger
@@ -138,7 +139,7 @@ def _section(found: Content, key: str) -> dict[str, Any]:
             score
             for c in found.contenders
             for score in [c.sealed if card.sealed else c.search]
-            if c.kind == "parent" and score is not None
+            if c.kind == PARENT and score is not None
         ),
         default=None,
     )

@@ -15,7 +15,7 @@ from agentmerge.contracts.worker import EngineInfo, ItemResult
 from agentmerge.evaluation.statistics import Interval, paired_score_difference
 from agentmerge.evaluation.tasks import leaf_shares
 from agentmerge.ledger import Candidate, Ledger, ResultKey, RunRow
-from agentmerge.space.grouped import short_name
+from agentmerge.recipe.names import short_name
 
 Part = Literal["search", "sealed"]
 

@@ -16,9 +16,9 @@ from agentmerge.config import SearchConfig
 from agentmerge.evaluation.statistics import figure
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.recipe import Recipe
+from agentmerge.recipe.names import short_name
 from agentmerge.report.content import shortened
 from agentmerge.report.items import asked
-from agentmerge.space.grouped import short_name
 
 TAGS = ("merge", "mergekit", "agentmerge")
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
 from agentmerge.agents import controller, critic, proposer
 from agentmerge.agents.forecasts import Forecast, forecasts, foretells, track
 from agentmerge.agents.prompts import Message, prompt_hash
+from agentmerge.agents.schemas import json_schema, parse_reply
 from agentmerge.agents.view import HistoryView, TaskView
 from agentmerge.config import Role, models_asked
 from agentmerge.contracts.advice import Guidance
@@ -81,9 +83,9 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
     What it tried itself in this generation is left out: where a node runs again, its question is
     the same, and the answer is found.
     """
-    now = search.standing(generation, decided=False)
+    now = search.trials(generation, decided=False)
     space = now.turn[0]
-    history = search.told(up_to=generation, space=space)
+    history = search.history(up_to=generation, space=space)
     latest = takewhile(lambda o: o.generation == generation, reversed(history))
     own = [o for o in latest if (o.operator, o.label) == (PROBE, role)]
     left = budget.left(search, generation) * (1 - search.config.search.shadow)
@@ -121,7 +123,7 @@ def _forecasts(search: Search, generation: int) -> list[Forecast]:
     words = [word for word in said if word["generation"] < generation and foretells(word)]
     if not words:
         return []
-    own = [o for o in search.told(generation) if not o.prior]  # others were of another scale
+    own = [o for o in search.history(generation) if not o.prior]  # others were of another scale
     return forecasts(words, own)
 
 
@@ -184,6 +186,8 @@ def _asked(search: Search, role: Role, view: HistoryView, guidance: Guidance) ->
     """
     agent = _AGENTS[role]
     messages = agent.messages(view, search.prompts, guidance)
+    parse = partial(parse_reply, reply=agent.REPLY, bounds=view.bounds)
+    move = "structural_move"
     probes = search.config.agents.probes if role in _PROBERS else 0
     tools: Sequence[Any] = ()
     if probes:
@@ -192,13 +196,14 @@ def _asked(search: Search, role: Role, view: HistoryView, guidance: Guidance) ->
         tools = tools_of(search, view.generation, role, view.noise)
     reply = search.models[role].ask(
         messages,
-        agent.schema(view),
-        lambda text: agent.parse(text, view),
+        json_schema(agent.REPLY, view.bounds),
+        parse,
         log=_Kept(search, role, view.generation, prompt_hash(messages)),
         tools=tools,
         probes=probes,
         limit_s=search.seconds_left(),
-        rescue=(lambda text: agent.rescue(text, view)) if role == "proposer" else None,
+        # Of a reply whose structural move cannot be made, what else it says.
+        rescue=partial(parse, without=(move,)) if move in agent.REPLY.model_fields else None,
     )
     advised: Guidance = agent.by_model(reply.parsed, guidance)
     return advised

@@ -95,9 +95,7 @@ def penalised(history: Sequence[Observation], objectives: Sequence[Objective]) -
 
 
 def kept(
-    found: Sequence[Floor],
-    answer: Compared,
-    parents: Sequence[Compared],
+    found: Sequence[Floor], answer: Compared, parents: Sequence[Compared]
 ) -> list[dict[str, Any]]:
     """The closing card's rows: each floor, what the answer has there, on search and sealed items.
 

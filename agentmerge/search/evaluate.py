@@ -27,12 +27,12 @@ from agentmerge.errors import (
 )
 from agentmerge.ledger import Candidate, GradientKey, incumbent
 from agentmerge.recipe import Recipe
+from agentmerge.recipe.names import short_name
 from agentmerge.search import budget
 from agentmerge.search.past import arm_of
 from agentmerge.search.scoring import Answers
 from agentmerge.search.search import Search
 from agentmerge.space.chain_rule import unit_gradient
-from agentmerge.space.grouped import short_name
 
 
 def dispatch(search: Search, generation: int) -> None:
@@ -83,7 +83,8 @@ def evaluate(search: Search, generation: int, slot: int) -> None:
         if candidate.want == "gradient":  # whatever becomes of it, these are paid for
             search.scoring.save(answers)
         score = search.taskset.score(answers.results)
-        search.seconds += [answers.seconds] if answers.paid else []
+        if answers.paid:
+            search.seconds.append(answers.seconds)
         slope, more_seconds = _slope(search, candidate, recipe)
     except NotBegun:
         return  # left open: whoever goes on with this search scores it
@@ -157,7 +158,7 @@ def _race(search: Search, candidate: Candidate, recipe: Recipe) -> tuple[Lost | 
         )
         seconds += answers.seconds
         mine = {ref: answers.results[ref] for ref in refs}
-        evidence, ahead = course.standing(rung, mine, theirs)
+        evidence, ahead = course.evidence(rung, mine, theirs)
         if ahead < 0 and evidence * racing.alpha >= 1.0:
             return Lost(best.score + ahead, rung, len(refs) / whole, answers), seconds
         search.scoring.save(answers)
@@ -193,12 +194,12 @@ def _slope(
     """
     if candidate.want != "gradient" or candidate.loss_kind is None:
         return None, 0.0
-    slopes = search.slopes
+    slopes = search.gradients
     try:
         key, kept, seconds = slopes.ask(
             recipe, candidate.recipe_hash, candidate.loss_kind, partial(budget.wanted, search)
         )
-        space = search.standing(candidate.generation).of(candidate.space)
+        space = search.trials(candidate.generation).of(candidate.space)
         unit = unit_gradient(space, candidate.vector or (), slopes.named(kept))
     except (CandidateFailed, TaskError, WorkerLost) as error:
         place = {"generation": candidate.generation, "slot": candidate.slot}

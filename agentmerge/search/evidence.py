@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from agentmerge.contracts.strategy import Bound, Evidence, Items, Observation
+from agentmerge.contracts.strategy import Bound, Evidence, History, Items, Observation
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.evaluation.racing import Course
 from agentmerge.evaluation.tasks import Score, TaskSet, leaf_shares
@@ -36,7 +36,7 @@ class ItemTable:
     known: Callable[[str], Results]
     _read: dict[Any, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
-    def of(self, history: Sequence[Observation], floors: Sequence[Floor] = ()) -> list[Observation]:
+    def of(self, history: History, floors: Sequence[Floor] = ()) -> list[Observation]:
         """The same history; what was scored has its evidence, all with the same items.
 
         floors: what candidates must keep; the items say what it is made of.
@@ -98,7 +98,7 @@ def _key(observation: Observation) -> tuple[str, float, bool]:
 
 
 def comparable(
-    history: Sequence[Observation], now: Callable[[str], Score | None], bounds: Sequence[Floor] = ()
+    history: History, now: Callable[[str], Score | None], bounds: Sequence[Floor] = ()
 ) -> list[Observation]:
     """The same history; what other settings asked for has its score under the present ones, or
     none, and no gradient.

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from agentmerge.contracts.operators import SHADOW
-from agentmerge.contracts.strategy import Observation
+from agentmerge.contracts.strategy import History, Observation
 from agentmerge.ledger import Candidate
 
 
@@ -33,7 +33,7 @@ def arm_of(
     ]
 
 
-def heard(history: Sequence[Observation], first: int, *, shadow: bool) -> list[Observation]:
+def arm_history(history: History, first: int, *, shadow: bool) -> list[Observation]:
     """What an arm knows of a history."""
     if not shadow:
         return [o for o in history if o.operator != SHADOW]

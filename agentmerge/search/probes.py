@@ -1,4 +1,4 @@
-"""What can be asked of a search besides its nodes: try a recipe, list, compare, look at parents.
+"""What can be asked of a search besides its nodes: try a recipe, list what was scored.
 
 The agents' tools and ``MergeToolkit`` are these functions under other names. They go through the
 same ledger, budget and scoring as the nodes, and answer in JSON-plain values. What a caller sends
@@ -7,47 +7,29 @@ is data: a recipe may use the search's own parents and nothing else, and no text
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import yaml
-
 from agentmerge.agents.ladder import Noise, release
-from agentmerge.agents.schemas import SCALE, unit
-from agentmerge.contracts.operators import PARENT, PROBE, SHADOW
+from agentmerge.agents.schemas import SCALE
+from agentmerge.contracts.operators import PROBE, SHADOW
 from agentmerge.contracts.strategy import Proposal
-from agentmerge.contracts.worker import ItemRef, ItemResult
-from agentmerge.errors import (
-    CandidateFailed,
-    NotBegun,
-    NotFound,
-    RecipeError,
-    RecipeRejected,
-    UserError,
-)
-from agentmerge.evaluation.leads import lead
-from agentmerge.evaluation.tasks import ScoredTask
+from agentmerge.contracts.worker import ItemRef
+from agentmerge.errors import CandidateFailed, NotBegun, UserError
 from agentmerge.ledger import Candidate
-from agentmerge.methods import METHODS
-from agentmerge.recipe import Recipe, renamed
+from agentmerge.recipe import Recipe
+from agentmerge.recipe.names import short_name
 from agentmerge.search import budget
 from agentmerge.search.evaluate import evaluate
 from agentmerge.search.search import Search
-from agentmerge.space.grouped import short_name
-from agentmerge.system.yaml_text import read_yaml
+from agentmerge.search.untrusted import read_recipe
 
-MAX_RECIPE_CHARS = 20_000
 MAX_LISTED = 50
-ITEMS_SHOWN = 8
-_RECIPE_KEYS = {"merge_method", "base_model", "models", "slices", "parameters"}
-#: Written by exports and harmless: the search sets them itself.
-_IGNORED_KEYS = {"dtype", "out_dtype", "merge_seed"}
 
 _adding = threading.Lock()
 #: The same call from many threads at once is paid for once: each recipe has one of these.
@@ -66,7 +48,7 @@ class Release:
 
     def of(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The same, one that is better only within the noise with the score of the best before."""
-        released = release(self.search.told(space=self.search.present), self.noise)
+        released = release(self.search.history(space=self.search.present), self.noise)
         shown = {(o.generation, o.slot): o for o in released.entries}
         found = []
         for candidate in candidates:
@@ -82,7 +64,7 @@ class Release:
         return gap > self.noise(one.observation(), other.observation())
 
 
-def _shown(release: Release | None, candidate: Candidate) -> Candidate:
+def shown_to(release: Release | None, candidate: Candidate) -> Candidate:
     return candidate if release is None else release.of([candidate])[0]
 
 
@@ -112,7 +94,7 @@ def merge_and_evaluate(
     if tasks is None and limit is None:
         text = None if point else parsed.to_yaml()
         proposal = Proposal(point, PROBE, text, who, space=search.present.key)
-        return _as_candidate(search, proposal, parsed, generation, release)
+        return as_candidate(search, proposal, parsed, generation, release)
     names = [o.name for o in search.taskset.objectives]
     wrong = [name for name in tasks or () if name not in names]
     if wrong:
@@ -156,103 +138,12 @@ def list_candidates(
     scored = [c for c in heard if c.score is not None and c.twin is None and not c.prior]
     ranked = sorted(scored if release is None else release.of(scored), key=lambda c: c.rank)
     return {
-        "candidates": [_row(candidate) for candidate in ranked[:count]],
+        "candidates": [row_of(candidate) for candidate in ranked[:count]],
         "scored": len(ranked),
         "failed": sum(c.state == "failed" for c in found),
         "evaluations_left": budget.evaluations_left(search),
         "axes": [axis.name for axis in search.present.axes],
     }
-
-
-def compare(search: Search, a: str, b: str, release: Release | None = None) -> dict[str, Any]:
-    """Two candidates, task by task and item by item: what b lost that a had, and what it gained.
-
-    a, b: "generation.slot", a parent's name, or the start of a recipe's hash.
-
-    Raises:
-        NotFound: no such candidate, or it was not scored.
-    """
-    one, other = _named(search, a), _named(search, b)
-    if release is not None and not release.apart(one, other):
-        shown = (_shown(release, candidate) for candidate in (one, other))
-        both = {name: _row(candidate) for name, candidate in zip("ab", shown, strict=True)}
-        return both | {"note": "these two cannot be told apart on the search's items"}
-    mine, theirs = (search.item_results(c.recipe_hash) for c in (one, other))
-    rows = []
-    for objective in search.taskset.objectives:
-        for name in objective.leaves:
-            task = search.taskset.task(name)
-            refs = [ref for ref in task.part("search") if ref in mine and ref in theirs]
-            if not refs:
-                continue
-            rows.append(_task_row(task, search.taskset.item_sign(task), refs, mine, theirs))
-    shown_one, shown_other = _shown(release, one), _shown(release, other)
-    found: dict[str, Any] = {"a": _row(shown_one), "b": _row(shown_other), "tasks": rows}
-    gap = lead(search.taskset, theirs, mine, search.config.search.seed)
-    if gap is not None:
-        found["b_minus_a"] = {
-            "score": _short(gap.mean),
-            "interval_95": [_short(gap.low), _short(gap.high)],
-            "beyond_noise": gap.excludes_zero,
-        }
-    return found
-
-
-def inspect_parents(search: Search) -> dict[str, Any]:
-    """How the parents differ: in weights, part by part, and in the items that only one of them
-    solves. The weights need no evaluation; parents not scored yet are, and count."""
-    genome = search.space.genome
-    return {
-        "origin": short_name(genome.base_model) if genome.base_model else "the parents' mean",
-        "parts": _geometry(search),
-        "items": _solved(search),
-    }
-
-
-def read_recipe(search: Search, text: str) -> tuple[Recipe, tuple[float, ...] | None]:
-    """A recipe from untrusted text, in canonical form, and its point if the space holds it.
-
-    Raises:
-        UserError: not a recipe, or it names anything but this search's parents.
-        RecipeRejected: a recipe that cannot be merged.
-    """
-    if len(text) > MAX_RECIPE_CHARS:
-        raise RecipeError(f"the recipe has {len(text)} characters; {MAX_RECIPE_CHARS} are the most")
-    space = search.present
-    if text.lstrip().startswith("["):
-        point = _point(text, space.dimensions)
-        return space.recipe(point), point
-    body = _plain_yaml(text)
-    unknown = sorted(set(body) - _RECIPE_KEYS - _IGNORED_KEYS)
-    if unknown:
-        raise RecipeError(
-            f"{unknown[0]!r} cannot be set here; use {', '.join(sorted(_RECIPE_KEYS))}"
-        )
-    body = {key: value for key, value in body.items() if key in _RECIPE_KEYS}
-    body["dtype"] = space.dtype
-    try:
-        recipe = Recipe.parse(renamed(body, _full_names(search.identities)))
-        strangers = sorted(set(recipe.models) - set(search.identities))
-        if strangers:
-            known = ", ".join(short_name(name) for name in search.identities)
-            raise RecipeError(f"{strangers[0][:80]!r} is no model of this search; it has {known}")
-        if METHODS[recipe.merge_method].random:
-            recipe = replace(recipe, merge_seed=space.merge_seed)
-        canonical = recipe.canonical(space.num_layers)
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise RecipeError(f"the recipe cannot be read: {error}") from None
-    try:
-        point_or_none = space.vector(canonical)
-    except RecipeRejected:
-        point_or_none = None  # outside this space: legal, and scored as it stands
-    return canonical, point_or_none
 
 
 def _alone(search: Search, recipe_hash: str) -> threading.Lock:
@@ -297,7 +188,7 @@ def _reserve(
         search.book.save_probe(tool, given, "", items, at)
 
 
-def _as_candidate(
+def as_candidate(
     search: Search,
     proposal: Proposal,
     recipe: Recipe,
@@ -314,7 +205,7 @@ def _as_candidate(
         raise NotBegun("the search was told to stop before this candidate's turn")
     if candidate.failure:
         raise CandidateFailed(candidate.failure)
-    return _row(_shown(release, candidate)) | {
+    return row_of(shown_to(release, candidate)) | {
         "known": known,
         "evaluations_left": budget.evaluations_left(search),
     }
@@ -344,128 +235,26 @@ def _place(
         return (place, slot), False
 
 
-def _row(candidate: Candidate) -> dict[str, Any]:
+def row_of(candidate: Candidate) -> dict[str, Any]:
     row: dict[str, Any] = {
         "id": f"{candidate.generation}.{candidate.slot}",
-        "score": None if candidate.score is None else _short(candidate.score),
-        "tasks": {name: _short(value) for name, value in candidate.tasks},
+        "score": None if candidate.score is None else short(candidate.score),
+        "tasks": {name: short(value) for name, value in candidate.tasks},
         "operator": candidate.operator,
         "recipe_hash": candidate.recipe_hash,
     }
     if candidate.violation:
-        row["breaks_constraints_by"] = _short(candidate.violation)
+        row["breaks_constraints_by"] = short(candidate.violation)
     if candidate.estimate is not None:
         row["stopped_early"] = {
-            "estimate": _short(candidate.estimate),
-            "items_share": _short(candidate.share),
+            "estimate": short(candidate.estimate),
+            "items_share": short(candidate.share),
         }
     if candidate.label:
         row["label"] = short_name(candidate.label)
     if candidate.vector is not None:
         row["genome"] = [round(value * SCALE) for value in candidate.vector]
     return row
-
-
-def _named(search: Search, name: str) -> Candidate:
-    found = [
-        c
-        for c in search.book.candidates()
-        if c.score is not None and not c.prior and c.twin is None and c.operator != SHADOW
-    ]
-    for candidate in found:
-        names = {f"{candidate.generation}.{candidate.slot}", candidate.label}
-        if candidate.operator == PARENT:
-            names.add(short_name(candidate.label))
-        if name in names or (len(name) >= 6 and candidate.recipe_hash.startswith(name)):
-            return candidate
-    known = ", ".join(f"{c.generation}.{c.slot}" for c in found[-8:]) or "none yet"
-    raise NotFound(f"no scored candidate {name[:80]!r}; the latest are {known}")
-
-
-def _task_row(
-    task: ScoredTask,
-    sign: float | None,
-    refs: Sequence[ItemRef],
-    mine: Mapping[ItemRef, ItemResult],
-    theirs: Mapping[ItemRef, ItemResult],
-) -> dict[str, Any]:
-    gap = {ref: (sign or 0.0) * (theirs[ref].value - mine[ref].value) for ref in refs}
-
-    def shown(chosen: list[ItemRef]) -> dict[str, Any]:
-        # The widest margin first: what one of the two knows best, and the other not at all.
-        chosen = sorted(chosen, key=lambda ref: (-_swing(mine[ref], theirs[ref]), ref.index))
-        return {"count": len(chosen), "items": [ref.index for ref in chosen[:ITEMS_SHOWN]]}
-
-    return {
-        "task": task.name,
-        "items": len(refs),
-        "a": _short(sum(mine[ref].value for ref in refs) / len(refs)),
-        "b": _short(sum(theirs[ref].value for ref in refs) / len(refs)),
-        "lost_by_b": shown([ref for ref in refs if gap[ref] < 0]),
-        "gained_by_b": shown([ref for ref in refs if gap[ref] > 0]),
-    }
-
-
-def _swing(a: ItemResult, b: ItemResult) -> float:
-    if a.margin is None or b.margin is None:
-        return abs(a.value - b.value)
-    return abs(a.margin - b.margin)
-
-
-def _geometry(search: Search) -> list[dict[str, Any]] | None:
-    """None where there are no weights to look at (the fake worker's parents)."""
-    if not all(path.is_dir() for path in search.paths.values()):
-        return None
-    from agentmerge.merging.geometry import task_vectors
-
-    space = search.space
-    base = space.genome.base_model if space.genome.base_model in search.paths else None
-    found = task_vectors(search.paths, search.identities, base, space.groups, space.genome.filters)
-    rows = []
-    for part in found:
-        where = "outside the layers" if part.group is None else space.layers_text(part.group)
-        rows.append(
-            {
-                "part": " ".join(word for word in (where, part.filter) if word),
-                "length": {short_name(name): _short(value) for name, value in part.length},
-                "cosine": {
-                    f"{short_name(one)}, {short_name(other)}": _short(value)
-                    for one, other, value in part.cosine
-                },
-            }
-        )
-    return rows
-
-
-def _solved(search: Search) -> list[dict[str, Any]]:
-    """Task by task: how many items each parent alone solves, all of them, and none."""
-    results = {}
-    for label, recipe, point in search.space.parents():
-        if not search.item_results(recipe.hash(search.identities)):
-            parent = Proposal(point, PARENT, None if point else recipe.to_yaml(), label)
-            _as_candidate(search, parent, recipe, None)
-        results[short_name(label)] = search.item_results(recipe.hash(search.identities))
-    rows = []
-    for task in search.taskset.tasks:
-        refs = task.part("search")
-        binary = {results[name][ref].value for name in results for ref in refs} <= {0.0, 1.0}
-        if not binary or search.taskset.item_sign(task) is None:
-            continue  # no item is solved or not: a perplexity, a class
-        solvers = {ref: [name for name in results if results[name][ref].value] for ref in refs}
-        alone = {name: [ref.index for ref in refs if solvers[ref] == [name]] for name in results}
-        rows.append(
-            {
-                "task": task.name,
-                "items": len(refs),
-                "only": {
-                    name: {"count": len(items), "items": items[:ITEMS_SHOWN]}
-                    for name, items in alone.items()
-                },
-                "all": sum(len(solvers[ref]) == len(results) for ref in refs),
-                "none": sum(not solvers[ref] for ref in refs),
-            }
-        )
-    return rows
 
 
 def _coarse(score: float, values: Sequence[float]) -> float:
@@ -485,45 +274,10 @@ def _by_objective(
         if objective.name in chosen:
             share = {n: len(items[n]) if objective.by_size else 1 for n in objective.leaves}
             total = sum(scores[n] * share[n] for n in objective.leaves)
-            found[objective.name] = _short(total / sum(share.values()))
+            found[objective.name] = short(total / sum(share.values()))
     return found
 
 
-def _point(text: str, dimensions: int) -> tuple[float, ...]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        raise RecipeError("the genome is not a JSON list of numbers") from None
-    if len(values) != dimensions:
-        raise RecipeError(f"the genome has {len(values)} numbers; give {dimensions}, one an axis")
-    for value in values:
-        fine = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not fine or not 0 <= value <= SCALE:  # NaN is in no range
-            shown = "a list or mapping" if isinstance(value, (list, dict)) else repr(value)[:40]
-            raise RecipeError(f"{shown} in the genome is not a number from 0 to {SCALE}")
-    return tuple(unit(value) for value in values)
-
-
-def _plain_yaml(text: str) -> dict[str, Any]:
-    try:
-        # An alias can make a short text a huge value; a recipe needs none.
-        if any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise RecipeError("a recipe may not have YAML aliases (*name)")
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"the recipe is not YAML: {' '.join(str(error).split())[:200]}") from None
-    body = read_yaml(text, "the recipe", RecipeError).value
-    if not isinstance(body, dict) or not all(isinstance(key, str) for key in body):
-        raise RecipeError("a recipe is a mapping with 'merge_method', or a JSON list of integers")
-    return body
-
-
-def _full_names(known: Iterable[str]) -> dict[str, str]:
-    """Short name -> the config's, where only one model has it."""
-    names = [*known]
-    short = [short_name(name) for name in names]
-    return {s: name for s, name in zip(short, names, strict=True) if short.count(s) == 1}
-
-
-def _short(value: float) -> float:
+def short(value: float) -> float:
     """Four digits: what a model needs, and what noise allows."""
     return round(value, 4)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from agentmerge.contracts.operators import ADVICE, SHADOW
+from agentmerge.contracts.space import Space
 from agentmerge.contracts.strategy import GRADIENT_COST, Proposal, RngFor, rng_factory
 from agentmerge.errors import RecipeRejected
 from agentmerge.ledger.words import guidance_of
@@ -30,18 +31,18 @@ def propose(search: Search, generation: int) -> int:
     left = budget.evaluations_left(search)
     own_share = max(1, round(left * (1 - search.config.search.shadow))) if left else 0
     mine: list[Proposal] = []
-    for space in search.standing(generation).turn:
+    for space in search.trials(generation).turn:
         mine = mine or asked(search, space, generation, own_share)
     shadow = _shadow(search, mine, left - sum(p.cost for p in mine))
     add(search, generation + 1, [*mine, *shadow])
     if not mine and not shadow:
-        search.had_no_proposal = generation + 1
+        search.exhausted.add(generation + 1)
     return generation + 1
 
 
 def asked(search: Search, space: SearchSpace, generation: int, left: int) -> list[Proposal]:
     """What the next generation asks in a space."""
-    history = search.told(generation, space=space)
+    history = search.history(generation, space=space)
     own = any(o.space == space.key for o in history)
     found: list[Proposal] = [] if own else first_points(space, history, search.recipe_of)
     if not found:
@@ -50,14 +51,14 @@ def asked(search: Search, space: SearchSpace, generation: int, left: int) -> lis
             known = search.book.candidates(up_to=generation) if bound else []
             history = search.item_table.of(history, search.floors(known))
         guidance = guidance_of(search.book.advice(generation))
-        if space.key != search.standing(generation, decided=False).turn[0].key:
+        if space.key != search.trials(generation, decided=False).turn[0].key:
             guidance = replace(guidance, mean=None, candidates=(), forecasts=())
         count = min(population(search, space), left)
         found = search.strategy.propose(space, history, guidance, count, rng_of(search))
     return affordable(possible(search, space, found), left)
 
 
-def population(search: Search, space: SearchSpace) -> int:
+def population(search: Search, space: Space) -> int:
     own = search.strategy.population(space.dimensions)
     return search.config.generation_size(own)
 
@@ -71,7 +72,7 @@ def possible(search: Search, space: SearchSpace, proposals: Sequence[Proposal]) 
 
     What an agent asked for is asked as it is, so that it hears why it is no merge.
     """
-    gradients = space.method.differentiable and search.slopes.possible and not _fruitless(search)
+    gradients = space.method.differentiable and search.gradients.possible and not _fruitless(search)
     return [
         replace(
             p,
@@ -95,7 +96,7 @@ def add(
     search: Search, generation: int, proposals: Sequence[Proposal], first_slot: int = 0
 ) -> None:
     rows: list[tuple[Proposal, str, str, str]] = []
-    spaces = search.standing(generation)
+    spaces = search.trials(generation)
     for proposal in proposals:
         failure = ""
         proposal = replace(proposal, space=proposal.space or search.space.key)
@@ -139,6 +140,6 @@ def _shadow(search: Search, asked: Sequence[Proposal], left: int) -> list[Propos
     mine, theirs = (sum(charges(candidates, shadow=shadow).values()) for shadow in (True, False))
     ahead = theirs + sum(proposal.cost for proposal in asked)
     due = int(share / (1 - share) * ahead - mine + 1e-9)
-    history = search.told(shadow=True, space=search.space)
+    history = search.history(shadow=True, space=search.space)
     found = NULL_LLM.propose(search.space, history, None, max(0, min(due, left)), rng_of(search))
     return [replace(proposal, operator=SHADOW) for proposal in found]

@@ -37,9 +37,9 @@ from agentmerge.recipe import Recipe
 from agentmerge.search.constraints import Floor, floors, penalised
 from agentmerge.search.evidence import ItemTable, comparable
 from agentmerge.search.gradients import Gradients
-from agentmerge.search.past import first_generation, heard
+from agentmerge.search.past import arm_history, first_generation
 from agentmerge.search.scoring import Evaluator, Scoring
-from agentmerge.search.trials import Standing, carried, standing
+from agentmerge.search.trials import Trials, seen_from, trials_of
 from agentmerge.space.grouped import SearchSpace
 
 #: A method of a search in version 0.1 -> the module beside this one where it is a function now.
@@ -51,23 +51,24 @@ _METHODS_OF_0_1 = {"first_state": "seed", "open_slots": "select"} | {
 KEPT_RESULTS = 16
 
 
-@dataclass
+@dataclass(frozen=True)
 class Search:
     """A search with its doors open; see the module's head.
 
+    configured: the config as of now; a replay's has the limits that held at its place in time.
     identities: model name -> content fingerprint; paths: -> its directory.
     check: raises RecipeRejected for a recipe that cannot be merged, from headers alone.
     seconds_left: of its time.
     replies_of: the run whose stored replies answer for the models; by default its own.
     stopping: set by the first Ctrl-C; candidates that have not begun are left open.
     entering: called where a node begins; raises LeaseHeld where another process took it over.
-    had_no_proposal: the generation for which the strategy had none. written: best.yml's recipe.
+    exhausted: generations for which the strategy had no proposal.
     dispatched: (generation, slot) -> what the pool will have done. seconds: what candidates took
         that were scored just now. views: what an agent was shown last, by the state of the
         candidates, the generation, what is left and who asks.
     """
 
-    config: SearchConfig
+    configured: Callable[[], SearchConfig]
     run_id: str
     run_dir: Path
     settings_hash: str
@@ -86,15 +87,14 @@ class Search:
     seconds_left: Callable[[], float] = lambda: math.inf
     stopping: Callable[[], bool] = lambda: False
     entering: Callable[[], None] = lambda: None
-    had_no_proposal: int = -1
-    written: str = ""
+    exhausted: set[int] = field(default_factory=set)
     dispatched: dict[tuple[int, int], Future[None]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     views: dict[Any, HistoryView] = field(default_factory=dict)
     _items: OrderedDict[tuple[str, Part], dict[ItemRef, ItemResult]] = field(
         default_factory=OrderedDict
     )
-    _told: tuple[int, dict[Any, list[Observation]]] = field(default_factory=lambda: (-1, {}))
+    _histories: dict[Any, list[Observation]] = field(default_factory=dict)
     _points: dict[tuple[str, str], tuple[float, ...] | None] = field(default_factory=dict)
 
     if not TYPE_CHECKING:  # or any name would pass for an attribute
@@ -109,12 +109,16 @@ class Search:
                 "...)` in its place (see CHANGELOG.md)"
             )
 
+    @property
+    def config(self) -> SearchConfig:
+        return self.configured()
+
     @cached_property
     def book(self) -> Book:
         """This run in memory, read when it is first asked."""
         return Book(self.ledger, self.run_id)
 
-    def standing(self, generation: int, *, decided: bool = True) -> Standing:
+    def trials(self, generation: int, *, decided: bool = True) -> Trials:
         """The search spaces after a generation; decided: with what was decided after it."""
         moves = [
             opening
@@ -122,14 +126,14 @@ class Search:
             if opening.generation < generation + decided
         ]
         if not moves:
-            return standing(self.space, (), ())
-        return standing(self.space, moves, self.book.candidates(up_to=generation))
+            return trials_of(self.space, (), ())
+        return trials_of(self.space, moves, self.book.candidates(up_to=generation))
 
     @property
     def present(self) -> SearchSpace:
         """The space that the next generation's first turn is in."""
         candidates = self.book.candidates()
-        return self.standing(candidates[-1].generation if candidates else 0).turn[0]
+        return self.trials(candidates[-1].generation if candidates else 0).turn[0]
 
     def recipe_of(self, observation: Observation) -> Recipe:
         return Recipe.parse(self.ledger.recipe(observation.recipe_hash, self.run_id))
@@ -161,15 +165,11 @@ class Search:
         return PairedNoise(self.taskset, self.item_results)
 
     @property
-    def slopes(self) -> Gradients:
+    def gradients(self) -> Gradients:
         return Gradients(self.ledger, self.taskset, self.pool, self.identities)
 
-    def told(
-        self,
-        up_to: int | None = None,
-        *,
-        shadow: bool = False,
-        space: SearchSpace | None = None,
+    def history(
+        self, up_to: int | None = None, *, shadow: bool = False, space: SearchSpace | None = None
     ) -> list[Observation]:
         """The history as strategies and agents are told it. shadow: as the arm without them is.
 
@@ -178,15 +178,14 @@ class Search:
         space: the one to look from; by default every vector is in the space that it was made in.
         Not to be changed: whoever asks again before a candidate changes is told the same.
         """
-        asked = (up_to, shadow, space and space.key)
-        changes, told = self._told
-        if changes != self.book.changes:
-            self._told = changes, told = self.book.changes, {}
-        if asked not in told:
-            told[asked] = self._history(up_to, shadow, space)
-        return told[asked]
+        asked = (self.book.changes, up_to, shadow, space and space.key)
+        if asked not in self._histories:
+            if any(changes != self.book.changes for changes, *_ in self._histories):
+                self._histories.clear()
+            self._histories[asked] = self._history_of(up_to, shadow, space)
+        return self._histories[asked]
 
-    def _history(
+    def _history_of(
         self, up_to: int | None, shadow: bool, space: SearchSpace | None
     ) -> list[Observation]:
         history = self.book.history(up_to)
@@ -198,11 +197,11 @@ class Search:
         history = [o if o.space else replace(o, space=self.space.key) for o in history]
         if self.config.search.shadow:
             first = first_generation(self.book.candidates(up_to=up_to))
-            history = heard(history, first, shadow=shadow)
+            history = arm_history(history, first, shadow=shadow)
         if space is None:
             return history
         # After the arms are told apart: seen from another space, a candidate has no operator.
-        history = carried(history, space, partial(self.point_of, space))
+        history = seen_from(history, space, partial(self.point_of, space))
         dimensions = space.dimensions
         for o in history:
             if o.vector is not None and len(o.vector) != dimensions:

@@ -16,6 +16,7 @@ from agentmerge.search.past import first_generation
 from agentmerge.search.propose import add, affordable, population, possible, rng_of
 from agentmerge.search.search import Search
 from agentmerge.search.state import GRAPH_VERSION, SearchState
+from agentmerge.space.seeds import depth_line, parents, scale_points
 from agentmerge.strategies.random import random_vectors
 
 
@@ -59,12 +60,11 @@ def first_state(search: Search, generation: int) -> SearchState:
 
 def _rivals(search: Search) -> list[Proposal]:
     """Parents, the uniform merge, a five-point uniform scale, a line through the depth."""
-    found = [
-        _proposal(point, recipe, PARENT, label) for label, recipe, point in search.space.parents()
-    ]
-    recipe, point = search.space.uniform()
+    space = search.space
+    found = [_proposal(point, recipe, PARENT, label) for label, recipe, point in parents(space)]
+    recipe, point = space.uniform()
     found.append(_proposal(point, recipe, UNIFORM, UNIFORM))
-    lines = {SCALE: search.space.scale_points(), DEPTH: search.space.depth_line()}
+    lines = {SCALE: scale_points(space), DEPTH: depth_line(space)}
     for operator, points in lines.items():
         found += [_proposal(point, recipe, operator, label) for label, recipe, point in points]
     return found

@@ -42,7 +42,7 @@ def select(search: Search, generation: int) -> Outcome:
     """Find the incumbent, save its recipe, and decide what comes next."""
     search.entering()
     candidates = _judged(search)
-    if candidates[-1].generation < generation != search.had_no_proposal:
+    if candidates[-1].generation < generation and generation not in search.exhausted:
         # The strategy had none, or the ledger is behind the graph's checkpoint: it decides.
         generation = propose(search, candidates[-1].generation)
         candidates = _judged(search)

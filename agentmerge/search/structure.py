@@ -15,8 +15,9 @@ from agentmerge.ledger.words import guidance_of, openings, spoken
 from agentmerge.search import budget
 from agentmerge.search.propose import asked
 from agentmerge.search.search import Search
-from agentmerge.search.trials import REFUSED, WORTH, finer, moved
+from agentmerge.search.trials import REFUSED, WORTH
 from agentmerge.space.grouped import SearchSpace
+from agentmerge.space.moves import finer, moved
 
 
 def wanted_move(search: Search, generation: int, *, least: int = WORTH) -> StructuralMove | None:
@@ -29,7 +30,7 @@ def wanted_move(search: Search, generation: int, *, least: int = WORTH) -> Struc
     before = openings(search.book.advice(role=STRUCTURE))
     if wish == "fixed" or any(opening.generation == generation for opening in before):
         return None
-    now = search.standing(generation)
+    now = search.trials(generation)
     if now.trial is not None or budget.evaluations_left(search) < least:
         return None
     guidance = guidance_of(search.book.advice(generation))
@@ -61,7 +62,7 @@ def question(generation: int, move: StructuralMove) -> dict[str, Any]:
 
 def restructure(search: Search, generation: int, move: StructuralMove, *, approved: bool) -> None:
     """Open the space of a move, or keep why not."""
-    now = search.standing(generation)
+    now = search.trials(generation)
     refusal = ""
     try:
         if not approved:

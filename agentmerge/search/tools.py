@@ -16,8 +16,9 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from agentmerge.agents.ladder import Noise
 from agentmerge.errors import CandidateFailed, NotBegun, UserError
-from agentmerge.search import probes
+from agentmerge.search import comparing, probes
 from agentmerge.search.search import Search
+from agentmerge.search.untrusted import MAX_RECIPE_CHARS
 
 #: Characters of what goes wrong, as a caller is told it.
 _MAX_SAID = 1_000
@@ -37,7 +38,7 @@ class MergeArguments(BaseModel):
     """What ``merge_and_evaluate`` takes."""
 
     recipe: Annotated[str, BeforeValidator(_as_text)] = Field(
-        max_length=probes.MAX_RECIPE_CHARS,
+        max_length=MAX_RECIPE_CHARS,
         description="mergekit YAML that uses only this search's models, or a JSON list of integers "
         "from 0 to 100, one for each axis (list_candidates names the axes)",
     )
@@ -81,13 +82,13 @@ _OFFERED: dict[str, tuple[Callable[..., dict[str, Any]], type[BaseModel], str]] 
         "search space, and how many evaluations are left. Free.",
     ),
     "compare": (
-        probes.compare,
+        comparing.compare,
         CompareArguments,
         "Compare two scored candidates task by task and item by item: what b lost that a had, what "
         "it gained, and whether the difference is beyond noise. Free.",
     ),
     "inspect_parents": (
-        probes.inspect_parents,
+        comparing.inspect_parents,
         NoArguments,
         "Show how the parents differ: lengths and cosines of their task vectors by layer group, "
         "and which items only one of them solves. Costs nothing once the parents are scored.",

@@ -14,18 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import ValidationError
-
-from agentmerge.config import GenomeConfig
-from agentmerge.contracts.advice import StructuralMove
 from agentmerge.contracts.operators import CARRIED, NO_TURN, SHADOW, STRUCTURE
-from agentmerge.contracts.strategy import Observation, Proposal
-from agentmerge.errors import ConfigError, UserError
+from agentmerge.contracts.strategy import History, Observation, Proposal
 from agentmerge.ledger import Candidate
 from agentmerge.ledger.words import Opening
-from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
-from agentmerge.space.grouped import SearchSpace, short_name
+from agentmerge.space.grouped import SearchSpace
+from agentmerge.space.moves import moved
 
 #: Evaluations that a new space gets before it has to lead.
 TRIAL = 16
@@ -36,15 +31,10 @@ SEEDS = 3
 #: The refusal of a person who was asked.
 REFUSED = "you said no"
 _NOTHING = (math.inf, math.inf)
-#: Rungs of filters, coarse to fine, for a space whose groups are single layers already.
-FILTERS = (
-    ("self_attn", "mlp"),
-    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-)
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class Trials:
     """Where a search stands. spaces: all that were opened, the config's own first.
 
     trial: the space that is on trial against the leader, or None.
@@ -61,9 +51,9 @@ class Standing:
         return next((space for space in self.spaces if space.key == key), self.spaces[0])
 
 
-def standing(
+def trials_of(
     base: SearchSpace, moves: Sequence[Opening], candidates: Sequence[Candidate]
-) -> Standing:
+) -> Trials:
     """How all trials so far went. candidates: up to the last finished generation."""
     leader, trial = base, None
     spaces, turn = [base], [base]
@@ -95,10 +85,10 @@ def standing(
         if mine < others:
             leader = trial
         trial, turn = None, [leader]
-    return Standing(leader, trial, tuple(spaces), tuple(turn))
+    return Trials(leader, trial, tuple(spaces), tuple(turn))
 
 
-def verdicts(now: Standing, moves: Sequence[Opening]) -> list[str]:
+def verdicts(now: Trials, moves: Sequence[Opening]) -> list[str]:
     """What became of each move, a sentence each."""
     opened = iter(now.spaces[1:])
     found = []
@@ -112,49 +102,8 @@ def verdicts(now: Standing, moves: Sequence[Opening]) -> list[str]:
     return found
 
 
-def moved(space: SearchSpace, move: StructuralMove) -> SearchSpace:
-    """The space that a move opens.
-
-    Raises:
-        UserError: it opens none, with the reason.
-    """
-    genome = space.genome
-    body: dict[str, Any] = genome.model_dump()
-    if move.change == "method":
-        body |= _method(genome, move.value)
-    elif move.change == "granularity":
-        body["layer_granularity"] = int(move.value)
-    elif move.change == "filters":
-        body["filters"] = tuple(word.strip() for word in move.value.split(",") if word.strip())
-    else:
-        kept = tuple(model for model in genome.models if short_name(model) != move.value)
-        if len(kept) == len(genome.models):
-            raise UserError(f"there is no model {move.value!r} to drop")
-        body["models"] = kept
-    try:
-        found = replace(space, genome=GenomeConfig(**body))
-    except (ValidationError, ConfigError) as error:
-        raise UserError(_sentence(error)) from None
-    if found.key == space.key:
-        raise UserError(f"{move.change} {move.value!r} is what the search has already")
-    return found
-
-
-def finer(space: SearchSpace) -> StructuralMove | None:
-    """One rung up the ladder: groups of fewer layers, then filters; None at the top."""
-    step = space.genome.layer_granularity or space.num_layers
-    if step > 1:
-        fewer = max(n for n in range(1, step) if step % n == 0)
-        return StructuralMove("granularity", str(fewer), "nothing more to gain in coarser groups")
-    for filters in FILTERS:
-        if len(space.genome.filters) < len(filters) and space.method.source:
-            why = "nothing more to gain with fewer filters"
-            return StructuralMove("filters", ", ".join(filters), why)
-    return None
-
-
-def carried(
-    history: Sequence[Observation], space: SearchSpace, point: Callable[[Observation], Any]
+def seen_from(
+    history: History, space: SearchSpace, point: Callable[[Observation], Any]
 ) -> list[Observation]:
     """A history as it looks from ``space``; what was made in another space has no operator there.
 
@@ -175,7 +124,7 @@ def carried(
 
 
 def first_points(
-    space: SearchSpace, history: Sequence[Observation], recipe: Callable[[Observation], Recipe]
+    space: SearchSpace, history: History, recipe: Callable[[Observation], Recipe]
 ) -> list[Proposal]:
     """What a new space begins with: the best candidates as near as they come, and its uniform
     merge; nothing whose point is known there already.
@@ -193,24 +142,3 @@ def first_points(
     for point, label in points:
         found.setdefault(point, Proposal(point, STRUCTURE, label=label))
     return [p for p in found.values() if p.vector not in known]
-
-
-def _method(genome: GenomeConfig, name: str) -> dict[str, Any]:
-    """The genome's other settings as far as the new method knows them."""
-    method = METHODS.get(name)
-    if method is None:
-        raise UserError(f"there is no merge method {name!r}")
-    known = {p.name for p in method.shared}
-    return {
-        "merge_method": name,
-        "normalize": genome.normalize if method.normalize_param else None,
-        "evolve": () if method.pairwise else tuple(p for p in genome.evolve if p in known),
-        "filters": () if method.pairwise else genome.filters,
-        "smooth": genome.smooth and not method.pairwise,
-    }
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        return "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
-    return str(error)

@@ -18,13 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentmerge.errors import RunFailed, UserError
 from agentmerge.ledger.folder import CHECKPOINTS
-from agentmerge.ledger.identity import (
-    Identity,
-    abandon,
-    checkpoints_gone,
-    identity,
-    is_elsewhere,
-)
+from agentmerge.ledger.identity import Identity, abandon, checkpoints_gone, identity, is_elsewhere
 from agentmerge.ledger.journal import journal_mode
 from agentmerge.ledger.store import remedy
 from agentmerge.system.bounded import refuse_odd_file
@@ -40,9 +34,6 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
     from langgraph.checkpoint.base import (
-        ChannelVersions,
-        Checkpoint,
-        CheckpointMetadata,
         CheckpointTuple,
     )
 
@@ -64,6 +55,15 @@ class Prunable:
     checkpoints: int
     writes: int
     payload_bytes: int
+
+
+def _awaited(name: str) -> Any:
+    """A method of the saver on a thread of its own, for a caller that runs on an event loop."""
+
+    async def call(saver: Saver, *given: Any, **named: Any) -> Any:
+        return await asyncio.to_thread(getattr(saver, name), *given, **named)
+
+    return call
 
 
 class Saver(SqliteSaver):
@@ -239,9 +239,6 @@ class Saver(SqliteSaver):
                         keys,
                     )
 
-    async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
-        return await asyncio.to_thread(self.get_tuple, config)
-
     async def alist(
         self,
         config: RunnableConfig | None,
@@ -256,35 +253,13 @@ class Saver(SqliteSaver):
         for found in await asyncio.to_thread(read):
             yield found
 
-    async def aput(
-        self,
-        config: RunnableConfig,
-        checkpoint: Checkpoint,
-        metadata: CheckpointMetadata,
-        new_versions: ChannelVersions,
-    ) -> RunnableConfig:
-        return await asyncio.to_thread(self.put, config, checkpoint, metadata, new_versions)
-
-    async def aput_writes(
-        self,
-        config: RunnableConfig,
-        writes: Sequence[tuple[str, Any]],
-        task_id: str,
-        task_path: str = "",
-    ) -> None:
-        await asyncio.to_thread(self.put_writes, config, writes, task_id, task_path=task_path)
-
-    async def adelete_thread(self, thread_id: str) -> None:
-        await asyncio.to_thread(self.delete_thread, thread_id)
-
-    async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
-        await asyncio.to_thread(self.delete_for_runs, run_ids)
-
-    async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
-        await asyncio.to_thread(self.copy_thread, source_thread_id, target_thread_id)
-
-    async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
-        await asyncio.to_thread(self.prune, thread_ids, strategy=strategy)
+    aget_tuple = _awaited("get_tuple")
+    aput = _awaited("put")
+    aput_writes = _awaited("put_writes")
+    adelete_thread = _awaited("delete_thread")
+    adelete_for_runs = _awaited("delete_for_runs")
+    acopy_thread = _awaited("copy_thread")
+    aprune = _awaited("prune")
 
 
 def _strategy(name: str) -> str:

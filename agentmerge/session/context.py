@@ -18,13 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmerge.config import SearchConfig
-from agentmerge.errors import (
-    AgentmergeError,
-    LeaseHeld,
-    NotFound,
-    RunFailed,
-    UserError,
-)
+from agentmerge.errors import AgentmergeError, LeaseHeld, NotFound, RunFailed, UserError
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.preflight.anchoring import anchored
 from agentmerge.preflight.plan import Prepared

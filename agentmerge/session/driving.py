@@ -289,7 +289,7 @@ def _drive(
             "configurable": {"thread_id": row.id},
             "recursion_limit": prepared.config.graph_steps,
         }
-        begin = _first_input(graph, thread, row, prepared, answer)
+        begin = _first_input(graph, thread, row, answer)
         search.ledger.update_run(row.id, status="running", stop_reason="")
         context = Context(run=row.id, runs_dir=str(runs_dir))
         try:
@@ -329,9 +329,7 @@ def _say_how_it_ended(search: Search, snapshot: Any, drain: Drain) -> None:
         raise RunFailed(f"search {search.run_dir.name!r} {reason}; see its log.jsonl")
 
 
-def _first_input(
-    graph: Any, thread: Any, row: RunRow, prepared: Prepared, answer: bool | None
-) -> Any:
+def _first_input(graph: Any, thread: Any, row: RunRow, answer: bool | None) -> Any:
     """What to invoke with: a first state, or an answer.
 
     A search goes on from its ledger, whatever step its checkpoints are at: ``seed`` finds the last

@@ -18,9 +18,9 @@ from agentmerge.ledger.folder import opened
 from agentmerge.preflight.plan import Prepared
 from agentmerge.preflight.prepare import prepare
 from agentmerge.recipe import Recipe
+from agentmerge.recipe.names import public_names
 from agentmerge.report.model_card import model_card
 from agentmerge.report.summary import best_recipe
-from agentmerge.space.grouped import public_names
 from agentmerge.system.temporary import write_at_once
 from agentmerge.workers.pool import reads_models
 

@@ -97,7 +97,7 @@ def opened_search(
         deadline = None if timeout is None else time.monotonic() + timeout
         slowest_s = ledger.slowest_s(row.id) / max(1, len(prepared.taskset.refs("search")))
         search = Search(
-            config=config,
+            configured=lambda: config,
             run_id=row.id,
             run_dir=runs_dir / row.name,
             settings_hash=row.settings_hash,

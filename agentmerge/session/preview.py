@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agentmerge.agents.models import tokens_of
 from agentmerge.agents.prompts import load_prompts, prompt_hash, prompt_of
+from agentmerge.agents.replies import tokens_of
 from agentmerge.config import ROLES, SearchConfig
 from agentmerge.errors import NotFound
 from agentmerge.ledger.folder import existing_runs, opened

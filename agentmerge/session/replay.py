@@ -137,8 +137,12 @@ def _following(
     never_begun = {c.recipe_hash for c in ledger.candidates(row.id) if c.state == "open"}
     flat = {c.recipe_hash for c in ledger.candidates(row.id) if c.gradient is None}
     lost = row.card.lost
-    found = replace(
+    followed = _Followed(ledger, search.run_id, row, configs, search.config)
+    return replace(
         search,
+        configured=lambda: followed.config,
+        entering=followed.follow,
+        seconds_left=followed.seconds_left,
         prompts=_prompts(ledger, row, prompts),
         models={
             role: AgentModel(None, name=asked.get(role, ""))
@@ -148,40 +152,39 @@ def _following(
         replies_of=row.id,
         pool=_StoredResults(search.pool, prepared, _failures(ledger, row), never_begun, flat, lost),
     )
-    followed = _Followed(found, row, configs)
-    found.entering, found.seconds_left = followed.follow, followed.seconds_left
-    return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Followed:
     """The search that another one repeats: under the limits of the time, and as far as it came.
 
     configs: with each set of limits, and the ledger's position from which on it held.
+    config: the one that holds now.
     """
 
-    search: Search
+    ledger: Ledger
+    run_id: str
     original: RunRow
     configs: Sequence[tuple[tuple[int, int], SearchConfig]]
+    config: SearchConfig
 
     def seconds_left(self) -> float:
         """No time passes in a replay; but it runs out where it did."""
         return 0.0 if self.original.stop_reason == "timeout" and self._caught_up else math.inf
 
     def follow(self) -> None:
-        search = self.search
-        candidates, words = search.ledger.position(search.run_id)
+        candidates, words = self.ledger.position(self.run_id)
         for (since_candidates, since_words), config in self.configs:
             if candidates >= since_candidates and words >= since_words:
-                search.config = config
+                self.config = config
         if self.original.status != "done" and self._caught_up:
             raise ReplyMissing(f"{self.original.name!r} has not gone further")
 
     @property
     def _caught_up(self) -> bool:
         """Whether all that the other search decided and scored is decided and scored here."""
-        ledger, runs = self.search.ledger, (self.search.run_id, self.original.id)
-        here, there = ((ledger.position(run), ledger.open_count(run)) for run in runs)
+        runs = (self.run_id, self.original.id)
+        here, there = ((self.ledger.position(run), self.ledger.open_count(run)) for run in runs)
         return here == there
 
 

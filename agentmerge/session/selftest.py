@@ -22,7 +22,7 @@ from agentmerge.merging.kernels import Operand
 from agentmerge.merging.loops.remembered import Statistics
 from agentmerge.merging.memory import cuda_devices
 from agentmerge.merging.weights import Resident
-from agentmerge.methods import METHODS
+from agentmerge.methods import METHODS, divides_by_agreeing
 from agentmerge.parents.layout import Layout, TensorSpec
 
 #: More than a block of the digests, not a multiple of anything.
@@ -130,8 +130,7 @@ def slopes(device: str) -> Iterator[str]:
         for place in ("cpu", device):
             own, others = _moved(base, place), [_there(operand, place) for operand in operands]
             held = frozen(method, own, others, shared, Statistics())
-            agreeing = method in ("ties", "dare_ties", "breadcrumbs_ties", "della")
-            contract = contract_agreeing if agreeing else contract_sum
+            contract = contract_agreeing if divides_by_agreeing(known) else contract_sum
             sums[place] = contract(own, others, held, shared, given.to(place)).cpu()
         if not torch.allclose(sums[device], sums["cpu"], rtol=1e-3, atol=1e-2):
             yield f"{method} differs"

@@ -20,6 +20,7 @@ from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.operators import ADVICE, CARRIED
 from agentmerge.contracts.space import Space
 from agentmerge.contracts.strategy import (
+    History,
     Observation,
     Proposal,
     RngFor,
@@ -58,12 +59,7 @@ class Auto:
         self.gradients_from = gradients_from
 
     def propose(
-        self,
-        space: Space,
-        history: Sequence[Observation],
-        guidance: Guidance | None,
-        count: int,
-        rng_for: RngFor,
+        self, space: Space, history: History, guidance: Guidance | None, count: int, rng_for: RngFor
     ) -> list[Proposal]:
         generation = next_generation(history)
         if generation == 0 or count == 0:
@@ -92,7 +88,7 @@ class Auto:
         return 1
 
 
-def operator_of(history: Sequence[Observation], gradients: bool, rng_for: RngFor) -> Strategy:
+def operator_of(history: History, gradients: bool, rng_for: RngFor) -> Strategy:
     """Whose generation the next one is."""
     steps = sum(o.operator == GradientSteps.name for o in history)
     open_gradient = gradients and next_step(history) is not None
@@ -113,9 +109,7 @@ def operator_of(history: Sequence[Observation], gradients: bool, rng_for: RngFor
     return operators[int(rng.choice(len(operators), p=np.array(shares) / sum(shares)))]
 
 
-def nothing_to_gain(
-    space: Space, history: Sequence[Observation], prospect: Prospect, rng_for: RngFor
-) -> bool:
+def nothing_to_gain(space: Space, history: History, prospect: Prospect, rng_for: RngFor) -> bool:
     """Whether the most promising point is expected to gain the least that is worth it, at most.
 
     Twice the doubt that proposals begin with is counted: with theirs a search would end too early.
@@ -130,20 +124,20 @@ def nothing_to_gain(
     return most_promising(doubtful, space, rng, np.eye(space.dimensions))[1] < prospect.least_gain
 
 
-def later(history: Sequence[Observation]) -> list[Observation]:
+def later(history: History) -> list[Observation]:
     """What a search tried in this space after its cheap rivals."""
     first = first_generation(history)
     return [o for o in history if o.generation > first and not o.prior and o.operator != CARRIED]
 
 
-def since_gain(history: Sequence[Observation]) -> int:
+def since_gain(history: History) -> int:
     """Evaluations in this search space since the best score last rose there."""
     first = first_generation(history)
     rivals = [o.score for o in history if o.generation == first and o.score is not None]
     return since_rise(later(history), max(rivals, default=-np.inf))
 
 
-def since_rise(history: Sequence[Observation], best: float = -np.inf) -> int:
+def since_rise(history: History, best: float = -np.inf) -> int:
     """How many observations there are since one was above ``best`` and all before it."""
     since = 0
     for observation in history:
@@ -153,7 +147,7 @@ def since_rise(history: Sequence[Observation], best: float = -np.inf) -> int:
     return since
 
 
-def gain_rate(history: Sequence[Observation], operator: str) -> float:
+def gain_rate(history: History, operator: str) -> float:
     """What an operator's generations added to the best score, an evaluation; old ones fade."""
     best, before, generation = -np.inf, -np.inf, -1
     first = first_generation(history)
@@ -172,7 +166,7 @@ def gain_rate(history: Sequence[Observation], operator: str) -> float:
     return gained / spent if spent else 0.0
 
 
-def advice(history: Sequence[Observation], guidance: Guidance | None, count: int) -> list[Proposal]:
+def advice(history: History, guidance: Guidance | None, count: int) -> list[Proposal]:
     """A model's points as extra ones, as many as its share allows."""
     if guidance is None or guidance.source != "model":
         return []
@@ -187,7 +181,7 @@ def advice(history: Sequence[Observation], guidance: Guidance | None, count: int
     return [Proposal(tuple(point), ADVICE) for point in points[: max(0, min(allowed, count))]]
 
 
-def fresh(proposals: Sequence[Proposal], history: Sequence[Observation]) -> list[Proposal]:
+def fresh(proposals: Sequence[Proposal], history: History) -> list[Proposal]:
     """Without points that are known already; a gradient may be asked of a known point."""
     known = {o.vector for o in history}
     kept = []

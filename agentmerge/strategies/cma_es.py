@@ -24,6 +24,7 @@ from agentmerge.config import SearchSettings
 from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.space import Space
 from agentmerge.contracts.strategy import (
+    History,
     Observation,
     Proposal,
     RngFor,
@@ -51,12 +52,7 @@ class CmaEs:
         return CmaEs(search.sigma0)
 
     def propose(
-        self,
-        space: Space,
-        history: Sequence[Observation],
-        guidance: Guidance | None,
-        count: int,
-        rng_for: RngFor,
+        self, space: Space, history: History, guidance: Guidance | None, count: int, rng_for: RngFor
     ) -> list[Proposal]:
         generation = next_generation(history)
         if generation == 0 or count == 0:
@@ -86,7 +82,7 @@ class CmaEs:
     def _start(
         self,
         space: Space,
-        history: Sequence[Observation],
+        history: History,
         generation: int,
         population: Sequence[Observation],
         size: int,
@@ -157,7 +153,7 @@ def _played(
     return points
 
 
-def _populations(history: Sequence[Observation], name: str) -> dict[int, list[Observation]]:
+def _populations(history: History, name: str) -> dict[int, list[Observation]]:
     found: dict[int, list[Observation]] = {}
     for observation in history:
         if observation.operator == name and not observation.prior:

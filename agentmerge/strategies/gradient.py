@@ -8,13 +8,11 @@ asked for and none came, (1+1)-ES takes over.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.space import Space
-from agentmerge.contracts.strategy import Observation, Proposal, RngFor, first_generation, fittest
+from agentmerge.contracts.strategy import History, Proposal, RngFor, first_generation, fittest
 from agentmerge.strategies.one_plus_one import OnePlusOne
 
 RATE, PULL = 0.06, 0.02
@@ -25,12 +23,7 @@ class GradientSteps:
     name = "gradient"
 
     def propose(
-        self,
-        space: Space,
-        history: Sequence[Observation],
-        guidance: Guidance | None,
-        count: int,
-        rng_for: RngFor,
+        self, space: Space, history: History, guidance: Guidance | None, count: int, rng_for: RngFor
     ) -> list[Proposal]:
         if not history or count == 0:
             return []
@@ -43,7 +36,7 @@ class GradientSteps:
         return 1
 
 
-def next_step(history: Sequence[Observation]) -> tuple[float, ...] | None:
+def next_step(history: History) -> tuple[float, ...] | None:
     """Where the next gradient is due; None where gradients were asked for and none came."""
     own = [
         o

@@ -19,6 +19,7 @@ from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.operators import ADVICE, LLM_EVO
 from agentmerge.contracts.space import Space
 from agentmerge.contracts.strategy import (
+    History,
     Observation,
     Proposal,
     RngFor,
@@ -43,12 +44,7 @@ class LlmEvo:
     heeds_advice = True
 
     def propose(
-        self,
-        space: Space,
-        history: Sequence[Observation],
-        guidance: Guidance | None,
-        count: int,
-        rng_for: RngFor,
+        self, space: Space, history: History, guidance: Guidance | None, count: int, rng_for: RngFor
     ) -> list[Proposal]:
         generation = next_generation(history)
         if generation == 0:
@@ -75,9 +71,7 @@ class LlmEvo:
         return default_population(dimensions)
 
 
-def _mean(
-    space: Space, history: Sequence[Observation], guidance: Guidance | None
-) -> tuple[float, ...]:
+def _mean(space: Space, history: History, guidance: Guidance | None) -> tuple[float, ...]:
     if guidance and guidance.mean is not None:
         return guidance.mean
     last = [o for o in history if o.generation == history[-1].generation]
@@ -91,7 +85,7 @@ def _vectors(observations: Sequence[Observation]) -> list[tuple[float, ...]]:
     return [o.vector for o in observations if o.vector is not None]
 
 
-def trust(history: Sequence[Observation]) -> float:
+def trust(history: History) -> float:
     """A model's share of the next generation: more where the best around its mean was better than
     the best around the elites' own, generation by generation."""
     share = FIRST_TRUST
@@ -107,7 +101,7 @@ def trust(history: Sequence[Observation]) -> float:
     return share
 
 
-def _sigma(history: Sequence[Observation]) -> float:
+def _sigma(history: History) -> float:
     return SIGMA_LOW if improved(history) else SIGMA_HIGH
 
 

@@ -9,7 +9,6 @@ not proposed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +16,7 @@ from scipy.optimize import minimize
 
 from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.space import Space
-from agentmerge.contracts.strategy import Bound, Observation, Proposal, RngFor, next_generation
+from agentmerge.contracts.strategy import Bound, History, Proposal, RngFor, next_generation
 from agentmerge.space.subspaces import rungs
 from agentmerge.strategies.one_plus_one import reflected
 from agentmerge.strategies.random import random_vectors
@@ -97,12 +96,7 @@ class Margins:
     uses_items = True
 
     def propose(
-        self,
-        space: Space,
-        history: Sequence[Observation],
-        guidance: Guidance | None,
-        count: int,
-        rng_for: RngFor,
+        self, space: Space, history: History, guidance: Guidance | None, count: int, rng_for: RngFor
     ) -> list[Proposal]:
         generation = next_generation(history)
         if generation == 0 or count == 0:
@@ -110,12 +104,7 @@ class Margins:
         return self.climbing(space, prospect_for(space, history), generation, count, rng_for)
 
     def climbing(
-        self,
-        space: Space,
-        prospect: Prospect | None,
-        generation: int,
-        count: int,
-        rng_for: RngFor,
+        self, space: Space, prospect: Prospect | None, generation: int, count: int, rng_for: RngFor
     ) -> list[Proposal]:
         """The most promising points, each as if those before had shown what is expected."""
         if prospect is None:
@@ -133,7 +122,7 @@ class Margins:
         return 1
 
 
-def prospect_for(space: Space, history: Sequence[Observation]) -> Prospect | None:
+def prospect_for(space: Space, history: History) -> Prospect | None:
     """What a history promises; None where it says too little for a model."""
     table = table_of(history)
     if table is None or len(table.points) < 2:

@@ -5,14 +5,13 @@ It reads no advice at all. What a model earns is what ``llm_evo`` or ``auto`` ga
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.space import Space
-from agentmerge.contracts.strategy import Observation, Proposal, RngFor, fittest
+from agentmerge.contracts.strategy import History, Proposal, RngFor, fittest
 from agentmerge.strategies.llm_evo import ELITES, LlmEvo
 
 
@@ -20,12 +19,7 @@ class NullLlm:
     name = "null_llm"
 
     def propose(
-        self,
-        space: Space,
-        history: Sequence[Observation],
-        guidance: Guidance | None,
-        count: int,
-        rng_for: RngFor,
+        self, space: Space, history: History, guidance: Guidance | None, count: int, rng_for: RngFor
     ) -> list[Proposal]:
         elites = [o.vector for o in fittest(history, ELITES) if o.vector]
         mean = tuple(float(x) for x in np.mean(elites, axis=0)) if elites else None

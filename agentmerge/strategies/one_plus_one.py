@@ -15,7 +15,14 @@ import numpy as np
 
 from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.space import Space
-from agentmerge.contracts.strategy import Observation, Proposal, RngFor, fittest, next_generation
+from agentmerge.contracts.strategy import (
+    History,
+    Observation,
+    Proposal,
+    RngFor,
+    fittest,
+    next_generation,
+)
 from agentmerge.strategies.starting import merges
 
 SIGMA0 = 0.2
@@ -30,12 +37,7 @@ class OnePlusOne:
         self.anywhere = anywhere
 
     def propose(
-        self,
-        space: Space,
-        history: Sequence[Observation],
-        guidance: Guidance | None,
-        count: int,
-        rng_for: RngFor,
+        self, space: Space, history: History, guidance: Guidance | None, count: int, rng_for: RngFor
     ) -> list[Proposal]:
         generation = next_generation(history)
         if generation == 0:
@@ -59,7 +61,7 @@ class OnePlusOne:
         return 1
 
 
-def step_size(history: Sequence[Observation], operator: str, dimensions: int) -> float:
+def step_size(history: History, operator: str, dimensions: int) -> float:
     """Sigma after every child of ``operator``: up by a success, down a quarter as far by a failure.
 
     A success is a score above every one before its generation; what was asked under other settings

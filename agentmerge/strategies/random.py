@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.space import Space
 from agentmerge.contracts.strategy import (
-    Observation,
+    History,
     Proposal,
     RngFor,
     default_population,
@@ -28,12 +26,7 @@ class Random:
     name = "random"
 
     def propose(
-        self,
-        space: Space,
-        history: Sequence[Observation],
-        guidance: Guidance | None,
-        count: int,
-        rng_for: RngFor,
+        self, space: Space, history: History, guidance: Guidance | None, count: int, rng_for: RngFor
     ) -> list[Proposal]:
         vectors = random_vectors(space, next_generation(history), count, rng_for)
         return [Proposal(vector, self.name) for vector in vectors]

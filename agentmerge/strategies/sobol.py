@@ -7,23 +7,17 @@ scrambling comes from the run's seed alone.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.space import Space
-from agentmerge.contracts.strategy import Observation, Proposal, RngFor, default_population
+from agentmerge.contracts.strategy import History, Proposal, RngFor, default_population
 
 
 class Sobol:
     name = "sobol"
 
     def propose(
-        self,
-        space: Space,
-        history: Sequence[Observation],
-        guidance: Guidance | None,
-        count: int,
-        rng_for: RngFor,
+        self, space: Space, history: History, guidance: Guidance | None, count: int, rng_for: RngFor
     ) -> list[Proposal]:
         drawn = sum(o.operator == self.name for o in history)
         points = sobol_points(space.dimensions, drawn, count, rng_for)

@@ -12,7 +12,7 @@ import numpy as np
 
 from agentmerge.contracts.operators import PARENT
 from agentmerge.contracts.space import Space
-from agentmerge.contracts.strategy import Observation, fittest
+from agentmerge.contracts.strategy import History, Observation, fittest
 
 Point = tuple[float, ...]
 #: How near two points are that are one, drawn twice.
@@ -21,7 +21,7 @@ SAME = 1e-9
 
 def merges(
     space: Space,
-    history: Sequence[Observation],
+    history: History,
     first: Observation | None,
     drawn: Callable[[Point, Observation], Sequence[float]],
 ) -> Sequence[Observation]:

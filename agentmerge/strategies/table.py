@@ -6,19 +6,12 @@ is now. Where nobody kept items (another's history), the score itself is the one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from agentmerge.contracts.strategy import Items, Observation
-from agentmerge.strategies.soft_score import (
-    SoftScore,
-    calibrated,
-    directions,
-    scaled,
-    softening_of,
-)
+from agentmerge.contracts.strategy import History, Items
+from agentmerge.strategies.soft_score import SoftScore, calibrated, directions, scaled, softening_of
 from agentmerge.strategies.surrogate import completed
 
 CLIP = 12.0
@@ -43,7 +36,7 @@ class Table:
     counts: np.ndarray
 
 
-def table_of(history: Sequence[Observation]) -> Table | None:
+def table_of(history: History) -> Table | None:
     """Everything known inside the space; None where there is nothing.
 
     A failure is told as a poor result, the worse quartile of what each item showed, so that the

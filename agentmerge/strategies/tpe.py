@@ -8,12 +8,11 @@ still open in the same generation (``constant_liar``), as optuna advises for sev
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.space import Space
-from agentmerge.contracts.strategy import Observation, Proposal, RngFor, next_generation
+from agentmerge.contracts.strategy import History, Proposal, RngFor, next_generation
 from agentmerge.errors import UserError
 
 
@@ -21,12 +20,7 @@ class Tpe:
     name = "tpe"
 
     def propose(
-        self,
-        space: Space,
-        history: Sequence[Observation],
-        guidance: Guidance | None,
-        count: int,
-        rng_for: RngFor,
+        self, space: Space, history: History, guidance: Guidance | None, count: int, rng_for: RngFor
     ) -> list[Proposal]:
         generation = next_generation(history)
         if generation == 0 or count == 0:

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from agentmerge.contracts.strategy import Evidence
+from agentmerge.space import seeds
 from agentmerge.space.grouped import SearchSpace
 
 
@@ -51,8 +52,8 @@ class Problem(Protocol):
 
 def first_points(space: SearchSpace) -> list[tuple[str, str, tuple[float, ...]]]:
     """The product's generation 0: parents, uniform merges along the scale, the depth line."""
-    found = [("parent", label, point) for label, _, point in space.parents()]
+    found = [("parent", label, point) for label, _, point in seeds.parents(space)]
     found.append(("uniform", "uniform", space.uniform()[1]))
-    found += [("scale", label, point) for label, _, point in space.scale_points()]
-    found += [("depth", label, point) for label, _, point in space.depth_line()]
+    found += [("scale", label, point) for label, _, point in seeds.scale_points(space)]
+    found += [("depth", label, point) for label, _, point in seeds.depth_line(space)]
     return [(operator, label, point) for operator, label, point in found if point is not None]

@@ -20,6 +20,7 @@ import pytest
 from agentmerge.config import GenomeConfig
 from agentmerge.contracts.strategy import Observation, Strategy, rng_factory
 from agentmerge.plugins import load
+from agentmerge.space import seeds
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.testing.landscapes import KINDS, Landscape
 
@@ -53,7 +54,7 @@ def search(
     there = space(dimensions)
     found = list(history)
     if not found:
-        points = [p for _, _, p in there.parents() if p] + [there.uniform()[1]]
+        points = [p for _, _, p in seeds.parents(there) if p] + [there.uniform()[1]]
         found = [
             Observation(0, slot, point, "parent", fitness(point))
             for slot, point in enumerate(points)
@@ -77,7 +78,7 @@ def driven(
 ) -> tuple[Observation, ...]:
     """A search of an objective that fails in places."""
     there = space()
-    points = [p for _, _, p in [*there.parents(), *there.scale_points()] if p]
+    points = [p for _, _, p in [*seeds.parents(there), *seeds.scale_points(there)] if p]
     found = list(past) or [
         objective.observe(0, slot, point, "scale", fail=True) for slot, point in enumerate(points)
     ]
@@ -194,7 +195,7 @@ class StrategySuite:
         again = before[-1].generation + 1
         rivals = [
             objective.observe(again, slot, point, "scale")
-            for slot, (_, _, point) in enumerate(space().scale_points())
+            for slot, (_, _, point) in enumerate(seeds.scale_points(space()))
             if point
         ]
         count = strategy.population(4)

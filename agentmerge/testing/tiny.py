@@ -152,8 +152,9 @@ class TinyProblem:
     def gradient(self, vector: Sequence[float]) -> Shown:
         """As ``evaluate``, with the slope of the mean log(1 + exp(-margin)) in the unit box."""
         known = self.evaluate(vector)
-        if self.setting.method != "task_arithmetic":
-            return known
+        method = self.space.method
+        if not method.needs_base or [p.name for p in method.source] != ["weight"]:
+            return known  # the slope below is that of a sum of whole task vectors
         loss, unit, _ = self.descent(vector, self._search)
         return Shown(known.score, known.evidence, unit, loss)
 

@@ -32,8 +32,9 @@ from agentmerge.evaluation.tasks import TaskSet
 from agentmerge.merging.device import release
 from agentmerge.merging.export import export_checkpoint
 from agentmerge.merging.placement import Demand
-from agentmerge.merging.plan import Layout, plan, read_layout
+from agentmerge.merging.plan import plan
 from agentmerge.parents.headers import refuse_replaced
+from agentmerge.parents.layout import Layout, read_layout
 from agentmerge.recipe import Recipe
 from agentmerge.system.temporary import TemporaryFolder
 

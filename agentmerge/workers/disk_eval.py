@@ -18,7 +18,21 @@ from agentmerge.workers.processes import end_with
 def evaluate(task: dict[str, Any]) -> Any:
     import torch
 
-    from agentmerge.errors import AgentmergeError, RunFailed
+    from agentmerge.errors import AgentmergeError
+
+    spec = task["spec"]
+    torch.set_num_threads(task["threads"])
+    torch.set_float32_matmul_precision(spec.matmul_precision)
+    try:
+        return _BY[spec.options.get("evaluate_with", "hf")](spec, task)
+    except AgentmergeError as error:
+        return error
+
+
+def _by_transformers(spec: Any, task: dict[str, Any]) -> Any:
+    import torch
+
+    from agentmerge.errors import RunFailed
     from agentmerge.evaluation.building import tasks_for
     from agentmerge.evaluation.scoring import ItemScorer
     from agentmerge.merging.digests import digest
@@ -26,28 +40,20 @@ def evaluate(task: dict[str, Any]) -> Any:
     from agentmerge.workers.hf import live_lm, open_model, threads_for
     from agentmerge.workers.targets import live_targets
 
-    spec = task["spec"]
-    torch.set_num_threads(task["threads"])
-    torch.set_float32_matmul_precision(spec.matmul_precision)
-    try:
-        if spec.options.get("evaluate_with") == "vllm":
-            return _by_vllm(spec, task)
-        model = open_model(spec, task["path"])
-        torch.set_num_threads(threads_for(spec, model))
-        files = ParentFiles({"": task["path"]}, spec.device)
-        targets = live_targets(
-            model, task["names"], task["carried"], lambda name: files.tensor("", name)
+    model = open_model(spec, task["path"])
+    torch.set_num_threads(threads_for(spec, model))
+    files = ParentFiles({"": task["path"]}, spec.device)
+    targets = live_targets(
+        model, task["names"], task["carried"], lambda name: files.tensor("", name)
+    )
+    live = digest(targets.items())
+    if live != task["digest"]:
+        raise RunFailed(
+            f"the checkpoint's weights ({live}) are not the merged ones ({task['digest']}): "
+            "transformers loads this model otherwise than its files say"
         )
-        live = digest(targets.items())
-        if live != task["digest"]:
-            raise RunFailed(
-                f"the checkpoint's weights ({live}) are not the merged ones ({task['digest']}): "
-                "transformers loads this model otherwise than its files say"
-            )
-        taskset = tasks_for(spec, check_built_ins=False)
-        return ItemScorer(live_lm(spec, model), taskset).score(task["items"])
-    except AgentmergeError as error:
-        return error
+    taskset = tasks_for(spec, check_built_ins=False)
+    return ItemScorer(live_lm(spec, model), taskset).score(task["items"])
 
 
 def _by_vllm(spec: Any, task: dict[str, Any]) -> Any:
@@ -82,6 +88,9 @@ def _by_vllm(spec: Any, task: dict[str, Any]) -> Any:
             f"the checkpoint's weights ({live}) are not the merged ones ({task['digest']})"
         )
     return worker.score(task["items"])
+
+
+_BY = {"hf": _by_transformers, "vllm": _by_vllm}
 
 
 def main() -> None:

@@ -41,12 +41,12 @@ from agentmerge.evaluation.tasks import TaskSet
 from agentmerge.evaluation.tokenizers import context_length, parent_path, tokenizer_of
 from agentmerge.merging.device import current, release
 from agentmerge.merging.family import Family
-from agentmerge.merging.gradient import Contraction
+from agentmerge.merging.gradient import MergeGradient
 from agentmerge.merging.live import LiveWeights
 from agentmerge.merging.memory import device_name, ran_out
 from agentmerge.merging.placement import Demand
-from agentmerge.merging.plan import Layout
 from agentmerge.parents.headers import read_config, refuse_replaced
+from agentmerge.parents.layout import Layout
 from agentmerge.parents.skeleton import auto_class, skeleton
 from agentmerge.recipe import Recipe
 from agentmerge.workers.conditions import conditions, conditions_hash, ends_of, live_parent
@@ -154,7 +154,7 @@ class HfWorker:
         asked = item_loss(self._scorer, self._lm, items, loss, weights)
         size = self._sequences or int(self._lm.batch_size)
         while True:
-            slopes = Contraction(self._family.plan(recipe), self._family, self._family.statistics)
+            slopes = MergeGradient(self._family.plan(recipe), self._family, self._family.statistics)
             try:
                 total = self._backward(asked, slopes, size)
                 break
@@ -172,7 +172,7 @@ class HfWorker:
         self._family.verify()
         return Gradient(total, asked.items, slopes.slopes())
 
-    def _backward(self, asked: ItemLoss, slopes: Contraction, size: int) -> float:
+    def _backward(self, asked: ItemLoss, slopes: MergeGradient, size: int) -> float:
         """The loss; its gradient goes to ``slopes``, ``size`` sequences at a time."""
         total = 0.0
         with self._threaded(), each_gradient(self._model, self._live, slopes.add):

@@ -17,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from agentmerge.errors import ParentError
-from agentmerge.parents.configs import quiet_transformers
+from agentmerge.parents.configs import quiet_logs
 from agentmerge.parents.naming import NameIndex
 
 _OTHER_LOADER = "; worker.kind: vllm, which has loaders of its own, may take them"
@@ -145,7 +145,7 @@ def file_views(
         )
     except ImportError:  # a transformers that has moved it: names are found by their endings
         return dict(live)
-    with quiet_transformers():
+    with quiet_logs():
         table = get_model_conversion_mapping(model)
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in table if not isinstance(entry, WeightRenaming)]

@@ -8,6 +8,7 @@ from agentmerge.agents import controller
 from agentmerge.agents.faults import redact, retry_after_s
 from agentmerge.agents.models import AgentModel, resolve_model
 from agentmerge.agents.prompts import load_prompts
+from agentmerge.agents.schemas import ControllerReply, json_schema, parse_reply
 from agentmerge.contracts.advice import Guidance
 from agentmerge.errors import ModelReplyError, UserError
 from agentmerge.testing.scripted import Fault, ScriptedServer, scripted_chat_model
@@ -31,7 +32,9 @@ class Asker:
 
     def __call__(self, model):
         return model.ask(
-            self.messages, controller.schema(self.view), lambda t: controller.parse(t, self.view)
+            self.messages,
+            json_schema(ControllerReply, self.view.bounds),
+            lambda text: parse_reply(text, ControllerReply, self.view.bounds),
         )
 
 
@@ -62,7 +65,8 @@ def test_a_good_reply_with_its_cost(ask):
         assert 0 < reply.tokens_out < 50
         assert reply.latency_s < 5
         body = server.requests[0].body
-        assert body["response_format"]["json_schema"]["schema"] == controller.schema(ask.view)
+        asked = body["response_format"]["json_schema"]["schema"]
+        assert asked == json_schema(ControllerReply, ask.view.bounds)
         assert body["response_format"]["json_schema"]["strict"] is True
         assert "tools" not in body
         assert server.requests[0].headers["authorization"] == f"Bearer {CANARY}"
@@ -72,7 +76,7 @@ def test_a_good_reply_with_its_cost(ask):
 def test_the_raw_text_parses_again_as_a_replay_needs(ask):
     with ScriptedServer([Fault("fenced", GOOD)]) as server:
         reply = ask(ask.model(server))
-        assert controller.parse(reply.raw_text, ask.view) == reply.parsed
+        assert parse_reply(reply.raw_text, ControllerReply, ask.view.bounds) == reply.parsed
 
 
 PASSING = {
@@ -217,7 +221,7 @@ def test_the_ladder_is_climbed_down_once_a_server(ask, shapes, refusal):
         assert '"title": "ControllerReply"' in last["messages"][-1]["content"]
         asked = [r.body.get("response_format", {}) for r in server.requests]
         schemas = [f["schema"] for f in asked if f.get("type") == "json_object"]
-        assert all(schema == controller.schema(ask.view) for schema in schemas)
+        assert all(schema == json_schema(ControllerReply, ask.view.bounds) for schema in schemas)
     assert ask.slept == []
 
 

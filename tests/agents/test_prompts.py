@@ -5,7 +5,7 @@ import pytest
 from agentmerge.agents.prompts import VARIABLES, load_prompts, prompt_hash
 from agentmerge.agents.view import variables
 from agentmerge.errors import PromptError
-from agentmerge.space.grouped import public_names
+from agentmerge.recipe.names import public_names
 from agentmerge.system.bundled import bundled
 
 CRITIC = "Judge.\n---\n{{history}} {{best_score}}"

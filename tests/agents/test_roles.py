@@ -6,6 +6,7 @@ import pytest
 
 from agentmerge.agents import controller, critic, proposer
 from agentmerge.agents.prompts import COMMON, load_prompts, prompt_hash
+from agentmerge.agents.schemas import json_schema, parse_reply
 from agentmerge.agents.view import (
     MAX_INTEGERS,
     correlations,
@@ -123,7 +124,7 @@ def test_thin_histories_are_fine(role, shape, make_view, observe):
     view = make_view(entries, sigma=None)
     assert role.messages(view, load_prompts(), Guidance())
     assert isinstance(role.by_rules(view, Guidance()), Guidance)
-    assert role.schema(view)["type"] == "object"
+    assert json_schema(role.REPLY, view.bounds)["type"] == "object"
 
 
 def test_critic_by_rules_reads_the_history(view):
@@ -182,7 +183,7 @@ def test_each_role_adds_its_piece(view):
     }
     guidance = Guidance()
     for role, reply in said.items():
-        guidance = role.by_model(role.parse(json.dumps(reply), view), guidance)
+        guidance = role.by_model(parse_reply(json.dumps(reply), role.REPLY, view.bounds), guidance)
     assert guidance == Guidance(
         mean=(0.0, 0.29, 0.5, 1.0),
         candidates=((0.01, 0.02, 0.03, 0.04),),

@@ -12,6 +12,7 @@ from agentmerge.config import SearchConfig
 from agentmerge.demo.family import TinyFamily
 from agentmerge.demo.tasks import demo_config, skill_task, write_skill_tasks, write_tasks
 from agentmerge.preflight.prepare import prepare
+from agentmerge.space import seeds
 from agentmerge.testing.tiny import NO_HEADROOM, TINY, TinyProblem
 from agentmerge.workers.hf import HfWorker
 
@@ -31,7 +32,7 @@ def test_it_scores_as_the_worker_does(family: TinyFamily, tmp_path: Path) -> Non
     worker = HfWorker(prepared.spec, prepared.taskset)
     problem = TinyProblem(TINY["tiny-so-8"], 0)
     rng = np.random.default_rng(0)
-    for point in (problem.space.scale_points()[3][2], tuple(rng.uniform(0.4, 0.7, 8))):
+    for point in (seeds.scale_points(problem.space)[3][2], tuple(rng.uniform(0.4, 0.7, 8))):
         assert point is not None
         worker.load(prepared.space.recipe(point))
         asked = worker.score(prepared.taskset.refs("search"))

@@ -16,9 +16,9 @@ from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger
 from agentmerge.preflight.prepare import prepare
 from agentmerge.recipe import Recipe
+from agentmerge.recipe.names import short_name
 from agentmerge.session import driving
 from agentmerge.session.export import export_run
-from agentmerge.space.grouped import short_name
 from tests.session.conftest import trace_of
 
 

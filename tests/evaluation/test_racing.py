@@ -25,7 +25,7 @@ def sign(rng: np.random.Generator, total: int, up: float, down: float) -> np.nda
     return rng.permutation(values)
 
 
-def strands(whole: list[tuple[float, np.ndarray]]) -> list[RacedTask]:
+def tasks(whole: list[tuple[float, np.ndarray]]) -> list[RacedTask]:
     """All items but the last tenth, as a race that is looked at to its end."""
     return [RacedTask(w, values[: round(0.9 * len(values))], len(values)) for w, values in whole]
 
@@ -49,7 +49,7 @@ def test_an_equal_is_dropped_no_oftener_than_alpha_however_often_it_is_looked_at
             (w, sign(rng, n, *rate)) for w, n, rate in zip(weights, totals, rates, strict=True)
         ]
         assert sum(w * v.mean() for w, v in whole) == pytest.approx(0.0, abs=1e-9)
-        dropped += evidence_against(strands(whole)) >= 1 / ALPHA
+        dropped += evidence_against(tasks(whole)) >= 1 / ALPHA
     assert dropped / RUNS <= ALPHA
 
 
@@ -120,7 +120,7 @@ def test_what_is_no_bounded_mean_is_asked_in_full() -> None:
     assert not course(two="word_perplexity").raceable
     results = {ref: ItemResult(1.0, None, None) for ref in found.refs(1.0)}
     better = results | {ref: ItemResult(3.0, None, None) for ref in results if ref.task == "two"}
-    share, lead = found.standing(0.125, better, results)
+    share, lead = found.evidence(0.125, better, results)
     assert share == 1.0
     assert lead == pytest.approx(math.exp(-1) - math.exp(-3), rel=0.6), "of whole perplexities"
 
@@ -129,4 +129,4 @@ def test_a_metric_that_is_not_what_its_name_says_is_not_raced() -> None:
     found = course(one="acc")
     good = {ref: ItemResult(7.0, None, None) for ref in found.refs(1.0)}
     bad = {ref: ItemResult(0.0, None, None) for ref in good}
-    assert found.standing(0.5, bad, good) == (0.0, -7.0)
+    assert found.evidence(0.5, bad, good) == (0.0, -7.0)

@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 
 from agentmerge.evaluation.statistics import (
-    Strand,
+    Interval,
+    PairedTask,
     figure,
     leads,
-    paired_difference,
     paired_score_difference,
     wilson,
 )
+
+
+def paired_difference(a: list[float], b: list[float], seed: int) -> Interval | None:
+    return paired_score_difference([(1.0, a, b)], seed)
 
 
 def test_wilson_known_values() -> None:
@@ -88,7 +92,7 @@ def test_a_few_items_won_are_judged_as_by_a_sign_test(won: int, lost: int, ahead
 
 def test_a_score_of_which_every_item_is_right_is_no_certainty() -> None:
     for right in (0.0, 1.0):
-        single = leads([Strand(1.0, np.full((20, 1), right))], seed=0)
+        single = leads([PairedTask(1.0, np.full((20, 1), right))], seed=0)
         assert single is not None
         found, known = single.interval(), wilson([right] * 20)
         assert found is not None
@@ -114,7 +118,7 @@ def test_one_chosen_among_many_alike_is_held_to_more() -> None:
         theirs = (rng.random(150) < 0.6).astype(float)
         redrawn = rng.random((150, 60)) < 0.3
         mine = np.where(redrawn, rng.random((150, 60)) < 0.6, theirs[:, None]).astype(float)
-        found = leads([Strand(1.0, mine, theirs)], trial, resamples=1000)
+        found = leads([PairedTask(1.0, mine, theirs)], trial, resamples=1000)
         assert found is not None
         best = int(mine.mean(0).argmax())
         interval = found.interval(best)

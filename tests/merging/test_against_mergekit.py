@@ -15,8 +15,9 @@ from agentmerge.errors import CandidateFailed, UserError
 from agentmerge.merging.family import Family, mask_key
 from agentmerge.merging.kernels import random_mask
 from agentmerge.merging.plan import TensorPlan
-from agentmerge.merging.reference import float64_reference, mergekit_merge
+from agentmerge.merging.reference import mergekit_merge
 from agentmerge.recipe import Recipe
+from tests.merging.formulas import float64_reference
 from tests.merging.merge_cases import (
     LAYERS,
     METHODS,

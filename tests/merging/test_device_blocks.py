@@ -22,7 +22,7 @@ from agentmerge.merging.gradient import contract_agreeing, contract_sum, frozen
 from agentmerge.merging.kernels import BLOCK, Operand, blocks, largest_mask
 from agentmerge.merging.loops.remembered import Statistics
 from agentmerge.merging.sparse import MASKS
-from agentmerge.methods import METHODS
+from agentmerge.methods import METHODS, divides_by_agreeing
 from tests.merging.watched import Watched, as_on_a_device
 
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
@@ -143,7 +143,7 @@ def test_gradients_take_no_more_calls_for_a_larger_tensor(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agentmerge.merging.engines._FAST", False)  # as on a device
-    agreeing = method == "ties" or MASKS.get(method, (None, False))[1]
+    agreeing = divides_by_agreeing(METHODS[method])
 
     def contracted(shape: tuple[int, int]) -> None:
         base, operands, shared = case(method, shape, torch.bfloat16)

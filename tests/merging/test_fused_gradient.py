@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agentmerge.merging.engines import KERNELS, fused_agreement, fused_pulls
+from agentmerge.merging.engines import KERNELS, fused_agreement, fused_slopes
 from agentmerge.merging.gradient import contract_agreeing, contract_sum, frozen
 from agentmerge.merging.kernels import Operand
 from agentmerge.merging.loops.fused import CONSENSUS
@@ -79,7 +79,7 @@ def test_sums_are_the_same_as_by_torch(method: str, dtype: torch.dtype) -> None:
     for normalize in (0.0, 1.0):
         shared = {"rescale": 1.0, "lambda": 0.8, "normalize": normalize}
         held = frozen(method, ground, operands, shared, Statistics())
-        used = fused_pulls(base, operands, held.kept, held.scales, gradient, normalize=False)
+        used = fused_slopes(base, operands, held.kept, held.scales, gradient, normalize=False)
         assert used is not None
         found = contract_sum(ground, operands, held, shared, gradient)
         other = contract_sum(

@@ -21,7 +21,7 @@ from agentmerge.merging.kernels import (
     random_mask,
     sign_consensus,
 )
-from agentmerge.merging.reference import float64_reference
+from tests.merging.formulas import float64_reference
 from tests.merging.merge_cases import (
     assert_at_least_as_near,
     masks_given,

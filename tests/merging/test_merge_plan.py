@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from agentmerge.errors import RecipeRejected
-from agentmerge.merging.plan import Layout, MergePlan, TensorSpec, plan
+from agentmerge.merging.plan import MergePlan, plan
+from agentmerge.parents.layout import Layout, TensorSpec
 from agentmerge.recipe import Recipe
 
 

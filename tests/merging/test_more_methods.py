@@ -21,11 +21,12 @@ from agentmerge.merging.engines import KERNELS
 from agentmerge.merging.export import export_checkpoint
 from agentmerge.merging.family import Family, mask_key
 from agentmerge.merging.kernels import Operand
-from agentmerge.merging.reference import float64_reference, mergekit_merge
+from agentmerge.merging.reference import mergekit_merge
 from agentmerge.merging.sparse import MASKS, della_probabilities
-from agentmerge.methods import EPSILON_REACH, METHODS
+from agentmerge.methods import EPSILON_REACH, METHODS, divides_by_agreeing
 from agentmerge.recipe import Recipe
 from agentmerge.space.grouped import SearchSpace
+from tests.merging.formulas import float64_reference
 from tests.merging.merge_cases import (
     LAYERS,
     assert_at_least_as_near,
@@ -140,7 +141,7 @@ def sparse_cases(draw: st.DrawFn) -> dict[str, Any]:
 
 def masks_of(case: dict[str, Any]) -> list[torch.Tensor]:
     base = case["base"]
-    found = [MASKS[case["method"]][0](base, operand) for operand in case["operands"]]
+    found = [MASKS[case["method"]](base, operand) for operand in case["operands"]]
     full = torch.ones(base.numel(), dtype=torch.bool)
     return [(full if mask is None else mask).reshape(base.shape) for mask in found]
 
@@ -210,7 +211,7 @@ def undecided(case: dict[str, Any]) -> torch.Tensor:
                     if 1 <= at < count:
                         share = (at + 0.5) / count
                         result |= near_a_threshold(base, operand.tensor, share, rounding)
-    if MASKS[case["method"]][1]:
+    if divides_by_agreeing(METHODS[case["method"]]):
         result |= total.abs() <= rounding * size
     return result
 
@@ -277,7 +278,7 @@ def test_della_keeps_with_mergekits_probabilities(
     want = seen[0].reshape(shape).double()
     got = della_probabilities(base, case["operands"][0])
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
-    share = float(MASKS["della"][0](base, case["operands"][0]).double().mean())
+    share = float(MASKS["della"](base, case["operands"][0]).double().mean())
     assert abs(share - 0.4) < 0.25
 
 
@@ -521,7 +522,7 @@ def test_points_of_a_space_of_random_methods_in_mergekit(
             if model != "base":
                 key = mask_key(3, family.identities[model], name)
                 operand = Operand(family.tensor(model, name), key=key, **dict(own))
-                masks.append(MASKS[method][0](base, operand))
+                masks.append(MASKS[method](base, operand))
         with masks_given(masks):
             return original(self, group, **parameters)
 

@@ -18,9 +18,9 @@ from agentmerge.errors import ParentError, RunFailed
 from agentmerge.merging.digests import digest
 from agentmerge.merging.family import Family
 from agentmerge.merging.placement import PLACEMENTS, Placement
-from agentmerge.merging.plan import read_layout
 from agentmerge.merging.weights import ParentFiles, Resident
 from agentmerge.methods import METHODS as ALL_METHODS
+from agentmerge.parents.layout import read_layout
 from agentmerge.recipe import Recipe
 from tests.merging.merge_cases import LAYERS, METHODS, edit_weights, load_all, recipes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_the_end_is_cut_off_too_and_resume_asks_it(tmp_path: Path, monkeypatch) 
         if search.pool._free[0].worker._delay_s == 0.0:  # as if these were the longest items
             search.pool._free[0].worker._delay_s = 3600.0
             search.pool._deadlines.ends = ends = time.monotonic() + 0.5
-            search.seconds_left = lambda: ends - time.monotonic()
+            search = replace(search, seconds_left=lambda: ends - time.monotonic())
         began = time.monotonic()
         try:
             return whole(search, stop_reason)

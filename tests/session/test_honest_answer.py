@@ -19,7 +19,7 @@ from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import CandidateFailed
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 from agentmerge.ledger import Candidate
-from agentmerge.search import finish
+from agentmerge.search import choosing, finish
 
 SEARCH, SEALED = 150, 250
 
@@ -37,7 +37,8 @@ def one_task(
 
 @pytest.fixture(autouse=True)
 def _given_sealed_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finish, "confirm", lambda search, candidate: search.confirm(candidate))
+    monkeypatch.setattr(choosing, "confirm", lambda search, candidate: search.confirm(candidate))
+    monkeypatch.setattr(finish.seeds, "parents", lambda space: space.parents())
 
 
 @dataclass
@@ -314,6 +315,6 @@ def test_an_answer_on_a_bound_of_the_box_says_so() -> None:
     axes = [SimpleNamespace(name=name, low=0.0, high=2.0) for name in ("a weight", "b weight")]
     space = SimpleNamespace(axes=axes, parents=list, key="k")
     given.space = space
-    given.standing = lambda generation: SimpleNamespace(of=lambda key: space)  # type: ignore[attr-defined]
+    given.trials = lambda generation: SimpleNamespace(of=lambda key: space)  # type: ignore[attr-defined]
     (note,) = given.card()["notes"]
     assert "on the bound of 1 of 2 values: b weight (2)" in note

@@ -13,7 +13,7 @@ from agentmerge.contracts.operators import SHADOW
 from agentmerge.contracts.strategy import Observation
 from agentmerge.errors import ConfigError
 from agentmerge.ledger import Candidate, Ledger
-from agentmerge.search.past import best_within, charges, heard
+from agentmerge.search.past import arm_history, best_within, charges
 from agentmerge.session import driving
 from agentmerge.session.replay import replay
 from agentmerge.testing.scripted import ScriptedServer
@@ -112,10 +112,10 @@ def test_arms_are_compared_after_as_many_evaluations_and_twins_of_the_other_are_
 
 def test_an_arm_hears_of_itself_and_of_what_both_share() -> None:
     told = [Observation(c.generation, c.slot, c.vector, c.operator, c.score) for c in ARMS]
-    assert [(o.generation, o.slot) for o in heard(told, 0, shadow=True)] == [
+    assert [(o.generation, o.slot) for o in arm_history(told, 0, shadow=True)] == [
         (0, 0), (1, 1), (1, 2), (2, 2),
     ]  # fmt: skip
-    assert [(o.generation, o.slot) for o in heard(told, 0, shadow=False)] == [
+    assert [(o.generation, o.slot) for o in arm_history(told, 0, shadow=False)] == [
         (0, 0), (1, 0), (2, 0), (2, 1),
     ]  # fmt: skip
 

@@ -13,10 +13,11 @@ from agentmerge.contracts.advice import StructuralMove
 from agentmerge.errors import UserError
 from agentmerge.ledger import Candidate, Ledger
 from agentmerge.ledger.words import Opening, openings
-from agentmerge.search.trials import TRIAL, finer, moved, standing
+from agentmerge.search.trials import TRIAL, trials_of
 from agentmerge.session import driving
 from agentmerge.session.replay import replay
 from agentmerge.space.grouped import SearchSpace
+from agentmerge.space.moves import finer, moved
 from agentmerge.strategies.llm_evo import LlmEvo
 from agentmerge.testing.scripted import ScriptedServer
 from tests.session.conftest import command, config, config_text, trace_of
@@ -264,12 +265,12 @@ def test_the_better_of_two_spaces_leads(space: SearchSpace) -> None:
         return [shared, *made]
 
     opening = [Opening(0, move)]
-    assert standing(space, opening, rows(0.6, 0.7, 3)).trial == other
-    assert standing(space, opening, rows(0.6, 0.7)).leader == other
-    assert standing(space, opening, rows(0.7, 0.6)).leader == space
-    assert standing(space, opening, rows(0.6, 0.6)).leader == space, "a tie changes nothing"
-    assert standing(space, [replace(opening[0], refusal="no")], rows(0.6, 0.7)).leader == space
-    ahead = standing(space, opening, rows(0.6, 0.7, 3)[:-1])
+    assert trials_of(space, opening, rows(0.6, 0.7, 3)).trial == other
+    assert trials_of(space, opening, rows(0.6, 0.7)).leader == other
+    assert trials_of(space, opening, rows(0.7, 0.6)).leader == space
+    assert trials_of(space, opening, rows(0.6, 0.6)).leader == space, "a tie changes nothing"
+    assert trials_of(space, [replace(opening[0], refusal="no")], rows(0.6, 0.7)).leader == space
+    ahead = trials_of(space, opening, rows(0.6, 0.7, 3)[:-1])
     assert ahead.turn == (other, space), "who was asked less has the next turn"
 
 

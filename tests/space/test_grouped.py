@@ -9,6 +9,7 @@ import pytest
 
 from agentmerge.config import GenomeConfig
 from agentmerge.errors import ConfigError, RecipeRejected
+from agentmerge.space import seeds
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.testing import SpaceSuite
 from agentmerge.testing.space_suite import comes_back
@@ -61,12 +62,13 @@ def test_recipe_to_vector_to_recipe_is_exact() -> None:
 
 def test_seeds_lie_where_they_say() -> None:
     for space in spaces():
-        seeds = [*space.parents(), ("uniform", *space.uniform()), *space.scale_points()]
-        for _, recipe, point in seeds:
+        merges = [*seeds.scale_points(space), *seeds.depth_line(space)]
+        for _, recipe, point in [*seeds.parents(space), ("uniform", *space.uniform()), *merges]:
             if point is not None:
                 assert space.recipe(point) == recipe
                 assert space.vector(recipe) is not None
-        assert len(space.parents()) == len(space.models) + (space.genome.base_model is not None)
+        based = space.genome.base_model is not None
+        assert len(seeds.parents(space)) == len(space.models) + based
 
 
 def test_bounds() -> None:
@@ -97,18 +99,7 @@ def test_freedoms_leave_out_what_normalize_makes_redundant() -> None:
 def test_a_base_among_the_models_has_no_axis_of_its_own() -> None:
     space = space_of("task_arithmetic", models=("a", "base", "b"))
     assert space.models == ("a", "b")
-    assert len(space.parents()) == 3
-
-
-def test_legacy_slerp_genes() -> None:
-    space = space_of("slerp", models=("a", "b", "c"), layer_granularity=2)
-    recipe = space.from_slerp_genes([[0.2, 0.9, 0.5], [0.4, 0.1, 0.4]])
-    piece = recipe.slices[0]
-    assert piece.base_model == "b"
-    assert [s.model for s in piece.sources] == ["b", "c"]
-    t = dict(piece.parameters)["t"].at("", 0.0)
-    assert t == pytest.approx(np.exp(0.5) / (np.exp(0.9) + np.exp(0.5)))
-    assert space.vector(recipe) is not None
+    assert len(seeds.parents(space)) == 3
 
 
 def test_granularity_that_does_not_divide_names_those_that_do() -> None:

@@ -12,6 +12,7 @@ from agentmerge.config import GenomeConfig
 from agentmerge.errors import ConfigError
 from agentmerge.methods import METHODS, SUM_NORMALIZED
 from agentmerge.recipe import Recipe
+from agentmerge.space import seeds
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.testing.space_suite import comes_back
 
@@ -89,7 +90,7 @@ def test_without_normalize_the_vector_itself_comes_back(
     drawn: tuple[SearchSpace, tuple[float, ...]],
 ) -> None:
     space, point = drawn
-    assume(not space.is_slerp and not space.genome.normalizes)
+    assume(not space.method.pairwise and not space.genome.normalizes)
     back = space.vector(space.recipe(point))
     assert back == pytest.approx(point, abs=1e-11)
 
@@ -115,13 +116,13 @@ def test_every_value_stays_within_its_bounds(
 @given(spaces())
 @settings(max_examples=80, deadline=None)
 def test_a_parents_end_point_is_that_parent_alone(space: SearchSpace) -> None:
-    for name, recipe, point in space.parents():
+    for name, recipe, point in seeds.parents(space):
         if point is None:
-            assert name == space.genome.base_model or space.is_slerp
+            assert name == space.genome.base_model or space.method.pairwise
             continue
         assert space.recipe(point) == recipe
         for sources, shared in values(recipe, space.num_layers):
-            if space.is_slerp:
+            if space.method.pairwise:
                 share = dict(shared)["t"]
                 assert share in (0.0, 1.0)
                 assert sources[int(share)][0] == name
@@ -135,7 +136,7 @@ def test_a_parents_end_point_is_that_parent_alone(space: SearchSpace) -> None:
 @given(spaces())
 @settings(max_examples=60, deadline=None)
 def test_freedoms_are_the_dimensions_that_change_the_merge(space: SearchSpace) -> None:
-    scaled = space.genome.normalizes and not space.is_slerp
+    scaled = space.genome.normalizes and not space.method.pairwise
     places = len(space.filters) * (1 if space.genome.smooth else space.groups)
     assert space.freedoms == space.dimensions - (places if scaled else 0)
     assert len({axis.name for axis in space.axes}) == space.dimensions
@@ -148,7 +149,7 @@ def test_under_normalize_scaled_weights_are_the_same_point(
 ) -> None:
     space, point = drawn
     genome = space.genome
-    assume(genome.normalizes and not space.is_slerp and not genome.allow_negative_weights)
+    assume(genome.normalizes and not space.method.pairwise and not genome.allow_negative_weights)
     rounded = [round(x, 3) for x in point]
     scale = round(scale, 2)
     scaled = [
@@ -211,18 +212,3 @@ def test_slerp_reaches_every_pair_in_every_group() -> None:
             assert space.recipe(space.vector(recipe) or ()) == recipe
     expected = {(x, x, y) for x in "abc" for y in "abc" if x != y}
     assert pairs == expected
-
-
-def test_old_slerp_genes_keep_their_larger_gene_as_the_base() -> None:
-    genome = GenomeConfig(models=("a", "b", "c"), merge_method="slerp")
-    space = SearchSpace(genome, 4)
-    for genes, base, partner in (
-        ([0.9, 0.1, 0.5], "a", "c"),
-        ([0.1, 0.2, 0.3], "c", "b"),
-        ([0.5, 0.5, 0.0], "a", "b"),
-    ):
-        piece = space.from_slerp_genes([genes]).slices[0]
-        assert [s.model for s in piece.sources] == [base, partner]
-        t = dict(piece.parameters)["t"].at("", 0.0)
-        assert t is not None
-        assert 0.0 < t <= 0.5, "the softmax of the two: the larger gene keeps the larger share"

@@ -10,6 +10,7 @@ from agentmerge.config import GenomeConfig, SearchConfig
 from agentmerge.errors import ConfigError, RecipeRejected
 from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
+from agentmerge.space import seeds
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.testing.space_suite import comes_back
 
@@ -85,7 +86,7 @@ def assert_only_sums_cancel(refused: str) -> None:
 @bounded
 @given(spaces())
 def test_parents_and_plain_merges_are_recipes_of_the_space(space: SearchSpace) -> None:
-    found = [*space.parents(), ("uniform", *space.uniform()), *space.scale_points()]
+    found = [*seeds.parents(space), ("uniform", *space.uniform()), *seeds.scale_points(space)]
     for label, recipe, point in found:
         assert recipe.canonical(LAYERS) == recipe, label
         if point is not None:

@@ -6,6 +6,7 @@ import numpy as np
 
 from agentmerge.config import GenomeConfig
 from agentmerge.contracts.strategy import Evidence, Items, Observation, Strategy, rng_factory
+from agentmerge.space import seeds
 from agentmerge.space.grouped import SearchSpace
 
 SPACE = SearchSpace(
@@ -47,7 +48,7 @@ class Quiz:
 
 
 def searched(strategy: Strategy, quiz: Quiz, evaluations: int, seed: int) -> list[Observation]:
-    points = [p for _, _, p in [*SPACE.parents(), *SPACE.scale_points()] if p]
+    points = [p for _, _, p in [*seeds.parents(SPACE), *seeds.scale_points(SPACE)] if p]
     history = [quiz.observe(0, slot, point, "scale") for slot, point in enumerate(points)]
     while len(history) < evaluations:
         count = min(strategy.population(SPACE.dimensions), evaluations - len(history))

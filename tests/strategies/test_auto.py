@@ -9,6 +9,7 @@ import pytest
 
 from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.strategy import Observation, Proposal, rng_factory
+from agentmerge.space import seeds
 from agentmerge.strategies.auto import (
     GRADIENT_STEPS,
     MOST_ADVICE,
@@ -43,7 +44,7 @@ def test_it_ends_by_itself_once_nothing_is_left_to_gain() -> None:
 def test_it_ends_by_itself_without_margins_too(kind: str) -> None:
     objective = Landscape(kind, (0.3, 0.45, 0.6, 0.4))
     there = space()
-    points = [p for _, _, p in [*there.parents(), *there.scale_points()] if p]
+    points = [p for _, _, p in [*seeds.parents(there), *seeds.scale_points(there)] if p]
     history = [objective.observe(0, i, p, "scale") for i, p in enumerate(points)]
     while len(history) < 80:
         asked = Auto().propose(there, tuple(history), None, 1, rng_factory(0))

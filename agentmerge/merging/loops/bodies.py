@@ -144,7 +144,7 @@ def agreement(masks: Sequence[Mask], live: Sequence[bool]) -> Body:
     return body
 
 
-def pulls(kept: Sequence[bool], normalize: bool) -> Body:
+def slopes(kept: Sequence[bool], normalize: bool) -> Body:
     """Sum k: array 0 times what expert k's weight adds; then, times what all weights add.
 
     Numbers: each expert's weight, then each one's scale. kept: which experts have bits that say
@@ -284,7 +284,7 @@ _BODIES: dict[str, Callable[..., Body]] = {
     "consensus": consensus,
     "norms": norms,
     "agreement": agreement,
-    "pulls": pulls,
+    "slopes": slopes,
     "between": between,
     "inexact": inexact,
     "checksum": checksum,

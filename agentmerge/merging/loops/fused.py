@@ -8,7 +8,7 @@ one bit an element. For tensors in memory of the CPU; ``engines.py`` says when t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,6 +17,8 @@ import torch
 
 from agentmerge.merging.kernels import (
     Operand,
+    Operands,
+    Shared,
     arc_shares,
     hash_keys,
     hash_limit,
@@ -103,8 +105,8 @@ class Merge:
     """One tensor's merge. ``target`` is written; all are contiguous and of one size."""
 
     base: torch.Tensor | None
-    operands: Sequence[Operand]
-    shared: Mapping[str, float]
+    operands: Operands
+    shared: Shared
     target: torch.Tensor
     statistics: Statistics
 
@@ -170,7 +172,7 @@ def consensus(merge: Merge, masks_of: MasksOf) -> bool:
     return _masked(merge, "consensus", live, masks, reals, normalize, cancels)
 
 
-def ranked(base: torch.Tensor, operands: Sequence[Operand], known: Statistics) -> list[AnyMask]:
+def ranked(base: torch.Tensor, operands: Operands, known: Statistics) -> list[AnyMask]:
     """The largest elements, as ties keeps them."""
     count = base.numel()
     part = [operand for operand in operands if operand.density < 1]
@@ -178,7 +180,7 @@ def ranked(base: torch.Tensor, operands: Sequence[Operand], known: Statistics) -
     return [Window(next(found)) if operand.density < 1 else Whole() for operand in operands]
 
 
-def hashed(base: torch.Tensor, operands: Sequence[Operand], known: Statistics) -> list[AnyMask]:
+def hashed(base: torch.Tensor, operands: Operands, known: Statistics) -> list[AnyMask]:
     """What DARE keeps."""
     return [
         Hashed(*hash_keys(operand.key), hash_limit(operand.density))
@@ -188,7 +190,7 @@ def hashed(base: torch.Tensor, operands: Sequence[Operand], known: Statistics) -
     ]
 
 
-def crumbs(base: torch.Tensor, operands: Sequence[Operand], known: Statistics) -> list[AnyMask]:
+def crumbs(base: torch.Tensor, operands: Operands, known: Statistics) -> list[AnyMask]:
     """What Model Breadcrumbs keeps."""
     part = [operand for operand in operands if operand.density < 1]
     windows = [crumbs_window(operand, base.numel()) for operand in part]

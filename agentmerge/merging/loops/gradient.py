@@ -5,12 +5,12 @@ For tensors in memory of the CPU; ``engines.py`` says when these serve.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from agentmerge.merging.kernels import Operand
+from agentmerge.merging.kernels import Operands, Shared
 from agentmerge.merging.loops.bodies import loop_for
 from agentmerge.merging.loops.fused import CONSENSUS, AnyMask, Bits, Merge, rescaling, run
 from agentmerge.merging.loops.orders import dtype_names, working_name
@@ -18,11 +18,7 @@ from agentmerge.merging.loops.remembered import Statistics
 
 
 def agreement(
-    method: str,
-    base: torch.Tensor,
-    operands: Sequence[Operand],
-    shared: Mapping[str, float],
-    statistics: Statistics,
+    method: str, base: torch.Tensor, operands: Operands, shared: Shared, statistics: Statistics
 ) -> tuple[list[torch.Tensor], list[float]]:
     """Of a method in ``CONSENSUS``: where each operand is kept and of the elected sign, a bit an
     element (as ``contraction.pack_bits`` has them), and what rescaling multiplies it by."""
@@ -54,9 +50,9 @@ def agreement(
     return packed, scales
 
 
-def pulls(
+def slopes(
     ground: torch.Tensor,
-    operands: Sequence[Operand],
+    operands: Operands,
     kept: Sequence[torch.Tensor | None],
     scales: Sequence[float],
     gradient: torch.Tensor,
@@ -69,7 +65,7 @@ def pulls(
     """
     tensors = [operand.tensor for operand in operands]
     loop = loop_for(
-        "pulls",
+        "slopes",
         dtype_names(gradient, ground, *tensors),
         working_name(gradient, ground, *tensors),
         tuple(bits is not None for bits in kept),

@@ -267,12 +267,7 @@ class Loop:
         self.build.store(self.build.add(self.build.load(variable), value), variable)
 
     def collect(
-        self,
-        place: int,
-        array: int,
-        truth: Lanes,
-        notes: Callable[[], Sequence[Lanes]],
-        most: int,
+        self, place: int, array: int, truth: Lanes, notes: Callable[[], Sequence[Lanes]], most: int
     ) -> None:
         """Append the element numbers where ``truth`` holds to an int64 array; a count counts them.
 

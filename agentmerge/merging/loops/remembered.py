@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from agentmerge.merging.kernels import Operand, cosine
+from agentmerge.merging.kernels import Operand, Operands, cosine
 
 if TYPE_CHECKING:  # llvmlite may be missing, and then nothing asks for orders
     from agentmerge.merging.loops.orders import Cut, Order
@@ -52,9 +52,7 @@ class Statistics:
         if pair:
             self._norms[pair] = norm
 
-    def cuts(
-        self, base: torch.Tensor, operands: Sequence[Operand], keeps: Sequence[int]
-    ) -> list[Cut]:
+    def cuts(self, base: torch.Tensor, operands: Operands, keeps: Sequence[int]) -> list[Cut]:
         """For each operand, the cut that keeps the so many largest elements of its task vector."""
         from agentmerge.merging.loops.orders import cuts
 

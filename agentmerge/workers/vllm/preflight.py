@@ -5,11 +5,9 @@ much memory may it take. For ``check``, ``doctor`` and the engine itself; starts
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +17,7 @@ from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.merging.memory import device_total
 from agentmerge.merging.placement import Demand, layout_bytes
 from agentmerge.merging.scratch import scratch_bytes, size_bytes
+from agentmerge.parents.configs import quiet_logs
 from agentmerge.parents.headers import read_config, text_config
 from agentmerge.parents.layout import Layout, read_layout
 from agentmerge.workers.vllm import install
@@ -252,17 +251,6 @@ def installed() -> tuple[str, str] | None:
     return None
 
 
-@contextmanager
-def _no_log() -> Iterator[None]:
-    """vLLM sets up loggers of its own as it is imported, and says what it has no use for."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 def findings() -> list[dict[str, Any]]:
     """For ``doctor``: {what, ok, detail, remedy}. Imports vLLM where it is installed."""
     found = installed()
@@ -274,7 +262,7 @@ def findings() -> list[dict[str, Any]]:
     if not faults:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
-            with warnings.catch_warnings(), _no_log():
+            with warnings.catch_warnings(), quiet_logs():
                 warnings.simplefilter("ignore")
                 importlib.import_module("vllm")
                 moved = _moved()

@@ -65,7 +65,7 @@ def test_time_is_a_budget_too(fake_config: str, tmp_path: Path, paid: list[int])
         first = {"recipe": "[9, 8, 7, 6]"}
         assert merge.invoke(first).startswith("{")
         left, spent = evaluations_left(kit.search), sum(paid)
-        kit.search.seconds_left = lambda: 0.0
+        object.__setattr__(kit.search, "seconds_left", lambda: 0.0)
         for more in ({}, {"limit": 5}):
             told = merge.invoke({"recipe": "[1, 2, 3, 4]"} | more)
             assert told == "the time of this search is used up (budget.timeout_s 1000)"

@@ -132,7 +132,7 @@ def test_the_searchs_own_agents_see_what_the_ladder_releases(toolkit) -> None:
     shown = json.loads(own["list_candidates"].invoke({"count": 50}))["candidates"]
     raw = {row["id"]: row["score"] for row in truth}
     assert len({row["score"] for row in shown}) < len(set(raw.values()))
-    released = search.told(space=search.present)
+    released = search.history(space=search.present)
     expected = {
         f"{o.generation}.{o.slot}": round(o.score, 4)
         for o in release(released, lambda a, b: 0.2).entries

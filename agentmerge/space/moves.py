@@ -1,0 +1,83 @@
+"""Structural moves: the search space that a change of method, groups, filters or models opens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from agentmerge.config import GenomeConfig
+from agentmerge.contracts.advice import StructuralMove
+from agentmerge.errors import ConfigError, UserError
+from agentmerge.methods import METHODS
+from agentmerge.recipe.names import short_name
+from agentmerge.space.grouped import SearchSpace
+
+#: Rungs of filters, coarse to fine, for a space whose groups are single layers already.
+FILTERS = (
+    ("self_attn", "mlp"),
+    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+)
+
+
+def moved(space: SearchSpace, move: StructuralMove) -> SearchSpace:
+    """The space that a move opens.
+
+    Raises:
+        UserError: it opens none, with the reason.
+    """
+    genome = space.genome
+    body: dict[str, Any] = genome.model_dump()
+    if move.change == "method":
+        body |= _method(genome, move.value)
+    elif move.change == "granularity":
+        body["layer_granularity"] = int(move.value)
+    elif move.change == "filters":
+        body["filters"] = tuple(word.strip() for word in move.value.split(",") if word.strip())
+    else:
+        kept = tuple(model for model in genome.models if short_name(model) != move.value)
+        if len(kept) == len(genome.models):
+            raise UserError(f"there is no model {move.value!r} to drop")
+        body["models"] = kept
+    try:
+        found = replace(space, genome=GenomeConfig(**body))
+    except (ValidationError, ConfigError) as error:
+        raise UserError(_sentence(error)) from None
+    if found.key == space.key:
+        raise UserError(f"{move.change} {move.value!r} is what the search has already")
+    return found
+
+
+def finer(space: SearchSpace) -> StructuralMove | None:
+    """One rung up the ladder: groups of fewer layers, then filters; None at the top."""
+    step = space.genome.layer_granularity or space.num_layers
+    if step > 1:
+        fewer = max(n for n in range(1, step) if step % n == 0)
+        return StructuralMove("granularity", str(fewer), "nothing more to gain in coarser groups")
+    for filters in FILTERS:
+        if len(space.genome.filters) < len(filters) and space.method.source:
+            why = "nothing more to gain with fewer filters"
+            return StructuralMove("filters", ", ".join(filters), why)
+    return None
+
+
+def _method(genome: GenomeConfig, name: str) -> dict[str, Any]:
+    """The genome's other settings as far as the new method knows them."""
+    method = METHODS.get(name)
+    if method is None:
+        raise UserError(f"there is no merge method {name!r}")
+    known = {p.name for p in method.shared}
+    return {
+        "merge_method": name,
+        "normalize": genome.normalize if method.normalize_param else None,
+        "evolve": () if method.pairwise else tuple(p for p in genome.evolve if p in known),
+        "filters": () if method.pairwise else genome.filters,
+        "smooth": genome.smooth and not method.pairwise,
+    }
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
+    return str(error)
