@@ -64,6 +64,7 @@ class GenomeConfig(_Frozen):
     """The search space, in mergekit-evolve's words.
 
     chat_template: as ``LmEvalArgs`` has it; what mergekit could read of it is in every recipe.
+    space: what the axes are (``contracts.space.SpaceForm``); by default what the method has.
     """
 
     models: tuple[str, ...]
@@ -77,6 +78,18 @@ class GenomeConfig(_Frozen):
     smooth: bool = False
     filters: tuple[str, ...] = ()
     evolve: tuple[str, ...] = ()
+    space: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a form of its own as it was stored when there was one for each method."""
+        body: dict[str, Any] = plainly(self)
+        return body if self.space else {k: v for k, v in body.items() if k != "space"}
+
+    @property
+    def form(self) -> str:
+        """The name of the space's form: by default the method's."""
+        return self.space or ("slerp" if METHODS[self.merge_method].pairwise else "weights")
 
     @field_validator("filters", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Finds workers, their hosts, strategies, trackers, scorers and model providers by name.
+"""Finds workers, strategies, spaces and whatever else is a plugin by name.
 
 A plugin is an entry point of an installed package, in one of the groups below; what ships with
 agentmerge is registered the same way, here. Nothing is imported before it is asked for.
@@ -43,6 +43,10 @@ _BUILT_IN: dict[str, dict[str, str]] = {
         "one_plus_one": "agentmerge.strategies.one_plus_one:STRATEGY",
         "sobol": "agentmerge.strategies.sobol:STRATEGY",
         "tpe": "agentmerge.strategies.tpe:STRATEGY",
+    },
+    "agentmerge.spaces": {
+        "weights": "agentmerge.space.weights:WeightForm",
+        "slerp": "agentmerge.space.slerp:SlerpForm",
     },
     "agentmerge.trackers": {
         "wandb": "agentmerge.report.wandb:WandbTracker",

@@ -9,7 +9,7 @@ from agentmerge.config import GenomeConfig, SearchConfig, TasksConfig
 from agentmerge.contracts.advice import Guidance, StructuralMove
 from agentmerge.contracts.calls import ModelProvider
 from agentmerge.contracts.scorer import Scorer
-from agentmerge.contracts.space import Axis, Space
+from agentmerge.contracts.space import Axis, Space, SpaceForm
 from agentmerge.contracts.strategy import (
     Bound,
     Evidence,
@@ -42,7 +42,7 @@ from agentmerge.contracts.worker import (
 )
 from agentmerge.errors import CandidateFailed, RunFailed, UserError, WorkerLost
 from agentmerge.plugins import load as load_plugin
-from agentmerge.recipe import Recipe
+from agentmerge.recipe import Recipe, Setting, Slice, Source
 
 __all__ = [
     "Axis",
@@ -70,7 +70,11 @@ __all__ = [
     "RunFailed",
     "Scorer",
     "SearchConfig",
+    "Setting",
+    "Slice",
+    "Source",
     "Space",
+    "SpaceForm",
     "Strategy",
     "StructuralMove",
     "TasksConfig",

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from agentmerge.config import GenomeConfig
 from agentmerge.methods import Kind, Method
-from agentmerge.recipe import Recipe, round12
+from agentmerge.recipe import Recipe, Slice, round12
 
 #: How far past an end of its axis a value may lie and still be that end, for rounding's sake.
 _SLACK = 1e-9
@@ -100,6 +100,52 @@ class Space(Protocol):
     def recipe(self, vector: Sequence[float]) -> Recipe: ...
 
     def vector(self, recipe: Recipe) -> tuple[float, ...] | None: ...
+
+
+class SpaceForm(Protocol):
+    """What the axes of a space are, and how their values are written into a recipe and read again.
+
+    A plugin's entry point is the class, built with what the axes are laid over: ``genome``,
+    ``num_layers``, ``models`` (those that have axes), ``method``, ``filters``, and ``groups`` of
+    whole layers with ``layers(group)`` (first, last + 1) and ``layers_text(group)``. A value is on
+    its axis's own scale. ``agentmerge.testing.SpaceSuite`` judges the space that it makes.
+
+    mixes_all: whether a point may hold every model with the same share.
+    has_depth_line: whether weights may rise with depth, and change the merge.
+    redundant: dimensions that change no merge.
+    only_ratios: see ``Space``.
+    scale: a uniform merge's one natural parameter and its points; ("", ()) where it has none.
+    """
+
+    @property
+    def mixes_all(self) -> bool: ...
+
+    @property
+    def has_depth_line(self) -> bool: ...
+
+    @property
+    def redundant(self) -> int: ...
+
+    @property
+    def only_ratios(self) -> bool: ...
+
+    @property
+    def scale(self) -> tuple[str, tuple[float, ...]]: ...
+
+    @property
+    def axes(self) -> tuple[Axis, ...]: ...
+
+    def slices(self, values: list[float]) -> list[Slice]:
+        """The recipe's slices at these values, one an axis."""
+        ...
+
+    def values(self, recipe: Recipe) -> list[float] | None:
+        """The values of a canonical recipe, one an axis; None where it has none in this form."""
+        ...
+
+    def end_point(self, name: str) -> tuple[float, ...] | None:
+        """The point, in the unit box, that is one of the models alone; None where there is none."""
+        ...
 
 
 def inside_unit(unit: float) -> float:

@@ -177,8 +177,12 @@ def _filter_faults(config: SearchConfig, layout: Layout) -> list[str]:
 def _space(look: Look, num_layers: int, dtype: str) -> SearchSpace | None:
     """The space on models of this depth; a search's warm starts have to be merges of them too."""
     config = look.config
-    with look.faults.of(ConfigError):
+    with look.faults.of(UserError):
         space = SearchSpace(config.genome, num_layers, dtype, config.search.seed)
+        if not space.axes:
+            raise ConfigError(
+                f"genome.space {config.genome.space!r} has no axis here; take another"
+            )
         look.faults.extend(depth_faults(config, num_layers) if look.fresh else [])
         return space
     return None

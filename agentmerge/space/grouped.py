@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from agentmerge.contracts.space import Axis
+from agentmerge import plugins
+from agentmerge.contracts.space import Axis, SpaceForm
 from agentmerge.errors import RecipeRejected
 from agentmerge.recipe import Effective, Recipe, Setting, Slice, Source
 from agentmerge.space.groups import LayerGroups, along, neutral
-from agentmerge.space.slerp import SlerpForm
-from agentmerge.space.weights import WeightForm
 
 #: How far a point that is no merge is moved towards the uniform one, until it is one.
 _TOWARDS_UNIFORM = (1e-3, 0.01, 0.1, 0.5)
@@ -39,9 +38,9 @@ class SearchSpace(LayerGroups):
     merge_seed: int = 0
 
     @cached_property
-    def form(self) -> SlerpForm | WeightForm:
-        """What the axes are, and how their values are written into a recipe and read again."""
-        return SlerpForm(self) if self.method.pairwise else WeightForm(self)
+    def form(self) -> SpaceForm:
+        made: SpaceForm = plugins.load("agentmerge.spaces", self.genome.form)(self)
+        return made
 
     @cached_property
     def key(self) -> str:

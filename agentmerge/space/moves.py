@@ -30,7 +30,7 @@ def moved(space: SearchSpace, move: StructuralMove) -> SearchSpace:
     genome = space.genome
     body: dict[str, Any] = genome.model_dump()
     if move.change == "method":
-        body |= _method(genome, move.value)
+        body |= {"space": None} | _method(genome, move.value)
     elif move.change == "granularity":
         body["layer_granularity"] = int(move.value)
     elif move.change == "filters":
@@ -42,6 +42,7 @@ def moved(space: SearchSpace, move: StructuralMove) -> SearchSpace:
         body["models"] = kept
     try:
         found = replace(space, genome=GenomeConfig(**body))
+        _ = found.axes
     except (ValidationError, ConfigError) as error:
         raise UserError(_sentence(error)) from None
     if found.key == space.key:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from agentmerge.contracts.space import Axis, index_at
+from agentmerge.errors import ConfigError
 from agentmerge.recipe import Recipe, Setting, Slice, Source
 from agentmerge.space.groups import LayerGroups, covering
 
@@ -21,6 +22,13 @@ class SlerpForm:
     """
 
     on: LayerGroups
+
+    def __post_init__(self) -> None:
+        if not self.on.method.pairwise:
+            raise ConfigError(
+                f"genome.space 'slerp' has a t for two models, and {self.on.method.name} has none; "
+                "leave genome.space out"
+            )
 
     has_depth_line = False
     redundant = 0

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from agentmerge.contracts.space import Axis, index_at, inside_unit
+from agentmerge.errors import ConfigError
 from agentmerge.methods import EPSILON_REACH, METHODS, SUM_NORMALIZED, Parameter
 from agentmerge.recipe import Parameters, Recipe, Setting, Slice, Source, round12
 from agentmerge.recipe.names import short_name
@@ -31,6 +32,13 @@ class WeightForm:
     """Axes in the order group, model, filter, parameter; the whole merge's own after the models."""
 
     on: LayerGroups
+
+    def __post_init__(self) -> None:
+        if self.on.method.pairwise:
+            raise ConfigError(
+                f"genome.space 'weights' has a weight a model, and {self.on.method.name} has none; "
+                "leave genome.space out"
+            )
 
     @property
     def mixes_all(self) -> bool:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from agentmerge.testing.scripted import ToolCalls as ToolCalls
     from agentmerge.testing.scripted import scripted_chat_model as scripted_chat_model
     from agentmerge.testing.space_suite import SpaceSuite as SpaceSuite
+    from agentmerge.testing.space_suite import space_of as space_of
     from agentmerge.testing.strategy_suite import StrategySuite as StrategySuite
     from agentmerge.testing.worker_suite import ModelWorkerSuite as ModelWorkerSuite
     from agentmerge.testing.worker_suite import WorkerSuite as WorkerSuite
@@ -37,6 +38,7 @@ _HOMES = {
     "WorkerSuite": "testing.worker_suite",
     "demo_spec": "testing.worker_suite",
     "scripted_chat_model": "testing.scripted",
+    "space_of": "testing.space_suite",
 }
 
 __all__ = sorted(_HOMES)

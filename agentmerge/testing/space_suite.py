@@ -15,11 +15,18 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
+from agentmerge.config import GenomeConfig
 from agentmerge.contracts.space import Space
 from agentmerge.errors import RecipeRejected
 from agentmerge.recipe import Recipe
+from agentmerge.space.grouped import SearchSpace
 
 DRAWS = 40
+
+
+def space_of(genome: GenomeConfig, num_layers: int) -> Space:
+    """The space that a search of this genome has on models of so many layers."""
+    return SearchSpace(genome, num_layers)
 
 
 def comes_back(space: Space, point: Sequence[float]) -> Recipe:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentmerge.config import GenomeConfig, SearchConfig
-from agentmerge.errors import ConfigError, RecipeRejected
+from agentmerge.errors import ConfigError, RecipeRejected, UserError
 from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
 from agentmerge.space import seeds
@@ -209,3 +209,20 @@ parameters: {lambda: 0.5}
     assert dict(other.effective("x", 0).shared)["lambda"] == 0.7
     assert dict(other.effective("x", 3).shared)["lambda"] == 0.5
     assert other.canonical(LAYERS) == other
+
+
+def test_a_form_is_of_a_method() -> None:
+    assert SearchSpace(GenomeConfig(**_TIES, space="weights"), LAYERS).axes == (
+        SearchSpace(GenomeConfig(**_TIES), LAYERS).axes
+    )
+    with pytest.raises(ConfigError, match="'slerp' has a t for two models, and ties has none"):
+        _ = SearchSpace(GenomeConfig(**_TIES, space="slerp"), LAYERS).axes
+    with pytest.raises(UserError, match="did you mean 'weights'"):
+        _ = SearchSpace(GenomeConfig(**_TIES, space="weigths"), LAYERS).axes
+
+
+def test_without_a_form_a_space_has_the_key_that_it_had() -> None:
+    assert "space" not in GenomeConfig(**_TIES).model_dump()
+    named = GenomeConfig(**_TIES, space="weights")
+    assert GenomeConfig(**named.model_dump()) == named
+    assert SearchSpace(named, LAYERS).key != SearchSpace(GenomeConfig(**_TIES), LAYERS).key

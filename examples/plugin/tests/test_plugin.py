@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from agentmerge.contracts import Strategy, Worker, load_plugin
-from agentmerge.testing import HostSuite, ModelWorkerSuite, StrategySuite
+from agentmerge.contracts import GenomeConfig, Space, Strategy, Worker, load_plugin
+from agentmerge.testing import HostSuite, ModelWorkerSuite, SpaceSuite, StrategySuite, space_of
 
 
 class TestTimedWorker(ModelWorkerSuite):
@@ -24,3 +24,19 @@ class TestHalfway(StrategySuite):
     @pytest.fixture
     def strategy(self) -> Strategy:
         return load_plugin("agentmerge.strategies", "halfway")
+
+
+class TestSeesaw(SpaceSuite):
+    @pytest.fixture(params=(0, 2))
+    def space(self, request: pytest.FixtureRequest) -> Space:
+        return space_of(
+            GenomeConfig(
+                models=("b", "c"),
+                base_model="a",
+                merge_method="task_arithmetic",
+                layer_granularity=request.param,
+                normalize=False,
+                space="seesaw",
+            ),
+            num_layers=4,
+        )
