@@ -31,6 +31,7 @@ from agentmerge.contracts.strategy import (
 )
 from agentmerge.strategies.gradient import GradientSteps, next_step
 from agentmerge.strategies.margins import (
+    FEW_DOCUMENTS,
     MORE_EXPLORATION,
     Margins,
     Prospect,
@@ -44,6 +45,8 @@ GRADIENT_STEPS = 6
 #: In fewer dimensions the items' model is as good without: six steps cost what 23 candidates do.
 GRADIENTS_FROM = 33
 STALE = 8
+#: So often that without a gain, and twice its dimensions, ends a search that no margins end.
+PATIENCE = 3
 FLOOR = 0.1
 FADE = 0.9
 LEAST_ADVICE, MOST_ADVICE = 0.1, 0.3
@@ -114,14 +117,26 @@ def nothing_to_gain(space: Space, history: History, prospect: Prospect, rng_for:
 
     Twice the doubt that proposals begin with is counted: with theirs a search would end too early.
     Never while the search's own candidates climb, however far below a rival they are: what a model
-    promises of a region that it has hardly seen is no reason to leave it.
+    promises of a region that it has hardly seen is no reason to leave it. Without margins a model
+    promises without end, and what it promised has to have come.
     """
     own = later(history)
     if len(own) < max(2 * STALE, space.dimensions) or since_rise(own) < STALE:
         return False
+    patience = max(PATIENCE * STALE, 2 * space.dimensions)
+    if promises_on(history, prospect) and since_rise(own, by=prospect.least_gain) >= patience:
+        return True
     doubtful = replace(prospect, exploration=max(prospect.exploration, MORE_EXPLORATION[0]))
     rng = rng_for(next_generation(history), 0, "items")
     return most_promising(doubtful, space, rng, np.eye(space.dimensions))[1] < prospect.least_gain
+
+
+def promises_on(history: History, prospect: Prospect) -> bool:
+    """Whether a model may promise a gain for ever: no margin tells it how far an item is from
+    right. A score that nobody took apart is for its owner to end."""
+    told = next((o.evidence for o in reversed(history) if o.evidence is not None), None)
+    margins = prospect.by_item and bool(prospect.score.margins.any())
+    return told is not None and told.items.counts.sum() >= FEW_DOCUMENTS and not margins
 
 
 def later(history: History) -> list[Observation]:
@@ -137,13 +152,16 @@ def since_gain(history: History) -> int:
     return since_rise(later(history), max(rivals, default=-np.inf))
 
 
-def since_rise(history: History, best: float = -np.inf) -> int:
-    """How many observations there are since one was above ``best`` and all before it."""
+def since_rise(history: History, best: float = -np.inf, by: float = 0.0) -> int:
+    """How many observations there are since one was above ``best`` and all before it.
+
+    by: how far above what counted last.
+    """
     since = 0
     for observation in history:
         score = -np.inf if observation.score is None else observation.score
-        since = 0 if score > best else since + 1
-        best = max(best, score)
+        risen = score > best + by
+        since, best = (0, score) if risen else (since + 1, best)
     return since
 
 

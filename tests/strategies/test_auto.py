@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from agentmerge.contracts.advice import Guidance
-from agentmerge.contracts.strategy import Observation, Proposal, rng_factory
+from agentmerge.contracts.strategy import Evidence, Items, Observation, Proposal, rng_factory
 from agentmerge.space import seeds
 from agentmerge.strategies.auto import (
     GRADIENT_STEPS,
     MOST_ADVICE,
+    PATIENCE,
     STALE,
     Auto,
     advice,
@@ -20,6 +21,7 @@ from agentmerge.strategies.auto import (
     nothing_to_gain,
     operator_of,
     since_gain,
+    since_rise,
 )
 from agentmerge.strategies.gradient import GradientSteps, next_step
 from agentmerge.strategies.margins import prospect_for
@@ -55,6 +57,41 @@ def test_it_ends_by_itself_without_margins_too(kind: str) -> None:
     assert len(history) < 80
     scores = [o.score for o in history if o.score is not None]
     assert max(scores) - max(scores[: len(points)]) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["values", "whole"])
+def test_promises_that_are_not_kept_end_a_search_without_margins(kind: str) -> None:
+    """Items that jump say nothing of how far they are: a model of them promises gains for ever."""
+    quiz = Quiz(1, values_only=True)
+    share = quiz.items.weight
+
+    def seen(observation: Observation) -> Observation:
+        assert observation.evidence is not None
+        if kind == "values":
+            return observation
+        loss = 3.0 - 2.0 * observation.evidence.values @ share  # one metric of all documents
+        items = Items(np.zeros(1, int), -np.ones(1), np.zeros(1, bool), np.array([len(share)]))
+        evidence = Evidence(items, np.array([loss]), np.array([loss]))
+        return replace(observation, score=-loss, evidence=evidence)
+
+    rng = np.random.default_rng(0)
+    good = quiz.centre + 0.05
+    points = [good, *(good + rng.normal(0, 0.2, (PATIENCE * STALE, SPACE.dimensions))).clip(0, 1)]
+    history = [seen(quiz.observe(0, 0, (0.1,) * SPACE.dimensions, "uniform"))]
+    for generation, point in enumerate(points, 1):
+        assert Auto().propose(SPACE, tuple(history), None, 1, rng_factory(0))
+        history.append(seen(quiz.observe(generation, 0, tuple(map(float, point)), "margins")))
+    assert since_gain(history) == PATIENCE * STALE
+    assert not Auto().propose(SPACE, tuple(history), None, 1, rng_factory(0))
+    unasked = [replace(o, evidence=None) for o in history]
+    assert Auto().propose(SPACE, tuple(unasked), None, 1, rng_factory(0)), "its owner ends it"
+
+
+def test_small_rises_that_add_up_are_rises() -> None:
+    climbing = [told(g, 0.1 * g) for g in range(10)]
+    assert since_rise(climbing, by=0.25) == 0
+    assert since_rise(climbing, by=0.35) == 1
+    assert since_rise([told(0, 0.5), *(told(g, 0.5) for g in range(1, 6))]) == 5
 
 
 def test_it_does_not_end_on_a_score_that_nobody_took_apart() -> None:
