@@ -42,6 +42,9 @@ class SoftScore:
 
     def values(self, signals: np.ndarray) -> np.ndarray:
         """What is expected of each item, (..., m) -> (..., m)."""
+        if self.margins.all():  # most of what a search thinks about
+            right: np.ndarray = ndtr(signals / self.softening)
+            return right
         found = np.where(self.margins, ndtr(signals / self.softening), signals)
         if self.decades.any():
             most = np.log(LARGEST)
@@ -62,6 +65,9 @@ class SoftScore:
         """d score / d signal, (m,) -> (m,)."""
         scaled = signals / self.softening
         bell = np.exp(-0.5 * scaled**2) / np.sqrt(2 * np.pi) / self.softening
+        if not self.bounds and not self.decades.any():
+            plain: np.ndarray = self.weight * np.where(self.margins, bell, 1.0)
+            return plain
         values = self.values(signals)
         rise = np.where(self.margins, bell, np.where(self.decades != 0, values, 1.0))
         pull = self.weight
