@@ -61,6 +61,7 @@ STEPS: dict[Program, tuple[tuple[str, ...], ...]] = {
         ("--no-deps", "mergenetic==0.1.1"),
     ),
 }
+RAY_LATE = "The current node timed out during startup"
 VERSIONS = ("torch", "transformers", "mergekit", "mergenetic", "ray", "lm_eval", "cma", "pymoo")
 
 
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked.part == "run":
         seeds = range(asked.first_seed, asked.first_seed + asked.seeds)
         settings = [prepared(asked.out, seed) for seed in seeds]
-        wanted = [(arm, setting) for arm in arms for setting in settings]
+        wanted = [(arm, setting) for setting in settings for arm in arms]
         with ThreadPoolExecutor(asked.processes) as pool:
             for future in [pool.submit(made, asked.out, *pair, asked.budget) for pair in wanted]:
                 future.result()
@@ -127,8 +128,11 @@ def made(out: Path, name: str, setting: Setting, budget: int) -> None:
         work = Path(scratch)
         line = orders.command(arm, setting, work / "out", budget, python_of(arm.program))
         log = out / f"{name}-{setting.seed}.log"
-        code, wall_s, cpu_s = timed(line, log, environment(arm.program, work))
+        code, wall_s, cpu_s = timed(line, log, environment(arm.program, work), work)
         text = log.read_text(errors="replace")
+        if code and RAY_LATE in text:  # the machine's fault, not the search's
+            print(f"{name} seed {setting.seed}: Ray did not start in its 30 s; run this again")
+            return
         row: dict[str, Any] = {"arm": name, "seed": setting.seed, "budget": budget}
         row |= {"wall_s": wall_s, "cpu_s": cpu_s, "versions": versions(arm.program)}
         row |= {"machine": machine(int(os.environ.get("OMP_NUM_THREADS", "0")))}
@@ -148,18 +152,22 @@ def environment(program: Program, work: Path) -> dict[str, str]:
     """One thread and no network; the rivals see nothing of this checkout but their drivers."""
     given = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     if program == "agentmerge":
-        return given
+        return given | {"PYTHONPATH": str(Path.cwd())}
     given |= {"PYTHONPATH": str(orders.HERE.absolute()), "RAY_TMPDIR": str(work)}
     given |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     return given | {"HF_DATASETS_CACHE": str(work / "data")}
 
 
-def timed(line: Sequence[str], log: Path, given: dict[str, str]) -> tuple[int, float, float]:
-    """(exit code, seconds, seconds of the processor) of a command, whose words go to `log`."""
+def timed(
+    line: Sequence[str], log: Path, given: dict[str, str], folder: Path
+) -> tuple[int, float, float]:
+    """(exit code, seconds, seconds of the processor) of a command in `folder`; it talks to `log`."""
     begun = time.perf_counter()
     used: dict[tuple[int, float], float] = {}
     with log.open("w") as words:
-        running = subprocess.Popen(line, env=given, stdout=words, stderr=subprocess.STDOUT)
+        running = subprocess.Popen(
+            line, env=given, cwd=folder, stdout=words, stderr=subprocess.STDOUT
+        )
         while running.poll() is None:
             used |= processor_seconds(running.pid)
             time.sleep(EVERY_S)

@@ -254,6 +254,10 @@ def test_benchmarks_are_refused_unless_insisted(
     assert call(capsys, "run", config_file, "--runs-dir", runs, insisting)[0] == 0
 
 
+NOTED = (
+    *("--num-gpus", "--merge-cuda", "--no-merge-cuda", "--reshard", "--no-reshard"),
+    "--allow-crimes",
+)
 OLD = [
     ["--strategy", "pool"],
     ["-s", "buffered"],
@@ -306,7 +310,9 @@ def test_every_option_of_the_old_programs_is_accepted(
         "--batch-size": "batch_size: 8",
     }
     assert expected.get(options[0], "genome:") in text
-    if options[0] in ("--num-gpus", "--merge-cuda", "--reshard", "--allow-crimes"):
+    if options[0].removeprefix("--no-") != options[0]:
+        assert f"note: --{options[0].removeprefix('--no-')}" not in err
+    if options[0] in NOTED:
         assert f"note: {options[0]}" in err
 
 
