@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -127,9 +128,10 @@ def made(out: Path, name: str, setting: Setting, budget: int) -> None:
     with tempfile.TemporaryDirectory(prefix="rivals-") as scratch:
         work = Path(scratch)
         line = orders.command(arm, setting, work / "out", budget, python_of(arm.program))
-        log = out / f"{name}-{setting.seed}.log"
+        log = work / "log"
         code, wall_s, cpu_s = timed(line, log, environment(arm.program, work), work)
         text = log.read_text(errors="replace")
+        shutil.copy(log, path.with_suffix(".log"))
         if code and RAY_LATE in text:  # the machine's fault, not the search's
             print(f"{name} seed {setting.seed}: Ray did not start in its 30 s; run this again")
             return
@@ -155,13 +157,14 @@ def environment(program: Program, work: Path) -> dict[str, str]:
         return given | {"PYTHONPATH": str(Path.cwd())}
     given |= {"PYTHONPATH": str(orders.HERE.absolute()), "RAY_TMPDIR": str(work)}
     given |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    given |= {"RAY_worker_niceness": "0"}  # Ray would lower its workers by 15 among other work
     return given | {"HF_DATASETS_CACHE": str(work / "data")}
 
 
 def timed(
     line: Sequence[str], log: Path, given: dict[str, str], folder: Path
 ) -> tuple[int, float, float]:
-    """(exit code, seconds, seconds of the processor) of a command in `folder`; it talks to `log`."""
+    """(exit code, seconds, processor seconds) of a command in `folder`, whose words go to `log`."""
     begun = time.perf_counter()
     used: dict[tuple[int, float], float] = {}
     with log.open("w") as words:
