@@ -112,11 +112,11 @@ def map_options(old: Legacy) -> Mapped:
     if old.num_gpus is not None and old.num_gpus > 1:
         out.notices.append(f"--num-gpus {old.num_gpus}: this version scores on one device")
     if old.merge_cuda is not None:
-        given = "--merge-cuda" if old.merge_cuda else "--no-merge-cuda"
-        out.notices.append(f"{given}: the merge runs where the model is scored")
+        switch = "--merge-cuda" if old.merge_cuda else "--no-merge-cuda"
+        out.notices.append(f"{switch}: the merge runs where the model is scored")
     if old.reshard is not None:
-        given = "--reshard" if old.reshard else "--no-reshard"
-        out.notices.append(f"{given}: parents stay resident, so nothing is resharded")
+        switch = "--reshard" if old.reshard else "--no-reshard"
+        out.notices.append(f"{switch}: parents stay resident, so nothing is resharded")
     if old.allow_crimes:
         out.notices.append(
             "--allow-crimes: architectures cannot be mixed; the models are checked as ever"
