@@ -406,6 +406,29 @@ METHODS: dict[str, Method] = {
     )
 }
 
+#: What copies layers, in any order and number; no search moves its one parameter yet.
+PASSTHROUGH = Method(
+    "passthrough",
+    "Each slice is one model's layers.",
+    (
+        Parameter(
+            "scale",
+            "What tensors are multiplied by; of a layer's output projections: how strongly it "
+            "adds to what runs through the model.",
+            1.0,
+            -0.5,
+            1.5,
+        ),
+    ),
+    (),
+    "ignored",
+    "https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md",
+    most=1,
+)
+
+#: What a recipe may name; a genome has one of ``METHODS``.
+RECIPE_METHODS: dict[str, Method] = METHODS | {PASSTHROUGH.name: PASSTHROUGH}
+
 #: Methods in which only the ratio of weights matters once they are normalized, and in which a sum
 #: of weights that cancels leaves nothing to divide by.
 SUM_NORMALIZED = frozenset(
@@ -444,8 +467,8 @@ def method_named(name: str) -> Method:
     Raises:
         RecipeError: unknown, with the known names.
     """
-    if name not in METHODS:
+    if name not in RECIPE_METHODS:
         raise RecipeError(
-            f"merge_method {name!r} is not known; use one of {', '.join(sorted(METHODS))}"
+            f"merge_method {name!r} is not known; use one of {', '.join(sorted(RECIPE_METHODS))}"
         )
-    return METHODS[name]
+    return RECIPE_METHODS[name]

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentmerge.errors import UserError
-from agentmerge.methods import METHODS
+from agentmerge.methods import PASSTHROUGH, RECIPE_METHODS
 from agentmerge.recipe import MOST_LAYERS, Effective, Recipe, length
 from agentmerge.recipe.cancelling import cancelling_notes
+from agentmerge.recipe.copying import stacked_layers
 from agentmerge.recipe.names import short_name
+
+if TYPE_CHECKING:
+    from agentmerge.parents.layout import Layout
 
 #: Stand-ins where no model says what its tensors are called.
 _KINDS = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight")
+#: What scales of stacked layers are of.
+_OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
 def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> dict[str, Any]:
@@ -24,20 +30,33 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
         RecipeRejected: they cannot, as ``evaluate`` would say. ParentError: they do not fit.
         UserError: the depth is unknown: the recipe has no layer ranges and no model was named.
     """
-    depth, names, carried = _tensors(recipe, model, layers)
-    canonical = recipe.canonical(depth)
     # Parents that are aligned or unpickled first are other files than those that are here.
     checked = recipe.tokenizer_source is None and all(
         (Path(name) / "config.json").is_file() and any(Path(name).glob("*.safetensors"))
         for name in recipe.models
     )
-    if checked:
-        from agentmerge.merging.plan import plan
+    family = shown = None
+    if checked or model is not None:
         from agentmerge.parents.layout import read_layout
 
-        plan(
-            canonical, read_layout({name: Path(name) for name in recipe.models}, recipe.base_model)
+        if checked:
+            here = {name: Path(name) for name in recipe.models}
+            family = read_layout(here, recipe.base_model)
+        shown = read_layout({str(model): model}) if model is not None else None
+    known = shown or family
+    depth = layers or _depth(recipe) if known is None else known.num_layers
+    canonical = recipe.canonical(depth)
+    if family is not None:
+        from agentmerge.merging.plan import plan
+
+        plan(canonical, family)
+    stacked, notes = stacked_layers(canonical), [*recipe.notes]
+    if stacked is not None and known is None and not layers:
+        notes.append(
+            f"its models are taken to have {depth} layers; --layers N or --model DIR says how many "
+            "they have"
         )
+    names, carried = _tensors(shown, depth, stacked)
     groups: list[tuple[str, str, Effective]] = []
     for name, layer, after in names:
         effective = canonical.effective(name, layer, after=after)
@@ -48,13 +67,15 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
     for place, name, effective in _grouped(groups):
         total, where = _total(effective), place
         for model_name, at, own in effective.sources:
-            method = METHODS[effective.method]
+            method = RECIPE_METHODS[effective.method]
             if method.sets_apart(effective.base_model) and model_name == effective.base_model:
                 values = "base"
             else:
-                found = own or effective.shared  # of a method without weights
+                given = own or effective.shared  # of a method without weights
                 values = ", ".join(
-                    f"{key} {value / total if key == 'weight' else value:g}" for key, value in found
+                    f"{key} {value / total if key == 'weight' else value:g}"
+                    for key, value in given
+                    if (key, value) != ("scale", 1.0)  # the model's own
                 )
                 values = values or "the model"
             if method.pairwise:
@@ -70,7 +91,7 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
     return {
         "hash": canonical.hash(),
         "canonical": canonical.to_dict(),
-        "notes": [*recipe.notes, *cancelling_notes(canonical)],
+        "notes": [*notes, *cancelling_notes(canonical)],
         "rows": rows,
         "checked": checked,
     }
@@ -78,36 +99,46 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
 
 def _total(effective: Effective) -> float:
     """What weights are divided by: their sum, where only their ratios matter."""
-    method = METHODS[effective.method]
+    method = RECIPE_METHODS[effective.method]
     if not method.ratios_only(dict(effective.shared)):
         return 1.0
     return sum(dict(own).get("weight", 0.0) for _, _, own in effective.sources) or 1.0
 
 
-def _tensors(
-    recipe: Recipe, model: Path | None, layers: int | None
-) -> tuple[int, list[tuple[str, int | None, bool]], str]:
-    """Depth, tensors (name, layer, whether after the layers), and what no recipe touches."""
-    if model is not None:
-        from agentmerge.parents.checkpoint import parts_of
-        from agentmerge.parents.layout import read_layout
-
-        layout = read_layout({str(model): model}, None)
-        tensors = [(t.name, t.layer, t.after) for t in layout.tensors]
-        return layout.num_layers, tensors, parts_of(layout.carried)
-    depth = layers or sum(length(piece) for piece in recipe.slices)
+def _depth(recipe: Recipe) -> int:
+    """How deep its models are, as far as the recipe tells: as deep as its merge; of copied layers
+    at least as deep as what it reads, and no deeper where it reads a layer twice."""
+    ranges = [s.layer_range for piece in recipe.slices for s in piece.sources if s.layer_range]
+    depth = sum(length(piece) for piece in recipe.slices)
+    if recipe.merge_method == PASSTHROUGH.name:
+        read = [range(*piece) for piece in ranges]
+        twice = len({layer for layers in read for layer in layers}) < depth
+        depth = max((end for _, end in ranges), default=0) if twice else depth
     if not depth:
         raise UserError(
             "the recipe does not say how deep the models are; add --model DIR or --layers N"
         )
+    return depth
+
+
+def _tensors(
+    layout: Layout | None, depth: int, stacked: tuple[int, ...] | None
+) -> tuple[list[tuple[str, int | None, bool]], str]:
+    """Tensors (name, layer, whether after the layers), and what no recipe touches."""
+    if layout is not None:
+        from agentmerge.parents.checkpoint import parts_of
+
+        made = layout if stacked is None else layout.at_depth(stacked)
+        return [(t.name, t.layer, t.after) for t in made.tensors], parts_of(layout.carried)
     if depth > MOST_LAYERS:
         raise UserError(
             f"{depth:,} layers are more than any model has: {MOST_LAYERS:,} are shown at most"
         )
     names: list[tuple[str, int | None, bool]] = [("model.embed_tokens.weight", None, False)]
-    for layer in range(depth):
-        names += [(f"model.layers.{layer}.{kind}", layer, False) for kind in _KINDS]
-    return depth, [*names, ("model.norm.weight", None, True)], ""
+    for layer in range(depth if stacked is None else len(stacked)):
+        kinds = _KINDS if stacked is None else (*_KINDS, *_OUTPUTS)
+        names += [(f"model.layers.{layer}.{kind}", layer, False) for kind in kinds]
+    return [*names, ("model.norm.weight", None, True)], ""
 
 
 def _grouped(

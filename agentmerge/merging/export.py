@@ -22,6 +22,7 @@ from agentmerge.merging.family import merged_tensor
 from agentmerge.merging.plan import MergePlan, TensorPlan, plan
 from agentmerge.merging.weights import ParentFiles
 from agentmerge.parents.chat_templates import recipe_template
+from agentmerge.parents.depth import at_layers
 from agentmerge.parents.headers import read_config, read_headers
 from agentmerge.parents.layout import read_layout
 from agentmerge.parents.writing import (
@@ -93,6 +94,8 @@ def export_checkpoint(
     size_bytes = sum(entry.size_bytes for entry in entries)
     # A wrapper around the text model is the first parent's, and so is its config.
     config = read_config(first if layout.carried else paths[template_model])
+    if merge_plan.layers is not None:
+        config = at_layers(config, merge_plan.layers)
     config = _config_of(config, merge_plan, layout.tied)
     if dtype is not None and not (canonical.out_dtype or canonical.dtype):
         canonical = replace(canonical, out_dtype=dtype)  # the recipe as written says all there is

@@ -19,7 +19,7 @@ from agentmerge.merging.loops.remembered import Statistics
 from agentmerge.merging.placement import Placement, plan_memory
 from agentmerge.merging.plan import MergePlan, TensorPlan, plan
 from agentmerge.merging.weights import ParentFiles, ParentSource, Resident, TensorSource
-from agentmerge.methods import METHODS
+from agentmerge.methods import RECIPE_METHODS
 from agentmerge.parents.layout import Layout, read_layout
 from agentmerge.recipe import Recipe
 
@@ -157,7 +157,7 @@ def operands_of(
 ) -> tuple[torch.Tensor | None, list[Operand]]:
     """The base's tensor, where the method sets one apart, and the other sources in order."""
     effective = item.effective
-    random = METHODS[effective.method].random
+    random = RECIPE_METHODS[effective.method].random
     base: torch.Tensor | None = None
     operands = []
     inputs = dict(item.inputs)

@@ -44,7 +44,7 @@ from agentmerge.merging.kernels import (
 from agentmerge.merging.loops.remembered import Statistics
 from agentmerge.merging.plan import MergePlan, TensorPlan
 from agentmerge.merging.weights import TensorSource
-from agentmerge.methods import METHODS, divides_by_agreeing
+from agentmerge.methods import METHODS, RECIPE_METHODS, divides_by_agreeing
 from agentmerge.recipe import CANCEL_SHARE
 
 #: How each method's masks are made; others keep everything.
@@ -85,7 +85,7 @@ class MergeGradient:
         self._by_name = {item.spec.name: item for item in merge_plan.tensors}
         self._frozen: dict[str, Frozen] = {}
         self._sums: dict[str, torch.Tensor] = {}
-        method = METHODS[merge_plan.tensors[0].effective.method]
+        method = RECIPE_METHODS[merge_plan.tensors[0].effective.method]
         if not method.differentiable:
             known = ", ".join(sorted(m.name for m in METHODS.values() if m.differentiable))
             raise CandidateFailed(f"{method.name} has no gradient; these have one: {known}")

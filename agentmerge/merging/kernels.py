@@ -74,6 +74,7 @@ class Operand:
     gamma: float = 0.0
     epsilon: float = 0.0
     pair: str = ""
+    scale: float = 1.0
 
 
 Operands = Sequence[Operand]
@@ -168,7 +169,26 @@ def dare_ties(
     return sign_consensus(base, operands, masks, shared, out)
 
 
+def passthrough(
+    base: torch.Tensor | None,
+    operands: Sequence[Operand],
+    shared: Mapping[str, float],
+    out: torch.dtype,
+) -> torch.Tensor:
+    """The one source, times its scale: in float32 (float64 where it is stored so), as torch's own
+    product is, so that mergekit's has the same bits."""
+    tensor, scale = operands[0].tensor, operands[0].scale
+    if scale == 1.0:
+        return copied(tensor, out)
+    result, flat = empty_as(tensor, out), tensor.reshape(-1)
+    working = torch.promote_types(tensor.dtype, torch.float32)
+    for block in blocks(result.numel(), result.device):
+        result.view(-1)[block] = flat[block].to(working, copy=True).mul_(scale)
+    return result
+
+
 KERNELS: dict[str, Kernel] = {
+    "passthrough": passthrough,
     "linear": linear,
     "slerp": slerp,
     "task_arithmetic": task_arithmetic,

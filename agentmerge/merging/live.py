@@ -21,7 +21,7 @@ from agentmerge.merging.digests import digest_of_lines, tensor_line
 from agentmerge.merging.engines import has_fused, has_loops
 from agentmerge.merging.family import Family
 from agentmerge.merging.plan import MergePlan, TensorPlan
-from agentmerge.methods import METHODS
+from agentmerge.methods import RECIPE_METHODS
 
 #: How a tensor is made: its plan, and the merge seed where the method draws random masks.
 _Made = tuple[TensorPlan, int | None]
@@ -111,4 +111,4 @@ class LiveWeights:
 
 
 def _made(item: TensorPlan, merge_plan: MergePlan) -> _Made:
-    return item, merge_plan.merge_seed if METHODS[item.effective.method].random else None
+    return item, merge_plan.merge_seed if RECIPE_METHODS[item.effective.method].random else None

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from agentmerge.errors import RecipeRejected
-from agentmerge.methods import METHODS
-from agentmerge.parents.checkpoint import at_layer
+from agentmerge.methods import PASSTHROUGH, RECIPE_METHODS
 from agentmerge.parents.headers import DTYPES
 from agentmerge.parents.layout import Layout, TensorSpec
+from agentmerge.parents.naming import at_layer
 from agentmerge.recipe import Effective, Recipe
+from agentmerge.recipe.copying import stacked_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,15 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Every tensor of a merge, in the layout's order; ``merge_seed`` draws the random masks."""
+    """Every tensor of a merge, in the layout's order; ``merge_seed`` draws the random masks.
+
+    layers: of a stack of copied layers, which of its parent's layers each one is; None of a merge
+        of weights, whose layers are the parents' own.
+    """
 
     tensors: tuple[TensorPlan, ...]
     merge_seed: int | None
+    layers: tuple[int, ...] | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -73,14 +79,17 @@ def plan(recipe: Recipe, layout: Layout, *, dtype: str | None = None) -> MergePl
         raise ValueError("the recipe is not canonical; call recipe.canonical(num_layers) first")
     _check_sources(recipe, layout)
     wanted = _checked_dtype(recipe.out_dtype or recipe.dtype or dtype)
+    layers = stacked_layers(recipe)
+    if layers is not None and layout.fixed:
+        raise RecipeRejected(f"these models' layers cannot be stacked: {layout.fixed}")
     tensors = []
-    for spec in layout.tensors:
+    for spec in (layout if layers is None else layout.at_depth(layers)).tensors:
         effective = recipe.effective(spec.name, spec.layer, after=spec.after)
         inputs = tuple(
             (model, _input_name(spec, layer, layout)) for model, layer, _ in effective.sources
         )
         tensors.append(TensorPlan(spec, effective, inputs, wanted or spec.dtype))
-    return MergePlan(tuple(tensors), recipe.merge_seed)
+    return MergePlan(tuple(tensors), recipe.merge_seed, layers)
 
 
 def _check_sources(recipe: Recipe, layout: Layout) -> None:
@@ -88,7 +97,7 @@ def _check_sources(recipe: Recipe, layout: Layout) -> None:
     if unknown:
         known = ", ".join(map(repr, layout.parents))
         raise RecipeRejected(f"the recipe names {unknown[0]!r}; the models are {known}")
-    made, method = 0, METHODS[recipe.merge_method]
+    made, method = 0, RECIPE_METHODS[recipe.merge_method]
     for index, piece in enumerate(recipe.slices):
         names = [source.model for source in piece.sources]
         twice = next((name for name in names if names.count(name) > 1), None)
@@ -119,7 +128,7 @@ def _check_sources(recipe: Recipe, layout: Layout) -> None:
             )
         first = piece.sources[0].layer_range or (0, 0)
         made += first[1] - first[0]
-    if made != layout.num_layers:
+    if made != layout.num_layers and method is not PASSTHROUGH:
         raise RecipeRejected(
             f"the recipe makes {made} layers, and the models have {layout.num_layers}"
         )

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,10 @@ import torch
 from agentmerge.errors import CandidateFailed
 from agentmerge.merging.export import default_card
 from agentmerge.parents.chat_templates import recipe_template
+from agentmerge.parents.depth import followed
 from agentmerge.parents.writing import copy_side_files, directory_at_once
 from agentmerge.recipe import Recipe, renamed
+from agentmerge.recipe.copying import stacked_layers
 
 
 def mergekit_merge(
@@ -65,7 +68,8 @@ def mergekit_merge(
     with directory_at_once(out_dir, overwrite=overwrite) as scratch, _generators_kept():
         try:
             config = MergeConfiguration.model_validate(body)
-            run_merge(config, str(scratch), options=options)
+            with _settings_follow(recipe):
+                run_merge(config, str(scratch), options=options)
         except Exception as error:  # mergekit raises plain RuntimeError and ValueError
             raise CandidateFailed(f"mergekit could not merge this recipe: {error}") from error
         finally:
@@ -78,6 +82,30 @@ def mergekit_merge(
         card = default_card(out_dir.name, recipe) if card is None else card
         (scratch / "README.md").write_text(card, encoding="utf-8")
         finish(scratch)
+
+
+@contextmanager
+def _settings_follow(recipe: Recipe) -> Iterator[None]:
+    """Of a stack mergekit sets the number of layers alone, which transformers' configs refuse where
+    layers have settings of their own; ours follow their layers there, too."""
+    from mergekit import merge
+
+    layers, original = stacked_layers(recipe), merge._model_out_config
+
+    def made(*args: Any, **kwargs: Any) -> Any:
+        config = original(*args, **kwargs)
+        text = config.get_text_config(decoder=True)
+        own = text.to_dict()
+        depth = len(own.get("layer_types") or ())
+        for key, value in followed(own, depth, layers or ()).items():
+            setattr(text, key, value)
+        return config
+
+    merge._model_out_config = original if layers is None else made
+    try:
+        yield
+    finally:
+        merge._model_out_config = original
 
 
 @contextmanager

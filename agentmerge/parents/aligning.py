@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from agentmerge.parents.checkpoint import EMBEDDINGS, HEADS, Checkpoint, is_one_of, layer_of
+from agentmerge.parents.checkpoint import EMBEDDINGS, HEADS, Checkpoint, is_one_of
 from agentmerge.parents.headers import chat_template, content_fingerprint, read_config, read_json
 from agentmerge.parents.made import identity_of, made
+from agentmerge.parents.naming import layer_of
 from agentmerge.parents.vocabulary import Alignment
 from agentmerge.parents.writing import (
     copy_side_files,

@@ -25,6 +25,7 @@ from agentmerge.parents.headers import (
     same_bytes,
     text_config,
 )
+from agentmerge.parents.naming import LAYER, layer_of
 
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "lm_loss.weight")
 EMBEDDINGS = (
@@ -40,7 +41,6 @@ EMBEDDINGS = (
 #: Of tables, not of weights at low precision.
 _WHOLE_NUMBERS = ("I64", "I32", "I16", "U64", "U32", "U16", "BOOL")
 _HEAD_BIASES = tuple(head.replace("weight", "bias") for head in HEADS)
-_LAYER = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.)")
 #: Computed from the config, never weights; old checkpoints carry them.
 _DERIVED = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.masked_bias"
@@ -48,17 +48,6 @@ _DERIVED = re.compile(
 )
 #: Causal masks that old checkpoints carry: 1s and 0s of shape [1, 1, n, n] beside the attention.
 _MASK = re.compile(r"(^|\.)(attn|attention|self_attn)\.(bias|causal_mask|mask)$")
-
-
-def layer_of(name: str) -> int | None:
-    """The layer in a tensor's name: its first part that is a number."""
-    match = _LAYER.search(name)
-    return int(match[1]) if match else None
-
-
-def at_layer(name: str, layer: int) -> str:
-    """The same tensor's name in another layer."""
-    return _LAYER.sub(str(layer), name, count=1)
 
 
 def is_one_of(name: str, endings: tuple[str, ...]) -> bool:
@@ -154,7 +143,7 @@ class Checkpoint:
         return layer
 
     def _depth_of(self, name: str) -> int | None:
-        match = _LAYER.search(name)
+        match = LAYER.search(name)
         return None if match is None else self._stacks.get(name[: match.start()].rstrip("."))
 
     @property
@@ -167,7 +156,7 @@ class Checkpoint:
         """Every stack of layers: what is before the layer's number -> how many there are."""
         stacks: dict[str, int] = {}
         for name in self.tensors:
-            match = _LAYER.search(name)
+            match = LAYER.search(name)
             if match:
                 stack = name[: match.start()].rstrip(".")
                 stacks[stack] = max(stacks.get(stack, 0), int(match[1]) + 1)

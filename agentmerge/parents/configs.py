@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-_LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _LAYER_LIST_KEYS = ("layer_types", "layers_block_type")
 
 
@@ -75,7 +75,7 @@ def _as_written(config: Mapping[str, Any]) -> ClassConfig:
 
 
 def _layer_counts(text: Mapping[str, Any]) -> tuple[int, ...]:
-    counts = [text.get(key) for key in _LAYER_COUNT_KEYS]
+    counts = [text.get(key) for key in LAYER_COUNT_KEYS]
     kinds = [text.get(key) for key in _LAYER_LIST_KEYS]
     counts += [len(listed) for listed in kinds if isinstance(listed, list | tuple)]
     return tuple(dict.fromkeys(n for n in counts if type(n) is int and n > 0))

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from agentmerge.parents.checkpoint import EMBEDDINGS, HEADS, Checkpoint, is_one_of, layer_of
+from agentmerge.parents.checkpoint import EMBEDDINGS, HEADS, Checkpoint, is_one_of
 from agentmerge.parents.configs import class_config, rope_of, turns_alike
 from agentmerge.parents.headers import TensorHeader
+from agentmerge.parents.naming import layer_of
 
 #: Settings that change what the weights mean; where both models state them, they must agree.
 MEANING = (

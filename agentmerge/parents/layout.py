@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from agentmerge.errors import ParentError
 from agentmerge.parents.checkpoint import HEADS, Checkpoint, is_one_of
+from agentmerge.parents.depth import why_fixed
 from agentmerge.parents.differences import Member, differences, is_after, name_position
+from agentmerge.parents.naming import at_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,8 @@ class Layout:
     tied: the head is the embedding and so is not in ``tensors``.
     parents: the names that a recipe may use. first: the one the others were compared with, whose
         names the tensors have. carried: the tensors of ``first`` outside its text model, which
-        every merge takes over as they are.
+        every merge takes over as they are. fixed: why layers cannot be moved, left out or repeated;
+        "" where they can.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -54,6 +57,7 @@ class Layout:
     parents: tuple[str, ...]
     first: str = ""
     carried: tuple[str, ...] = ()
+    fixed: str = ""
 
     @cached_property
     def by_name(self) -> dict[str, TensorSpec]:
@@ -63,6 +67,18 @@ class Layout:
     def parameters(self) -> int:
         """How many numbers a merged model has."""
         return sum(math.prod(spec.shape) for spec in self.tensors)
+
+    def at_depth(self, layers: Sequence[int]) -> Layout:
+        """Of a model whose layer k is such a one as layer ``layers[k]`` here."""
+        own: dict[int, list[TensorSpec]] = {}
+        for spec in self.tensors:
+            if spec.layer is not None:
+                own.setdefault(spec.layer, []).append(spec)
+        moved = [spec for spec in self.tensors if spec.layer is None]
+        for place, layer in enumerate(layers):
+            moved += [replace(s, name=at_layer(s.name, place), layer=place) for s in own[layer]]
+        tensors = tuple(sorted(moved, key=lambda spec: name_position(spec.name)))
+        return replace(self, tensors=tensors, num_layers=len(layers))
 
 
 def read_layout(parents: Mapping[str, Path | Checkpoint], base: str | None = None) -> Layout:
@@ -96,6 +112,7 @@ def read_layout(parents: Mapping[str, Path | Checkpoint], base: str | None = Non
         parents=tuple(parents),
         first=first.name,
         carried=first.checkpoint.carried,
+        fixed=why_fixed(first.checkpoint.config, first.checkpoint.depth),
     )
 
 

@@ -1,4 +1,5 @@
-"""Finds a tensor under another program's name for it: by the longest ending both have in common.
+"""The layer in a tensor's name; and a tensor under another program's name for it, found by the
+longest ending both have in common.
 
 ``language_model.model.layers.0.mlp.up_proj.weight`` in a file is
 ``model.language_model.layers.0.mlp.up_proj.weight`` in a live model. It knows names and nothing
@@ -7,7 +8,22 @@ else; whoever asks proves that shapes and values agree.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+
+#: The first part of a name that is a number.
+LAYER = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.)")
+
+
+def layer_of(name: str) -> int | None:
+    """The layer in a tensor's name: its first part that is a number."""
+    match = LAYER.search(name)
+    return int(match[1]) if match else None
+
+
+def at_layer(name: str, layer: int) -> str:
+    """The same tensor's name in another layer."""
+    return LAYER.sub(str(layer), name, count=1)
 
 
 class NameIndex:

@@ -5,7 +5,7 @@ Knows names and recipes; reads no model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from agentmerge.errors import RecipeRejected, UserError
 from agentmerge.parents.chat_templates import UNSAID
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.cancelling import cancelling_notes
+from agentmerge.recipe.copying import stacked_layers
 
 
 def anchored_name(name: str) -> str:
@@ -123,11 +124,16 @@ def init_notes(config: SearchConfig, num_layers: int | None = None) -> list[str]
     return notes
 
 
-def depth_faults(config: SearchConfig, num_layers: int) -> Iterator[str]:
-    """Warm starts that models of this depth cannot make."""
+def depth_faults(
+    config: SearchConfig, num_layers: int, check: Callable[[Recipe], None]
+) -> Iterator[str]:
+    """Warm starts that models of this depth cannot make; and stacks of layers that ``check``, which
+    raises RecipeRejected, refuses."""
     for path in config.search.init:
         try:
-            warm_start(path).canonical(num_layers)
+            recipe = warm_start(path).canonical(num_layers)
+            if stacked_layers(recipe) is not None:  # others are candidates, and may fail as such
+                check(recipe)
         except RecipeRejected as error:
             yield f"--init {path}: {error}"
         except UserError:

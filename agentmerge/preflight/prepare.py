@@ -8,7 +8,7 @@ it look at what can still be looked at. Knows no search state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,10 +33,12 @@ from agentmerge.preflight.graphs import is_own
 from agentmerge.preflight.models import Models, layout_of, located, surveyed
 from agentmerge.preflight.plan import Prepared
 from agentmerge.preflight.spec import base_among, engine_of, known_class, memory_of, spec_of
+from agentmerge.recipe import Recipe
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.system.temporary import temporary_folder
 from agentmerge.system.waits import waiting_for
 from agentmerge.workers.options import option_faults
+from agentmerge.workers.pool import refuse_stack
 
 if TYPE_CHECKING:  # read only where models are
     from agentmerge.merging.placement import MemoryPlan
@@ -124,6 +126,14 @@ def _of_models(look: Look) -> Prepared:
 
     config = look.config
     space, spec, taskset, memory = None, None, TaskSet((), ()), None
+
+    def checked(layout: Layout) -> Callable[[Recipe], None]:
+        def check(recipe: Recipe) -> None:
+            refuse_stack(recipe, layout.num_layers, config.worker.kind, look.kind)
+            plan(recipe, layout)
+
+        return check
+
     with temporary_folder("agentmerge-check") as scratch:
         models = surveyed(look, located(look))
         notes = [*models.survey.notes]
@@ -131,7 +141,7 @@ def _of_models(look: Look) -> Prepared:
         dtype = config.worker.dtype or (layout.dtype if layout else "float32")
         if layout is not None:
             look.faults.extend(_filter_faults(config, layout))
-            space = _space(look, layout.num_layers, dtype)
+            space = _space(look, layout.num_layers, dtype, checked(layout))
         if models.found:
             spec = spec_of(config, _side_files(models, scratch), dtype)
             taskset, said = _tasks(look, models, spec)
@@ -155,7 +165,7 @@ def _of_models(look: Look) -> Prepared:
         space,
         taskset,
         identities,
-        lambda recipe: plan(recipe, layout),
+        checked(layout),
         engine,
         conditions,
         memory=memory,
@@ -174,7 +184,9 @@ def _filter_faults(config: SearchConfig, layout: Layout) -> list[str]:
     ]
 
 
-def _space(look: Look, num_layers: int, dtype: str) -> SearchSpace | None:
+def _space(
+    look: Look, num_layers: int, dtype: str, check: Callable[[Recipe], None] = lambda recipe: None
+) -> SearchSpace | None:
     """The space on models of this depth; a search's warm starts have to be merges of them too."""
     config = look.config
     with look.faults.of(UserError):
@@ -183,7 +195,7 @@ def _space(look: Look, num_layers: int, dtype: str) -> SearchSpace | None:
             raise ConfigError(
                 f"genome.space {config.genome.space!r} has no axis here; take another"
             )
-        look.faults.extend(depth_faults(config, num_layers) if look.fresh else [])
+        look.faults.extend(depth_faults(config, num_layers, check) if look.fresh else [])
         return space
     return None
 

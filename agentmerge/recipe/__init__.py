@@ -18,9 +18,16 @@ from typing import Any
 import yaml
 
 from agentmerge.errors import RecipeError, RecipeRejected
-from agentmerge.methods import METHODS, SUM_NORMALIZED, Method, method_named
+from agentmerge.methods import (
+    PASSTHROUGH,
+    RECIPE_METHODS,
+    SUM_NORMALIZED,
+    Method,
+    method_named,
+)
+from agentmerge.parents.naming import at_layer
 from agentmerge.recipe.canonical import canonical
-from agentmerge.recipe.copying import COPYING, copied_layers
+from agentmerge.recipe.copying import one_source_a_slice
 from agentmerge.recipe.parts import (
     MOST_LAYERS,
     Body,
@@ -78,7 +85,7 @@ class Recipe(Body):
         """
         raw, notes = load_yaml(text)
         name = str(raw.get("merge_method", ""))
-        method = COPYING if name == COPYING.name else method_named(name)
+        method = method_named(name)
         body, module = one_module(raw)
         slices = read_body(body, "modules.default." if module else "")
         notes += unread_keys(raw, body, method)
@@ -112,7 +119,7 @@ class Recipe(Body):
             merge_seed=seed,
             notes=tuple(notes),
         )
-        return copied_layers(recipe) if method is COPYING else recipe
+        return one_source_a_slice(recipe) if method is PASSTHROUGH else recipe
 
     @classmethod
     def of_model(cls, model: str, num_layers: int, dtype: str | None = None) -> Recipe:
@@ -183,7 +190,7 @@ class Recipe(Body):
             value = None if setting is None else setting.at(tensor, t)
             if value is not None:
                 return value
-        default = dict(METHODS[self.merge_method].shared_params)[name]
+        default = dict(RECIPE_METHODS[self.merge_method].shared_params)[name]
         if default is None:
             raise RecipeRejected(f"{self.merge_method} has no {name!r} for {tensor or 'a slice'!r}")
         return default
@@ -210,7 +217,8 @@ class Recipe(Body):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def effective(self, tensor: str, layer: int | None, *, after: bool = False) -> Effective:
-        """What ``tensor`` is made from, by mergekit's rules.
+        """What ``tensor`` is made from, by mergekit's rules: filters of a source's own parameters
+        look at the name in the layer that is taken.
 
         layer: the output layer the tensor belongs to, or None outside the layers; then ``after``
             tells tensors behind the layers (final norm, head: last slice) from those before them
@@ -222,7 +230,7 @@ class Recipe(Body):
         piece, offset = self._place(layer, after)
         span = length(piece)
         t = 0.0 if layer is None else (offset / (span - 1) if span > 1 else 1.0)
-        method = METHODS[self.merge_method]
+        method = RECIPE_METHODS[self.merge_method]
         base = piece.base_model or self.base_model
         shared = tuple(
             (name, self.shared(name, piece, tensor, t)) for name, _ in method.shared_params
@@ -232,9 +240,10 @@ class Recipe(Body):
             start = source.layer_range[0] if source.layer_range else 0
             own: list[tuple[str, float]] = []
             if not (method.sets_apart(base) and source.model == base):
+                given = tensor if layer is None else at_layer(tensor, start + offset)
                 for name, default in method.source_params:
                     value = _first_value(
-                        (source.parameters, piece.parameters, self.parameters), name, tensor, t
+                        (source.parameters, piece.parameters, self.parameters), name, given, t
                     )
                     value = default if value is None else value
                     if value is None:
@@ -264,7 +273,7 @@ def _with_base(slices: tuple[Slice, ...], base: str | None, method: Method) -> t
     does."""
     sources = slices[0].sources
     beside = base is not None and base not in {source.model for source in sources}
-    if not beside or base is None or method is COPYING or method.sets_apart(base):
+    if not beside or base is None or method is PASSTHROUGH or method.sets_apart(base):
         return slices
     return (Slice((*sources, Source(base))),)
 
@@ -284,7 +293,7 @@ def _text(raw: Mapping[str, Any], key: str) -> str | None:
 
 
 def _refuse_cancelled(effective: Effective, tensor: str) -> None:
-    method = METHODS[effective.method]
+    method = RECIPE_METHODS[effective.method]
     if method.name not in SUM_NORMALIZED or not method.ratios_only(dict(effective.shared)):
         return
     weights = [dict(own)["weight"] for _, _, own in effective.sources if own]

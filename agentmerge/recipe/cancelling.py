@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from agentmerge.methods import METHODS, divides_by_agreeing
+from agentmerge.methods import RECIPE_METHODS, divides_by_agreeing
 
 if TYPE_CHECKING:
     from agentmerge.recipe import Recipe
@@ -26,7 +26,7 @@ _NOTHING = 1e-6
 
 def cancelling_notes(recipe: Recipe) -> list[str]:
     """At most one sentence on a canonical recipe: the worst of its slices, filters and ends."""
-    method = METHODS[recipe.merge_method]
+    method = RECIPE_METHODS[recipe.merge_method]
     switch = method.normalize_param
     if switch is None or not divides_by_agreeing(method):
         return []

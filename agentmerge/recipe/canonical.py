@@ -6,6 +6,8 @@ everywhere, else in its slices, and nowhere where it is the default; values are 
 significant digits; parameters that change nothing (``int8_mask``, a parameter of another method,
 della's epsilon at density 1) are gone or zero; with ``normalize`` the weights of each filter are
 divided by their largest, since only ratios matter; neighbouring slices that say the same are one.
+passthrough is the one method that may make more or fewer layers than the models have; where it does
+not, and scales nothing, its form is linear's.
 """
 
 from __future__ import annotations
@@ -15,15 +17,25 @@ from dataclasses import replace
 from typing import TypeVar
 
 from agentmerge.errors import RecipeRejected
-from agentmerge.methods import METHODS, SUM_NORMALIZED, Method, Parameter
-from agentmerge.recipe.parts import Body, Parameters, Setting, Slice, Source, length, round12
+from agentmerge.methods import PASSTHROUGH, RECIPE_METHODS, SUM_NORMALIZED, Method, Parameter
+from agentmerge.recipe.copying import as_linear
+from agentmerge.recipe.parts import (
+    MOST_LAYERS,
+    Body,
+    Parameters,
+    Setting,
+    Slice,
+    Source,
+    length,
+    round12,
+)
 
 B = TypeVar("B", bound=Body)
 
 
 def canonical(recipe: B, num_layers: int) -> B:
     """See the module's head; errors are ``Recipe.canonical``'s."""
-    method = METHODS[recipe.merge_method]
+    method = RECIPE_METHODS[recipe.merge_method]
     slices = [_canonical_slice(recipe, piece, num_layers) for piece in recipe.slices]
     bases = {piece.base_model or recipe.base_model for piece in slices}
     base_model = recipe.base_model if method.sets_apart(recipe.base_model) else None
@@ -36,10 +48,17 @@ def canonical(recipe: B, num_layers: int) -> B:
         merged[-1:] = [joined] if joined else [merged[-1], piece]
     single = all(len(piece.sources) == 1 for piece in merged)
     depth = sum(length(piece) for piece in merged)
-    if depth != num_layers:
+    if depth > MOST_LAYERS:
         raise RecipeRejected(
-            f"the recipe's slices make {depth} layers and the models have {num_layers}; "
-            "recipes that change the depth are not supported"
+            f"the recipe's slices make {depth:,} layers, more than any model has ({MOST_LAYERS:,})"
+        )
+    if method is PASSTHROUGH:
+        if depth == num_layers and not any(piece.sources[0].parameters for piece in merged):
+            return canonical(as_linear(recipe), num_layers)
+    elif depth != num_layers:
+        raise RecipeRejected(
+            f"the recipe's slices make {depth} layers and the models have {num_layers}; only "
+            "passthrough, which copies layers, can make more or fewer"
         )
     shared: Parameters = ()
     if not method.pairwise:
@@ -55,7 +74,7 @@ def canonical(recipe: B, num_layers: int) -> B:
 
 
 def _canonical_slice(recipe: Body, piece: Slice, num_layers: int) -> Slice:
-    method = METHODS[recipe.merge_method]
+    method = RECIPE_METHODS[recipe.merge_method]
     base = piece.base_model or recipe.base_model
     if method.needs_base and base is None:
         raise RecipeRejected(f"{method.name} needs a base_model")
@@ -80,8 +99,12 @@ def _canonical_slice(recipe: Body, piece: Slice, num_layers: int) -> Slice:
     shared = _shared_settings(recipe, piece)
     if any(source.parameters for source in sources) and _always_ratios(method, shared):
         sources = _scaled(sources, signed=method.name in SUM_NORMALIZED)
+    sources = [replace(s, parameters=_rounded(s.parameters)) for s in sources]
+    if method is PASSTHROUGH:  # a scale of 1 is what a layer has without one
+        plain = (("scale", Setting.scalar(1.0)),)
+        sources = [replace(s, parameters=()) if s.parameters == plain else s for s in sources]
     return Slice(
-        tuple(replace(s, parameters=_rounded(s.parameters)) for s in sources),
+        tuple(sources),
         piece.base_model if apart else None,
         shared,
     )
@@ -136,7 +159,7 @@ def _without_unread(own: list[tuple[str, Setting]]) -> list[tuple[str, Setting]]
 
 def _shared_settings(recipe: Body, piece: Slice) -> Parameters:
     """Every shared parameter as it holds in a slice, sorted by name."""
-    method = METHODS[recipe.merge_method]
+    method = RECIPE_METHODS[recipe.merge_method]
     found: dict[str, Setting] = {}
     for parameter in method.shared:
         setting = _resolved((piece.parameters, recipe.parameters), parameter, method.name)

@@ -15,7 +15,7 @@ from agentmerge.config import SearchConfig
 from agentmerge.errors import AgentmergeError
 from agentmerge.ledger import Candidate, Ledger, RunRow
 from agentmerge.recipe import Recipe
-from agentmerge.report.grid import Grid, grid
+from agentmerge.report.grid import Grid, grid, stack_depth
 from agentmerge.report.items import ItemsAsked, Part, Values, asked, gains, paired
 from agentmerge.report.summary import answer_of, run_status, run_summary
 from agentmerge.space.grouped import SearchSpace
@@ -126,7 +126,8 @@ def _recipes(
         for row, answer in zip(rows, answers, strict=True)
         if answer is not None
     ]
-    grids = [grid(finest, Recipe.parse(text).canonical(finest.num_layers)) for text in texts]
+    recipes = [Recipe.parse(text).canonical(finest.num_layers) for text in texts]
+    grids = [grid(finest, recipe, max(map(stack_depth, recipes))) for recipe in recipes]
     return {"columns": list(grids[0].columns), "rows": _changed(grids[0], grids[1])}
 
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from agentmerge.errors import AgentmergeError
-from agentmerge.methods import METHODS
+from agentmerge.methods import PASSTHROUGH, RECIPE_METHODS
 from agentmerge.recipe import Recipe
+from agentmerge.recipe.copying import stacked_layers
 from agentmerge.recipe.names import short_name
 from agentmerge.space.grouped import SearchSpace
 
@@ -28,9 +29,17 @@ class Grid:
     rows: Mapping[Row, tuple[float | None, ...]]
 
 
-def grid(space: SearchSpace, recipe: Recipe) -> Grid:
-    """The values of any recipe of these models, on the layer groups of ``space``."""
-    starts, columns = _columns(space)
+def stack_depth(recipe: Recipe) -> int:
+    """How many layers a stack of copied layers has; 0 of a merge of weights."""
+    return len(stacked_layers(recipe) or ())
+
+
+def grid(space: SearchSpace, recipe: Recipe, depth: int = 0) -> Grid:
+    """The values of any recipe of these models, on the layer groups of ``space``.
+
+    depth: of the deepest stack that it is laid beside; stacks have a column a layer.
+    """
+    starts, columns = _columns(space, max(depth, stack_depth(recipe)))
     searched = {axis.parameter for axis in space.axes if axis.model is None}
     rows: dict[Row, list[float | None]] = {}
     for filter_ in space.filters:
@@ -41,12 +50,15 @@ def grid(space: SearchSpace, recipe: Recipe) -> Grid:
             except AgentmergeError:
                 continue  # refused there; the grid shows a gap
             values: dict[tuple[str, str], float] = {}
-            method = METHODS[found.method]
-            for model, _, own in found.sources:
+            method = RECIPE_METHODS[found.method]
+            for model, copied, own in found.sources:
                 if method.sets_apart(found.base_model) and model == found.base_model:
                     continue
                 for name, value in own:
                     values[short_name(model), name] = value
+                if method is PASSTHROUGH and copied is not None:
+                    row = rows.setdefault((short_name(model), "layer", ""), [None] * len(starts))
+                    row[place] = copied
                 if method.pairwise:
                     t = dict(found.shared)["t"]
                     values[short_name(model), "share"] = 1 - t if model == found.base_model else t
@@ -62,9 +74,9 @@ def grid(space: SearchSpace, recipe: Recipe) -> Grid:
     return Grid(tuple(columns), {key: tuple(row) for key, row in rows.items()})
 
 
-def _columns(space: SearchSpace) -> tuple[list[int], list[str]]:
-    if space.genome.smooth:
-        layers = list(range(space.num_layers))
+def _columns(space: SearchSpace, depth: int) -> tuple[list[int], list[str]]:
+    if depth or space.genome.smooth:
+        layers = list(range(max(depth, space.num_layers)))
         return layers, [f"layer {layer}" for layer in layers]
     step = space.num_layers // space.groups
     starts = [group * step for group in range(space.groups)]

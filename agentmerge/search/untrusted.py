@@ -11,7 +11,7 @@ import yaml
 
 from agentmerge.agents.schemas import SCALE, unit
 from agentmerge.errors import RecipeError, RecipeRejected
-from agentmerge.methods import METHODS
+from agentmerge.methods import RECIPE_METHODS
 from agentmerge.recipe import Recipe, renamed
 from agentmerge.recipe.names import short_name
 from agentmerge.search.search import Search
@@ -50,7 +50,7 @@ def read_recipe(search: Search, text: str) -> tuple[Recipe, tuple[float, ...] | 
         if strangers:
             known = ", ".join(short_name(name) for name in search.identities)
             raise RecipeError(f"{strangers[0][:80]!r} is no model of this search; it has {known}")
-        if METHODS[recipe.merge_method].random:
+        if RECIPE_METHODS[recipe.merge_method].random:
             recipe = replace(recipe, merge_seed=space.merge_seed)
         canonical = recipe.canonical(space.num_layers)
     except (

@@ -15,7 +15,7 @@ from functools import cached_property
 
 from agentmerge.contracts.space import Axis, index_at, inside_unit
 from agentmerge.errors import ConfigError
-from agentmerge.methods import EPSILON_REACH, METHODS, SUM_NORMALIZED, Parameter
+from agentmerge.methods import EPSILON_REACH, RECIPE_METHODS, SUM_NORMALIZED, Parameter
 from agentmerge.recipe import Parameters, Recipe, Setting, Slice, Source, round12
 from agentmerge.recipe.names import short_name
 from agentmerge.space.groups import LayerGroups, along, covering
@@ -226,7 +226,7 @@ def _largest_epsilon(density: float) -> float:
 
 def _setting(recipe: Recipe, axis: Axis, piece: Slice | None) -> Setting | None:
     if axis.model is None and piece is not None:
-        default = dict(METHODS[recipe.merge_method].shared_params)[axis.parameter]
+        default = dict(RECIPE_METHODS[recipe.merge_method].shared_params)[axis.parameter]
         fallback = None if default is None else Setting.scalar(default)
         scopes = dict(recipe.parameters) | dict(piece.parameters)
         return scopes.get(axis.parameter, fallback)

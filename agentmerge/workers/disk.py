@@ -42,6 +42,8 @@ from agentmerge.system.temporary import TemporaryFolder
 class DiskWorker:
     """See the module's head; the contract is ``contracts/worker.py``."""
 
+    runs_stacks = True
+
     def __init__(self, spec: WorkerSpec, taskset: TaskSet | None = None) -> None:
         self._spec = spec
         self._paths = {name: Path(path) for name, path in spec.parents}
@@ -51,7 +53,7 @@ class DiskWorker:
         scratch = TemporaryFolder("agentmerge-disk", spec.options.get("storage"))
         self._scratch = scratch.path
         self._remove = weakref.finalize(self, scratch.close)
-        self._loaded: tuple[Path, Fingerprint] | None = None
+        self._loaded: tuple[Path, Fingerprint, tuple[str, ...]] | None = None
 
     @staticmethod
     def tasks(spec: WorkerSpec) -> TaskSet:
@@ -97,20 +99,21 @@ class DiskWorker:
         release(self._spec.device)  # it is the scoring process's now
         refuse_replaced(self._spec.stamps)
         fingerprint = Fingerprint(planned.digest, exported.digest, exported.tensors)
-        self._loaded = (target, fingerprint)
+        names = tuple(item.spec.name for item in planned.tensors)
+        self._loaded = (target, fingerprint, names)
         return fingerprint
 
     def score(self, items: Sequence[ItemRef]) -> list[ItemResult]:
         if self._loaded is None:
             raise RunFailed("nothing is loaded: load() a recipe before score()")
-        path, fingerprint = self._loaded
+        path, fingerprint, names = self._loaded
         answer = self._scratch / "answer.pickle"
         answer.unlink(missing_ok=True)
         task = {
             "spec": self._spec,
             "path": path,
             "digest": fingerprint.digest,
-            "names": tuple(self._layout.by_name),
+            "names": names,
             "carried": self._layout.carried,
             "items": tuple(items),
             "answer": answer,

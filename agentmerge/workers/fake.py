@@ -56,7 +56,7 @@ from agentmerge.contracts.worker import (
 from agentmerge.errors import CandidateFailed, RunFailed, WorkerLost
 from agentmerge.evaluation.splitting import choose_documents, split, stand_in
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
-from agentmerge.methods import METHODS
+from agentmerge.methods import RECIPE_METHODS
 from agentmerge.recipe import Recipe, length
 from agentmerge.workers.options import FakeOptions, Where
 
@@ -146,6 +146,7 @@ class FakeWorker:
     """See the module's head; the contract is ``contracts/worker.py``."""
 
     reads_models = False
+    runs_stacks = True
 
     def __init__(self, spec: WorkerSpec, taskset: TaskSet | None = None) -> None:
         options = FakeOptions.of(spec.options)
@@ -245,7 +246,7 @@ class FakeWorker:
     ) -> Gradient:
         """Both losses are the same here: a gold answer's log-likelihood is that of its margin."""
         self.load(recipe)
-        if not METHODS[recipe.merge_method].differentiable:
+        if not RECIPE_METHODS[recipe.merge_method].differentiable:
             raise CandidateFailed(f"{recipe.merge_method} has no weights to take a gradient of")
         if self._no_gradient:
             kind = WorkerLost if self._no_gradient == "lost" else CandidateFailed
@@ -283,7 +284,7 @@ def _point(recipe: Recipe, parents: Sequence[str]) -> np.ndarray:
     layers = sum(length(piece) for piece in recipe.slices)
     place = {name: i for i, name in enumerate(parents)}
     point = np.zeros((layers, len(_KINDS), len(parents)))
-    method = METHODS[recipe.merge_method]
+    method = RECIPE_METHODS[recipe.merge_method]
     for layer in range(layers):
         for k, kind in enumerate(_KINDS):
             effective = recipe.effective(_tensor(layer, kind), layer)
@@ -322,7 +323,7 @@ def _slopes(recipe: Recipe, slope: np.ndarray, parents: Sequence[str]) -> Iterat
                     own[model] = dict(values)["weight"] * kept[model]
                     pull[model] = slope[layer, k, place[model]] if model in place else 0.0
             total = sum(own.values())
-            ratios = METHODS[recipe.merge_method].ratios_only(shared) and bool(total)
+            ratios = RECIPE_METHODS[recipe.merge_method].ratios_only(shared) and bool(total)
             divisor = total if ratios else 1.0
             mean = sum(own[model] * pull[model] for model in own) / divisor
             weights = tuple(

@@ -50,6 +50,7 @@ from agentmerge.parents.layout import Layout
 from agentmerge.parents.skeleton import auto_class, skeleton
 from agentmerge.recipe import Recipe
 from agentmerge.workers.conditions import conditions, conditions_hash, ends_of, live_parent
+from agentmerge.workers.pool import refuse_stack
 from agentmerge.workers.targets import live_targets, pairing_faults, parts_of
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ class HfWorker:
 
     def load(self, recipe: Recipe) -> Fingerprint:
         self._ready = False
+        refuse_stack(recipe, self._family.layout.num_layers, "hf", self)
         with self._guarded(), torch.no_grad():
             plan = self._family.plan(recipe)
             loaded = self._weights.load(plan)

@@ -32,8 +32,16 @@ from agentmerge.contracts.worker import (
     Worker,
     WorkerSpec,
 )
-from agentmerge.errors import AgentmergeError, NotBegun, NoWorker, RunFailed, WorkerLost
+from agentmerge.errors import (
+    AgentmergeError,
+    NotBegun,
+    NoWorker,
+    RecipeRejected,
+    RunFailed,
+    WorkerLost,
+)
 from agentmerge.recipe import Recipe
+from agentmerge.recipe.copying import stacked_layers
 from agentmerge.system.redaction import remember, remembered, revealed
 from agentmerge.system.waits import waiting_for
 from agentmerge.workers.hosts.process import one_line
@@ -57,6 +65,8 @@ def worker_class(spec: WorkerSpec) -> Any:
     What else a class may say, of a spec and the models' layout (None where there is none):
         options: what ``worker.options`` takes (``workers.options``).
         reads_models: False where parents are names alone; ``num_layers(spec)`` is their depth then.
+        runs_stacks: True where it loads recipes that make other layers than the models have, or
+            in another order (``merging.plan.MergePlan.layers``).
         has_canary: True where ``worker.canary_every`` is one of its options.
         conditions(spec): what its answers depend on (``workers.conditions``).
         preflight(spec, layout): faults of a search on it, and notes.
@@ -68,6 +78,21 @@ def worker_class(spec: WorkerSpec) -> Any:
 def reads_models(kind: str) -> bool:
     """Whether workers of a kind merge models, or know parents by their names alone."""
     return bool(getattr(plugins.load("agentmerge.workers", kind), "reads_models", True))
+
+
+def refuse_stack(recipe: Recipe, num_layers: int, kind: str, worker: Any) -> None:
+    """Raises RecipeRejected for a recipe of other layers than its models' own, in their order,
+    where a kind of worker runs none.
+
+    recipe: canonical. num_layers: the models'. worker: the class, or one of it.
+    """
+    layers = stacked_layers(recipe)
+    if layers in (None, tuple(range(num_layers))) or getattr(worker, "runs_stacks", False):
+        return
+    raise RecipeRejected(
+        f"the recipe makes a model of {len(layers)} layers out of models of {num_layers}, and the "
+        f"{kind} worker keeps those of one model in place; set worker.kind: disk"
+    )
 
 
 def devices_for(spec: WorkerSpec, count: int) -> list[str]:

@@ -147,3 +147,67 @@ def test_explain_refuses_what_its_models_cannot_be(
     recipe.write_text(recipe.read_text().replace(str(two), "nowhere"))
     assert run_app(["explain", str(recipe), "--layers", "99"]) == 0
     assert "not checked against its models" in capsys.readouterr().out
+
+
+STACKED = """\
+merge_method: passthrough
+slices:
+  - sources: [{model: models/north, layer_range: [0, 3]}]
+  - sources: [{model: models/south, layer_range: [1, 4]}]
+    parameters: {scale: [{filter: o_proj, value: 0.5}, {filter: down_proj, value: 0.25}]}
+"""
+
+
+def test_a_stack_of_layers_is_explained_scored_and_begun_with(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("stack.yml").write_text(STACKED)
+    assert run_app(["explain", "stack.yml", "--layers", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["notes"] == []
+    rows = [row for row in found["rows"] if row[0] == "layer 4"]
+    assert rows[0][2:] == ["south, layer 2", "the model"]
+    said = {tuple(row[1:]) for row in found["rows"]}
+    for place in (3, 4, 5):
+        o, down = (
+            f"model.layers.{place}.{n}.weight" for n in ("self_attn.o_proj", "mlp.down_proj")
+        )
+        assert (o, f"south, layer {place - 2}", "scale 0.5") in said
+        assert (down, f"south, layer {place - 2}", "scale 0.25") in said
+    assert run_app(["explain", "stack.yml", "--json"]) == 0
+    unknown = json.loads(capsys.readouterr().out)
+    assert "taken to have 4 layers" in unknown["notes"][0]
+    assert unknown["hash"] == found["hash"]
+    assert run_app(["evaluate", "stack.yml", "--config", "config.yml", "--json"]) == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert scored["reused"] is False
+    begun = ["run", "config.yml", "--init", "stack.yml", "--name", "a", "-q"]
+    assert run_app(begun) == 0
+    assert run_app(["run", "config.yml", "--name", "b", "-q"]) == 0
+    with Ledger(here / "runs" / LEDGER) as ledger:
+        (first,) = [c for c in ledger.candidates(ledger.run("a").id) if c.operator == "init"]
+    assert first.score == scored["score"]
+    capsys.readouterr()
+    assert run_app(["compare", "a", "b", "--json"]) == 0
+    assert run_app(["report", "a"]) == 0
+
+
+def test_comparing_a_stack_with_a_merge_of_weights_shows_both_layer_by_layer() -> None:
+    from agentmerge.config import GenomeConfig
+    from agentmerge.recipe import Recipe
+    from agentmerge.report.grid import grid, stack_depth
+    from agentmerge.space.grouped import SearchSpace
+
+    models = ("models/north", "models/south")
+    genome = GenomeConfig(models=models, merge_method="linear", layer_granularity=2)
+    space = SearchSpace(genome, 4, "float32")
+    stack = Recipe.parse(STACKED).canonical(4)
+    merge, _ = space.uniform()
+    assert (stack_depth(stack), stack_depth(merge)) == (6, 0)
+    one, other = grid(space, stack), grid(space, merge, stack_depth(stack))
+    assert one.columns == other.columns == tuple(f"layer {k}" for k in range(6))
+    assert one.rows["south", "layer", ""] == (None, None, None, 1, 2, 3)
+    assert one.rows["north", "layer", ""] == (0, 1, 2, None, None, None)
+    weights = other.rows["south", "weight", ""]
+    assert weights[:4] == (1.0,) * 4
+    assert weights[4:] == (None, None)

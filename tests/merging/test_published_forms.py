@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 
-from agentmerge.errors import RecipeError, RecipeRejected
 from agentmerge.merging.family import Family
 from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
@@ -102,6 +101,16 @@ FORMS: dict[str, dict[str, Any]] = {
         "dtype": "bfloat16",
     },
     "a whole model copied": {"merge_method": "passthrough", "models": [of("b")]},
+    "a whole model scaled": {
+        "merge_method": "passthrough",
+        "base_model": "b",
+        "models": [of("b", scale=[{"filter": "mlp", "value": [0.5, 1.5]}])],
+    },
+    "layers stacked and scaled": {
+        "merge_method": "passthrough",
+        "slices": [cut(of("a", 0, 2)), cut(of("b", 0, 2), parameters={"scale": 0.25})],
+        "out_dtype": "bfloat16",
+    },
 }
 
 
@@ -168,24 +177,3 @@ def test_where_only_the_base_weighs_in_the_merge_is_the_base(
     base = load_all(paths["base"])
     for name, tensor in family.merge(recipe):
         assert torch.equal(tensor, base[name])
-
-
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        ({"models": [of("a", scale=0.5)]}, "scale is not supported"),
-        ({"slices": [cut(of("a", 0, 2), of("b", 0, 2))]}, "passthrough copies one"),
-    ],
-)
-def test_what_passthrough_cannot_yet_do_is_said(body: dict[str, Any], words: str) -> None:
-    with pytest.raises(RecipeError, match=words):
-        Recipe.parse({"merge_method": "passthrough"} | body)
-
-
-def test_layers_stacked_on_top_of_each_other_are_refused() -> None:
-    stacked = {
-        "merge_method": "passthrough",
-        "slices": [cut(of("a", 0, 2)), cut(of("b", 0, 2))],
-    }
-    with pytest.raises(RecipeRejected, match="make 4 layers and the models have 2"):
-        Recipe.parse(stacked).canonical(LAYERS)

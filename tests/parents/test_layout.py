@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from agentmerge.errors import ParentError
-from agentmerge.parents.checkpoint import at_layer, layer_of
 from agentmerge.parents.layout import layout_faults, read_layout
+from agentmerge.parents.naming import at_layer, layer_of
 from tests.merging.merge_cases import edit_config, edit_weights, load_all
 
 

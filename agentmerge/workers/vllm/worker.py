@@ -30,6 +30,7 @@ from agentmerge.parents.layout import Layout, read_layout
 from agentmerge.recipe import Recipe
 from agentmerge.workers.canary import Canary
 from agentmerge.workers.conditions import conditions, conditions_hash
+from agentmerge.workers.pool import refuse_stack
 from agentmerge.workers.vllm.preflight import demand, installed, preflight
 
 #: Raised with any change of what is asked: results by different rules are never mixed.
@@ -62,6 +63,7 @@ class VllmWorker:
         layout = read_layout(
             {name: Path(path) for name, path in spec.parents}, spec.options.get("base")
         )
+        self._num_layers = layout.num_layers
         taskset = taskset or tasks_for(spec)
         tokenizer = tokenizer_of(spec)
         context = context_length(spec, tokenizer)
@@ -124,6 +126,7 @@ class VllmWorker:
 
     def load(self, recipe: Recipe) -> Fingerprint:
         self._ready = False
+        refuse_stack(recipe, self._num_layers, "vllm", self)
         self._canary.before_candidate()
         fingerprint = self._load(recipe)
         self._ready = True

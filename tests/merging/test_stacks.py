@@ -1,0 +1,151 @@
+"""Stacks of copied layers: mergekit's tensors, and checkpoints that are what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from agentmerge.errors import RecipeRejected
+from agentmerge.merging.digests import digest
+from agentmerge.merging.export import export_checkpoint
+from agentmerge.merging.family import Family
+from agentmerge.merging.reference import mergekit_merge
+from agentmerge.parents.layout import read_layout
+from agentmerge.recipe import Recipe
+from tests.merging.merge_cases import edit_config, load_all
+from tests.merging.stack_cases import STACK, pieces, stack, write_family
+
+# said when mergekit is imported, of its own imports
+pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "recipe_dtype"),
+    [
+        ("llama", "float32", None),
+        ("llama", "bfloat16", "bfloat16"),
+        ("qwen2", "float32", None),
+        ("qwen2", "float16", None),
+    ],
+)
+def test_mergekit_makes_the_same_of_what_we_export(
+    tmp_path: Path, kind: str, dtype: str, recipe_dtype: str | None
+) -> None:
+    paths = write_family(tmp_path, kind, dtype, tie_word_embeddings=kind == "qwen2")
+    recipe = stack(STACK, **({"dtype": recipe_dtype} if recipe_dtype else {}))
+    merged = dict(Family.open(paths).merge(recipe))
+    done = export_checkpoint(recipe, paths, tmp_path / "ours", template_model="a")
+    assert done.digest == digest(merged.items())
+    written = Recipe.parse(tmp_path / "ours" / "mergekit_config.yml").canonical(3)
+    assert written == recipe
+    mergekit_merge(written, paths, tmp_path / "theirs", template_model="a")
+    ours, theirs = load_all(tmp_path / "ours"), load_all(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys() == merged.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype
+        assert torch.equal(ours[name], tensor), name
+        assert torch.equal(ours[name], merged[name]), name
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 6
+    for folder in ("ours", "theirs"):
+        model, said = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / folder, output_loading_info=True
+        )
+        assert not any(said[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert len(model.model.layers) == 6
+    again = read_layout({"stack": tmp_path / "ours"})
+    assert again.num_layers == 6
+    assert again.by_name.keys() == ours.keys()
+
+
+def test_scales_are_of_the_layer_that_they_are_written_for(tmp_path: Path) -> None:
+    paths = write_family(tmp_path, "llama")
+    own = {name: load_all(path) for name, path in paths.items()}
+    made = dict(Family.open(paths).merge(stack()))
+    up, down, o = (f"model.layers.{{}}.{n}.weight" for n in ("mlp.up_proj", "mlp.down_proj",
+                                                             "self_attn.o_proj"))  # fmt: skip
+    for place, (model, layer, at_o, at_down, at_up) in enumerate(
+        [
+            ("a", 0, 1, 1, 1),
+            ("a", 1, 1, 1, 1),
+            ("b", 1, 0.3, 0.5, 1),
+            ("b", 2, 0.3, -0.1, 1),
+            ("a", 0, 1, 0.7, 0.7),
+            ("b", 2, 1, 1, 1),
+        ]
+    ):
+        for name, scale in ((o, at_o), (down, at_down), (up, at_up)):
+            assert torch.equal(made[name.format(place)], own[model][name.format(layer)] * scale)
+    assert torch.equal(made["model.embed_tokens.weight"], own["a"]["model.embed_tokens.weight"])
+    assert torch.equal(made["model.norm.weight"], own["b"]["model.norm.weight"])
+
+
+WINDOWS = {
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "gemma3_text": {
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_settings_of_single_layers_follow_them(tmp_path: Path, kind: str) -> None:
+    paths = write_family(tmp_path, kind, **WINDOWS[kind])
+    kinds = transformers.AutoConfig.from_pretrained(paths["a"]).layer_types
+    assert len(set(kinds)) == 2
+    layers = (0, 0, 1, 2, 1)
+    recipe = pieces(("a", 0, 1), ("a", 0, 3), ("b", 1, 2))
+    export_checkpoint(recipe, paths, tmp_path / "out", template_model="a")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 5
+    assert config["layer_types"] == [kinds[layer] for layer in layers]
+    if kind == "qwen2":
+        assert config["max_window_layers"] == 2
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    own = transformers.AutoModelForCausalLM.from_pretrained(paths["a"])
+    for place, layer in enumerate(layers):
+        made, from_ = model.model.layers[place].self_attn, own.model.layers[layer].self_attn
+        assert made.sliding_window == from_.sliding_window
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("llama", {"num_kv_shared_layers": 1}, "keys and values of others"),
+        ("llama", {"first_k_dense_replace": 1}, "first_k_dense_replace"),
+    ],
+)
+def test_layers_that_hang_on_their_place_are_refused(
+    tmp_path: Path, kind: str, changes: dict[str, Any], words: str
+) -> None:
+    own = {"n_embd": 16, "n_head": 2, "n_layer": 3} if kind == "gpt2" else {}
+    paths = write_family(tmp_path, kind, **own)
+    for path in paths.values():
+        edit_config(path, **changes)
+    layout = read_layout(paths)
+    assert words in layout.fixed
+    with pytest.raises(RecipeRejected, match=words):
+        Family.open(paths).plan(pieces(("a", 0, 3), ("b", 0, 1)))
+    Family.open(paths).plan(Recipe.of_model("b", 3).canonical(3))
+
+
+def test_a_layout_at_another_depth(tmp_path: Path) -> None:
+    layout = read_layout(write_family(tmp_path, "llama"))
+    deeper = layout.at_depth((2, 0, 0, 1))
+    assert deeper.num_layers == 4
+    assert len(deeper.tensors) == len(layout.tensors) + 9
+    assert [t.layer for t in deeper.tensors if "q_proj" in t.name] == [0, 1, 2, 3]
+    assert layout.at_depth(range(3)) == layout
+
+
+def test_layers_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    family = Family.open(write_family(tmp_path, "llama"))
+    with pytest.raises(RecipeRejected, match="reads layers 2 to 4 of 'a', which has 3"):
+        family.plan(pieces(("a", 0, 3), ("a", 2, 4)))
