@@ -347,7 +347,10 @@ class RoleSettings(_Frozen):
 
 
 class AgentSettings(_Frozen):
-    """Who advises: ``llm`` is "none" or "provider:model"; each role may have its own."""
+    """Who advises: ``llm`` is "none" or "provider:model"; each role may have its own.
+
+    ahead: models think while a generation is scored, of what was known before it.
+    """
 
     llm: ModelName = "none"
     proposer: RoleSettings | None = None
@@ -360,8 +363,18 @@ class AgentSettings(_Frozen):
     max_retries: int = Field(3, ge=0, le=MOST_RETRIES)
     max_tokens: int | None = Field(None, gt=0)
     probes: int = Field(0, ge=0)
+    ahead: bool = False
     key_file: str | None = None
     prompts: str | None = None
+
+    @model_validator(mode="after")
+    def _no_tools_ahead(self) -> AgentSettings:
+        if self.ahead and self.probes:
+            raise ValueError(
+                f"agents.probes {self.probes} is not possible with agents.ahead: what tools ask "
+                "waits for the workers; leave one of them out"
+            )
+        return self
 
     def settings_for(self, role: Role) -> RoleSettings:
         """A role's settings, whole: its own, else those of all agents; ``model`` may be "none"."""

@@ -23,7 +23,7 @@ from langgraph.runtime import Runtime
 from langgraph.types import Command, interrupt
 from langgraph_sdk.runtime import ServerRuntime
 
-from agentmerge.search.advise import advise
+from agentmerge.search.advise import advise, think_ahead
 from agentmerge.search.evaluate import collect, dispatch
 from agentmerge.search.finish import finish
 from agentmerge.search.propose import propose
@@ -54,7 +54,9 @@ def _dispatch(state: SearchState, runtime: Runtime[Context]) -> None:
 
 def _collect(state: SearchState, runtime: Runtime[Context]) -> None:
     """Wait until all are done; what each cost was in the ledger as it ended."""
-    collect(search_of(runtime))
+    search = search_of(runtime)
+    think_ahead(search, state["generation"])
+    collect(search)
 
 
 def _evaluate(state: object, runtime: Runtime[Context]) -> None:

@@ -35,6 +35,15 @@ _AGENTS: dict[Role, Any] = {"critic": critic, "controller": controller, "propose
 _PROBERS: tuple[Role, ...] = ("critic", "proposer")
 
 
+def think_ahead(search: Search, generation: int) -> None:
+    """With ``agents.ahead``: ask all agents of a generation while it is scored. A limit that does
+    not allow it is met again when their turn comes."""
+    if search.config.agents.ahead and generation:
+        for role in _AGENTS:
+            if _advised(search, role, generation):
+                return
+
+
 def advise(search: Search, role: Role, generation: int) -> str:
     """Ask one agent and keep its word; without a model, or where it fails, its rules speak.
 
@@ -57,7 +66,7 @@ def _advised(search: Search, role: Role, generation: int) -> str:
     advised = agent.by_rules(view, guidance)
     if role in search.models and models_asked(generation, population(search, view.space)):
         try:
-            advised = _asked(search, role, view, guidance)
+            advised = _asked(search, role, generation, view, guidance)
         except ModelReplyError as error:
             failure = str(error)
         except BudgetReached as reached:
@@ -78,17 +87,19 @@ def question(
 
 
 def view_of(search: Search, role: Role, generation: int) -> HistoryView:
-    """All that an agent may know when this generation is scored.
+    """All that an agent may know when this generation is scored; with ``agents.ahead`` when the one
+    before it is.
 
     What it tried itself in this generation is left out: where a node runs again, its question is
     the same, and the answer is found.
     """
-    now = search.trials(generation, decided=False)
+    seen = generation - bool(search.config.agents.ahead and generation)
+    now = search.trials(seen, decided=False)
     space = now.turn[0]
-    history = search.history(up_to=generation, space=space)
+    history = search.history(up_to=seen, space=space)
     latest = takewhile(lambda o: o.generation == generation, reversed(history))
     own = [o for o in latest if (o.operator, o.label) == (PROBE, role)]
-    left = budget.left(search, generation) * (1 - search.config.search.shadow)
+    left = budget.left(search, seen) * (1 - search.config.search.shadow)
     asked = (search.book.changes, generation, left, role if own else None)
     if asked in search.views:
         return search.views[asked]
@@ -109,7 +120,7 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
         sigma_high=settings.sigma_high,
         improved_last=improved(history) if history else False,
         budget_left=math.floor(left + 1e-9) + len(own),
-        forecasts=track(_forecasts(search, generation)).sentence(),
+        forecasts=track(_forecasts(search, seen)).sentence(),
         noise=search.noise,
         moves=tuple(verdicts(now, [o for o in moves if o.generation < generation])),
     )
@@ -177,7 +188,9 @@ class _Kept:
         search.emit(call.event(self.role, self.generation, number))
 
 
-def _asked(search: Search, role: Role, view: HistoryView, guidance: Guidance) -> Guidance:
+def _asked(
+    search: Search, role: Role, generation: int, view: HistoryView, guidance: Guidance
+) -> Guidance:
     """The model's word.
 
     Raises:
@@ -185,6 +198,7 @@ def _asked(search: Search, role: Role, view: HistoryView, guidance: Guidance) ->
         BudgetReached: the next request cannot be paid.
     """
     agent = _AGENTS[role]
+    asked_at = generation if search.config.agents.ahead else view.generation
     messages = agent.messages(view, search.prompts, guidance)
     parse = partial(parse_reply, reply=agent.REPLY, bounds=view.bounds)
     move = "structural_move"
@@ -198,7 +212,7 @@ def _asked(search: Search, role: Role, view: HistoryView, guidance: Guidance) ->
         messages,
         json_schema(agent.REPLY, view.bounds),
         parse,
-        log=_Kept(search, role, view.generation, prompt_hash(messages)),
+        log=_Kept(search, role, asked_at, prompt_hash(messages)),
         tools=tools,
         probes=probes,
         limit_s=search.seconds_left(),

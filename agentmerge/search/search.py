@@ -10,6 +10,7 @@ repeat or lose nothing. Prints nothing; what happens is told through ``emit``.
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -95,6 +96,7 @@ class Search:
         default_factory=OrderedDict
     )
     _histories: dict[Any, list[Observation]] = field(default_factory=dict)
+    _looking: threading.RLock = field(default_factory=threading.RLock)
     _points: dict[tuple[str, str], tuple[float, ...] | None] = field(default_factory=dict)
 
     if not TYPE_CHECKING:  # or any name would pass for an attribute
@@ -179,11 +181,12 @@ class Search:
         Not to be changed: whoever asks again before a candidate changes is told the same.
         """
         asked = (self.book.changes, up_to, shadow, space and space.key)
-        if asked not in self._histories:
-            if any(changes != self.book.changes for changes, *_ in self._histories):
-                self._histories.clear()
-            self._histories[asked] = self._history_of(up_to, shadow, space)
-        return self._histories[asked]
+        with self._looking:  # agents may think while candidates are scored
+            if asked not in self._histories:
+                if any(changes != self.book.changes for changes, *_ in self._histories):
+                    self._histories.clear()
+                self._histories[asked] = self._history_of(up_to, shadow, space)
+            return self._histories[asked]
 
     def _history_of(
         self, up_to: int | None, shadow: bool, space: SearchSpace | None
