@@ -8,7 +8,7 @@ cocopp reads what it knows. The budget is ``--per-dimension`` evaluations times 
 ``--most`` at most. What counts is read from COCO's log, which knows the optimum and the value
 without noise: the share of cocopp's 51 targets (its least distances to the optimum, 1e2 to 1e-8)
 that were reached, over functions and instances. ``DIR/results.md`` has the tables, with the best of
-BBOB 2009 at each target, whose runs cocopp brings, as a line above everybody.
+BBOB 2009 at each target, whose runs cocopp brings.
 """
 
 from __future__ import annotations
