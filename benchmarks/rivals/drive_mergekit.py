@@ -4,9 +4,9 @@
 
 Everything after the name is its own command line. What is changed is the device: Ray is told of one
 GPU that is not there, lm-eval's Hugging Face model is asked for the CPU where it would take "cuda",
-and ``torch.cpu`` has the ``empty_cache`` that ``torch.cuda`` has. And in its favour one thing more:
-prompts begin with the tokenizer's own first token, as every later lm-eval has it and as the family
-was trained. lm-eval 0.4.4, the last that it can be imported with, leaves that out.
+and ``torch.cpu`` has the ``empty_cache`` that ``torch.cuda`` has. In its favour one thing more:
+prompts begin with the tokenizer's own first token, as the family was trained and as lm-eval has it
+today. lm-eval 0.4.4, which it can be imported with, leaves that out.
 """
 
 from __future__ import annotations
