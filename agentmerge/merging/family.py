@@ -74,6 +74,11 @@ class Family:
             _refuse_broken(model, layout, source)
         return cls(layout, source, placement, dtype)
 
+    @property
+    def is_resident(self) -> bool:
+        """Whether ``tensor`` gives the same memory every time."""
+        return isinstance(self._source, Resident) and self._source.is_at_home
+
     def tensor(self, model: str, name: str) -> torch.Tensor:
         """A parent's own tensor, as stored; it must not be changed."""
         return self._source.tensor(model, name)

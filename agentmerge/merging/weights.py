@@ -131,8 +131,8 @@ class Resident:
     ) -> None:
         self.identities = dict(source.identities)
         self._device = device
-        pinned = torch.device(home).type != torch.device(device).type
-        keep = _kept_in_slabs if pinned else _kept
+        self.is_at_home = torch.device(home).type == torch.device(device).type
+        keep = _kept if self.is_at_home else _kept_in_slabs
         self._weights = {model: keep(source, model, layout, home) for model in layout.parents}
         source.verify()
 

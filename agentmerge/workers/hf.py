@@ -3,7 +3,8 @@ fit (``merging.placement``).
 
 Every load writes the tensors that change straight into the live model and proves the swap: every
 expected name exactly once, all finite, and every live tensor read back and equal to what was merged
-into it (``merging/live.py``). Buffers that the files do not hold are never touched. Knows nothing
+into it (``merging/live.py``). A stack of copied layers runs on the parents' own tensors
+(``stacked.py``). Buffers that the files do not hold are never touched. Knows nothing
 of searches.
 
 Options (``worker.options``): ``max_length`` (context in tokens), ``attn_implementation``,
@@ -50,7 +51,7 @@ from agentmerge.parents.layout import Layout
 from agentmerge.parents.skeleton import auto_class, skeleton
 from agentmerge.recipe import Recipe
 from agentmerge.workers.conditions import conditions, conditions_hash, ends_of, live_parent
-from agentmerge.workers.pool import refuse_stack
+from agentmerge.workers.stacked import LiveStack
 from agentmerge.workers.targets import live_targets, pairing_faults, parts_of
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class HfWorker:
     Raises:
         ParentError: the parents cannot be merged, or transformers names their weights otherwise.
     """
+
+    runs_stacks = True
 
     def __init__(self, spec: WorkerSpec, taskset: TaskSet | None = None) -> None:
         self._spec = spec
@@ -92,6 +95,7 @@ class HfWorker:
         refuse_replaced(spec.stamps)
         self._threads = threads_for(spec, self._model)
         self._weights = LiveWeights(self._family, self._live)
+        self._stack = LiveStack(self._model, self._family, self._live)
         self._scorer = ItemScorer(self._lm, taskset or tasks_for(spec))
         self._ready = False
         self._sequences = 0  # that a gradient takes at a time, once memory has run out
@@ -123,9 +127,13 @@ class HfWorker:
 
     def load(self, recipe: Recipe) -> Fingerprint:
         self._ready = False
-        refuse_stack(recipe, self._family.layout.num_layers, "hf", self)
         with self._guarded(), torch.no_grad():
             plan = self._family.plan(recipe)
+            if plan.layers is not None:
+                loaded = self._stack.load(plan)
+                self._ready = True
+                return Fingerprint(plan.digest, loaded.digest, loaded.tensors)
+            self._stack.clear()
             loaded = self._weights.load(plan)
         if _places(self._model) != self._places:
             raise RunFailed("the live model's weights are no longer where they were; start anew")
@@ -214,7 +222,7 @@ class HfWorker:
     def close(self) -> None:
         self._ready = False
         self._live = {}
-        del self._scorer, self._lm, self._weights, self._model, self._family
+        del self._scorer, self._lm, self._weights, self._stack, self._model, self._family
         release(self._spec.device)
 
 

@@ -91,7 +91,7 @@ def refuse_stack(recipe: Recipe, num_layers: int, kind: str, worker: Any) -> Non
         return
     raise RecipeRejected(
         f"the recipe makes a model of {len(layers)} layers out of models of {num_layers}, and the "
-        f"{kind} worker keeps those of one model in place; set worker.kind: disk"
+        f"{kind} worker keeps those of one model in place; set worker.kind: hf, or disk"
     )
 
 

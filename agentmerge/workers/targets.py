@@ -93,11 +93,11 @@ def _paired(
     targets = {name: views[own] for name, own in found.items() if own is not None}
     others = [views[own] for own in kept.values() if own is not None]
     lost = sorted(name for name, own in found.items() if own is None)
-    homes = {_home(tensor): name for name, tensor in reversed([*live.items()])}
+    homes = {home_of(tensor): name for name, tensor in reversed([*live.items()])}
     covered: Counter[str] = Counter()
     for target in targets.values():
-        covered[homes.get(_home(target), "")] += target.numel()
-    carried_homes = {*map(_home, others)}
+        covered[homes.get(home_of(target), "")] += target.numel()
+    carried_homes = {*map(home_of, others)}
     strange = sorted(
         name for home, name in homes.items() if name not in covered and home not in carried_homes
     )
@@ -113,7 +113,7 @@ def _paired(
             f"transformers' {kind} has other tensors than the files, so merges cannot be written "
             f"into it: {', '.join(filter(None, said))}{_OTHER_LOADER}"
         ]
-    moved = [name for name, target in targets.items() if _home(target) not in homes]
+    moved = [name for name, target in targets.items() if home_of(target) not in homes]
     moved += [name for name, count in covered.items() if name and count < live[name].numel()]
     if moved:
         return {}, [
@@ -123,7 +123,7 @@ def _paired(
     return targets, []
 
 
-def _home(tensor: torch.Tensor) -> int:
+def home_of(tensor: torch.Tensor) -> int:
     """What views of one tensor have in common, with memory or without."""
     return int(tensor.untyped_storage()._cdata)
 
@@ -172,13 +172,13 @@ def parts_of(
     """Each parameter with what ``targets`` has of it: name -> (size, stride, offset) inside it."""
     by_storage: dict[int, dict[str, torch.Tensor]] = {}
     for name, target in targets.items():
-        by_storage.setdefault(_home(target), {})[name] = target
+        by_storage.setdefault(home_of(target), {})[name] = target
     for parameter in model.parameters():
         start = parameter.storage_offset()
         yield (
             parameter,
             {
                 name: (target.size(), target.stride(), target.storage_offset() - start)
-                for name, target in by_storage.get(_home(parameter), {}).items()
+                for name, target in by_storage.get(home_of(parameter), {}).items()
             },
         )

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
+from tiny import A
 
 from agentmerge.contracts.worker import WorkerSpec
-from agentmerge.errors import RecipeRejected
+from agentmerge.errors import CandidateFailed, RecipeRejected, RunFailed
 from agentmerge.recipe import Recipe
 from agentmerge.testing.worker_suite import same
 from agentmerge.workers.disk import DiskWorker
+from agentmerge.workers.hf import HfWorker
 from agentmerge.workers.pool import refuse_stack
 
 
@@ -35,17 +38,83 @@ def spec(parents: dict[str, Path], tasks_dir: Path) -> WorkerSpec:
     return tiny.spec(parents, config)
 
 
-def test_the_disk_worker_scores_a_stack(spec: WorkerSpec) -> None:
-    worker = DiskWorker(spec)
+#: Several depths, repeats, other orders, scales of both signs.
+STACKS = {
+    "deeper": stack(("b", 0, 2), ("c", 0, 2, 0.4)),
+    "twice, scaled both ways": stack(("c", 1, 2, -0.3), ("b", 0, 2), ("c", 1, 2, 0.4), ("b", 0, 1)),
+    "one layer": stack(("c", 1, 2)),
+    "in place, scaled": stack(("b", 0, 2, 0.7)),
+}
+ABSENT = stack(("b", 0, 1), ("c", 1, 2, 0.0), ("b", 1, 2))
+
+
+def test_stacks_answer_live_as_their_checkpoints_do(spec: WorkerSpec) -> None:
+    """Item for item, generation with its cache included, whatever was live before."""
+    live, disk = HfWorker(spec), DiskWorker(spec)
+    refs = live.tasks(spec).refs()
+    merge, whole = tiny.recipe(0.4, 0.6), Recipe.of_model("b", 2).canonical(2)
+    first = live.load(merge), live.score(refs)
+    own = live.load(whole), live.score(refs)
+    for recipe in STACKS.values():
+        made = live.load(recipe)
+        found = live.score(refs)
+        assert disk.load(recipe) == made
+        assert same(found, disk.score(refs))
+        assert not same(found, own[1])
+    deeper = live.load(STACKS["deeper"])
+    assert deeper.tensors == own[0].tensors + 18
+    absent = live.load(ABSENT)
+    assert same(live.score(refs), own[1]), "a layer that adds nothing is as none"
+    assert absent.tensors == own[0].tensors + 9
+    back = live.load(merge)
+    assert back == first[0]
+    assert same(live.score(refs), first[1])
+    live.close()
+    disk.close()
+
+
+def test_a_stack_runs_on_the_parents_own_parameters(spec: WorkerSpec) -> None:
+    worker = HfWorker(spec)
+    own = set(map(id, worker._model.modules()))
+    worker.load(STACKS["deeper"])
+    model, family = worker._model, worker._family
+    copied = []
+    for place, (name, layer) in enumerate((("b", 0), ("b", 1), ("c", 0), ("c", 1))):
+        made = model.model.layers[place]
+        assert made.self_attn.layer_idx == place
+        for key, value in made.named_parameters():
+            parent = family.tensor(name, f"model.layers.{layer}.{key}")
+            if value.data_ptr() != parent.data_ptr():
+                copied.append((place, key))
+                assert torch.equal(value, parent * 0.4)
+    outputs = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+    assert sorted(copied) == sorted((place, key) for place in (2, 3) for key in outputs)
+    assert model.config.num_hidden_layers == 4
+    worker.load(tiny.recipe(0.4, 0.6))
+    assert model.config.num_hidden_layers == 2
+    assert set(map(id, model.modules())) == own
+    worker.close()
+
+
+def test_what_a_failed_stack_leaves_is_whole(spec: WorkerSpec) -> None:
+    worker = HfWorker(spec)
     refs = worker.tasks(spec).refs()
-    whole = worker.load(Recipe.of_model("b", 2).canonical(2))
-    plain = worker.score(refs)
-    absent = worker.load(stack(("b", 0, 1), ("c", 1, 2, 0.0), ("b", 1, 2)))  # adds nothing
-    assert absent.tensors == whole.tensors + 9
-    assert absent.digest != whole.digest
-    assert same(worker.score(refs), plain)
-    worker.load(stack(("b", 0, 2), ("c", 1, 2)))
-    assert not same(worker.score(refs), plain)
+    worker.load(A)
+    right = worker.score(refs)
+    with pytest.raises(CandidateFailed, match="not finite"):
+        worker.load(stack(("b", 0, 2), ("c", 0, 1, 1e42)))
+    with pytest.raises(RunFailed, match="load"):
+        worker.score(refs)
+    with pytest.raises(CandidateFailed, match="passthrough has no gradient"):
+        worker.gradient(STACKS["deeper"], refs)
+    worker.load(A)
+    assert same(worker.score(refs), right)
+    worker.load(STACKS["deeper"])
+    name = "model.layers.1.mlp.up_proj.weight"
+    with torch.no_grad():
+        worker._family.tensor("b", name)[0] += 1
+    with pytest.raises(RunFailed, match="'b' is no longer what it was in memory"):
+        worker.load(STACKS["deeper"])
     worker.close()
 
 
