@@ -75,7 +75,7 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
                 values = ", ".join(
                     f"{key} {value / total if key == 'weight' else value:g}"
                     for key, value in given
-                    if (key, value) != ("scale", 1.0)  # the model's own
+                    if (key, value) not in PASSTHROUGH.source_params  # the model as it is
                 )
                 values = values or "the model"
             if method.pairwise:
