@@ -33,7 +33,7 @@ from pydantic import (
     model_validator,
 )
 
-from agentmerge.errors import ConfigError
+from agentmerge.errors import ConfigError, UserError
 from agentmerge.methods import METHODS, Method, Parameter, divides_by_agreeing
 from agentmerge.system.bounded import read_text
 from agentmerge.system.redaction import PREFIX, hidden, references
@@ -98,8 +98,11 @@ class GenomeConfig(_Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> GenomeConfig:
-        method = METHODS.get(self.merge_method)
-        faults = []
+        faults, method = [], None
+        try:
+            method = METHODS.get(self.merge_method)
+        except UserError as error:  # of a package's method
+            raise ValueError(str(error)) from error
         if method is None:
             known = ", ".join(sorted(METHODS))
             faults.append(f"merge_method {self.merge_method!r} is not known; use one of {known}")
@@ -170,9 +173,10 @@ class GenomeConfig(_Frozen):
         its own."""
         method = METHODS[self.merge_method]
         shared = () if method.pairwise else method.shared
-        switches = ("normalize", "normalize_weights")
         return tuple(
-            p for p in shared if p.name not in switches and (p.searched or p.name in self.evolve)
+            p
+            for p in shared
+            if p.name != method.normalize_param and (p.searched or p.name in self.evolve)
         )
 
     @property
@@ -412,6 +416,39 @@ class LmEvalArgs(_Frozen):
     gen_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
+class MethodParameter(_Frozen):
+    """One parameter of a config's own merge method, as ``agentmerge.methods.Parameter`` has it."""
+
+    default: float | None = None
+    low: float = 0.0
+    high: float = 1.0
+    kind: Literal["float", "log", "int", "bool"] = "float"
+    searched: bool = True
+    doc: str = ""
+
+
+class MethodSettings(_Frozen):
+    """A merge method in a file of the user's: all that a search has to know of it, so that its code
+    is run only where tensors are merged.
+
+    code: FILE.py:NAME. digest: of the code, as it was when the config was first read.
+    """
+
+    code: str
+    base: Literal["required", "optional", "ignored"] = "required"
+    source: dict[str, MethodParameter] = Field(default_factory=dict)
+    shared: dict[str, MethodParameter] = Field(default_factory=dict)
+    least: int = Field(1, ge=1)
+    most: int | None = Field(None, ge=1)
+    doc: str = ""
+    digest: str = ""
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """What ``methods.MethodTable.declare`` takes."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
 class WorkerSettings(_Frozen):
     """Who merges and scores."""
 
@@ -430,6 +467,7 @@ class WorkerSettings(_Frozen):
     lm_eval_args: LmEvalArgs = LmEvalArgs()
     canary_every: int = Field(50, ge=0)
     options: dict[str, Any] = Field(default_factory=dict)
+    methods: dict[str, MethodSettings] | None = None
 
     @field_validator("engine_args", "options")
     @classmethod
@@ -673,6 +711,10 @@ def _resolve(
             section.setdefault("random_init", raw["random_init"])
         parts[name] = _build(model, section, name, out)
     search = parts.get("search") or SearchSettings()
+    if parts.get("worker") and parts["worker"].methods:
+        parts["worker"] = _declared(parts["worker"], out)
+    if genome_raw is not None and isinstance(genome_raw.get("merge_method"), str):
+        genome_raw |= {"merge_method": METHODS.full_name(genome_raw["merge_method"])}
     parts["genome"] = (
         None if genome_raw is None else _build(GenomeConfig, genome_raw, "genome", out)
     )
@@ -691,6 +733,19 @@ def _resolve(
     _note_slerp(parts["genome"], out)
     _note_cancelling(parts["genome"], out)
     return SearchConfig(**parts, warnings=tuple(out.warnings), notices=tuple(out.notices))
+
+
+def _declared(worker: WorkerSettings, out: _Faults) -> WorkerSettings:
+    """With the digest of each method's code; what recipes call it is known from now on."""
+    found = {}
+    for name, settings in (worker.methods or {}).items():
+        try:
+            _, digest = METHODS.declare(name, settings.plain)
+        except UserError as error:
+            out.faults.append(f"{out.where(f'worker.methods.{name}')}: {error}")
+            continue
+        found[name] = settings.model_copy(update={"digest": digest})
+    return worker.model_copy(update={"methods": found})
 
 
 def _note_slerp(genome: GenomeConfig, out: _Faults) -> None:

@@ -52,6 +52,7 @@ _BUILT_IN: dict[str, dict[str, str]] = {
         "wandb": "agentmerge.report.wandb:WandbTracker",
         "mlflow": "agentmerge.report.mlflow:MlflowTracker",
     },
+    "agentmerge.methods": {},
     "agentmerge.models": {},
     "agentmerge.scorers": {},
 }

@@ -35,6 +35,7 @@ def installed(tmp_path_factory) -> Path:
 def test_everything_that_it_adds_is_used(installed: Path, family, tmp_path: Path) -> None:
     tasks = write_tasks(tmp_path / "tasks", family.skills)
     body = demo_config(family, tasks)
+    body["genome"] |= {"merge_method": "capped"}
     body |= {
         "task_search_path": [str(tasks)],
         "limit": 10,
@@ -74,6 +75,7 @@ def test_everything_that_it_adds_is_used(installed: Path, family, tmp_path: Path
         round(event["tasks"].get(body["tasks"][0]["name"], 0) * 10, 9) for event in candidates
     }
     assert any(value % 1 for value in judged)  # of ten items, more than right and wrong
+    assert "merge_method: capped" in (tmp_path / "runs/plugged/config.yml").read_text()
 
 
 def test_it_passes_the_suites_of_the_contracts(installed: Path, family, tmp_path: Path) -> None:
@@ -91,6 +93,7 @@ def test_it_passes_the_suites_of_the_contracts(installed: Path, family, tmp_path
     for name in (
         "TestTimedWorker::test_a_parent_with_nan",
         "TestHalfway::test_it_gains",
+        "TestCapped::test_every_parameter_changes",
         "TestPolite::test_two_work_beside_each_other",
         "TestSeesaw::test_a_point_is_a_recipe_and_comes_back",
     ):

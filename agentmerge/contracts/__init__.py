@@ -8,6 +8,7 @@ needs, and loads no torch, LangGraph or chat model (docs/plugins.md).
 from agentmerge.config import GenomeConfig, SearchConfig, TasksConfig
 from agentmerge.contracts.advice import Guidance, StructuralMove
 from agentmerge.contracts.calls import ModelProvider
+from agentmerge.contracts.method import MergeKernel
 from agentmerge.contracts.scorer import Scorer
 from agentmerge.contracts.space import Axis, Space, SpaceForm
 from agentmerge.contracts.strategy import (
@@ -41,6 +42,7 @@ from agentmerge.contracts.worker import (
     WorkerSpec,
 )
 from agentmerge.errors import CandidateFailed, RunFailed, UserError, WorkerLost
+from agentmerge.methods import Method, Parameter
 from agentmerge.plugins import load as load_plugin
 from agentmerge.recipe import Recipe, Setting, Slice, Source
 
@@ -62,8 +64,11 @@ __all__ = [
     "ItemResult",
     "Items",
     "Loss",
+    "MergeKernel",
+    "Method",
     "ModelProvider",
     "Observation",
+    "Parameter",
     "Proposal",
     "Recipe",
     "RngFor",

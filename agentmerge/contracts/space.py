@@ -20,7 +20,8 @@ class Axis:
     """One coordinate: a parameter of one model in one layer group under one filter.
 
     model: None for a parameter of the whole merge. kind: as ``methods.Parameter``'s; the
-    value of a share is what its density has still to make a number of.
+    value of a share is what its density has still to make a number of. usual: the default of a
+    parameter of which nobody knows where it leaves the others as they are.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Axis:
     low: float
     high: float
     kind: Kind = "float"
+    usual: float | None = None
 
     def value(self, unit: float) -> float:
         if self.kind in ("int", "bool"):

@@ -127,6 +127,7 @@ class WorkerSpec:
         the worker starts, and counts on being the only one.
     method: the search's merge method, for what merging takes; None where it is not known.
     crowd: how many such workers share the device.
+    methods: the config's own merge methods, as ``methods.MethodTable.declare`` takes them.
     stamps: of the parents' files when they were identified (``merging.headers.stamps_of``); a
         worker that finds others refuses to work.
     matmul_precision: torch's ``float32_matmul_precision`` while the worker computes; processes of
@@ -148,6 +149,7 @@ class WorkerSpec:
     options: dict[str, Any] = field(default_factory=dict)
     method: str | None = None
     crowd: int = 1
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @runtime_checkable

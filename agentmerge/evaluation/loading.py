@@ -19,13 +19,13 @@ from typing import Any
 
 from agentmerge.config import TasksConfig
 from agentmerge.errors import TaskError
-from agentmerge.evaluation.code import forget_changed
 from agentmerge.evaluation.definitions import (
     NotYaml,
     named_code,
     refuse_odd_documents,
     refuse_unbounded,
 )
+from agentmerge.system.code import forget_changed
 
 #: The seed of lm-eval's few-shot sampler, as ``simple_evaluate`` has it.
 FEWSHOT_SEED = 1234

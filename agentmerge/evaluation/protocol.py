@@ -16,9 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from agentmerge.evaluation.code import described_code
 from agentmerge.evaluation.loading import FEWSHOT_SEED
 from agentmerge.parents.headers import file_digest
+from agentmerge.system.code import described_code
 
 #: Names and places of documents, and labels that no model sees.
 _NOT_ASKED = frozenset(("task", "task_alias", "tag", "metadata", "custom_dataset", "split"))

@@ -11,7 +11,7 @@ from typing import Any
 from agentmerge import plugins
 from agentmerge.contracts.scorer import Scorer
 from agentmerge.errors import TaskError
-from agentmerge.evaluation.code import code_files
+from agentmerge.system.code import code_files
 
 
 def judge(task: Any, name: str) -> None:

@@ -12,6 +12,8 @@ What mergekit cannot merge (multislerp of vectors that cancel) is a failed candi
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -34,32 +36,48 @@ def borrowed(
     if end is not None:
         return copied(end, out)
     from mergekit import merge_methods
-    from mergekit.merge_methods.base import TensorGroup
 
     tensors = [*([] if base is None else [base]), *(operand.tensor for operand in operands)]
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     working = torch.float64 if wide else torch.float32
-    group = TensorGroup.from_tensors(
-        [tensor.to(working) for tensor in tensors], base_index=None if base is None else 0
-    )
-    parameters: dict[str, Any] = dict(shared)
-    for name, _ in METHODS[method].source_params:
-        parameters[name] = [getattr(operand, name) for operand in operands]
-    device = tensors[0].device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        _generator(device).manual_seed(_SAMPLE_SEED)
+    given = [tensor.to(working) for tensor in tensors]
+    names = [name for name, _ in METHODS[method].source_params]
+    own = [{name: getattr(operand, name) for name in names} for operand in operands]
+    with seeded(tensors[0].device, _SAMPLE_SEED):
         try:
-            (result,) = merge_methods.get(method)([group], parameters=parameters)
+            result = by_mergekit(merge_methods.get(method), given, base is not None, own, shared)
         except ValueError as error:
             raise CandidateFailed(f"mergekit's {method} could not merge: {error}") from error
     return copied(result.contiguous(), out)
 
 
-def _generator(device: torch.device) -> torch.Generator:
-    """Of one device: ``torch.manual_seed`` also queues a call for each that is not there."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index or 0]
-    return torch.default_generator
+def by_mergekit(
+    function: Any,
+    tensors: Sequence[torch.Tensor],
+    has_base: bool,
+    own: Sequence[Mapping[str, Any]],
+    shared: Mapping[str, Any],
+) -> torch.Tensor:
+    """One of mergekit's merge methods on tensors, the base first where there is one."""
+    from mergekit.merge_methods.base import TensorGroup
+
+    group = TensorGroup.from_tensors(tensors, base_index=0 if has_base else None)
+    parameters: dict[str, Any] = dict(shared)
+    for name in own[0]:
+        parameters[name] = [values[name] for values in own]
+    (result,) = function([group], parameters=parameters)
+    merged: torch.Tensor = result
+    return merged
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Inside, torch's generators have a seed; after it they go on as if nothing had been."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed also queues calls for devices
+        if device.type == "cuda":  # that are not there
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+        yield
 
 
 def _end_point(

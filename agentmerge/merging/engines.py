@@ -7,10 +7,11 @@ machine's memory and of a kind that the fused loops know, those serve, with the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
-from agentmerge.merging import borrowed, kernels, sparse
+from agentmerge.merging import borrowed, foreign, kernels, sparse
 from agentmerge.merging.kernels import Kernel, Operands, Shared
 from agentmerge.merging.loops.remembered import Statistics
 
@@ -39,7 +40,8 @@ def merge_tensor(
     tensors = [target, *([] if base is None else [base]), *(o.tensor for o in operands)]
     if has_fused(method) and all(map(_suits, tensors)) and len(operands) <= fused.MOST_EXPERTS:
         return fused.FUSED[method](fused.Merge(base, operands, shared, target, statistics))
-    merged = KERNELS[method](base, operands, shared, target.dtype)
+    kernel = KERNELS.get(method) or partial(foreign.foreign, method=method)
+    merged = kernel(base, operands, shared, target.dtype)
     target.copy_(merged)
     return is_finite(merged)
 

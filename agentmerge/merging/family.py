@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -162,7 +162,8 @@ def operands_of(
 ) -> tuple[torch.Tensor | None, list[Operand]]:
     """The base's tensor, where the method sets one apart, and the other sources in order."""
     effective = item.effective
-    random = RECIPE_METHODS[effective.method].random
+    method = RECIPE_METHODS[effective.method]
+    foreign = method.engine == "foreign"
     base: torch.Tensor | None = None
     operands = []
     inputs = dict(item.inputs)
@@ -172,8 +173,9 @@ def operands_of(
         if model == effective.base_model:
             base = tensor
             continue
-        key = mask_key(merge_seed or 0, source.identities[model], name) if random else ""
-        operands.append(Operand(tensor, key=key, pair=f"{first}\n{model}\n{name}", **dict(own)))
+        key = mask_key(merge_seed or 0, source.identities[model], name) if method.random else ""
+        given: Any = {"values": own} if foreign else dict(own)
+        operands.append(Operand(tensor, key=key, pair=f"{first}\n{model}\n{name}", **given))
     return base, operands
 
 

@@ -65,6 +65,7 @@ class Operand:
     """A source that is not the base, and its own parameters; ``key`` seeds its random mask.
 
     pair: names the tensor and the base's, for what may be remembered of the two; "" for nothing.
+    values: all that it has, by name, where the method is not ours (``foreign.py``).
     """
 
     tensor: torch.Tensor
@@ -75,6 +76,7 @@ class Operand:
     epsilon: float = 0.0
     pair: str = ""
     scale: float = 1.0
+    values: tuple[tuple[str, float], ...] = ()
 
 
 Operands = Sequence[Operand]

@@ -61,7 +61,8 @@ class MergePlan:
             )
             for item in self.tensors
         ]
-        text = json.dumps([self.merge_seed, body], separators=(",", ":"))
+        codes = {RECIPE_METHODS[item.effective.method].digest for item in self.tensors} - {""}
+        text = json.dumps([self.merge_seed, body, *sorted(codes)], separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

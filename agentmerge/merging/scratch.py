@@ -82,8 +82,8 @@ def _in_host(spec: TensorSpec, method: str | None, experts: int, fused: bool) ->
         pass
     elif fused:
         fixed, each = _RANKING if method in RANKING_METHODS else _FUSED_MASKING
-    elif METHODS[method].engine == "mergekit":
-        fixed, each = _STACKING if method in _STACKING_METHODS else _MERGEKIT
+    elif METHODS[method].engine != "agentmerge":
+        fixed, each = _theirs(method)
     else:
         fixed, each = _MASKING if method in _MASKING_METHODS else _SORTING
     return math.prod(spec.shape) * (fixed + each * experts)
@@ -94,8 +94,8 @@ def _on_device(spec: TensorSpec, method: str | None, experts: int, fused: bool) 
 
     count = math.prod(spec.shape)
     method = method or "della"
-    if METHODS[method].engine == "mergekit":
-        fixed, each = _STACKING if method in _STACKING_METHODS else _MERGEKIT
+    if METHODS[method].engine != "agentmerge":
+        fixed, each = _theirs(method)
         return count * (fixed + each * experts)
     fixed, each = (0.0, 0.0) if method in _BLOCKWISE else _DEVICE_MASKING
     arrays = _DEVICE_ARRAYS + _ELECTING_ARRAYS * experts * divides_by_agreeing(METHODS[method])
@@ -105,6 +105,12 @@ def _on_device(spec: TensorSpec, method: str | None, experts: int, fused: bool) 
     elif "epsilon" in dict(METHODS[method].source_params):
         block = max(block, _DEVICE_SORTING)
     return count * (fixed + each * experts) + block * min(count, DEVICE_BLOCK)
+
+
+def _theirs(method: str) -> tuple[float, float]:
+    """Of a foreign method no more is known than that it is written as most of mergekit's are."""
+    stacks = method in _STACKING_METHODS or METHODS[method].engine == "foreign"
+    return _STACKING if stacks else _MERGEKIT
 
 
 def slabs(

@@ -34,8 +34,11 @@ def anchored(config: SearchConfig) -> SearchConfig:
     def template(asked: str | None) -> str | None:
         return asked if asked is None or "{" in asked else anchored_name(asked)
 
+    def code(named: str) -> str:
+        file, colon, name = named.partition(":")
+        return anchored_name(file) + colon + name if file.endswith(".py") else named
+
     genome = config.genome
-    graph_file, colon, function = config.search.graph.partition(":")
     base, source = genome.base_model, genome.tokenizer_source
     return config.model_copy(
         update={
@@ -59,15 +62,18 @@ def anchored(config: SearchConfig) -> SearchConfig:
                 update={
                     "lm_eval_args": config.worker.lm_eval_args.model_copy(
                         update={"chat_template": template(config.worker.lm_eval_args.chat_template)}
-                    )
+                    ),
+                    "methods": config.worker.methods
+                    and {
+                        name: own.model_copy(update={"code": code(own.code)})
+                        for name, own in config.worker.methods.items()
+                    },
                 }
             ),
             "search": config.search.model_copy(
                 update={
                     "init": tuple(map(anchored_name, config.search.init)),
-                    "graph": anchored_name(graph_file) + colon + function
-                    if graph_file.endswith(".py")
-                    else config.search.graph,
+                    "graph": code(config.search.graph),
                 }
             ),
             "agents": config.agents.model_copy(

@@ -62,7 +62,7 @@ def settings_hash(prepared: Prepared) -> str:
     body = {
         "genome": config.genome.model_dump(mode="json"),
         "tasks": config.tasks.model_dump(mode="json"),
-        "worker": config.worker.model_dump(mode="json", exclude={"timeout_s", "host"}),
+        "worker": config.worker.model_dump(mode="json", exclude={"timeout_s", "host", "methods"}),
         "facts": prepared.facts(),
     }
     return sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]

@@ -14,6 +14,7 @@ from typing import Any
 from agentmerge import plugins
 from agentmerge.config import ROLES, SearchConfig
 from agentmerge.errors import AgentmergeError, ConfigError, UserError
+from agentmerge.methods import METHODS
 from agentmerge.system.redaction import revealed
 
 #: Benchmarks that are not objectives unless the user insists (LLM-Evo-Merge's and upstream's list).
@@ -123,6 +124,25 @@ def _named_plugins(config: SearchConfig) -> tuple[tuple[str, str], ...]:
         *([("agentmerge.spaces", config.genome.space)] if config.genome.space else []),
         *[("agentmerge.scorers", task.scorer) for task in config.tasks.tasks if task.scorer],
     )
+
+
+def method_faults(config: SearchConfig) -> list[str]:
+    """The config's own merge methods whose code cannot be run, or is not what it declares."""
+    faults = Faults()
+    for name, own in (config.worker.methods or {}).items():
+        from agentmerge.merging.foreign import kernel_of
+
+        with faults.of(UserError):
+            kernel_of(METHODS[METHODS.declare(name, own.plain)[0]])
+    return faults
+
+
+def method_notes(config: SearchConfig) -> list[str]:
+    """What is said where their code is not run."""
+    return [
+        f"merge method {name!r} is code of {own.code}, and was not run; check --run-code runs it"
+        for name, own in (config.worker.methods or {}).items()
+    ]
 
 
 def host_faults(config: SearchConfig) -> list[str]:

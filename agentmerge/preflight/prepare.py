@@ -26,6 +26,8 @@ from agentmerge.preflight.faults import (
     benchmark_faults,
     device_faults,
     host_faults,
+    method_faults,
+    method_notes,
     plugin_faults,
     tokenizer_faults,
 )
@@ -87,10 +89,12 @@ def prepare(
     if spoiled:  # goes, for the rest of the faults
         config = config.model_copy(update={"worker": config.worker.model_copy(update=spoiled)})
     kind = known_class(config)
+    faults += method_faults(config) if run_code else []
     look = Look(config, kind, faults, also, fresh, tasks, weights, run_code)
     with waiting_for("a look at models and tasks"):
         prepared = (_of_models if getattr(kind, "reads_models", True) else _of_names)(look)
     notes, warm = [], init_notes(config, prepared.space.num_layers) if fresh else []
+    notes += method_notes(config) if not run_code else []
     if is_own(config.search.graph) and not run_code:
         graph = config.search.graph
         notes.append(f"search.graph {graph!r} is code, and was not run; check --run-code runs it")

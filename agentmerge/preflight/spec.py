@@ -51,6 +51,7 @@ def spec_of(
         trust_remote_code=config.worker.trust_remote_code,
         options={"base": config.genome.base_model} | _engine(config) | given(config.worker.options),
         method=config.genome.merge_method,
+        methods={name: own.plain for name, own in (config.worker.methods or {}).items()},
     )
     return replace(spec, crowd=crowd_of(spec, config.worker.count))
 

@@ -213,6 +213,8 @@ class Recipe(Body):
         body.pop("chat_template", None)
         if identities:
             body = renamed(body, identities)
+        if code := RECIPE_METHODS[self.merge_method].digest:
+            body["method_code"] = code
         text = json.dumps(body, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -309,7 +311,7 @@ def _refuse_cancelled(effective: Effective, tensor: str) -> None:
 
 def _refuse_illegal(method: Method, effective: Effective, tensor: str) -> None:
     """What mergekit's own function would raise for."""
-    for name, value in effective.shared if method.engine == "mergekit" else ():
+    for name, value in effective.shared if method.engine != "agentmerge" else ():
         parameter = next(p for p in method.shared if p.name == name)
         if parameter.whole and (value < 0 or value != int(value)):
             raise RecipeRejected(
@@ -317,7 +319,8 @@ def _refuse_illegal(method: Method, effective: Effective, tensor: str) -> None:
             )
     for model, _, own in effective.sources:
         values = dict(own)
-        if "epsilon" not in values or not 0 < values["density"] < 1:
+        shares = any(p.kind == "share" for p in method.source)
+        if not (shares and own) or not 0 < values["density"] < 1:
             continue
         density, epsilon = values["density"], values["epsilon"]
         if epsilon < 0 or density + epsilon >= 1 or density - epsilon <= 0:

@@ -86,7 +86,8 @@ def _canonical_slice(recipe: Body, piece: Slice, num_layers: int) -> Slice:
             for parameter in method.source:
                 own.append((parameter.name, _pushed_down(recipe, piece, source, parameter)))
         layers = source.layer_range or (0, num_layers)
-        sources.append(Source(source.model, layers, tuple(_without_unread(own))))
+        read = own if method.engine == "foreign" else _without_unread(own)
+        sources.append(Source(source.model, layers, tuple(read)))
     if apart and base is not None and base not in {s.model for s in sources}:
         sources.append(Source(base, sources[0].layer_range))
     if method.pairwise:
@@ -126,7 +127,8 @@ def _rounded(parameters: Parameters) -> Parameters:
 def _pushed_down(recipe: Body, piece: Slice, source: Source, parameter: Parameter) -> Setting:
     scopes = (source.parameters, piece.parameters, recipe.parameters)
     setting = _resolved(scopes, parameter, repr(source.model))
-    if parameter.name in ("density", "gamma"):
+    ours = RECIPE_METHODS[recipe.merge_method].engine != "foreign"
+    if ours and parameter.name in ("density", "gamma"):
         setting = setting.map(lambda v: min(max(v, 0.0), 1.0))
     return setting
 

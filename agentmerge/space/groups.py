@@ -75,6 +75,8 @@ def covering(recipe: Recipe, first: int, last: int) -> Slice | None:
 
 def neutral(axis: Axis) -> float:
     """Where an axis leaves the others' values as they are, or else its middle."""
+    if axis.usual is not None:
+        return min(max(axis.unit(axis.usual), 0.0), 1.0)
     if axis.kind == "share":
         return 0.0
     plain = {"density": 1.0, "lambda": 1.0, "gamma": 0.0, "select_topk": 1.0}

@@ -58,8 +58,11 @@ class WeightForm:
     @property
     def has_depth_line(self) -> bool:
         """Whether weights may rise with depth, and change the merge."""
-        source = bool(self.on.method.source)
-        return self.on.groups > 1 and not self.on.genome.normalizes and source
+        return self.on.groups > 1 and not self.on.genome.normalizes and self._weighs
+
+    @property
+    def _weighs(self) -> bool:
+        return any(parameter.name == "weight" for parameter in self.on.method.source)
 
     @property
     def redundant(self) -> int:
@@ -67,7 +70,9 @@ class WeightForm:
 
         ``normalize`` makes one scale a filter redundant; so does lambda beside the weights.
         """
-        scaled = self.on.genome.normalizes or any(p.name == "lambda" for p in self.shared)
+        ours = self.on.method.engine != "foreign"
+        scales = ours and any(p.name == "lambda" for p in self.shared)
+        scaled = self.on.genome.normalizes or scales
         if not self.on.method.source or not scaled:
             return 0
         return len(self.on.filters) * (1 if self.on.genome.smooth else self.on.groups)
@@ -75,13 +80,12 @@ class WeightForm:
     @property
     def only_ratios(self) -> bool:
         """Whether a point and its multiples are one merge, weight by weight of a group's filter."""
-        weighs = any(parameter.name == "weight" for parameter in self.on.method.source)
-        return weighs and self.on.genome.normalizes and not self.picks_partner
+        return self._weighs and self.on.genome.normalizes and not self.picks_partner
 
     @property
     def scale(self) -> tuple[str, tuple[float, ...]]:
         """A uniform merge's one natural scale, and its points; none where it has none."""
-        if self.on.method.source and not self.on.genome.normalizes:
+        if self._weighs and not self.on.genome.normalizes:
             return "weight", SCALE_POINTS
         searched = {axis.parameter for axis in self.axes}
         for parameter in ("select_topk", "density"):
@@ -113,8 +117,9 @@ class WeightForm:
         low, high = parameter.low, parameter.high
         if parameter.name == "weight":
             high = 1.0 if self.on.genome.normalizes else high
-            low = -high if self.on.genome.allow_negative_weights else 0.0
-        return Axis(name, parameter.name, group, model, filter_, low, high, parameter.kind)
+            low = -high if self.on.genome.allow_negative_weights else low
+        usual = parameter.default if self.on.method.engine == "foreign" else None
+        return Axis(name, parameter.name, group, model, filter_, low, high, parameter.kind, usual)
 
     def slices(self, values: list[float]) -> list[Slice]:
         place: Values = {}
@@ -200,6 +205,8 @@ class WeightForm:
     def end_point(self, name: str) -> tuple[float, ...] | None:
         """The point whose merge is this parent bit for bit, if the space holds one."""
         method, genome = self.on.method, self.on.genome
+        if method.engine == "foreign" and not (self._weighs and method.identity):
+            return None
         is_base = name not in self.on.models and name == genome.base_model
         if not (name in self.on.models or (is_base and method.needs_base)):
             return None

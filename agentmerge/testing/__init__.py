@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agentmerge.testing.host_suite import HostSuite as HostSuite
     from agentmerge.testing.landscapes import Landscape as Landscape
+    from agentmerge.testing.method_suite import MethodSuite as MethodSuite
     from agentmerge.testing.scripted import Fault as Fault
     from agentmerge.testing.scripted import ScriptedServer as ScriptedServer
     from agentmerge.testing.scripted import ToolCalls as ToolCalls
@@ -29,6 +30,7 @@ _HOMES = {
     "FakeWorker": "workers.fake",
     "Fault": "testing.scripted",
     "HostSuite": "testing.host_suite",
+    "MethodSuite": "testing.method_suite",
     "ModelWorkerSuite": "testing.worker_suite",
     "Landscape": "testing.landscapes",
     "ScriptedServer": "testing.scripted",

@@ -40,6 +40,7 @@ from agentmerge.errors import (
     RunFailed,
     WorkerLost,
 )
+from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.copying import stacked_layers
 from agentmerge.system.redaction import remember, remembered, revealed
@@ -457,6 +458,8 @@ class Building:
 
     def __call__(self, spec: WorkerSpec) -> Worker:
         remember(self.secrets)
+        for name, body in spec.methods.items():
+            METHODS.declare(name, body)
         return (self.make or worker_class(spec))(with_secrets(spec), self.taskset)
 
 

@@ -150,6 +150,7 @@ class Engine:
             "dtype": spec.dtype,
             "way": spec.options.get("way"),
             "placement": placement(spec),
+            "methods": spec.methods,
         }
         facts = self._call("agentmerge_open", options)
         self.way: str = facts["way"]

@@ -23,6 +23,7 @@ from agentmerge.merging.digests import digest_of_lines, tensor_line
 from agentmerge.merging.family import Family
 from agentmerge.merging.live import LiveWeights
 from agentmerge.merging.plan import MergePlan, TensorPlan
+from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
 from agentmerge.workers.vllm.map import Parameters, Unmappable, WeightMap, record
 
@@ -34,8 +35,9 @@ _PLAIN = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 class LiveModel:
     """See the module's head.
 
-    worker: vLLM's own. options: ``parents`` (name -> directory), ``base``, ``dtype``, ``placement``
-    and ``way`` ("reload", or None for the fastest that this model allows).
+    worker: vLLM's own. options: ``parents`` (name -> directory), ``base``, ``dtype``,
+    ``placement``, ``methods`` (the config's own) and ``way`` ("reload", or None for the fastest
+    that this model allows).
 
     Raises:
         ParentError: the parents cannot be merged with each other.
@@ -44,6 +46,8 @@ class LiveModel:
     """
 
     def __init__(self, worker: Any, options: Mapping[str, Any]) -> None:
+        for name, body in options.get("methods", {}).items():
+            METHODS.declare(name, body)
         self._worker = worker
         self._model = worker.get_model()
         self._dtype: torch.dtype = worker.model_config.dtype

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from agentmerge.contracts import GenomeConfig, Space, Strategy, Worker, load_plugin
-from agentmerge.testing import HostSuite, ModelWorkerSuite, SpaceSuite, StrategySuite, space_of
+from agentmerge.testing import (
+    HostSuite,
+    MethodSuite,
+    ModelWorkerSuite,
+    SpaceSuite,
+    StrategySuite,
+    space_of,
+)
 
 
 class TestTimedWorker(ModelWorkerSuite):
@@ -18,6 +25,10 @@ class TestTimedWorker(ModelWorkerSuite):
 
 class TestPolite(HostSuite):
     name = "polite"
+
+
+class TestCapped(MethodSuite):
+    name = "capped"
 
 
 class TestHalfway(StrategySuite):
