@@ -54,9 +54,7 @@ SHARED = {
     "nuslerp_flatten": 0.0, "scale": 1.0,
 }  # fmt: skip
 #: Random methods that have kernels of their own, and whose masks theirs are.
-_MASKS = {name: mask_of for name, (mask_of, _) in MASKS.items()} | {
-    "dare_ties": MASKS["dare_linear"][0]
-}
+_MASKS = MASKS | {"dare_ties": MASKS["dare_linear"]}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from heapq import nlargest
 
-from agentmerge.methods import METHODS, divides_by_agreeing
+from agentmerge.methods import RECIPE_METHODS, divides_by_agreeing
 from agentmerge.parents.layout import Layout, TensorSpec
 
 WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -82,7 +82,7 @@ def _in_host(spec: TensorSpec, method: str | None, experts: int, fused: bool) ->
         pass
     elif fused:
         fixed, each = _RANKING if method in RANKING_METHODS else _FUSED_MASKING
-    elif METHODS[method].engine != "agentmerge":
+    elif RECIPE_METHODS[method].engine != "agentmerge":
         fixed, each = _theirs(method)
     else:
         fixed, each = _MASKING if method in _MASKING_METHODS else _SORTING
@@ -94,22 +94,24 @@ def _on_device(spec: TensorSpec, method: str | None, experts: int, fused: bool) 
 
     count = math.prod(spec.shape)
     method = method or "della"
-    if METHODS[method].engine != "agentmerge":
+    if RECIPE_METHODS[method].engine != "agentmerge":
         fixed, each = _theirs(method)
         return count * (fixed + each * experts)
     fixed, each = (0.0, 0.0) if method in _BLOCKWISE else _DEVICE_MASKING
-    arrays = _DEVICE_ARRAYS + _ELECTING_ARRAYS * experts * divides_by_agreeing(METHODS[method])
+    arrays = _DEVICE_ARRAYS + _ELECTING_ARRAYS * experts * divides_by_agreeing(
+        RECIPE_METHODS[method]
+    )
     block = arrays * (4 if WIDTHS[spec.dtype] == 2 else 8)
     if method in RANKING_METHODS:
         block = max(block, _DEVICE_RANKING)
-    elif "epsilon" in dict(METHODS[method].source_params):
+    elif "epsilon" in dict(RECIPE_METHODS[method].source_params):
         block = max(block, _DEVICE_SORTING)
     return count * (fixed + each * experts) + block * min(count, DEVICE_BLOCK)
 
 
 def _theirs(method: str) -> tuple[float, float]:
     """Of a foreign method no more is known than that it is written as most of mergekit's are."""
-    stacks = method in _STACKING_METHODS or METHODS[method].engine == "foreign"
+    stacks = method in _STACKING_METHODS or RECIPE_METHODS[method].engine == "foreign"
     return _STACKING if stacks else _MERGEKIT
 
 

@@ -26,6 +26,8 @@ def float64_reference(
     Of the methods that mergekit computes for us there is no second formula here.
     """
     exact = [tensor.double() for tensor in tensors]
+    if method == "passthrough":  # at its own scale
+        return exact[0]
     if method == "slerp":
         return _slerp(_given(base), exact[0], shared["t"])
     if method == "linear":

@@ -22,7 +22,7 @@ from agentmerge.merging.gradient import contract_agreeing, contract_sum, frozen
 from agentmerge.merging.kernels import BLOCK, Operand, blocks, largest_mask
 from agentmerge.merging.loops.remembered import Statistics
 from agentmerge.merging.sparse import MASKS
-from agentmerge.methods import METHODS, divides_by_agreeing
+from agentmerge.methods import METHODS, RECIPE_METHODS, divides_by_agreeing
 from tests.merging.watched import Watched, as_on_a_device
 
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
@@ -36,12 +36,21 @@ def case(
     method: str, shape: tuple[int, ...], dtype: torch.dtype, rescale: float = 1.0
 ) -> tuple[torch.Tensor | None, list[Operand], dict[str, float]]:
     """A base, two experts (or as many as the method takes), and all that it is told."""
-    known = METHODS[method]
+    known = RECIPE_METHODS[method]
     draw = torch.Generator().manual_seed(7)
     base = torch.randn(shape, generator=draw).to(dtype)
     experts = [(base + 0.1 * torch.randn(shape, generator=draw)).to(dtype) for _ in range(2)]
     operands = [
-        Operand(expert, weight, density, f"key {weight}", gamma=0.05, epsilon=0.1, pair=str(weight))
+        Operand(
+            expert,
+            weight,
+            density,
+            f"key {weight}",
+            gamma=0.05,
+            epsilon=0.1,
+            pair=str(weight),
+            scale=0.7,
+        )
         for expert, weight, density in zip(experts, (0.7, 0.6), (0.5, 0.8), strict=True)
     ]
     own = {parameter.name: parameter.default or 0.0 for parameter in known.shared}

@@ -14,7 +14,7 @@ from agentmerge.merging.engines import KERNELS
 from agentmerge.merging.placement import Demand, plan_memory
 from agentmerge.merging.scratch import scratch_bytes, slabs
 from agentmerge.merging.weights import ParentFiles, Resident
-from agentmerge.methods import METHODS
+from agentmerge.methods import METHODS, RECIPE_METHODS
 from agentmerge.parents.layout import Layout, TensorSpec, read_layout
 from tests.merging.test_device_blocks import case, watched
 from tests.merging.watched import as_on_a_device
@@ -33,7 +33,7 @@ def layout(*shapes: tuple[int, ...], dtype: str = "bfloat16", parents: int = 3) 
 def test_a_device_gives_no_more_than_was_forecast(
     method: str, dtype: torch.dtype, experts: int
 ) -> None:
-    known, shape, block = METHODS[method], (96, 1024), 1 << 14
+    known, shape, block = RECIPE_METHODS[method], (96, 1024), 1 << 14
     base, operands, shared = case(method, shape, dtype)
     experts = max(known.least, min(experts, known.most or experts))
     operands = [replace(operands[i % len(operands)], key=str(i)) for i in range(experts)]
@@ -44,8 +44,9 @@ def test_a_device_gives_no_more_than_was_forecast(
             layout(shape, dtype=name, parents=experts + 1), None, method, on_device=True
         )
     assert seen.peak_bytes <= forecast
-    # What sorting takes inside is not seen, and one figure serves all of mergekit's functions.
-    if known.engine == "agentmerge" and not method.startswith("della"):
+    # What sorting takes inside is not seen, one figure serves all of mergekit's functions, and a
+    # copy takes nearly nothing.
+    if known.engine == "agentmerge" and not method.startswith(("della", "passthrough")):
         assert forecast < 2.5 * seen.peak_bytes
 
 
