@@ -41,17 +41,18 @@ from safetensors.torch import load_file
 from agentmerge.merging.family import Family, mask_key
 from agentmerge.merging.kernels import Operand
 from agentmerge.merging.sparse import MASKS, crumbs_window
-from agentmerge.methods import METHODS
+from agentmerge.methods import RECIPE_METHODS
 from agentmerge.recipe import Recipe
 from benchmarks.machine import machine
 
 #: What a source has; the second one more of it.
-OWN = {"weight": (0.35, 0.8), "density": (0.4, 0.7), "gamma": (0.05, 0.02), "epsilon": (0.1, 0.2)}
+OWN = {"weight": (0.35, 0.8), "density": (0.4, 0.7), "gamma": (0.05, 0.02), "epsilon": (0.1, 0.2),
+       "scale": (0.7,)}  # fmt: skip
 #: Of the whole merge, where the default would leave something out.
 SHARED = {
     "normalize": 1.0, "lambda": 0.8, "rescale": 1.0, "t": 0.3, "select_topk": 0.6, "r": 0.6,
     "alpha": 0.5, "eps": 1e-6, "max_iter": 4.0, "tol": 1e-4, "filter_wise": 1.0,
-    "nuslerp_flatten": 0.0, "scale": 1.0,
+    "nuslerp_flatten": 0.0,
 }  # fmt: skip
 #: Random methods that have kernels of their own, and whose masks theirs are.
 _MASKS = MASKS | {"dare_ties": MASKS["dare_linear"]}
@@ -119,9 +120,7 @@ def write_family(root: Path, shape: Shape, dtype: torch.dtype, tied: bool) -> di
 
 def asked(method: str) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """(our recipe, mergekit's parameters, the models in order)."""
-    row = METHODS.get(method)
-    if row is None:  # passthrough: layers as one model has them
-        return {"merge_method": method, "models": [{"model": "a"}]}, {}, ["a"]
+    row = RECIPE_METHODS[method]
     experts = ["a", "b"][: row.most]
     shared = {p.name: SHARED.get(p.name, p.default) for p in row.shared}
     own = {p.name: OWN[p.name][: len(experts)] for p in row.source}
@@ -161,7 +160,7 @@ def given_masks(masks: Sequence[torch.Tensor]) -> Iterator[None]:
 
 def masks_of(family: Family, recipe: Recipe, names: Sequence[str]) -> list[torch.Tensor]:
     """What a random method keeps of every tensor of every model, in mergekit's order."""
-    if recipe.merge_method not in _MASKS or not METHODS[recipe.merge_method].random:
+    if recipe.merge_method not in _MASKS or not RECIPE_METHODS[recipe.merge_method].random:
         return []
     items = {item.spec.name: item for item in family.plan(recipe).tensors}
     found = []

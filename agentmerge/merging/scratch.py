@@ -19,7 +19,7 @@ WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 _BLOCKS_BYTES = 4_000_000
 #: What torch and mergekit take beside inputs and result: bytes an element, and those for each
 #: expert. Upper bounds: selecting takes more where many magnitudes are equal.
-_BLOCKWISE = ("linear", "slerp", "task_arithmetic")
+_BLOCKWISE = ("passthrough", "linear", "slerp", "task_arithmetic")
 _MASKING, _MASKING_METHODS = (1.0, 1.2), ("dare_ties", "dare_linear")
 _SORTING = (34.0, 0.0)
 _MERGEKIT = (20.0, 20.0)

@@ -22,7 +22,7 @@ from agentmerge.merging.kernels import Operand
 from agentmerge.merging.loops.remembered import Statistics
 from agentmerge.merging.memory import cuda_devices
 from agentmerge.merging.weights import Resident
-from agentmerge.methods import METHODS, divides_by_agreeing
+from agentmerge.methods import RECIPE_METHODS, divides_by_agreeing
 from agentmerge.parents.layout import Layout, TensorSpec
 
 #: More than a block of the digests, not a multiple of anything.
@@ -80,7 +80,7 @@ def case(
     method: str, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE
 ) -> tuple[torch.Tensor | None, list[Operand], dict[str, float]]:
     """A base, as many experts as a method takes (two, if it may), and all parameters."""
-    known = METHODS[method]
+    known = RECIPE_METHODS[method]
     draw = torch.Generator().manual_seed(7)
     base = torch.randn(shape, generator=draw).to(dtype)
     operands = [
@@ -111,7 +111,7 @@ def merges(device: str) -> Iterator[str]:
             target = torch.empty_like(want, device=device)
             there = _moved(base, device), [_there(operand, device) for operand in operands]
             finite = merge_tensor(method, *there, shared, target, Statistics())
-            known = METHODS[method]
+            known = RECIPE_METHODS[method]
             exact = known.engine == "agentmerge" and not known.pairwise
             exact = exact and not shared.get("rescale")
             if not finite or not _same(target.cpu(), want, exact):
@@ -120,7 +120,7 @@ def merges(device: str) -> Iterator[str]:
 
 def slopes(device: str) -> Iterator[str]:
     """What a gradient of a merge is made of, where the method has one; yields what differs."""
-    for method, known in METHODS.items():
+    for method, known in RECIPE_METHODS.items():
         if not known.differentiable:
             continue
         base, operands, shared = case(method, torch.float32)
