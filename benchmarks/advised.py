@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from agentmerge.agents import controller, critic, proposer
 from agentmerge.agents.forecasts import forecasts, track
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompts, load_prompts
+from agentmerge.agents.schemas import json_schema, parse_reply
 from agentmerge.agents.view import HistoryView, TaskView
 from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.calls import Call, NoLog
@@ -69,8 +71,8 @@ class Adviser(NoLog):
             try:
                 reply = self.model.ask(
                     agent.messages(view, self.prompts, said),
-                    agent.schema(view),
-                    lambda text, agent=agent: agent.parse(text, view),
+                    json_schema(agent.REPLY, view.bounds),
+                    partial(parse_reply, reply=agent.REPLY, bounds=view.bounds),
                     log=self,
                 )
                 said = agent.by_model(reply.parsed, said)

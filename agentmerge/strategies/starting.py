@@ -1,4 +1,5 @@
-"""Where a search from point to point begins: at the best known merge that is no parent.
+"""Where a search from point to point begins: at the best known merge that is no parent, if it keeps
+what is to be kept as well as the parents do.
 
 A parent lies at a side of the box, where half of all steps lead out of it and most of the others
 undo what makes it the best. Searches to version 0.2 began there; those go on as they began.
@@ -25,14 +26,15 @@ def merges(
     first: Observation | None,
     drawn: Callable[[Point, Observation], Sequence[float]],
 ) -> Sequence[Observation]:
-    """The history without its parents; with them where nothing else was scored, and where the
-    search began at one.
+    """The history without its parents; with them where nothing else was scored, where the best of
+    the rest lacks what a parent keeps, and where the search began at one.
 
     first: the first candidate that the search asked, None where it has asked none. drawn: that
     candidate, had the search begun at a point.
     """
     found = [o for o in history if o.operator != PARENT]
-    if not fittest(found, 1):
+    ahead, known = fittest(found, 1), fittest(history, 1)
+    if not ahead or ahead[0].violation > known[0].violation:
         return history
     if first is None or first.vector is None:
         return found

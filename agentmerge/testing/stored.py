@@ -33,6 +33,7 @@ from agentmerge.contracts.strategy import Evidence, Items
 from agentmerge.errors import UserError
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.strategies.one_plus_one import reflected
+from agentmerge.system.temporary import replacing
 from agentmerge.testing.problem import Problem, Shown, first_points
 
 ROUND = 500
@@ -81,10 +82,9 @@ class StoredProblem:
 
     def write(self, path: Path) -> None:
         """In one step: whoever reads has the old file or the new one."""
-        draft = path.with_name(f"{path.name}.tmp.npz")
         arrays = {name: getattr(self, name) for name in _ARRAYS}
-        np.savez_compressed(draft, **arrays, about=np.array(json.dumps(self.about)))
-        draft.replace(path)
+        with replacing(path) as draft, draft.open("wb") as file:
+            np.savez_compressed(file, **arrays, about=np.array(json.dumps(self.about)))
 
     def first_points(self) -> list[tuple[str, str, tuple[float, ...]]]:
         return [

@@ -110,7 +110,7 @@ def test_a_generation_walks_the_whole_past_as_often_as_the_first_did(
         monkeypatch.setattr(owner, name, counted)
 
     count(advising, "HistoryView", lambda *_: 1)
-    count(Search, "_history", lambda *_: 1)
+    count(Search, "_history_of", lambda *_: 1)
     count(book, "evaluations", lambda candidates: len(candidates))
     search = {"algorithm": "random", "population": 3, "max_generations": 40}
     asked = config(search=search, budget={"max_evaluations": 200}, limit=8)
@@ -119,7 +119,7 @@ def test_a_generation_walks_the_whole_past_as_often_as_the_first_did(
         candidates = len(ledger.candidates(ledger.run("a").id))
     assert candidates > 120
     assert done["HistoryView"] == 40
-    assert done["_history"] <= 2 * 40
+    assert done["_history_of"] <= 2 * 40
     assert done["evaluations"] <= 3 * candidates, "as a candidate is written, not as it is asked"
 
 

@@ -62,7 +62,8 @@ def test_where_no_sealed_item_can_be_scored_the_search_items_decide(tmp_path: Pa
     assert row.result["answer"]["recipe_hash"] == answer["recipe_hash"]
     assert not row.result["sealed"]
     assert any("it is not confirmed" in note for note in row.result["notes"])
-    assert "search" in row.result["verdict"] or "cheap" in row.result["verdict"]
+    verdict = row.result["verdict"]
+    assert any(word in verdict for word in ("search", "cheap", "No merge beat the parent"))
     assert replay("a", runs_dir=tmp_path).identical
 
 
