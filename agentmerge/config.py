@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 import yaml
@@ -57,7 +57,16 @@ FIRST = "first"
 
 
 class _Frozen(BaseModel):
+    """younger: fields that older versions did not know. Where they are not set they are not stored,
+    so that what is stored, and hashed, stays what it was."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    younger: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        body: dict[str, Any] = plainly(self)
+        return {k: v for k, v in body.items() if v is not None or k not in self.younger}
 
 
 class GenomeConfig(_Frozen):
@@ -79,12 +88,7 @@ class GenomeConfig(_Frozen):
     filters: tuple[str, ...] = ()
     evolve: tuple[str, ...] = ()
     space: str | None = None
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without a form of its own as it was stored when there was one for each method."""
-        body: dict[str, Any] = plainly(self)
-        return body if self.space else {k: v for k, v in body.items() if k != "space"}
+    younger = ("space",)
 
     @property
     def form(self) -> str:
@@ -203,6 +207,7 @@ class TaskConfig(_Frozen):
     weight: float = 1.0
     metric: str = "acc,none"
     scorer: str | None = None
+    younger = ("scorer",)
 
     @model_validator(mode="before")
     @classmethod
@@ -210,12 +215,6 @@ class TaskConfig(_Frozen):
         if isinstance(value, dict) and value.get("scorer"):
             return {"metric": f"{value['scorer']},none"} | value
         return {"name": value} if isinstance(value, str) else value
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without a scorer as it was stored when there were none."""
-        body: dict[str, Any] = plainly(self)
-        return body if self.scorer else {k: v for k, v in body.items() if k != "scorer"}
 
 
 class TasksConfig(_Frozen):

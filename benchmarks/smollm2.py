@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from agentmerge.config import SearchConfig
-from agentmerge.contracts.strategy import Evidence, Items
+from agentmerge.contracts.strategy import Items
 from agentmerge.merging.family import Family
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.testing.prefixes import NO_TOKEN, Rows, answer_logits
-from agentmerge.testing.problem import Shown, first_points
+from agentmerge.testing.problem import KeptAnswers, Shown
 from benchmarks.smollm2_family import CONFIG, INTERFERING, PLAIN, cached_family
 from benchmarks.smollm2_items import CODES, N_ITEMS, SEARCH_LIMIT, SKILLS, Item, items
 
@@ -42,13 +42,13 @@ class Sheet:
 
 
 @dataclass
-class SmolLM2Problem:
+class SmolLM2Problem(KeptAnswers):
     """See ``agentmerge.testing.problem.Problem``."""
 
     name: str
     seed: int
     tasks: tuple[str, ...] = SKILLS
-    _cache: dict[tuple[float, ...], Shown] = field(default_factory=dict, repr=False)
+    _known: dict[tuple[float, ...], Shown] = field(default_factory=dict, repr=False)
     _confirmed: dict[tuple[float, ...], np.ndarray] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -58,21 +58,6 @@ class SmolLM2Problem:
         count = SEARCH_LIMIT * len(SKILLS)
         task = np.repeat(np.arange(len(SKILLS)), SEARCH_LIMIT)
         self._items = Items(task, np.full(count, 1 / count), np.ones(count, bool))
-
-    def first_points(self) -> list[tuple[str, str, tuple[float, ...]]]:
-        return first_points(self.space)
-
-    def evaluate(self, vector: Sequence[float]) -> Shown:
-        key = tuple(float(x) for x in vector)
-        if key not in self._cache:
-            values, margins = self._ask(key, self._search)
-            evidence = Evidence(self._items, margins, values)
-            self._cache[key] = Shown(float(values.mean()), evidence)
-        return self._cache[key]
-
-    def gradient(self, vector: Sequence[float]) -> Shown:
-        """The score alone: this suite has no gradients."""
-        return self.evaluate(vector)
 
     def sealed(self, vector: Sequence[float]) -> np.ndarray:
         key = tuple(float(x) for x in vector)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from agentmerge import plugins
 from agentmerge.contracts.scorer import Scorer
 from agentmerge.errors import TaskError
-from agentmerge.system.code import code_files
+from agentmerge.evaluation import metrics
+from agentmerge.system.code import files_of
 
 
 def judge(task: Any, name: str) -> None:
@@ -28,9 +27,9 @@ def judge(task: Any, name: str) -> None:
             f"{task.OUTPUT_TYPE}; leave the scorer out, or name a generate_until task"
         )
     # Part of the protocol, with the code of both functions.
-    judged = partial(_judged, name=name, scorer=scorer, code=_code_of(scorer))
+    judged = partial(_judged, name=name, scorer=scorer, code=files_of(scorer))
     task.set_config("process_results", judged)
-    task._aggregation_list[name] = _mean()
+    task._aggregation_list[name] = metrics.aggregation(task, name)
     task._higher_is_better[name] = bool(getattr(scorer, "higher_is_better", True))
 
 
@@ -51,15 +50,3 @@ def _texts(results: Sequence[Any]) -> Iterator[str]:
             yield result
         else:
             yield from _texts(result)
-
-
-def _code_of(scorer: Any) -> dict[str, str]:
-    made = scorer if inspect.isroutine(scorer) or inspect.isclass(scorer) else type(scorer)
-    file = inspect.getsourcefile(made)
-    return code_files(Path(file)) if file else {}
-
-
-def _mean() -> Any:
-    from lm_eval.api.metrics import mean
-
-    return mean

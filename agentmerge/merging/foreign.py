@@ -8,7 +8,6 @@ models and the tensor, and is put back. What their code raises is that candidate
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -22,6 +21,7 @@ from agentmerge.merging.borrowed import by_mergekit, seeded
 from agentmerge.merging.kernels import Operand, copied
 from agentmerge.methods import METHODS, Method
 from agentmerge.methods.added import of_mergekit, unchanged
+from agentmerge.system.code import failed_in, run_file
 
 
 def foreign(
@@ -81,20 +81,13 @@ def _loaded(method: Method) -> Any:
             "search began; put it back, or begin a new search"
         )
     path = Path(file).expanduser().absolute()
-    spec = importlib.util.spec_from_file_location(f"agentmerge_method_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} cannot be loaded as Python")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
     sys.path.insert(0, str(path.parent))  # as a script's own: it may import what lies beside it
     try:
-        spec.loader.exec_module(module)
-        found = getattr(module, name)
+        found = getattr(run_file(path, "agentmerge_method"), name)
     except AgentmergeError:
         raise
     except Exception as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {said}") from error
+        raise UserError(failed_in(path, error)) from error
     finally:
         sys.path.remove(str(path.parent))
     return _as_declared_in(method, found)

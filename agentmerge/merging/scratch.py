@@ -34,6 +34,7 @@ _FUSED_MASKING = (0.0, 0.125)
 #: elected, and what finding the largest, or ranking rows, takes at least.
 _DEVICE_MASKING = (2.0, 1.0)
 _DEVICE_ARRAYS, _ELECTING_ARRAYS = 6, 3
+_COPYING_ARRAYS, _COPYING_METHODS = 2, ("passthrough",)
 _DEVICE_RANKING, _DEVICE_SORTING = 48, 96
 
 #: Of page-locked memory; a power of two.
@@ -98,9 +99,8 @@ def _on_device(spec: TensorSpec, method: str | None, experts: int, fused: bool) 
         fixed, each = _theirs(method)
         return count * (fixed + each * experts)
     fixed, each = (0.0, 0.0) if method in _BLOCKWISE else _DEVICE_MASKING
-    arrays = _DEVICE_ARRAYS + _ELECTING_ARRAYS * experts * divides_by_agreeing(
-        RECIPE_METHODS[method]
-    )
+    arrays = _COPYING_ARRAYS if method in _COPYING_METHODS else _DEVICE_ARRAYS
+    arrays += _ELECTING_ARRAYS * experts * divides_by_agreeing(RECIPE_METHODS[method])
     block = arrays * (4 if WIDTHS[spec.dtype] == 2 else 8)
     if method in RANKING_METHODS:
         block = max(block, _DEVICE_RANKING)

@@ -7,7 +7,6 @@ where tensors are merged (``merging/foreign.py``): all that is said of it here i
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from typing import Annotated, Any, get_args, get_origin
 from agentmerge import plugins
 from agentmerge.errors import UserError
 from agentmerge.methods.kinds import Kind, Method, Parameter
-from agentmerge.system.code import code_files
+from agentmerge.system.code import code_files, files_of
 
 GROUP = "agentmerge.methods"
 #: What axes that choose a model are called.
@@ -172,16 +171,9 @@ def _installed(point: EntryPoint) -> Method:
         )
     package = f"{point.dist.name} {point.dist.version}" if point.dist else ""
     own = found if found is not method else method.kernel
-    digest = hashlib.sha256(f"{package}\n{_digest_of(own)}".encode()).hexdigest()
+    files = json.dumps(files_of(getattr(own, "implementation", own)))
+    digest = hashlib.sha256(f"{package}\n{files}".encode()).hexdigest()
     return checked(replace(method, engine="foreign", digest=digest))
-
-
-def _digest_of(code: Any) -> str:
-    """Of the file that an object is made in and the author's files that it imports."""
-    made = getattr(code, "implementation", code)
-    made = made if inspect.isroutine(made) or inspect.isclass(made) else type(made)
-    file = inspect.getsourcefile(made)
-    return json.dumps(code_files(Path(file))) if file else ""
 
 
 def _digest_of_file(code: str) -> str:

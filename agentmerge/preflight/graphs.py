@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from traceback import extract_tb
 from typing import Any
 
 from agentmerge.errors import AgentmergeError, UserError
 from agentmerge.system.bundled import bundled
+from agentmerge.system.code import failed_in, run_file
 
 
 def look_at_graph(name: str, run_code: bool) -> None:
@@ -44,13 +42,8 @@ def load_graph(name: str) -> Any:
         UserError: no such file or function, or its code fails.
     """
     path, function = _graph_file(name), name.partition(":")[2]
-    spec = importlib.util.spec_from_file_location(f"agentmerge_graph_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} cannot be loaded as Python")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # annotations of nodes are looked up there
     try:
-        spec.loader.exec_module(module)
+        module = run_file(path, "agentmerge_graph")
         build: Callable[[], Any] | None = getattr(module, function or "build", None)
         if build is None:
             raise UserError(f"{path} has no function {function or 'build'!r}")
@@ -62,9 +55,7 @@ def load_graph(name: str) -> Any:
 
 
 def _not_loaded(path: Path, error: Exception) -> str:
-    lines = [f":{at.lineno}" for at in extract_tb(error.__traceback__) if at.filename == str(path)]
-    said = " ".join(str(error).split())
-    found = f"{path}{lines[-1] if lines else ''} cannot be loaded: {type(error).__name__}: {said}"
+    found = failed_in(path, error)
     if isinstance(error, ImportError) and (error.name or "").startswith("agentmerge"):
         found += "; modules of agentmerge moved since version 0.1 (see CHANGELOG.md)"
     return found

@@ -139,11 +139,12 @@ def prospect_of(table: Table) -> Prospect:
     """
     table = thinned(table)
     score = softened(table)
-    model = fitted(table.points, table.signals)
     scores = score(table.signals)
-    least_gain = least_gain_of(table, scores)
-    if len(table.items.weight) > 1 and model.hyper.noise < CHANCE:
-        return Prospect(model, score, best_of(scores, table), EXPLORATION, least_gain, by_item=True)
+    least_gain, best = least_gain_of(table, scores), best_of(scores, table)
+    if len(table.items.weight) > 1:
+        model = fitted(table.points, table.signals)
+        if model.hyper.noise < CHANCE:
+            return Prospect(model, score, best, EXPLORATION, least_gain, by_item=True)
     whole, told = summed(score, table)
     smooth = fitted(table.points, told)
     best = best_of(whole(smooth.predict(table.points)[0]), table)

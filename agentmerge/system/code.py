@@ -14,9 +14,13 @@ import sysconfig
 from collections.abc import Iterator
 from functools import cache
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from traceback import extract_tb
+from types import ModuleType
 from typing import Any
+
+from agentmerge.errors import UserError
 
 _INSTALLED = tuple(
     {
@@ -49,6 +53,36 @@ def described_code(function: Any) -> list[Any]:
     if file is None or not is_users(Path(file)):
         return [own, source]
     return [own, source, code_files(Path(file))]
+
+
+def files_of(made: Any) -> dict[str, str]:
+    """``code_files`` of the file that a function, a class or an object's class is written in; empty
+    where there is none."""
+    written = made if inspect.isroutine(made) or inspect.isclass(made) else type(made)
+    file = inspect.getsourcefile(written)
+    return code_files(Path(file)) if file else {}
+
+
+def run_file(path: Path, prefix: str) -> ModuleType:
+    """A user's Python file as a module of its own name; what it raises is raised.
+
+    Raises:
+        UserError: it is no file of Python's.
+    """
+    spec = spec_from_file_location(f"{prefix}_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} cannot be loaded as Python")
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # annotations are looked up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def failed_in(path: Path, error: Exception) -> str:
+    """Where in a user's file an error rose, and which, in a line."""
+    lines = [f":{at.lineno}" for at in extract_tb(error.__traceback__) if at.filename == str(path)]
+    said = " ".join(str(error).split())
+    return f"{path}{lines[-1] if lines else ''} cannot be loaded: {type(error).__name__}: {said}"
 
 
 def is_users(file: Path) -> bool:

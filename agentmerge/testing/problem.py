@@ -6,13 +6,14 @@ that what one arm asked costs the next one nothing. Knows no strategy.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from agentmerge.contracts.strategy import Evidence
+from agentmerge.contracts.strategy import Evidence, Items
 from agentmerge.space import seeds
 from agentmerge.space.grouped import SearchSpace
 
@@ -57,3 +58,34 @@ def first_points(space: SearchSpace) -> list[tuple[str, str, tuple[float, ...]]]
     found += [("scale", label, point) for label, _, point in seeds.scale_points(space)]
     found += [("depth", label, point) for label, _, point in seeds.depth_line(space)]
     return [(operator, label, point) for operator, label, point in found if point is not None]
+
+
+class KeptAnswers(ABC):
+    """A problem whose items all count the same: each point is asked once, and what it showed kept.
+
+    _items: what the search items are. _search: what ``_ask`` takes to ask them.
+    """
+
+    space: SearchSpace
+    _items: Items
+    _search: Any
+    _known: dict[tuple[float, ...], Shown]
+
+    @abstractmethod
+    def _ask(self, vector: Sequence[float], items: Any) -> tuple[np.ndarray, np.ndarray]:
+        """(values, margins) of the items at a point."""
+
+    def first_points(self) -> list[tuple[str, str, tuple[float, ...]]]:
+        return first_points(self.space)
+
+    def evaluate(self, vector: Sequence[float]) -> Shown:
+        key = tuple(float(x) for x in vector)
+        if key not in self._known:
+            values, margins = self._ask(key, self._search)
+            evidence = Evidence(self._items, margins, values)
+            self._known[key] = Shown(float(values.mean()), evidence)
+        return self._known[key]
+
+    def gradient(self, vector: Sequence[float]) -> Shown:
+        """The score alone, where a problem has no gradients."""
+        return self.evaluate(vector)

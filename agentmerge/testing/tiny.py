@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from agentmerge.config import GenomeConfig
-from agentmerge.contracts.strategy import Evidence, Items
+from agentmerge.contracts.strategy import Items
 from agentmerge.contracts.worker import Gradient, TensorSlope
 from agentmerge.demo import language
 from agentmerge.demo.family import cached_family
@@ -29,7 +29,7 @@ from agentmerge.merging.family import Family
 from agentmerge.space.chain_rule import unit_gradient
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.testing.prefixes import Rows, answer_logits
-from agentmerge.testing.problem import Shown, first_points
+from agentmerge.testing.problem import KeptAnswers, Shown
 
 SEARCH_ITEMS, SEALED_ITEMS = 200, 400
 #: What the expert of a damaged family is left with at the best weight of its task vector.
@@ -109,12 +109,12 @@ SUITES = {
 
 
 @dataclass
-class TinyProblem:
+class TinyProblem(KeptAnswers):
     """See ``problem.Problem``."""
 
     setting: TinySetting
     seed: int
-    _cache: dict[tuple[float, ...], Shown] = field(default_factory=dict, repr=False)
+    _known: dict[tuple[float, ...], Shown] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         torch.set_num_threads(1)
@@ -137,17 +137,6 @@ class TinyProblem:
             np.full(count, 1.0 / count),
             np.ones(count, bool),
         )
-
-    def first_points(self) -> list[tuple[str, str, tuple[float, ...]]]:
-        return first_points(self.space)
-
-    def evaluate(self, vector: Sequence[float]) -> Shown:
-        key = tuple(float(x) for x in vector)
-        if key not in self._cache:
-            values, margins = self._ask(key, self._search)
-            evidence = Evidence(self._items, margins, values)
-            self._cache[key] = Shown(float(values.mean()), evidence)
-        return self._cache[key]
 
     def gradient(self, vector: Sequence[float]) -> Shown:
         """As ``evaluate``, with the slope of the mean log(1 + exp(-margin)) in the unit box."""

@@ -170,8 +170,10 @@ def test_what_ran_before_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise AssertionError("nothing is left to run")
 
     monkeypatch.setattr(rivals, "timed", fails)
-    (tmp_path / "mergenetic-3.json").write_text("{}")
+    kept = tmp_path / "mergenetic-3.json"
+    kept.write_text("{}")
     rivals.made(tmp_path, "mergenetic", Setting(tmp_path / "seed-3", 3), 60)
+    assert kept.read_text() == "{}"
 
 
 def test_a_ray_that_is_late_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

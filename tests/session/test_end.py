@@ -18,8 +18,8 @@ from tests.session.conftest import config
 pytestmark = pytest.mark.usefixtures("objectives")
 
 
-def ended(folder: Path, name: str = "a", **options: object) -> RunRow:
-    budget = {"max_evaluations": 18}
+def ended(folder: Path, name: str = "a", evaluations: int = 18, **options: object) -> RunRow:
+    budget = {"max_evaluations": evaluations}
     settings = config(budget=budget, worker={"options": options})
     return driving.run(settings, name=name, runs_dir=folder)
 
@@ -56,14 +56,14 @@ def test_the_next_best_is_the_answer_where_a_sealed_item_of_the_best_fails(tmp_p
 
 
 def test_where_no_sealed_item_can_be_scored_the_search_items_decide(tmp_path: Path) -> None:
-    answer = ended(tmp_path / "sound").result["answer"]
-    row = ended(tmp_path, fail_items=[sealed_document(tmp_path / "sound")])
+    answer = ended(tmp_path / "sound", evaluations=30).result["answer"]
+    bad = [sealed_document(tmp_path / "sound")]
+    row = ended(tmp_path, evaluations=30, fail_items=bad)
     assert row.status == "done"
     assert row.result["answer"]["recipe_hash"] == answer["recipe_hash"]
     assert not row.result["sealed"]
     assert any("it is not confirmed" in note for note in row.result["notes"])
-    verdict = row.result["verdict"]
-    assert any(word in verdict for word in ("search", "cheap", "No merge beat the parent"))
+    assert "search" in row.result["verdict"] or "cheap" in row.result["verdict"]
     assert replay("a", runs_dir=tmp_path).identical
 
 
