@@ -151,7 +151,9 @@ def _resolved(scopes: Iterable[Parameters], parameter: Parameter, where: str) ->
 def _without_unread(own: list[tuple[str, Setting]]) -> list[tuple[str, Setting]]:
     """gamma and epsilon as zero where the density keeps all or nothing, and they are not read."""
     density = dict(own).get("density")
-    if density is None or any(v not in ((0.0,), (1.0,)) for _, v in density.entries):
+    if density is None:
+        return own
+    if any(v not in ((0.0,), (1.0,)) for _, v in _round_setting(density).entries):
         return own
     return [
         (name, Setting.scalar(0.0) if name in ("gamma", "epsilon") else setting)

@@ -226,3 +226,11 @@ def test_without_a_form_a_space_has_the_key_that_it_had() -> None:
     named = GenomeConfig(**_TIES, space="weights")
     assert GenomeConfig(**named.model_dump()) == named
     assert SearchSpace(named, LAYERS).key != SearchSpace(GenomeConfig(**_TIES), LAYERS).key
+
+
+def test_what_no_knot_reads_is_zero_at_once() -> None:
+    """A line from 0 to 0 is a 0, so that a canonical recipe is canonical once more."""
+    ends = {"smooth": True, "layer_granularity": 2, "merge_method": "breadcrumbs"}
+    space = SearchSpace(GenomeConfig(**_TIES | ends), LAYERS)
+    for axis in range(space.dimensions):
+        comes_back(space, [float(i == axis) for i in range(space.dimensions)])
