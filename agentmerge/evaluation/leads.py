@@ -141,9 +141,8 @@ def _leads(
         for name, refs in shared.items():
             weight = objective.signed_weight * shares[name]
             paired.append(_paired_task(taskset, taskset.task(name), weight, refs, mine, theirs))
-    if sum(len(strand.mine) for strand in paired) < least:
-        return None
-    return leads(paired, seed, RESAMPLES_CALLED if _called(taskset) else RESAMPLES, least)
+    resamples = RESAMPLES_CALLED if _called(taskset) else RESAMPLES
+    return leads(paired, seed, resamples, least) if paired else None
 
 
 def _paired_task(
