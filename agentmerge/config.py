@@ -47,6 +47,8 @@ ROLES: tuple[Role, ...] = ("critic", "controller", "proposer")
 ADVISED_EVERY = 4
 #: What is waited for at most (three years: a system's clock has an end), tried again, and begun.
 MOST_S, MOST_RETRIES, MOST_WORKERS = 1e8, 1000, 1024
+#: Layers that a search may add to a model's, and how often it may run through all of them.
+MOST_EXTRA, MOST_REPEATS = 1000, 16
 #: What "today" is in a chat template that prints the date: what one asks may not change overnight.
 #: Llama 3's templates fall back to this day themselves.
 DATE = date(2024, 7, 26)
@@ -69,11 +71,53 @@ class _Frozen(BaseModel):
         return {k: v for k, v in body.items() if v is not None or k not in self.younger}
 
 
+class LayersConfig(_Frozen):
+    """A search over layers: which run beside the merge's own, and how strongly (docs/search.md).
+
+    insert: what may stand after each layer of the merge: ``merge`` (that layer once more),
+        ``experts`` (each expert's), ``base`` (the base's), or models by name. most: layers beyond
+        the models' depth. scales: the range of each layer's two outputs; at 0 it is absent. skip:
+        the merge's own layers, but the first and the last, have scales too and may be left out.
+    path: the layers of all of these one after another instead, ``repeats`` times, each with a
+        switch and one scale (arXiv 2403.13187).
+    """
+
+    insert: tuple[str, ...] = Field(("experts",), min_length=1)
+    most: int = Field(4, ge=0, le=MOST_EXTRA)
+    scales: tuple[float, float] = (-0.5, 1.5)
+    skip: bool = False
+    path: bool = False
+    repeats: int | None = Field(None, ge=1, le=MOST_REPEATS)
+    younger = ("repeats",)
+
+    @field_validator("insert", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LayersConfig:
+        low, high = self.scales
+        if not low <= 0.0 < 1.0 <= high:
+            raise ValueError(
+                f"scales {list(self.scales)} must go from 0 or below to 1 or above: at 0 a layer "
+                "is absent, and at 1 as it is"
+            )
+        for name in sorted({name for name in self.insert if self.insert.count(name) > 1}):
+            raise ValueError(f"insert names {name!r} twice; name each once")
+        if self.repeats is not None and not self.path:
+            raise ValueError("repeats is read with path: true; set that or remove it")
+        if not (self.most or self.skip or self.path):
+            raise ValueError("most 0 leaves nothing to search; set skip: true or a larger one")
+        return self
+
+
 class GenomeConfig(_Frozen):
     """The search space, in mergekit-evolve's words.
 
     chat_template: as ``LmEvalArgs`` has it; what mergekit could read of it is in every recipe.
     space: what the axes are (``contracts.space.SpaceForm``); by default what the method has.
+    layers: what is searched over layers once weights have nothing more to give; None: nothing.
     """
 
     models: tuple[str, ...]
@@ -88,7 +132,8 @@ class GenomeConfig(_Frozen):
     filters: tuple[str, ...] = ()
     evolve: tuple[str, ...] = ()
     space: str | None = None
-    younger = ("space",)
+    layers: LayersConfig | None = None
+    younger = ("space", "layers")
 
     @property
     def form(self) -> str:
@@ -99,6 +144,14 @@ class GenomeConfig(_Frozen):
     @classmethod
     def _no_filters(cls, value: Any) -> Any:
         return () if value is None else value
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        """A switch, or a number: how many more layers."""
+        if isinstance(value, bool):
+            return LayersConfig() if value else None
+        return {"most": value} if isinstance(value, int) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> GenomeConfig:
@@ -125,6 +178,12 @@ class GenomeConfig(_Frozen):
             faults.append("filters holds an empty text, which is in every name; remove it")
         if len(set(self.filters)) != len(self.filters):
             faults.append(f"filters {list(self.filters)} names one twice")
+        for name in self.layers.insert if self.layers else ():
+            if name not in ("merge", "experts", "base", *self.parents):
+                known = ", ".join(("merge", "experts", "base", *self.parents))
+                faults.append(f"layers.insert names {name!r}; use one of {known}")
+            if name == "base" and self.base_model is None:
+                faults.append("layers.insert names the base, and there is no base_model")
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -699,6 +758,9 @@ def _resolve(
         genome_raw = None
     else:
         genome_raw = _known_only(genome_raw, "genome", GenomeConfig, out, fatal=False)
+        if isinstance(own := genome_raw.get("layers"), dict):
+            own = _known_only(own, "genome.layers", LayersConfig, out, fatal=True)
+            genome_raw["layers"] = own
     parts: dict[str, Any] = {}
     for name, model in _OWN_SECTIONS.items():
         section = raw.get(name) or {}

@@ -23,7 +23,7 @@ from agentmerge.cli.app import app
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "examples/README.md", *sorted(ROOT.glob("docs/*.md"))]
 SECTIONS = {
-    "genome": (config.GenomeConfig,),
+    "genome": (config.GenomeConfig, config.LayersConfig),
     "tasks": (config.TaskConfig, config.TasksConfig),
     "search": (config.SearchSettings,),
     "agents": (config.AgentSettings,),

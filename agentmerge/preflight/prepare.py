@@ -95,6 +95,9 @@ def prepare(
         prepared = (_of_models if getattr(kind, "reads_models", True) else _of_names)(look)
     notes, warm = [], init_notes(config, prepared.space.num_layers) if fresh else []
     notes += method_notes(config) if not run_code else []
+    notes += ["genome.layers is read, and no search over layers is made yet"] * bool(
+        config.genome.layers
+    )
     if is_own(config.search.graph) and not run_code:
         graph = config.search.graph
         notes.append(f"search.graph {graph!r} is code, and was not run; check --run-code runs it")

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from agentmerge.config import SearchConfig
+from agentmerge.config import LayersConfig, SearchConfig
 from agentmerge.errors import ConfigError
+from agentmerge.space.grouped import SearchSpace
 
 DATA = Path(__file__).parents[1] / "data"
 GENOME = "genome:\n  models: [a, b]\n  merge_method: linear\n"
@@ -94,6 +95,18 @@ def test_a_tasks_weight_is_a_finite_number(number: str) -> None:
         ({"merge_method": "slerp", "filters": ["mlp"]}, "filters is not possible with slerp"),
         ({"filters": ["mlp", "mlp"]}, "names one twice"),
         ({"layer_granularity": -1}, "layer_granularity"),
+        ({"layers": -1}, "genome.layers.most must be at least 0, not -1"),
+        ({"layers": "4 more"}, "genome.layers must be a mapping"),
+        ({"layers": {"mots": 3}}, "genome.layers.mots is not a known key; did you mean 'most'?"),
+        ({"layers": 0}, "genome.layers: most 0 leaves nothing to search; set skip: true or a "),
+        ({"layers": {"scales": [0.1, 1.5]}}, "scales [0.1, 1.5] must go from 0 or below to 1 or"),
+        ({"layers": {"scales": [-1, float("nan")]}}, "genome.layers.scales.1 must be a finite"),
+        ({"layers": {"scales": [-1, 0.5]}}, "to 1 or above: at 0 a layer is absent"),
+        ({"layers": {"repeats": 2}}, "genome.layers: repeats is read with path: true"),
+        ({"layers": {"insert": ["c"]}}, "layers.insert names 'c'; use one of merge, experts, base"),
+        ({"layers": {"insert": "base"}}, "names the base, and there is no base_model"),
+        ({"layers": {"insert": ["a", "a"]}}, "insert names 'a' twice"),
+        ({"layers": {"insert": []}}, "genome.layers.insert needs 1 entries or more"),
     ],
 )
 def test_a_wrong_genome(genome: dict[str, Any], words: str) -> None:
@@ -195,3 +208,23 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(ConfigError, match="cannot be read"):
         SearchConfig.from_file(tmp_path / "binary")
+
+
+def test_layers_are_searched_where_they_are_asked_for() -> None:
+    def layers(text: str) -> LayersConfig | None:
+        config = SearchConfig.from_text(GENOME + f"  layers: {text}\ntasks: [x]\n")
+        assert SearchConfig.from_text(config.to_yaml()) == config
+        return config.genome.layers
+
+    assert layers("4") == layers("{most: 4}") == layers("true") == LayersConfig()
+    assert layers("false") is layers("null") is None
+    assert layers("{insert: a, skip: true, most: 0}") == LayersConfig(
+        insert=("a",), skip=True, most=0
+    )
+    assert layers("{path: true, repeats: 3}") == LayersConfig(path=True, repeats=3)
+
+
+def test_a_config_without_layers_is_stored_as_before_there_were_any() -> None:
+    genome = SearchConfig.from_text(BASE).genome
+    assert "layers" not in genome.model_dump(mode="json")
+    assert SearchSpace(genome, 4).key == "9da319065286"
