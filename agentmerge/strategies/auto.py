@@ -5,8 +5,9 @@ After the cheap rivals every generation belongs to one operator. ``gradient`` ha
 works. When nothing was gained for ``STALE`` evaluations, the operators share the budget by what
 each gained an evaluation, older gains counting less (a bandit on improvement per item evaluation).
 What agents propose enters as extra points, at most ``MOST_ADVICE`` of all, and less unless it earns
-its share. A search whose next candidate is expected to gain less than the noise of the items ends,
-unless its own candidates still climb.
+its share; until one of them gained, only those of which the items' model expects as much as of the
+search's own. A search whose next candidate is expected to gain less than the noise of the items
+ends, unless its own candidates still climb.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from agentmerge.contracts.strategy import (
 )
 from agentmerge.strategies.gradient import GradientSteps, next_step
 from agentmerge.strategies.margins import (
+    ENOUGH,
     FEW_DOCUMENTS,
     MORE_EXPLORATION,
     Margins,
@@ -67,17 +69,21 @@ class Auto:
         generation = next_generation(history)
         if generation == 0 or count == 0:
             return []
-        prospect: Prospect | None = None
-        stale = since_gain(history) >= STALE
-        if stale:
-            prospect = prospect_for(space, history)
-            if prospect and nothing_to_gain(space, history, prospect, rng_for):
-                return []
-        advised = fresh(advice(history, guidance, count), history)
         gradients = self.gradients_from is not None and space.dimensions >= self.gradients_from
         operator = operator_of(history, gradients, rng_for)
+        advised = fresh(advice(history, guidance, count), history)
+        unproven = advised and not gain_rate(history, ADVICE)
+        stale = since_gain(history) >= STALE
+        prospect: Prospect | None = None
+        if stale or unproven or isinstance(operator, Margins):
+            prospect = prospect_for(space, history)
+        if stale and prospect and nothing_to_gain(space, history, prospect, rng_for):
+            return []
+        if unproven and prospect:
+            [best] = Margins().climbing(space, prospect, generation, 1, rng_for)
+            advised = promising(advised, prospect, best)
         count_own = count - len(advised)
-        if stale and isinstance(operator, Margins):  # fitted already
+        if isinstance(operator, Margins):
             asked = operator.climbing(space, prospect, generation, count_own, rng_for)
         else:
             asked = operator.propose(space, history, guidance, count_own, rng_for)
@@ -197,6 +203,13 @@ def advice(history: History, guidance: Guidance | None, count: int) -> list[Prop
     allowed = int(share * (len(own) + count) - asked + 0.5)
     points = [*guidance.candidates, *([guidance.mean] if guidance.mean else [])]
     return [Proposal(tuple(point), ADVICE) for point in points[: max(0, min(allowed, count))]]
+
+
+def promising(proposals: Sequence[Proposal], prospect: Prospect, own: Proposal) -> list[Proposal]:
+    """Those that are expected to gain nearly as much as the search's own next point."""
+    points = np.array([p.vector for p in (own, *proposals)])
+    least, *gains = prospect.gains(prospect.ratios.representative(points))
+    return [p for p, gain in zip(proposals, gains, strict=True) if gain >= ENOUGH * least]
 
 
 def fresh(proposals: Sequence[Proposal], history: History) -> list[Proposal]:

@@ -30,8 +30,9 @@ _SHARES = _SHARES / _SHARES.sum()
 ELITES = 4
 STEPS = (0.05, 0.15, 0.4)
 SCREENED, ROUNDS, POLISHED = 500, 3, 4
-#: How far two points must be apart, in the unit box, to be two.
-APART = 1e-3
+#: How far two points must be apart, in the unit box, to be two: nearer merges answer alike. A score
+#: of few documents may be a function without noise, whose optimum is to be met.
+APART, APART_WITHOUT_NOISE = 1e-3, 1e-7
 #: A lower rung is enough while its best point promises so much of what the whole space's does.
 ENOUGH = 0.7
 #: The share of noise in an item's variance from which on its answers are mostly chance.
@@ -64,6 +65,7 @@ class Prospect:
     least_gain: float
     by_item: bool
     ratios: Ratios = EVERYTHING
+    apart: float = APART
 
     def gains(self, points: np.ndarray) -> np.ndarray:
         """Expected improvement at (c, d) points, in score."""
@@ -129,7 +131,8 @@ def prospect_for(space: Space, history: History) -> Prospect | None:
         return None
     ratios = Ratios.of(space)
     table = replace(table, points=ratios.representative(table.points))
-    return replace(prospect_of(table), ratios=ratios)
+    apart = APART if table.items.counts.sum() >= FEW_DOCUMENTS else APART_WITHOUT_NOISE
+    return replace(prospect_of(table), ratios=ratios, apart=apart)
 
 
 def prospect_of(table: Table) -> Prospect:
@@ -245,7 +248,7 @@ def most_promising(
     gains = prospect.gains(points)
     for index in np.argsort(-gains, kind="stable"):
         point = np.asarray(points[index])
-        if np.abs(known - point).max(1).min() > APART and space.legal(point.tolist()):
+        if np.abs(known - point).max(1).min() > prospect.apart and space.legal(point.tolist()):
             return point, float(gains[index])
     return prospect.ratios.representative(rng.random((1, len(basis))) @ basis)[0], 0.0
 

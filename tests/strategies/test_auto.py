@@ -190,6 +190,29 @@ def test_nonsense_advice_costs_no_more_than_its_share() -> None:
     assert asked.vector not in {o.vector for o in history}
 
 
+def test_a_models_first_points_wait_until_the_items_say_they_are_worth_it() -> None:
+    quiz = Quiz(3)
+    history = searched(Auto(), quiz, 12, 0)
+    hopeless = (0.01,) * SPACE.dimensions
+    (own,) = Auto().propose(SPACE, history, None, 1, rng_factory(0))
+    near = tuple(
+        0.9 * x + 0.1 * float(c) for x, c in zip(own.vector or (), quiz.centre, strict=True)
+    )
+
+    def asked(history: list[Observation], point: tuple[float, ...]) -> str:
+        words = Guidance(candidates=(point,), source="model")
+        (found,) = Auto().propose(SPACE, history, words, 1, rng_factory(0))
+        return found.operator
+
+    assert asked(history, hopeless) == "margins"
+    assert asked(history, near) == "agent"
+    rivals = [o for o in history if o.generation == 0]
+    centre = quiz.observe(1, 0, tuple(map(float, quiz.centre)), "agent")
+    later = [quiz.observe(2 + i, 0, told(i, 0).vector or (), "margins") for i in range(7)]
+    assert asked([*rivals, centre, *later], hopeless) == "agent"
+    assert asked([*rivals, replace(centre, operator="margins"), *later], hopeless) == "margins"
+
+
 def test_gradients_come_first_where_there_are_some_and_never_where_none_came() -> None:
     history = [told(0, 0.5)]
     for _ in range(GRADIENT_STEPS):
