@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentmerge.errors import UserError
 from agentmerge.methods import PASSTHROUGH, RECIPE_METHODS
-from agentmerge.recipe import MOST_LAYERS, Effective, Recipe, length
+from agentmerge.recipe import MOST_LAYERS, Effective, Recipe
 from agentmerge.recipe.cancelling import cancelling_notes
 from agentmerge.recipe.copying import stacked_layers
 from agentmerge.recipe.names import short_name
@@ -50,7 +50,7 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
         from agentmerge.merging.plan import plan
 
         plan(canonical, family)
-    stacked, notes = stacked_layers(canonical), [*recipe.notes]
+    stacked, notes = stacked_layers(canonical, depth), [*recipe.notes]
     if stacked is not None and known is None and not layers:
         notes.append(
             f"its models are taken to have {depth} layers; --layers N or --model DIR says how many "
@@ -106,14 +106,9 @@ def _total(effective: Effective) -> float:
 
 
 def _depth(recipe: Recipe) -> int:
-    """How deep its models are, as far as the recipe tells: as deep as its merge; of copied layers
-    at least as deep as what it reads, and no deeper where it reads a layer twice."""
+    """How deep its models are, as far as the recipe tells: as deep as what it reads."""
     ranges = [s.layer_range for piece in recipe.slices for s in piece.sources if s.layer_range]
-    depth = sum(length(piece) for piece in recipe.slices)
-    if recipe.merge_method == PASSTHROUGH.name:
-        read = [range(*piece) for piece in ranges]
-        twice = len({layer for layers in read for layer in layers}) < depth
-        depth = max((end for _, end in ranges), default=0) if twice else depth
+    depth = max((end for _, end in ranges), default=0)
     if not depth:
         raise UserError(
             "the recipe does not say how deep the models are; add --model DIR or --layers N"

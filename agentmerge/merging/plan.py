@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from agentmerge.errors import RecipeRejected
-from agentmerge.methods import PASSTHROUGH, RECIPE_METHODS
+from agentmerge.methods import RECIPE_METHODS
 from agentmerge.parents.headers import DTYPES
 from agentmerge.parents.layout import Layout, TensorSpec
 from agentmerge.parents.naming import at_layer
@@ -37,8 +37,8 @@ class TensorPlan:
 class MergePlan:
     """Every tensor of a merge, in the layout's order; ``merge_seed`` draws the random masks.
 
-    layers: of a stack of copied layers, which of its parent's layers each one is; None of a merge
-        of weights, whose layers are the parents' own.
+    layers: of a stack, which of the parents' layers each one is made of; None of a merge of weights
+        in their places.
     """
 
     tensors: tuple[TensorPlan, ...]
@@ -80,7 +80,7 @@ def plan(recipe: Recipe, layout: Layout, *, dtype: str | None = None) -> MergePl
         raise ValueError("the recipe is not canonical; call recipe.canonical(num_layers) first")
     _check_sources(recipe, layout)
     wanted = _checked_dtype(recipe.out_dtype or recipe.dtype or dtype)
-    layers = stacked_layers(recipe)
+    layers = stacked_layers(recipe, layout.num_layers)
     if layers is not None and layout.fixed:
         raise RecipeRejected(f"these models' layers cannot be stacked: {layout.fixed}")
     tensors = []
@@ -98,7 +98,7 @@ def _check_sources(recipe: Recipe, layout: Layout) -> None:
     if unknown:
         known = ", ".join(map(repr, layout.parents))
         raise RecipeRejected(f"the recipe names {unknown[0]!r}; the models are {known}")
-    made, method = 0, RECIPE_METHODS[recipe.merge_method]
+    method = RECIPE_METHODS[recipe.merge_method]
     for index, piece in enumerate(recipe.slices):
         names = [source.model for source in piece.sources]
         twice = next((name for name in names if names.count(name) > 1), None)
@@ -127,12 +127,6 @@ def _check_sources(recipe: Recipe, layout: Layout) -> None:
                 f"slice {index} gives {method.name} {others} models besides a base; it merges "
                 f"{bound}"
             )
-        first = piece.sources[0].layer_range or (0, 0)
-        made += first[1] - first[0]
-    if made != layout.num_layers and method is not PASSTHROUGH:
-        raise RecipeRejected(
-            f"the recipe makes {made} layers, and the models have {layout.num_layers}"
-        )
 
 
 def _checked_dtype(name: str | None) -> str | None:

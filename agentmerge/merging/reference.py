@@ -21,7 +21,7 @@ from agentmerge.parents.chat_templates import recipe_template
 from agentmerge.parents.depth import followed
 from agentmerge.parents.writing import copy_side_files, directory_at_once
 from agentmerge.recipe import Recipe, renamed
-from agentmerge.recipe.copying import stacked_layers
+from agentmerge.recipe.copying import layers_read
 
 
 def mergekit_merge(
@@ -90,18 +90,18 @@ def _settings_follow(recipe: Recipe) -> Iterator[None]:
     layers have settings of their own; ours follow their layers there, too."""
     from mergekit import merge
 
-    layers, original = stacked_layers(recipe), merge._model_out_config
+    layers, original = layers_read(recipe), merge._model_out_config
 
     def made(*args: Any, **kwargs: Any) -> Any:
         config = original(*args, **kwargs)
         text = config.get_text_config(decoder=True)
         own = text.to_dict()
         depth = len(own.get("layer_types") or ())
-        for key, value in followed(own, depth, layers or ()).items():
+        for key, value in followed(own, depth, layers).items():
             setattr(text, key, value)
         return config
 
-    merge._model_out_config = original if layers is None else made
+    merge._model_out_config = made if layers else original
     try:
         yield
     finally:

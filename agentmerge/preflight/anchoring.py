@@ -138,7 +138,9 @@ def depth_faults(
     for path in config.search.init:
         try:
             recipe = warm_start(path).canonical(num_layers)
-            if stacked_layers(recipe) is not None:  # others are candidates, and may fail as such
+            if (
+                stacked_layers(recipe, num_layers) is not None
+            ):  # others are candidates, and may fail as such
                 check(recipe)
         except RecipeRejected as error:
             yield f"--init {path}: {error}"

@@ -6,8 +6,8 @@ everywhere, else in its slices, and nowhere where it is the default; values are 
 significant digits; parameters that change nothing (``int8_mask``, a parameter of another method,
 della's epsilon at density 1) are gone or zero; with ``normalize`` the weights of each filter are
 divided by their largest, since only ratios matter; neighbouring slices that say the same are one.
-passthrough is the one method that may make more or fewer layers than the models have; where it does
-not, and scales nothing, its form is linear's.
+A recipe may make more or fewer layers than the models have; where passthrough does not, and scales
+nothing, its form is linear's.
 """
 
 from __future__ import annotations
@@ -52,14 +52,9 @@ def canonical(recipe: B, num_layers: int) -> B:
         raise RecipeRejected(
             f"the recipe's slices make {depth:,} layers, more than any model has ({MOST_LAYERS:,})"
         )
-    if method is PASSTHROUGH:
-        if depth == num_layers and not any(piece.sources[0].parameters for piece in merged):
-            return canonical(as_linear(recipe), num_layers)
-    elif depth != num_layers:
-        raise RecipeRejected(
-            f"the recipe's slices make {depth} layers and the models have {num_layers}; only "
-            "passthrough, which copies layers, can make more or fewer"
-        )
+    scales = any(piece.sources[0].parameters for piece in merged)
+    if method is PASSTHROUGH and depth == num_layers and not scales:
+        return canonical(as_linear(recipe), num_layers)
     shared: Parameters = ()
     if not method.pairwise:
         shared, merged = _hoisted(method, merged)

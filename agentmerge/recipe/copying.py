@@ -1,7 +1,8 @@
-"""passthrough recipes: each layer as one model has it, in any order and number.
+"""Recipes of other layers than the models' own: which layers they read, and passthrough's form.
 
-Of those that keep the depth and scale nothing, a linear merge of one model a slice copies the same,
-bit for bit, and that is their one form: what it always was. Knows no depth but what it is told.
+A passthrough slice is one model's layers. Where it keeps the depth and scales nothing, a linear
+merge of one model a slice copies the same, bit for bit, and that is its one form: what it always
+was. Knows no depth but what it is told.
 """
 
 from __future__ import annotations
@@ -42,10 +43,16 @@ def as_linear(recipe: B) -> B:
     return replace(recipe, merge_method="linear", slices=slices, parameters=())
 
 
-def stacked_layers(recipe: Body) -> tuple[int, ...] | None:
-    """Of a canonical passthrough recipe: which of its model's layers each layer is. None of a merge
-    of weights, which keeps the models' layers."""
-    if recipe.merge_method != PASSTHROUGH.name:
-        return None
+def layers_read(recipe: Body) -> tuple[int, ...]:
+    """Of a canonical recipe: which of the models' layers each layer is made of, by the first source
+    of its slice where they read several."""
     ranges = [piece.sources[0].layer_range or (0, 0) for piece in recipe.slices]
     return tuple(layer for start, end in ranges for layer in range(start, end))
+
+
+def stacked_layers(recipe: Body, num_layers: int) -> tuple[int, ...] | None:
+    """The same of a stack: a passthrough recipe, or one that makes other layers than the models
+    have, in another order or number. None of a merge of weights in their places."""
+    layers = layers_read(recipe)
+    in_place = layers == tuple(range(num_layers))
+    return None if in_place and recipe.merge_method != PASSTHROUGH.name else layers

@@ -127,7 +127,8 @@ def _recipes(
         if answer is not None
     ]
     recipes = [Recipe.parse(text).canonical(finest.num_layers) for text in texts]
-    grids = [grid(finest, recipe, max(map(stack_depth, recipes))) for recipe in recipes]
+    depth = max(stack_depth(recipe, finest.num_layers) for recipe in recipes)
+    grids = [grid(finest, recipe, depth) for recipe in recipes]
     return {"columns": list(grids[0].columns), "rows": _changed(grids[0], grids[1])}
 
 

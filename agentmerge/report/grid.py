@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from agentmerge.errors import AgentmergeError
-from agentmerge.methods import PASSTHROUGH, RECIPE_METHODS
+from agentmerge.methods import RECIPE_METHODS
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.copying import stacked_layers
 from agentmerge.recipe.names import short_name
@@ -29,9 +29,9 @@ class Grid:
     rows: Mapping[Row, tuple[float | None, ...]]
 
 
-def stack_depth(recipe: Recipe) -> int:
-    """How many layers a stack of copied layers has; 0 of a merge of weights."""
-    return len(stacked_layers(recipe) or ())
+def stack_depth(recipe: Recipe, num_layers: int) -> int:
+    """How many layers a stack of layers has; 0 of a merge of weights in their places."""
+    return len(stacked_layers(recipe, num_layers) or ())
 
 
 def grid(space: SearchSpace, recipe: Recipe, depth: int = 0) -> Grid:
@@ -39,10 +39,12 @@ def grid(space: SearchSpace, recipe: Recipe, depth: int = 0) -> Grid:
 
     depth: of the deepest stack that it is laid beside; stacks have a column a layer.
     """
-    starts, columns = _columns(space, max(depth, stack_depth(recipe)))
+    stacked = stack_depth(recipe, space.num_layers)
+    starts, columns = _columns(space, max(depth, stacked))
+    filters = [*(_outputs(recipe, space) if stacked else ()), *space.filters]
     searched = {axis.parameter for axis in space.axes if axis.model is None}
     rows: dict[Row, list[float | None]] = {}
-    for filter_ in space.filters:
+    for filter_ in filters:
         tensor = filter_ or ""  # an empty name matches no filter
         for place, layer in enumerate(starts):
             try:
@@ -56,7 +58,7 @@ def grid(space: SearchSpace, recipe: Recipe, depth: int = 0) -> Grid:
                     continue
                 for name, value in own:
                     values[short_name(model), name] = value
-                if method is PASSTHROUGH and copied is not None:
+                if stacked and copied is not None:
                     row = rows.setdefault((short_name(model), "layer", ""), [None] * len(starts))
                     row[place] = copied
                 if method.pairwise:
@@ -68,10 +70,20 @@ def grid(space: SearchSpace, recipe: Recipe, depth: int = 0) -> Grid:
                 if name in searched and not method.pairwise:
                     values["all models", name] = value
             for (model, name), value in values.items():
-                where = (filter_ or OTHER) if space.genome.filters else ""
+                where = filter_ or (OTHER if space.genome.filters else "")
                 row = rows.setdefault((model, name, where), [None] * len(starts))
                 row[place] = value
     return Grid(tuple(columns), {key: tuple(row) for key, row in rows.items()})
+
+
+def _outputs(recipe: Recipe, space: SearchSpace) -> list[str]:
+    """Filters of a stack's own, such as those of its layers' outputs, that the genome has not."""
+    parameters = [*recipe.parameters]
+    for piece in recipe.slices:
+        parameters += piece.parameters
+        parameters += (own for source in piece.sources for own in source.parameters)
+    found = dict.fromkeys(name for _, setting in parameters for name in setting.filters)
+    return [name for name in found if name is not None and name not in space.filters]
 
 
 def _columns(space: SearchSpace, depth: int) -> tuple[list[int], list[str]]:

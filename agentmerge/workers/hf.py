@@ -15,7 +15,7 @@ forward passes are too short to share), ``base`` (the parent others are compared
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -185,7 +185,8 @@ class HfWorker:
     def _backward(self, asked: ItemLoss, slopes: MergeGradient, size: int) -> float:
         """The loss; its gradient goes to ``slopes``, ``size`` sequences at a time."""
         total = 0.0
-        with self._threaded(), each_gradient(self._model, self._live, slopes.add):
+        held = self._stack.parts() or parts_of(self._model, self._live)
+        with self._threaded(), each_gradient(held, slopes.add):
             for part in asked.parts(self._lm, size):
                 total += float(part.detach())
                 part.backward()  # type: ignore[no-untyped-call]
@@ -311,10 +312,11 @@ def threads_of(spec: WorkerSpec, parameters: int) -> int:
 
 @contextmanager
 def each_gradient(
-    model: Any, targets: Mapping[str, torch.Tensor], take: Callable[[str, torch.Tensor], None]
+    held: Iterable[tuple[torch.nn.Parameter, Mapping[str, tuple[Any, ...]]]],
+    take: Callable[[str, torch.Tensor], None],
 ) -> Iterator[None]:
-    """Within: ``take(name, gradient)`` for each of ``targets`` as a backward pass has its
-    parameter's gradient whole (a tied one's once, summed), which is freed after that. Parameters
+    """Within: ``take(name, gradient)`` for each tensor that parameters hold (``targets.parts_of``)
+    as a backward pass has its parameter's gradient whole, which is freed after that. Parameters
     are left as they were; a buffer has no gradient."""
 
     def taker(parts: Mapping[str, tuple[Any, ...]]) -> Callable[[torch.Tensor], None]:
@@ -327,7 +329,7 @@ def each_gradient(
 
         return hook
 
-    wanted = [(parameter, parts) for parameter, parts in parts_of(model, targets) if parts]
+    wanted = [(parameter, parts) for parameter, parts in held if parts]
     before = [parameter.requires_grad for parameter, _ in wanted]
     hooks = []
     try:

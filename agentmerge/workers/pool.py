@@ -40,7 +40,7 @@ from agentmerge.errors import (
     RunFailed,
     WorkerLost,
 )
-from agentmerge.methods import METHODS
+from agentmerge.methods import METHODS, PASSTHROUGH
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.copying import stacked_layers
 from agentmerge.system.redaction import remember, remembered, revealed
@@ -87,8 +87,11 @@ def refuse_stack(recipe: Recipe, num_layers: int, kind: str, worker: Any) -> Non
 
     recipe: canonical. num_layers: the models'. worker: the class, or one of it.
     """
-    layers = stacked_layers(recipe)
-    if layers in (None, tuple(range(num_layers))) or getattr(worker, "runs_stacks", False):
+    layers = stacked_layers(recipe, num_layers) or tuple(range(num_layers))
+    in_place = layers == tuple(range(num_layers))
+    # a merge may write any layer's weights in any place
+    merged = recipe.merge_method != PASSTHROUGH.name and len(layers) == num_layers
+    if in_place or merged or getattr(worker, "runs_stacks", False):
         return
     raise RecipeRejected(
         f"the recipe makes a model of {len(layers)} layers out of models of {num_layers}, and the "

@@ -1,10 +1,11 @@
-"""A live model with other layers than its own: a stack of its parents', on their own parameters.
+"""A live model with other layers than its own: a stack of its parents' layers and of merged ones.
 
-Every place of the stack has modules of its own, since caches know layers by their number, and takes
-the parents' tensors as they lie in memory. Copies are made only of what a recipe scales, of other
-dtypes, and where the parents are not on the model's device; they go with the next load. Settings
-of single layers come with the modules they were read for, and into the model's config. It knows one
-model and one family; ``live.py`` is for merges of weights, which come back untouched.
+Every place of the stack has modules and parameters of its own, since caches know layers by their
+number and gradients are of one place. A parameter that is a parent's own tensor is in the parent's
+memory; what is merged or scaled, of other dtypes, or of parents that are not on the model's device
+is a copy, one for all places that say the same, kept for the next stack that says it again.
+Settings of single layers come with the modules they were read for, and into the model's config. It
+knows one model and one family; ``live.py`` is for merges in their places, and is left untouched.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from agentmerge.merging.digests import digest_of_lines, tensor_line
 from agentmerge.merging.family import Family
 from agentmerge.merging.live import Loaded
 from agentmerge.merging.plan import MergePlan, TensorPlan
+from agentmerge.methods import PASSTHROUGH, RECIPE_METHODS
 from agentmerge.parents.depth import followed
 from agentmerge.parents.naming import at_layer
 from agentmerge.workers.targets import home_of
@@ -50,6 +52,29 @@ class _Part:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A tensor that was made, and the line (without the name) of each part that was written."""
+
+    tensor: torch.Tensor
+    said: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A tensor of the stack where it is: the module's own store, its key there, and the part."""
+
+    name: str
+    store: dict[str, Any]
+    key: str
+    part: _Part
+
+    @property
+    def whole(self) -> torch.Tensor:
+        found: torch.Tensor = self.store[self.key]
+        return found
+
+
 class LiveStack:
     """See the module's head.
 
@@ -68,8 +93,10 @@ class LiveStack:
             self._parts.setdefault(home, []).append(part)
         self._list = _layer_list(model, family, live)
         self._undo: list[Callable[[], None]] = []
-        #: Lines of parents' own tensors as they were first seen.
+        self._copies: dict[Any, _Copy] = {}
+        #: Lines of parents' own tensors, without the name, as they were first seen.
         self._known: dict[tuple[str, str], str] = {}
+        self._placed: list[_Placed] = []
 
     def load(self, merge_plan: MergePlan) -> Loaded:
         """Make the model the stack of ``merge_plan``; after an error it has its own layers.
@@ -79,7 +106,7 @@ class LiveStack:
                 model's layers otherwise than in a list.
             RunFailed: what is live afterwards is not what the parents were.
         """
-        self.clear()
+        self._restore()
         try:
             return self._load(merge_plan, merge_plan.layers or ())
         except BaseException:
@@ -88,6 +115,22 @@ class LiveStack:
 
     def clear(self) -> None:
         """Give the model its own layers back, and free what was copied."""
+        self._restore()
+        self._copies = {}
+
+    def parts(self) -> list[tuple[torch.nn.Parameter, dict[str, tuple[Any, ...]]]]:
+        """Of the stack that is loaded: what each parameter holds, as ``targets.parts_of`` says it;
+        a tensor that is tied, by each of its parameters."""
+        found: dict[int, tuple[torch.nn.Parameter, dict[str, tuple[Any, ...]]]] = {}
+        for placed in self._placed:
+            if isinstance(placed.whole, torch.nn.Parameter):
+                part = placed.part
+                _, parts = found.setdefault(id(placed.whole), (placed.whole, {}))
+                parts[placed.name] = part.size, part.stride, part.offset
+        return list(found.values())
+
+    def _restore(self) -> None:
+        self._placed = []
         while self._undo:
             self._undo.pop()()
 
@@ -99,22 +142,24 @@ class LiveStack:
             )
         owner, name = self._list
         own = getattr(owner, name)
-        items = {item.spec.name: item for item in merge_plan.tensors}
-        placed = _Placed(self._family, items, merge_plan.merge_seed, self._parts, self._known)
+        made = _Filling(self._family, merge_plan, self._parts, self._copies, self._known)
+        self._copies = made.copies
         for module in _outside(self._model, own):
-            placed.fill(module, None, self._undo.append)
+            made.fill(module, None, self._undo.append)
         positions = []
         for place, layer in enumerate(layers):
             positions.append(_own_modules(own[layer], layer, place))
             for module in positions[-1].modules():
-                placed.fill(module, place)
+                made.fill(module, place)
         self._swap(owner, name, torch.nn.ModuleList(positions))
         text = self._model.config.get_text_config(decoder=True)
         settings = {"num_hidden_layers": len(layers)}
         for key, value in (settings | followed(text.to_dict(), len(own), layers)).items():
             self._swap(text, key, value)
         self._family.verify()
-        return placed.proof()
+        loaded = made.proof()
+        self._placed = made.placed
+        return loaded
 
     def _swap(self, owner: Any, name: str, value: Any) -> None:
         before = getattr(owner, name)
@@ -122,23 +167,29 @@ class LiveStack:
         setattr(owner, name, value)
 
 
-class _Placed:
-    """The tensors of one stack, as they are put into modules."""
+class _Filling:
+    """The tensors of one stack, as they are put into modules.
+
+    copies: what an earlier stack has left; what this one does not need is let go first.
+    """
 
     def __init__(
         self,
         family: Family,
-        items: Mapping[str, TensorPlan],
-        merge_seed: int | None,
+        merge_plan: MergePlan,
         parts: Mapping[int, Sequence[_Part]],
+        copies: Mapping[Any, _Copy],
         known: dict[tuple[str, str], str],
     ) -> None:
-        self._family, self._items, self._seed = family, items, merge_seed
+        self._family, self._seed = family, merge_plan.merge_seed
+        self._items = {item.spec.name: item for item in merge_plan.tensors}
         self._parts, self._known = parts, known
+        wanted = {_made_of(item, self._seed) for item in merge_plan.tensors}
+        self.copies = {key: copy for key, copy in copies.items() if wanted.issuperset(key[0])}
+        self.placed: list[_Placed] = []
         self._new: dict[tuple[int, int | None], torch.Tensor] = {}
-        self._copies: dict[Any, torch.Tensor] = {}
         self._lines: dict[str, str] = {}
-        self._where: dict[str, tuple[dict[str, Any], str, _Part]] = {}
+        self._rewritten = 0
 
     def fill(
         self,
@@ -149,17 +200,17 @@ class _Placed:
         """Put the stack's tensors into a module (not those in it). place: the layer that it is a
         part of, or None outside. remember: takes what puts the module's own back."""
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for kept in stores:
-            for key, before in [*kept.items()]:
+        for store in stores:
+            for key, before in [*store.items()]:
                 parts = [] if before is None else self._parts.get(home_of(before), [])
                 if not parts:
                     continue
                 made = self._made(before, parts, place)
-                remember(partial(kept.__setitem__, key, before))
+                remember(partial(store.__setitem__, key, before))
                 is_parameter = isinstance(before, torch.nn.Parameter)
-                kept[key] = torch.nn.Parameter(made, requires_grad=False) if is_parameter else made
+                store[key] = torch.nn.Parameter(made, requires_grad=False) if is_parameter else made
                 for part in parts:
-                    self._where[_placed_name(part, place)] = (kept, key, part)
+                    self.placed.append(_Placed(_placed_name(part, place), store, key, part))
 
     def _made(
         self, before: torch.Tensor, parts: Sequence[_Part], place: int | None
@@ -168,55 +219,96 @@ class _Placed:
         key = home_of(before), place
         if key not in self._new:
             items = [self._items[_placed_name(part, place)] for part in parts]
-            if len(parts) == 1 and parts[0].is_whole(before):
-                self._new[key] = self._tensor(items[0], before)
-            else:
-                self._new[key] = before.detach().clone()
-                for item, part in zip(items, parts, strict=True):
-                    self._write(item, part.of(self._new[key]))
+            whole = len(parts) == 1 and parts[0].is_whole(before)
+            own = self._own(items[0], before) if whole else None
+            self._new[key] = self._copy(items, parts, before) if own is None else own
         return self._new[key]
 
-    def _tensor(self, item: TensorPlan, like: torch.Tensor) -> torch.Tensor:
-        """The parent's own, where it is what the plan says; else one copy for all places."""
-        (source,), scale = item.inputs, dict(item.effective.sources[0][2]).get("scale", 1.0)
+    def _own(self, item: TensorPlan, like: torch.Tensor) -> torch.Tensor | None:
+        """The parent's tensor, where it is what the plan says."""
+        source = _copied_from(item)
+        if source is None or not self._family.is_resident:
+            return None
         own = self._family.tensor(*source)
-        plain = scale == 1.0 and str(own.dtype) == f"torch.{item.dtype}" == str(like.dtype)
-        if plain and self._family.is_resident and own.device == like.device:
-            line = tensor_line(item.spec.name, own)
-            self._lines[item.spec.name] = line
-            seen = self._known.setdefault(source, line.partition(" ")[2])
-            if seen != line.partition(" ")[2]:
-                raise RunFailed(
-                    f"{source[1]!r} of {source[0]!r} is no longer what it was in memory: memory is "
-                    "faulty or something else writes to the parents"
-                )
-            return own
-        key = (source, scale, item.dtype, like.dtype)
-        if key not in self._copies:
-            self._copies[key] = torch.empty(own.shape, dtype=like.dtype, device=like.device)
-            self._write(item, self._copies[key])
-        else:
-            self._lines[item.spec.name] = tensor_line(item.spec.name, self._copies[key])
-        return self._copies[key]
+        if own.device != like.device or not (
+            str(own.dtype) == f"torch.{item.dtype}" == str(like.dtype)
+        ):
+            return None
+        if source not in self._known:
+            self._known[source] = tensor_line("", own)
+        self._lines[item.spec.name] = self._known[source]
+        return own
 
-    def _write(self, item: TensorPlan, target: torch.Tensor) -> None:
-        self._family.merge_into(item, self._seed, target)
-        self._lines[item.spec.name] = tensor_line(item.spec.name, target)
+    def _copy(
+        self, items: Sequence[TensorPlan], parts: Sequence[_Part], like: torch.Tensor
+    ) -> torch.Tensor:
+        """One for all places that are made alike; what no part has is as in ``like``."""
+        key = (tuple(_made_of(item, self._seed) for item in items), like.dtype)
+        if key not in self.copies:
+            tensor = like.detach().clone()
+            for item, part in zip(items, parts, strict=True):
+                self._family.merge_into(item, self._seed, part.of(tensor))
+                self._rewritten += 1
+            said = tuple(tensor_line("", part.of(tensor)) for part in parts)
+            self.copies[key] = _Copy(tensor, said)
+        found = self.copies[key]
+        for item, line in zip(items, found.said, strict=True):
+            self._lines[item.spec.name] = line
+        return found.tensor
 
     def proof(self) -> Loaded:
         """Every tensor of the plan, as read back from where it was put."""
-        if missing := self._items.keys() - self._where.keys():
+        if missing := self._items.keys() - {placed.name for placed in self.placed}:
             raise RunFailed(f"the stack left {len(missing)} tensors out: {sorted(missing)[:3]}")
-        lines = {
-            name: tensor_line(name, part.of(kept[key]))
-            for name, (kept, key, part) in self._where.items()
-        }
-        if wrong := [name for name, line in lines.items() if self._lines[name] != line]:
-            raise RunFailed(
-                f"{len(wrong)} live tensors are not those of the stack, the first is {wrong[0]}: "
-                "memory is faulty or something else writes to the model"
+        read: dict[Any, str] = {}  # memory that several places share is read once
+        lines = {}
+        for placed in self.placed:
+            where = (
+                placed.whole.data_ptr(),
+                placed.whole.dtype,
+                placed.part.size,
+                placed.part.stride,
+                placed.part.offset,
             )
-        return Loaded(digest_of_lines(lines.values()), len(lines), len(self._copies))
+            if where not in read:
+                read[where] = tensor_line("", placed.part.of(placed.whole))
+            if read[where] != self._lines[placed.name]:
+                raise RunFailed(self._changed(placed.name))
+            lines[placed.name] = placed.name + read[where]
+        return Loaded(digest_of_lines(lines.values()), len(lines), self._rewritten)
+
+    def _changed(self, name: str) -> str:
+        source = _copied_from(self._items[name])
+        was = "what was merged" if source is None else f"what {source[1]!r} of {source[0]!r} was"
+        return (
+            f"the live {name!r} is not {was} in memory: memory is faulty, or something else "
+            "writes to it"
+        )
+
+
+def _made_of(item: TensorPlan, merge_seed: int | None) -> Any:
+    """What two tensors have in common that are made alike."""
+    made = item.effective
+    numbers = tuple(own for _, _, own in made.sources)
+    seed = merge_seed if RECIPE_METHODS[made.method].random else None
+    return item.inputs, made.method, made.base_model, numbers, made.shared, item.dtype, seed
+
+
+def _copied_from(item: TensorPlan) -> tuple[str, str] | None:
+    """Whose tensor a plan's tensor is, bit for bit; None of one that is computed."""
+    effective = item.effective
+    values = [dict(own) for _, _, own in effective.sources]
+    if effective.method == PASSTHROUGH.name:
+        return item.inputs[0] if values[0]["scale"] == 1.0 else None
+    if effective.method != "linear":
+        return None
+    live = [
+        (given, own["weight"])
+        for given, own in zip(item.inputs, values, strict=True)
+        if own["weight"]
+    ]
+    plain = len(live) == 1 and (live[0][1] == 1.0 or dict(effective.shared)["normalize"])
+    return live[0][0] if plain else None
 
 
 def _placed_name(part: _Part, place: int | None) -> str:

@@ -158,22 +158,38 @@ slices:
 """
 
 
+MERGED = """\
+merge_method: linear
+parameters: {normalize: false}
+slices:
+  - sources:
+      - {model: models/south, layer_range: [0, 3], parameters: {weight: 0.7}}
+      - {model: models/north, layer_range: [0, 3], parameters: {weight: 0.5}}
+  - sources: [{model: models/south, layer_range: [1, 4]}]
+    parameters:
+      weight: [{filter: o_proj, value: 0.5}, {filter: down_proj, value: 0.25}, {value: 1}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "of", "whole"), [(STACKED, "scale", "the model"), (MERGED, "weight", "weight 1")]
+)
 def test_a_stack_of_layers_is_explained_scored_and_begun_with(
-    here: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, capsys: pytest.CaptureFixture[str], text: str, of: str, whole: str
 ) -> None:
-    Path("stack.yml").write_text(STACKED)
+    Path("stack.yml").write_text(text)
     assert run_app(["explain", "stack.yml", "--layers", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["notes"] == []
     rows = [row for row in found["rows"] if row[0] == "layer 4"]
-    assert rows[0][2:] == ["south, layer 2", "the model"]
+    assert rows[0][2:] == ["south, layer 2", whole]
     said = {tuple(row[1:]) for row in found["rows"]}
     for place in (3, 4, 5):
         o, down = (
             f"model.layers.{place}.{n}.weight" for n in ("self_attn.o_proj", "mlp.down_proj")
         )
-        assert (o, f"south, layer {place - 2}", "scale 0.5") in said
-        assert (down, f"south, layer {place - 2}", "scale 0.25") in said
+        assert (o, f"south, layer {place - 2}", f"{of} 0.5") in said
+        assert (down, f"south, layer {place - 2}", f"{of} 0.25") in said
     assert run_app(["explain", "stack.yml", "--json"]) == 0
     unknown = json.loads(capsys.readouterr().out)
     assert "taken to have 4 layers" in unknown["notes"][0]
@@ -203,11 +219,12 @@ def test_comparing_a_stack_with_a_merge_of_weights_shows_both_layer_by_layer() -
     space = SearchSpace(genome, 4, "float32")
     stack = Recipe.parse(STACKED).canonical(4)
     merge, _ = space.uniform()
-    assert (stack_depth(stack), stack_depth(merge)) == (6, 0)
-    one, other = grid(space, stack), grid(space, merge, stack_depth(stack))
+    assert (stack_depth(stack, 4), stack_depth(merge, 4)) == (6, 0)
+    one, other = grid(space, stack), grid(space, merge, 6)
     assert one.columns == other.columns == tuple(f"layer {k}" for k in range(6))
     assert one.rows["south", "layer", ""] == (None, None, None, 1, 2, 3)
     assert one.rows["north", "layer", ""] == (0, 1, 2, None, None, None)
+    assert one.rows["south", "scale", "o_proj"] == (None, None, None, 0.5, 0.5, 0.5)
     weights = other.rows["south", "weight", ""]
     assert weights[:4] == (1.0,) * 4
     assert weights[4:] == (None, None)

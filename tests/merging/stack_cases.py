@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,39 @@ STACK: dict[str, Any] = {
 }
 
 
+_WEIGHTS = {"base": -0.25, "a": 0.5, "b": 0.75}
+_DAMPED = [
+    {"filter": "o_proj", "value": 0.31},
+    {"filter": "down_proj", "value": -0.2},
+    {"value": 1.0},
+]
+
+
+def _sources(layers: tuple[int, int], weights: Mapping[str, Any]) -> dict[str, Any]:
+    rows = [
+        {"model": model, "layer_range": [*layers], "parameters": {"weight": weight}}
+        for model, weight in weights.items()
+    ]
+    return {"sources": rows}
+
+
+#: As a search of layers has them: a merge of task vectors (the base has what they leave), with its
+#: own layers once more and out of order, and one model's, damped, between.
+MERGED: dict[str, Any] = {
+    "merge_method": "linear",
+    "parameters": {"normalize": False},
+    "slices": [
+        _sources((0, 1), _WEIGHTS),
+        _sources((0, 1), {"a": _DAMPED}),
+        _sources((1, 3), _WEIGHTS),
+        _sources((1, 2), _WEIGHTS),
+        _sources((2, 3), {"b": _DAMPED}),
+        _sources((2, 3), {"base": 1.0}),
+        _sources((2, 3), {"base": 0.1, "a": 0.2, "b": 0.3}),
+    ],
+}
+
+
 def random_model(kind: str, seed: int, **changes: Any) -> Any:
     """A causal model of a ``model_type``, every parameter random, norms and biases too."""
     config = transformers.AutoConfig.for_model(kind, **(SHAPE | changes))
@@ -66,10 +100,12 @@ def random_model(kind: str, seed: int, **changes: Any) -> Any:
     return model.eval()
 
 
-def write_family(root: Path, kind: str, dtype: str = "float32", **changes: Any) -> dict[str, Path]:
-    """Two unlike models, a and b."""
+def write_family(
+    root: Path, kind: str, dtype: str = "float32", names: Sequence[str] = "ab", **changes: Any
+) -> dict[str, Path]:
+    """Unlike models, a and b."""
     paths = {}
-    for seed, name in enumerate("ab"):
+    for seed, name in enumerate(names):
         paths[name] = root / name
         model = random_model(kind, seed, **changes).to(getattr(torch, dtype))
         model.save_pretrained(paths[name])

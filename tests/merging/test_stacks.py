@@ -16,9 +16,9 @@ from agentmerge.merging.export import export_checkpoint
 from agentmerge.merging.family import Family
 from agentmerge.merging.reference import mergekit_merge
 from agentmerge.parents.layout import read_layout
-from agentmerge.recipe import Recipe
+from agentmerge.recipe import Recipe, length
 from tests.merging.merge_cases import edit_config, load_all
-from tests.merging.stack_cases import STACK, pieces, stack, write_family
+from tests.merging.stack_cases import MERGED, STACK, pieces, stack, write_family
 
 # said when mergekit is imported, of its own imports
 pytestmark = pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning")
@@ -61,6 +61,61 @@ def test_mergekit_makes_the_same_of_what_we_export(
     again = read_layout({"stack": tmp_path / "ours"})
     assert again.num_layers == 6
     assert again.by_name.keys() == ours.keys()
+
+
+MORE: dict[str, dict[str, Any]] = {
+    "only ratios": {"merge_method": "linear"},
+    "task vectors": {"merge_method": "task_arithmetic", "base_model": "base"},
+    "slerp": {"merge_method": "slerp", "base_model": "b", "parameters": {"t": [0.1, 0.9]}},
+}
+
+
+def more(name: str) -> dict[str, Any]:
+    """A merge of two models with a block of its layers once more."""
+    weights = {"parameters": {"weight": [0.2, 0.9]}} if name != "slerp" else {}
+    models = (*["base"] * (name == "task vectors"), "a", "b")
+    slices = [
+        {"sources": [{"model": m, "layer_range": layers} | weights for m in models]}
+        for layers in ([0, 2], [1, 3], [2, 3])
+    ]
+    return {"slices": slices} | MORE[name]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("llama", "float32"), ("llama", "bfloat16"), ("qwen2", "float32"), ("qwen2", "float16")],
+)
+@pytest.mark.parametrize("body", [MERGED, *map(more, MORE)], ids=["MERGED", *MORE])
+def test_merged_layers_are_mergekits(
+    tmp_path: Path, body: dict[str, Any], kind: str, dtype: str
+) -> None:
+    """mergekit rounds weights to float32, and (of task vectors) after every step: copies are the
+    same bits, sums within a rounding of what is summed."""
+    names = ("base", "a", "b")
+    paths = write_family(tmp_path, kind, dtype, names, tie_word_embeddings=kind == "qwen2")
+    recipe = stack(body)
+    family = Family.open(paths)
+    merged = dict(family.merge(recipe))
+    done = export_checkpoint(recipe, paths, tmp_path / "ours", template_model="a")
+    assert done.digest == digest(merged.items())
+    written = Recipe.parse(tmp_path / "ours" / "mergekit_config.yml").canonical(3)
+    assert written == recipe
+    for text, folder in ((Recipe.parse(body), "as_written"), (written, "as_exported")):
+        mergekit_merge(text, paths, tmp_path / folder, template_model="a")
+        theirs = load_all(tmp_path / folder)
+        assert theirs.keys() == merged.keys()
+        for item in family.plan(recipe).tensors:
+            name = item.spec.name
+            assert merged[name].dtype == theirs[name].dtype
+            if len(item.inputs) == 1 and dict(item.effective.sources[0][2])["weight"] == 1:
+                assert torch.equal(merged[name], theirs[name]), name
+            inputs = [family.tensor(*given).abs().max() for given in item.inputs]
+            rounding = float(torch.finfo(merged[name].dtype).eps * sum(inputs))
+            torch.testing.assert_close(merged[name], theirs[name], rtol=0, atol=rounding)
+    own = read_layout({"stack": tmp_path / "ours"})
+    assert own.num_layers == sum(length(piece) for piece in recipe.slices)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert len(model.model.layers) == own.num_layers
 
 
 def test_scales_are_of_the_layer_that_they_are_written_for(tmp_path: Path) -> None:

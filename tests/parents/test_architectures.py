@@ -27,7 +27,7 @@ from agentmerge.parents.skeleton import skeleton
 from agentmerge.parents.sources import find_parent
 from agentmerge.recipe import Recipe
 from agentmerge.workers.hf import each_gradient
-from agentmerge.workers.targets import live_targets, pairing_faults
+from agentmerge.workers.targets import live_targets, pairing_faults, parts_of
 from benchmarks import architectures
 from tests.merging.merge_cases import edit_config, edit_weights
 
@@ -127,7 +127,9 @@ def test_gradients_come_by_the_names_of_the_files(model_type: str, tmp_path: Pat
     targets = live_targets(model, stored, (), lambda name: stored[name])
     ids = torch.arange(4, 20).reshape(2, 8)
     found: dict[str, torch.Tensor] = {}
-    with each_gradient(model, targets, lambda name, value: found.update({name: value.clone()})):
+    with each_gradient(
+        parts_of(model, targets), lambda name, value: found.update({name: value.clone()})
+    ):
         model(ids).logits.square().mean().backward()
     step = 1e-3
     for name in (min(found), max(found, key=lambda n: found[n].abs().max().item())):

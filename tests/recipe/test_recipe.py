@@ -594,10 +594,6 @@ REJECTED = {
         "add up to nothing",
     ),
     "no weight": (sliced(piece(source("a", weight=1.0), source("b"))), "'b' has no 'weight'"),
-    "too few layers": (
-        sliced(piece(source("a", (0, 2), weight=1.0))),
-        "make 2 layers and the models have 4",
-    ),
     "slices of two lengths": (
         sliced(piece(source("a", (0, 4), weight=1.0), source("b", (0, 2), weight=1.0))),
         "same number of layers",

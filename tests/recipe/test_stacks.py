@@ -1,4 +1,4 @@
-"""passthrough: layers of one model a slice, in any order, number and strength."""
+"""Recipes of layers in any order, number and strength: of one model each, or merged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_one_form_and_back() -> None:
     ).canonical(4)
     assert recipe.canonical(4) == recipe
     assert Recipe.parse(recipe.to_yaml()).canonical(4) == recipe
-    assert stacked_layers(recipe) == (0, 1, 2, 1, 2, 0)
+    assert stacked_layers(recipe, 4) == (0, 1, 2, 1, 2, 0)
     assert recipe.models == ("a", "b")
     body = recipe.to_dict()
     assert body["slices"] == [
@@ -99,7 +99,69 @@ def test_no_stack_is_deeper_than_any_model() -> None:
         of(*[cut("a", 0, MOST_LAYERS)] * 2).canonical(MOST_LAYERS)
 
 
-def test_merges_of_weights_keep_the_depth() -> None:
-    body = {"merge_method": "linear", "slices": [cut("a", 0, 2, weight=1)] * 2}
-    with pytest.raises(RecipeRejected, match="make 4 layers and the models have 2; only passthr"):
-        Recipe.parse(body).canonical(2)
+def merged(*layers: int, **weights: float) -> dict[str, Any]:
+    """A slice of several models' layers from the first to before the second."""
+    parts = [cut(model, *layers, weight=weight) for model, weight in weights.items()]
+    return {"sources": [source for part in parts for source in part["sources"]]}
+
+
+def linear(*slices: dict[str, Any], normalize: bool) -> Recipe:
+    body = {"merge_method": "linear", "slices": list(slices)}
+    return Recipe.parse(body | {"parameters": {"normalize": normalize}})
+
+
+DAMPED = [{"filter": "o_proj", "value": 0.31}, {"filter": "down_proj", "value": -0.2}, {"value": 1}]
+
+
+def test_merged_and_copied_layers_in_one_recipe() -> None:
+    """A merge of task vectors, as linear with what is left for the base, and layers between."""
+    weights = {"base": -0.2, "a": 0.5, "b": 0.7}
+    recipe = linear(
+        merged(0, 1, **weights),
+        cut("a", 0, 1, weight=DAMPED),
+        merged(1, 2, **weights),
+        merged(2, 3, **weights),
+        merged(1, 2, **weights),
+        cut("b", 2, 3, weight=DAMPED),
+        merged(3, 4, **weights),
+        normalize=False,
+    ).canonical(4)
+    assert recipe.canonical(4) == recipe
+    assert Recipe.parse(recipe.to_yaml()).canonical(4) == recipe
+    assert len(recipe.slices) == 6, "neighbours that say the same are one"
+    assert stacked_layers(recipe, 4) == (0, 0, 1, 2, 1, 2, 3)
+    made = recipe.effective("model.layers.1.mlp.down_proj.weight", 1)
+    assert made.sources == (("a", 0, (("weight", -0.2),)),)
+    made = recipe.effective("model.layers.4.mlp.down_proj.weight", 4)
+    assert made.sources == tuple((m, 1, (("weight", w),)) for m, w in weights.items())
+    head = recipe.effective("lm_head.weight", None, after=True)
+    assert head.sources == tuple((m, None, (("weight", w),)) for m, w in weights.items())
+
+
+def test_only_ratios_count_in_every_layer_with_normalize() -> None:
+    one, other = (
+        linear(merged(0, 2, a=w, b=2 * w), cut("a", 1, 2, weight=w), normalize=True).canonical(2)
+        for w in (0.2, 0.7)
+    )
+    assert one == other
+    assert one.slices[1].sources[0].parameters == cut_parameters("a", 1.0)
+
+
+def cut_parameters(model: str, weight: float) -> Any:
+    return linear(cut(model, 0, 1, weight=weight), normalize=False).slices[0].sources[0].parameters
+
+
+def test_layers_in_their_places_are_no_stack() -> None:
+    in_place = linear(merged(0, 1, a=0.3, b=0.7), cut("b", 1, 2, weight=1), normalize=False)
+    assert stacked_layers(in_place.canonical(2), 2) is None
+    assert stacked_layers(in_place.canonical(3), 3) == (0, 1), "one is left out"
+    moved = linear(cut("b", 1, 2, weight=1), cut("b", 0, 1, weight=1), normalize=False)
+    assert stacked_layers(moved.canonical(2), 2) == (1, 0)
+
+
+def test_every_method_may_stack_what_it_merges() -> None:
+    sources = merged(0, 2, a=0.3, b=0.7)["sources"]
+    body = {"merge_method": "ties", "base_model": "base", "slices": [{"sources": sources}] * 2}
+    recipe = Recipe.parse(body).canonical(2)
+    assert stacked_layers(recipe, 2) == (0, 1, 0, 1)
+    assert Recipe.parse(recipe.to_yaml()).canonical(2) == recipe

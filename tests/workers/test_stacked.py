@@ -14,7 +14,7 @@ from agentmerge.merging.export import export_checkpoint
 from agentmerge.merging.family import Family
 from agentmerge.workers.stacked import LiveStack
 from agentmerge.workers.targets import live_targets
-from tests.merging.stack_cases import STACK, pieces, stack, write_family
+from tests.merging.stack_cases import MERGED, STACK, pieces, stack, write_family
 
 WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 KINDS: dict[str, dict[str, Any]] = {
@@ -42,10 +42,11 @@ def answers(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_answers_as_its_checkpoint(tmp_path: Path, kind: str) -> None:
-    paths = write_family(tmp_path, kind, **KINDS[kind])
+    paths = write_family(tmp_path, kind, names=("a", "b", "base"), **KINDS[kind])
     model, family, live = open_stack(paths)
     before = answers(model)
-    for index, recipe in enumerate((stack(STACK), pieces(("b", 2, 3), ("a", 0, 3), ("b", 1, 3)))):
+    plain = pieces(("b", 2, 3), ("a", 0, 3), ("b", 1, 3))
+    for index, recipe in enumerate((stack(STACK), stack(MERGED), plain, stack(MERGED))):
         loaded = live.load(family.plan(recipe))
         out = tmp_path / f"out{index}"
         assert export_checkpoint(recipe, paths, out, template_model="a").digest == loaded.digest

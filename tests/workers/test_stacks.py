@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import tiny
 import torch
 from tiny import A
 
-from agentmerge.contracts.worker import WorkerSpec
+from agentmerge.contracts.worker import Fingerprint, WorkerSpec
 from agentmerge.errors import CandidateFailed, RecipeRejected, RunFailed
+from agentmerge.merging.export import export_checkpoint
 from agentmerge.recipe import Recipe
 from agentmerge.testing.worker_suite import same
 from agentmerge.workers.disk import DiskWorker
@@ -32,6 +34,24 @@ def stack(*layers: tuple[Any, ...]) -> Recipe:
     return Recipe.parse({"merge_method": "passthrough", "slices": slices}).canonical(2)
 
 
+def merged(*layers: int | tuple[str, int, float]) -> Recipe:
+    """Of layers of a merge, and (model, layer, scale of the two output projections) between."""
+    slices = []
+    for place in layers:
+        layer = place if isinstance(place, int) else place[1]
+        weights: dict[str, Any] = {"base": -0.2, "b": 0.5, "c": 0.7}
+        if not isinstance(place, int):
+            rows = [{"filter": f, "value": place[2]} for f in ("o_proj", "down_proj")]
+            weights = {place[0]: [*rows, {"value": 1}]}
+        sources = [
+            {"model": model, "layer_range": [layer, layer + 1], "parameters": {"weight": weight}}
+            for model, weight in weights.items()
+        ]
+        slices.append({"sources": sources})
+    body = {"merge_method": "linear", "slices": slices, "parameters": {"normalize": False}}
+    return Recipe.parse(body).canonical(2)
+
+
 @pytest.fixture(scope="module")
 def spec(parents: dict[str, Path], tasks_dir: Path) -> WorkerSpec:
     config = tiny.tasks_config(tasks_dir, "tiny_choice", "tiny_answer", limit=12)
@@ -44,23 +64,45 @@ STACKS = {
     "twice, scaled both ways": stack(("c", 1, 2, -0.3), ("b", 0, 2), ("c", 1, 2, 0.4), ("b", 0, 1)),
     "one layer": stack(("c", 1, 2)),
     "in place, scaled": stack(("b", 0, 2, 0.7)),
+    "merged": merged(0, ("b", 1, -0.3), 1, 0, ("c", 0, 0.4), 1),
+    "merged, shallower": merged(1),
+    "merged, in another order": merged(1, 0),
 }
 ABSENT = stack(("b", 0, 1), ("c", 1, 2, 0.0), ("b", 1, 2))
 
 
-def test_stacks_answer_live_as_their_checkpoints_do(spec: WorkerSpec) -> None:
+#: What the disk worker scores too: a process each, and slow.
+ON_DISK = ("twice, scaled both ways", "merged")
+
+
+def as_exported(spec: WorkerSpec, recipe: Recipe, path: Path) -> tuple[Fingerprint, Any]:
+    """What a worker of the checkpoint alone answers."""
+    export_checkpoint(recipe, {n: Path(p) for n, p in spec.parents}, path, template_model="b")
+    fresh = HfWorker(replace(spec, parents=(("merge", str(path)),), template_model="merge"))
+    depth = fresh._family.layout.num_layers
+    loaded = fresh.load(Recipe.of_model("merge", depth).canonical(depth))
+    found = fresh.score(fresh.tasks(spec).refs())
+    fresh.close()
+    return loaded, found
+
+
+def test_stacks_answer_live_as_their_checkpoints_do(spec: WorkerSpec, tmp_path: Path) -> None:
     """Item for item, generation with its cache included, whatever was live before."""
     live, disk = HfWorker(spec), DiskWorker(spec)
     refs = live.tasks(spec).refs()
     merge, whole = tiny.recipe(0.4, 0.6), Recipe.of_model("b", 2).canonical(2)
     first = live.load(merge), live.score(refs)
     own = live.load(whole), live.score(refs)
-    for recipe in STACKS.values():
+    for name, recipe in STACKS.items():
         made = live.load(recipe)
         found = live.score(refs)
-        assert disk.load(recipe) == made
-        assert same(found, disk.score(refs))
+        exported, answers = as_exported(spec, recipe, tmp_path / name)
+        assert (exported.digest, exported.tensors) == (made.digest, made.tensors)
+        assert same(found, answers)
         assert not same(found, own[1])
+        if name in ON_DISK:
+            assert disk.load(recipe) == made
+            assert same(found, disk.score(refs))
     deeper = live.load(STACKS["deeper"])
     assert deeper.tensors == own[0].tensors + 18
     absent = live.load(ABSENT)
@@ -113,7 +155,7 @@ def test_what_a_failed_stack_leaves_is_whole(spec: WorkerSpec) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     with torch.no_grad():
         worker._family.tensor("b", name)[0] += 1
-    with pytest.raises(RunFailed, match="'b' is no longer what it was in memory"):
+    with pytest.raises(RunFailed, match="weight' of 'b' was in memory"):
         worker.load(STACKS["deeper"])
     worker.close()
 
@@ -125,4 +167,7 @@ def test_a_worker_of_one_depth_says_so() -> None:
     refuse_stack(stack(("b", 0, 2, 0.5)), 2, "vllm", object())  # its layers are the models' own
     with pytest.raises(RecipeRejected, match="vllm"):
         refuse_stack(stack(("b", 1, 2, 0.5), ("b", 0, 1)), 2, "vllm", object())
+    with pytest.raises(RecipeRejected, match="1 layers out of models of 2"):
+        refuse_stack(STACKS["merged, shallower"], 2, "vllm", object())
+    refuse_stack(STACKS["merged, in another order"], 2, "vllm", object())
     refuse_stack(deep, 2, "disk", DiskWorker)
