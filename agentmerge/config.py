@@ -513,6 +513,8 @@ class WorkerSettings(_Frozen):
     kind: str = "hf"
     count: int = Field(1, ge=1, le=MOST_WORKERS)
     host: str | None = None
+    ray_address: str | None = None
+    paths: tuple[str, ...] = ()
     batch_size: int = Field(64, gt=0)
     device: str | None = None
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None

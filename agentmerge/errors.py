@@ -11,6 +11,7 @@
     │   └── LeaseHeld               another process works on this search
     ├── RunFailed                   a search that cannot go on
     │   ├── WorkerLost              a worker died twice over a candidate
+    │   │   ├── NoRoom              nothing is free to start one on now
     │   │   └── NoWorker            none can be started, or all die: the machine, not the candidate
     │   └── LedgerError             the results database cannot be written
     ├── CandidateFailed             one bad candidate: recorded as data, never ends a run
@@ -84,6 +85,10 @@ class RunFailed(AgentmergeError):
 
 class WorkerLost(RunFailed):
     """A worker died while it held a candidate, and so did the next."""
+
+
+class NoRoom(WorkerLost):
+    """No device is free for a worker now; there may be one later."""
 
 
 class NoWorker(WorkerLost):

@@ -31,6 +31,7 @@ _BUILT_IN: dict[str, dict[str, str]] = {
     "agentmerge.hosts": {
         "here": "agentmerge.workers.hosts.here:Here",
         "process": "agentmerge.workers.hosts.process:Processes",
+        "ray": "agentmerge.workers.hosts.ray:RayHost",
     },
     "agentmerge.strategies": {
         "llm_evo": "agentmerge.strategies.llm_evo:STRATEGY",

@@ -118,6 +118,20 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Sources:
+    """How another machine comes by the same parents.
+
+    identities: the user's model name -> content fingerprint. roots: folders to look for them in.
+    tokenizer_source, allow_pickle: the config's, for what has to be made of them.
+    """
+
+    identities: tuple[tuple[str, str], ...]
+    roots: tuple[str, ...] = ()
+    tokenizer_source: str | None = None
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSpec:
     """How to build a worker: plain values only.
 
@@ -132,6 +146,7 @@ class WorkerSpec:
         worker that finds others refuses to work.
     matmul_precision: torch's ``float32_matmul_precision`` while the worker computes; processes of
         its own do not inherit what the caller has set.
+    sources: what its parents are, for a machine that has them elsewhere; None where they are names.
     options: the worker's own settings from the config's ``worker`` section.
     """
 
@@ -150,6 +165,7 @@ class WorkerSpec:
     method: str | None = None
     crowd: int = 1
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sources: Sources | None = None
 
 
 @runtime_checkable
@@ -232,6 +248,10 @@ class Host(Protocol):
 
     apart: they share no memory with the search, and can be ended while they work. What is not apart
         has one worker, and no deadline.
+
+    What a class may say besides: ``places``, True where it shares out devices itself, so that each
+    worker is told the search's own (``cuda``); ``settled(settings)``, what is built with the count
+    in its place, given a config's worker section.
     """
 
     apart: bool
@@ -243,6 +263,7 @@ class Host(Protocol):
 
         Raises:
             WorkerLost: it cannot be started.
+            NoRoom: not now, and not here; so may ``ready`` say.
         """
         ...
 

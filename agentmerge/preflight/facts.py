@@ -56,13 +56,18 @@ def arithmetic() -> dict[str, Any]:
     }
 
 
+#: Of the worker's settings: where it works and how long, which change no answer; and what merges
+#: are made by, which their recipes say.
+_WHERE = {"timeout_s", "host", "ray_address", "paths", "methods"}
+
+
 def settings_hash(prepared: Prepared) -> str:
     """What decides a search's course, for comparing and for time estimates."""
     config = prepared.config
     body = {
         "genome": config.genome.model_dump(mode="json"),
         "tasks": config.tasks.model_dump(mode="json"),
-        "worker": config.worker.model_dump(mode="json", exclude={"timeout_s", "host", "methods"}),
+        "worker": config.worker.model_dump(mode="json", exclude=_WHERE),
         "facts": prepared.facts(),
     }
     return sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]

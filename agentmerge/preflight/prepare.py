@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentmerge.config import FIRST, SearchConfig
-from agentmerge.contracts.worker import EngineInfo, WorkerSpec
+from agentmerge.contracts.worker import EngineInfo, Sources, WorkerSpec
 from agentmerge.errors import AgentmergeError, ConfigError, UserError
 from agentmerge.evaluation.building import tasks_for
 from agentmerge.evaluation.tasks import TaskSet
@@ -314,8 +314,14 @@ def _make(
     layout = read_layout(paths, base_among(config, paths))
     # Before the contents are looked at: a change after this line is noticed by the workers.
     stamps = tuple(stamp for path in paths.values() for stamp in stamps_of(path))
-    spec = replace(spec_of(config, paths, spec.dtype), stamps=stamps)
     identities = {name: content_fingerprint(path) for name, path in paths.items()}
+    sources = Sources(
+        tuple(identities.items()),
+        config.worker.paths,
+        config.genome.tokenizer_source,
+        config.worker.allow_pickle,
+    )
+    spec = replace(spec_of(config, paths, spec.dtype), stamps=stamps, sources=sources)
     first: dict[str, str] = {}
     for name, identity in identities.items():
         if (other := first.setdefault(identity, name)) != name:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentmerge import plugins
 from agentmerge.config import SearchConfig
-from agentmerge.contracts.worker import EngineInfo, WorkerSpec
+from agentmerge.contracts.worker import EngineInfo, Host, WorkerSpec
 from agentmerge.errors import UserError
 from agentmerge.parents.headers import chat_template, read_config, text_config
 from agentmerge.workers.options import given
@@ -53,7 +53,12 @@ def spec_of(
         method=config.genome.merge_method,
         methods={name: own.plain for name, own in (config.worker.methods or {}).items()},
     )
-    return replace(spec, crowd=crowd_of(spec, config.worker.count))
+    return replace(spec, crowd=crowd_of(spec, config.worker.count, host_for(config)))
+
+
+def host_for(config: SearchConfig) -> type[Host]:
+    worker = config.worker
+    return host_class(worker.host, worker.count, worker.timeout_s)
 
 
 def _engine(config: SearchConfig) -> dict[str, Any]:
@@ -123,8 +128,8 @@ def memory_of(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryP
         device=spec.device,
         method=spec.method,
         workers=worker.count,
-        apart=host_class(worker.host, worker.count, worker.timeout_s).apart,
-        devices=len(set(devices_for(spec, worker.count))),
+        apart=host_for(config).apart,
+        devices=worker.count if spec.crowd == 1 else len(set(devices_for(spec, worker.count))),
         demand=demand(spec, layout) if demand else Demand(),
         asked=worker.placement,
         memory_gb=worker.memory_gb,

@@ -248,7 +248,7 @@ def pool_of(
 ) -> Any:
     """Its workers, none of them built yet; ``stack`` closes them. The rest: see ``Deadlines``."""
     from agentmerge.workers.places import Deadlines
-    from agentmerge.workers.pool import Pool
+    from agentmerge.workers.pool import Pool, host_of
 
     worker = prepared.config.worker
     deadlines = Deadlines(worker.timeout_s, ends, slowest_s)
@@ -257,7 +257,7 @@ def pool_of(
         worker.count,
         taskset=prepared.taskset,
         deadlines=deadlines,
-        host=worker.host,
+        host=host_of(worker),
     )
     stack.callback(pool.close)
     return pool

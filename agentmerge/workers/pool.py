@@ -3,7 +3,8 @@
 Whoever submits work gets its future: it runs on one of the pool's threads, of which there is one a
 worker, and has that worker to itself until it ends. A worker is built when it is first needed,
 where its host has it (``hosts``). A worker that is lost is built anew and its candidate tried once
-more; one that is late is ended and counts as lost. What lives in this process cannot be ended: it
+more; one that is late is ended and counts as lost. A place where none can be started rests, and
+its candidate goes to another. What lives in this process cannot be ended: it
 is left alone, and nothing else is begun there. The pool knows no search, no budget and no database.
 """
 
@@ -19,6 +20,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from agentmerge import plugins
+from agentmerge.config import WorkerSettings
 from agentmerge.contracts.strategy import cost_of
 from agentmerge.contracts.worker import (
     Differentiator,
@@ -34,6 +36,7 @@ from agentmerge.contracts.worker import (
 )
 from agentmerge.errors import (
     AgentmergeError,
+    NoRoom,
     NotBegun,
     NoWorker,
     RecipeRejected,
@@ -45,8 +48,15 @@ from agentmerge.recipe import Recipe
 from agentmerge.recipe.copying import stacked_layers
 from agentmerge.system.redaction import remember, remembered, revealed
 from agentmerge.system.waits import waiting_for
-from agentmerge.workers.hosts.process import one_line
-from agentmerge.workers.places import Deadlines, Late, NoLongerAwaited, Place, close_quietly
+from agentmerge.workers.hosts.proxy import one_line
+from agentmerge.workers.places import (
+    INTERRUPTED,
+    Deadlines,
+    Late,
+    NoLongerAwaited,
+    Place,
+    close_quietly,
+)
 
 if TYPE_CHECKING:
     from agentmerge.evaluation.tasks import TaskSet
@@ -56,6 +66,8 @@ Make = Callable[..., Worker]
 LOSSES = 3
 #: Seconds that a worker may take to be ready.
 _STARTING_S = 3600
+#: Seconds after which a place where none could be started is tried again.
+REST_S = 60.0
 T = TypeVar("T")
 
 
@@ -99,10 +111,10 @@ def refuse_stack(recipe: Recipe, num_layers: int, kind: str, worker: Any) -> Non
     )
 
 
-def devices_for(spec: WorkerSpec, count: int) -> list[str]:
+def devices_for(spec: WorkerSpec, count: int, host: type[Host] | None = None) -> list[str]:
     """The device of each of ``count`` workers: where only ``cuda`` is asked for, they take turns
-    (each as many in a row as its engine has ranks)."""
-    if spec.device != "cuda" or count == 1:
+    (each as many in a row as its engine has ranks), unless their host gives each its own."""
+    if spec.device != "cuda" or count == 1 or getattr(host, "places", False):
         return [spec.device] * count
     from agentmerge.merging.memory import cuda_devices
 
@@ -120,16 +132,27 @@ def host_class(name: str | None, count: int, timeout_s: float | None) -> type[Ho
     return found
 
 
-def crowd_of(spec: WorkerSpec, count: int) -> int:
+def host_of(settings: WorkerSettings) -> Callable[[int], Host]:
+    """What makes the host of a config's workers, given their number."""
+    found = host_class(settings.host, settings.count, settings.timeout_s)
+    settled: Any = getattr(found, "settled", None)
+    make: Callable[[int], Host] = found if settled is None else settled(settings)
+    return make
+
+
+def crowd_of(spec: WorkerSpec, count: int, host: type[Host] | None = None) -> int:
     """How many of ``count`` workers share the fullest device."""
+    if spec.device != "cpu" and getattr(host, "places", False):
+        return 1
     devices = devices_for(spec, count)
     return max(map(devices.count, devices))
 
 
 class Turn(Future[T]):
-    """What comes of submitted work. place: where it is at work."""
+    """What comes of submitted work. place: where it is at work. unwanted: nobody waits for it."""
 
     place: Place | None = None
+    unwanted = False
 
 
 class Pool:
@@ -139,7 +162,7 @@ class Pool:
         workers it must be picklable.
     taskset: what is asked, where the caller has built it already; worker processes build it anew.
     deadlines: how long candidates may take, and when whatever runs is ended.
-    host: the name of where workers live; by default see ``host_class``.
+    host: where workers live, by name or made of their number; by default see ``host_class``.
     """
 
     def __init__(
@@ -149,20 +172,24 @@ class Pool:
         make: Make | None = None,
         taskset: TaskSet | None = None,
         deadlines: Deadlines | None = None,
-        host: str | None = None,
+        host: str | Callable[[int], Host] | None = None,
     ) -> None:
         self.spec = spec
         self._deadlines = deadlines or Deadlines()
-        self._host = host_class(host, count, self._deadlines.asked_s)(count)
+        if not callable(host):
+            host = host_class(host, count, self._deadlines.asked_s)
+        self._host = host(count)
         self._make = make
         self._taskset = taskset
-        self._devices = devices_for(spec, count)
-        self._crowd = crowd_of(spec, count)
-        self._free = [Place() for _ in range(count)]
+        self._devices = devices_for(spec, count, type(self._host))
+        self._crowd = crowd_of(spec, count, type(self._host))
+        self._places = [Place() for _ in range(count)]
+        self._free = [*self._places]
         self._left_alone: threading.Thread | None = None
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="pool")
-        self._mine = threading.local()  # .place: of the turn that a thread of the pool has
+        self._mine = threading.local()  # .turn: that a thread of the pool has
         self._lock = threading.Lock()
+        self._freed = threading.Condition(self._lock)
         self._stopped = False
         self._lost_in_a_row = 0
 
@@ -204,32 +231,75 @@ class Pool:
             for turn in turns:
                 turn.cancel()
                 with self._lock:
+                    turn.unwanted = True
                     if turn.place is not None:
                         turn.place.interrupt()
+                    self._freed.notify_all()
             raise
 
     def _take_turn(self, turn: Turn[T], work: Callable[[], T]) -> None:
-        """Runs on a thread of the pool; a place is free, as there are as many."""
+        """Runs on a thread of the pool."""
         if not turn.set_running_or_notify_cancel():
             return
-        with self._lock:
-            built = next((i for i, place in enumerate(self._free) if place.worker is not None), 0)
-            turn.place = self._mine.place = place = self._free.pop(built)
-            place.interrupted = False
+        self._mine.turn = turn
         result, error = None, None
         try:
             if self._stopped:
                 raise _stopped()
+            self._take_place(turn)
             result = work()
         except BaseException as raised:
             error = raised
-        with self._lock:
-            turn.place = self._mine.place = None
-            self._free.append(place)
+        self._leave_place(turn)
+        self._mine.turn = None
         if error is None:
             turn.set_result(cast(T, result))
         else:
             turn.set_exception(error)
+
+    def _take_place(self, turn: Turn[T]) -> Place:
+        """A free place, one with a worker first; where all rest, once one has rested.
+
+        Raises:
+            NotBegun: the pool was stopped meanwhile, or nobody waits for this any more.
+        """
+        with self._freed:
+            while not (turn.unwanted or self._stopped):
+                now = time.monotonic()
+                rested = [place for place in self._free if place.rests_until <= now]
+                if rested or len(self._free) == len(self._places):  # nobody else is at work
+                    place = min(
+                        rested or self._free, key=lambda p: (p.worker is None, p.rests_until)
+                    )
+                    self._free.remove(place)
+                    turn.place, place.interrupted = place, False
+                    return place
+                waits_s = min((p.rests_until - now for p in self._free), default=None)
+                self._freed.wait(waits_s)
+            raise NoLongerAwaited(INTERRUPTED) if turn.unwanted else _stopped()
+
+    def _leave_place(self, turn: Turn[T]) -> None:
+        with self._freed:
+            if turn.place is not None:
+                self._free.append(turn.place)
+            turn.place = None
+            self._freed.notify_all()
+
+    def _elsewhere(self, turn: Turn[T], error: WorkerLost) -> Place:
+        """Another place than one where no worker can be started, which rests from now on.
+
+        Raises:
+            NoWorker: at no other one either.
+            NotBegun: as ``_take_place``.
+        """
+        here = turn.place
+        assert here is not None
+        here.barren = True
+        if all(place.barren for place in self._places):
+            raise NoWorker(f"no worker can be started: {error}")
+        here.rests_until = time.monotonic() + REST_S
+        self._leave_place(turn)
+        return self._take_place(turn)
 
     def evaluate(
         self,
@@ -282,17 +352,19 @@ class Pool:
         self, job: Callable[[Worker], T], items: int, wanted: Callable[[], bool]
     ) -> tuple[T, float]:
         """What a job gives, and its seconds, in this thread's turn or in one of its own."""
-        place = getattr(self._mine, "place", None)
-        if place is not None:
-            return self._tried(place, job, items, wanted)
+        mine = getattr(self._mine, "turn", None)
+        if mine is not None:
+            return self._tried(mine, job, items, wanted)
         turn = self.submit(self._on_a_worker, job, items, wanted)
         self.wait([turn])
         return turn.result()
 
     def _tried(
-        self, place: Place, job: Callable[[Worker], T], items: int, wanted: Callable[[], bool]
+        self, turn: Turn[Any], job: Callable[[Worker], T], items: int, wanted: Callable[[], bool]
     ) -> tuple[T, float]:
         """On a new worker where the first is lost over it."""
+        place = turn.place
+        assert place is not None
         if self._stopped:
             raise _stopped()
         if not wanted() or not self._deadlines.left_s:
@@ -301,7 +373,8 @@ class Pool:
             raise NoWorker("the worker still works on a candidate that was given up")
         self._left_alone = None
         # Where all were lost lately, one more try shows whether that is over.
-        for again in (False,) if self._lost_in_a_row >= LOSSES else (True, False):
+        tries = 1 if self._lost_in_a_row >= LOSSES else 2
+        while True:
             start = time.monotonic()
             built = place.worker is not None
             try:
@@ -316,9 +389,11 @@ class Pool:
                 if self._left_alone is not None:
                     raise
                 lost = error
+                tries -= not isinstance(error, NoRoom)
             except Exception as error:  # the worker's own fault, or of what it runs on
                 lost = WorkerLost(one_line(error))
                 lost.__cause__ = error
+                tries -= 1
             except BaseException:  # a worker's SystemExit
                 self._end(place)
                 raise
@@ -326,9 +401,11 @@ class Pool:
                 self._lost_in_a_row = 0
                 return done
             self._discard(place)
-            if not again:
-                raise self._lost(lost, built) from lost.__cause__
-        raise AssertionError("unreachable")
+            if not tries and built:
+                raise self._lost(lost) from lost.__cause__
+            if not tries or isinstance(lost, NoRoom):
+                place = self._elsewhere(turn, lost)
+                tries = max(tries, 1)
 
     def _scored(self, place: Place, job: Callable[[Worker], T], items: int) -> T:
         worker, start = place.worker, time.monotonic()
@@ -377,10 +454,8 @@ class Pool:
         else:
             self._left_alone = thread
 
-    def _lost(self, error: WorkerLost, built: bool) -> WorkerLost:
-        """What to raise where the second worker was lost, too; built: it had been started."""
-        if not built:
-            return NoWorker(f"no worker can be started: {error}")
+    def _lost(self, error: WorkerLost) -> WorkerLost:
+        """What to raise where the second worker was lost, too."""
         self._lost_in_a_row += 1
         if self._lost_in_a_row >= LOSSES:
             return NoWorker(f"{LOSSES} candidates in a row lost two workers each: {error}")
@@ -388,8 +463,9 @@ class Pool:
 
     def stop(self) -> None:
         """Let running evaluations end and begin no other."""
-        with self._lock:
+        with self._freed:
             self._stopped = True
+            self._freed.notify_all()
 
     def close(self) -> None:
         """Stop, wait for running evaluations, and close every worker; safe to call twice.
@@ -400,7 +476,7 @@ class Pool:
         self.stop()
         with waiting_for("the end of the workers"):
             self._threads.shutdown()
-            found = [failure for place in self._free if (failure := _emptied(place)) is not None]
+            found = [failure for place in self._places if (failure := _emptied(place)) is not None]
             self._host.close()
         if found:
             raise found[0]
@@ -425,6 +501,7 @@ class Pool:
             self._give_back(place)
             raise
         place.worker = place.hosted.ready()
+        place.barren = False
 
     def _discard(self, place: Place) -> None:
         _emptied(place)

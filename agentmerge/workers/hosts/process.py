@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import signal
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from agentmerge.contracts.worker import (
-    Build,
-    EngineInfo,
-    Fingerprint,
-    Gradient,
-    ItemRef,
-    ItemResult,
-    Loss,
-    Worker,
-    WorkerSpec,
-)
+from agentmerge.contracts.worker import Build, Worker, WorkerSpec
 from agentmerge.errors import AgentmergeError, WorkerLost
-from agentmerge.recipe import Recipe
 from agentmerge.system.redaction import clean_screen
 from agentmerge.system.temporary import discard_unfinished
+from agentmerge.workers.hosts.proxy import Proxy, portable
 from agentmerge.workers.processes import end, end_with, uninterrupted
 
 #: Seconds that a worker may take to end by itself.
@@ -44,7 +32,7 @@ class Processes:
         pass
 
 
-class WorkerProcess:
+class WorkerProcess(Proxy):
     """The worker of a process; count: how many such processes share the machine's cores."""
 
     def __init__(self, spec: WorkerSpec, build: Build, count: int = 1) -> None:
@@ -56,34 +44,10 @@ class WorkerProcess:
         with uninterrupted():
             self._process.start()
         theirs.close()
-        self._info: EngineInfo | None = None
 
     def ready(self) -> Worker:
         self._info = self._receive()
         return self
-
-    @property
-    def info(self) -> EngineInfo:
-        assert self._info is not None
-        return self._info
-
-    def load(self, recipe: Recipe) -> Fingerprint:
-        found: Fingerprint = self._call("load", recipe)
-        return found
-
-    def score(self, items: Sequence[ItemRef]) -> list[ItemResult]:
-        found: list[ItemResult] = self._call("score", tuple(items))
-        return found
-
-    def gradient(
-        self,
-        recipe: Recipe,
-        items: Sequence[ItemRef],
-        loss: Loss = "margin",
-        weights: Sequence[float] | None = None,
-    ) -> Gradient:
-        found: Gradient = self._call("gradient", recipe, tuple(items), loss, weights)
-        return found
 
     def close(self) -> None:
         said, answers = None, False
@@ -159,20 +123,3 @@ def _answer(pipe: Any, spec: WorkerSpec, build: Build) -> None:
         return  # the search is gone
     except BaseException as error:
         pipe.send((False, portable(error)))
-
-
-def portable(error: BaseException) -> AgentmergeError:
-    """The error, or what can be said of it elsewhere: a candidate's failure is read among others,
-    with no traceback, and not a driver's ten lines."""
-    if isinstance(error, AgentmergeError):
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # a plugin's own exception
-            return WorkerLost(str(error))
-        return error
-    return WorkerLost(one_line(error))
-
-
-def one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,0 +1,279 @@
+"""Workers on a Ray cluster of two nodes with named devices, which is started once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tiny
+from ray_workers import SaysWhere
+from tiny import A, B, recipe
+
+from agentmerge.config import SearchConfig, TasksConfig, WorkerSettings
+from agentmerge.contracts.worker import Host, Sources, WorkerSpec
+from agentmerge.errors import NoWorker, RunFailed, UserError, WorkerLost
+from agentmerge.parents.headers import content_fingerprint, stamps_of
+from agentmerge.testing import HostSuite
+from agentmerge.testing.host_suite import Fakes
+from agentmerge.workers import pool as pools
+from agentmerge.workers.fake import FakeWorker
+from agentmerge.workers.hf import HfWorker
+from agentmerge.workers.hosts import nodes
+from agentmerge.workers.hosts import ray as hosts
+from agentmerge.workers.pool import Pool, host_of
+
+ray = pytest.importorskip("ray")
+
+TASKS = TasksConfig(tasks=({"name": "code"}, {"name": "reading"}), limit=20)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes, each with two of what it calls GPUs; this process has joined them."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 2, "num_gpus": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # this module's classes go there
+        cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+        cluster.add_node(**node)
+        ray.init(cluster.address, log_to_driver=False, logging_level=40)
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.fixture
+def spec(cluster: Any) -> WorkerSpec:
+    parents = (("base", "/x"), ("b", "/y"), ("c", "/z"))
+    return WorkerSpec("fake", parents, "base", TASKS, "float32", 8)
+
+
+class TestRay(HostSuite):
+    name = "ray"
+
+    @pytest.fixture
+    def host(self, cluster: Any) -> Iterator[Host]:
+        host = hosts.RayHost(2)
+        yield host
+        host.close()
+
+    def test_a_killed_one_is_lost_and_told_how(self, host: Host, spec: WorkerSpec) -> None:
+        hosted = host.start(spec, Fakes())
+        worker = hosted.ready()
+        os.kill(hosted._place[1], 9)  # type: ignore[attr-defined]
+        with pytest.raises(WorkerLost, match="lower worker"):
+            worker.score(())
+        hosted.close()
+
+    def test_a_node_of_another_version_is_refused(
+        self, host: Host, spec: WorkerSpec, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = nodes.versions() | {"torch": "1.0"}
+        monkeypatch.setattr(hosts, "versions", lambda: asked)
+        hosted = host.start(spec, Fakes())
+        with pytest.raises(RunFailed, match=r"torch .* and not 1\.0; install the same"):
+            hosted.ready()
+        hosted.close()
+
+
+def places_of(pool: Pool, count: int) -> list[list[str]]:
+    refs = FakeWorker.tasks(pool.spec).refs()
+    turns = [pool.submit(pool.evaluate, recipe(i / 100, 0.5), refs) for i in range(count)]
+    pool.wait(turns)
+    return [turn.result()[0].digest.split() for turn in turns]
+
+
+def test_each_worker_has_devices_of_its_own_on_one_node(spec: WorkerSpec) -> None:
+    with Pool(replace(spec, device="cuda"), 4, SaysWhere, host=hosts.RayHost) as pool:
+        found = {tuple(place) for place in places_of(pool, 8)}
+    assert len({node for node, *_ in found}) == 2
+    assert sorted(rest for _, *rest in found) == [["cuda", d, "1"] for d in "0011"]
+    pairs = replace(spec, device="cuda", options={"engine_args": {"tensor_parallel_size": 2}})
+    with Pool(pairs, 2, SaysWhere, host=hosts.RayHost) as pool:
+        found = {tuple(place) for place in places_of(pool, 4)}
+    assert len({node for node, *_ in found}) == 2
+    assert {devices for _, _, devices, _ in found} <= {"0,1", "1,0"}
+    assert free_devices() == 4  # nothing is held when it is over
+
+
+def free_devices() -> float:
+    ends = time.monotonic() + 20
+    while time.monotonic() < ends and ray.available_resources().get("GPU") != 4:
+        time.sleep(0.2)
+    found: float = ray.available_resources().get("GPU", 0)
+    return found
+
+
+def test_a_worker_too_many_rests_and_the_others_do_its_work(
+    spec: WorkerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "FIRST_ROOM_S", 20.0)
+    monkeypatch.setattr(hosts, "ROOM_S", 0.5)
+    wide = replace(spec, device="cuda", options={"engine_args": {"tensor_parallel_size": 2}})
+    with Pool(wide, 3, SaysWhere, host=hosts.RayHost) as pool:
+        assert len(places_of(pool, 9)) == 9
+    monkeypatch.setattr(hosts, "FIRST_ROOM_S", 1.0)
+    three = replace(spec, device="cuda", options={"engine_args": {"tensor_parallel_size": 3}})
+    with Pool(three, 2, SaysWhere, host=hosts.RayHost) as pool:
+        refs = FakeWorker.tasks(spec).refs()
+        with pytest.raises(NoWorker, match="no node of the Ray cluster had 3 GPU free"):
+            pool.evaluate(recipe(0.1, 0.5), refs)
+
+
+def test_a_node_that_goes_takes_no_candidate_along_and_one_that_comes_is_used(
+    cluster: Any, spec: WorkerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "ROOM_S", 1.0)
+    monkeypatch.setattr(pools, "REST_S", 1.0)
+    extra = cluster.add_node(num_cpus=1, num_gpus=2)
+    try:
+        with Pool(replace(spec, device="cuda"), 6, SaysWhere, host=hosts.RayHost) as pool:
+            before = {place[0] for place in places_of(pool, 12)}
+            refs = FakeWorker.tasks(pool.spec).refs()
+            turns = [pool.submit(pool.evaluate, recipe(i / 100, 0.6), refs) for i in range(12)]
+            time.sleep(0.3)
+            cluster.remove_node(extra)
+            pool.wait(turns)
+            assert [turn.exception() for turn in turns] == [None] * 12
+            after = {place[0] for place in places_of(pool, 12)}
+            extra = cluster.add_node(num_cpus=1, num_gpus=2)
+            ends, late = time.monotonic() + 60, after
+            while len(late) < 3 and time.monotonic() < ends:
+                late = {place[0] for place in places_of(pool, 6)}
+        assert (len(before), len(after), len(late)) == (3, 2, 3)
+    finally:
+        cluster.remove_node(extra)
+
+
+def test_real_workers_answer_there_as_here_with_parents_that_lie_elsewhere(
+    cluster: Any, parents: dict[str, Path], tasks_dir: Path, tmp_path: Path
+) -> None:
+    config = tiny.tasks_config(tasks_dir, "tiny_choice", "tiny_answer", limit=20)
+    here = tiny.spec(parents, config)
+    identities = tuple((name, content_fingerprint(path)) for name, path in parents.items())
+    for name, path in parents.items():
+        shutil.copytree(path, tmp_path / "models" / name)
+    there = replace(
+        here,
+        parents=tuple((name, f"/not/on/this/node/{name}") for name in parents),
+        stamps=tuple((f"/not/on/this/node/{name}", (0, 0, 0, 0)) for name in parents),
+        sources=Sources(identities, (str(tmp_path / "models"),)),
+    )
+    alone, refs = HfWorker(here), HfWorker.tasks(here).refs()
+    with Pool(there, 2, host=hosts.RayHost) as pool:
+        turns = [pool.submit(pool.evaluate, asked, refs) for asked in (A, B)]
+        pool.wait(turns)
+        for asked, turn in zip((A, B), turns, strict=True):
+            fingerprint, results, _ = turn.result()
+            assert fingerprint == alone.load(asked)
+            assert results == alone.score(refs)
+    alone.close()
+    other = tuple((name, identity[::-1]) for name, identity in identities)
+    with pytest.raises(RunFailed, match=r"has another 'base' than the search: .*worker\.paths"):
+        nodes.at_home(replace(there, sources=Sources(other, (str(tmp_path / "models"),))))
+    with pytest.raises(RunFailed, match=r"cannot find the parents: .*worker\.paths"):
+        nodes.at_home(replace(there, sources=Sources(identities)))
+
+
+def test_the_same_files_are_not_read_again(
+    parents: dict[str, Path], tasks_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = tiny.spec(parents, tiny.tasks_config(tasks_dir, "tiny_choice", limit=20))
+    stamps = tuple(stamp for path in parents.values() for stamp in stamps_of(path))
+    spec = replace(spec, stamps=stamps, sources=Sources((("base", "another"),)))
+    monkeypatch.setattr(nodes, "content_fingerprint", None)
+    assert nodes.at_home(spec) is spec
+    assert nodes.at_home(replace(spec, stamps=(), sources=None)).parents == spec.parents
+
+
+def test_a_cluster_that_is_not_there_is_a_users_mistake(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+    def init(address: str, **_: Any) -> None:
+        raise ConnectionError(f"nothing at {address}\nlong story")
+
+    monkeypatch.setattr(ray, "init", init)
+    host = host_of(WorkerSettings(host="ray", ray_address="10.0.0.1:6379"))(1)
+    with pytest.raises(UserError, match=r"'10\.0\.0\.1:6379': no Ray cluster .*at 10\.0\.0\.1"):
+        host.start(WorkerSpec("fake", (), "base", TASKS, "float32", 8), Fakes())
+
+
+#: A search that starts a cluster of its own, and is busy for an hour; it prints what it started.
+ALONE = """
+import os, psutil, sys, threading, time
+from agentmerge.recipe import Recipe
+from agentmerge.contracts.worker import WorkerSpec
+from agentmerge.workers.pool import Pool
+from agentmerge.config import TasksConfig
+from agentmerge.workers.fake import FakeWorker
+
+TASKS = TasksConfig(tasks=({"name": "code"},), limit=20)
+PARENTS = (("base", "/x"), ("b", "/y"))
+SPEC = WorkerSpec("fake", PARENTS, "base", TASKS, "float32", 8)
+pool, items = Pool(SPEC, count=2, host="ray"), FakeWorker.tasks(SPEC).refs()
+one = Recipe.of_model("base", 4).canonical(4)
+pool.evaluate(one, items)
+print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
+if sys.argv[1] == "close":
+    pool.close()
+    print("closed", flush=True)
+time.sleep(3600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["close", "kill"])
+def test_a_cluster_of_its_own_ends_with_the_search(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "search.py"
+    path.write_text(textwrap.dedent(ALONE))
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    env.pop("RAY_ADDRESS", None)
+    search = subprocess.Popen(
+        [sys.executable, path, how], stdout=subprocess.PIPE, text=True, env=env
+    )
+    assert search.stdout is not None
+    try:
+        started = [int(pid) for pid in search.stdout.readline().split()]
+        assert len(started) > 3  # the cluster's own, and a worker
+        if how == "close":
+            assert search.stdout.readline() == "closed\n"
+        else:
+            search.kill()
+            search.wait()
+        ends = time.monotonic() + 60
+        while time.monotonic() < ends and any(map(alive, started)):
+            time.sleep(0.2)
+        assert not [pid for pid in started if alive(pid)]
+    finally:
+        search.kill()
+        search.wait()
+        search.stdout.close()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_where_workers_are_placed_is_no_part_of_the_question() -> None:
+    text = "genome: {models: [a, b], merge_method: linear}\ntasks: [{name: one}]\n"
+    worker = "worker: {kind: fake, host: ray, ray_address: auto, paths: [/models], count: 3}\n"
+    config = SearchConfig.from_text(text + worker)
+    assert config.worker.paths == ("/models",)
+    assert SearchConfig.from_text(config.to_yaml()) == config
