@@ -251,7 +251,7 @@ class Host(Protocol):
 
     What a class may say besides: ``places``, True where it shares out devices itself, so that each
     worker is told the search's own (``cuda``); ``settled(settings)``, what is built with the count
-    in its place, given a config's worker section.
+    in its place, given a config's worker section; ``faults(settings)``, why it cannot be had.
     """
 
     apart: bool

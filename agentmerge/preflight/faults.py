@@ -150,7 +150,9 @@ def host_faults(config: SearchConfig) -> list[str]:
     worker, faults = config.worker, Faults()
     if worker.host is not None:
         with faults.of(UserError):
-            if not plugins.load("agentmerge.hosts", worker.host).apart:
+            host = plugins.load("agentmerge.hosts", worker.host)
+            faults += getattr(host, "faults", lambda settings: [])(worker)
+            if not host.apart:
                 for key, value in (("count", worker.count), ("timeout_s", worker.timeout_s)):
                     if value not in (None, 1):
                         faults.append(

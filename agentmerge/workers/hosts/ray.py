@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 from agentmerge.config import WorkerSettings
@@ -35,6 +36,9 @@ _CLOSING_S = 30
 FIRST_ROOM_S, ROOM_S = 120.0, 15.0
 
 
+_MISSING = "worker.host 'ray' needs Ray: pip install 'agentmerge[ray]', on every node"
+
+
 class RayHost:
     apart = True
     places = True
@@ -45,6 +49,10 @@ class RayHost:
         self._lock = threading.Lock()
         self._cluster: _Cluster | None = None
         self.had_room = False
+
+    @staticmethod
+    def faults(settings: WorkerSettings) -> list[str]:
+        return [] if find_spec("ray") else [_MISSING]
 
     @classmethod
     def settled(cls, settings: WorkerSettings) -> Any:
@@ -90,14 +98,10 @@ def _connect(address: str | None, count: int) -> bool:
     """Whether it was us who connected.
 
     Raises:
-        UserError: Ray is not installed, or no such cluster answers.
+        UserError: no such cluster answers.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError(
-            "worker.host 'ray' needs Ray: pip install 'agentmerge[ray]', on every node"
-        ) from error
+    import ray
+
     if ray.is_initialized():
         return False
     address = address or os.environ.get("RAY_ADDRESS") or "local"
