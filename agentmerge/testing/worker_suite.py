@@ -31,6 +31,8 @@ from agentmerge.contracts.worker import (
 from agentmerge.demo.family import cached_family
 from agentmerge.demo.tasks import demo_config, write_tasks
 from agentmerge.errors import CandidateFailed, ParentError, RunFailed
+from agentmerge.merging.stack import outputs_of
+from agentmerge.parents.headers import read_config
 from agentmerge.plugins import load
 from agentmerge.recipe import Recipe
 
@@ -71,6 +73,11 @@ def weighted(
 def _layers(spec: WorkerSpec) -> int:
     config = Path(spec.parents[0][1], "config.json").read_text()
     return int(json.loads(config)["num_hidden_layers"])
+
+
+def of(model: str, start: int, end: int, weight: Any) -> dict[str, Any]:
+    """A source of a linear slice."""
+    return {"model": model, "layer_range": [start, end], "parameters": {"weight": weight}}
 
 
 def same(ours: list[ItemResult], theirs: list[ItemResult]) -> bool:
@@ -219,6 +226,36 @@ class ModelWorkerSuite(WorkerSuite):
         there = replace(spec, parents=(base, one, (name, str(broken)), *rest))
         with pytest.raises((ParentError, CandidateFailed), match="finite"):
             made(there).load(weighted(spec, 0.9, 0.2))
+
+    def test_a_layer_that_adds_nothing_is_as_none(
+        self,
+        made: Any,
+        worker: Worker,
+        spec: WorkerSpec,
+        refs: tuple[ItemRef, ...],
+        first: tuple[Fingerprint, list[ItemResult]],
+    ) -> None:
+        """Of a worker that runs stacks; and none is there when the next merge is."""
+        if not getattr(made, "runs_stacks", False):
+            return
+        names, depth = [name for name, _ in spec.parents[:3]], _layers(spec)
+        outputs = outputs_of(read_config(Path(spec.parents[0][1])))
+        nothing = [{"filter": e, "value": 0} for e in (*outputs.attention, *outputs.mlp)]
+        own = dict(zip(names, (-0.2, 0.5, 0.7), strict=True))
+        slices = [
+            {"sources": [of(name, 0, depth - 1, weight) for name, weight in own.items()]},
+            {"sources": [of(names[1], 0, 1, [*nothing, {"value": 1}])]},
+            {"sources": [of(name, depth - 1, depth, weight) for name, weight in own.items()]},
+        ]
+        loaded, found = [], []
+        for some in (slices[::2], slices):
+            body = {"merge_method": "linear", "parameters": {"normalize": False}, "slices": some}
+            loaded.append(worker.load(Recipe.parse(body).canonical(depth)))
+            found.append(worker.score(refs))
+        assert loaded[0].digest != loaded[1].digest
+        assert loaded[0].tensors < loaded[1].tensors
+        assert same(*found)
+        assert worker.load(weighted(spec, 0.9, 0.2)) == first[0]
 
     def test_an_answer_that_is_no_number_fails_the_candidate(
         self, made: Any, spec: WorkerSpec, refs: tuple[ItemRef, ...]
