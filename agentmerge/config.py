@@ -511,7 +511,8 @@ class WorkerSettings(_Frozen):
     """Who merges and scores."""
 
     kind: str = "hf"
-    count: int = Field(1, ge=1, le=MOST_WORKERS)
+    count: Annotated[int, Field(ge=1, le=MOST_WORKERS)] | Literal["auto"] = 1
+    buffered: bool = False
     host: str | None = None
     ray_address: str | None = None
     paths: tuple[str, ...] = ()
@@ -528,6 +529,17 @@ class WorkerSettings(_Frozen):
     canary_every: int = Field(50, ge=0)
     options: dict[str, Any] = Field(default_factory=dict)
     methods: dict[str, MethodSettings] | None = None
+
+    @property
+    def number(self) -> int:
+        """Of workers; one where ``auto`` is still to be counted (``preflight.spec.counted``)."""
+        return 1 if self.count == "auto" else self.count
+
+    @property
+    def ranks(self) -> int:
+        """Devices that each worker takes."""
+        asked = self.engine_args.get("tensor_parallel_size")
+        return asked if isinstance(asked, int) and asked > 0 else 1
 
     @field_validator("engine_args", "options")
     @classmethod
@@ -602,7 +614,7 @@ class SearchConfig(_Frozen):
 
     def generation_size(self, own: int) -> int:
         """Candidates a generation: as asked, else the strategy's own, and one a worker at least."""
-        return self.search.population or max(own, self.worker.count)
+        return self.search.population or max(own, self.worker.number)
 
     @property
     def graph_steps(self) -> int:

@@ -32,6 +32,7 @@ _BUILT_IN: dict[str, dict[str, str]] = {
         "here": "agentmerge.workers.hosts.here:Here",
         "process": "agentmerge.workers.hosts.process:Processes",
         "ray": "agentmerge.workers.hosts.ray:RayHost",
+        "ray_serial": "agentmerge.workers.hosts.ray:RaySerial",
     },
     "agentmerge.strategies": {
         "llm_evo": "agentmerge.strategies.llm_evo:STRATEGY",

@@ -87,7 +87,8 @@ def doctor(
 
     found = diagnose(runs_dir)
     found += selftest_findings() if selftest else []
-    memory = None if config is None else forecast(config)
+    memory, nodes = (None, []) if config is None else forecast(config)
+    found += nodes
     if memory is not None:
         found.append(forecast_finding(memory))
     lines = [f"{'ok ' if f['ok'] else 'NOT'} {f['what']}: {f['detail']}" for f in found]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -25,7 +26,8 @@ class Legacy:
         Path | None, typer.Option(help="Also write best_config.yaml and final_model here.")
     ] = None
     strategy: Annotated[
-        str | None, typer.Option("--strategy", "-s", help="pool, buffered or serial: scheduling.")
+        str | None,
+        typer.Option("--strategy", "-s", help="pool, buffered or serial: where candidates are."),
     ] = None
     vllm: bool | None = None
     in_memory: bool | None = None
@@ -91,6 +93,8 @@ def map_options(old: Legacy) -> Mapped:
         "agents.max_retries": old.max_retries,
         "search.sigma0": old.sigma0,
         "search.population": old.force_population_size,
+        "worker.count": old.num_gpus if old.num_gpus != 1 else None,
+        "worker.buffered": True if old.strategy == "buffered" else None,
         "agents.llm": _llm(old.llm_model),
     }
     out.overrides = {key: value for key, value in renamed.items() if value is not None}
@@ -104,13 +108,13 @@ def map_options(old: Legacy) -> Mapped:
         out.notices.append(
             "no --llm-model: rules advise the search (LLM-Evo-Merge asked gpt-4o by default)"
         )
-    if old.strategy in ("buffered", "serial"):
+    if old.strategy == "serial" and find_spec("ray"):
+        out.overrides["worker.host"] = "ray_serial"
+    elif old.strategy == "serial":
         out.notices.append(
-            f"--strategy {old.strategy}: one worker takes candidates from a queue here, which no "
-            "strategy changes"
+            "--strategy serial: workers keep their devices without Ray; "
+            "pip install 'agentmerge[ray]' for a placement group a candidate"
         )
-    if old.num_gpus is not None and old.num_gpus > 1:
-        out.notices.append(f"--num-gpus {old.num_gpus}: this version scores on one device")
     if old.merge_cuda is not None:
         switch = "--merge-cuda" if old.merge_cuda else "--no-merge-cuda"
         out.notices.append(f"{switch}: the merge runs where the model is scored")

@@ -77,6 +77,7 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
     "search": ("search.algorithm", str, "How to search: auto, unless a strategy is named "
                "(docs/search.md).", "agentmerge.strategies"),
     "worker": ("worker.kind", str, "hf, vllm, disk or fake.", "agentmerge.workers"),
+    "workers": ("worker.count", str, "How many, or auto: as many as there are devices."),
     "llm": ("agents.llm", str, '"none" or provider:model.'),
     "base_url": ("agents.base_url", str, "A server for --llm's model."),
     "api_key_env": ("agents.api_key_env", str, "The variable whose key a server may have (none: it "
@@ -122,7 +123,8 @@ LIMITS = (
     "max_cost",
 )  # fmt: skip
 BRANCH = (
-    "search", "worker", "llm", "base_url", "api_key_env", "prompts", "graph", "probes", "seed",
+    "search", "worker", "workers", "llm", "base_url", "api_key_env", "prompts", "graph", "probes",
+    "seed",
     *LIMITS,
     "population", "shadow", "structure", "approve", "sigma_low", "sigma_high", "task_search_path",
     "batch_size", "limit", "trust_remote_code",

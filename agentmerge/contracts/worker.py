@@ -167,6 +167,12 @@ class WorkerSpec:
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     sources: Sources | None = None
 
+    @property
+    def ranks(self) -> int:
+        """Devices that the worker takes."""
+        args = self.options.get("engine_args") or {}
+        return int(args.get("tensor_parallel_size") or 1)
+
 
 @runtime_checkable
 class Worker(Protocol):
@@ -251,7 +257,9 @@ class Host(Protocol):
 
     What a class may say besides: ``places``, True where it shares out devices itself, so that each
     worker is told the search's own (``cuda``); ``settled(settings)``, what is built with the count
-    in its place, given a config's worker section; ``faults(settings)``, why it cannot be had.
+    in its place, given a config's worker section; ``faults(settings)``, why it cannot be had;
+    ``room(settings, device)``, for how many workers on such devices (``worker.count: auto``);
+    ``keeps``, False where a worker is for one candidate.
     """
 
     apart: bool

@@ -58,7 +58,7 @@ def arithmetic() -> dict[str, Any]:
 
 #: Of the worker's settings: where it works and how long, which change no answer; and what merges
 #: are made by, which their recipes say.
-_WHERE = {"timeout_s", "host", "ray_address", "paths", "methods"}
+_WHERE = {"timeout_s", "buffered", "host", "ray_address", "paths", "methods"}
 
 
 def settings_hash(prepared: Prepared) -> str:

@@ -34,7 +34,15 @@ from agentmerge.preflight.faults import (
 from agentmerge.preflight.graphs import is_own
 from agentmerge.preflight.models import Models, layout_of, located, surveyed
 from agentmerge.preflight.plan import Prepared
-from agentmerge.preflight.spec import base_among, engine_of, known_class, memory_of, spec_of
+from agentmerge.preflight.spec import (
+    base_among,
+    buffered,
+    counted,
+    engine_of,
+    known_class,
+    memory_of,
+    spec_of,
+)
 from agentmerge.recipe import Recipe
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.system.temporary import temporary_folder
@@ -88,6 +96,8 @@ def prepare(
         spoiled["host"] = None
     if spoiled:  # goes, for the rest of the faults
         config = config.model_copy(update={"worker": config.worker.model_copy(update=spoiled)})
+    with faults.of(UserError):
+        config = counted(config)
     kind = known_class(config)
     faults += method_faults(config) if run_code else []
     look = Look(config, kind, faults, also, fresh, tasks, weights, run_code)
@@ -108,6 +118,8 @@ def _of_names(look: Look) -> Prepared:
     """For a worker that reads no model: parents are names, and it says itself how deep they are."""
     config, kind = look.config, look.kind
     names = config.genome.parents
+    config, _ = buffered(config, lambda twice: "")
+    look = replace(look, config=config)
     spec = spec_of(config, {name: Path(name) for name in names}, "float32", device="cpu")
     space = _space(look, kind.num_layers(spec), spec.dtype)
     taskset = TaskSet((), ())
@@ -150,7 +162,11 @@ def _of_models(look: Look) -> Prepared:
             look.faults.extend(_filter_faults(config, layout))
             space = _space(look, layout.num_layers, dtype, checked(layout))
         if models.found:
-            spec = spec_of(config, _side_files(models, scratch), dtype)
+            folders = _side_files(models, scratch)
+            config, said = buffered(config, lambda twice: _unbuffered(look, twice, layout, folders))
+            notes += said
+            look = replace(look, config=config)
+            spec = spec_of(config, folders, dtype)
             taskset, said = _tasks(look, models, spec)
             notes += said + _worker_notes(look, spec, layout)
             memory = _memory(look, spec, layout)
@@ -290,6 +306,21 @@ def _memory(look: Look, spec: WorkerSpec, layout: Layout | None) -> MemoryPlan |
     memory = memory_of(look.config, spec, layout)
     look.faults.extend([memory.reason] if look.tasks and memory.chosen is None else [])
     return memory
+
+
+def _unbuffered(
+    look: Look, twice: SearchConfig, layout: Layout | None, folders: dict[str, Path]
+) -> str:
+    """Why two models do not fit on a device; "" where they do, kept as one alone is."""
+    if layout is None or look.kind is None:
+        return "that cannot be foreseen"
+    dtype = look.config.worker.dtype or layout.dtype
+    plans = [memory_of(c, spec_of(c, folders, dtype), layout) for c in (look.config, twice)]
+    if plans[1].chosen is None:
+        return plans[1].reason
+    return (
+        "" if plans[0].chosen == plans[1].chosen else "the parents would have to be kept elsewhere"
+    )
 
 
 def _make(

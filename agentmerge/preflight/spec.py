@@ -6,14 +6,14 @@ Knows configs and folders of models; reads no weights and no tasks.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentmerge import plugins
-from agentmerge.config import SearchConfig
+from agentmerge.config import MOST_WORKERS, SearchConfig
 from agentmerge.contracts.worker import EngineInfo, Host, WorkerSpec
 from agentmerge.errors import UserError
 from agentmerge.parents.headers import chat_template, read_config, text_config
@@ -53,12 +53,44 @@ def spec_of(
         method=config.genome.merge_method,
         methods={name: own.plain for name, own in (config.worker.methods or {}).items()},
     )
-    return replace(spec, crowd=crowd_of(spec, config.worker.count, host_for(config)))
+    return replace(spec, crowd=crowd_of(spec, config.worker.number, host_for(config)))
+
+
+def counted(config: SearchConfig) -> SearchConfig:
+    """The config with so many workers as its host has devices for, where they are to be counted.
+
+    Raises:
+        UserError: they cannot be.
+    """
+    worker = config.worker
+    if worker.count != "auto":
+        return config
+    device = worker.device or _device()
+    host = plugins.load("agentmerge.hosts", worker.host or "process")
+    found = getattr(host, "room", None)
+    number = max(1, min(MOST_WORKERS, found(worker, device))) if found else 1
+    return config.model_copy(update={"worker": worker.model_copy(update={"count": number})})
+
+
+def buffered(
+    config: SearchConfig, unfit: Callable[[SearchConfig], str]
+) -> tuple[SearchConfig, list[str]]:
+    """(the config with two workers a device, what is to be said), where ``worker.buffered`` asks
+    for it: one merges while the other scores. unfit: why two do not fit, else ""."""
+    worker = config.worker
+    if not worker.buffered:
+        return config, []
+    single = config.model_copy(update={"worker": worker.model_copy(update={"buffered": False})})
+    twice = {"buffered": False, "count": min(MOST_WORKERS, 2 * worker.number)}
+    double = config.model_copy(update={"worker": worker.model_copy(update=twice)})
+    if why := unfit(double):
+        return single, [f"worker.buffered: one model a device, since {why}"]
+    return double, []
 
 
 def host_for(config: SearchConfig) -> type[Host]:
     worker = config.worker
-    return host_class(worker.host, worker.count, worker.timeout_s)
+    return host_class(worker.host, worker.number, worker.timeout_s)
 
 
 def _engine(config: SearchConfig) -> dict[str, Any]:
@@ -127,9 +159,9 @@ def memory_of(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryP
         dtype=spec.dtype,
         device=spec.device,
         method=spec.method,
-        workers=worker.count,
+        workers=worker.number,
         apart=host_for(config).apart,
-        devices=worker.count if spec.crowd == 1 else len(set(devices_for(spec, worker.count))),
+        devices=worker.number if spec.crowd == 1 else len(set(devices_for(spec, worker.number))),
         demand=demand(spec, layout) if demand else Demand(),
         asked=worker.placement,
         memory_gb=worker.memory_gb,

@@ -71,20 +71,24 @@ def selftest_findings() -> list[dict[str, Any]]:
     return found
 
 
-def forecast(config: Path) -> MemoryPlan | None:
-    """What a config's search needs in each placement; None where its worker reads no models.
+def forecast(config: Path) -> tuple[MemoryPlan | None, list[dict[str, Any]]]:
+    """What a config's search needs in each placement (None where its worker reads no models), and
+    what is found of the nodes on which its workers would live.
 
     Raises:
         ConfigError: the config or its models are at fault.
     """
+    from agentmerge import plugins
     from agentmerge.config import SearchConfig
     from agentmerge.preflight.anchoring import anchored
     from agentmerge.preflight.prepare import prepare
 
     settings = anchored(SearchConfig.from_file(config))
-    return prepare(
-        settings, allow_benchmarks=True, tasks=False, weights=False, run_code=False
-    ).memory
+    prepared = prepare(settings, allow_benchmarks=True, tasks=False, weights=False, run_code=False)
+    worker = prepared.config.worker
+    host = plugins.load("agentmerge.hosts", worker.host) if worker.host else None
+    look = getattr(host, "findings", None)
+    return prepared.memory, look(worker, prepared.spec.device) if look else []
 
 
 def forecast_finding(memory: MemoryPlan) -> dict[str, Any]:

@@ -254,7 +254,7 @@ def pool_of(
     deadlines = Deadlines(worker.timeout_s, ends, slowest_s)
     pool = Pool(
         prepared.spec,
-        worker.count,
+        worker.number,
         taskset=prepared.taskset,
         deadlines=deadlines,
         host=host_of(worker),

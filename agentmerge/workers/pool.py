@@ -118,8 +118,7 @@ def devices_for(spec: WorkerSpec, count: int, host: type[Host] | None = None) ->
         return [spec.device] * count
     from agentmerge.merging.memory import cuda_devices
 
-    args = spec.options.get("engine_args") or {}
-    ranks = int(args.get("tensor_parallel_size") or 1)
+    ranks = spec.ranks
     places = max(1, cuda_devices() // ranks)
     return [f"cuda:{worker % places * ranks}" for worker in range(count)]
 
@@ -134,7 +133,7 @@ def host_class(name: str | None, count: int, timeout_s: float | None) -> type[Ho
 
 def host_of(settings: WorkerSettings) -> Callable[[int], Host]:
     """What makes the host of a config's workers, given their number."""
-    found = host_class(settings.host, settings.count, settings.timeout_s)
+    found = host_class(settings.host, settings.number, settings.timeout_s)
     settled: Any = getattr(found, "settled", None)
     make: Callable[[int], Host] = found if settled is None else settled(settings)
     return make
@@ -250,6 +249,8 @@ class Pool:
             result = work()
         except BaseException as raised:
             error = raised
+        if turn.place is not None and not getattr(self._host, "keeps", True):
+            self._discard(turn.place)
         self._leave_place(turn)
         self._mine.turn = None
         if error is None:

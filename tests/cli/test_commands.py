@@ -255,7 +255,7 @@ def test_benchmarks_are_refused_unless_insisted(
 
 
 NOTED = (
-    *("--num-gpus", "--merge-cuda", "--no-merge-cuda", "--reshard", "--no-reshard"),
+    *("--merge-cuda", "--no-merge-cuda", "--reshard", "--no-reshard"),
     "--allow-crimes",
 )
 OLD = [
@@ -293,8 +293,13 @@ OLD = [
 
 @pytest.mark.parametrize("options", OLD, ids=lambda options: options[0])
 def test_every_option_of_the_old_programs_is_accepted(
-    config_file: Path, runs: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+    config_file: Path,
+    runs: Path,
+    options: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("agentmerge.cli.legacy.find_spec", lambda name: None)  # no cluster here
     code, out, err = call(capsys, "run", config_file, "--runs-dir", runs, "--json", *options)
     assert code == 0, err
     found = json.loads(out)
@@ -307,6 +312,8 @@ def test_every_option_of_the_old_programs_is_accepted(
         "--max-fevals": "max_evaluations: 12",
         "--sigma0": "sigma0: 0.2",
         "--timeout": "timeout_s: 600",
+        "--num-gpus": "count: 4",
+        "-s": "count: 2",
         "--batch-size": "batch_size: 8",
     }
     assert expected.get(options[0], "genome:") in text

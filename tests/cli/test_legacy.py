@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from agentmerge.cli import legacy
 from agentmerge.cli.app import run_app
 from agentmerge.cli.legacy import Legacy, map_options
 from agentmerge.errors import UserError
@@ -68,8 +69,12 @@ def test_help_lists_every_old_option(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_whole_old_command_line_works(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(legacy, "find_spec", lambda name: None)
     runs, storage = tmp_path / "runs", tmp_path / "out" / "deep"
     code, out, err = call(
         capsys, "run", config_file, "--name", "a", "--runs-dir", runs, "--json",
@@ -93,8 +98,8 @@ def test_a_whole_old_command_line_works(
     events = [json.loads(line) for line in err.splitlines()]
     notices = [event["text"] for event in events if event["event"] == "note"]
     assert all(notice.startswith("note: ") for notice in notices)
-    for name in ("--strategy serial", "--num-gpus 2", "--merge-cuda", "--reshard",
-                 "--allow-crimes"):  # fmt: skip
+    assert kept["worker"]["count"] == 2
+    for name in ("--strategy serial", "--merge-cuda", "--reshard", "--allow-crimes"):
         assert sum(name in line for line in notices) == 1, name
     assert (storage / "best_config.yaml").read_text() == (runs / "a" / "best.yml").read_text()
     assert not (storage / "final_model").exists()
@@ -131,11 +136,17 @@ def test_our_option_wins_over_the_old_one_of_the_same_meaning(
             {"vllm": True, "in_memory": False},
             {"worker.kind": "disk", "worker.options": {"evaluate_with": "vllm"}},
         ),
+        ({"num_gpus": 8}, {"worker.count": 8}),
+        ({"strategy": "buffered"}, {"worker.buffered": True}),
+        ({"strategy": "serial"}, {"worker.host": "ray_serial"}),
         ({"load_in_8bit": False, "load_in_4bit": False}, {}),
         ({}, {}),
     ],
 )
-def test_what_has_a_meaning_is_mapped(given: dict[str, Any], override: dict[str, Any]) -> None:
+def test_what_has_a_meaning_is_mapped(
+    given: dict[str, Any], override: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(legacy, "find_spec", lambda name: name == "ray")
     mapped = map_options(Legacy(**given))
     assert mapped.overrides == override
     assert mapped.notices == []
@@ -144,16 +155,17 @@ def test_what_has_a_meaning_is_mapped(given: dict[str, Any], override: dict[str,
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"strategy": "buffered"}, "--strategy buffered"),
         ({"strategy": "serial"}, "--strategy serial"),
-        ({"num_gpus": 8}, "--num-gpus 8"),
         ({"merge_cuda": True}, "--merge-cuda"),
         ({"reshard": True}, "--reshard"),
         ({"allow_crimes": True}, "--allow-crimes"),
         ({"storage_path": Path("x")}, "no --llm-model"),
     ],
 )
-def test_what_has_none_is_said_in_one_line(given: dict[str, Any], words: str) -> None:
+def test_what_has_none_is_said_in_one_line(
+    given: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(legacy, "find_spec", lambda name: None)
     mapped = map_options(Legacy(**given))
     assert mapped.overrides == {}
     assert len(mapped.notices) == 1

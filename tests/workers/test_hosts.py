@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 
-from agentmerge.config import SearchConfig
+from agentmerge.config import SearchConfig, TasksConfig
 from agentmerge.contracts.worker import Host, WorkerSpec
 from agentmerge.errors import WorkerLost
 from agentmerge.preflight.faults import host_faults
+from agentmerge.preflight.prepare import prepare
+from agentmerge.preflight.spec import counted
 from agentmerge.testing import HostSuite
+from agentmerge.workers.hosts.process import with_own_devices
 
 
 class TestHere(HostSuite):
@@ -32,6 +37,11 @@ class TestProcess(HostSuite):
         hosted.close()
 
 
+@pytest.fixture
+def spec() -> WorkerSpec:
+    return WorkerSpec("fake", (), "base", TasksConfig(tasks=({"name": "one"},)), "float32", 8)
+
+
 def config(**worker: object) -> SearchConfig:
     body = {
         "genome": {"models": ["a", "b"], "merge_method": "linear"},
@@ -39,6 +49,64 @@ def config(**worker: object) -> SearchConfig:
         "worker": {"kind": "fake", **worker},
     }
     return SearchConfig.from_text(yaml.safe_dump(body))
+
+
+def test_workers_are_counted_by_the_devices_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentmerge.merging.memory.cuda_devices", lambda: 5)
+    assert counted(config(count="auto")).worker.count == 5
+    pairs = {"engine_args": {"tensor_parallel_size": 2}}
+    assert counted(config(count="auto", **pairs)).worker.count == 2
+    assert counted(config(count="auto", device="cuda:1")).worker.count == 1
+    assert counted(config(count="auto", device="cpu")).worker.count == 1
+    assert counted(config(count="auto", host="here")).worker.count == 1
+    assert counted(config(count=3)).worker.count == 3
+    monkeypatch.setattr("agentmerge.merging.memory.cuda_devices", lambda: 0)
+    assert counted(config(count="auto")).worker.count == 1
+
+
+def test_a_process_sees_its_own_devices_only(
+    spec: WorkerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = replace(spec, options={"engine_args": {"tensor_parallel_size": 2}})
+    for given, device, visible in (
+        (None, "cuda:2", "2,3"),
+        ("4,5,6,7", "cuda:2", "6,7"),
+        ("GPU-a,GPU-b", "cuda:0", "GPU-a,GPU-b"),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given or "")
+        if given is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        assert with_own_devices(replace(pairs, device=device)).device == "cuda"
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+    for device in ("cpu", "cuda", "cuda:2"):  # the last is not among the two
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        assert with_own_devices(replace(pairs, device=device)).device == device
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+def test_a_buffered_device_has_two_workers_where_two_models_fit(
+    parents: dict[str, Path], tasks_dir: Path
+) -> None:
+    def found(**worker: object) -> tuple[object, object, list[str]]:
+        body = {
+            "genome": {"models": [str(parents["b"]), str(parents["c"])], "merge_method": "linear"},
+            "tasks": [{"name": "tiny_choice"}],
+            "task_search_path": [str(tasks_dir)],
+            "worker": {"placement": "host", **worker},
+        }
+        prepared = prepare(SearchConfig.from_text(yaml.safe_dump(body)), weights=False)
+        settings = prepared.config.worker
+        notes = [note for note in prepared.notes if note.startswith("worker.buffered")]
+        assert prepared.memory is not None
+        needed.append(max(f.host.total for f in prepared.memory.forecasts))
+        return settings.count, settings.buffered, notes
+
+    needed: list[int] = []
+    assert found(count=1) == (1, False, [])
+    assert found(count=2, buffered=True) == (4, False, [])
+    count, _, notes = found(count=1, buffered=True, memory_gb=1.2 * needed[0] / 1e9)
+    assert count == 1
+    assert "one model a device, since" in notes[0]
 
 
 def test_a_host_without_a_way_to_end_workers_has_one_and_no_deadline() -> None:

@@ -217,7 +217,7 @@ class SaysWhere(FakeWorker):
 
     def __init__(self, given: WorkerSpec, taskset: Any) -> None:
         super().__init__(replace(given, device="cpu"), taskset)
-        self.where = f"{given.device} {given.crowd}"
+        self.where = f"{given.device} {os.environ.get('CUDA_VISIBLE_DEVICES')} {given.crowd}"
 
     def load(self, asked: Any) -> Any:
         return replace(super().load(asked), digest=self.where)
@@ -232,5 +232,5 @@ def test_each_worker_process_is_told_its_device(monkeypatch: pytest.MonkeyPatch)
             points = [(0.1, 0.5), (0.2, 0.5)]
             found = threads.map(lambda p: pool.evaluate(recipe(*p), REFS), points)
             seen += [fingerprint.digest for fingerprint, _, _ in found]
-    assert sorted(set(seen)) == ["cuda:0 1", "cuda:1 1"]
+    assert sorted(set(seen)) == ["cuda 0 1", "cuda 1 1"]
     assert len(seen) == 6

@@ -108,6 +108,35 @@ def test_each_worker_has_devices_of_its_own_on_one_node(spec: WorkerSpec) -> Non
     assert free_devices() == 4  # nothing is held when it is over
 
 
+def test_the_cluster_says_what_it_has_room_for(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = WorkerSettings(host="ray", count=3, engine_args={"tensor_parallel_size": 2})
+    assert hosts.RayHost.room(pairs, "cuda") == 2
+    assert hosts.RayHost.room(WorkerSettings(host="ray"), "cuda") == 4
+    assert hosts.RayHost.room(WorkerSettings(host="ray"), "cpu") == 2  # one a node
+    found = hosts.RayHost.findings(pairs, "cuda")
+    assert [f["ok"] for f in found] == [True, True, False]
+    assert all("2 CPU, 2 GPU; room for 1 of the workers" in f["detail"] for f in found[:2])
+    assert (found[2]["detail"], found[2]["remedy"]) == (
+        "2 of 3 have a place",
+        "lower worker.count to 2, or add nodes",
+    )
+    monkeypatch.setattr(hosts, "versions", lambda: nodes.versions() | {"vllm": "0.1"})
+    found = hosts.RayHost.findings(pairs, "cuda")
+    assert [f["ok"] for f in found] == [False, False, False]
+    assert "vllm" in found[0]["detail"]
+    assert "not 0.1" in found[0]["detail"]
+
+
+def test_a_serial_worker_gives_its_devices_back_after_each_candidate(spec: WorkerSpec) -> None:
+    wide = replace(spec, device="cuda", options={"engine_args": {"tensor_parallel_size": 2}})
+    with Pool(wide, 1, SaysWhere, host=hosts.RaySerial) as pool:
+        assert len(places_of(pool, 2)) == 2
+        assert all(place.worker is None for place in pool._places)
+        assert free_devices() == 4
+
+
 def free_devices() -> float:
     ends = time.monotonic() + 20
     while time.monotonic() < ends and ray.available_resources().get("GPU") != 4:

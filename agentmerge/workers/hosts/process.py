@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import signal
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
+from agentmerge.config import WorkerSettings
 from agentmerge.contracts.worker import Build, Worker, WorkerSpec
 from agentmerge.errors import AgentmergeError, WorkerLost
 from agentmerge.system.redaction import clean_screen
@@ -15,6 +17,7 @@ from agentmerge.system.temporary import discard_unfinished
 from agentmerge.workers.hosts.proxy import Proxy, portable
 from agentmerge.workers.processes import end, end_with, uninterrupted
 
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 #: Seconds that a worker may take to end by itself.
 _CLOSING_S = 30
 
@@ -24,6 +27,15 @@ class Processes:
 
     def __init__(self, count: int) -> None:
         self._count = count
+
+    @staticmethod
+    def room(settings: WorkerSettings, device: str) -> int:
+        """As many as this machine has devices; of one that is named, one."""
+        if device != "cuda":
+            return 1
+        from agentmerge.merging.memory import cuda_devices
+
+        return cuda_devices() // settings.ranks
 
     def start(self, spec: WorkerSpec, build: Build) -> WorkerProcess:
         return WorkerProcess(spec, build, self._count)
@@ -38,8 +50,10 @@ class WorkerProcess(Proxy):
     def __init__(self, spec: WorkerSpec, build: Build, count: int = 1) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
+        # An engine of several ranks has processes of its own, which a daemon may not.
+        alone = spec.ranks == 1
         self._process = context.Process(
-            target=_serve, args=(theirs, spec, build, count), daemon=True
+            target=_serve, args=(theirs, spec, build, count), daemon=alone
         )
         with uninterrupted():
             self._process.start()
@@ -102,7 +116,22 @@ def _serve(pipe: Any, spec: WorkerSpec, build: Build, count: int) -> None:
     if count > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     with clean_screen():
-        _answer(pipe, spec, build)
+        _answer(pipe, with_own_devices(spec), build)
+
+
+def with_own_devices(spec: WorkerSpec) -> WorkerSpec:
+    """The spec in a process that sees only its worker's devices (``CUDA_VISIBLE_DEVICES``), before
+    anything there has looked: no context, and no library, can take another's memory."""
+    kind, _, first = spec.device.partition(":")
+    if kind != "cuda" or not first:
+        return spec
+    given, ranks = os.environ.get(_VISIBLE), spec.ranks
+    places = range(int(first), int(first) + ranks)
+    names = given.split(",") if given else None
+    if names is not None and places[-1] >= len(names):
+        return spec  # not there: whoever takes it says so
+    os.environ[_VISIBLE] = ",".join(names[place] if names else str(place) for place in places)
+    return replace(spec, device=kind)
 
 
 def _answer(pipe: Any, spec: WorkerSpec, build: Build) -> None:

@@ -9,14 +9,12 @@ extra ``ray``.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
@@ -24,11 +22,13 @@ from typing import Any
 
 from agentmerge.config import WorkerSettings
 from agentmerge.contracts.worker import Build, Worker, WorkerSpec
-from agentmerge.errors import AgentmergeError, NoRoom, UserError, WorkerLost
-from agentmerge.system.redaction import clean_screen, redact
+from agentmerge.errors import AgentmergeError, NoRoom, WorkerLost
+from agentmerge.system.redaction import clean_screen
 from agentmerge.system.temporary import discard_unfinished
-from agentmerge.workers.hosts.nodes import at_home, refuse_other_versions, versions
-from agentmerge.workers.hosts.proxy import Proxy, one_line, portable
+from agentmerge.workers.hosts.cluster import Cluster, is_named, nodes_of, taken, why
+from agentmerge.workers.hosts.nodes import at_home, differing, refuse_other_versions, versions
+from agentmerge.workers.hosts.process import Processes
+from agentmerge.workers.hosts.proxy import Proxy, portable
 
 #: Seconds that a worker may take to end by itself.
 _CLOSING_S = 30
@@ -42,17 +42,50 @@ _MISSING = "worker.host 'ray' needs Ray: pip install 'agentmerge[ray]', on every
 class RayHost:
     apart = True
     places = True
+    keeps = True
 
     def __init__(self, count: int, address: str | None = None) -> None:
         self._count = count
         self._address = address
         self._lock = threading.Lock()
-        self._cluster: _Cluster | None = None
+        self._cluster: Cluster | None = None
         self.had_room = False
 
     @staticmethod
     def faults(settings: WorkerSettings) -> list[str]:
         return [] if find_spec("ray") else [_MISSING]
+
+    @staticmethod
+    def room(settings: WorkerSettings, device: str) -> int:
+        """As many as the cluster's nodes have devices for; of a CPU, one a node."""
+        needs = {"GPU": settings.ranks} if device.startswith("cuda") else {"CPU": 1}
+        if not is_named(settings.ray_address):
+            return Processes.room(settings, device)
+        found = [taken(node, needs) for node in nodes_of(settings.ray_address)]
+        return sum(found) if "GPU" in needs else sum(map(bool, found))
+
+    @staticmethod
+    def findings(settings: WorkerSettings, device: str) -> list[dict[str, Any]]:
+        """The nodes of a cluster that is there, and the workers that each would have; for
+        ``doctor``."""
+        if not is_named(settings.ray_address):
+            return []
+        needs = {"GPU": settings.ranks} if device.startswith("cuda") else {"CPU": 1}
+        here, left, found = versions(), settings.number, []
+        for node in nodes_of(settings.ray_address):
+            other = differing(node.versions, here)
+            workers = 0 if other else min(left, taken(node, needs))
+            left -= workers
+            devices = ", ".join(f"{n:g} {kind}" for kind, n in sorted(node.resources.items()))
+            detail = other or f"{devices or 'no devices'}; room for {workers} of the workers"
+            remedy = "install the same there, or leave it out of the cluster"
+            found.append(
+                {"what": f"node {node.name}", "ok": not other, "detail": detail, "remedy": remedy}
+            )
+        detail = f"{settings.number - left} of {settings.number} have a place"
+        remedy = f"lower worker.count to {settings.number - left}, or add nodes"
+        found.append({"what": "workers", "ok": not left, "detail": detail, "remedy": remedy})
+        return found
 
     @classmethod
     def settled(cls, settings: WorkerSettings) -> Any:
@@ -61,7 +94,7 @@ class RayHost:
     def start(self, spec: WorkerSpec, build: Build) -> RayWorker:
         with self._lock:
             if self._cluster is None:
-                self._cluster = _Cluster(self._address, self._count)
+                self._cluster = Cluster(self._address, self._count)
         return RayWorker(self, spec, build, self._count)
 
     def close(self) -> None:
@@ -71,68 +104,17 @@ class RayHost:
                 self._cluster = None
 
 
-class _Cluster:
-    """A connection to Ray, which is this process's one: who opens it first ends it.
-
-    It is made on a thread of its own, since what Ray starts here ends with the *thread* that
-    started it.
-    """
-
-    def __init__(self, address: str | None, count: int) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
-        try:
-            self._ours = self._thread.submit(_connect, address, count).result()
-        except BaseException:
-            self._thread.shutdown(wait=False)
-            raise
-
-    def close(self) -> None:
-        if self._ours:
-            import ray
-
-            self._thread.submit(ray.shutdown).result()
-        self._thread.shutdown()
-
-
-def _connect(address: str | None, count: int) -> bool:
-    """Whether it was us who connected.
-
-    Raises:
-        UserError: no such cluster answers.
-    """
-    import ray
-
-    if ray.is_initialized():
-        return False
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    local: Mapping[str, Any] = {}
-    if address == "local":
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Cores are shared by as many workers as the user asked for.
-        cores = max(count, os.cpu_count() or 1)
-        local = {"num_cpus": cores, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    try:
-        ray.init(
-            address,
-            namespace="agentmerge",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **local,
-        )
-    except Exception as error:
-        raise UserError(
-            f"worker.ray_address {redact(address)!r}: no Ray cluster can be joined there "
-            f"({one_line(error)}); start one with `ray start --head`, or leave it out"
-        ) from error
-    return True
-
-
 def bundle(spec: WorkerSpec) -> dict[str, float]:
     """What one worker takes of a node."""
     if not spec.device.startswith("cuda"):
         return {"CPU": 1}
-    args = spec.options.get("engine_args") or {}
-    return {"GPU": int(args.get("tensor_parallel_size") or 1)}
+    return {"GPU": spec.ranks}
+
+
+class RaySerial(RayHost):
+    """A placement group a candidate: its devices are given back after each."""
+
+    keeps = False
 
 
 class RayWorker(Proxy):
@@ -159,7 +141,7 @@ class RayWorker(Proxy):
             )
             self._opened = self._actor.open.remote(spec, build, versions(), count)
         except ray.exceptions.RayError as error:
-            raise WorkerLost(_why(error)) from error
+            raise WorkerLost(why(error)) from error
 
     def ready(self) -> Worker:
         self._wait_for_room()
@@ -207,7 +189,7 @@ class RayWorker(Proxy):
                         "lower worker.count, or add nodes"
                     )
         except RayError as error:
-            raise self._lost(_why(error)) from None
+            raise self._lost(why(error)) from None
         self._host.had_room = True
 
     def _call(self, name: str, *arguments: Any) -> Any:
@@ -219,7 +201,7 @@ class RayWorker(Proxy):
         try:
             good, value = ray.get(answer)
         except ray.exceptions.RayError as error:
-            raise self._lost(_why(error)) from None
+            raise self._lost(why(error)) from None
         if not good:
             raise value
         return value
@@ -230,15 +212,6 @@ class RayWorker(Proxy):
             f"a worker of the Ray cluster{where} is gone ({why}); if it was killed for memory, "
             "lower worker.count or worker.batch_size"
         )
-
-
-def _why(error: BaseException) -> str:
-    """What Ray says of a fault, without the traceback and colours that it says it in."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    # Of something raised there, the last line is what was raised.
-    told = lines[-1 if "Traceback" in str(cause) else 0] if lines else ""
-    return " ".join(filter(None, (f"{type(cause).__name__}:", told)))
 
 
 @cache

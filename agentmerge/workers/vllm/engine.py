@@ -39,7 +39,6 @@ from agentmerge.workers.vllm.preflight import (
     config_of,
     head_size,
     placement,
-    ranks_of,
     refused_args,
     share_of,
 )
@@ -76,11 +75,11 @@ def engine_args(spec: WorkerSpec, longest: int) -> dict[str, Any]:
     if faults := refused_args(spec):
         raise UserError("\n".join(faults))
     path = dict(spec.parents)[spec.template_model]
-    ranks = ranks_of(spec)
+    ranks = spec.ranks
     if ranks > 1 and multiprocessing.current_process().daemon:
         raise UserError(
-            f"worker.engine_args.tensor_parallel_size {ranks} needs worker.count 1 and no "
-            "worker.timeout_s: a worker's own process may start no others"
+            f"worker.engine_args.tensor_parallel_size {ranks} is not possible on this worker.host: "
+            "its processes may start no others; use process or ray"
         )
     longest = int(asked.get("max_model_len") or longest)
     args: dict[str, Any] = {
@@ -374,7 +373,7 @@ def _started(spec: WorkerSpec) -> Iterator[None]:
     in_place = bool(spec.options.get("in_place", True))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(_apart(spec)))
     os.environ["AGENTMERGE_VLLM_IN_PLACE"] = str(int(in_place))
-    ranks = ranks_of(spec)
+    ranks = spec.ranks
     if spec.device == "cpu" and ranks > 1:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores(ranks))
     from agentmerge.workers.vllm.extension import SEARCH, keep_in_place
@@ -412,7 +411,7 @@ def _visible(spec: WorkerSpec) -> str | None:
     """
     if spec.device == "cpu":
         return None
-    first, ranks = torch.device(spec.device).index or 0, ranks_of(spec)
+    first, ranks = torch.device(spec.device).index or 0, spec.ranks
     given = os.environ.get(_VISIBLE)
     names = given.split(",") if given else [str(place) for place in range(cuda_devices())]
     own = names[first : first + ranks]

@@ -181,7 +181,7 @@ def share_of(spec: WorkerSpec, layout: Layout) -> MemoryShare:
         spec.dtype,
         vocabulary,
         tokens,
-        ranks_of(spec),
+        spec.ranks,
         device_total(spec.device),
         spec.placement,
         method=spec.method,
@@ -189,14 +189,9 @@ def share_of(spec: WorkerSpec, layout: Layout) -> MemoryShare:
     )
 
 
-def ranks_of(spec: WorkerSpec) -> int:
-    args = spec.options.get("engine_args") or {}
-    return int(args.get("tensor_parallel_size") or 1)
-
-
 def demand(spec: WorkerSpec, layout: Layout) -> Demand:
     """What a forecast of memory has to know of an engine."""
-    ranks = ranks_of(spec)
+    ranks = spec.ranks
     if spec.device == "cpu":
         from agentmerge.workers.hf import threads_of
 
