@@ -35,13 +35,15 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
         (Path(name) / "config.json").is_file() and any(Path(name).glob("*.safetensors"))
         for name in recipe.models
     )
+    first = [merge.base_model for _, merge in recipe.merges]
+    base = next(filter(None, (recipe.base_model, *first)), None)
     family = shown = None
     if checked or model is not None:
         from agentmerge.parents.layout import read_layout
 
         if checked:
             here = {name: Path(name) for name in recipe.models}
-            family = read_layout(here, recipe.base_model)
+            family = read_layout(here, base)
         shown = read_layout({str(model): model}) if model is not None else None
     known = shown or family
     depth = layers or _depth(recipe) if known is None else known.num_layers
@@ -57,13 +59,31 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
             "they have"
         )
     names, carried = _tensors(shown, depth, stacked)
+    rows = [["where", "tensors", "source", "values"], *_rows(canonical, names)]
+    for name, merge in canonical.merges:
+        told = _rows(merge, _tensors(shown, depth, None)[0])
+        rows += [[f"{name}: {place}" if place else "", *rest] for place, *rest in told]
+    if carried:
+        owner = base or recipe.models[0]
+        rows.append(["outside the text model", carried, short_name(owner), "as it is there"])
+    return {
+        "hash": canonical.hash(),
+        "canonical": canonical.to_dict(),
+        "notes": [*notes, *cancelling_notes(canonical)],
+        "rows": rows,
+        "checked": checked,
+    }
+
+
+def _rows(recipe: Recipe, names: list[tuple[str, int | None, bool]]) -> list[list[str]]:
+    """(where, tensors, source, values) of each group of tensors that are made alike."""
     groups: list[tuple[str, str, Effective]] = []
     for name, layer, after in names:
-        effective = canonical.effective(name, layer, after=after)
+        effective = recipe.effective(name, layer, after=after)
         where = "after the layers" if after else "before the layers"
         place = where if layer is None else f"layer {layer}"
         groups.append((place, name, effective))
-    rows = [["where", "tensors", "source", "values"]]
+    rows = []
     for place, name, effective in _grouped(groups):
         total, where = _total(effective), place
         for model_name, at, own in effective.sources:
@@ -85,16 +105,7 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
             source = short_name(model_name) + (f", layer {at}" if moved else "")
             rows.append([place, name, source, values])
             place = name = ""
-    if carried:
-        owner = recipe.base_model or recipe.models[0]
-        rows.append(["outside the text model", carried, short_name(owner), "as it is there"])
-    return {
-        "hash": canonical.hash(),
-        "canonical": canonical.to_dict(),
-        "notes": [*notes, *cancelling_notes(canonical)],
-        "rows": rows,
-        "checked": checked,
-    }
+    return rows
 
 
 def _total(effective: Effective) -> float:

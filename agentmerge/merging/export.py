@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,8 @@ def export_checkpoint(
     if merge_plan.layers is not None:
         config = at_layers(config, merge_plan.layers)
     config = _config_of(config, merge_plan, layout.tied)
-    if dtype is not None and not (canonical.out_dtype or canonical.dtype):
-        canonical = replace(canonical, out_dtype=dtype)  # the recipe as written says all there is
+    if dtype is not None:
+        canonical = canonical.written_at(dtype)  # the recipe as written says all there is
     with directory_at_once(out_dir, overwrite=overwrite) as scratch:
         refuse_full_disk(scratch, size_bytes, out_dir)
         if layout.carried:
@@ -111,7 +111,7 @@ def export_checkpoint(
             scratch / "README.md", default_card(out_dir.name, canonical) if card is None else card
         )
         write_json(scratch / "config.json", config)
-        plans = {item.spec.name: item for item in merge_plan.tensors}
+        plans = merge_plan.by_name
         source = ParentFiles({name: paths[name] for name in recipe.models}, device)
 
         def tensor_of(name: str) -> torch.Tensor:

@@ -7,6 +7,7 @@ It knows nothing of live models, tasks or scores, and it writes no files.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,12 +143,12 @@ def merged_tensor(
         CandidateFailed: it holds a number that is not finite. So does ``target``, then.
     """
     effective = item.effective
-    base, operands = operands_of(item, merge_seed, source)
+    known = statistics or Statistics()
+    base, operands = operands_of(item, merge_seed, source, known)
     if target is None:
         like = base if base is not None else operands[0].tensor
         target = torch.empty(like.shape, dtype=getattr(torch, item.dtype), device=like.device)
     shared = dict(effective.shared)
-    known = statistics or Statistics()
     if not merge_tensor(effective.method, base, operands, shared, target, known):
         dtype = str(target.dtype).removeprefix("torch.")
         raise CandidateFailed(
@@ -158,24 +159,33 @@ def merged_tensor(
 
 
 def operands_of(
-    item: TensorPlan, merge_seed: int | None, source: TensorSource
+    item: TensorPlan,
+    merge_seed: int | None,
+    source: TensorSource,
+    statistics: Statistics | None = None,
 ) -> tuple[torch.Tensor | None, list[Operand]]:
-    """The base's tensor, where the method sets one apart, and the other sources in order."""
+    """The base's tensor, where the method sets one apart, and the other sources in order; those
+    that are merged first, merged."""
     effective = item.effective
     method = RECIPE_METHODS[effective.method]
     foreign = method.engine == "foreign"
     base: torch.Tensor | None = None
     operands = []
     inputs = dict(item.inputs)
-    first = f"{effective.base_model}\n{inputs.get(effective.base_model or '')}"
-    for (model, name), (_, _, own) in zip(item.inputs, effective.sources, strict=True):
-        tensor = source.tensor(model, name)
+    ground = f"{effective.base_model}\n{inputs.get(effective.base_model or '')}"
+    rows = zip(item.inputs, effective.sources, item.first or repeat(None), strict=False)
+    for (model, name), (_, _, own), made in rows:
+        if made is None:
+            tensor = source.tensor(model, name)
+        else:
+            tensor = merged_tensor(*made, source, statistics=statistics)
         if model == effective.base_model:
             base = tensor
             continue
         key = mask_key(merge_seed or 0, source.identities[model], name) if method.random else ""
         given: Any = {"values": own} if foreign else dict(own)
-        operands.append(Operand(tensor, key=key, pair=f"{first}\n{model}\n{name}", **given))
+        pair = f"{ground}\n{model}\n{name}" if made is None else ""  # another with each recipe
+        operands.append(Operand(tensor, key=key, pair=pair, **given))
     return base, operands
 
 

@@ -82,7 +82,7 @@ class MergeGradient:
         self._plan = merge_plan
         self._statistics = statistics or Statistics()
         self._source = source
-        self._by_name = {item.spec.name: item for item in merge_plan.tensors}
+        self._by_name = merge_plan.by_name
         self._frozen: dict[str, Frozen] = {}
         self._sums: dict[str, torch.Tensor] = {}
         method = RECIPE_METHODS[merge_plan.tensors[0].effective.method]
@@ -94,7 +94,7 @@ class MergeGradient:
     def add(self, name: str, gradient: torch.Tensor) -> None:
         """gradient: of the merged tensor ``name``, in its shape; it is not kept."""
         item = self._by_name[name]
-        base, operands = operands_of(item, self._plan.merge_seed, self._source)
+        base, operands = operands_of(item, self._plan.merge_seed, self._source, self._statistics)
         shared = dict(item.effective.shared)
         if name not in self._frozen:
             self._frozen[name] = frozen(

@@ -9,6 +9,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from agentmerge.errors import RecipeRejected
 from agentmerge.methods import RECIPE_METHODS
@@ -25,12 +26,14 @@ class TensorPlan:
 
     inputs: (model, the name of the tensor it gives) of each of ``effective.sources``, in order.
     dtype: of the result, as torch calls it.
+    first: of an input that is itself merged, how, and by which seed; an entry an input, or none.
     """
 
     spec: TensorSpec
     effective: Effective
     inputs: tuple[tuple[str, str], ...]
     dtype: str
+    first: tuple[tuple[TensorPlan, int | None] | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,24 +49,34 @@ class MergePlan:
     layers: tuple[int, ...] | None = None
 
     @cached_property
+    def by_name(self) -> dict[str, TensorPlan]:
+        return {item.spec.name: item for item in self.tensors}
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over all that decides the merged weights, except the parents'; 16 hex digits."""
-        body = [
-            (
-                item.spec.name,
-                item.spec.shape,
-                item.dtype,
-                item.effective.method,
-                item.effective.base_model,
-                item.inputs,
-                [own for _, _, own in item.effective.sources],
-                item.effective.shared,
-            )
-            for item in self.tensors
-        ]
-        codes = {RECIPE_METHODS[item.effective.method].digest for item in self.tensors} - {""}
+        body = [_decides(item) for item in self.tensors]
+        first = [made[0] for item in self.tensors for made in item.first if made]
+        methods = {item.effective.method for item in (*self.tensors, *first)}
+        codes = {RECIPE_METHODS[method].digest for method in methods} - {""}
         text = json.dumps([self.merge_seed, body, *sorted(codes)], separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _decides(item: TensorPlan) -> tuple[Any, ...]:
+    """All that decides a tensor, except the parents' own."""
+    first = [made and (_decides(made[0]), made[1]) for made in item.first]
+    return (
+        item.spec.name,
+        item.spec.shape,
+        item.dtype,
+        item.effective.method,
+        item.effective.base_model,
+        item.inputs,
+        [own for _, _, own in item.effective.sources],
+        item.effective.shared,
+        *([first] if first else ()),
+    )
 
 
 def plan(recipe: Recipe, layout: Layout, *, dtype: str | None = None) -> MergePlan:
@@ -83,13 +96,19 @@ def plan(recipe: Recipe, layout: Layout, *, dtype: str | None = None) -> MergePl
     layers = stacked_layers(recipe, layout.num_layers)
     if layers is not None and layout.fixed:
         raise RecipeRejected(f"these models' layers cannot be stacked: {layout.fixed}")
+    merges = {name: plan(merge, layout, dtype=dtype) for name, merge in recipe.merges}
     tensors = []
     for spec in (layout if layers is None else layout.at_depth(layers)).tensors:
         effective = recipe.effective(spec.name, spec.layer, after=spec.after)
         inputs = tuple(
             (model, _input_name(spec, layer, layout)) for model, layer, _ in effective.sources
         )
-        tensors.append(TensorPlan(spec, effective, inputs, wanted or spec.dtype))
+        first = tuple(
+            (merges[model].by_name[name], merges[model].merge_seed) if model in merges else None
+            for model, name in inputs
+        )
+        first = first if any(first) else ()
+        tensors.append(TensorPlan(spec, effective, inputs, wanted or spec.dtype, first))
     return MergePlan(tuple(tensors), recipe.merge_seed, layers)
 
 

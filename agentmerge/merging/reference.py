@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from agentmerge.parents.depth import followed
 from agentmerge.parents.writing import copy_side_files, directory_at_once
 from agentmerge.recipe import Recipe, renamed
 from agentmerge.recipe.copying import layers_read
+from agentmerge.recipe.stages import MERGES
 
 
 def mergekit_merge(
@@ -54,22 +56,34 @@ def mergekit_merge(
 
     out_dir = out_dir.expanduser().absolute()
     places = {name: str(Path(path).absolute()) for name, path in paths.items()}
-    body = renamed(recipe.to_dict(), places)
-    seed = body.pop("merge_seed", None)
-    body.pop("tokenizer_source", None)  # what comes here is aligned, and mergekit would cut rows
-    template = recipe_template(body.pop("chat_template", None))
-    options = MergeOptions(
-        random_seed=seed,
-        quiet=True,
-        copy_tokenizer=False,
-        write_model_card=False,
-        trust_remote_code=trust_remote_code,
-    )
-    with directory_at_once(out_dir, overwrite=overwrite) as scratch, _generators_kept():
+    template = recipe_template(recipe.chat_template)
+
+    def merge(one: Recipe, folder: Path) -> None:
+        body = renamed(one.to_dict(), places)
+        options = MergeOptions(
+            random_seed=body.pop("merge_seed", None),
+            quiet=True,
+            copy_tokenizer=False,
+            write_model_card=False,
+            trust_remote_code=trust_remote_code,
+        )
+        # what comes here is aligned, and mergekit would cut rows
+        for key in ("tokenizer_source", "chat_template", MERGES):
+            body.pop(key, None)
+        config = MergeConfiguration.model_validate(body)
+        with _settings_follow(one):
+            run_merge(config, str(folder), options=options)
+
+    with (
+        directory_at_once(out_dir, overwrite=overwrite) as scratch,
+        TemporaryDirectory(dir=scratch.parent) as first,
+        _generators_kept(),
+    ):
         try:
-            config = MergeConfiguration.model_validate(body)
-            with _settings_follow(recipe):
-                run_merge(config, str(scratch), options=options)
+            for number, (name, one) in enumerate(recipe.merges):
+                places[name] = str(Path(first) / str(number))
+                merge(one, Path(places[name]))
+            merge(recipe, scratch)
         except Exception as error:  # mergekit raises plain RuntimeError and ValueError
             raise CandidateFailed(f"mergekit could not merge this recipe: {error}") from error
         finally:

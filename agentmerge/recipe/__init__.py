@@ -39,6 +39,15 @@ from agentmerge.recipe.parts import (
     length,
     round12,
 )
+from agentmerge.recipe.stages import (
+    MERGES,
+    as_documents,
+    named,
+    one_form,
+    over,
+    read_merges,
+    with_names,
+)
 from agentmerge.recipe.text import (
     load_yaml,
     one_module,
@@ -84,6 +93,7 @@ class Recipe(Body):
             RecipeError: naming the part that cannot be read.
         """
         raw, notes = load_yaml(text)
+        merges = read_merges(raw.get(MERGES) or (), cls.parse)
         name = str(raw.get("merge_method", ""))
         method = method_named(name)
         body, module = one_module(raw)
@@ -119,7 +129,8 @@ class Recipe(Body):
             merge_seed=seed,
             notes=tuple(notes),
         )
-        return one_source_a_slice(recipe) if method is PASSTHROUGH else recipe
+        recipe = one_source_a_slice(recipe) if method is PASSTHROUGH else recipe
+        return over(recipe, merges) if merges else recipe
 
     @classmethod
     def of_model(cls, model: str, num_layers: int, dtype: str | None = None) -> Recipe:
@@ -129,44 +140,44 @@ class Recipe(Body):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Every model the recipe reads, in order of first mention, the base last if only there."""
-        names = [source.model for piece in self.slices for source in piece.sources]
-        names += [piece.base_model for piece in self.slices if piece.base_model]
-        names += [self.base_model] if self.base_model else []
-        return tuple(dict.fromkeys(names))
+        """Every model the recipe reads, in order of first mention, the base last if only there;
+        those of what is merged first in its place."""
+        first = dict(self.merges)
+        every = [first[name].models if name in first else (name,) for name in named(self)]
+        return tuple(dict.fromkeys(name for names in every for name in names))
 
     def renamed(self, new: Callable[[str], str]) -> Recipe:
         """The same merge of models under other names."""
-
-        def of(name: str | None) -> str | None:
-            return None if name is None else new(name)
-
-        slices = tuple(
-            replace(
-                piece,
-                base_model=of(piece.base_model),
-                sources=tuple(replace(s, model=new(s.model)) for s in piece.sources),
-            )
-            for piece in self.slices
-        )
+        first = dict(self.merges)
+        moved = with_names(self, lambda name: name if name in first else new(name))
         source = self.tokenizer_source
         return replace(
-            self,
-            slices=slices,
-            base_model=of(self.base_model),
-            tokenizer_source=source if source in ("union", "base") else of(source),
+            moved,
+            tokenizer_source=source if source in (None, "union", "base") else new(source),
+            merges=tuple((name, merge.renamed(new)) for name, merge in self.merges),
         )
 
     def at(self, dtype: str) -> Recipe:
         """The same; where it names no dtype, at the one that a search's own merges have."""
-        return replace(self, dtype=self.dtype or dtype)
+        merges = tuple((name, merge.at(dtype)) for name, merge in self.merges)
+        return replace(self, dtype=self.dtype or dtype, merges=merges)
+
+    def written_at(self, dtype: str) -> Recipe:
+        """The same, merged at the parents' own precision; where it names no dtype, kept at this."""
+        merges = tuple((name, merge.written_at(dtype)) for name, merge in self.merges)
+        kept = self.out_dtype or (None if self.dtype else dtype)
+        return replace(self, out_dtype=kept, merges=merges)
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as mergekit reads it (``merge_seed`` is ours; mergekit ignores it)."""
+        """The recipe as mergekit reads it (``merge_seed`` is ours; mergekit ignores it), but that
+        what is merged first is a list under ``merges``, and no document of its own."""
         whole = len(self.slices) == 1 and all(
             source.layer_range is None for source in self.slices[0].sources
         )
         body: dict[str, Any] = {"merge_method": self.merge_method}
+        if self.merges:
+            first = [{"name": name} | merge.to_dict() for name, merge in self.merges]
+            body = {MERGES: first} | body
         for key in ("base_model", "dtype", "out_dtype", "tokenizer_source", "chat_template"):
             if getattr(self, key) is not None:
                 body[key] = getattr(self, key)
@@ -181,7 +192,9 @@ class Recipe(Body):
         return body
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        """mergekit's text; of two stages as ``mergekit-multi`` reads it."""
+        documents = as_documents(self.to_dict())
+        return yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
 
     def shared(self, name: str, piece: Slice, tensor: str = "", t: float = 0.0) -> float:
         """A parameter of the whole merge as it holds in ``piece``, or the method's default."""
@@ -201,7 +214,10 @@ class Recipe(Body):
         Raises:
             RecipeRejected: weights that cancel under ``normalize``, or layers that do not add up.
         """
-        return canonical(self, num_layers)
+        made = canonical(self, num_layers)
+        return (
+            one_form(made, lambda r: r.canonical(num_layers), num_layers) if made.merges else made
+        )
 
     def hash(self, identities: Mapping[str, str] | None = None) -> str:
         """SHA-256 over the form, 16 hex digits; call it on the canonical form.
@@ -209,12 +225,13 @@ class Recipe(Body):
         identities: model name -> content fingerprint, so that a moved model stays itself. The chat
         template is left out: it changes what is asked, which is the protocol's, and no weight.
         """
-        body = self.to_dict()
+        body, merges = self.to_dict(), [merge for _, merge in self.merges]
         body.pop("chat_template", None)
         if identities:
             body = renamed(body, identities)
-        if code := RECIPE_METHODS[self.merge_method].digest:
-            body["method_code"] = code
+        for made, method in [(body, self), *zip(body.get(MERGES, ()), merges, strict=True)]:
+            if code := RECIPE_METHODS[method.merge_method].digest:
+                made["method_code"] = code
         text = json.dumps(body, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

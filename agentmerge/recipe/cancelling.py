@@ -25,11 +25,13 @@ _NOTHING = 1e-6
 
 
 def cancelling_notes(recipe: Recipe) -> list[str]:
-    """At most one sentence on a canonical recipe: the worst of its slices, filters and ends."""
+    """At most one sentence on a canonical recipe, and on each that is merged before it: the worst
+    of its slices, filters and ends."""
+    first = [note for _, merge in recipe.merges for note in cancelling_notes(merge)]
     method = RECIPE_METHODS[recipe.merge_method]
     switch = method.normalize_param
     if switch is None or not divides_by_agreeing(method):
-        return []
+        return first
     worst: tuple[float, list[float]] = (1.0, [])
     for piece in recipe.slices:
         settings = [dict(s.parameters)["weight"] for s in piece.sources if s.parameters]
@@ -41,11 +43,12 @@ def cancelling_notes(recipe: Recipe) -> list[str]:
                     worst = max(worst, (_times(weights), weights))
     times, weights = worst
     if times < TOLD_FROM:
-        return []
+        return first
     said = ", ".join(f"{weight:g}" for weight in weights)
     return [
+        *first,
         f"the weights {said} nearly cancel where {method.name} divides by those that agree in "
-        f"sign: task vectors may count {times:.0f} times; set {switch}: false or change a weight"
+        f"sign: task vectors may count {times:.0f} times; set {switch}: false or change a weight",
     ]
 
 

@@ -158,7 +158,10 @@ def _plain(values: tuple[float, ...]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What a recipe says; ``Recipe`` knows what follows from it."""
+    """What a recipe says; ``Recipe`` knows what follows from it.
+
+    merges: recipes that are merged first, by the names under which slices have them (``stages``).
+    """
 
     merge_method: str
     slices: tuple[Slice, ...]
@@ -170,3 +173,4 @@ class Body:
     chat_template: str | None = None
     merge_seed: int | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
+    merges: tuple[tuple[str, Any], ...] = ()

@@ -10,24 +10,26 @@ from typing import Any
 from agentmerge.errors import RecipeError
 from agentmerge.methods import INERT_PARAMS, SWITCHES
 from agentmerge.recipe.parts import MOST_LAYERS, Parameters, Setting, Slice, Source
+from agentmerge.recipe.stages import as_mapping
 from agentmerge.system.bounded import read_text
-from agentmerge.system.yaml_text import read_yaml, twice_text
+from agentmerge.system.yaml_text import read_documents, twice_text
 
 
 def load_yaml(text: str | Path | Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
-    """What a recipe says, and a note on each key that is written twice."""
+    """What a recipe says, of several documents as one mapping (``stages``), and a note on each key
+    that is written twice."""
     if isinstance(text, Mapping):
         return text, []
     source = str(text) if isinstance(text, Path) else "the recipe"
     if isinstance(text, Path):
         text = read_text(text, RecipeError, missing=f"no recipe at {source}")
-    written = read_yaml(text, source, RecipeError)
-    raw = written.value
-    if not isinstance(raw, dict):
-        raise RecipeError(
-            f"{source} must be a mapping with 'merge_method', not {type(raw).__name__}"
-        )
-    return raw, [twice_text(key, lines) for key, lines in written.twice.items()]
+    documents = read_documents(text, source, RecipeError)
+    for written in documents:
+        if not isinstance(written.value, dict):
+            kind = type(written.value).__name__
+            raise RecipeError(f"{source} must be a mapping with 'merge_method', not {kind}")
+    notes = [twice_text(key, at) for written in documents for key, at in written.twice.items()]
+    return as_mapping([written.value for written in documents]), notes
 
 
 def one_module(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

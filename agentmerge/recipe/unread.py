@@ -11,7 +11,7 @@ from agentmerge.methods import INERT_PARAMS, Method
 
 _WHOLE = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype",
-    "out_dtype", "tokenizer_source", "tokenizer", "chat_template", "merge_seed",
+    "out_dtype", "tokenizer_source", "tokenizer", "chat_template", "merge_seed", "merges",
 )  # fmt: skip
 _MODULE = ("models", "slices", "parameters")
 _SLICE = ("sources", "base_model", "parameters")

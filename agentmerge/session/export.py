@@ -161,7 +161,7 @@ def _write(
         finish=_publish_recipe,
     )
     warning = "written by mergekit: rounding may differ from what the search scored"
-    if recipe.merge_seed is not None:
+    if any(one.merge_seed is not None for one in (recipe, *dict(recipe.merges).values())):
         warning = "written by mergekit: its random masks are not the ones the search scored"
     return warning
 

@@ -6,6 +6,7 @@ It knows text and keys. It does not know what any key means.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -42,8 +43,21 @@ def read_yaml(text: str, source: str, error: type[UserError]) -> Written:
         error: it is not YAML, or more (bytes, levels, values, digits) than anybody writes.
     """
     node = compose_yaml(text, source, error)
-    if node is None:
-        return Written(None)
+    return Written(None) if node is None else _written(node, source, error)
+
+
+def read_documents(text: str, source: str, error: type[UserError]) -> list[Written]:
+    """What each document of a YAML text says, empty ones left out; one at least.
+
+    Raises:
+        error: as ``read_yaml`` says.
+    """
+    nodes = _composed(lambda: [*yaml.compose_all(text, Loader=_Parser)], text, source, error, error)
+    found = [_written(node, source, error) for node in nodes if node is not None]
+    return [written for written in found if written.value is not None] or [Written(None)]
+
+
+def _written(node: yaml.Node, source: str, error: type[UserError]) -> Written:
     lines, twice = _key_lines(node)
     try:
         return Written(_Values("").construct_document(node), lines, twice)
@@ -64,17 +78,32 @@ def compose_yaml(
         broken: it is not YAML; by default ``error``.
         error: as ``read_yaml`` says.
     """
+
+    def read() -> list[yaml.Node | None]:
+        return [yaml.compose(text, Loader=_Parser)]
+
+    return _composed(read, text, source, error, broken or error)[0]
+
+
+def _composed(
+    read: Callable[[], list[yaml.Node | None]],
+    text: str | bytes,
+    source: str,
+    error: type[UserError],
+    broken: type[UserError],
+) -> list[yaml.Node | None]:
     if len(text) > MOST_TEXT:
         raise error(f"{source} has more than {MOST_TEXT:,} bytes, and no file of its kind has")
     try:
-        node: yaml.Node | None = yaml.compose(text, Loader=_Parser)
+        nodes = read()
     except (yaml.YAMLError, UnicodeDecodeError) as why:
-        raise (broken or error)(f"{source} is not YAML: {' '.join(str(why).split())}") from None
+        raise broken(f"{source} is not YAML: {' '.join(str(why).split())}") from None
     except RecursionError:
         raise error(f"{source} is nested more than {MOST_LEVELS} levels deep") from None
-    if node is not None:
-        _refuse_huge(node, source, error)
-    return node
+    for node in nodes:
+        if node is not None:
+            _refuse_huge(node, source, error)
+    return nodes
 
 
 def _refuse_huge(root: yaml.Node, source: str, error: type[UserError]) -> None:

@@ -57,7 +57,8 @@ from agentmerge.errors import CandidateFailed, RunFailed, WorkerLost
 from agentmerge.evaluation.splitting import choose_documents, split, stand_in
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 from agentmerge.methods import RECIPE_METHODS
-from agentmerge.recipe import Recipe, length
+from agentmerge.recipe import Recipe
+from agentmerge.recipe.copying import layers_read
 from agentmerge.workers.options import FakeOptions, Where
 
 _KINDS = ("self_attn", "mlp")
@@ -281,11 +282,12 @@ def _point(recipe: Recipe, parents: Sequence[str]) -> np.ndarray:
     Raises:
         RecipeRejected: by the recipe's own rules.
     """
-    layers = sum(length(piece) for piece in recipe.slices)
+    layers = layers_read(recipe)
     place = {name: i for i, name in enumerate(parents)}
-    point = np.zeros((layers, len(_KINDS), len(parents)))
+    point = np.zeros((len(layers), len(_KINDS), len(parents)))
     method = RECIPE_METHODS[recipe.merge_method]
-    for layer in range(layers):
+    merges = {name: _point(merge, parents) for name, merge in recipe.merges}
+    for layer, read in enumerate(layers):
         for k, kind in enumerate(_KINDS):
             effective = recipe.effective(_tensor(layer, kind), layer)
             shared, base = dict(effective.shared), effective.base_model
@@ -302,8 +304,10 @@ def _point(recipe: Recipe, parents: Sequence[str]) -> np.ndarray:
             if method.ratios_only(shared) and total:
                 weights = {model: weight / total for model, weight in weights.items()}
             for model, weight in weights.items():
+                if model in merges:
+                    point[layer, k] += weight * merges[model][read, k]
                 if model in place:
-                    point[layer, k, place[model]] = weight * shared.get("lambda", 1.0)
+                    point[layer, k, place[model]] += weight * shared.get("lambda", 1.0)
     return point
 
 

@@ -182,7 +182,7 @@ class _Filling:
         known: dict[tuple[str, str], str],
     ) -> None:
         self._family, self._seed = family, merge_plan.merge_seed
-        self._items = {item.spec.name: item for item in merge_plan.tensors}
+        self._items = merge_plan.by_name
         self._parts, self._known = parts, known
         wanted = {_made_of(item, self._seed) for item in merge_plan.tensors}
         self.copies = {key: copy for key, copy in copies.items() if wanted.issuperset(key[0])}
@@ -291,12 +291,15 @@ def _made_of(item: TensorPlan, merge_seed: int | None) -> Any:
     made = item.effective
     numbers = tuple(own for _, _, own in made.sources)
     seed = merge_seed if RECIPE_METHODS[made.method].random else None
-    return item.inputs, made.method, made.base_model, numbers, made.shared, item.dtype, seed
+    how = (made.method, made.base_model, numbers, made.shared, item.dtype, seed)
+    return item.inputs, item.first, how
 
 
 def _copied_from(item: TensorPlan) -> tuple[str, str] | None:
     """Whose tensor a plan's tensor is, bit for bit; None of one that is computed."""
     effective = item.effective
+    if item.first:
+        return None
     values = [dict(own) for _, _, own in effective.sources]
     if effective.method == PASSTHROUGH.name:
         return item.inputs[0] if values[0]["scale"] == 1.0 else None

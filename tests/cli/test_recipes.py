@@ -171,8 +171,22 @@ slices:
 """
 
 
+STAGED = f"""\
+name: both
+merge_method: slerp
+base_model: models/north
+models: [{{model: models/north}}, {{model: models/south}}]
+---
+{STACKED.replace("north", "both").replace("models/both", "both")}"""
+
+
 @pytest.mark.parametrize(
-    ("text", "of", "whole"), [(STACKED, "scale", "the model"), (MERGED, "weight", "weight 1")]
+    ("text", "of", "whole"),
+    [
+        (STACKED, "scale", "the model"),
+        (MERGED, "weight", "weight 1"),
+        (STAGED, "scale", "the model"),
+    ],
 )
 def test_a_stack_of_layers_is_explained_scored_and_begun_with(
     here: Path, capsys: pytest.CaptureFixture[str], text: str, of: str, whole: str
@@ -206,6 +220,10 @@ def test_a_stack_of_layers_is_explained_scored_and_begun_with(
     capsys.readouterr()
     assert run_app(["compare", "a", "b", "--json"]) == 0
     assert run_app(["report", "a"]) == 0
+    if text == STAGED:
+        assert [
+            next(row for row in found["rows"] if row[0] == "merge: layer 2")[i] for i in (0, 2, 3)
+        ] == ["merge: layer 2", "north", "t 0.5 away"]
 
 
 def test_comparing_a_stack_with_a_merge_of_weights_shows_both_layer_by_layer() -> None:

@@ -58,10 +58,20 @@ PLACES = (
 )
 
 
+#: The same over a merge that has no weights of its own.
+MERGE = {
+    "name": "merge",
+    "merge_method": "slerp",
+    "base_model": "b",
+    "models": [{"model": "b"}, {"model": "c"}],
+}
+STAGED = tuple(replace(p, weights={"merge": 1.0}) if p.weights == OWN else p for p in PLACES)
+
+
 def stack(places: Any = PLACES) -> Recipe:
     slices = [{"sources": [place.source(model) for model in place.weights]} for place in places]
     body = {"merge_method": "linear", "slices": slices, "parameters": {"normalize": False}}
-    return Recipe.parse(body).canonical(2)
+    return Recipe.parse({"merges": [MERGE], **body}).canonical(2)
 
 
 @pytest.fixture(scope="module")
@@ -124,27 +134,28 @@ def loss_of(worker: HfWorker, refs: tuple[ItemRef, ...], recipe: Recipe) -> floa
         return sum(float(part) for part in asked.parts(worker._lm, 16))
 
 
+@pytest.mark.parametrize("places", [PLACES, STAGED], ids=["in one stage", "in two"])
 def test_it_equals_finite_differences_at_every_place(
-    worker: HfWorker, refs: tuple[ItemRef, ...]
+    worker: HfWorker, refs: tuple[ItemRef, ...], places: tuple[Place, ...]
 ) -> None:
-    gradient = worker.gradient(stack(), refs, "margin")
-    assert gradient.loss == pytest.approx(loss_of(worker, refs, stack()), rel=1e-12)
+    gradient = worker.gradient(stack(places), refs, "margin")
+    assert gradient.loss == pytest.approx(loss_of(worker, refs, stack(places)), rel=1e-12)
     slopes: dict[tuple[int, str, str], float] = {}
     for tensor in gradient.tensors:
-        outside = len(PLACES) - 1 if tensor.after else 0
+        outside = len(places) - 1 if tensor.after else 0
         place = outside if tensor.layer is None else tensor.layer
         kind = next(kind for kind in KINDS if kind in tensor.tensor)
         for model, slope in tensor.weights:
             at = place, model, kind
             slopes[at] = slopes.get(at, 0.0) + slope
     found, expected = [], []
-    for place, layer in enumerate(PLACES):
+    for place, layer in enumerate(places):
         for model in layer.weights:
             for kind in KINDS:
                 values = []
                 for step in (1e-5, -1e-5):
                     moved = replace(layer, moved={(model, kind): step})
-                    others = PLACES[:place], PLACES[place + 1 :]
+                    others = places[:place], places[place + 1 :]
                     values.append(loss_of(worker, refs, stack((*others[0], moved, *others[1]))))
                 expected.append((values[0] - values[1]) / 2e-5)
                 found.append(slopes[place, model, kind])
@@ -152,7 +163,7 @@ def test_it_equals_finite_differences_at_every_place(
     assert min(map(abs, outputs)) > 0, "of absent layers and of models that weigh nothing too"
     error = np.linalg.norm(np.subtract(found, expected)) / np.linalg.norm(expected)
     assert error < 1e-5
-    again = worker.gradient(stack(), refs, "margin")
+    again = worker.gradient(stack(places), refs, "margin")
     assert again == gradient, "whatever was loaded between"
 
 

@@ -52,6 +52,23 @@ def merged(*layers: int | tuple[str, int, float]) -> Recipe:
     return Recipe.parse(body).canonical(2)
 
 
+def staged(*layers: int | tuple[str, int, float]) -> Recipe:
+    """The same over a merge with random masks; a number is its own layer."""
+    first = {
+        "name": "merge",
+        "merge_method": "dare_ties",
+        "base_model": "base",
+        "merge_seed": 4,
+        "models": [
+            {"model": m, "parameters": {"weight": w, "density": 0.5}}
+            for m, w in (("b", 0.6), ("c", 0.5))
+        ],
+    }
+    places = [("merge", place, 1.0) if isinstance(place, int) else place for place in layers]
+    body = merged(*places).to_dict()
+    return Recipe.parse({"merges": [first]} | body).canonical(2)
+
+
 @pytest.fixture(scope="module")
 def spec(parents: dict[str, Path], tasks_dir: Path) -> WorkerSpec:
     config = tiny.tasks_config(tasks_dir, "tiny_choice", "tiny_answer", limit=12)
@@ -66,13 +83,15 @@ STACKS = {
     "in place, scaled": stack(("b", 0, 2, 0.7)),
     "merged": merged(0, ("b", 1, -0.3), 1, 0, ("c", 0, 0.4), 1),
     "merged, shallower": merged(1),
+    "in two stages": staged(0, 1, ("merge", 1, 0.6), ("c", 0, -0.3), 1),
+    "in two stages, in place": staged(0, ("merge", 1, 0.6)),
     "merged, in another order": merged(1, 0),
 }
 ABSENT = stack(("b", 0, 1), ("c", 1, 2, 0.0), ("b", 1, 2))
 
 
 #: What the disk worker scores too: a process each, and slow.
-ON_DISK = ("twice, scaled both ways", "merged")
+ON_DISK = ("merged", "in two stages")
 
 
 def as_exported(spec: WorkerSpec, recipe: Recipe, path: Path) -> tuple[Fingerprint, Any]:
