@@ -8,13 +8,14 @@ from typing import Any, Literal
 #: No merge has such a score: a forecast beyond it is none.
 MOST_SCORE = 1e9
 
-Change = Literal["method", "granularity", "filters", "drop_model"]
+Change = Literal["method", "granularity", "filters", "drop_model", "layers"]
 
 
 @dataclass(frozen=True, slots=True)
 class StructuralMove:
     """Another search space. value: the merge method, the layers a group, filters separated by
-    commas ("" for none), or the short name of the model to leave out."""
+    commas ("" for none), the short name of the model to leave out, or the candidate (as 3.0) whose
+    layers are kept."""
 
     change: Change
     value: str
@@ -27,6 +28,7 @@ class StructuralMove:
             "granularity": f"layer_granularity {self.value}",
             "filters": f"filters {self.value or 'none'}",
             "drop_model": f"without {self.value}",
+            "layers": f"layers beside those of {self.value or 'the best'}",
         }[self.change]
         return f"{what} ({self.why})" if self.why else what
 

@@ -25,7 +25,8 @@ _COLUMNS |= {
     for name in ("score", "tasks", "estimate", "rung", "share", "violation")
 }
 _COLUMNS |= {
-    name: f"coalesce(c.{name}, CASE c.loss_kind WHEN t.loss_kind THEN t.{name} END)"
+    name: f"coalesce(c.{name}, CASE WHEN c.loss_kind = t.loss_kind AND t.space IN (c.space, '') "
+    f"THEN t.{name} END)"
     for name in ("loss", "gradient")
 }
 _COLUMNS |= {"failure": "coalesce(nullif(c.failure, ''), t.failure, '')", "twin": "c.twin_slot"}
@@ -43,7 +44,8 @@ class Candidates(ItemResults, GradientRows):
 
         Writing the same generation again (a node that runs twice) changes nothing. A merge that
         this run has already is a twin; one with a failure is refused before any worker sees it. A
-        gradient of a merge whose score alone this run has is still open, and a twin by its score.
+        gradient of a merge whose score alone this run has, or whose gradient in another space, is
+        still open, and a twin by its score.
         """
         with self._writing() as conn:
             for slot, (proposal, recipe_hash, yaml_text, failure) in enumerate(
@@ -60,7 +62,8 @@ class Candidates(ItemResults, GradientRows):
                     )
                 place = (run_id, recipe_hash, generation, slot)
                 loss = proposal.loss if proposal.want == "gradient" else None
-                twin = whole = _earlier(conn, place, "loss_kind = ? AND state <> 'twin'", loss)
+                asked = "loss_kind = ? AND state <> 'twin' AND space IN (?, '')"
+                twin = whole = _earlier(conn, place, asked, loss, proposal.space)
                 if whole is None:
                     twin = _earlier(conn, place, "twin_slot IS NULL")
                     whole = twin if loss is None else None

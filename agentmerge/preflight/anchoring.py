@@ -46,6 +46,10 @@ def anchored(config: SearchConfig) -> SearchConfig:
                 update={
                     "models": tuple(anchored_name(model) for model in genome.models),
                     "base_model": base and anchored_name(base),
+                    "layers": genome.layers
+                    and genome.layers.model_copy(
+                        update={"insert": tuple(map(anchored_name, genome.layers.insert))}
+                    ),
                     "chat_template": template(genome.chat_template),
                     "tokenizer_source": source
                     if source in (None, "union", "base")

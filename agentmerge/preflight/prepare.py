@@ -32,6 +32,7 @@ from agentmerge.preflight.faults import (
     tokenizer_faults,
 )
 from agentmerge.preflight.graphs import is_own
+from agentmerge.preflight.layers import outputs_of_models, outputs_of_names
 from agentmerge.preflight.models import Models, layout_of, located, surveyed
 from agentmerge.preflight.plan import Prepared
 from agentmerge.preflight.spec import (
@@ -105,9 +106,6 @@ def prepare(
         prepared = (_of_models if getattr(kind, "reads_models", True) else _of_names)(look)
     notes, warm = [], init_notes(config, prepared.space.num_layers) if fresh else []
     notes += method_notes(config) if not run_code else []
-    notes += ["genome.layers is read, and no search over layers is made yet"] * bool(
-        config.genome.layers
-    )
     if is_own(config.search.graph) and not run_code:
         graph = config.search.graph
         notes.append(f"search.graph {graph!r} is code, and was not run; check --run-code runs it")
@@ -121,7 +119,8 @@ def _of_names(look: Look) -> Prepared:
     config, _ = buffered(config, lambda twice: "")
     look = replace(look, config=config)
     spec = spec_of(config, {name: Path(name) for name in names}, "float32", device="cpu")
-    space = _space(look, kind.num_layers(spec), spec.dtype)
+    outputs = outputs_of_names(look)
+    space = _space(look, kind.num_layers(spec), spec.dtype, outputs=outputs)
     taskset = TaskSet((), ())
     with look.faults.of(AgentmergeError):
         taskset = kind.tasks(spec)
@@ -160,7 +159,8 @@ def _of_models(look: Look) -> Prepared:
         dtype = config.worker.dtype or (layout.dtype if layout else "float32")
         if layout is not None:
             look.faults.extend(_filter_faults(config, layout))
-            space = _space(look, layout.num_layers, dtype, checked(layout))
+            outputs = outputs_of_models(look, models, layout)
+            space = _space(look, layout.num_layers, dtype, checked(layout), outputs)
         if models.found:
             folders = _side_files(models, scratch)
             config, said = buffered(config, lambda twice: _unbuffered(look, twice, layout, folders))
@@ -208,12 +208,16 @@ def _filter_faults(config: SearchConfig, layout: Layout) -> list[str]:
 
 
 def _space(
-    look: Look, num_layers: int, dtype: str, check: Callable[[Recipe], None] = lambda recipe: None
+    look: Look,
+    num_layers: int,
+    dtype: str,
+    check: Callable[[Recipe], None] = lambda recipe: None,
+    outputs: tuple[str, str] | None = None,
 ) -> SearchSpace | None:
     """The space on models of this depth; a search's warm starts have to be merges of them too."""
     config = look.config
     with look.faults.of(UserError):
-        space = SearchSpace(config.genome, num_layers, dtype, config.search.seed)
+        space = SearchSpace(config.genome, num_layers, dtype, config.search.seed, outputs)
         if not space.axes:
             raise ConfigError(
                 f"genome.space {config.genome.space!r} has no axis here; take another"

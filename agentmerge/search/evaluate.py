@@ -194,12 +194,15 @@ def _slope(
     """
     if candidate.want != "gradient" or candidate.loss_kind is None:
         return None, 0.0
-    slopes = search.gradients
+    slopes, recipe_hash = search.gradients, candidate.recipe_hash
+    space = search.trials(candidate.generation).of(candidate.space)
+    if space.stacks is not None:  # absent layers have slopes too
+        recipe = space.slope_recipe(candidate.vector or ())
+        recipe_hash = recipe.hash(search.identities)
     try:
         key, kept, seconds = slopes.ask(
-            recipe, candidate.recipe_hash, candidate.loss_kind, partial(budget.wanted, search)
+            recipe, recipe_hash, candidate.loss_kind, partial(budget.wanted, search)
         )
-        space = search.trials(candidate.generation).of(candidate.space)
         unit = unit_gradient(space, candidate.vector or (), slopes.named(kept))
     except (CandidateFailed, TaskError, WorkerLost) as error:
         place = {"generation": candidate.generation, "slot": candidate.slot}

@@ -30,7 +30,7 @@ from agentmerge.search.past import best_within, charges
 from agentmerge.search.search import Search
 from agentmerge.search.state import SearchState
 from agentmerge.search.structure import wanted_move
-from agentmerge.search.trials import WORTH
+from agentmerge.search.trials import worth
 from agentmerge.search.verdict import name_of, unasked, unfair, verdict
 from agentmerge.space import seeds
 from agentmerge.system.temporary import write_at_once
@@ -68,11 +68,11 @@ def _unused(search: Search, stop_reason: str) -> list[str]:
     if why is None or not left:
         return []
     told = f"{left} evaluations are left: {search.config.algorithm} {why}, and "
-    move = wanted_move(search, search.book.candidates()[-1].generation, least=0)
+    move = wanted_move(search, search.book.candidates()[-1].generation, worth=lambda move: 0)
     if move is not None:
         return [
             f"{told}another search space ({move.change} {move.value}) is opened only while "
-            f"{WORTH} are: resume with {WORTH - left} more evaluations, at least"
+            f"{worth(move)} are: resume with {worth(move) - left} more evaluations, at least"
         ]
     return [
         f"{told}a larger budget changes nothing; a branch with another strategy goes on from here"

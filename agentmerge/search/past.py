@@ -14,6 +14,9 @@ from agentmerge.contracts.operators import SHADOW
 from agentmerge.contracts.strategy import History, Observation
 from agentmerge.ledger import Candidate
 
+#: Generations in a row without one new merge after which the space counts as exhausted.
+BARREN_GENERATIONS = 3
+
 
 def first_generation(candidates: Sequence[Candidate]) -> int:
     """The one that both arms share: generation 0, or where a branch began to score anew."""

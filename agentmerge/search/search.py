@@ -129,7 +129,9 @@ class Search:
         ]
         if not moves:
             return trials_of(self.space, (), ())
-        return trials_of(self.space, moves, self.book.candidates(up_to=generation))
+        return trials_of(
+            self.space, moves, self.book.candidates(up_to=generation), self.recipe_text
+        )
 
     @property
     def present(self) -> SearchSpace:
@@ -137,8 +139,11 @@ class Search:
         candidates = self.book.candidates()
         return self.trials(candidates[-1].generation if candidates else 0).turn[0]
 
+    def recipe_text(self, candidate: Candidate | Observation) -> str:
+        return self.ledger.recipe(candidate.recipe_hash, self.run_id)
+
     def recipe_of(self, observation: Observation) -> Recipe:
-        return Recipe.parse(self.ledger.recipe(observation.recipe_hash, self.run_id))
+        return Recipe.parse(self.recipe_text(observation))
 
     def point_of(self, space: SearchSpace, observation: Observation) -> tuple[float, ...] | None:
         """Where another space's candidate lies in this one."""

@@ -10,13 +10,11 @@ from agentmerge.ledger.rows import whole
 from agentmerge.search import budget
 from agentmerge.search.constraints import violation
 from agentmerge.search.finish import write_best
+from agentmerge.search.past import BARREN_GENERATIONS
 from agentmerge.search.propose import propose
 from agentmerge.search.search import Search
 from agentmerge.search.seed import complete
 from agentmerge.search.state import SearchState
-
-#: Generations in a row without one new merge after which the space counts as exhausted.
-BARREN_GENERATIONS = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,40 +5,54 @@ What a move is and how a new space fares is ``trials.py``; the ledger keeps ever
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from agentmerge.contracts.advice import Guidance, StructuralMove
 from agentmerge.contracts.operators import STRUCTURE
 from agentmerge.errors import RecipeRejected, UserError
 from agentmerge.ledger import incumbent
-from agentmerge.ledger.words import guidance_of, openings, spoken
+from agentmerge.ledger.words import Opening, guidance_of, openings, spoken
 from agentmerge.search import budget
+from agentmerge.search.past import BARREN_GENERATIONS
 from agentmerge.search.propose import asked
 from agentmerge.search.search import Search
-from agentmerge.search.trials import REFUSED, WORTH
+from agentmerge.search.trials import REFUSED, kept, worth
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.space.moves import finer, moved
 
 
-def wanted_move(search: Search, generation: int, *, least: int = WORTH) -> StructuralMove | None:
+def wanted_move(
+    search: Search, generation: int, *, worth: Callable[[StructuralMove], int] = worth
+) -> StructuralMove | None:
     """The structural move to decide on before the next generation, if there is one.
 
     An agent's, or with ``search.structure: free`` a finer space once the strategy has nothing
-    more to ask in the present one, which was worth searching. least: evaluations that must be left.
+    more to ask in the present one, which was worth searching; and with ``genome.layers`` the space
+    of layers, once there is neither, or half of the budget is spent. worth: evaluations that must
+    be left for a move.
     """
     wish = search.config.search.structure
     before = openings(search.book.advice(role=STRUCTURE))
     if wish == "fixed" or any(opening.generation == generation for opening in before):
         return None
     now = search.trials(generation)
-    if now.trial is not None or budget.evaluations_left(search) < least:
+    if now.trial is not None:
         return None
     guidance = guidance_of(search.book.advice(generation))
     move = guidance.structural_move if guidance.source == "model" else None
     if move is None and wish == "free" and _worth_refining(search, generation, now.leader):
         move = finer(now.leader)
+    if move is None and _layers_are_due(search, generation, now.leader, before):
+        move = StructuralMove("layers", "", "weights have no more to give")
+    if move is not None and move.change == "layers":
+        best = incumbent(search.book.candidates())
+        move = replace(move, value=f"{best.generation}.{best.slot}" if best else "")
     known = {(opening.move.change, opening.move.value) for opening in before}
-    return None if move is None or (move.change, move.value) in known else move
+    if move is None or (move.change, move.value) in known:
+        return None
+    return move if budget.evaluations_left(search) >= worth(move) else None
 
 
 def approval(search: Search, generation: int) -> bool | None:
@@ -67,16 +81,37 @@ def restructure(search: Search, generation: int, move: StructuralMove, *, approv
     try:
         if not approved:
             raise UserError(REFUSED)
-        space = moved(now.leader, move)
+        space = moved(now.leader, move, kept(move, search.book.candidates(), search.recipe_text))
         if space.key in {known.key for known in now.spaces}:
             raise UserError("that space was open before")
-        search.check(space.uniform()[0])
+        recipe, point = space.uniform()
+        search.check(recipe if point is None else space.slope_recipe(point))
     except (UserError, RecipeRejected) as error:
         refusal = str(error)
     word = Guidance(structural_move=move, thought=move.sentence)
     body = {"guidance": word.to_json(), "failure": refusal}
     search.book.save_advice(generation, STRUCTURE, body)
     search.emit(spoken({"generation": generation, "role": STRUCTURE} | body))
+
+
+def _layers_are_due(
+    search: Search, generation: int, space: SearchSpace, before: Sequence[Opening]
+) -> bool:
+    """Whether layers are to be searched, were not yet, and weights had what they can use."""
+    known = any(opening.move.change == "layers" for opening in before)
+    if known or space.outputs is None or space.stacks is not None:
+        return False
+    left = budget.evaluations_left(search)
+    half = search.book.evaluations() >= left
+    return half or _repeats(search) or not asked(search, space, generation, left)
+
+
+def _repeats(search: Search) -> bool:
+    """Whether the strategy proposes only what was tried: once more, and the search would end."""
+    candidates = search.book.candidates()
+    recent = candidates[-1].generation - BARREN_GENERATIONS + 1
+    last = [c for c in candidates if c.generation > max(recent, 0)]
+    return bool(last) and all(c.state == "twin" for c in last)
 
 
 def _worth_refining(search: Search, generation: int, space: SearchSpace) -> bool:

@@ -4,7 +4,8 @@ A move changes what no value of an axis can: the merge method, the layers a grou
 the models. The space that it opens inherits every candidate that has a point there, and begins with
 the best few as near as they come. It then takes turns with the space that led until now, so that
 both are asked as much, and after ``TRIAL`` evaluations of its own it leads if it holds the better
-candidate. All of this is a fold over the moves and candidates in the ledger; it keeps no state.
+candidate. A space of layers keeps those of the candidate that its move names. All of this is a fold
+over the moves and candidates in the ledger; it keeps no state.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from agentmerge.contracts.advice import StructuralMove
 from agentmerge.contracts.operators import CARRIED, NO_TURN, SHADOW, STRUCTURE
 from agentmerge.contracts.strategy import History, Observation, Proposal
 from agentmerge.ledger import Candidate
@@ -24,8 +26,12 @@ from agentmerge.space.moves import moved
 
 #: Evaluations that a new space gets before it has to lead.
 TRIAL = 16
+#: The same of a space of layers, a dimension: of most layers it has to be learned that they hurt.
+TRIAL_OF_LAYERS = 2
 #: Least of the budget that must be left for a move: its trial and as much for the other space.
 WORTH = 2 * TRIAL
+#: The same of the move to layers, which comes when the other space has had its share.
+WORTH_OF_LAYERS = TRIAL
 #: How many of the best candidates begin a new space.
 SEEDS = 3
 #: The refusal of a person who was asked.
@@ -52,7 +58,10 @@ class Trials:
 
 
 def trials_of(
-    base: SearchSpace, moves: Sequence[Opening], candidates: Sequence[Candidate]
+    base: SearchSpace,
+    moves: Sequence[Opening],
+    candidates: Sequence[Candidate],
+    recipe_of: Callable[[Candidate], str] = lambda candidate: "",
 ) -> Trials:
     """How all trials so far went. candidates: up to the last finished generation."""
     leader, trial = base, None
@@ -62,7 +71,7 @@ def trials_of(
     for opening in moves:
         if opening.refusal:
             continue
-        trial = moved(leader, opening.move)
+        trial = moved(leader, opening.move, kept(opening.move, candidates, recipe_of))
         spaces.append(trial)
         asked = {
             space.key: sum(
@@ -74,7 +83,7 @@ def trials_of(
             )
             for space in (leader, trial)
         }
-        if asked[trial.key] < TRIAL:
+        if asked[trial.key] < trial_length(trial):
             ahead = asked[trial.key] > asked[leader.key]
             turn = [leader, trial] if ahead else [trial, leader]
             continue
@@ -86,6 +95,25 @@ def trials_of(
             leader = trial
         trial, turn = None, [leader]
     return Trials(leader, trial, tuple(spaces), tuple(turn))
+
+
+def worth(move: StructuralMove) -> int:
+    """Evaluations that must be left for a move."""
+    return WORTH_OF_LAYERS if move.change == "layers" else WORTH
+
+
+def trial_length(space: SearchSpace) -> int:
+    return max(TRIAL, TRIAL_OF_LAYERS * space.dimensions) if space.stacks else TRIAL
+
+
+def kept(
+    move: StructuralMove, candidates: Sequence[Candidate], recipe_of: Callable[[Candidate], str]
+) -> str | None:
+    """The recipe of the candidate whose layers a move keeps."""
+    if move.change != "layers":
+        return None
+    named = (c for c in candidates if f"{c.generation}.{c.slot}" == move.value)
+    return next(map(recipe_of, named), None)
 
 
 def verdicts(now: Trials, moves: Sequence[Opening]) -> list[str]:

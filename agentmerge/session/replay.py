@@ -34,7 +34,7 @@ from agentmerge.ledger.folder import LEDGER, existing_runs
 from agentmerge.preflight.facts import arithmetic
 from agentmerge.preflight.graphs import load_graph
 from agentmerge.preflight.plan import Prepared
-from agentmerge.recipe import Recipe
+from agentmerge.recipe import Recipe, length
 from agentmerge.report.summary import trace
 from agentmerge.search.search import Search
 from agentmerge.search.state import GRAPH_VERSION, SearchState
@@ -220,7 +220,8 @@ def _drive(search: Search, folder: Path) -> None:
 class _StoredResults:
     """A pool that has no workers: what the ledger lacks was never asked, so nothing takes long.
 
-    flat: merges whose gradient never came. lost: why the end could not ask any.
+    flat: merges whose gradient never came; a stack's is asked of a deeper one, which the ledger
+    holds or not. lost: why the end could not ask any.
     """
 
     real: Any
@@ -264,7 +265,9 @@ class _StoredResults:
         wanted: Callable[[], bool] = lambda: True,
     ) -> tuple[Gradient, float]:
         found = self._unknown(recipe)
-        if isinstance(found, ReplyMissing) and recipe.hash(self.prepared.identities) in self.flat:
+        stack = sum(map(length, recipe.slices)) != self.prepared.space.num_layers
+        flat = stack or recipe.hash(self.prepared.identities) in self.flat
+        if isinstance(found, ReplyMissing) and flat:
             raise CandidateFailed("its gradient never came")
         raise found
 

@@ -12,24 +12,33 @@ from collections.abc import Sequence
 from agentmerge.contracts.space import Axis, Space
 from agentmerge.contracts.worker import Gradient, TensorSlope
 from agentmerge.recipe import Setting
+from agentmerge.space.grouped import SearchSpace
 
 
 def differentiable_axes(space: Space) -> tuple[bool, ...]:
-    """Which axes a gradient says something about: weights and lambda of methods that have a slope.
+    """Which axes a gradient says something about: weights and lambda of methods that have a slope,
+    and scales of layers.
 
     Densities and the like choose elements, and a choice has no slope.
     """
     possible = space.method.differentiable
-    return tuple(possible and axis.parameter in ("weight", "lambda") for axis in space.axes)
+    return tuple(
+        possible and axis.parameter in ("weight", "lambda", "scale") for axis in space.axes
+    )
 
 
-def unit_gradient(space: Space, vector: Sequence[float], gradient: Gradient) -> tuple[float, ...]:
+def unit_gradient(
+    space: SearchSpace, vector: Sequence[float], gradient: Gradient
+) -> tuple[float, ...]:
     """d loss / d coordinate of the unit box at ``vector``, one number an axis, 0 without a slope.
 
-    gradient: of ``space.recipe(vector)``, from any space with a point there.
+    gradient: of ``space.slope_recipe(vector)``, from any space with a point there.
     """
     slopes = differentiable_axes(space)
     values = [axis.value(float(x)) for axis, x in zip(space.axes, vector, strict=True)]
+    if space.stacks is not None:
+        own = space.stacks.slopes(values, gradient)
+        return tuple(x * (a.high - a.low) for x, a in zip(own, space.axes, strict=True))
     canonical = space.recipe(vector)
     found = [0.0] * space.dimensions
     for tensor in gradient.tensors:

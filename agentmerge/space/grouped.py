@@ -2,8 +2,8 @@
 
 ``recipe(vector)`` and ``vector(recipe)`` go back and forth exactly: a recipe that the space made
 comes back to itself, bit for bit in canonical form. Strategies see only the unit box; real ranges
-are the axes' (``weights.py``, ``slerp.py``), and their bounds the table's (``methods.py``). Knows
-no weights and no scores.
+are the axes' (``weights.py``, ``slerp.py``, ``layers.py``), and their bounds the table's
+(``methods.py``). Knows no weights and no scores.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from agentmerge import plugins
 from agentmerge.contracts.space import Axis, SpaceForm
 from agentmerge.errors import RecipeRejected
 from agentmerge.recipe import Effective, Recipe, Setting, Slice, Source
-from agentmerge.space.groups import LayerGroups, along, neutral
+from agentmerge.space.groups import LayerGroups, along, neutral, same_merge
+from agentmerge.space.layers import LayersForm
 
 #: How far a point that is no merge is moved towards the uniform one, until it is one.
 _TOWARDS_UNIFORM = (1e-3, 0.01, 0.1, 0.5)
@@ -31,22 +33,49 @@ class SearchSpace(LayerGroups):
     """A genome on a family.
 
     num_layers: the parents' depth. dtype: what recipes carry (the parents' stored dtype).
-    merge_seed: of random masks; part of every recipe that draws some.
+    merge_seed: of random masks; part of every recipe that draws some. outputs: what is in the names
+    of the tensors by which a layer's attention and its mlp add to the stream; None where layers
+    are not searched. under: the merge that a space of layers is about; None of a space of weights.
     """
 
     dtype: str = "bfloat16"
     merge_seed: int = 0
+    outputs: tuple[str, str] | None = None
+    under: Recipe | None = None
+
+    @cached_property
+    def stacks(self) -> LayersForm | None:
+        """The form of a space of layers."""
+        if self.under is None or self.outputs is None:
+            return None
+        return LayersForm(self, self.under, self.outputs)
 
     @cached_property
     def form(self) -> SpaceForm:
+        if self.stacks is not None:
+            return self.stacks
         made: SpaceForm = plugins.load("agentmerge.spaces", self.genome.form)(self)
         return made
 
     @cached_property
     def key(self) -> str:
         """What tells this space from others of the same parents: candidates carry it."""
-        body = json.dumps([self.genome.model_dump(mode="json"), self.num_layers], sort_keys=True)
+        layers = None if self.under is not None else {"layers"}  # weights are what they were
+        parts: list[Any] = [self.genome.model_dump(mode="json", exclude=layers), self.num_layers]
+        if self.under is not None:
+            parts += [self.under.to_dict(), self.outputs]
+        body = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(body.encode()).hexdigest()[:12]
+
+    @property
+    def groups(self) -> int:
+        return super().groups if self.stacks is None else len(self.stacks.positions)
+
+    @property
+    def filters(self) -> tuple[str | None, ...]:
+        if self.stacks is None:
+            return super().filters
+        return (*self.stacks.outputs, None)
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -79,7 +108,10 @@ class SearchSpace(LayerGroups):
         return True
 
     def made_legal(self, vector: Sequence[float]) -> tuple[float, ...]:
-        """The point itself, or where it is no merge, one a little nearer to the uniform merge."""
+        """The point itself, or where it is no merge, one a little nearer to the uniform merge; of a
+        space of layers, the point that says what runs."""
+        if self.stacks is not None:
+            return self._point(self.stacks.projected(self._values(vector)))
         uniform = self.uniform()[1]
         if uniform is None or self.legal(vector):
             return tuple(vector)
@@ -95,32 +127,50 @@ class SearchSpace(LayerGroups):
         Raises:
             RecipeRejected: weights that cancel under ``normalize``.
         """
+        values = self._values(vector)
+        if self.stacks is not None:
+            return self.stacks.recipe(values).canonical(self.num_layers)
+        return self._whole(tuple(self.form.slices(values))).canonical(self.num_layers)
+
+    def slope_recipe(self, vector: Sequence[float]) -> Recipe:
+        """The recipe that a gradient at a point is asked of: the point's, but that layers which are
+        absent from a stack are there at a scale of 0, since they have slopes too."""
+        if self.stacks is None:
+            return self.recipe(vector)
+        return self.stacks.everything(self._values(vector)).canonical(self.num_layers)
+
+    def _values(self, vector: Sequence[float]) -> list[float]:
         if len(vector) != self.dimensions or not all(0.0 <= x <= 1.0 for x in vector):
             raise RecipeRejected(
                 f"a point of this space has {self.dimensions} values in [0, 1], not {list(vector)}"
             )
-        values = [axis.value(float(x)) for axis, x in zip(self.axes, vector, strict=True)]
-        return self._whole(tuple(self.form.slices(values))).canonical(self.num_layers)
+        return [axis.value(float(x)) for axis, x in zip(self.axes, vector, strict=True)]
+
+    def _point(self, values: Sequence[float]) -> tuple[float, ...]:
+        return tuple(axis.unit(v) for axis, v in zip(self.axes, values, strict=True))
 
     def vector(self, recipe: Recipe) -> tuple[float, ...] | None:
         """The point of a recipe, or None where the recipe lies outside this space."""
         canonical = recipe.canonical(self.num_layers)
-        if canonical.merge_method != self.genome.merge_method:
+        if self.stacks is None and canonical.merge_method != self.genome.merge_method:
             return None
         values = self.form.values(canonical)
         if values is None:
             return None
-        point = tuple(axis.unit(v) for axis, v in zip(self.axes, values, strict=True))
+        point = self._point(values)
         if not all(0.0 <= x <= 1.0 for x in point):
             return None
-        return point if _same_merge(self.recipe(point), canonical) else None
+        return point if same_merge(self.recipe(point), canonical) else None
 
     def nearest(self, recipe: Recipe) -> tuple[float, ...]:
         """The point most like a recipe of another space.
 
         Where both have a parameter of a model, it keeps its value, the mean over a group's layers;
-        slerp's t and two weights stand for each other. The rest is neutral.
+        slerp's t and two weights stand for each other. The rest is neutral; in a space of layers
+        everything but its own stacks is.
         """
+        if self.stacks is not None:
+            return self.vector(recipe) or self.stacks.neutral()
         canonical = recipe.canonical(self.num_layers)
         return tuple(self._like(canonical, axis) for axis in self.axes)
 
@@ -156,7 +206,10 @@ class SearchSpace(LayerGroups):
         return own.get(str(axis.model), {}).get(axis.parameter)
 
     def uniform(self) -> tuple[Recipe, tuple[float, ...] | None]:
-        """Every model with the same share, all of every task vector kept."""
+        """Every model with the same share, all of every task vector kept; of a space of layers, the
+        merge that lies under it."""
+        if self.stacks is not None:
+            return self.stacks.under, self.stacks.neutral()
         if self.form.mixes_all:
             return self.everywhere()
         weight = (("weight", Setting.scalar(1.0 / len(self.models))),)
@@ -184,13 +237,3 @@ class SearchSpace(LayerGroups):
             chat_template=genome.recipe_template,
             merge_seed=self.merge_seed if method.random else None,
         )
-
-
-def _same_merge(one: Recipe, other: Recipe) -> bool:
-    """Equal but for what does not change the weights' formula (output dtype, tokenizer)."""
-    return (one.slices, one.base_model, one.parameters, one.merge_seed) == (
-        other.slices,
-        other.base_model,
-        other.parameters,
-        other.merge_seed,
-    )

@@ -73,6 +73,16 @@ def covering(recipe: Recipe, first: int, last: int) -> Slice | None:
     return None
 
 
+def same_merge(one: Recipe, other: Recipe) -> bool:
+    """Equal but for what does not change the weights' formula (output dtype, tokenizer)."""
+
+    def formula(recipe: Recipe) -> tuple[object, ...]:
+        shared = recipe.base_model, recipe.parameters, recipe.merge_seed
+        return recipe.merge_method, recipe.slices, *shared
+
+    return formula(one) == formula(other)
+
+
 def neutral(axis: Axis) -> float:
     """Where an axis leaves the others' values as they are, or else its middle."""
     if axis.usual is not None:

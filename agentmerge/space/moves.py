@@ -1,16 +1,19 @@
-"""Structural moves: the search space that a change of method, groups, filters or models opens."""
+"""Structural moves: the search space that a change of method, groups, filters or models opens, and
+the one of layers beside the answer's."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from pydantic import ValidationError
 
 from agentmerge.config import GenomeConfig
 from agentmerge.contracts.advice import StructuralMove
-from agentmerge.errors import ConfigError, UserError
+from agentmerge.errors import ConfigError, RecipeRejected, UserError
 from agentmerge.methods import METHODS
+from agentmerge.recipe import Recipe
 from agentmerge.recipe.names import short_name
 from agentmerge.space.grouped import SearchSpace
 
@@ -21,12 +24,18 @@ FILTERS = (
 )
 
 
-def moved(space: SearchSpace, move: StructuralMove) -> SearchSpace:
+def moved(space: SearchSpace, move: StructuralMove, under: str | None = None) -> SearchSpace:
     """The space that a move opens.
+
+    under: the recipe whose layers a move to layers keeps.
 
     Raises:
         UserError: it opens none, with the reason.
     """
+    if move.change == "layers":
+        return _layered(space, under)
+    if space.stacks is not None:
+        raise UserError(f"{move.change} says nothing of layers, and those are searched now")
     genome = space.genome
     body: dict[str, Any] = genome.model_dump()
     if move.change == "method":
@@ -40,6 +49,9 @@ def moved(space: SearchSpace, move: StructuralMove) -> SearchSpace:
         if len(kept) == len(genome.models):
             raise UserError(f"there is no model {move.value!r} to drop")
         body["models"] = kept
+        if genome.layers is not None:
+            named = [m for m in genome.layers.insert if short_name(m) != move.value]
+            body["layers"] = {**body["layers"], "insert": named or ["experts"]}
     try:
         found = replace(space, genome=GenomeConfig(**body))
         _ = found.axes
@@ -50,8 +62,26 @@ def moved(space: SearchSpace, move: StructuralMove) -> SearchSpace:
     return found
 
 
+@lru_cache(maxsize=8)
+def _layered(space: SearchSpace, under: str | None) -> SearchSpace:
+    if space.genome.layers is None or space.outputs is None:
+        raise UserError("genome.layers is not set, so no layers are searched")
+    if space.stacks is not None:
+        raise UserError("layers are searched already")
+    if under is None:
+        raise UserError("there is no such candidate, and its layers are to be kept")
+    try:
+        found = replace(space, under=Recipe.parse(under).canonical(space.num_layers))
+        _ = found.axes
+    except RecipeRejected as error:
+        raise UserError(str(error)) from None
+    return found
+
+
 def finer(space: SearchSpace) -> StructuralMove | None:
     """One rung up the ladder: groups of fewer layers, then filters; None at the top."""
+    if space.stacks is not None:
+        return None
     step = space.genome.layer_granularity or space.num_layers
     if step > 1:
         fewer = max(n for n in range(1, step) if step % n == 0)

@@ -11,6 +11,11 @@ does in lm-eval: right or wrong with a margin (``acc`` and any other name), righ
 one (``exact_match``), a loss whose mean should be low (``mse``), or the log-likelihood of a text
 (``perplexity``, ``word_perplexity``), which is no mean over items and should be low.
 
+A stack of layers (a linear recipe of other layers than the parents' own, in their places) has the
+merge's own layer k where most models first make it; what else takes layer k adds to every margin
+as a parent's layer is strong there, best at a strength of its own by task, which may be below 0.
+What is left out has no weights. So weights alone never say what a stack can.
+
 Options (``worker.options``):
     base: the parent that counts as nobody's expert (no optimum of its own).
     delay_s: how long a score takes.
@@ -56,13 +61,15 @@ from agentmerge.contracts.worker import (
 from agentmerge.errors import CandidateFailed, RunFailed, WorkerLost
 from agentmerge.evaluation.splitting import choose_documents, split, stand_in
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
-from agentmerge.methods import RECIPE_METHODS
-from agentmerge.recipe import Recipe
+from agentmerge.methods import PASSTHROUGH, RECIPE_METHODS
+from agentmerge.recipe import Recipe, length
 from agentmerge.recipe.copying import layers_read
 from agentmerge.workers.options import FakeOptions, Where
 
 _KINDS = ("self_attn", "mlp")
 _WIDTH, _GAIN, _LEAN = 0.35, 8.0, 1.5
+#: What one added output is worth at its best strength of 1.
+_ADDED = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +155,13 @@ class FakeWorker:
 
     reads_models = False
     runs_stacks = True
+    #: By which tensors a layer adds to the stream: all that there are.
+    outputs = _KINDS
 
     def __init__(self, spec: WorkerSpec, taskset: TaskSet | None = None) -> None:
         options = FakeOptions.of(spec.options)
         self._parents = [name for name, _ in spec.parents if name != options.base]
+        self._depth = self.num_layers(spec)
         self._delay_s = options.delay_s or 0.0
         self._metrics = {task.name: task.metric for task in self.tasks(spec).tasks}
         self._scales = tuple(options.scales or (1.0,))
@@ -167,6 +177,7 @@ class FakeWorker:
         self._die_hard = options.die_hard
         self._loads = 0
         self._live: np.ndarray | None = None
+        self._places: tuple[_Place, ...] | None = None
         self._on_bad_merge = False
         self._info = self.describe(spec)
 
@@ -201,7 +212,7 @@ class FakeWorker:
             raise CandidateFailed("the fake worker fails this candidate, as it was told to")
         if not (np.abs(point) < np.finfo(np.float32).max).all():
             raise CandidateFailed("the merge is not finite; the weights are too large")
-        self._live = point
+        self._live, self._places = point, _places(recipe, self._depth)
         self._hanging = self._hangs(recipe, point)
         self._on_bad_merge = bool(self._bad_items) and self._bad_on(recipe, point)
         digest = hashlib.sha256(point.tobytes()).hexdigest()[:16]
@@ -234,7 +245,11 @@ class FakeWorker:
         return ItemResult(float(margin > 0), likelihood, margin)
 
     def _margin(self, item: ItemRef, point: np.ndarray) -> tuple[float, np.ndarray]:
-        margin, lean = _margin(item, point, tuple(self._parents))
+        parents = tuple(self._parents)
+        if self._places is None:
+            margin, lean = _margin(item, point, parents)
+        else:
+            margin, lean = _stacked_margin(item, point, parents, self._places, self._depth)
         scale = self._scales[int(item.key, 16) % len(self._scales)]
         return scale * margin, scale * lean
 
@@ -348,6 +363,48 @@ def _evenly(shared: Mapping[str, float]) -> float:
     if "t" in shared:
         return min(max(1 + math.log10(max(shared["t"], 1e-9)) / 6, 0.0), 1.0)
     return shared.get("select_topk", 1.0) * (1.0 - 0.2 * shared.get("filter_wise", 0.0))
+
+
+#: Of each layer of a stack: (which of the parents' layers it is, whether it is the merge's own).
+_Place = tuple[int, bool]
+
+
+def _places(recipe: Recipe, depth: int) -> tuple[_Place, ...] | None:
+    """None of a recipe that makes the parents' layers in their places, or none by weights."""
+    if RECIPE_METHODS[recipe.merge_method] is PASSTHROUGH:
+        return None
+    rows = [
+        ((piece.sources[0].layer_range or (0, 0))[0] + offset, len(piece.sources))
+        for piece in recipe.slices
+        for offset in range(length(piece))
+    ]
+    if [layer for layer, _ in rows] in ([0] * len(rows), list(range(depth))):
+        return None
+    most = {layer: max(n for k, n in rows if k == layer) for layer, _ in rows}
+    own = {layer: rows.index((layer, n)) for layer, n in most.items()}
+    return tuple((layer, own[layer] == place) for place, (layer, _) in enumerate(rows))
+
+
+def _stacked_margin(
+    item: ItemRef,
+    point: np.ndarray,
+    parents: tuple[str, ...],
+    places: Sequence[_Place],
+    depth: int,
+) -> tuple[float, np.ndarray]:
+    """As ``_margin``, of a stack."""
+    merge = np.zeros((depth, *point.shape[1:]))
+    for row, (layer, own) in zip(point, places, strict=True):
+        if own:
+            merge[layer] = row
+    margin, lean = _margin(item, merge, parents)
+    best = 1.5 * _optimum(f"{item.task} added", parents, depth, len(_KINDS)) - 0.3
+    slope = np.empty_like(point)
+    for place, (layer, own) in enumerate(places):
+        slope[place] = lean[layer] if own else 2 * _ADDED * (best[layer] - point[place])
+        if not own:
+            margin += _ADDED * float((point[place] * (2 * best[layer] - point[place])).sum())
+    return margin, slope
 
 
 def _margin(item: ItemRef, point: np.ndarray, parents: tuple[str, ...]) -> tuple[float, np.ndarray]:

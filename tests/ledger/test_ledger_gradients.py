@@ -61,6 +61,18 @@ def test_the_same_merge_is_differentiated_once_by_each_loss(ledger: Ledger) -> N
     assert sum(c.cost for c in ledger.candidates("r") if c.state == "scored") == 1 + 3 + 3
 
 
+def test_each_space_has_its_own_gradient_of_a_merge(ledger: Ledger) -> None:
+    """One space's was read as another's, with as many numbers as that has axes."""
+    first = Proposal((0.5,), "x", want="gradient", space="one")
+    other = Proposal((0.5, 0.2), "x", want="gradient", space="two")
+    add(ledger, 0, first)
+    ledger.save_evaluation("r", (0, 0), score=0.5, slope=(KEY, GRADIENT, (0.1,)))
+    add(ledger, 1, other, first)
+    assert [c.state for c in ledger.candidates("r", 1)] == ["open", "twin"]
+    ledger.save_evaluation("r", (1, 0), score=0.5)  # it never came
+    assert [o.gradient for o in ledger.history("r")] == [(0.1,), None, (0.1,)]
+
+
 def test_a_merge_that_failed_cost_one(ledger: Ledger) -> None:
     add(ledger, 0, Proposal((0.5,), "x", want="gradient"))
     ledger.save_evaluation("r", (0, 0), score=None, failure="not finite")

@@ -1,0 +1,244 @@
+"""A space of layers: a point is one stack, and the way there and back is exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agentmerge.config import GenomeConfig, LayersConfig
+from agentmerge.contracts.worker import Gradient, TensorSlope
+from agentmerge.errors import UserError
+from agentmerge.recipe import Recipe
+from agentmerge.space.chain_rule import differentiable_axes, unit_gradient
+from agentmerge.space.grouped import SearchSpace
+from agentmerge.space.layers import DEAD
+from agentmerge.testing.space_suite import SpaceSuite, drawn
+
+OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def layered(
+    layers: dict[str, Any] | None = None, *, depth: int = 4, answer: float = 0.4, **genome: Any
+) -> SearchSpace:
+    """The space of layers over a point of a space of weights."""
+    body = {"models": ("a", "b"), "base_model": "base", "merge_method": "task_arithmetic"}
+    made = GenomeConfig(**{**body, **genome}, layers=LayersConfig(**(layers or {})))
+    weights = SearchSpace(made, depth, "float32", outputs=OUTPUTS)
+    rng = np.random.default_rng(int(answer * 100))
+    under = weights.recipe(tuple(rng.random(weights.dimensions)))
+    return SearchSpace(made, depth, "float32", outputs=OUTPUTS, under=under)
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "experts": ({}, {}),
+    "all there may be": ({"insert": ("merge", "experts", "base"), "most": 99}, {}),
+    "few": ({"most": 1}, {}),
+    "skip": ({"skip": True, "insert": ("merge", "a"), "most": 2}, {}),
+    "skip alone": ({"skip": True, "most": 0}, {}),
+    "other scales": ({"scales": (-0.3, 1.1)}, {}),
+    "linear": ({"skip": True}, {"merge_method": "linear", "base_model": None}),
+    "filters": (
+        {"skip": True, "insert": "merge"},
+        {"filters": ("self_attn", "mlp"), "layer_granularity": 2, "normalize": True},
+    ),
+    "smooth": ({"insert": ("merge", "b")}, {"smooth": True, "layer_granularity": 1}),
+    "lambda": ({}, {"evolve": ("lambda",)}),
+    "path": ({"path": True, "most": 6}, {}),
+    "repeated path": ({"path": True, "repeats": 2, "insert": ("a", "merge"), "most": 3}, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+class TestLayers(SpaceSuite):
+    @pytest.fixture
+    def space(self, case: str) -> SearchSpace:  # type: ignore[override]
+        layers, genome = CASES[case]
+        return layered(layers, **genome)
+
+    def test_the_neutral_point_is_the_merge_under_it(self, space: SearchSpace) -> None:
+        assert space.stacks is not None and space.under is not None
+        point = space.stacks.neutral()
+        assert space.recipe(point) == space.under
+        assert space.vector(space.under) == space.made_legal(point) == point
+        assert space.uniform() == (space.under, point)
+
+    def test_no_stack_is_deeper_than_it_may_be(self, space: SearchSpace) -> None:
+        assert space.stacks is not None
+        depths = [depth_of(space.recipe(point)) for point in drawn(space)]
+        assert max(depths) <= space.stacks.depth <= 4 + space.stacks.settings.most
+        assert min(depths) >= 2
+
+    def test_the_first_and_the_last_layer_are_the_merges(self, space: SearchSpace) -> None:
+        for point in drawn(space):
+            recipe = space.recipe(point)
+            for ours, theirs, after in ((0, 0, False), (depth_of(recipe) - 1, 3, True)):
+                for name in ("embed_tokens", "self_attn.q_proj", "mlp.down_proj"):
+                    at = None if name == "embed_tokens" else ours
+                    under = None if name == "embed_tokens" else theirs
+                    assert weights(recipe, name, at, after) == pytest.approx(
+                        weights(space.under, name, under, after), abs=1e-9
+                    )
+
+    def test_a_vector_comes_back(self, space: SearchSpace) -> None:
+        for point in drawn(space):
+            assert space.vector(space.recipe(point)) == pytest.approx(point, abs=1e-9)
+
+    def test_what_a_gradient_is_asked_of_is_the_same_stack(self, space: SearchSpace) -> None:
+        """The point's layers in their order, and between them layers whose scales are 0."""
+        for point in drawn(space):
+            whole, mine = space.slope_recipe(point), space.recipe(point)
+            found = [row for row in layers_of(whole) if row[1] != (0.0, 0.0)]
+            own = layers_of(mine) if mine != space.under else found
+            assert [row[0] for row in found] == [row[0] for row in own]
+            assert np.allclose([row[1] for row in found], [row[1] for row in own])
+
+
+def weights(recipe: Recipe | None, name: str, layer: int | None, after: bool) -> dict[str, float]:
+    """As a linear merge that divides by nothing has them."""
+    assert recipe is not None
+    made = recipe.effective(name, layer, after=after)
+    shared = dict(made.shared)
+    own = {model: dict(values)["weight"] for model, _, values in made.sources if values}
+    divisor = sum(own.values()) if shared.get("normalize") else 1.0
+    own = {model: shared.get("lambda", 1.0) * weight / divisor for model, weight in own.items()}
+    if made.method == "task_arithmetic":
+        own["base"] = 1.0 - sum(own.values())
+    return {model: weight for model, weight in own.items() if abs(weight) > 1e-12}
+
+
+def depth_of(recipe: Recipe) -> int:
+    return sum(
+        layers[1] - layers[0]
+        for layers in (s.sources[0].layer_range for s in recipe.slices)
+        if layers
+    )
+
+
+def layers_of(recipe: Recipe) -> list[tuple[Any, tuple[float, ...]]]:
+    """(models and layer, what either output weighs) of each layer."""
+    found = []
+    for layer in range(depth_of(recipe)):
+        made = recipe.effective(f"model.layers.{layer}.self_attn.q_proj.weight", layer)
+        sums = [
+            sum(weights(recipe, f"model.layers.{layer}.{name}.weight", layer, False).values())
+            for name in OUTPUTS
+        ]
+        found.append((tuple(source[:2] for source in made.sources), tuple(sums)))
+    return found
+
+
+def test_positions_are_where_the_design_has_them() -> None:
+    stacks = layered().stacks
+    assert stacks is not None
+    row = [f"{p.model or 'm'}{p.layer}" for p in stacks.positions]
+    assert row == "m0 a0 b0 m1 a1 b1 m2 a2 b2 a3 b3 m3".split()
+    assert len(stacks.axes) == 16, "both scales of eight places"
+    path = layered({"path": True, "insert": "b", "repeats": 2}).stacks
+    assert path is not None
+    row = [f"{p.model or 'm'}{p.layer}" for p in path.positions]
+    assert row == "m0 m1 m2 m3 b0 b1 b2 b3 m0 m1 m2 m3 b0 b1 b2 b3 m3".split()
+    assert [p.layer for p in path.positions if p.home] == [0, 1, 2, 3]
+
+
+def test_a_stack_is_one_mergekit_document() -> None:
+    space = layered({"insert": "a"})
+    assert space.stacks is not None
+    values = [0.0] * space.dimensions
+    values[2:4] = 0.31, -0.2  # of a's layer 1, after the merge's
+    point = tuple(axis.unit(v) for axis, v in zip(space.axes, values, strict=True))
+    text = space.recipe(point).to_dict()
+    assert text["merge_method"] == "linear"
+    assert text["parameters"] == {"normalize": 0.0}
+    assert [len(piece["sources"]) for piece in text["slices"]] == [3, 1, 3], "runs are one slice"
+    (own,) = text["slices"][1]["sources"]
+    assert own["layer_range"] == [1, 2]
+    assert own["parameters"]["weight"] == [
+        {"filter": "self_attn.o_proj", "value": 0.31},
+        {"filter": "mlp.down_proj", "value": -0.2},
+        {"value": 1.0},
+    ]
+
+
+def test_the_weakest_are_left_out_and_what_is_near_nothing_is_nothing() -> None:
+    space = layered({"most": 2})
+    assert space.stacks is not None
+    values = [0.0] * space.dimensions
+    values[0], values[2], values[4], values[7] = 0.3, -0.2, 0.25, 0.9 * DEAD
+    found = space.stacks.projected(values)
+    assert {i: v for i, v in enumerate(found) if v} == {0: 0.3, 4: 0.25}
+
+
+def test_a_repeat_of_the_merges_layer_stands_in_for_it() -> None:
+    """With ``skip``: one of two equal layers is the first, whichever place it was drawn in."""
+    space = layered({"skip": True, "insert": "merge", "most": 0})
+    assert space.stacks is not None
+    names = [axis.name for axis in space.axes]
+    values = [0.0] * space.dimensions
+    for part, value in (("attention", 0.4), ("mlp", 0.7)):
+        values[names.index(f"place 3: merge's layer 1 {part}")] = value
+    found = dict(zip(names, space.stacks.projected(values), strict=True))
+    assert found["place 2: merge's layer 1 attention"] == 0.4
+    assert found["place 3: merge's layer 1 mlp"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("genome", "words"),
+    [
+        ({"merge_method": "ties"}, "layers beside a ties merge cannot be said in one recipe"),
+        ({"depth": 1}, "a model of one layer has no place for another"),
+    ],
+)
+def test_what_lies_under_it_must_be_sayable(genome: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        _ = layered(**genome).axes
+
+
+def test_spaces_are_told_apart_and_weights_are_what_they_were() -> None:
+    one, same, other = layered(), layered(), layered(answer=0.7)
+    assert one.key == same.key != other.key
+    body = {"models": ("a", "b"), "base_model": "base", "merge_method": "task_arithmetic"}
+    plain = SearchSpace(GenomeConfig(**body), 4)
+    assert SearchSpace(GenomeConfig(**body, layers=4), 4, outputs=OUTPUTS).key == plain.key
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "path" not in case])
+def test_slopes_are_those_of_the_scales(case: str) -> None:
+    """Of an invented loss that is linear in every tensor's weights: its differences are exact."""
+    layers, genome = CASES[case]
+    space = layered(layers, **genome)
+    assert space.stacks is not None
+    rng = np.random.default_rng(3)
+    pull = {}
+
+    def loss(recipe: Recipe) -> float:
+        return sum(pull[key] * value for key, value in read(recipe))
+
+    def read(recipe: Recipe) -> list[tuple[Any, float]]:
+        found = []
+        for layer in range(depth_of(recipe)):
+            for output in OUTPUTS:
+                name = f"model.layers.{layer}.{output}.weight"
+                for model, _, own in recipe.effective(name, layer).sources:
+                    found.append(((name, layer, model), dict(own)["weight"]))
+        return found
+
+    point = space.made_legal(rng.random(space.dimensions))
+    whole = space.slope_recipe(point)
+    pull = {key: rng.normal() for key, _ in read(whole)}
+    rows: dict[Any, list[tuple[str, float]]] = {}
+    for (name, layer, model), _ in read(whole):
+        rows.setdefault((name, layer), []).append((model, pull[name, layer, model]))
+    slopes = tuple(TensorSlope(n, layer, False, tuple(own)) for (n, layer), own in rows.items())
+    found = unit_gradient(space, point, Gradient(0.0, 1, slopes))
+    assert all(differentiable_axes(space))
+    for i in range(space.dimensions):
+        if 0.1 < point[i] < 0.9:
+            ends = [
+                loss(space.slope_recipe([*point[:i], x, *point[i + 1 :]]))
+                for x in (point[i] - 0.05, point[i] + 0.05)
+            ]
+            value = space.axes[i].value(point[i])
+            if abs(value) > DEAD + 0.1:
+                assert (ends[1] - ends[0]) / 0.1 == pytest.approx(found[i], rel=1e-4, abs=1e-4)
