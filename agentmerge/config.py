@@ -656,6 +656,8 @@ class SearchConfig(_Frozen):
             target = raw[section] if key else raw
             if not isinstance(target, dict):
                 raise ConfigError(f"{source}: {section} must be a mapping, not {target!r}")
+            if dotted == "genome.layers" and isinstance(target.get("layers"), dict):
+                value = {**target["layers"], "most": value}  # the other settings stand
             target[key or section] = value
         _typed_server(raw.get("agents"), overrides or {})
         config = _resolve(raw, source, written.lines, written.twice)

@@ -96,6 +96,8 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
     "shadow": ("search.shadow", float, "Share of the budget for an arm that hears no model."),
     "structure": ("search.structure", str, "Other search spaces: fixed (none), advised (a model's) "
                   "or free (finer ones)."),
+    "layers": ("genome.layers", int, "Search over layers too, with at most so many more than the "
+               "models have (docs/search.md)."),
     "approve": ("search.approve", bool, "Ask before another search space."),
     "population": ("search.population", int, "Candidates a generation."),
     "sigma_low": ("search.sigma_low", float),
@@ -126,8 +128,8 @@ BRANCH = (
     "search", "worker", "workers", "llm", "base_url", "api_key_env", "prompts", "graph", "probes",
     "seed",
     *LIMITS,
-    "population", "shadow", "structure", "approve", "sigma_low", "sigma_high", "task_search_path",
-    "batch_size", "limit", "trust_remote_code",
+    "population", "shadow", "structure", "layers", "approve", "sigma_low", "sigma_high",
+    "task_search_path", "batch_size", "limit", "trust_remote_code",
 )  # fmt: skip
 RUN = (*BRANCH, "init")
 

@@ -58,7 +58,8 @@ class TestLayers(SpaceSuite):
         return layered(layers, **genome)
 
     def test_the_neutral_point_is_the_merge_under_it(self, space: SearchSpace) -> None:
-        assert space.stacks is not None and space.under is not None
+        assert space.stacks is not None
+        assert space.under is not None
         point = space.stacks.neutral()
         assert space.recipe(point) == space.under
         assert space.vector(space.under) == space.made_legal(point) == point
@@ -132,13 +133,13 @@ def layers_of(recipe: Recipe) -> list[tuple[Any, tuple[float, ...]]]:
 def test_positions_are_where_the_design_has_them() -> None:
     stacks = layered().stacks
     assert stacks is not None
-    row = [f"{p.model or 'm'}{p.layer}" for p in stacks.positions]
-    assert row == "m0 a0 b0 m1 a1 b1 m2 a2 b2 a3 b3 m3".split()
+    row = " ".join(f"{p.model or 'm'}{p.layer}" for p in stacks.positions)
+    assert row == "m0 a0 b0 m1 a1 b1 m2 a2 b2 a3 b3 m3"
     assert len(stacks.axes) == 16, "both scales of eight places"
     path = layered({"path": True, "insert": "b", "repeats": 2}).stacks
     assert path is not None
-    row = [f"{p.model or 'm'}{p.layer}" for p in path.positions]
-    assert row == "m0 m1 m2 m3 b0 b1 b2 b3 m0 m1 m2 m3 b0 b1 b2 b3 m3".split()
+    row = " ".join(f"{p.model or 'm'}{p.layer}" for p in path.positions)
+    assert row == "m0 m1 m2 m3 b0 b1 b2 b3 m0 m1 m2 m3 b0 b1 b2 b3 m3"
     assert [p.layer for p in path.positions if p.home] == [0, 1, 2, 3]
 
 

@@ -1,0 +1,171 @@
+"""A search over layers: it opens once weights have had their share, and goes on exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentmerge.cli.app import run_app
+from agentmerge.contracts.strategy import Observation
+from agentmerge.errors import ConfigError
+from agentmerge.ledger import Ledger
+from agentmerge.recipe import Recipe
+from agentmerge.session import driving
+from agentmerge.session.replay import replay
+from agentmerge.strategies.gradient import GradientSteps
+from tests.session.conftest import command, config, config_text, trace_of
+from tests.session.test_resume import kill_after
+from tests.session.test_structure import moves_of
+
+FORMS: dict[str, Any] = {"beside": 4, "path": {"path": True, "insert": "north"}}
+
+
+def layered(layers: Any = 4, algorithm: str = "gradient", **sections: Any) -> dict[str, Any]:
+    search = {"algorithm": algorithm, "sealed_share": 0.0, "population": None}
+    genome = {"layers": layers, "layer_granularity": 0}
+    return {
+        "genome": genome,
+        "search": search | sections.pop("search", {}),
+        "budget": {"max_evaluations": 44},
+    } | sections
+
+
+def recipes_of(runs_dir: Path, name: str, space: str) -> list[Recipe]:
+    with Ledger(runs_dir / driving.LEDGER) as ledger:
+        row = ledger.run(name)
+        found = [c for c in ledger.candidates(row.id) if c.space == space]
+        return [Recipe.parse(ledger.recipe(c.recipe_hash, row.id)) for c in found]
+
+
+def depth(recipe: Recipe) -> int:
+    return sum(end - start for start, end in (p.sources[0].layer_range for p in recipe.slices))
+
+
+STRATEGIES = ["gradient", "cma_es", "tpe", "one_plus_one", "random", "sobol", "llm_evo", "null_llm"]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "form"),
+    [*((name, "beside") for name in STRATEGIES), ("gradient", "path"), ("cma_es", "path")],
+)
+def test_every_strategy_searches_layers(tmp_path: Path, algorithm: str, form: str) -> None:
+    settings = config(**layered(FORMS[form], algorithm))
+    row = driving.run(settings, name="a", runs_dir=tmp_path)
+    (opening,), candidates = moves_of(tmp_path, "a")
+    assert (row.status, opening.move.change, opening.refusal) == ("done", "layers", "")
+    weights, layers = dict.fromkeys(c.space for c in candidates)
+    assert min(c.generation for c in candidates if c.space == layers) == opening.generation + 1
+    assert {c.failure for c in candidates} == {""}
+    depths = [depth(recipe) for recipe in recipes_of(tmp_path, "a", layers)]
+    assert len(depths) >= 3
+    assert 4 < max(depths) <= 8 if form == "beside" else 2 <= max(depths) <= 8
+    assert {depth(recipe) for recipe in recipes_of(tmp_path, "a", weights)} == {4}
+    assert replay("a", runs_dir=tmp_path).identical
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "margins"])
+def test_strategies_that_model_items_search_layers(tmp_path: Path, algorithm: str) -> None:
+    sections = layered(4, algorithm, budget={"max_evaluations": 34})
+    row = driving.run(config(**sections), name="a", runs_dir=tmp_path)
+    (opening,), candidates = moves_of(tmp_path, "a")
+    assert (row.status, opening.refusal) == ("done", "")
+    assert len({c.space for c in candidates}) == 2
+
+
+def test_it_keeps_the_layers_of_the_best_so_far(tmp_path: Path) -> None:
+    driving.run(config(**layered()), name="a", runs_dir=tmp_path)
+    (opening,), candidates = moves_of(tmp_path, "a")
+    before = [c for c in candidates if c.generation <= opening.generation]
+    best = min(before, key=lambda c: c.rank)
+    assert opening.move.value == f"{best.generation}.{best.slot}"
+    _, layers = dict.fromkeys(c.space for c in candidates)
+    under = recipes_of(tmp_path, "a", best.space)[before.index(best)]
+    first = recipes_of(tmp_path, "a", layers)[0]
+    assert under == first, "a gradient begins where weights ended"
+
+
+@pytest.mark.parametrize("objective", ["accuracy", "perplexity", "loss"], indirect=True)
+def test_layers_give_what_weights_cannot(tmp_path: Path, objective: Any) -> None:
+    """On the fake worker, where added layers answer items that no weights answer."""
+    sections = layered(budget={"max_evaluations": 110})
+    driving.run(config(**sections), name="a", runs_dir=tmp_path)
+    _, candidates = moves_of(tmp_path, "a")
+    weights = candidates[0].space
+    mine, theirs = (
+        min(c.rank for c in candidates if (c.space == weights) == own) for own in (False, True)
+    )
+    assert mine < theirs
+
+
+def test_killed_and_resumed_it_ends_the_same(tmp_path: Path) -> None:
+    sections = layered(worker={"options": {"base": "base", "delay_s": 0.02}})
+    path = tmp_path / "config.yml"
+    path.write_text(config_text(**sections))
+    calm, torn = tmp_path / "calm", tmp_path / "torn"
+    driving.run(config(**sections), name="a", runs_dir=calm)
+    log = torn / "a" / "log.jsonl"
+    assert kill_after(command("run", path, "--name", "a", "--runs-dir", torn), log, 24, 0.01)
+    driving.resume("a", runs_dir=torn)
+    assert trace_of(torn, "a") == trace_of(calm, "a")
+
+
+def test_a_branch_keeps_its_layers_and_may_search_others(tmp_path: Path) -> None:
+    driving.run(config(**layered()), name="a", runs_dir=tmp_path)
+    (opening,), _ = moves_of(tmp_path, "a")
+    driving.branch("a", at=opening.generation + 2, name="b", runs_dir=tmp_path)
+    assert trace_of(tmp_path, "b") == trace_of(tmp_path, "a")
+    driving.branch(
+        "a", at=opening.generation + 2, name="c", runs_dir=tmp_path,
+        overrides={"genome.layers": 1, "budget.max_evaluations": 90},
+    )  # fmt: skip
+    (again,), candidates = moves_of(tmp_path, "c")
+    assert again.refusal == ""
+    assert again.generation > opening.generation
+    *_, layers = dict.fromkeys(c.space for c in candidates)
+    assert max(depth(recipe) for recipe in recipes_of(tmp_path, "c", layers)) == 5
+    assert replay("c", runs_dir=tmp_path).identical
+
+
+def test_a_gradient_is_asked_of_absent_layers_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Observation] = []
+    propose = GradientSteps.propose
+
+    def told(self, space, history, guidance, count, rng_for):
+        if space.stacks is not None:
+            seen.extend(o for o in history if o.space == space.key)
+        return propose(self, space, history, guidance, count, rng_for)
+
+    monkeypatch.setattr(GradientSteps, "propose", told)
+    driving.run(config(**layered(1)), name="a", runs_dir=tmp_path)
+    assert {len(o.gradient or ()) for o in seen} == {16}
+    assert all(x != 0 for o in seen for x in o.gradient or ())
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"genome": {"merge_method": "ties", "layers": 4}}, "not possible with merge_method ties"),
+        ({"genome": {"layers": 4}, "search": {"structure": "fixed"}}, "structure to advised or"),
+    ],
+)
+def test_layers_that_cannot_be_searched_are_a_fault(
+    tmp_path: Path, sections: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        driving.run(config(**sections), name="a", runs_dir=tmp_path)
+
+
+def test_the_command_line_asks_for_layers(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "config.yml"
+    sections = layered(None)
+    path.write_text(config_text(**sections))
+    runs = ["--runs-dir", str(tmp_path)]
+    assert run_app(["run", str(path), "--layers", "2", "--name", "a", *runs]) == 0
+    _, candidates = moves_of(tmp_path, "a")
+    _, layers = dict.fromkeys(c.space for c in candidates)
+    assert max(depth(recipe) for recipe in recipes_of(tmp_path, "a", layers)) <= 6
+    assert "layers beside those of" in capsys.readouterr().err
