@@ -16,6 +16,7 @@ from agentmerge.config import SearchConfig
 from agentmerge.evaluation.statistics import figure
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.recipe import Recipe
+from agentmerge.recipe.copying import layers_read
 from agentmerge.recipe.names import short_name
 from agentmerge.report.content import shortened
 from agentmerge.report.items import asked
@@ -89,10 +90,12 @@ def _metric(row: RunRow, task: str) -> str:
 
 def _summary(row: RunRow, recipe: Recipe) -> str:
     names = ", ".join(short_name(name) for name in recipe.models)
+    methods = [one.merge_method for one in (*dict(recipe.merges).values(), recipe)]
+    how, depth = ", then ".join(methods), len(layers_read(recipe))
+    if depth != row.facts["num_layers"]:
+        how += f"; {depth} layers of models of {row.facts['num_layers']}"
     lines = [
-        f"A merge ({recipe.merge_method}) of {names}, found by "
-        f"agentmerge: search {row.algorithm}, "
-        f"seed {row.seed}."
+        f"A merge ({how}) of {names}, found by agentmerge: search {row.algorithm}, seed {row.seed}."
     ]
     if row.card.verdict:
         lines += ["", shortened(row.card.verdict)]
@@ -186,4 +189,5 @@ def _public(text: str) -> str:
             return short_name(value)
         return value
 
-    return yaml.safe_dump(cut(yaml.safe_load(text)), sort_keys=False, allow_unicode=True)
+    documents = [cut(value) for value in yaml.safe_load_all(text)]
+    return yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)

@@ -15,6 +15,7 @@ from agentmerge.config import FIRST, SearchConfig
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger, ResultKey
 from agentmerge.ledger.folder import opened
+from agentmerge.parents.checkpoint import Checkpoint
 from agentmerge.preflight.plan import Prepared
 from agentmerge.preflight.prepare import prepare
 from agentmerge.recipe import Recipe
@@ -178,12 +179,13 @@ def _verified(
     alone = replace(
         prepared.spec, parents=((name, name),), template_model=name, tasks=tasks, options=options
     )
-    whole = Recipe.of_model(name, prepared.space.num_layers, prepared.space.dtype)
+    depth = Checkpoint.read(to).depth
+    whole = Recipe.of_model(name, depth, prepared.space.dtype)
     refs = prepared.taskset.refs()
     with ExitStack() as stack:
         pool = Pool(alone, count=1)
         stack.callback(pool.close)
-        _, rows, _ = pool.evaluate(whole.canonical(prepared.space.num_layers), refs)
+        _, rows, _ = pool.evaluate(whole.canonical(depth), refs)
         results = dict(zip(refs, rows, strict=True))
         score = prepared.taskset.score(results)
         differing = 0

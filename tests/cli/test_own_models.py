@@ -14,6 +14,7 @@ from agentmerge.cli.app import run_app
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger
 from agentmerge.ledger.folder import LEDGER
+from agentmerge.report.summary import candidate_summary
 from agentmerge.session.export import export_run, refuse_foreign
 from agentmerge.system.temporary import swap_in
 from tests.evaluation import tiny
@@ -60,6 +61,36 @@ RECIPES = {
     },
 }
 
+#: Of other layers than the models', in one stage and in two.
+STACKS = {
+    "merged layers": {
+        "merge_method": "linear",
+        "parameters": {"normalize": False},
+        "slices": [
+            {
+                "sources": [
+                    {"model": f"models/{name}", "layer_range": layers, "parameters": {"weight": w}}
+                    for name, w in (("base", -0.2), ("b", 0.5), ("c", 0.7))
+                ]
+            }
+            for layers in ([0, 2], [1, 2])
+        ],
+    },
+    "two stages": {
+        "merges": [{"name": "first"} | RECIPES["slerp"]],
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [{"model": "first", "layer_range": [0, 2]}]},
+            {
+                "sources": [{"model": "models/c", "layer_range": [0, 1]}],
+                "parameters": {"scale": [{"filter": "o_proj", "value": 0.5}]},
+            },
+            {"sources": [{"model": "first", "layer_range": [1, 2]}]},
+        ],
+    },
+}
+RECIPES |= STACKS
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -84,7 +115,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "- {name: own_ppl, metric: 'perplexity,none', weight: -0.001}\n"
         "task_search_path: [tasks]\napply_chat_template: false\n"
         "search: {algorithm: random, sealed_share: 0}\nworker: {options: {threads: 1}}\n"
-        "budget: {max_evaluations: 13}\n"
+        "budget: {max_evaluations: 15}\n"
     )
     return root
 
@@ -181,6 +212,32 @@ def test_an_export_names_no_folder_of_this_machine(
     report = export_run("a", tmp_path / "out", runs_dir=made / "runs", verify=False)
     for file in ("mergekit_config.yml", "README.md"):
         assert str(made) not in (Path(report["path"]) / file).read_text(), file
+
+
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("engine", ["agentmerge", "mergekit"])
+def test_a_stack_is_exported_as_it_was_scored(
+    engine: str,
+    name: str,
+    made: Path,
+    searched: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def answer(ledger: Ledger, row: Any) -> dict[str, Any]:
+        (found,) = [c for c in ledger.candidates(row.id, 0) if c.label == f"{name}.yml"]
+        return {"recipe": ledger.recipe(found.recipe_hash, row.id)} | candidate_summary(found)
+
+    monkeypatch.setattr("agentmerge.session.export.best_recipe", answer)
+    report = export_run("a", tmp_path / "out", runs_dir=made / "runs", engine=engine)
+    if engine == "agentmerge":
+        assert report["equal"] is True
+    else:  # it rounds otherwise, and a perplexity shows it
+        assert report["disk_score"] == pytest.approx(report["score"], rel=1e-5)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_hidden_layers"] > 2
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{config['num_hidden_layers']} layers of models of 2" in card
 
 
 @pytest.mark.parametrize("engine", ["agentmerge", "mergekit"])
