@@ -12,7 +12,6 @@ from agentmerge.errors import ParentError
 from agentmerge.parents.configs import class_config
 from agentmerge.preflight.faults import Look
 from agentmerge.preflight.models import Models
-from agentmerge.space.layers import SAYABLE
 
 if TYPE_CHECKING:  # read only where models are
     from agentmerge.parents.layout import Layout
@@ -61,12 +60,6 @@ def outputs_of_models(look: Look, models: Models, layout: Layout) -> tuple[str, 
 
 def _faults(look: Look) -> Iterator[str]:
     config = look.config
-    if config.genome.merge_method not in SAYABLE:
-        yield (
-            f"genome.layers is not possible with merge_method {config.genome.merge_method}, of "
-            "which one recipe cannot say it; search weights first, export the answer, and search "
-            f"layers with it as a model of one of {', '.join(SAYABLE)}"
-        )
     if config.search.structure == "fixed":
         yield "genome.layers opens another search space; set search.structure to advised or free"
     if not getattr(look.kind, "runs_stacks", False):

@@ -20,6 +20,7 @@ from typing import Any
 from agentmerge import plugins
 from agentmerge.contracts.space import Axis, SpaceForm
 from agentmerge.errors import RecipeRejected
+from agentmerge.methods import METHODS, Method
 from agentmerge.recipe import Effective, Recipe, Setting, Slice, Source
 from agentmerge.space.groups import LayerGroups, along, neutral, same_merge
 from agentmerge.space.layers import LayersForm
@@ -66,6 +67,11 @@ class SearchSpace(LayerGroups):
             parts += [self.under.to_dict(), self.outputs]
         body = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(body.encode()).hexdigest()[:12]
+
+    @property
+    def method(self) -> Method:
+        """What a point's recipe is; of a space of layers not what lies under it."""
+        return METHODS["linear"] if self.stacks else super().method
 
     @property
     def groups(self) -> int:

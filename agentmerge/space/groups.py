@@ -77,7 +77,7 @@ def same_merge(one: Recipe, other: Recipe) -> bool:
     """Equal but for what does not change the weights' formula (output dtype, tokenizer)."""
 
     def formula(recipe: Recipe) -> tuple[object, ...]:
-        shared = recipe.base_model, recipe.parameters, recipe.merge_seed
+        shared = recipe.base_model, recipe.parameters, recipe.merge_seed, recipe.merges
         return recipe.merge_method, recipe.slices, *shared
 
     return formula(one) == formula(other)

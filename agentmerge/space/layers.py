@@ -8,12 +8,13 @@ beside each of them stand those of others, and every such place has a scale for 
 
 With ``path`` the layers of all stand one model after the other, as often as is asked, with a switch
 and one scale a place (arXiv 2403.13187). The first and the last layer are always the merge's own.
-Recipes are linear merges of which each slice makes one layer. Knows no weights and no scores.
+Recipes are linear merges, a slice a layer: of the models, where the merge is a sum of weighted
+models; of the merge, as a first stage of its own, where it is not. Knows no weights and no scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,16 +23,16 @@ from agentmerge.contracts.space import Axis
 from agentmerge.contracts.worker import Gradient
 from agentmerge.errors import RecipeRejected, UserError
 from agentmerge.methods import RECIPE_METHODS
-from agentmerge.recipe import Recipe, Setting, Slice, Source, length, round12
+from agentmerge.recipe import Parameters, Recipe, Setting, Slice, Source, length, round12
+from agentmerge.recipe.copying import stacked_layers
 from agentmerge.recipe.names import short_name
+from agentmerge.recipe.stages import NAME
 from agentmerge.space.groups import LayerGroups, same_merge
 
 #: Scales nearer to 0 than this are 0: a layer that adds so little is not worth its time.
 DEAD = 0.05
 #: Digits of a scale, fewer than a recipe's: what was multiplied by a weight is found again.
 DIGITS = 6
-#: What a merge must be to be one slice of a linear merge.
-SAYABLE = ("linear", "task_arithmetic")
 
 #: How much of what its attention and its mlp add a layer adds.
 Strength = tuple[float, float]
@@ -64,7 +65,7 @@ class LayersForm:
     by which attention and mlp add to the stream.
 
     Raises:
-        UserError: no linear merge says ``under``, or the models have too few layers.
+        UserError: ``under`` has other layers or models, or the models have too few layers.
     """
 
     on: LayerGroups
@@ -78,16 +79,10 @@ class LayersForm:
     def __post_init__(self) -> None:
         if self.on.num_layers < 2:
             raise UserError("a model of one layer has no place for another; remove genome.layers")
-        if self.under.merge_method not in SAYABLE:
-            raise UserError(
-                f"layers beside a {self.under.merge_method} merge cannot be said in one recipe; "
-                "export it, and search layers with it as a model of a linear merge"
-            )
         if strangers := sorted(set(self.under.models) - set(self.on.genome.parents)):
             raise UserError(f"the merge is made of {', '.join(strangers)}, which is not searched")
-        if sum(map(length, self.under.slices)) != self.on.num_layers:
+        if stacked_layers(self.under, self.on.num_layers) is not None or self.under.merges:
             raise UserError("the merge has other layers than the models already")
-        _ = self.merged
 
     @property
     def settings(self) -> LayersConfig:
@@ -267,13 +262,37 @@ class LayersForm:
         return found if even and set(fixed) == {AS_IT_IS} else None
 
     @cached_property
+    def stage(self) -> str | None:
+        """The name under which the merge is made first; None where one stage says it all."""
+        method, name = RECIPE_METHODS[self.under.merge_method], NAME
+        given = [
+            setting.filters
+            for piece in self.under.slices
+            for scope in (self.under.parameters, piece.parameters, *_own(piece))
+            for _, setting in scope
+        ]
+        alike = len({filters for filters in given if filters != (None,)}) <= 1
+        if (
+            method.engine == "agentmerge"
+            and [p.name for p in method.source] == ["weight"]
+            and alike
+        ):
+            return None
+        while name in self.on.genome.parents:
+            name += "_"
+        return name
+
+    @cached_property
     def merged(self) -> tuple[tuple[tuple[str, Setting], ...], ...]:
-        """Of each of the merge's layers: (model, weight) as a linear merge has them, all models'.
+        """Of each of the merge's layers: (model, weight) as a linear merge has them, all models';
+        or of a merge that is made first, that alone.
 
         The first and the last layer say of what lies outside the layers too: as a line, whose first
         value that takes.
         """
         last = self.on.num_layers - 1
+        if self.stage is not None:
+            return (((self.stage, Setting.scalar(1.0)),),) * (last + 1)
         found = [_weights(self.under, layer, self.on.genome.parents) for layer in range(last + 1)]
         for layer in (0, last):
             outside = _weights(self.under, None, self.on.genome.parents, after=layer == last)
@@ -305,6 +324,7 @@ class LayersForm:
             parameters=(("normalize", Setting.scalar(0.0)),),
             merge_seed=None,
             notes=(),
+            merges=() if self.stage is None else ((self.stage, self.under),),
         )
 
     def _scaled(self, weight: Setting, strength: Strength) -> Setting:
@@ -324,9 +344,8 @@ class LayersForm:
 
     def _run_of(self, recipe: Recipe) -> list[Run] | None:
         """The layers of a canonical recipe; whether it is such a stack is for its maker to see."""
-        if recipe.merge_method != "linear":
-            return None
         found: list[Run] = []
+        merges = dict(recipe.merges)
         for piece in recipe.slices:
             spans = [source.layer_range or (0, 0) for source in piece.sources]
             for offset in range(length(piece)):
@@ -336,23 +355,30 @@ class LayersForm:
                     return None
                 single = len(piece.sources) == 1
                 model = piece.sources[0].model if single else None
-                own = {source.model: dict(source.parameters)["weight"] for source in piece.sources}
-                strength = self._read(Position(model, layer), own)
+                model = None if model in merges else model
+                own = [dict(scope).get("weight") for scope in _own(piece)]
+                names = [source.model for source in piece.sources]
+                strength = self._read(Position(model, layer), dict(zip(names, own, strict=True)))
                 if strength is None:
                     return None
                 found.append((model, layer, strength))
         return found
 
-    def _read(self, position: Position, own: dict[str, Setting]) -> Strength | None:
+    def _read(self, position: Position, own: Mapping[str, Setting | None]) -> Strength | None:
         scales = []
         for output in self.outputs:
             unscaled = self._unscaled(position, output)
             model = max(unscaled, key=lambda name: abs(unscaled[name]))
-            if model not in own:
+            weight = own.get(model)
+            if weight is None:
                 return None
-            value = _at(own[model], output)[-1]
+            value = _at(weight, output)[-1]
             scales.append(round(value / unscaled[model], DIGITS) if unscaled[model] else 1.0)
         return scales[0], scales[1]
+
+
+def _own(piece: Slice) -> list[Parameters]:
+    return [source.parameters for source in piece.sources]
 
 
 def _clean(scale: float) -> float:
@@ -379,18 +405,15 @@ def _weights(
     as a linear merge that divides by nothing has them: all of ``models``, filter by filter.
 
     Raises:
-        UserError: models are weighed under different filters.
+        UserError: they cancel.
     """
     given = [
-        setting
+        setting.filters
         for piece in recipe.slices
-        for scope in (recipe.parameters, piece.parameters, *(s.parameters for s in piece.sources))
+        for scope in (recipe.parameters, piece.parameters, *_own(piece))
         for _, setting in scope
-        if setting.filters != (None,)
     ]
-    filters = max((setting.filters for setting in given), key=len, default=(None,))
-    if any(setting.filters != filters for setting in given):
-        raise UserError("the merge weighs its models under different filters; name the same ones")
+    filters = max(given, key=len, default=(None,))
     rows: dict[str, list[tuple[str | None, tuple[float, ...]]]] = {model: [] for model in models}
     for name in filters:
         try:

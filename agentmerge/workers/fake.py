@@ -329,7 +329,8 @@ def _point(recipe: Recipe, parents: Sequence[str]) -> np.ndarray:
 def _slopes(recipe: Recipe, slope: np.ndarray, parents: Sequence[str]) -> Iterator[TensorSlope]:
     """The slope in effective weights (as ``_point`` has them) -> in the recipe's own."""
     place = {name: i for i, name in enumerate(parents)}
-    for layer in range(slope.shape[0]):
+    merges = {name: _point(merge, parents) for name, merge in recipe.merges}
+    for layer, read in enumerate(layers_read(recipe)):
         for k, kind in enumerate(_KINDS):
             tensor = _tensor(layer, kind)
             effective = recipe.effective(tensor, layer)
@@ -340,7 +341,10 @@ def _slopes(recipe: Recipe, slope: np.ndarray, parents: Sequence[str]) -> Iterat
                 if values:
                     kept[model] = math.sqrt(dict(values).get("density", 1.0))
                     own[model] = dict(values)["weight"] * kept[model]
-                    pull[model] = slope[layer, k, place[model]] if model in place else 0.0
+                    own_slope = slope[layer, k, place[model]] if model in place else 0.0
+                    if model in merges:
+                        own_slope = float(slope[layer, k] @ merges[model][read, k])
+                    pull[model] = own_slope
             total = sum(own.values())
             ratios = RECIPE_METHODS[recipe.merge_method].ratios_only(shared) and bool(total)
             divisor = total if ratios else 1.0

@@ -74,6 +74,23 @@ def test_strategies_that_model_items_search_layers(tmp_path: Path, algorithm: st
     assert len({c.space for c in candidates}) == 2
 
 
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "slerp", "linear"])
+def test_a_merge_by_any_method_gets_layers(tmp_path: Path, method: str) -> None:
+    """What no linear merge says is merged first, under a name."""
+    sections = layered({"most": 2, "skip": True, "insert": ["merge", "experts"]})
+    sections["genome"]["merge_method"] = method
+    driving.run(config(**sections), name="a", runs_dir=tmp_path)
+    (opening,), candidates = moves_of(tmp_path, "a")
+    _, layers = dict.fromkeys(c.space for c in candidates)
+    assert opening.refusal == ""
+    assert {c.failure for c in candidates} == {""}
+    mine = [c for c in candidates if c.space == layers]
+    assert any(c.gradient for c in mine)
+    stacks = recipes_of(tmp_path, "a", layers)[1:]
+    assert {r.merge_method for r in stacks} == {"linear"}
+    assert replay("a", runs_dir=tmp_path).identical
+
+
 def test_it_keeps_the_layers_of_the_best_so_far(tmp_path: Path) -> None:
     driving.run(config(**layered()), name="a", runs_dir=tmp_path)
     (opening,), candidates = moves_of(tmp_path, "a")
@@ -148,7 +165,6 @@ def test_a_gradient_is_asked_of_absent_layers_too(
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"genome": {"merge_method": "ties", "layers": 4}}, "not possible with merge_method ties"),
         ({"genome": {"layers": 4}, "search": {"structure": "fixed"}}, "structure to advised or"),
     ],
 )
