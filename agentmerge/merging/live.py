@@ -49,16 +49,20 @@ class LiveWeights:
         self._made: dict[str, _Made] = {}
         self._lines: dict[str, str] = {}
 
-    def load(self, merge_plan: MergePlan) -> Loaded:
+    def load(self, merge_plan: MergePlan, filling: Sequence[TensorPlan] = ()) -> Loaded:
         """Make the model what ``merge_plan`` says. After an error the next load rewrites all.
+
+        filling: the other tensors of a model that has more of them than a merge; written and proved
+            alike, and counted nowhere.
 
         Raises:
             CandidateFailed: a tensor holds a number that is not finite.
             RunFailed: the plan does not make every tensor once, or what is live afterwards is not
                 what was merged.
         """
-        self._check(merge_plan)
-        made = {item.spec.name: _made(item, merge_plan) for item in merge_plan.tensors}
+        items = (*merge_plan.tensors, *filling)
+        self._check(items)
+        made = {item.spec.name: _made(item, merge_plan) for item in items}
         stale = [item for name, (item, _) in made.items() if self._made.get(name) != made[name]]
         self._made = {}  # what is live is known again when all has gone well
         for name, line in self._rewritten(stale, merge_plan.merge_seed):
@@ -71,16 +75,17 @@ class LiveWeights:
                 "memory is faulty or something else writes to the model"
             )
         self._made = made
-        return Loaded(digest_of_lines(lines.values()), len(lines), len(stale))
+        merged = [lines[item.spec.name] for item in merge_plan.tensors]
+        return Loaded(digest_of_lines(merged), len(merged), len(stale))
 
-    def _check(self, merge_plan: MergePlan) -> None:
-        names = Counter(item.spec.name for item in merge_plan.tensors)
+    def _check(self, items: Sequence[TensorPlan]) -> None:
+        names = Counter(item.spec.name for item in items)
         odd = [name for name, count in names.items() if count > 1 or name not in self._targets]
         if odd:
             raise RunFailed(f"the merge gives {odd[0]!r} twice, or the model has no such tensor")
         if missing := self._targets.keys() - names.keys():
             raise RunFailed(f"the merge left {len(missing)} tensors out: {sorted(missing)[:3]}")
-        for item in merge_plan.tensors:
+        for item in items:
             shape = tuple(self._targets[item.spec.name].shape)
             if shape != item.spec.shape:
                 raise RunFailed(f"{item.spec.name!r} has shape {item.spec.shape}, not {shape}")

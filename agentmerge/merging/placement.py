@@ -69,6 +69,7 @@ class Demand:
     possible: placements that it can do. processes: of each worker. ranks: processes that share the
         live model and have whole parents each, on a device of their own. threads: tensors merged
         at a time in the host's memory. beside_bytes: what its engine takes of each device besides.
+        extra_layers: how many the live model has beyond the parents'.
     """
 
     possible: tuple[Placement, ...] = PLACEMENTS
@@ -76,6 +77,7 @@ class Demand:
     ranks: int = 1
     threads: int = 1
     beside_bytes: int = 0
+    extra_layers: int = 0
 
 
 _ALONE = Demand()
@@ -202,9 +204,13 @@ def plan_memory(
     )
 
 
-def layout_bytes(layout: Layout, dtype: str | None = None) -> int:
-    """A model of this layout, in ``dtype`` or as stored."""
-    return sum(size_bytes(spec, dtype) for spec in layout.tensors)
+def layout_bytes(layout: Layout, dtype: str | None = None, extra_layers: int = 0) -> int:
+    """A model of this layout, in ``dtype`` or as stored, with so many more of its last layer."""
+    last = layout.num_layers - 1
+    return sum(
+        size_bytes(spec, dtype) * (1 + extra_layers * (spec.layer == last))
+        for spec in layout.tensors
+    )
 
 
 def bytes_per_token(config: Mapping[str, Any], dtype: str) -> int:
@@ -248,7 +254,7 @@ def _forecast(
 ) -> MemoryForecast:
     count, ranks = len(layout.parents), demand.ranks
     parents = layout_bytes(layout) * count
-    live = layout_bytes(layout, dtype)
+    live = layout_bytes(layout, dtype, demand.extra_layers)
     runtime = (resident_bytes() + _LATER_BYTES) * demand.processes
     fused = not cuda and _is_fused(layout, method)
     inputs = count if placement == "stream" or (cuda and placement == "host") else 0

@@ -147,7 +147,9 @@ def _of_models(look: Look) -> Prepared:
 
     def checked(layout: Layout) -> Callable[[Recipe], None]:
         def check(recipe: Recipe) -> None:
-            refuse_stack(recipe, layout.num_layers, config.worker.kind, look.kind)
+            layers = config.genome.layers
+            extra = layers.most if layers else None
+            refuse_stack(recipe, layout.num_layers, config.worker.kind, look.kind, extra)
             plan(recipe, layout)
 
         return check

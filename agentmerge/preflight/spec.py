@@ -95,9 +95,13 @@ def host_for(config: SearchConfig) -> type[Host]:
 
 def _engine(config: SearchConfig) -> dict[str, Any]:
     worker = config.worker
-    given = {"engine_args": worker.engine_args} if worker.engine_args else {}
-    canary = getattr(known_class(config), "has_canary", False)
-    return given | {"canary_every": worker.canary_every} if canary else given
+    given: dict[str, Any] = {"engine_args": worker.engine_args} if worker.engine_args else {}
+    kind, layers = known_class(config), config.genome.layers
+    if getattr(kind, "has_canary", False):
+        given |= {"canary_every": worker.canary_every}
+    if layers is not None and getattr(kind, "fixed_depth", False):
+        given |= {"extra_layers": layers.most}
+    return given
 
 
 def template_model(config: SearchConfig, paths: Mapping[str, Path]) -> str:
@@ -153,6 +157,8 @@ def memory_of(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryP
     kind, worker = worker_class(spec), config.worker
     demand = getattr(kind, "demand", None)
     text = text_config(read_config(Path(dict(spec.parents)[spec.template_model])))
+    if config.genome.layers and "num_hidden_layers" in text:  # of the deepest stack
+        text["num_hidden_layers"] += config.genome.layers.most
     has_gradient = hasattr(kind, "gradient")
     return plan_memory(
         layout,

@@ -80,6 +80,8 @@ def worker_class(spec: WorkerSpec) -> Any:
         reads_models: False where parents are names alone; ``num_layers(spec)`` is their depth then.
         runs_stacks: True where it loads recipes that make other layers than the models have, or
             in another order (``merging.plan.MergePlan.layers``).
+        fixed_depth: True where it does so up to the depth that it is built for: that of its
+            models and ``extra_layers`` of the spec's options, which come from ``genome.layers``.
         has_canary: True where ``worker.canary_every`` is one of its options.
         conditions(spec): what its answers depend on (``workers.conditions``).
         preflight(spec, layout): faults of a search on it, and notes.
@@ -93,21 +95,31 @@ def reads_models(kind: str) -> bool:
     return bool(getattr(plugins.load("agentmerge.workers", kind), "reads_models", True))
 
 
-def refuse_stack(recipe: Recipe, num_layers: int, kind: str, worker: Any) -> None:
+def refuse_stack(
+    recipe: Recipe, num_layers: int, kind: str, worker: Any, extra: int | None = None
+) -> None:
     """Raises RecipeRejected for a recipe of other layers than its models' own, in their order,
-    where a kind of worker runs none.
+    where a kind of worker runs none such.
 
-    recipe: canonical. num_layers: the models'. worker: the class, or one of it.
+    recipe: canonical. num_layers: the models'. worker: the class, or one of it. extra: how many
+        layers more one of a fixed depth was built for.
     """
     layers = stacked_layers(recipe, num_layers) or tuple(range(num_layers))
     in_place = layers == tuple(range(num_layers))
     # a merge may write any layer's weights in any place
     merged = recipe.merge_method != PASSTHROUGH.name and len(layers) == num_layers
-    if in_place or merged or getattr(worker, "runs_stacks", False):
+    if in_place or merged:
         return
+    why, remedy = "keeps those of one model in place", "set worker.kind: hf, or disk"
+    if getattr(worker, "runs_stacks", False):
+        fixed = getattr(worker, "fixed_depth", False)
+        if not fixed or (extra is not None and len(layers) <= num_layers + extra):
+            return
+        why = f"is built for {num_layers + (extra or 0)}, in their order"
+        remedy = f"set genome.layers to {max(len(layers) - num_layers, 1)} or more, or {remedy[4:]}"
     raise RecipeRejected(
         f"the recipe makes a model of {len(layers)} layers out of models of {num_layers}, and the "
-        f"{kind} worker keeps those of one model in place; set worker.kind: hf, or disk"
+        f"{kind} worker {why}; {remedy}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -68,10 +69,14 @@ class TestDisk(TinySuite):
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="needs agentmerge[vllm-cpu]")
 class TestVllm(TinySuite):
+    test_a_layer_that_adds_nothing_is_as_none = None  # in test_vllm_stacks.py, on one engine
+
     @pytest.fixture(scope="class")
     @classmethod
     def spec(cls, tied: dict[str, Path], tasks_dir: Path, device: str) -> WorkerSpec:
-        return tiny_spec("vllm", tied, tasks_dir, device)
+        """Its engine is one layer deeper than its models."""
+        spec = tiny_spec("vllm", tied, tasks_dir, device)
+        return replace(spec, options=spec.options | {"extra_layers": 1})
 
 
 def test_disk_and_hf_agree(parents: dict[str, Path], tasks_dir: Path) -> None:

@@ -19,6 +19,7 @@ from agentmerge.testing.worker_suite import same
 from agentmerge.workers.disk import DiskWorker
 from agentmerge.workers.hf import HfWorker
 from agentmerge.workers.pool import refuse_stack
+from agentmerge.workers.vllm.worker import VllmWorker
 
 
 def stack(*layers: tuple[Any, ...]) -> Recipe:
@@ -190,3 +191,12 @@ def test_a_worker_of_one_depth_says_so() -> None:
         refuse_stack(STACKS["merged, shallower"], 2, "vllm", object())
     refuse_stack(STACKS["merged, in another order"], 2, "vllm", object())
     refuse_stack(deep, 2, "disk", DiskWorker)
+
+
+def test_an_engine_of_a_fixed_depth_runs_what_it_was_built_for() -> None:
+    deep, moved = stack(("b", 0, 2), ("c", 0, 2)), stack(("b", 1, 2, 0.5), ("b", 0, 1))
+    for recipe, extra, enough in ((deep, None, 2), (moved, None, 1), (deep, 1, 2)):
+        with pytest.raises(RecipeRejected, match=f"genome.layers to {enough} or more, or worker"):
+            refuse_stack(recipe, 2, "vllm", VllmWorker, extra)
+        refuse_stack(recipe, 2, "vllm", VllmWorker, 2)
+    refuse_stack(moved, 2, "vllm", VllmWorker, 0)

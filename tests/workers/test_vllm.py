@@ -149,7 +149,7 @@ def test_a_candidate_that_fails_half_way_costs_itself_only(worker: VllmWorker, w
 
 def test_a_head_that_the_files_tie_is_never_written(worker: VllmWorker) -> None:
     """An iterator that yields lm_head to a tied model would overwrite its embedding."""
-    names = inside(worker)._names
+    names = inside(worker)._own
     assert "lm_head.weight" not in names
     assert "model.embed_tokens.weight" in names
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +25,7 @@ from agentmerge.workers.vllm import install
 from agentmerge.workers.vllm import preflight as vllm_check
 from agentmerge.workers.vllm.preflight import GIB, batched_tokens, gpu_share, preflight
 from benchmarks import architectures
+from tests.merging.stack_cases import random_model
 
 
 def spec(family: dict[str, Path], tasks_dir: Path, **changes: Any) -> WorkerSpec:
@@ -348,3 +351,111 @@ def test_a_wrapper_base_with_text_experts_is_refused_in_a_sentence(
     faults, _ = preflight(spec(family, tasks_dir), read_layout(family, "base"))
     assert len(faults[0]) < 250
     assert "parts besides the text model" in faults[0]
+
+
+def test_an_engine_deeper_than_its_models(tied: dict[str, Path], tasks_dir: Path) -> None:
+    """``genome.layers``: its config, weights that no file has, and what the user has asked for."""
+    from agentmerge.workers.vllm.engine import engine_args
+
+    plain = engine_args(spec(tied, tasks_dir), 60)
+    assert engine_args(spec(tied, tasks_dir, options={"extra_layers": 0}), 60) == plain
+    asked = {"hf_overrides": {"num_hidden_layers": 2, "rope_theta": 5.0}, "load_format": "auto"}
+    options = {"extra_layers": 3, "engine_args": asked}
+    args = engine_args(spec(tied, tasks_dir, options=options), 60)
+    assert args["hf_overrides"] == {"num_hidden_layers": 5, "rope_theta": 5.0}
+    assert args["load_format"] == "dummy"
+    assert args["kv_cache_memory_bytes"] * 2 == plain["kv_cache_memory_bytes"] * 5
+    assert args["model"] == plain["model"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_its_memory_is_forecast(
+    device: str,
+    tied: dict[str, Path],
+    tasks_dir: Path,
+    a_gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(placement, "device_limit", lambda _: Limit(79 * GIB, "free on a GPU"))
+    family = read_layout(tied)
+    layer = sum(4 * math.prod(t.shape) for t in family.tensors if t.layer == 1)
+    plans, shares = [], []
+    for extra in (None, 3):
+        own = spec(tied, tasks_dir, device=device, options={"extra_layers": extra})
+        demand = vllm_check.demand(own, family)
+        plans.append(plan_memory(family, dtype="float32", device=device, demand=demand))
+        shares.append(vllm_check.share_of(own, family))
+    for plain, deep in zip(*(plan.forecasts for plan in plans), strict=True):
+        if device == "cpu":
+            assert deep.host.live == plain.host.live + 3 * layer
+        else:  # as much again is to be left for keys and values
+            assert plain.device is not None
+            assert deep.device is not None
+            assert deep.device.live == plain.device.live + 3 * layer
+            assert deep.device.beside == plain.device.beside + 3 * layer
+        assert deep.host.parents == plain.host.parents
+    assert shares[1].model == shares[0].model + 3 * layer
+    assert shares[1].utilization == shares[0].utilization  # of which less is cache
+    assert shares[1].cache == shares[0].cache - 3 * layer
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("smollm3", {"num_hidden_layers": 4}, r"of several kinds \(no_rope_layers\)"),
+        ("qwen3", {"num_hidden_layers": 4}, None),
+    ],
+)
+def test_models_with_layers_of_several_kinds(
+    kind: str,
+    changes: dict[str, Any],
+    said: str | None,
+    tasks_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vllm_check, "_install_faults", list)
+    monkeypatch.setattr(vllm_check, "_cpu_faults", lambda _: [])
+    path = tmp_path / kind
+    random_model(kind, 0, **changes).save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    family = {"m": path}
+    layout = read_layout(family)
+    assert preflight(spec(family, tasks_dir), layout)[0] == []
+    faults, _ = preflight(spec(family, tasks_dir, options={"extra_layers": 2}), layout)
+    if said is None:
+        assert faults == []
+    else:
+        (fault,) = faults
+        assert re.search(said, fault)
+        assert "genome.layers" in fault
+
+
+def test_genome_layers_is_what_makes_the_engine_deeper(
+    tied: dict[str, Path], tasks_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And without it the spec is what it was."""
+    from agentmerge.preflight.prepare import prepare
+
+    monkeypatch.setattr(vllm_check, "_install_faults", list)
+    text = f"""\
+genome: {{models: [{tied["b"]}, {tied["c"]}], base_model: {tied["base"]},
+  merge_method: task_arithmetic}}
+tasks: [tiny_choice]
+task_search_path: {tasks_dir}
+worker: {{kind: vllm}}
+"""
+    plain = prepare(SearchConfig.from_text(text))
+    asked = text.replace("task_arithmetic", "task_arithmetic, layers: 3")
+    deep = prepare(SearchConfig.from_text(asked))
+    assert "extra_layers" not in plain.spec.options
+    assert deep.spec.options == plain.spec.options | {"extra_layers": 3}
+    assert deep.engine == plain.engine, "a merge's answers are the same, to the last bit"
+    assert plain.memory is not None
+    assert deep.memory is not None
+    assert deep.memory.token_bytes == plain.memory.token_bytes + 3 * 2 * 32 * 4
+    for kind, has in (("hf", False), ("vllm", True)):
+        own = prepare(
+            SearchConfig.from_text(asked.replace("kind: vllm", f"kind: {kind}"))
+        ).spec.options
+        assert ("extra_layers" in own) is has

@@ -33,6 +33,7 @@ from agentmerge.parents.layout import read_layout
 from agentmerge.recipe import Recipe
 from agentmerge.workers.conditions import remember_environment
 from agentmerge.workers.hf import SMALL_MODEL
+from agentmerge.workers.vllm.deeper import extra_layers, overrides
 from agentmerge.workers.vllm.preflight import (
     GIB,
     batched_tokens,
@@ -108,7 +109,7 @@ def engine_args(spec: WorkerSpec, longest: int) -> dict[str, Any]:
     elif "kv_cache_memory_bytes" not in asked:
         layout = read_layout({name: Path(path) for name, path in spec.parents})
         args["gpu_memory_utilization"] = share_of(spec, layout).utilization
-    return args | dict(asked)
+    return args | dict(asked) | overrides(spec)
 
 
 def _token_bytes(config: Mapping[str, Any], dtype: str) -> int:
@@ -149,14 +150,14 @@ class Engine:
             "dtype": spec.dtype,
             "way": spec.options.get("way"),
             "placement": placement(spec),
+            "extra_layers": extra_layers(spec),
             "methods": spec.methods,
         }
         facts = self._call("agentmerge_open", options)
         self.way: str = facts["way"]
         self.reason: str = facts["reason"]
-        first = Recipe.of_model(facts["first"], facts["layers"]).canonical(facts["layers"])
         room = args["max_model_len"] - PROBE_TOKENS
-        self._test(first, [prompt[-room:] for prompt in probes if room > 0])
+        self._test(Recipe.parse(facts["test"]), [prompt[-room:] for prompt in probes if room > 0])
 
     def load(self, recipe: Recipe) -> dict[str, Any]:
         """Merge ``recipe`` into the live weights, and forget what was computed with the old ones.

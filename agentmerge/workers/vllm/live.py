@@ -10,8 +10,9 @@ model and worker from inside; it knows no engine, no items and no search.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from agentmerge.merging.live import LiveWeights
 from agentmerge.merging.plan import MergePlan, TensorPlan
 from agentmerge.methods import METHODS
 from agentmerge.recipe import Recipe
+from agentmerge.workers.vllm.deeper import Depth
 from agentmerge.workers.vllm.map import Parameters, Unmappable, WeightMap, record
 
 #: Layers whose weights others derive from, or that keep them in another form, by class name.
@@ -36,8 +38,8 @@ class LiveModel:
     """See the module's head.
 
     worker: vLLM's own. options: ``parents`` (name -> directory), ``base``, ``dtype``,
-    ``placement``, ``methods`` (the config's own) and ``way`` ("reload", or None for the fastest
-    that this model allows).
+    ``placement``, ``methods`` (the config's own), ``extra_layers`` (how many this model has beyond
+    its parents', or None) and ``way`` ("reload", or None for the fastest that it allows).
 
     Raises:
         ParentError: the parents cannot be merged with each other.
@@ -58,8 +60,10 @@ class LiveModel:
             device=str(worker.device),
             placement=options["placement"],
         )
-        self._first = next(iter(options["parents"]))
-        self._names = [spec.name for spec in self._family.layout.tensors]
+        self._depth = Depth(self._family, options.get("extra_layers"))
+        self._own = {item.spec.name: item.inputs[0] for item in self._depth.tensors}
+        if options.get("extra_layers"):
+            _refuse_random(self._model)
         self._packed = _packed(self._model)
         self._before_packing: dict[str, torch.Tensor] = {}
         self._map = self._recorded()
@@ -71,13 +75,8 @@ class LiveModel:
         self._way = "reload" if self._reason else "map"
 
     def facts(self) -> dict[str, Any]:
-        """What the engine's owner needs: the way, why it is not the map, the first parent."""
-        return {
-            "way": self._way,
-            "reason": self._reason,
-            "first": self._first,
-            "layers": self._family.layout.num_layers,
-        }
+        """What the engine's owner needs: the way, why it is not the map, what to test it with."""
+        return {"way": self._way, "reason": self._reason, "test": self._depth.test.to_dict()}
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Live parameters by vLLM's names; packed ones as they were before the last packing."""
@@ -93,12 +92,13 @@ class LiveModel:
         start = time.perf_counter()
         recipe = Recipe.parse(body).canonical(self._family.layout.num_layers)
         planned = self._family.plan(recipe)
+        filling = self._depth.filling(planned)
         report = {"recipe": planned.digest}
         with torch.no_grad():
-            if way == "map" and all(map(self._map.is_whole, self._names)):
-                report |= self._written_in_place(planned)
+            if way == "map" and all(map(self._map.is_whole, self._own)):
+                report |= self._written_in_place(planned, filling)
             else:
-                report |= self._written(planned, way)
+                report |= self._written(planned, filling, way)
         self._before_packing.clear()
         return report | {"total_s": time.perf_counter() - start}
 
@@ -109,20 +109,25 @@ class LiveModel:
             for parameter in self.parameters().values():
                 parameter.zero_()
 
-    def _written_in_place(self, planned: MergePlan) -> dict[str, Any]:
+    def _written_in_place(
+        self, planned: MergePlan, filling: Sequence[TensorPlan]
+    ) -> dict[str, Any]:
         """Each tensor lies whole in the model: merged there, and only those that differ from the
         merge before."""
         if self._weights is None:
             live = self.parameters()
-            views = {name: next(self._map.live_parts(name, live)) for name in self._names}
+            views = {name: next(self._map.live_parts(name, live)) for name in self._own}
             self._weights = LiveWeights(self._family, views)
-        loaded = self._weights.load(planned)
+        loaded = self._weights.load(planned, filling)
         return {"digest": loaded.digest, "tensors": loaded.tensors}
 
-    def _written(self, planned: MergePlan, way: str) -> dict[str, Any]:
+    def _written(
+        self, planned: MergePlan, filling: Sequence[TensorPlan], way: str
+    ) -> dict[str, Any]:
         """By the loader, or part by part where this rank has parts only."""
         self._weights = None
-        merge = LiveMerge(self._family, planned, self._map, self._dtype, self._worker.device)
+        whole = replace(planned, tensors=(*planned.tensors, *filling))
+        merge = LiveMerge(self._family, whole, self._map, self._dtype, self._worker.device)
         start = time.perf_counter()
         if way == "map":
             merge.write(self.parameters())
@@ -131,15 +136,15 @@ class LiveModel:
         swap_s = time.perf_counter() - start - merge.seconds
         self._prove(merge)
         return {
-            "digest": digest_of_lines(merge.lines.values()),
-            "tensors": len(merge.lines),
+            "digest": digest_of_lines(merge.lines[item.spec.name] for item in planned.tensors),
+            "tensors": len(planned.tensors),
             "swap_s": swap_s,
         }
 
     def _prove(self, merge: LiveMerge) -> None:
         """Every part of every tensor that this rank holds, read back from the live weights."""
         live = self.parameters()
-        for name in self._names:
+        for name in self._own:
             parts = self._map.live_parts(name, live)
             found = [tensor_line(name, part) for part in parts]
             if found != merge.parts[name]:
@@ -150,14 +155,14 @@ class LiveModel:
 
     def _recorded(self) -> WeightMap:
         specs = {
-            spec.name: (spec.shape, getattr(torch, spec.dtype))
-            for spec in self._family.layout.tensors
+            item.spec.name: (item.spec.shape, getattr(torch, item.spec.dtype))
+            for item in self._depth.tensors
         }
         try:
             if not self._packed:
                 return record(self._model, specs)
             with torch.no_grad(), self._seeing_packing():
-                fresh = ((name, self._fresh(name)) for name in self._names)
+                fresh = ((name, self._fresh(name)) for name in self._own)
                 self._worker.reload_weights(weights_iterator=fresh)
             with self._unpacked():
                 return record(self._model, specs)
@@ -184,13 +189,13 @@ class LiveModel:
             yield from merge.tensors()
         except AgentmergeError as error:
             merge.failure = error
-            for name in self._names:
+            for name in self._own:
                 if name not in merge.lines:
                     yield name, self._fresh(name)
 
     def _fresh(self, name: str) -> torch.Tensor:
         """The first parent's tensor, for a loader to keep: one on the device at a time."""
-        return self._family.tensor(self._first, name).to(self._dtype, copy=True)
+        return self._family.tensor(*self._own[name]).to(self._dtype, copy=True)
 
     @contextmanager
     def _seeing_packing(self) -> Iterator[None]:
@@ -282,6 +287,22 @@ class LiveMerge:
         else:
             self.parts[name] = [tensor_line(name, part) for part in self._map.parts(name, target)]
         return target
+
+
+def _refuse_random(model: Any) -> None:
+    """An engine deeper than its models starts with random numbers, and of merges come parameters.
+
+    Raises:
+        RunFailed: something else is stored with them, which nothing would write.
+    """
+    stored = model.state_dict()
+    for name, buffer in model.named_buffers():
+        # scales of a quantised cache are 1 again by now
+        if name in stored and buffer.is_floating_point() and not (buffer == 1).all():
+            raise RunFailed(
+                f"vLLM keeps {name!r} of this model beside its parameters, so it cannot be made "
+                "deeper; use worker.kind: hf or disk"
+            )
 
 
 def _packed(model: Any) -> dict[str, Any]:

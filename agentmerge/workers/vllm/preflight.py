@@ -18,9 +18,10 @@ from agentmerge.merging.memory import device_total
 from agentmerge.merging.placement import Demand, layout_bytes
 from agentmerge.merging.scratch import scratch_bytes, size_bytes
 from agentmerge.parents.configs import quiet_logs
-from agentmerge.parents.headers import read_config, text_config
+from agentmerge.parents.headers import text_config
 from agentmerge.parents.layout import Layout, read_layout
 from agentmerge.workers.vllm import install
+from agentmerge.workers.vllm.deeper import deep_config, extra_layers, stack_faults
 
 LEAST = (0, 32)
 GIB = 1 << 30
@@ -102,14 +103,16 @@ def gpu_share(
     *,
     method: str | None = None,
     engines: int = 1,
+    extra_layers: int = 0,
 ) -> MemoryShare:
     """vLLM's part of each GPU: 1 / engines - (parents + scratch + spike + 1 GiB) / total.
 
     Every rank has whole parents. They count where they fit beside the model and as much again for
     keys and values; else they stay in the host's memory, and one tensor of each comes along with
-    the one that is merged. method: where it is not known, the one that takes most.
+    the one that is merged. method: where it is not known, the one that takes most. extra_layers:
+    of the engine, beyond the parents'.
     """
-    model = layout_bytes(layout, dtype) // ranks
+    model = layout_bytes(layout, dtype, extra_layers) // ranks
     count = len(layout.parents)
     spike = int(batched_tokens * vocabulary * _SPIKE_BYTES)
 
@@ -133,7 +136,8 @@ def batched_tokens(vocabulary: int) -> int:
 
 
 def config_of(spec: WorkerSpec) -> Mapping[str, Any]:
-    return text_config(read_config(Path(dict(spec.parents)[spec.template_model])))
+    """The settings of the text model that the engine has."""
+    return text_config(deep_config(spec))
 
 
 def head_size(config: Mapping[str, Any]) -> int:
@@ -157,6 +161,7 @@ def preflight(spec: WorkerSpec, layout: Layout | None) -> tuple[list[str], list[
             f"the models have parts besides the text model (e.g. {next(iter(layout.carried))!r}), "
             "which the vllm worker does not carry over; use worker.kind: hf"
         )
+    faults += stack_faults(spec)
     if spec.device == "cpu":
         return faults + _cpu_faults(config), ["vLLM runs on the CPU"]
     share = share_of(spec, layout)
@@ -186,19 +191,20 @@ def share_of(spec: WorkerSpec, layout: Layout) -> MemoryShare:
         spec.placement,
         method=spec.method,
         engines=spec.crowd,
+        extra_layers=extra_layers(spec) or 0,
     )
 
 
 def demand(spec: WorkerSpec, layout: Layout) -> Demand:
     """What a forecast of memory has to know of an engine."""
-    ranks = spec.ranks
+    ranks, extra = spec.ranks, extra_layers(spec) or 0
     if spec.device == "cpu":
         from agentmerge.workers.hf import threads_of
 
         processes, threads = (ranks + 1 if ranks > 1 else 1), threads_of(spec, layout.parameters)
-        return Demand(processes=processes, ranks=ranks, threads=threads)
+        return Demand(processes=processes, ranks=ranks, threads=threads, extra_layers=extra)
     beside = share_of(replace(spec, placement="stream"), layout).beside
-    return Demand(processes=ranks + 1, ranks=ranks, beside_bytes=beside)
+    return Demand(processes=ranks + 1, ranks=ranks, beside_bytes=beside, extra_layers=extra)
 
 
 def placement(spec: WorkerSpec) -> str:

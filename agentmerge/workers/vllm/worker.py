@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmerge.contracts.worker import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
-from agentmerge.errors import RunFailed
+from agentmerge.errors import ParentError, RunFailed
 from agentmerge.evaluation.building import tasks_for
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet
@@ -31,6 +31,7 @@ from agentmerge.recipe import Recipe
 from agentmerge.workers.canary import Canary
 from agentmerge.workers.conditions import conditions, conditions_hash
 from agentmerge.workers.pool import refuse_stack
+from agentmerge.workers.vllm.deeper import extra_layers, stack_faults
 from agentmerge.workers.vllm.preflight import demand, installed, preflight
 
 #: Raised with any change of what is asked: results by different rules are never mixed.
@@ -50,6 +51,8 @@ class VllmWorker:
     """
 
     has_canary = True
+    runs_stacks = True
+    fixed_depth = True
 
     def __init__(self, spec: WorkerSpec, taskset: TaskSet | None = None) -> None:
         from agentmerge.evaluation.tokenizers import context_length, tokenizer_of
@@ -64,6 +67,8 @@ class VllmWorker:
             {name: Path(path) for name, path in spec.parents}, spec.options.get("base")
         )
         self._num_layers = layout.num_layers
+        if faults := stack_faults(spec):
+            raise ParentError("\n".join(faults))
         taskset = taskset or tasks_for(spec)
         tokenizer = tokenizer_of(spec)
         context = context_length(spec, tokenizer)
@@ -126,7 +131,7 @@ class VllmWorker:
 
     def load(self, recipe: Recipe) -> Fingerprint:
         self._ready = False
-        refuse_stack(recipe, self._num_layers, "vllm", self)
+        refuse_stack(recipe, self._num_layers, "vllm", self, extra_layers(self._spec))
         self._canary.before_candidate()
         fingerprint = self._load(recipe)
         self._ready = True
