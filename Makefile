@@ -59,9 +59,9 @@ test-all: $(DEV_STAMP) $(VLLM_STAMP)  ## Run every test
 docs: $(DEV_STAMP)  ## Build the site into build/site (its reference comes from the code)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict -q -d build/site
 
-test-browser: $(DEV_STAMP)  ## Try the HTML report in Chromium (its package must be there)
+test-browser: $(DEV_STAMP)  ## Try the HTML pages in Chromium (its package must be there)
 	$(PIP) -c constraints.txt -e '.[browser]'
-	$(TEST_ENV) $(PY) -m pytest tests/report/test_page.py
+	$(TEST_ENV) $(PY) -m pytest tests/report/test_page.py tests/ui/test_browser.py
 
 lint: $(DEV_STAMP)  ## Check style, types and the direction of imports
 	$(PY) -m ruff check .

@@ -21,6 +21,7 @@ from agentmerge.cli import (
     prompts,
     results,
     searching,
+    serving,
     starting,
     watching,
 )
@@ -44,6 +45,7 @@ for command in (
     searching.resume,
     searching.branch,
     watching.watch,
+    serving.ui,
     results.list_runs,
     results.show,
     results.best,

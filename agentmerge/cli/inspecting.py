@@ -105,9 +105,9 @@ def explain(
     as_json: options.Json = False,
 ) -> int:
     """Show what a recipe really says. Layer by layer, tensor by tensor."""
-    from agentmerge.cli.explain import explain_recipe
     from agentmerge.cli.render import table
     from agentmerge.recipe import Recipe
+    from agentmerge.report.explain import explain_recipe
 
     found = explain_recipe(Recipe.parse(recipe), model, layers)
     tell_notes(found["notes"], as_json)

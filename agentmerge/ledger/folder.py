@@ -26,7 +26,7 @@ def existing_runs(runs_dir: Path | str) -> Path:
 
 
 @contextmanager
-def opened(runs_dir: Path | str) -> Iterator[Ledger]:
+def opened(runs_dir: Path | str, busy_timeout_s: float = 30.0) -> Iterator[Ledger]:
     """The ledger of a runs directory, for reading."""
-    with Ledger(existing_runs(runs_dir) / LEDGER, read_only=True) as ledger:
+    with Ledger(existing_runs(runs_dir) / LEDGER, busy_timeout_s, read_only=True) as ledger:
         yield ledger

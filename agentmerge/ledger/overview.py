@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from agentmerge.contracts.operators import CHEAP
 from agentmerge.contracts.strategy import GRADIENT_COST
@@ -26,7 +28,59 @@ class Tally:
     seconds: float
 
 
+#: What a table of candidates may be ordered by -> its columns; rows without a value come last.
+ORDERS = {
+    "place": "generation, slot",
+    "score": "score",
+    "operator": "operator",
+    "state": "state",
+    "seconds": "seconds",
+}
+
+
 class Overview(Candidates):
+    def candidate_page(
+        self,
+        run_id: str,
+        *,
+        order: str = "place",
+        descending: bool = False,
+        where: Mapping[str, str] = MappingProxyType({}),
+        containing: str = "",
+        limit: int,
+        offset: int = 0,
+    ) -> tuple[int, list[Candidate]]:
+        """(how many there are, some of them in order), of those that are asked for.
+
+        order: a key of ``ORDERS``. where: "state" or "operator" -> what it is. containing: text of
+        the label or of the failure. A twin has no score of its own to be ordered by.
+        """
+        tests, values = ["run_id = ?"], [run_id]
+        for column in ("state", "operator"):
+            if where.get(column):
+                tests.append(f"{column} = ?")
+                values.append(where[column])
+        if containing:
+            tests.append("(instr(lower(label), lower(?)) OR instr(lower(failure), lower(?)))")
+            values += [containing, containing]
+        some = " AND ".join(tests)
+        total = self._rows(f"SELECT count(*) FROM candidates WHERE {some}", *values)[0][0]
+        way = "DESC" if descending else "ASC"
+        keys = ", ".join(f"{key} {way} NULLS LAST" for key in ORDERS[order].split(", "))
+        rows = self._rows(
+            f"SELECT generation, slot FROM candidates WHERE {some} "
+            f"ORDER BY {keys}, generation, slot LIMIT ? OFFSET ?",
+            *values,
+            limit,
+            offset,
+        )
+        return int(total), [self.candidate(run_id, *row) for row in rows]
+
+    def operators(self, run_id: str) -> list[str]:
+        """Who proposed a search's candidates."""
+        sql = "SELECT DISTINCT operator FROM candidates WHERE run_id = ? ORDER BY operator"
+        return [str(name) for (name,) in self._rows(sql, run_id)]
+
     def tally(self, run_id: str) -> Tally:
         row = self._rows(
             "SELECT coalesce(sum(CASE WHEN prior = 0 AND state IN ('scored', 'stopped', 'failed') "

@@ -57,7 +57,7 @@ def _difference(ledger: Ledger, first: RunRow, other: RunRow) -> dict[str, Any]:
         "of": first.name,
         "against": other.name,
         "score": _paired_answers(ledger, (first, other), answers),
-        "recipe": _recipes(ledger, (first, other), answers),
+        "recipe": recipe_changes(ledger, (first, other), answers),
         "config": config_changes(first.config, other.config),
         "prompts": _prompts(ledger, first, other),
     }
@@ -111,7 +111,7 @@ def _incomparable(one: ItemsAsked, other: ItemsAsked) -> str:
     return ""
 
 
-def _recipes(
+def recipe_changes(
     ledger: Ledger, rows: tuple[RunRow, RunRow], answers: tuple[Candidate | None, Candidate | None]
 ) -> dict[str, Any]:
     """{columns, rows: [{model, parameter, filter, of, against}]}: only rows that differ."""

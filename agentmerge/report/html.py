@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.operators import PARENT
@@ -23,6 +23,9 @@ from agentmerge.report import figures
 from agentmerge.report.content import Content, comparisons, content, place, shortened, words
 from agentmerge.report.grid import Grid
 from agentmerge.system.temporary import write_at_once
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 #: What begins a tag, except those that our own charts are made with.
 _MARKUP = re.compile(r"<(?!br>|extra>|/extra>)")
@@ -47,12 +50,12 @@ def write_report(ledger: Ledger, names: Sequence[str], to: Path) -> Path:
     return to
 
 
-def page(contents: Sequence[Content]) -> str:
-    """The whole HTML text."""
+def templates(read: Callable[[str], str]) -> Environment:
+    """Pages by what ``read`` has under their names; all text that is put into them is escaped."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     environment = Environment(
-        loader=FunctionLoader(_resource),
+        loader=FunctionLoader(read),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -60,11 +63,16 @@ def page(contents: Sequence[Content]) -> str:
     )
     environment.filters |= {"score": _score, "signed": _signed, "duration": duration}
     environment.filters["breakable"] = _breakable
+    return environment
+
+
+def page(contents: Sequence[Content], served: str = "") -> str:
+    """The whole HTML text. served: from where a server has its parts, which are not inside then."""
     charts: dict[str, Any] = {}
     runs = []
     for index, found in enumerate(contents):
         key = f"run{index}"
-        charts |= _charts(found, key)
+        charts |= charts_of(found, key)
         runs.append(_section(found, key))
     if len(contents) > 1:
         charts["overview"] = figures.overview(contents)
@@ -72,13 +80,18 @@ def page(contents: Sequence[Content]) -> str:
         "charts": charts,
         "grids": {run["key"]: run.pop("grids") for run in runs},
     }
-    return environment.get_template("page.html").render(
-        runs=runs,
-        title=", ".join(run["name"] for run in runs),
-        data=_json(body),
-        style=_resource("page.css"),
-        script=_resource("page.js"),
-        plotly=plotly_js(),
+    return (
+        templates(resource)
+        .get_template("page.html")
+        .render(
+            runs=runs,
+            title=", ".join(run["name"] for run in runs),
+            data=as_json(body),
+            served=served,
+            style="" if served else resource("page.css"),
+            script="" if served else resource("page.js"),
+            plotly="" if served else plotly_js(),
+        )
     )
 
 
@@ -91,11 +104,12 @@ def plotly_js() -> str:
         raise UserError("the report's charts need plotly: pip install plotly") from None
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """A part of the page: a template, its style sheet or its script."""
     return (resources.files("agentmerge.report") / "page" / name).read_text(encoding="utf-8")
 
 
-def _json(value: Any) -> str:
+def as_json(value: Any) -> str:
     """JSON that is safe inside a script element, and holds no markup for plotly but ours.
 
     Plotly draws tags in any text, links too: names of tasks, models and searches are others'.
@@ -114,7 +128,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _charts(found: Content, key: str) -> dict[str, Any]:
+def charts_of(found: Content, key: str) -> dict[str, Any]:
+    """Every chart of a search, by the id of its place in the page; none before a score."""
     if not found.points:
         return {}
     charts = {

@@ -11,7 +11,7 @@ from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger
 from agentmerge.report import figures
 from agentmerge.report.content import content
-from agentmerge.report.html import _json, plotly_js
+from agentmerge.report.html import as_json, plotly_js
 from agentmerge.system.temporary import replacing, temporary_folder
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -35,7 +35,7 @@ def take_picture(ledger: Ledger, names: Sequence[str], to: Path) -> Path:
     figure["layout"]["margin"] |= {"t": 48}
     text = (
         '<!doctype html><meta charset="utf-8"><body style="margin:0"><div id="c"></div>'
-        f"<script>{plotly_js()}</script><script>const f={_json(figure)};"
+        f"<script>{plotly_js()}</script><script>const f={as_json(figure)};"
         'Plotly.newPlot("c",f.data,f.layout,{staticPlot:true})</script>'
     )
     with temporary_folder("agentmerge-picture") as folder:

@@ -17,7 +17,7 @@ from mergekit.merge import MergeOptions, run_merge
 from safetensors.torch import save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from agentmerge.cli.explain import explain_recipe
+from agentmerge.report.explain import explain_recipe
 from agentmerge.merging.export import export_checkpoint
 from agentmerge.parents.checkpoint import Checkpoint
 from agentmerge.parents.headers import TensorHeader

@@ -88,14 +88,19 @@
     draw(chart, figure);
   };
 
-  const start = () => {
+  const drawAll = () => {
     for (const [id, figure] of Object.entries(data.charts)) {
+      if (!document.getElementById(id)) continue;
       if (id.endsWith("-progress")) {
         figure.data[0].selected = { marker: { color: "#b3261e", size: 13, opacity: 1 } };
         figure.data[0].unselected = { marker: { opacity: 0.45 } };
       }
       draw(id, figure);
     }
+  };
+
+  const start = () => {
+    drawAll();
     for (const article of document.querySelectorAll("[data-run]")) {
       const run = article.dataset.run;
       const pick = document.getElementById(`${run}-pick`);
@@ -126,5 +131,14 @@
       setTimeout(() => { button.textContent = label; }, 2500);
     });
   }
+  // A page that follows a search is told its charts again and again.
+  document.addEventListener("charts", (event) => {
+    data.charts = event.detail;
+    drawAll();
+    for (const field of document.querySelectorAll(".axis")) {
+      const cost = field.querySelector("input:checked").value === "cost";
+      if (cost && data.charts[field.dataset.chart]) against(field.dataset.chart, true);
+    }
+  });
   start();
 })();

@@ -1,4 +1,4 @@
-"""``agentmerge explain``: the values a recipe really has, after mergekit's precedence."""
+"""The values a recipe has after mergekit's precedence: what ``agentmerge explain`` shows."""
 
 from __future__ import annotations
 

@@ -1,0 +1,161 @@
+"""What each page shows, as plain data: a page and its JSON twin are made of the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from agentmerge.errors import AgentmergeError, UserError
+from agentmerge.ledger import Candidate, Ledger, RunRow
+from agentmerge.ledger.overview import ORDERS
+from agentmerge.recipe import Recipe
+from agentmerge.report.compare import recipe_changes
+from agentmerge.report.explain import explain_recipe
+from agentmerge.report.items import Values, asked, candidate_name, gains, goodness, paired
+from agentmerge.report.summary import answer_of, run_summary
+
+#: Rows of a table on one page.
+PAGE, MOST = 50, 500
+STATES = ("open", "scored", "failed", "twin", "stopped")
+
+
+def searches(ledger: Ledger, query: Mapping[str, str]) -> dict[str, Any]:
+    """The newest first: each as ``agentmerge list --json`` has it."""
+    rows = ledger.runs()[::-1]
+    offset, limit = _window(query)
+    shown = [run_summary(ledger, row) for row in rows[offset : offset + limit]]
+    return {"total": len(rows), "offset": offset, "limit": limit, "searches": shown}
+
+
+def search(ledger: Ledger, row: RunRow) -> dict[str, Any]:
+    """As ``agentmerge show --json`` has it."""
+    return run_summary(ledger, row)
+
+
+def candidates(ledger: Ledger, row: RunRow, query: Mapping[str, str]) -> dict[str, Any]:
+    """A page of a search's candidates.
+
+    Raises:
+        UserError: there is no such order or state, or a number is none.
+    """
+    order, state = query.get("sort") or "place", query.get("state") or ""
+    _one_of("sort", order, ORDERS)
+    _one_of("state", state, ("", *STATES))
+    asked_for = {"state": state, "operator": query.get("operator") or ""}
+    containing, descending = query.get("containing") or "", query.get("way") == "down"
+    offset, limit = _window(query)
+    total, found = ledger.candidate_page(
+        row.id, order=order, descending=descending, where=asked_for, containing=containing,
+        limit=limit, offset=offset,
+    )  # fmt: skip
+    return {
+        "run": row.name,
+        "total": total,
+        "offset": offset,
+        "limit": limit,
+        "sort": order,
+        "way": "down" if descending else "up",
+        "containing": containing,
+        "operators": ledger.operators(row.id),
+        "candidates": [_row(candidate) for candidate in found],
+    } | asked_for
+
+
+def candidate(
+    ledger: Ledger, row: RunRow, generation: int, slot: int, query: Mapping[str, str]
+) -> dict[str, Any]:
+    """One in full: its recipe, what sets it apart from the search's best, and item by item."""
+    found, best = ledger.candidate(row.id, generation, slot), answer_of(ledger, row)
+    recipe = ledger.recipe(found.recipe_hash, row.id)
+    same = best is None or best.recipe_hash == found.recipe_hash
+    return {
+        "run": row.name,
+        "candidate": _row(found),
+        "recipe": recipe.rstrip(),
+        "explained": _explained(row, recipe),
+        "best": None if best is None else _row(best),
+        "same_as_best": same,
+        "changes": recipe_changes(ledger, (row, row), (best, found)),
+        "against_best": None if best is None or same else _against(ledger, row, found, best),
+        "items": _items(ledger, row, found, None if same else best, query),
+    }
+
+
+def _row(candidate: Candidate) -> dict[str, Any]:
+    body = asdict(candidate) | {"tasks": dict(candidate.tasks)}
+    for long in ("vector", "gradient"):
+        del body[long]
+    return body | {"name": candidate_name(candidate), "twin": candidate.twin}
+
+
+def _explained(row: RunRow, recipe: str) -> dict[str, Any]:
+    """As ``agentmerge explain`` has it, or {reason}."""
+    try:
+        return explain_recipe(Recipe.parse(recipe), None, row.facts.get("num_layers"))
+    except AgentmergeError as error:
+        return {"reason": str(error)}
+
+
+def _against(ledger: Ledger, row: RunRow, mine: Candidate, best: Candidate) -> dict[str, Any]:
+    """{mean, low, high, tasks}: gained and lost against the best, or {reason}."""
+    question = asked(ledger, row, "search")
+    if question is None:
+        return {"reason": "which items were asked was not written down"}
+    values = question.values(ledger, mine.recipe_hash), question.values(ledger, best.recipe_hash)
+    if values[0] is None or values[1] is None:
+        return {"reason": "one of them was not asked every item"}
+    difference = paired(values[0], values[1], question)
+    return {
+        "difference": None if difference is None else difference._asdict(),
+        "tasks": gains(values[0], values[1], question),
+    }
+
+
+def _items(
+    ledger: Ledger,
+    row: RunRow,
+    mine: Candidate,
+    best: Candidate | None,
+    query: Mapping[str, str],
+) -> dict[str, Any]:
+    """{total, offset, limit, rows: [{task, item, value, margin, best, change}]}, or {reason}."""
+    question = asked(ledger, row, "search")
+    if question is None:
+        return {"reason": "which items were asked was not written down"}
+    values = question.values(ledger, mine.recipe_hash)
+    if values is None:
+        return {"reason": "it was not asked every item"}
+    other: Values = (best and question.values(ledger, best.recipe_hash)) or {}
+    places = [(task, key) for task, keys in question.keys.items() for key in keys]
+    offset, limit = _window(query)
+    rows = []
+    for task, key in places[offset : offset + limit]:
+        result, theirs = values[task][key], other.get(task, {}).get(key)
+        good = goodness(question, task)
+        pair = good(result), None if theirs is None else good(theirs)
+        change = ""
+        if pair[0] is not None and pair[1] is not None and pair[0] != pair[1]:
+            change = "gained" if pair[0] > pair[1] else "lost"
+        rows.append(
+            {"task": task, "item": key, "value": result.value, "margin": result.margin}
+            | {"best": None if theirs is None else theirs.value, "change": change}
+        )
+    return {"total": len(places), "offset": offset, "limit": limit, "rows": rows}
+
+
+def _window(query: Mapping[str, str]) -> tuple[int, int]:
+    return _number(query, "offset", 0, 10**9), _number(query, "limit", PAGE, MOST) or PAGE
+
+
+def _number(query: Mapping[str, str], name: str, default: int, most: int) -> int:
+    text = query.get(name) or str(default)
+    if not (text.isascii() and text.isdigit() and len(text) < 12):
+        raise UserError(f"{name} is {text[:40]!r}, and must be a whole number from 0 to {most:,}")
+    return min(int(text), most)
+
+
+def _one_of(name: str, value: str, known: Sequence[str] | Mapping[str, Any]) -> None:
+    if value not in known:
+        names = ", ".join(filter(None, known))
+        raise UserError(f"{name} is {value[:40]!r}; there are: {names}")
