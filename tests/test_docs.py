@@ -45,6 +45,7 @@ PARSED = {
     "--answer": "to a search that a model advises: tests/session/test_structure.py",
     "replay": "tests/session has searches to replay",
     "prompts try": "tests/agents has prompts to try",
+    "agentmerge ui": "serves until it is stopped: tests/ui/test_served.py",
     "mcp": "serves until it is stopped: tests/agents",
     "init": "names models of the reader's: tests/cli/test_start.py",
     "export first": "the fake worker has no model: tests/e2e/test_tiny_family.py",

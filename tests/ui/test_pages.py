@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import sqlite3
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -312,7 +311,7 @@ def test_the_parts_are_our_own(runs: Path) -> None:
 
 
 @pytest.fixture
-def many(tmp_path: Path) -> Iterator[Path]:
+def many(tmp_path: Path) -> Path:
     """A search with 5,000 candidates more than it made."""
     folder = tmp_path / "runs"
     row = driving.run(SearchConfig.from_text(CONFIG), name="many", runs_dir=folder)
@@ -331,7 +330,7 @@ def many(tmp_path: Path) -> Iterator[Path]:
             ],
         )
     db.close()
-    yield folder
+    return folder
 
 
 def test_a_page_does_not_grow_with_the_search(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:

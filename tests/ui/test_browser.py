@@ -1,0 +1,172 @@
+"""The live pages in a real browser; opt-in as ``tests/report/test_page.py`` is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentmerge.ledger.folder import LEDGER
+from tests.report.conftest import search_family
+from tests.ui.test_served import SLOW, began, served
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+playwright = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("axe_playwright_python")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+HOSTILE = "</script><img src=x onerror=document.title='got'>"
+PAGES = {
+    "searches": "/", "search": "/run/first", "candidates": "/run/first/candidates",
+    "candidate": "/run/first/candidate/2.1", "compare": "/compare?name=first&name=second",
+    "lineage": "/lineage", "report": "/run/first/report", "fault": "/run/nobody",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server over two searches whose candidates, failures and words hold markup."""
+    runs = tmp_path_factory.mktemp("runs")
+    search_family(runs)
+    with sqlite3.connect(runs / LEDGER) as db:
+        db.execute("UPDATE candidates SET failure = failure || ? WHERE failure <> ''", (HOSTILE,))
+        db.execute("UPDATE candidates SET label = label || ?", (HOSTILE,))
+        db.execute("UPDATE runs SET stop_reason = stop_reason || ?", (HOSTILE,))
+    db.close()
+    with served(runs) as (found, _):
+        yield found
+
+
+@pytest.fixture(params=[PHONE, DESK], ids=["phone", "desk"])
+def tab(browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    context = browser.new_context(viewport=request.param)
+    page = context.new_page()
+    page.said = []
+    page.on("console", lambda message: page.said.append(message.text))
+    page.on("pageerror", lambda error: page.said.append(str(error)))
+    yield page
+    context.close()
+
+
+def shown(tab: Any, address: str, path: str) -> None:
+    """Go there, and wait for what comes later."""
+    tab.goto(address + path)
+    if path == "/run/first":
+        tab.wait_for_selector("#run0-progress .plot-container")
+        tab.wait_for_selector("[data-part=events]")
+    if path == "/run/first/report":
+        tab.wait_for_selector("#run0-grid .plot-container")
+    if path == "/":
+        tab.wait_for_function("document.querySelector('td.spark').textContent.length > 0")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_drawn_fits_and_is_accessible(tab: Any, address: str, name: str) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    shown(tab, address, PAGES[name])
+    assert [s for s in tab.said if "404" not in s or name != "fault"] == []
+    assert tab.title() != "got"
+    assert tab.locator("img").count() == 0
+    wide = tab.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+    assert wide <= 0, "the page scrolls sideways"
+    for details in tab.locator("details").all():
+        details.evaluate("element => element.open = true")
+    found = Axe().run(tab).response["violations"]
+    assert [(v["id"], [n["html"][:120] for n in v["nodes"][:3]]) for v in found] == []
+    if folder := os.environ.get("AGENTMERGE_SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        width = tab.viewport_size["width"]
+        tab.screenshot(path=str(Path(folder) / f"ui-{name}-{width}.png"), full_page=True)
+
+
+def test_the_charts_are_the_reports(tab: Any, address: str) -> None:
+    shown(tab, address, "/run/first")
+    drawn = tab.evaluate(
+        "[...document.querySelectorAll('.drawn:not([hidden]) .chart')]"
+        ".map(c => c.querySelectorAll('svg').length)"
+    )
+    assert len(drawn) == 5
+    assert all(drawn)
+
+
+def test_the_keyboard_filters_and_sorts(tab: Any, address: str) -> None:
+    shown(tab, address, "/run/first/candidates")
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.className") == "skip"
+    tab.locator("#state").focus()
+    tab.keyboard.type("failed")
+    tab.locator("#containing").focus()
+    tab.keyboard.press("Enter")
+    tab.wait_for_url("**state=failed**")
+    rows = tab.locator("tbody tr")
+    assert rows.count() > 0
+    assert all("failed" in (row.text_content() or "") for row in rows.all())
+    tab.locator("th a", has_text="score").focus()
+    tab.keyboard.press("Enter")
+    tab.wait_for_url("**sort=score**")
+    assert "state=failed" in tab.url
+    assert tab.locator("th[aria-sort=descending]").count() == 1
+
+
+def test_a_recipe_is_copied(browser: Any, address: str) -> None:
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.goto(address + PAGES["candidate"])
+    page.get_by_role("button", name="Copy the recipe").click()
+    page.wait_for_selector("text=Copied")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied == page.locator("#recipe").text_content()
+    assert "merge_method: ties" in copied
+    context.close()
+
+
+def test_a_page_follows_a_search_to_its_end(browser: Any, tmp_path: Path) -> None:
+    config = tmp_path / "config.yml"
+    config.write_text(SLOW)
+    search = began(tmp_path / "runs", config, "a")
+    with served(tmp_path / "runs") as (address, server):
+        page = browser.new_page()
+        page.goto(f"{address}/run/a")
+        page.wait_for_function("document.querySelector('.verdict').textContent.includes('Running')")
+        page.wait_for_selector("#run0-progress .plot-container")
+        before = page.evaluate("document.getElementById('run0-progress').data[0].x.length")
+        assert search.wait() == 0
+        page.wait_for_function("document.querySelector('.verdict').textContent.includes('Done')")
+        points = "document.getElementById('run0-progress').data[0].x.length"
+        page.wait_for_function(f"{points} > {before}")
+        server.kill()
+        page.wait_for_selector("#trouble:not([hidden])")
+        assert "does not answer" in page.locator("#trouble").text_content()
+        page.close()
+
+
+def test_a_hidden_tab_asks_for_nothing(browser: Any, address: str) -> None:
+    page = browser.new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{address}/")
+    page.wait_for_function("document.querySelector('td.spark').textContent.length > 0")
+    hide = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true});"
+    hide += "document.dispatchEvent(new Event('visibilitychange'))"
+    streams = lambda: sum(url.endswith("/live") for url in asked)  # noqa: E731
+    assert streams() == 1
+    page.evaluate(hide % "true")
+    page.evaluate(hide % "false")
+    page.wait_for_function("document.querySelector('td.spark').textContent.length > 0")
+    assert streams() == 2
+    page.close()
