@@ -17,7 +17,6 @@ from mergekit.merge import MergeOptions, run_merge
 from safetensors.torch import save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from agentmerge.report.explain import explain_recipe
 from agentmerge.merging.export import export_checkpoint
 from agentmerge.parents.checkpoint import Checkpoint
 from agentmerge.parents.headers import TensorHeader
@@ -26,6 +25,7 @@ from agentmerge.parents.plain import make_plain
 from agentmerge.parents.skeleton import skeleton
 from agentmerge.parents.sources import find_parent
 from agentmerge.recipe import Recipe
+from agentmerge.report.explain import explain_recipe
 from agentmerge.workers.hf import each_gradient
 from agentmerge.workers.targets import live_targets, pairing_faults, parts_of
 from benchmarks import architectures
