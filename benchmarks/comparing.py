@@ -37,7 +37,7 @@ def table(runs: Runs) -> str:
             + [f"{np.median([best_at(r, k) for r in mine]):.3f}" for k in steps]
             + [f"{np.median(sealed):.4f}", f"{np.median([r['spent'] for r in mine]):.0f}"]
         )
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def comparisons(runs: Runs, against: str) -> str:
@@ -52,7 +52,7 @@ def comparisons(runs: Runs, against: str) -> str:
             [problem, arm, str(len(a)), f"{ratio:.2f}", f"{least:.2f} to {most:.2f}",
              f"{np.median(a - b):+.4f}", f"{low:+.4f} to {high:+.4f}", f"{p:.4f}"]
         )  # fmt: skip
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def standing(runs: Runs, arm: str) -> str:
@@ -79,7 +79,7 @@ def standing(runs: Runs, arm: str) -> str:
             [problem, str(len(a)), f"{np.median(a):.3f}", best, f"{np.median(b):.3f}",
              f"{np.median(a - b):+.3f}", f"{low:+.3f} to {high:+.3f}", f"{_p(a, b):.4f}"]
         )  # fmt: skip
-    return _markdown(rows) if len(rows) > 1 else ""
+    return markdown(rows) if len(rows) > 1 else ""
 
 
 def sooner(runs: Runs, against: str) -> str:
@@ -91,7 +91,7 @@ def sooner(runs: Runs, against: str) -> str:
             [problem, arm, str(len(a)), f"{np.median(a - b):+.4f}",
              f"{low:+.4f} to {high:+.4f}", f"{p:.4f}"]
         )  # fmt: skip
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def _pairs(runs: Runs, against: str, mine: Figure, theirs: Figure) -> Iterator[Pairs]:
@@ -164,7 +164,7 @@ def harm(runs: Runs) -> str:
         rows.append(
             [problem, arm, str(len(mine)), str(harmed), f"{np.median(ahead):+.4f}", str(said)]
         )
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def advice(runs: Runs) -> str:
@@ -174,10 +174,11 @@ def advice(runs: Runs) -> str:
         mine = [r["advice"] for r in of_arm(runs, problem, arm).values()]
         sums = [str(sum(a[key] for a in mine)) for key in ("calls", "tokens", "failures")]
         rows.append([problem, arm, mine[0]["model"], *sums])
-    return _markdown(rows) if len(rows) > 1 else ""
+    return markdown(rows) if len(rows) > 1 else ""
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table, the first row its head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     return "\n".join(lines)

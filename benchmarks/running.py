@@ -101,7 +101,8 @@ def run_search(problem: Problem, arm: Arm, seed: int, budget: int) -> dict[str, 
             wanted = proposal.want == "gradient" and spent + proposal.cost <= budget
             ask = problem.gradient if wanted else problem.evaluate
             assert proposal.vector is not None
-            tell(generation, slot, proposal.operator, proposal.vector, ask(proposal.vector))
+            vector = space.made_legal(proposal.vector)
+            tell(generation, slot, proposal.operator, vector, ask(vector))
     return {
         "problem": problem.name,
         "arm": arm.name,
@@ -239,13 +240,18 @@ def run_seed(make: Make, arms: Sequence[tuple[Arm, Path]], seed: int, budget: in
         problem = problem or make(seed)
         before = time.perf_counter()
         run = run_search(problem, arm, seed, budget)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(run))
-        draft.replace(path)
+        save(path, run)
         took = time.perf_counter() - before
         print(
             f"{problem.name} {arm.name} seed {seed}: search {best_at(run, budget):.3f}, "
             f"sealed {run['answers']['chosen']['sealed']:.3f}, {took:.0f} s",
             flush=True,
         )
+
+
+def save(path: Path, run: dict[str, Any]) -> None:
+    """In one step, so that what is there is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(run))
+    draft.replace(path)
