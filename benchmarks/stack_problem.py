@@ -47,13 +47,19 @@ class Stacks:
         present = [run for run in stack if any(run[2])]
         return read_answers(self._logits(present, rows), rows.gold)
 
-    def slopes(self, stack: Sequence[Run], rows: Rows) -> tuple[float, np.ndarray]:
-        """(loss, its slopes (positions, 2) in the scales) of a stack as it is written."""
+    def slopes(
+        self, stack: Sequence[Run], rows: Rows
+    ) -> tuple[float, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+        """(loss, its slopes (positions, 2) in the scales, what ``ask`` says) of a whole stack.
+
+        A layer of strength 0 adds zeros, so that the answers are those of the stack without it.
+        """
         scales = torch.tensor([run[2] for run in stack], requires_grad=True)
         logits = self._logits(stack, rows, scales)
         loss = torch.nn.functional.softplus(-margins_of(logits, rows.gold)).mean()
         (found,) = torch.autograd.grad(loss, scales)
-        return float(loss.detach()), found.double().numpy()
+        answers = read_answers(logits.detach(), rows.gold)
+        return float(loss.detach()), found.double().numpy(), answers
 
     def _logits(
         self, stack: Sequence[Run], rows: Rows, scales: torch.Tensor | None = None
@@ -101,11 +107,10 @@ class StackProblem(KeptAnswers):
         return point
 
     def gradient(self, vector: Sequence[float]) -> Shown:
-        known = self.evaluate(vector)
         if self.layers.path:
-            return known
-        runs = self.runs(vector)
-        loss, found = self.stacks.slopes(runs, self._search)
+            return self.evaluate(vector)
+        loss, found, answers = self.stacks.slopes(self.runs(vector), self._search)
+        known = self.known(vector, *answers)
         unit = [
             float(found[axis.group, OUTPUTS.index(str(axis.filter))]) * (axis.high - axis.low)
             for axis in self.space.axes

@@ -2,7 +2,7 @@
 
 Both begin at the weight answer, as ours do, and are told what they asked. The genetic algorithm:
 tournaments of three, uniform crossover by position, one switch in ``FLIPS`` turned and scales moved
-by ``STEP``, the best two kept. CatCMA (Hamano et al., arXiv 2405.09962; package ``cmaes``):
+by ``STEP``, the best 18 of all bred. CatCMA (Hamano et al., arXiv 2405.09962; package ``cmaes``):
 switches are its categories, scales its continuous variables. Knows points of the unit box alone.
 """
 
@@ -24,7 +24,7 @@ from agentmerge.contracts.strategy import (
     next_generation,
 )
 
-SIZE, ELITES, RIVALS = 16, 2, 3
+SIZE, BRED, RIVALS = 16, 18, 3
 STEP, CROSSED = 0.1, 0.7
 #: Switches that a child turns, in the mean.
 FLIPS = 1.0
@@ -49,7 +49,7 @@ class Genetic:
     ) -> list[Proposal]:
         switches = _switches(space)
         rng = rng_for(next_generation(history), 0, "mutate")
-        parents = [np.array(o.vector) for o in fittest(history, SIZE + ELITES)]
+        parents = [np.array(o.vector) for o in fittest(history, BRED)]
         found = []
         for _ in range(count):
             # the pool is sorted, so that the smallest of some draws is the winner of their contest

@@ -81,6 +81,29 @@ def _fitting(rows: list[list[str]], tasks: Sequence[str]) -> str:
     return table([[*rows[0][: -len(tasks)], *short], *rows[1:]])
 
 
+def depth_text(depths: Sequence[Mapping[str, Any]]) -> str:
+    """What each layer of a stack buys and costs, one row a depth."""
+    rows = [["layers", "parameters", "s an item", "search", "sealed", "ahead of the first"]]
+    for row in depths:
+        size, seconds = row["parameters"], row["seconds_per_item"]
+        ahead = "-"
+        if row["ahead"]:
+            mean, low, high = (figure(end, "+") for end in row["ahead"])
+            ahead = f"{mean} ({low} to {high}, 95 %)"
+        mark = " (the answer)" if row["is_answer"] else ""
+        rows.append(
+            [
+                f"{row['layers']}{mark}",
+                "-" if size is None else f"{size / 1e6:,.2f} million",
+                "-" if seconds is None else f"{seconds:.3g}",
+                number(row["score"]),
+                number(row["sealed_score"]),
+                ahead,
+            ]
+        )
+    return table(rows) + "\nagentmerge export --layers N writes another of these."
+
+
 def uplift_text(found: Mapping[str, Any]) -> str:
     """What the models' advice earned over an arm without it, and what it cost."""
     cost = found["cost"]
@@ -145,6 +168,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         lines += [f"warning: {line}" for line in summary["warnings"]]
     if summary["final"]:
         lines += ["", card_text(Card.parse(summary["final"]))]
+        if summary.get("depths"):
+            lines += ["", depth_text(summary["depths"])]
     elif summary["best"]:
         tasks = list(summary["best"]["tasks"])
         rows = [["", "score", *tasks]]

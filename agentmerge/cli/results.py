@@ -72,12 +72,18 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Score it once from disk.")
     ] = True,
+    layers: Annotated[
+        int | None,
+        typer.Option("--layers", min=1, help="Another stack of the answer's table of depths."),
+    ] = None,
     as_json: options.Json = False,
 ) -> int:
     """Write the best merge as a model, with a model card. Plain transformers loads it."""
     from agentmerge.session import export as exporting
 
-    report = exporting.export_run(name, to, runs_dir=runs_dir, engine=with_, verify=verify)
+    report = exporting.export_run(
+        name, to, runs_dir=runs_dir, engine=with_, verify=verify, layers=layers
+    )
     show_result(report, as_json, exporting.report_text(report))
     return 0 if report["equal"] is not False else 1
 

@@ -48,6 +48,15 @@ class Answered(Compared):
     interval: Sequence[float] | None = None
 
 
+@dataclass(frozen=True)
+class Depth(Compared):
+    """A stack of so many layers. ahead: of the merge that lies under it, [mean, low, high], on
+    sealed items, or on search items where none are sealed; None of that merge itself."""
+
+    layers: int = 0
+    ahead: Sequence[float] | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """How far the answer is ahead of another, paired by item, and the 95 % interval."""
@@ -63,7 +72,8 @@ class Difference:
 class Card:
     """sealed: whether sealed items were asked. fallen: recipe hash -> why its sealed items could
     not be scored; lost: why nobody could be asked. uplift: what the agents earned, where an arm
-    without them says so."""
+    without them says so. depths: what each layer of the best stack bought, shallowest first; none
+    of an answer of the models' depth."""
 
     answer: Answered = Answered()
     parents: Sequence[Compared] = ()
@@ -77,6 +87,7 @@ class Card:
     lost: str = ""
     verdict: str = ""
     uplift: Mapping[str, Any] | None = None
+    depths: Sequence[Depth] = ()
 
     @property
     def rows(self) -> list[Compared]:
@@ -88,8 +99,9 @@ class Card:
             "parents": [row.to_json() for row in self.parents],
             "best_rival": self.best_rival and self.best_rival.to_json(),
             "differences": [asdict(difference) for difference in self.differences],
+            "depths": [row.to_json() for row in self.depths],
         }
-        return {k: v for k, v in body.items() if k != "uplift" or v is not None}
+        return {k: v for k, v in body.items() if v or k not in ("uplift", "depths")}
 
     @classmethod
     def parse(cls, body: Mapping[str, Any]) -> Card:
@@ -102,5 +114,6 @@ class Card:
                 "parents": [known(Compared, row) for row in body.get("parents", ())],
                 "best_rival": known(Compared, rival) if rival else None,
                 "differences": [known(Difference, d) for d in body.get("differences", ())],
+                "depths": [known(Depth, row) for row in body.get("depths", ())],
             },
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 #: Of generation 0: each parent alone, and the cheap merges that need no search.
 PARENT, UNIFORM, SCALE, DEPTH = "parent", "uniform", "scale", "depth"
+#: Where other spaces are opened: layers of two experts, and a model with its middle once more.
+SANDWICH, STACK = "sandwich", "stack"
 #: With the parents, all that a searched merge has to beat.
-RIVALS = (UNIFORM, SCALE, DEPTH)
+RIVALS = (UNIFORM, SCALE, DEPTH, SANDWICH, STACK)
 CHEAP = (PARENT, *RIVALS)
 #: A warm start (``search.init``).
 INIT = "init"
@@ -21,7 +23,9 @@ LLM_EVO = "llm_evo"
 STRUCTURE = "structure"
 #: Of the arm that hears no model (``agentmerge.search.past``).
 SHADOW = "shadow"
+#: Of the end: the best stack of layers without its weakest ones (``agentmerge.search.depths``).
+SHALLOWER = "shallower"
 #: For whoever works in one search space: of what was made in another.
 CARRIED = "carried"
 #: Of candidates that take no turn of a search space.
-NO_TURN = (SHADOW, PROBE)
+NO_TURN = (SHADOW, PROBE, SHALLOWER)

@@ -110,7 +110,8 @@ class Overview(Candidates):
     def seeds(self, run_id: str) -> list[Candidate]:
         """The scored parents and cheap rivals, in the order they were asked."""
         rows = self._rows(
-            "SELECT generation, slot FROM candidates WHERE run_id = ? AND operator IN (?, ?, ?, ?) "
+            "SELECT generation, slot FROM candidates WHERE run_id = ? "
+            f"AND operator IN ({', '.join('?' * len(CHEAP))}) "
             "AND prior = 0 AND score IS NOT NULL AND twin_slot IS NULL ORDER BY generation, slot",
             run_id,
             *CHEAP,

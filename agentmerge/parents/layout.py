@@ -68,6 +68,11 @@ class Layout:
         """How many numbers a merged model has."""
         return sum(math.prod(spec.shape) for spec in self.tensors)
 
+    @property
+    def layer_parameters(self) -> int:
+        """How many of them are in its layers."""
+        return sum(math.prod(spec.shape) for spec in self.tensors if spec.layer is not None)
+
     def at_depth(self, layers: Sequence[int]) -> Layout:
         """Of a model whose layer k is such a one as layer ``layers[k]`` here."""
         own: dict[int, list[TensorSpec]] = {}

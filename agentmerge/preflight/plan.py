@@ -36,7 +36,8 @@ class Prepared:
     questions, as the worker describes it. memory: None where no model is read. made_bytes: on disk,
     of the parents that are no plain checkpoints as they are. notes: what to know of the parents.
     warnings: what in the config or a warm start is most likely a mistake; it goes with the results.
-    searched: keys of items that would be sealed, had an earlier search not seen them.
+    searched: keys of items that would be sealed, had an earlier search not seen them. parameters:
+    of a merge, and of one of its layers; None where no model is read.
     """
 
     config: SearchConfig
@@ -52,6 +53,7 @@ class Prepared:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     searched: tuple[str, ...] = ()
+    parameters: tuple[int, int] | None = None
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -97,7 +99,7 @@ class Prepared:
             ],
             "engine": asdict(self.engine),
             "conditions": redacted(dict(self.conditions), shapes=False),
-        }
+        } | ({"parameters": self.parameters} if self.config.genome.layers else {})
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,9 @@ def _of_models(look: Look) -> Prepared:
         memory=memory,
         made_bytes=sum(models.survey.made_bytes.values()),
         notes=tuple(notes),
+        parameters=None
+        if layout is None
+        else (layout.parameters, layout.layer_parameters // layout.num_layers),
     )
 
 

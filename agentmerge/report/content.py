@@ -16,7 +16,7 @@ from agentmerge.recipe import Recipe
 from agentmerge.recipe.names import short_name
 from agentmerge.report.grid import Grid, grid
 from agentmerge.report.items import ItemsAsked, Values, asked, candidate_name, gains, paired, scores
-from agentmerge.report.summary import answer_of, run_summary
+from agentmerge.report.summary import answer_of, depth_rows, run_summary
 from agentmerge.space.grouped import SearchSpace
 
 #: Candidates whose recipe the page carries; with more, the best and the seeds are kept.
@@ -69,6 +69,7 @@ class Content:
     advice: Sequence[Mapping[str, Any]]
     recipe: str
     lineage: Sequence[tuple[str, int | None, str]]
+    depths: Sequence[Mapping[str, Any]] = ()
 
     @property
     def tasks(self) -> list[str]:
@@ -103,6 +104,7 @@ def content(ledger: Ledger, row: RunRow) -> Content:
         advice=ledger.advice(row.id),
         recipe="" if answer is None else ledger.recipe(answer.recipe_hash, row.id),
         lineage=_lineage(ledger, row),
+        depths=depth_rows(ledger, row),
     )
 
 

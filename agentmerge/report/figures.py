@@ -123,6 +123,31 @@ def distribution(content: Content) -> Figure:
     return figure
 
 
+def depths(content: Content) -> Figure:
+    """Scores of the answer's table against layers; the answer is filled."""
+    lines = []
+    for key, name, color in (("sealed_score", "sealed", BLUE), ("score", "search", ORANGE)):
+        rows = [row for row in content.depths if row[key] is not None]
+        if not rows:
+            continue
+        marks = ["circle" if row["is_answer"] else "circle-open" for row in rows]
+        lines.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": name,
+                "x": [row["layers"] for row in rows],
+                "y": [row[key] for row in rows],
+                "marker": {"size": 10, "symbol": marks, "color": color},
+                "line": {"color": color},
+                "hovertemplate": "%{x} layers<br>" + name + " %{y:.4f}<extra></extra>",
+            }
+        )
+    figure: Figure = {"data": lines, "layout": layout("layers", "score")}
+    figure["layout"]["xaxis"]["dtick"] = 1
+    return figure
+
+
 def per_task(content: Content) -> Figure:
     """Each task's metric: the answer beside the parents and the cheap merges."""
     sealed = any(c.sealed_tasks for c in content.contenders)

@@ -137,6 +137,8 @@ def charts_of(found: Content, key: str) -> dict[str, Any]:
         f"{key}-distribution": figures.distribution(found),
         f"{key}-tasks": figures.per_task(found),
     }
+    if found.depths:
+        charts[f"{key}-depths"] = figures.depths(found)
     if comparisons(found):
         charts |= {
             f"{key}-changes": figures.item_changes(found),
@@ -176,6 +178,7 @@ def _section(found: Content, key: str) -> dict[str, Any]:
         "agents": summary["agents"],
         "contenders": found.contenders,
         "tasks": found.tasks,
+        "depths": found.depths,
         "comparisons": comparisons(found),
         "asked": found.asked,
         "charted": bool(found.points),

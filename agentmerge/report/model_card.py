@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from agentmerge.config import SearchConfig
+from agentmerge.contracts.card import Compared
 from agentmerge.evaluation.statistics import figure
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.recipe import Recipe
@@ -20,6 +21,7 @@ from agentmerge.recipe.copying import layers_read
 from agentmerge.recipe.names import short_name
 from agentmerge.report.content import shortened
 from agentmerge.report.items import asked
+from agentmerge.report.summary import depth_rows
 
 TAGS = ("merge", "mergekit", "agentmerge")
 
@@ -63,7 +65,7 @@ def _metadata(recipe: Recipe, row: RunRow, found: Mapping[str, Any]) -> dict[str
     if published:
         body["base_model"] = published
     body |= {"library_name": "transformers", "tags": list(TAGS)}
-    sealed = row.card.answer.sealed_tasks
+    sealed = _told(row, found).sealed_tasks
     tasks = sealed or found["tasks"]
     part = "sealed items" if sealed else "search items"
     body["model-index"] = [
@@ -80,6 +82,12 @@ def _metadata(recipe: Recipe, row: RunRow, found: Mapping[str, Any]) -> dict[str
         }
     ]
     return body
+
+
+def _told(row: RunRow, found: Mapping[str, Any]) -> Compared:
+    """The row of the closing card that a merge has: the answer's, or another depth's."""
+    rows = (row.card.answer, *row.card.depths)
+    return next((r for r in rows if r.recipe_hash == found["recipe_hash"]), Compared())
 
 
 def _metric(row: RunRow, task: str) -> str:
@@ -111,7 +119,7 @@ def _scores(
     found: Mapping[str, Any],
 ) -> str:
     """A row a task; sealed metrics with their interval where they are shares of right answers."""
-    sealed = row.card.answer.sealed_tasks or {}
+    sealed = _told(row, found).sealed_tasks or {}
     weights = {task.name: task for task in config.tasks.tasks}
     intervals = _intervals(ledger, row, found["recipe_hash"]) if sealed else {}
     head = "| task | metric | weight | search items |" + (" sealed items |" if sealed else "")
@@ -130,12 +138,28 @@ def _scores(
     lines.append(total)
     if sealed:
         lines += ["", "Sealed items were never seen by the search. Intervals are Wilson's, 95 %."]
-    for d in row.card.differences:
+    for d in row.card.differences if _told(row, found) is row.card.answer else ():
         lines.append(
             f"\nAgainst {short_name(d.against)}: {figure(d.mean, '+', 4)} "
             f"({figure(d.low, '+', 4)} to {figure(d.high, '+', 4)}, 95 %, paired by item)."
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_depths(ledger, row, found)])
+
+
+def _depths(ledger: Ledger, row: RunRow, found: Mapping[str, Any]) -> list[str]:
+    """What each layer of a stack bought, where the search had a table of it."""
+    rows = depth_rows(ledger, row)
+    if not rows:
+        return []
+    lines = ["", "| layers | million parameters | search | sealed |", "|---|---|---|---|"]
+    for depth in rows:
+        own = depth["candidate"] == [found["generation"], found["slot"]]
+        scores = (depth["score"], depth["sealed_score"])
+        cells = ["" if score is None else figure(score, digits=4) for score in scores]
+        size = "" if depth["parameters"] is None else f"{depth['parameters'] / 1e6:,.2f}"
+        name = f"**{depth['layers']}**, this model" if own else str(depth["layers"])
+        lines.append(f"| {name} | {size} | {' | '.join(cells)} |")
+    return lines
 
 
 def _intervals(ledger: Ledger, row: RunRow, recipe_hash: str) -> dict[str, str]:

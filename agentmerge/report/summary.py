@@ -18,7 +18,8 @@ MAX_FAILURES = 10
 
 
 def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
-    """name, status, seed, search, generations, parents, best, answer, evaluations, agents, final.
+    """name, status, seed, search, generations, parents, best, answer, evaluations, agents, final;
+    depths where the answer has a table of them.
 
     best: of all seen, by search items. answer: what a finished search chose; often another.
     """
@@ -28,6 +29,7 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
     if row.parent_run is not None:
         names = {found.id: found.name for found in ledger.runs()}  # it may have been forgotten
         parent = {"run": names.get(row.parent_run), "generation": row.parent_generation}
+    depths = depth_rows(ledger, row)
     return {
         "name": row.name,
         "id": row.id,
@@ -60,7 +62,32 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
         ],
         "warnings": row.facts.get("warnings", []),
         "final": row.result,
-    }
+    } | ({"depths": depths} if depths else {})
+
+
+def depth_rows(ledger: Ledger, row: RunRow) -> list[dict[str, Any]]:
+    """What each layer of the answer's table buys and costs: {layers, parameters, seconds_per_item,
+    score, sealed_score, ahead, candidate, is_answer}, shallowest first. What is not known is None:
+    parameters where no model is read, seconds where results were known before."""
+    found = []
+    whole, each = row.facts.get("parameters") or (None, None)
+    for depth in row.card.depths:
+        candidate = ledger.candidate(row.id, *depth.candidate)
+        items = sum(task["search"] for task in row.facts["items"].values())
+        seconds = None if candidate.reused else candidate.seconds
+        found.append(
+            {
+                "layers": depth.layers,
+                "parameters": whole and whole + (depth.layers - row.facts["num_layers"]) * each,
+                "seconds_per_item": seconds / items if seconds and items else None,
+                "score": depth.score,
+                "sealed_score": depth.sealed_score,
+                "ahead": depth.ahead,
+                "candidate": list(depth.candidate),
+                "is_answer": depth.recipe_hash == row.card.answer.recipe_hash,
+            }
+        )
+    return found
 
 
 def run_status(ledger: Ledger, row: RunRow) -> str:
@@ -117,13 +144,22 @@ def trace(ledger: Ledger, row: RunRow) -> dict[str, Any]:
     }
 
 
-def best_recipe(ledger: Ledger, row: RunRow) -> dict[str, Any]:
+def best_recipe(ledger: Ledger, row: RunRow, layers: int | None = None) -> dict[str, Any]:
     """The answer of a finished search, else the best so far: {recipe, score, ...}.
 
+    layers: the stack of so many layers of the answer's table instead.
+
     Raises:
-        NotFound: nothing has been scored.
+        NotFound: nothing has been scored, or the table has no such stack.
     """
-    found = answer_of(ledger, row)
+    if layers is None:
+        found = answer_of(ledger, row)
+    else:
+        rows = {depth.layers: depth.candidate for depth in row.card.depths}
+        if layers not in rows:
+            known = ", ".join(map(str, rows)) or "none, since its answer is no stack"
+            raise NotFound(f"run {row.name!r} has no stack of {layers} layers; it has {known}")
+        found = ledger.candidate(row.id, *rows[layers])
     if found is None:
         raise NotFound(f"run {row.name!r} has not scored a candidate yet")
     return {"recipe": ledger.recipe(found.recipe_hash, row.id)} | candidate_summary(found)

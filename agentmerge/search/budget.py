@@ -8,17 +8,29 @@ from __future__ import annotations
 import math
 import statistics
 
+from agentmerge.contracts.operators import STRUCTURE
+from agentmerge.ledger.words import openings
 from agentmerge.search.search import Search
 
 
 def evaluations_left(search: Search) -> int:
     """What of the budget is neither used nor promised to an open candidate."""
-    return math.floor(left(search) + 1e-9)
+    return max(0, math.floor(left(search) - _kept_back(search) + 1e-9))
+
+
+def _kept_back(search: Search) -> int:
+    """For the stacks between the deepest and its models' depth, once layers are searched."""
+    layers = search.config.genome.layers
+    if layers is None:
+        return 0
+    moves = openings(search.book.advice(role=STRUCTURE))
+    opened = any(o.move.change == "layers" and not o.refusal for o in moves)
+    return max(0, layers.most - 1) if opened else 0
 
 
 def items_left(search: Search) -> int:
     """The same in items."""
-    return math.floor(left(search) * items_each(search) + 1e-9)
+    return max(0, math.floor((left(search) - _kept_back(search)) * items_each(search) + 1e-9))
 
 
 def left(search: Search, up_to: int | None = None) -> float:
@@ -38,8 +50,10 @@ def left(search: Search, up_to: int | None = None) -> float:
 
 def ending_items(search: Search) -> int:
     """The sealed items that the end asks, at most, where each merge has a finite answer: of the
-    parents, the best cheap merge, the answer, and the other arm's best."""
+    parents, the best cheap merge, the answer, the stacks under it, and the other arm's best."""
     merges = len(search.space.genome.parents) + 2 + bool(search.config.search.shadow)
+    layers = search.config.genome.layers
+    merges += layers.most if layers else 0
     return merges * len(set(search.taskset.refs("sealed")) - set(search.taskset.refs("search")))
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from agentmerge.contracts.operators import CHEAP
+from agentmerge.contracts.operators import CHEAP, SHALLOWER
 from agentmerge.contracts.strategy import rng_factory
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import BudgetReached, CandidateFailed, NotBegun, TaskError, WorkerLost
@@ -51,6 +51,17 @@ class Confirmed:
     def unproven(self) -> bool:
         """Whether a searched merge won, and not by enough to be handed out."""
         return self.choice.winner.operator not in CHEAP and self.answer.operator in CHEAP
+
+
+def entrants(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Who may win, best first: what was tried to see what depth buys is none that was searched."""
+    ranked = sorted((c for c in candidates if _scored(c)), key=lambda c: c.rank)
+    return [c for c in ranked if not c.violation] or ranked[:1]
+
+
+def _scored(candidate: Candidate) -> bool:
+    own = candidate.twin is None and not candidate.prior
+    return own and candidate.score is not None and candidate.operator != SHALLOWER
 
 
 def confirmed(

@@ -12,20 +12,23 @@ from typing import Any
 
 from agentmerge.contracts.card import Answered, Card, Compared, Difference
 from agentmerge.contracts.events import Done, Ending
-from agentmerge.contracts.operators import CHEAP, PARENT, RIVALS
+from agentmerge.contracts.operators import CHEAP, PARENT, RIVALS, SHALLOWER
 from agentmerge.errors import BudgetReached, CandidateFailed, RunFailed, TaskError, WorkerLost
 from agentmerge.evaluation.tasks import Part
 from agentmerge.ledger import Candidate, incumbent
 from agentmerge.search import budget
 from agentmerge.search.choosing import (
     SPLITS,
+    beyond_noise,
     confirmed,
     difference,
+    entrants,
     lead_of,
     search_results,
     undenied,
 )
 from agentmerge.search.constraints import kept
+from agentmerge.search.depths import settled
 from agentmerge.search.past import best_within, charges
 from agentmerge.search.search import Search
 from agentmerge.search.state import SearchState
@@ -82,21 +85,28 @@ def _unused(search: Search, stop_reason: str) -> list[str]:
 def final_card(search: Search, candidates: Sequence[Candidate]) -> Card:
     scored = [c for c in candidates if c.score is not None and c.twin is None and not c.prior]
     ranked = sorted(scored, key=lambda c: c.rank)
-    allowed = [c for c in ranked if not c.violation] or ranked[:1]
+    allowed = entrants(scored)
     parents = [c for c in scored if c.operator == PARENT]
     rivals = [c for c in ranked if c.operator in RIVALS]
     best_rival = rivals[0] if rivals else None
-    found = confirmed(search, allowed, [c for c in ranked if c.operator not in CHEAP])
-    choice, answer, sealed = found.choice, found.answer, found.sealed
+    tried = [c for c in ranked if c.operator not in (*CHEAP, SHALLOWER)]
+    found = confirmed(search, allowed, tried)
+    choice, sealed = found.choice, found.sealed
+    part: Part = "sealed" if sealed else "search"
+    # Where a stack won and is not ahead of the cheap rivals, the table shows why.
+    deep = settled(search, found.choice.winner, candidates, part)
+    answer, doubts = (found.answer, []) if found.unproven else (deep.answer, deep.notes)
+    if answer is not found.answer and answer.operator not in CHEAP:
+        answer, more = beyond_noise(search, answer, [answer, *tried], [*parents, *rivals])
+        doubts = [*doubts, *more]
     # Search items are known of all of them; sealed ones are asked of the best cheap merge alone.
     others = [*parents, *(rivals[:1] if sealed else rivals)]
-    doubts = list[str]()
     if sealed:
-        answer, doubts = undenied(search, answer, [c for c in allowed if c in others])
+        answer, more = undenied(search, answer, [c for c in allowed if c in others])
+        doubts = [*doubts, *more]
     rows, lost = {}, [found.lost] if found.lost else []
     for candidate in dict.fromkeys([answer, *others]):
         rows[candidate.generation, candidate.slot] = _row(search, candidate, sealed, lost)
-    part: Part = "sealed" if sealed else "search"
     known = [c for c in others if rows[c.generation, c.slot].sealed_failure is None]
     differences = _differences(search, answer, known, part)
     interval = lead_of(search, search_results(search, answer, part), None, part)
@@ -131,6 +141,7 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> Card:
         constraints=kept(search.floors(scored), chosen, all_parents),
         fallen=found.fallen,
         lost=lost[0] if lost else "",
+        depths=deep.rows,
         verdict=verdict(answer, scored, differences, where, missing, unproven=found.unproven),
     )
 

@@ -34,7 +34,7 @@ from agentmerge.evaluation.tasks import Part, Score, TaskSet
 from agentmerge.ledger import Candidate, Ledger
 from agentmerge.ledger.book import Book
 from agentmerge.ledger.words import openings
-from agentmerge.recipe import Recipe
+from agentmerge.recipe import Recipe, length
 from agentmerge.search.constraints import Floor, floors, penalised
 from agentmerge.search.evidence import ItemTable, comparable
 from agentmerge.search.gradients import Gradients
@@ -141,6 +141,11 @@ class Search:
 
     def recipe_text(self, candidate: Candidate | Observation) -> str:
         return self.ledger.recipe(candidate.recipe_hash, self.run_id)
+
+    def depth_of(self, candidate: Candidate) -> int:
+        """How many layers a candidate's merge has."""
+        recipe = Recipe.parse(self.recipe_text(candidate))
+        return sum(map(length, recipe.canonical(self.space.num_layers).slices))
 
     def recipe_of(self, observation: Observation) -> Recipe:
         return Recipe.parse(self.recipe_text(observation))

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from agentmerge.contracts.operators import DEPTH, INCUMBENT, INIT, PARENT, SCALE, UNIFORM
+from agentmerge.contracts.operators import (
+    DEPTH,
+    INCUMBENT,
+    INIT,
+    PARENT,
+    SANDWICH,
+    SCALE,
+    STACK,
+    UNIFORM,
+)
 from agentmerge.contracts.strategy import Proposal
 from agentmerge.errors import RecipeRejected, UserError
 from agentmerge.ledger import Candidate
@@ -16,7 +25,7 @@ from agentmerge.search.past import first_generation
 from agentmerge.search.propose import add, affordable, population, possible, rng_of
 from agentmerge.search.search import Search
 from agentmerge.search.state import GRAPH_VERSION, SearchState
-from agentmerge.space.seeds import depth_line, parents, scale_points
+from agentmerge.space.seeds import depth_line, parents, plain_stacks, sandwiches, scale_points
 from agentmerge.strategies.random import random_vectors
 
 
@@ -59,12 +68,15 @@ def first_state(search: Search, generation: int) -> SearchState:
 
 
 def _rivals(search: Search) -> list[Proposal]:
-    """Parents, the uniform merge, a five-point uniform scale, a line through the depth."""
+    """Parents, the uniform merge, a five-point uniform scale, a line through the depth; what is
+    known of layers where those may be searched."""
     space = search.space
     found = [_proposal(point, recipe, PARENT, label) for label, recipe, point in parents(space)]
     recipe, point = space.uniform()
     found.append(_proposal(point, recipe, UNIFORM, UNIFORM))
     lines = {SCALE: scale_points(space), DEPTH: depth_line(space)}
+    if space.genome.layers is not None or search.config.search.structure == "free":
+        lines |= {SANDWICH: sandwiches(space), STACK: plain_stacks(space)}
     for operator, points in lines.items():
         found += [_proposal(point, recipe, operator, label) for label, recipe, point in points]
     return found

@@ -9,6 +9,7 @@ from agentmerge.ledger import Candidate, incumbent
 from agentmerge.ledger.rows import whole
 from agentmerge.search import budget
 from agentmerge.search.constraints import violation
+from agentmerge.search.depths import ask_shallower
 from agentmerge.search.finish import write_best
 from agentmerge.search.past import BARREN_GENERATIONS
 from agentmerge.search.propose import propose
@@ -71,6 +72,8 @@ def select(search: Search, generation: int) -> Outcome:
         reason = "nothing new"
     elif candidates[-1].generation < generation:
         reason = "nothing more to gain"  # the strategy had no proposal
+    if reason and best is not None and ask_shallower(search, candidates):
+        return select(search, candidates[-1].generation + 1)
     return Outcome(best, reason, generation=generation)
 
 

@@ -47,7 +47,9 @@ def wanted_move(
     if move is None and _layers_are_due(search, generation, now.leader, before):
         move = StructuralMove("layers", "", "weights have no more to give")
     if move is not None and move.change == "layers":
-        best = incumbent(search.book.candidates())
+        scored = [c for c in search.book.candidates() if c.score is not None]
+        # A stack may be the best: a cheap rival, a warm start.
+        best = incumbent([c for c in scored if search.depth_of(c) == search.space.num_layers])
         move = replace(move, value=f"{best.generation}.{best.slot}" if best else "")
     known = {(opening.move.change, opening.move.value) for opening in before}
     if move is None or (move.change, move.value) in known:

@@ -37,11 +37,13 @@ def export_run(
     engine: str = "agentmerge",
     verify: bool = True,
     overwrite: bool = False,
+    layers: int | None = None,
 ) -> dict[str, Any]:
     """Write a run's answer to ``to``: {path, score, disk_score, equal, differing_items, warning}.
 
     engine: "agentmerge" or "mergekit". overwrite: in place of an export that is there, which goes
-    once the new one is written. ``equal`` is None where ``verify`` is off.
+    once the new one is written. layers: the stack of so many layers of the answer's table,
+    instead of the answer. ``equal`` is None where ``verify`` is off.
 
     Raises:
         UserError: an unknown engine, or a folder that is not empty, or not an export's.
@@ -50,7 +52,7 @@ def export_run(
         raise UserError(f"--with {engine!r} is not known; use agentmerge or mergekit")
     with opened(runs_dir) as ledger:
         row = ledger.run(name)
-        found = best_recipe(ledger, row)
+        found = best_recipe(ledger, row, layers)
         config = SearchConfig.from_text(row.config, row.name)
         prepared = prepare(config, allow_benchmarks=True, tasks=verify)
         if not reads_models(config.worker.kind):

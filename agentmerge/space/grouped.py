@@ -138,6 +138,11 @@ class SearchSpace(LayerGroups):
             return self.stacks.recipe(values).canonical(self.num_layers)
         return self._whole(tuple(self.form.slices(values))).canonical(self.num_layers)
 
+    def shallower(self, vector: Sequence[float]) -> tuple[float, ...] | None:
+        """The point of a stack without its weakest layer; None where nothing can go."""
+        found = None if self.stacks is None else self.stacks.thinner(self._values(vector))
+        return None if found is None else self._point(found)
+
     def slope_recipe(self, vector: Sequence[float]) -> Recipe:
         """The recipe that a gradient at a point is asked of: the point's, but that layers which are
         absent from a stack are there at a scale of 0, since they have slopes too."""

@@ -179,6 +179,21 @@ class LayersForm:
         run = [(p.model, p.layer, s) for p, s in zip(self.positions, found, strict=True) if any(s)]
         return self._placed(run) or found
 
+    def thinner(self, values: Sequence[float]) -> list[float] | None:
+        """The values of the same stack without the weakest layer of those that are not the merge's;
+        None where there is none."""
+        found = self.strengths(values)
+        added = [
+            i
+            for i, (position, strength) in enumerate(zip(self.positions, found, strict=True))
+            if any(strength) and not position.home
+        ]
+        if not added:
+            return None
+        weakest = min(added, key=lambda i: (abs(found[i][0]) + abs(found[i][1]), -i))
+        found[weakest] = ABSENT
+        return self._values(found)
+
     def projected(self, values: Sequence[float]) -> list[float]:
         """The values that the stack at these has."""
         return self._values(self.strengths(values))

@@ -81,10 +81,13 @@ class KeptAnswers(ABC):
     def evaluate(self, vector: Sequence[float]) -> Shown:
         key = tuple(float(x) for x in vector)
         if key not in self._known:
-            values, margins = self._ask(key, self._search)
-            evidence = Evidence(self._items, margins, values)
-            self._known[key] = Shown(float(values.mean()), evidence)
+            self.known(key, *self._ask(key, self._search))
         return self._known[key]
+
+    def known(self, vector: Sequence[float], values: np.ndarray, margins: np.ndarray) -> Shown:
+        """What a point showed, kept: the values and margins of its search items."""
+        shown = Shown(float(values.mean()), Evidence(self._items, margins, values))
+        return self._known.setdefault(tuple(float(x) for x in vector), shown)
 
     def gradient(self, vector: Sequence[float]) -> Shown:
         """The score alone, where a problem has no gradients."""

@@ -1,0 +1,182 @@
+"""What the depth of an answer buys: a stack of layers without its weakest ones, one after another.
+
+When a search ends and its best is deeper than its models, the shallower stacks on the way down to
+the merge that lies under it are scored, as a generation of their own. The answer is then the
+shallowest of them that is no worse than the best beyond the noise of the search items, if sealed
+items put it ahead of the merge underneath beyond theirs; else that merge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from agentmerge.contracts.card import Depth
+from agentmerge.contracts.operators import CHEAP, SHALLOWER
+from agentmerge.contracts.strategy import Proposal
+from agentmerge.errors import BudgetReached, CandidateFailed, TaskError, WorkerLost
+from agentmerge.evaluation.statistics import Interval
+from agentmerge.evaluation.tasks import Part
+from agentmerge.ledger import Candidate
+from agentmerge.recipe import Recipe, length
+from agentmerge.search import budget
+from agentmerge.search.choosing import SHORTLIST, choose, entrants, lead_of, search_results
+from agentmerge.search.propose import add, affordable
+from agentmerge.search.search import Search
+from agentmerge.search.verdict import name_of, span
+from agentmerge.space.grouped import SearchSpace
+
+Point = tuple[float, ...]
+
+
+def ask_shallower(search: Search, candidates: Sequence[Candidate]) -> bool:
+    """Propose what the table of the best stack still lacks; whether that was anything."""
+    if search.config.genome.layers is None:
+        return False
+    allowed = entrants(candidates)
+    winner = choose(search, allowed[:SHORTLIST]).winner if allowed else None
+    found = None if winner is None else _way_down(search, winner, candidates)
+    if found is None:
+        return False
+    space, start, points = found
+    own = [c for c in candidates if not c.prior]
+    known, asked = {c.recipe_hash for c in own}, {(c.space, c.vector) for c in own}
+    last = candidates[-1].generation
+    proposals, deepest = [], layers_of(space.recipe(start))
+    for point in points:
+        recipe = space.recipe(point)
+        if recipe.hash(search.identities) not in known and (space.key, point) not in asked:
+            label = f"{layers_of(recipe)} of {deepest} layers"
+            proposals.append(Proposal(point, SHALLOWER, label=label, space=space.key))
+    proposals = affordable(proposals, math.floor(budget.left(search) + 1e-9))
+    add(search, last + 1, proposals)
+    return bool(proposals)
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """An answer as deep as it has to be. rows: of the table, shallowest first; none where the
+    answer has its models' depth."""
+
+    answer: Candidate
+    notes: list[str]
+    rows: list[Depth]
+
+
+def settled(
+    search: Search, answer: Candidate, candidates: Sequence[Candidate], part: Part
+) -> Settled:
+    """See the module's head. part: "sealed" where those items are asked."""
+    ladder = _ladder(search, answer, candidates)
+    if len(ladder) < 2:
+        return Settled(answer, [], [])
+    chosen, notes = _shallowest(search, ladder), list[str]()
+    if chosen is not answer:
+        fewer, all_ = (search.depth_of(candidate) for candidate in (chosen, answer))
+        notes.append(
+            f"a stack of {fewer} layers is no worse than {name_of(answer)}, which has {all_}, "
+            "beyond the noise of the search items"
+        )
+    rows = [_row(search, candidate, ladder[0], part) for candidate in ladder]
+    if part == "sealed" and chosen is not ladder[0]:
+        row = rows[ladder.index(chosen)]
+        if row.sealed_failure or rows[0].sealed_failure:
+            notes.append("what its layers gain is not confirmed: sealed items could not be asked")
+        elif row.ahead is None or row.ahead[1] <= 0:
+            by = "" if row.ahead is None else f" ({_span(row)})"
+            notes.append(
+                f"the stack of {row.layers} layers is not ahead of the merge under it, "
+                f"{name_of(ladder[0])}, beyond the noise of sealed items{by}: that merge is chosen"
+            )
+            chosen = ladder[0]
+        else:
+            notes.append(
+                f"{row.layers - rows[0].layers} layers more than the models' are worth "
+                f"{_span(row)} on sealed items"
+            )
+    return Settled(chosen, notes, rows)
+
+
+def layers_of(recipe: Recipe) -> int:
+    return sum(map(length, recipe.slices))
+
+
+def _way_down(
+    search: Search, stack: Candidate, candidates: Sequence[Candidate]
+) -> tuple[SearchSpace, Point, list[Point]] | None:
+    """The space of a stack, its point there, and those of all between it and the merge under it,
+    deepest first; None of a merge of weights."""
+    if stack.operator in CHEAP:
+        return None
+    opened = search.trials(candidates[-1].generation).spaces
+    space = next((space for space in reversed(opened) if space.stacks is not None), None)
+    if space is None:
+        return None
+    point = stack.vector
+    if point is None or stack.space != space.key:
+        point = search.point_of(space, stack.observation())
+    if point is None or layers_of(space.recipe(point)) <= space.num_layers:
+        return None
+    found, fewer = list[Point](), space.shallower(point)
+    while fewer is not None and layers_of(space.recipe(fewer)) > space.num_layers:
+        found.append(fewer)
+        fewer = space.shallower(fewer)
+    return space, point, found
+
+
+def _ladder(search: Search, answer: Candidate, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The merge under a stack, then what is known of the way up to it, then itself."""
+    found = _way_down(search, answer, candidates)
+    if found is None or found[0].under is None:
+        return [answer]
+    space, _, points = found
+    recipes = [space.under, *(space.recipe(point) for point in reversed(points))]
+    scored = {
+        c.recipe_hash: c
+        for c in reversed(candidates)
+        if c.score is not None and c.twin is None and not c.prior
+    }
+    rungs = [scored.get(recipe.hash(search.identities)) for recipe in recipes if recipe]
+    if rungs[0] is None:
+        return [answer]
+    kept = [c for c in rungs if c is not None and (c is rungs[0] or not c.violation)]
+    return [*kept, answer]
+
+
+def _shallowest(search: Search, ladder: Sequence[Candidate]) -> Candidate:
+    """The first that is no worse than the best of all beyond the noise of the search items."""
+    best = max(ladder, key=lambda c: c.score or 0.0)
+    mine = search_results(search, best, "search")
+    for candidate in ladder[: ladder.index(best)]:
+        ahead = lead_of(search, mine, search_results(search, candidate, "search"), "search")
+        if ahead is None or ahead.low <= 0:
+            return candidate
+    return best
+
+
+def _row(search: Search, candidate: Candidate, under: Candidate, part: Part) -> Depth:
+    row = Depth(
+        (candidate.generation, candidate.slot),
+        name_of(candidate),
+        candidate.operator,
+        candidate.recipe_hash,
+        candidate.score,
+        dict(candidate.tasks),
+        layers=search.depth_of(candidate),
+    )
+    try:
+        results = search_results(search, candidate, part)
+        if part == "sealed":
+            score = search.taskset.score(results, part)
+            row = replace(row, sealed_score=score.value, sealed_tasks=dict(score.tasks))
+        if candidate is not under:
+            ahead = lead_of(search, results, search_results(search, under, part), part)
+            row = replace(row, ahead=None if ahead is None else [*ahead])
+    except (BudgetReached, CandidateFailed, TaskError, WorkerLost) as error:
+        return replace(row, sealed_failure=str(error))
+    return row
+
+
+def _span(row: Depth) -> str:
+    return span(Interval(*row.ahead)) if row.ahead else ""

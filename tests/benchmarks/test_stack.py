@@ -1,0 +1,144 @@
+"""The benchmark of stacks gives what the product's worker gives; its rivals keep their rules."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from agentmerge.config import LayersConfig, SearchConfig
+from agentmerge.contracts.strategy import Observation, rng_factory
+from agentmerge.demo.family import TinyFamily
+from agentmerge.demo.tasks import demo_config, skill_task, write_skill_tasks, write_tasks
+from agentmerge.preflight.prepare import prepare
+from agentmerge.testing.tiny import TINY, TinyProblem
+from agentmerge.workers.hf import HfWorker
+from benchmarks import stack
+from benchmarks.stack_problem import StackProblem
+from benchmarks.stack_rivals import Genetic
+
+ITEMS = 40
+FORMS = {"beside": LayersConfig(most=3), "path": LayersConfig(most=3, path=True, repeats=2)}
+
+
+def problem_of(form: str) -> StackProblem:
+    weights = TinyProblem(TINY["tiny-so-8"], 0)
+    answer = weights.space.everywhere(weight=0.85)[1]
+    return StackProblem(weights, answer, FORMS[form])
+
+
+def drawn(problem: StackProblem, seed: int) -> tuple[float, ...]:
+    """A legal point around the weight answer."""
+    rng = np.random.default_rng(seed)
+    near = np.array(problem.neutral()) + 0.15 * rng.standard_normal(problem.space.dimensions)
+    return problem.space.made_legal(tuple(np.clip(near, 0.0, 1.0).tolist()))
+
+
+def test_it_scores_stacks_as_the_worker_does(family: TinyFamily, tmp_path: Path) -> None:
+    tasks = write_tasks(tmp_path, family.skills, n_items=600)
+    write_skill_tasks(tmp_path, family.skills, n_items=600)
+    body = demo_config(family, tasks)
+    body["tasks"] = [
+        {"name": skill_task(skill), "weight": 0.5, "metric": "exact_match,none"}
+        for skill in family.skills
+    ]
+    body |= {"limit": ITEMS, "task_search_path": [str(tasks)]}
+    body["genome"]["layers"] = 3
+    prepared = prepare(SearchConfig.from_text(yaml.safe_dump(body)))
+    worker = HfWorker(prepared.spec, prepared.taskset)
+    places = {"base": family.base} | dict(zip(family.skills, family.experts, strict=True))
+    known = {path: name for name, path in prepared.paths.items()}
+    names = {name: known[path] for name, path in places.items()}
+    for form in FORMS:
+        problem = problem_of(form)
+        point = drawn(problem, 1)
+        recipe = problem.space.recipe(point).renamed(lambda name: names.get(name, name))
+        worker.load(recipe)
+        asked = worker.score(prepared.taskset.refs("search"))
+        evidence = problem.evaluate(point).evidence
+        assert evidence is not None
+        assert problem.depth(point) > 4
+        for task in range(2):
+            mine = np.flatnonzero(evidence.items.task == task)[:ITEMS]
+            theirs = asked[task * ITEMS : (task + 1) * ITEMS]
+            assert [r.value for r in theirs] == evidence.values[mine].tolist()
+            margins = [r.margin for r in theirs]
+            np.testing.assert_allclose(margins, evidence.signals[mine], atol=1e-3)
+
+
+def test_its_slopes_are_those_of_the_loss_absent_layers_included(family: TinyFamily) -> None:
+    problem = problem_of("beside")
+    point = problem.neutral()
+    shown = problem.gradient(point)
+    assert shown.gradient is not None
+    assert all(shown.gradient), "an absent layer has a slope too"
+    again = problem_of("beside").evaluate(point)
+    assert (shown.score, shown.evidence.signals.tolist()) == (
+        again.score, again.evidence.signals.tolist(),
+    )  # fmt: skip
+    axis, step = 5, 0.03
+    runs = problem.runs(point)
+    losses = []
+    for sign in (-1, 1):
+        place, part = problem.space.axes[axis].group, axis % 2
+        model, layer, strength = runs[place]
+        moved = [*strength]
+        moved[part] += sign * step * 2.0  # the axis is two wide
+        stack_ = [*runs[:place], (model, layer, tuple(moved)), *runs[place + 1 :]]
+        losses.append(problem.stacks.slopes(stack_, problem._search)[0])
+    slope = (losses[1] - losses[0]) / (2 * step)
+    assert slope == pytest.approx(shown.gradient[axis], rel=0.1)
+
+
+@pytest.mark.slow
+def test_an_arm_goes_on_where_it_was_and_never_deeper_than_allowed(
+    family: TinyFamily, tmp_path: Path
+) -> None:
+    line = ["--family", "so", "--seeds", "1", "--budget", "12", "--out", str(tmp_path)]
+    line += ["--most", "2", "--arms", "gradient,genetic_path", "--against", "gradient"]
+    stack.main(line)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "runs").iterdir()}
+    assert len(files) == 3
+    for name, body in files.items():
+        run = json.loads(body)
+        assert run["spent"] <= run["budget"]
+        if "weights--" not in name:
+            assert max(answer["layers"] for answer in run["answers"].values()) <= 6
+            assert run["answers"]["best"]["search"] >= run["weights"]["search"]
+    (tmp_path / "runs" / "tiny-so-8+2--genetic_path--0--12.json").unlink()
+    stack.main(line)
+    for name, body in files.items():
+        again, before = (
+            json.loads(text) | {"processor_s": 0, "thinking_s": 0}
+            for text in ((tmp_path / "runs" / name).read_bytes(), body)
+        )
+        assert again == before
+    (row, _) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert row["problem"] == "tiny-so-8+2"
+    assert "sealed error" in (tmp_path / "results.md").read_text()
+
+
+def test_the_genetic_algorithm_breeds_what_is_good(family: TinyFamily) -> None:
+    """On a landscape without models: switches and scales near a target."""
+    space = problem_of("path").space
+    switches = np.array([axis.kind == "bool" for axis in space.axes])
+    target = np.where(np.arange(space.dimensions) % 5 == 0, 0.9, 0.1)
+
+    def score(vector: tuple[float, ...]) -> float:
+        point = np.array(vector)
+        wrong = (point >= 0.5) != (target >= 0.5)
+        return -float(wrong[switches].sum() + abs(point - target)[~switches].sum())
+
+    start = tuple([0.5] * space.dimensions)
+    history = [Observation(0, 0, start, "uniform", score(start))]
+    for generation in range(1, 25):
+        asked = Genetic().propose(space, history, None, 16, rng_factory(0))
+        assert asked == Genetic().propose(space, history, None, 16, rng_factory(0))
+        history += [
+            Observation(generation, slot, p.vector, p.operator, score(p.vector))
+            for slot, p in enumerate(asked)
+        ]
+    assert max(o.score for o in history) > 0.8 * score(start)

@@ -1,0 +1,207 @@
+"""What the depth of an answer buys: its table, and how deep the answer has to be."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from agentmerge.cli.app import run_app
+from agentmerge.config import SearchConfig
+from agentmerge.contracts.operators import CHEAP, SHALLOWER
+from agentmerge.ledger import Candidate
+from agentmerge.ledger.folder import opened
+from agentmerge.merging.export import export_checkpoint
+from agentmerge.recipe import Recipe
+from agentmerge.report.html import write_report
+from agentmerge.report.model_card import model_card
+from agentmerge.report.summary import best_recipe, depth_rows
+from agentmerge.session import driving
+from agentmerge.session.export import export_run
+from agentmerge.session.replay import replay
+from tests.evaluation import tiny
+from tests.session.conftest import command, config, config_text, trace_of
+from tests.session.test_layers import depth, layered, recipes_of
+from tests.session.test_resume import kill_after
+from tests.session.test_structure import moves_of
+
+#: Enough items, sealed ones too, for a deep stack to be ahead of its merge beyond the noise.
+DEEP: dict[str, Any] = {
+    "search": {"sealed_share": 0.5},
+    "budget": {"max_evaluations": 120},
+    "limit": 200,
+    "worker": {"options": {"base": "base", "documents": 400}},
+}
+
+
+def searched(tmp_path: Path, name: str = "a", **more: Any) -> tuple[Any, list[Candidate]]:
+    row = driving.run(config(**layered(4, **(DEEP | more))), name=name, runs_dir=tmp_path)
+    return row, moves_of(tmp_path, name)[1]
+
+
+def test_a_deep_answer_says_what_each_layer_buys(tmp_path: Path, capsys: Any) -> None:
+    row, candidates = searched(tmp_path)
+    last = candidates[-1].generation
+    added = [c for c in candidates if c.operator == SHALLOWER]
+    assert added
+    assert {c.generation for c in added} == {last}
+    assert sum(c.cost for c in candidates) <= 120
+    rows = row.card.depths
+    depths = [found.layers for found in rows]
+    assert depths == sorted(set(depths))
+    assert depths[0] == 4
+    assert len(depths) >= len(added)
+    assert all(found.score is not None and found.sealed_score is not None for found in rows)
+    assert rows[0].ahead is None
+    assert all(found.ahead is not None for found in rows[1:])
+    # the merge underneath is the one that the search of layers began with
+    (opening,), _ = moves_of(tmp_path, "a")
+    assert opening.move.value == ".".join(map(str, rows[0].candidate))
+    answer = row.card.answer
+    assert tuple(answer.candidate) in {tuple(found.candidate) for found in rows}
+    assert replay("a", runs_dir=tmp_path).identical
+    assert run_app(["show", "a", "--runs-dir", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "ahead of the first" in shown
+    assert "(the answer)" in shown
+
+
+def test_each_row_lacks_the_weakest_layer_of_the_next(tmp_path: Path) -> None:
+    row, candidates = searched(tmp_path)
+    by_place = {(c.generation, c.slot): c for c in candidates}
+    stacks = [by_place[tuple(found.candidate)] for found in row.card.depths[1:]]
+    for lower, higher in pairwise(stacks):
+        pairs = zip(lower.vector or (), higher.vector or (), strict=True)
+        assert sum(one != other for one, other in pairs) in (1, 2), "one layer's two scales"
+
+
+def test_killed_in_the_middle_of_the_table_it_ends_the_same(tmp_path: Path) -> None:
+    options = DEEP["worker"]["options"] | {"delay_s": 0.02}
+    sections = layered(4, **(DEEP | {"worker": {"options": options}}))
+    path = tmp_path / "config.yml"
+    path.write_text(config_text(**sections))
+    calm, torn = tmp_path / "calm", tmp_path / "torn"
+    driving.run(config(**sections), name="a", runs_dir=calm)
+    asked = [c for c in moves_of(calm, "a")[1] if c.twin is None]
+    before = sum(c.operator != SHALLOWER for c in asked)
+    assert before < len(asked)
+    log = torn / "a" / "log.jsonl"
+    kill_after(command("run", path, "--name", "a", "--runs-dir", torn), log, before + 1, 0.01)
+    driving.resume("a", runs_dir=torn)
+    assert trace_of(torn, "a") == trace_of(calm, "a")
+
+
+def test_another_depth_of_the_table_is_exported(tmp_path: Path, capsys: Any) -> None:
+    row, _ = searched(tmp_path)
+    with opened(tmp_path) as ledger:
+        for found in row.card.depths:
+            recipe = best_recipe(ledger, row, found.layers)
+            assert recipe["recipe_hash"] == found.recipe_hash
+    assert run_app(["export", "a", "--to", str(tmp_path / "x"), "--runs-dir", str(tmp_path),
+                    "--layers", "3"]) == 2  # fmt: skip
+    assert "no stack of 3 layers; it has 4," in capsys.readouterr().err
+
+
+def test_a_stack_within_the_noise_is_not_the_answer(tmp_path: Path) -> None:
+    """Twenty items tell no layer's gain from luck: the merge under the stack is what is handed out,
+    or a cheap rival where that is not ahead either."""
+    row, candidates = searched(tmp_path, limit=20, budget={"max_evaluations": 70})
+    answer = row.card.answer
+    (made,) = [c for c in candidates if [c.generation, c.slot] == list(answer.candidate)]
+    by_space = recipes_of(tmp_path, "a", made.space)
+    own = [c for c in candidates if c.space == made.space]
+    assert depth(by_space[own.index(made)]) == 4 or made.operator in CHEAP
+
+
+def test_without_layers_nothing_changes(tmp_path: Path) -> None:
+    row = driving.run(config(), name="a", runs_dir=tmp_path)
+    assert "depths" not in (row.result or {})
+    assert not row.card.depths
+    with opened(tmp_path) as ledger, pytest.raises(Exception, match="its answer is no stack"):
+        best_recipe(ledger, row, 6)
+    assert json.dumps(row.result)
+
+
+def test_the_report_and_the_model_card_have_the_table(tmp_path: Path) -> None:
+    row, _ = searched(tmp_path)
+    with opened(tmp_path) as ledger:
+        page = write_report(ledger, ["a"], tmp_path / "report.html").read_text()
+        first = best_recipe(ledger, row, row.card.depths[0].layers)
+        card = model_card(ledger, row, first)
+    assert "What depth buys" in page
+    assert '"run0-depths"' in page
+    assert "| **4**, this model |" in card
+    sealed = row.card.depths[0].sealed_tasks["one"]
+    assert f"{sealed:.4f}".rstrip("0").rstrip(".") in card.partition("## Parents")[0]
+    assert "Against" not in card, "differences are the answer's"
+
+
+def test_a_stack_on_real_models_is_exported_at_every_depth(tmp_path: Path) -> None:
+    """A perplexity beside an accuracy, scored live, as the exported checkpoint scores."""
+    family = tiny.write_family(tmp_path / "family")
+    names = {str(path): path for path in family.values()}
+    stack = [(family["b"], 0, 1.0), (family["c"], 0, 0.7), (family["b"], 1, 1.0)]
+    slices = [
+        {
+            "sources": [
+                {
+                    "model": str(model),
+                    "layer_range": [layer, layer + 1],
+                    "parameters": {
+                        "scale": [
+                            {"filter": "o_proj", "value": scale},
+                            {"filter": "down_proj", "value": scale},
+                            {"value": 1.0},
+                        ]
+                    },
+                }
+            ]
+        }
+        for model, layer, scale in stack
+    ]
+    recipe = Recipe.parse({"merge_method": "passthrough", "slices": slices})
+    export_checkpoint(recipe, names, tmp_path / "oracle", template_model=str(family["b"]))
+    tasks = tiny.write_tasks(tmp_path / "tasks", tmp_path / "oracle", count=40)
+    body = {
+        "genome": {
+            "models": [str(family["b"]), str(family["c"])],
+            "base_model": str(family["base"]),
+            "merge_method": "task_arithmetic",
+            "layer_granularity": 0,
+            "normalize": False,
+            "layers": 2,
+        },
+        "tasks": [
+            {"name": "tiny_cloze", "metric": "perplexity,none"},
+            {"name": "tiny_choice", "metric": "acc,none"},
+        ],
+        "task_search_path": [str(tasks)],
+        "search": {"algorithm": "gradient", "seed": 1, "sealed_share": 0.5},
+        "budget": {"max_evaluations": 60},
+        "worker": {
+            "kind": "hf",
+            "batch_size": 32,
+            "lm_eval_args": {"apply_chat_template": False},
+            "options": {"threads": 1},
+        },
+    }
+    settings = SearchConfig.from_text(yaml.safe_dump(body))
+    row = driving.run(settings, name="a", runs_dir=tmp_path / "runs")
+    rows = row.card.depths
+    assert len(rows) > 1
+    with opened(tmp_path / "runs") as ledger:
+        told = depth_rows(ledger, row)
+    sizes = [found["parameters"] for found in told]
+    assert all(sizes)
+    assert sizes == sorted(set(sizes))
+    for found in rows:
+        to = tmp_path / f"export-{found.layers}"
+        report = export_run("a", to, runs_dir=tmp_path / "runs", layers=found.layers)
+        assert report["equal"]
+        assert report["score"] == found.score
+        config = json.loads((to / "config.json").read_text())
+        assert config["num_hidden_layers"] == found.layers
