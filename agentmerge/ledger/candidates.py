@@ -86,8 +86,12 @@ class Candidates(ItemResults, GradientRows):
         generation: int | None = None,
         up_to: int | None = None,
         slot: int | None = None,
+        vectors: bool = True,
     ) -> list[Candidate]:
-        """Candidates ordered by (generation, slot); a twin carries its first one's result."""
+        """Candidates ordered by (generation, slot); a twin carries its first one's result.
+
+        vectors: whether their vectors and gradients are wanted, which take longest to read.
+        """
         where = ""
         values: list[Any] = [run_id]
         if slot is not None:
@@ -96,8 +100,9 @@ class Candidates(ItemResults, GradientRows):
             where, values = "AND c.generation = ?", [run_id, generation]
         elif up_to is not None:
             where, values = "AND c.generation <= ?", [run_id, up_to]
+        columns = _COLUMNS if vectors else _COLUMNS | {"vector": "NULL", "gradient": "NULL"}
         rows = self._rows(
-            f"SELECT {', '.join(_COLUMNS.values())}, c.twin_generation "
+            f"SELECT {', '.join(columns.values())}, c.twin_generation "
             "FROM candidates c "
             "LEFT JOIN candidates t ON t.run_id = c.run_id AND t.generation = c.twin_generation "
             f"AND t.slot = c.twin_slot WHERE c.run_id = ? {where} ORDER BY c.generation, c.slot",

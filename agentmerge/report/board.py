@@ -164,7 +164,7 @@ class Follower:
         if self._first:
             advisers = [*self.ledger.called_models(self.row.id)]
             yield events.Begun(run=self.row.name, status=self.row.status, advisers=advisers)
-        while found := self.ledger.candidates(self.row.id, self._generation):
+        while found := self.ledger.candidates(self.row.id, self._generation, vectors=False):
             yield from self._candidates(found)
             if any(c.state == "open" for c in found):
                 break
@@ -172,7 +172,7 @@ class Follower:
                 self._best = incumbent([*([self._best] if self._best else []), *found])
                 yield whole(self._generation, self._total, self._best)
             yield from self._words()
-            if not self.ledger.candidates(self.row.id, self._generation + 1):
+            if not self.ledger.candidates(self.row.id, self._generation + 1, vectors=False):
                 break
             self._generation += 1
         self.row = self.ledger.run(self.row.id)

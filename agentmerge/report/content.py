@@ -80,8 +80,9 @@ class Content:
         return [c for c in self.contenders if c.kind != "answer" and c.search is not None]
 
 
-def content(ledger: Ledger, row: RunRow) -> Content:
-    candidates = ledger.candidates(row.id)
+def content(ledger: Ledger, row: RunRow, *, recipes: bool = True) -> Content:
+    """recipes: whether the grids of recipes are wanted, which take longest to make."""
+    candidates = ledger.candidates(row.id, vectors=False)
     config = SearchConfig.from_text(row.config, row.name)
     own = [c for c in candidates if not c.prior and c.twin is None]
     scored = [c for c in own if c.score is not None]
@@ -98,7 +99,7 @@ def content(ledger: Ledger, row: RunRow) -> Content:
         answer=answer,
         contenders=_contenders(ledger, row, scored, answer, question),
         asked=question,
-        grids=_grids(ledger, row, config, shown),
+        grids=_grids(ledger, row, config, shown) if recipes else {},
         names={place(c): candidate_name(c) for c in shown},
         operators=_operators(candidates, points),
         advice=ledger.advice(row.id),

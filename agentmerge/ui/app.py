@@ -17,11 +17,13 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
+from agentmerge.contracts.operators import PARENT
 from agentmerge.errors import NotFound
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.report import html
 from agentmerge.report.compare import compare, lineage
-from agentmerge.report.content import content
+from agentmerge.report.content import Content, content
+from agentmerge.report.figures import overview
 from agentmerge.report.summary import run_status
 from agentmerge.ui import views
 from agentmerge.ui.guard import Guard, code_of, json_answer, sentence
@@ -32,6 +34,8 @@ from agentmerge.ui.streams import list_news, search_news, streamed
 MAX_CHARTS = 16
 #: Where scripts and styles are, and whose: the report's own, and this room's.
 PARTS = "/parts/"
+#: No candidate is so far.
+_LAST = 2**62
 _KINDS = {"js": "text/javascript", "css": "text/css"}
 
 View = Callable[[Ledger, Request], Mapping[str, Any]]
@@ -56,6 +60,7 @@ def application(runs_dir: Path, *, hosts: Sequence[str] = (), every_s: float = 1
             Route("/run/{name}/report", pages.guarded(pages.report)),
             Route("/api/run/{name}/report", pages.guarded(pages.charts)),
             Route("/api/run/{name}/board", pages.guarded(pages.board)),
+            Route("/api/compare/overview", pages.guarded(pages.overview)),
             Route("/live", pages.live_list),
             Route("/run/{name}/live", pages.live_search),
             Route(PARTS + "{name}", pages.guarded(_part)),
@@ -83,17 +88,23 @@ def _candidates(ledger: Ledger, request: Request) -> Mapping[str, Any]:
 
 def _candidate(ledger: Ledger, request: Request) -> Mapping[str, Any]:
     row, at = _run(ledger, request), request.path_params
-    return views.candidate(ledger, row, at["generation"], at["slot"], request.query_params)
+    generation, slot = min(at["generation"], _LAST), min(at["slot"], _LAST)
+    return views.candidate(ledger, row, generation, slot, request.query_params)
 
 
 def _compared(ledger: Ledger, request: Request) -> Mapping[str, Any]:
     """As ``agentmerge compare --json`` has it; nothing before two searches are chosen."""
-    chosen = list(dict.fromkeys(name for name in request.query_params.getlist("name") if name))
+    chosen = _chosen(request)
     names = [row.name for row in ledger.runs()[::-1]]
     found: Mapping[str, Any] = {"searches": [], "differences": []}
     if len(chosen) > 1:
-        found = compare(ledger, chosen[:2])
-    return {**found, "names": names, "chosen": chosen[:2]}
+        found = compare(ledger, chosen)
+    return {**found, "names": names, "chosen": chosen}
+
+
+def _chosen(request: Request) -> list[str]:
+    names = request.query_params.getlist("name")
+    return list(dict.fromkeys(name for name in names if name))[:2]
 
 
 class _Pages:
@@ -103,10 +114,8 @@ class _Pages:
         self.live = live
         self.templates = html.templates(_resource)
         self.templates.globals |= {
-            "run_at": _run_at,
-            "candidate_at": _candidate_at,
-            "asking": _asking,
-        }
+            "run_at": _run_at, "candidate_at": _candidate_at, "asking": _asking, "PARENT": PARENT,
+        }  # fmt: skip
         self._charts: OrderedDict[tuple[Any, ...], str] = OrderedDict()
         self._drawing = Lock()
 
@@ -162,13 +171,26 @@ class _Pages:
         return HTMLResponse(html.page([found], served=PARTS))
 
     def charts(self, request: Request) -> Response:
-        """The report's charts of a search, made anew where something was scored since."""
-        with self.live.ledger() as ledger, self._drawing:
-            row = _run(ledger, request)
-            key = (row.id, run_status(ledger, row), ledger.tally(row.id))
+        """The report's charts of a search."""
+        with self.live.ledger() as ledger:
+            rows = [_run(ledger, request)]
+            return self._charted(ledger, rows, lambda found: html.charts_of(found[0], "run0"))
+
+    def overview(self, request: Request) -> Response:
+        """The report's chart of two searches."""
+        with self.live.ledger() as ledger:
+            rows = [ledger.run(name) for name in _chosen(request)]
+            return self._charted(ledger, rows, lambda found: {"overview": overview(found)})
+
+    def _charted(
+        self, ledger: Ledger, rows: Sequence[RunRow], draw: Callable[[list[Content]], Any]
+    ) -> Response:
+        """Charts, made anew where something was scored since."""
+        with self._drawing:
+            key = tuple((r.id, run_status(ledger, r), ledger.tally(r.id)) for r in rows)
             text = self._charts.pop(key, None)
             if text is None:
-                text = html.as_json(html.charts_of(content(ledger, row), "run0"))
+                text = html.as_json(draw([content(ledger, row, recipes=False) for row in rows]))
             self._charts[key] = text
             while len(self._charts) > MAX_CHARTS:
                 self._charts.popitem(last=False)

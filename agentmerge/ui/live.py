@@ -174,6 +174,7 @@ def _snapshot(followed: _Followed, row: RunRow, status: str, waiting: int) -> Sn
         "generation": board.generation,
         "current": board.current if running else "",
         "worker": board.config.worker.kind,
+        "workers": board.config.worker.number,
         "waiting": waiting,
         "tasks": [task.name for task in board.config.tasks.tasks],
         "best": _line("best", board.best),

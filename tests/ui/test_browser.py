@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,12 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield found
 
 
-@pytest.fixture(params=[PHONE, DESK], ids=["phone", "desk"])
+@pytest.fixture(
+    params=[(PHONE, "light"), (DESK, "light"), (DESK, "dark")], ids=["phone", "desk", "dark"]
+)
 def tab(browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
-    context = browser.new_context(viewport=request.param)
+    viewport, colours = request.param
+    context = browser.new_context(viewport=viewport, color_scheme=colours)
     page = context.new_page()
     page.said = []
     page.on("console", lambda message: page.said.append(message.text))
@@ -62,16 +66,26 @@ def tab(browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     context.close()
 
 
+def until(tab: Any, expression: str, within_s: float = 30.0) -> None:
+    """Wait until it holds. The page's policy allows no eval, which playwright would wait with."""
+    end = time.monotonic() + within_s
+    while not tab.evaluate(expression):
+        assert time.monotonic() < end, f"not within {within_s:g} s: {expression}"
+        tab.wait_for_timeout(50)
+
+
 def shown(tab: Any, address: str, path: str) -> None:
     """Go there, and wait for what comes later."""
     tab.goto(address + path)
     if path == "/run/first":
         tab.wait_for_selector("#run0-progress .plot-container")
         tab.wait_for_selector("[data-part=events]")
+    if path == PAGES["compare"]:
+        tab.wait_for_selector("#overview .plot-container")
     if path == "/run/first/report":
         tab.wait_for_selector("#run0-grid .plot-container")
     if path == "/":
-        tab.wait_for_function("document.querySelector('td.spark').textContent.length > 0")
+        until(tab, "document.querySelector('td.spark').textContent.length > 0")
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -90,8 +104,9 @@ def test_a_page_is_drawn_fits_and_is_accessible(tab: Any, address: str, name: st
     assert [(v["id"], [n["html"][:120] for n in v["nodes"][:3]]) for v in found] == []
     if folder := os.environ.get("AGENTMERGE_SCREENSHOTS"):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        width = tab.viewport_size["width"]
-        tab.screenshot(path=str(Path(folder) / f"ui-{name}-{width}.png"), full_page=True)
+        dark = "-dark" * tab.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+        picture = f"ui-{name}-{tab.viewport_size['width']}{dark}.png"
+        tab.screenshot(path=str(Path(folder) / picture), full_page=True)
 
 
 def test_the_charts_are_the_reports(tab: Any, address: str) -> None:
@@ -142,13 +157,13 @@ def test_a_page_follows_a_search_to_its_end(browser: Any, tmp_path: Path) -> Non
     with served(tmp_path / "runs") as (address, server):
         page = browser.new_page()
         page.goto(f"{address}/run/a")
-        page.wait_for_function("document.querySelector('.verdict').textContent.includes('Running')")
+        until(page, "document.querySelector('.verdict').textContent.includes('Running')")
         page.wait_for_selector("#run0-progress .plot-container")
         before = page.evaluate("document.getElementById('run0-progress').data[0].x.length")
         assert search.wait() == 0
-        page.wait_for_function("document.querySelector('.verdict').textContent.includes('Done')")
+        until(page, "document.querySelector('.verdict').textContent.includes('Done')")
         points = "document.getElementById('run0-progress').data[0].x.length"
-        page.wait_for_function(f"{points} > {before}")
+        until(page, f"{points} > {before}")
         server.kill()
         page.wait_for_selector("#trouble:not([hidden])")
         assert "does not answer" in page.locator("#trouble").text_content()
@@ -160,13 +175,13 @@ def test_a_hidden_tab_asks_for_nothing(browser: Any, address: str) -> None:
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(f"{address}/")
-    page.wait_for_function("document.querySelector('td.spark').textContent.length > 0")
+    until(page, "document.querySelector('td.spark').textContent.length > 0")
     hide = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true});"
     hide += "document.dispatchEvent(new Event('visibilitychange'))"
     streams = lambda: sum(url.endswith("/live") for url in asked)  # noqa: E731
     assert streams() == 1
     page.evaluate(hide % "true")
     page.evaluate(hide % "false")
-    page.wait_for_function("document.querySelector('td.spark').textContent.length > 0")
+    until(page, "document.querySelector('td.spark').textContent.length > 0")
     assert streams() == 2
     page.close()

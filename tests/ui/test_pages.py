@@ -17,11 +17,15 @@ from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
 from agentmerge.ledger import Ledger
 from agentmerge.ledger.folder import LEDGER
+from agentmerge.report import html
+from agentmerge.report.board import Follower
+from agentmerge.report.content import content
 from agentmerge.report.summary import trace
 from agentmerge.session import driving
 from agentmerge.ui import live
 from agentmerge.ui.app import application
 from agentmerge.ui.live import Live
+from agentmerge.ui.streams import list_news
 from tests.report.conftest import CONFIG, search_family
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
@@ -125,6 +129,53 @@ def test_twins_say_what_the_command_line_says(
     assert board["best"]["score"] == shown["best"]["score"]
     assert board["failed"] == shown["evaluations"]["failed"] > 0
     assert any(": " in line and line.startswith("candidate") for line in board["events"])
+
+
+def test_charts_are_the_reports_and_made_once(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def counted(ledger: Ledger, row: Any, **more: Any) -> Any:
+        made.append(row.name)
+        return content(ledger, row, **more)
+
+    monkeypatch.setattr("agentmerge.ui.app.content", counted)
+    client = asked(runs)
+    found = [client.get("/api/run/first/report").json() for _ in range(3)]
+    assert made == ["first"]
+    with Ledger(runs / LEDGER, read_only=True) as ledger:
+        told = html.charts_of(content(ledger, ledger.run("first")), "run0")
+    assert found == [json.loads(html.as_json(told))] * 3
+    both = client.get("/api/compare/overview?name=first&name=second").json()["overview"]
+    assert [line["name"] for line in both["data"]] == ["first", "second"]
+    assert client.get("/api/compare/overview?name=nobody").status_code == 404
+
+
+def test_ten_searches_are_read_once_however_many_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SearchConfig.from_text(CONFIG.replace("max_evaluations: 40", "max_evaluations: 8"))
+    for n in range(10):
+        driving.run(config, name=f"s{n}", runs_dir=tmp_path)
+    reads: list[str] = []
+    news = Follower.news
+
+    def counted(follower: Follower) -> Any:
+        reads.append(follower.row.name)
+        return news(follower)
+
+    monkeypatch.setattr(Follower, "news", counted)
+    monkeypatch.setattr(live, "run_status", lambda ledger, row: "running")  # all ten at once
+    monkeypatch.setattr(live, "LOOK_S", 60.0)
+    following = Live(tmp_path, every_s=3600.0)
+    pages = [list_news(following) for _ in range(5)]
+    first = [page() for page in pages]
+    assert len({message for message, _ in first}) == 1
+    assert sorted(reads) == [f"s{n}" for n in range(10)]
+    body = json.loads(first[0][0].partition("data: ")[2])
+    assert body["names"] == [f"s{n}" for n in range(9, -1, -1)]
+    assert {row["cells"]["evaluations"] for row in body["changed"]} == {"8 of 8"}
+    assert [page() for page in pages] == [("", False)] * 5, "nothing is new"
+    assert len(reads) == 10
 
 
 def test_candidates_are_sorted_filtered_and_paged(runs: Path) -> None:
@@ -258,7 +309,12 @@ def test_what_is_gone_is_a_sentence_and_a_new_one_is_seen(copied: Path) -> None:
     with Ledger(copied / LEDGER, read_only=True) as ledger:
         new = ledger.run("first")
     assert client.get("/api/run/first").json()["id"] == new.id
-    for path in ("/run/nobody", "/api/run/nobody/board", "/run/first/candidate/99.0"):
+    for path in (
+        "/run/first/candidate/99999999999999999999.0",
+        "/run/nobody",
+        "/api/run/nobody/board",
+        "/run/first/candidate/99.0",
+    ):
         assert client.get(path).status_code == 404
     assert client.get("/run/nobody").text.count("there are: first") == 1
     assert client.get("/nowhere").status_code == 404

@@ -33,18 +33,21 @@
   let drawn = "";
   let wanted = "";
   let resting = false;
+  const draw = async (address) => {
+    const answer = await fetch(address);
+    const charts = answer.ok ? await answer.json() : {};
+    for (const place of document.querySelectorAll(".drawn")) {
+      place.hidden = !(place.querySelector(".chart").id in charts);
+    }
+    document.dispatchEvent(new CustomEvent("charts", { detail: charts }));
+  };
   const chart = async () => {
     if (resting || wanted === drawn) return;
     resting = true;
     const begun = performance.now();
     drawn = wanted;
     try {
-      const answer = await fetch(live.dataset.charts);
-      const charts = answer.ok ? await answer.json() : {};
-      for (const place of document.querySelectorAll(".drawn")) {
-        place.hidden = !(place.querySelector(".chart").id in charts);
-      }
-      document.dispatchEvent(new CustomEvent("charts", { detail: charts }));
+      await draw(live.dataset.charts);
     } catch {
       drawn = ""; // the stream says what is wrong
     }
@@ -94,4 +97,6 @@
     source = null;
   });
   follow();
+  const still = document.querySelector(".drawn[data-charts]");
+  if (still) draw(still.dataset.charts);
 })();
