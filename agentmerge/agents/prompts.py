@@ -44,6 +44,7 @@ COMMON = frozenset(
         "layers",
         "methods",
         "moves",
+        "deeper",
     }
 )
 

@@ -43,7 +43,7 @@ _MAX_JSON_STARTS = 1_000
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """What a reply is checked against: dimensions of the space, the least and widest step, and what
-    a structural move may name."""
+    a structural move may name; deeper: layers that one may add."""
 
     dimensions: int
     sigma_low: float
@@ -51,6 +51,7 @@ class Bounds:
     layers: int = 0
     methods: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
+    deeper: int = 0
 
 
 # Strict: true, "12" and null are not numbers, however kindly pydantic would read them.
@@ -91,7 +92,7 @@ class _Reply(BaseModel):
 class ProposedMove(_Reply):
     """A structural move as a model says it; "none" is no move."""
 
-    change: Literal["none", "method", "granularity", "filters", "drop_model"]
+    change: Literal["none", "method", "granularity", "filters", "drop_model", "layers"]
     value: str = ""
     why: str = ""
 
@@ -109,6 +110,8 @@ class ProposedMove(_Reply):
             raise ValueError(f"{value[:40]!r} is no model here; use {', '.join(bounds.models)}")
         if self.change == "granularity" and not _divides(value, bounds.layers):
             raise ValueError(f"{value[:40]!r} does not divide the {bounds.layers} layers")
+        if self.change == "layers" and not bounds.deeper:
+            raise ValueError("no layers can be searched here")
         if self.change == "filters" and not _FILTERS.fullmatch(value):
             raise ValueError(f"{value[:40]!r} is no list of parts of tensor names, such as mlp")
         return self
@@ -240,6 +243,7 @@ def _possible_moves(bounds: Bounds) -> Iterator[dict[str, Any]]:
         "method": bounds.methods,
         "granularity": steps,
         "drop_model": bounds.models,
+        "layers": [""] * bool(bounds.deeper),
     }
     for change in get_args(ProposedMove.model_fields["change"].annotation):
         value: dict[str, Any] = {"type": "string"}

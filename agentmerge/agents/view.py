@@ -50,7 +50,8 @@ class HistoryView:
     budget_left: evaluations. forecasts: how good the proposer's were, in words.
     noise: of a pair of candidates; what is shown is released by the Ladder (``told``).
     tied: (generation, slot) of candidates shown with the score of the best before them.
-    moves: what became of structural moves so far, a sentence each.
+    moves: what became of structural moves so far, a sentence each. deeper: how many layers a move
+    to layers may add; 0 where there is none.
     """
 
     space: Space
@@ -65,6 +66,7 @@ class HistoryView:
     noise: Noise = lambda a, b: 0.0
     tied: frozenset[tuple[int, int]] = frozenset()
     moves: tuple[str, ...] = ()
+    deeper: int = 0
 
     def released(self) -> HistoryView:
         """The view as it may be shown to a model."""
@@ -90,7 +92,13 @@ class HistoryView:
         low, high = sorted((self.sigma_low, self.sigma_high))
         models = tuple(short_name(model) for model in self.space.models)
         return Bounds(
-            self.space.dimensions, low, high, self.space.num_layers, tuple(METHODS), models
+            self.space.dimensions,
+            low,
+            high,
+            self.space.num_layers,
+            tuple(METHODS),
+            models,
+            deeper=self.deeper,
         )
 
     @cached_property
@@ -146,6 +154,7 @@ def _variables(view: HistoryView) -> dict[str, str]:
         "noise": _noise(view),
         "layers": str(view.space.num_layers),
         "methods": ", ".join(METHODS),
+        "deeper": _deeper(view),
         "moves": "; ".join(clean_text(move, 300) for move in view.moves) or "none",
     }
 
@@ -181,6 +190,19 @@ def observations(view: HistoryView) -> list[str]:
     return lines
 
 
+def _deeper(view: HistoryView) -> str:
+    """What a model is told of the move to layers; "" where there is none."""
+    if not view.deeper:
+        return ""
+    layers = view.space.num_layers
+    return (
+        'The change "layers", with the value "", searches depth once the weights are settled: '
+        f"up to {view.deeper} layers of the models may run beside the {layers} of the best merge "
+        f"so far, each at a strength of its own. Every layer costs 1/{layers} more time a token, "
+        "so ask for it where weights have stopped to gain; it is opened without you when they have."
+    )
+
+
 def _models(view: HistoryView) -> str:
     base = view.space.genome.base_model
     lines = [f"- {short_name(model)}" for model in view.space.genome.models]
@@ -191,6 +213,8 @@ def _models(view: HistoryView) -> str:
 
 def _method(view: HistoryView) -> str:
     genome = view.space.genome
+    if view.space.about:
+        return view.space.about + "."
     if view.space.method.pairwise:
         pair = [short_name(model) for model in view.space.models]
         return "slerp" if len(pair) > 2 else f"slerp; {pair[0]} is the base, {pair[1]} the partner"

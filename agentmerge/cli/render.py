@@ -188,6 +188,18 @@ def _cost(agents: Mapping[str, Any]) -> str:
     return f"${agents['cost_usd']:.4f}{unpriced}"
 
 
+def _layers_row(layers: Any) -> list[list[str]]:
+    if layers is None:
+        return []
+    text = (
+        f"{layers.dimensions} dimensions once weights are done; at most {layers.deepest} layers "
+        f"for {layers.num_layers}, {layers.cost_a_token:.2g} times the cost a token"
+    )
+    if layers.scaled_bytes is not None:
+        text += f" and {layers.scaled_bytes / 1e6:,.1f} MB more memory"
+    return [["layers", text]]
+
+
 def plan_text(plan: Any) -> str:
     seconds = plan.seconds_per_candidate
     time_text = "unknown (this ledger has not run these settings)"
@@ -198,6 +210,7 @@ def plan_text(plan: Any) -> str:
     rows = [
         ["plan", ""],
         ["dimensions", f"{plan.dimensions} ({plan.freedoms} change the merge)"],
+        *_layers_row(plan.layers),
         ["search", plan.algorithm],
         ["population", str(plan.population)],
         ["evaluations", f"at most {plan.max_evaluations}"],

@@ -133,7 +133,14 @@ def config_text(
             "  # not normalised: how much of the task vectors goes in is searched, too",
             "  normalize: false",
         ]
-    lines += [f"  # {why_filters}", f"  filters: [{', '.join(filters)}]", "tasks:"]
+    lines += [
+        f"  # {why_filters}",
+        f"  filters: [{', '.join(filters)}]",
+        "  # once weights are done, up to four layers of the models beside the merge's own; a",
+        f"  # token then costs up to {1 + 4 / layout.num_layers:.2g} times as much",
+        "  # layers: 4",
+        "tasks:",
+    ]
     for name in tasks:
         lines += _task_lines(name, next((e for e in entries if e.name == name), None))
     if task_search_path:

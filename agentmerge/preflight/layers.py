@@ -5,16 +5,21 @@ Reads what the first stages of a look have found; no weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from agentmerge.errors import ParentError
 from agentmerge.parents.configs import class_config
 from agentmerge.preflight.faults import Look
 from agentmerge.preflight.models import Models
+from agentmerge.space.grouped import SearchSpace
 
 if TYPE_CHECKING:  # read only where models are
     from agentmerge.parents.layout import Layout
+
+_WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def outputs_of_names(look: Look) -> tuple[str, str] | None:
@@ -56,6 +61,43 @@ def outputs_of_models(look: Look, models: Models, layout: Layout) -> tuple[str, 
         )
     attention, mlp = ({n.rpartition(".")[0] for n in part} for part in (found.attention, found.mlp))
     return attention.pop(), mlp.pop()
+
+
+@dataclass(frozen=True, slots=True)
+class LayersPlan:
+    """What a search over layers may make, beside models of ``num_layers``.
+
+    dimensions: of its space. deepest: the layers of the deepest stack. cost_a_token: its layers'
+    share of a token's cost, as a multiple of the models' own. scaled_bytes: what it keeps in memory
+    beside the parents, at most; None where no model is read.
+    """
+
+    dimensions: int
+    num_layers: int
+    deepest: int
+    cost_a_token: float
+    scaled_bytes: int | None
+
+
+def layers_plan(space: SearchSpace, layout: Layout | None = None) -> LayersPlan | None:
+    """None where layers are not searched."""
+    if space.outputs is None:
+        return None
+    over = replace(space, under=space.uniform()[0])
+    if over.stacks is None:
+        return None
+    deepest = over.stacks.depth
+    scaled = None
+    if layout is not None:
+        sizes = [0] * space.num_layers
+        for spec in layout.tensors:
+            if spec.layer is not None and any(name in spec.name for name in space.outputs):
+                sizes[spec.layer] += math.prod(spec.shape) * _WIDTHS[space.dtype]
+        free = len({axis.group for axis in over.axes})
+        scaled = max(sizes) * min(deepest, free)
+    return LayersPlan(
+        over.dimensions, space.num_layers, deepest, deepest / space.num_layers, scaled
+    )
 
 
 def _faults(look: Look) -> Iterator[str]:

@@ -19,6 +19,7 @@ from agentmerge.evaluation.splitting import unsealed
 from agentmerge.evaluation.tasks import TaskSet
 from agentmerge.ledger import Ledger
 from agentmerge.parents.chat_templates import shown
+from agentmerge.preflight.layers import LayersPlan
 from agentmerge.recipe import Recipe
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.system.redaction import redacted
@@ -37,7 +38,8 @@ class Prepared:
     of the parents that are no plain checkpoints as they are. notes: what to know of the parents.
     warnings: what in the config or a warm start is most likely a mistake; it goes with the results.
     searched: keys of items that would be sealed, had an earlier search not seen them. parameters:
-    of a merge, and of one of its layers; None where no model is read.
+    of a merge, and of one of its layers; None where no model is read. layers: what a search over
+    layers may make; None where there is none.
     """
 
     config: SearchConfig
@@ -54,6 +56,7 @@ class Prepared:
     warnings: tuple[str, ...] = ()
     searched: tuple[str, ...] = ()
     parameters: tuple[int, int] | None = None
+    layers: LayersPlan | None = None
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -121,6 +124,7 @@ class Plan:
     chat_template: str
     memory: MemoryPlan | None
     made_bytes: int
+    layers: LayersPlan | None
     seconds_per_candidate: float | None
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
@@ -146,6 +150,7 @@ def plan_of(prepared: Prepared, ledger: Ledger | None, settings_hash: str) -> Pl
         chat_template=_template_source(prepared),
         memory=prepared.memory,
         made_bytes=prepared.made_bytes,
+        layers=prepared.layers,
         seconds_per_candidate=(
             None if ledger is None else ledger.seconds_per_candidate(settings_hash)
         ),

@@ -32,7 +32,7 @@ from agentmerge.preflight.faults import (
     tokenizer_faults,
 )
 from agentmerge.preflight.graphs import is_own
-from agentmerge.preflight.layers import outputs_of_models, outputs_of_names
+from agentmerge.preflight.layers import layers_plan, outputs_of_models, outputs_of_names
 from agentmerge.preflight.models import Models, layout_of, located, surveyed
 from agentmerge.preflight.plan import Prepared
 from agentmerge.preflight.spec import (
@@ -134,6 +134,7 @@ def _of_names(look: Look) -> Prepared:
         {name: f"{spec.kind}:{name}" for name in names},
         lambda recipe: recipe.effective("model.layers.0.weight", 0),
         *engine_of(spec),
+        layers=layers_plan(space),
     )
 
 
@@ -199,6 +200,7 @@ def _of_models(look: Look) -> Prepared:
         parameters=None
         if layout is None
         else (layout.parameters, layout.layer_parameters // layout.num_layers),
+        layers=layers_plan(space, layout),
     )
 
 

@@ -24,11 +24,11 @@ from agentmerge.contracts.calls import Call
 from agentmerge.contracts.operators import PROBE, STRUCTURE
 from agentmerge.contracts.strategy import improved
 from agentmerge.errors import BudgetReached, ModelReplyError, ReplyMissing
-from agentmerge.ledger.words import guidance_of, openings, spoken
+from agentmerge.ledger.words import Opening, guidance_of, openings, spoken
 from agentmerge.search import budget
 from agentmerge.search.propose import population
 from agentmerge.search.search import Search
-from agentmerge.search.trials import verdicts
+from agentmerge.search.trials import Trials, verdicts
 
 _AGENTS: dict[Role, Any] = {"critic": critic, "controller": controller, "proposer": proposer}
 #: Who may call tools before it answers.
@@ -104,7 +104,8 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
     if asked in search.views:
         return search.views[asked]
     history = [o for o in history if o not in own and not (o.prior and o.score is None)]
-    moves = openings(search.book.advice(role=STRUCTURE))
+    decided = openings(search.book.advice(role=STRUCTURE))
+    moves = [opening for opening in decided if opening.generation < generation]
     before = guidance_of(search.book.advice(generation - 1)) if generation else None
     settings = search.config.search
     metrics = {task.name: task.metric for task in search.config.tasks.tasks}
@@ -122,11 +123,20 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
         budget_left=math.floor(left + 1e-9) + len(own),
         forecasts=track(_forecasts(search, seen)).sentence(),
         noise=search.noise,
-        moves=tuple(verdicts(now, [o for o in moves if o.generation < generation])),
+        moves=tuple(verdicts(now, moves)),
+        deeper=_deeper(search, now, moves),
     )
     search.views.clear()
     search.views[asked] = found  # one that tried nothing itself is told what the last one was
     return found
+
+
+def _deeper(search: Search, now: Trials, moves: Sequence[Opening]) -> int:
+    """How many layers a move to them may add; 0 where there was one, or none is possible."""
+    layers, fixed = search.space.genome.layers, search.config.search.structure == "fixed"
+    known = any(opening.move.change == "layers" for opening in moves)
+    none = layers is None or fixed or known or now.leader.stacks is not None
+    return 0 if none or layers is None else layers.most
 
 
 def _forecasts(search: Search, generation: int) -> list[Forecast]:

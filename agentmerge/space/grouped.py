@@ -74,6 +74,10 @@ class SearchSpace(LayerGroups):
         return METHODS["linear"] if self.stacks else super().method
 
     @property
+    def about(self) -> str:
+        return "" if self.stacks is None else self.stacks.about
+
+    @property
     def groups(self) -> int:
         return super().groups if self.stacks is None else len(self.stacks.positions)
 

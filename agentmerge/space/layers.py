@@ -93,6 +93,24 @@ class LayersForm:
         """Of the deepest stack that a point makes."""
         return min(self.on.num_layers + self.settings.most, len(self.positions))
 
+    @property
+    def about(self) -> str:
+        layers = self.on.num_layers
+        what = (
+            "a switch and the scale of what it adds"
+            if self.settings.path
+            else ("the scales of what its attention and its mlp add")
+        )
+        return (
+            "layers beside those of the best merge of weights, which has "
+            f"{layers}. A place is where one more layer may run, of the model and number that its "
+            f"axes name; they are {what} to the stream. At scale 0, or within {DEAD} of it, the "
+            "layer is absent and costs nothing; at 1 it adds all that it does in its own model, "
+            "below 0 it takes that away; 0.1 to 0.5 is usual. Each layer that is there costs "
+            f"1/{layers} more time a token. At most {self.depth} layers run: of more, the weakest "
+            "are left out"
+        )
+
     @cached_property
     def inserted(self) -> tuple[str | None, ...]:
         """Whose layers may stand beside the merge's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from agentmerge.recipe import Recipe
 from agentmerge.session import driving
 from agentmerge.session.replay import replay
 from agentmerge.strategies.gradient import GradientSteps
+from agentmerge.testing.scripted import ScriptedServer
 from tests.session.conftest import command, config, config_text, trace_of
+from tests.session.test_agents import advised
+from tests.session.test_faults import role_of
 from tests.session.test_resume import kill_after
-from tests.session.test_structure import moves_of
+from tests.session.test_structure import mover, moves_of
 
 FORMS: dict[str, Any] = {"beside": 4, "path": {"path": True, "insert": "north"}}
 
@@ -175,6 +179,53 @@ def test_layers_that_cannot_be_searched_are_a_fault(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         driving.run(config(**sections), name="a", runs_dir=tmp_path)
+
+
+def test_a_model_asks_for_layers_and_is_told_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
+    with ScriptedServer(mover(("none", ""), ("layers", "7"))) as server:
+        sections = layered(4, "llm_evo")
+        sections |= {"agents": advised(server)["agents"], "budget": {"max_evaluations": 60}}
+        driving.run(config(**sections), name="a", runs_dir=tmp_path)
+        asked = [r.body["messages"] for r in server.requests if role_of(r.body) == "proposer"]
+    (opening,), candidates = moves_of(tmp_path, "a")
+    assert (opening.generation, opening.move.why, opening.refusal) == (1, "to see", "")
+    best = min((c for c in candidates if c.generation <= 1), key=lambda c: c.rank)
+    assert opening.move.value == f"{best.generation}.{best.slot}", "whatever the model named"
+    first, *_, last = asked
+    assert "up to 4 layers of the models may run beside the 4" in first[0]["content"]
+    assert "may run beside" not in last[0]["content"], "it was opened"
+    told = [m[1]["content"] for m in asked if "Merge method: layers beside" in m[1]["content"]]
+    assert told
+    assert "costs 1/4 more time a token. At most 8 layers run" in told[0]
+    assert "place 1: north's layer 0 attention: 0 is -0.5, 100 is 1.5" in told[0]
+    assert replay("a", runs_dir=tmp_path).identical
+
+
+def test_a_model_cannot_ask_for_layers_that_nobody_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
+    with ScriptedServer(mover(("layers", ""))) as server:
+        driving.run(config(**advised(server)), name="a", runs_dir=tmp_path)
+        assert "no layers can be searched here" in str([r.body for r in server.requests])
+        assert '"change \\"layers\\"' not in str(server.requests[0].body)
+    assert moves_of(tmp_path, "a")[0] == []
+
+
+def test_check_says_what_layers_cost(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "config.yml"
+    path.write_text(config_text(**layered({"most": 3})))
+    assert run_app(["check", str(path), "--runs-dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "layers       16 dimensions once weights are done; at most 7 layers for 4, 1.8 times the "
+        "cost a token\n"
+    ) in said
+    assert run_app(["check", str(path), "--json", "--runs-dir", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["layers"]["deepest"] == 7
 
 
 def test_the_command_line_asks_for_layers(tmp_path: Path, capsys: Any) -> None:
