@@ -15,7 +15,7 @@ from agentmerge.cli.terminal import Interrupted, speaker, warned
 def ui(
     runs_dir: options.RunsDir = Path("runs"),
     host: Annotated[
-        str, typer.Option("--host", help="The address to listen on; others reach more than this.")
+        str, typer.Option("--host", help="The address to listen on; 0.0.0.0 lets others in.")
     ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")
