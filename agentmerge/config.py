@@ -353,6 +353,7 @@ class SearchSettings(_Frozen):
     shadow: float = Field(0.0, ge=0, lt=1)
     structure: Literal["fixed", "advised", "free"] = "advised"
     approve: bool = False
+    lag: Annotated[int, Field(ge=0, le=MOST_WORKERS * 4)] | Literal["auto"] | None = None
 
     @field_validator("racing", mode="before")
     @classmethod
@@ -613,8 +614,10 @@ class SearchConfig(_Frozen):
         return self.search.algorithm or "auto"
 
     def generation_size(self, own: int) -> int:
-        """Candidates a generation: as asked, else the strategy's own, and one a worker at least."""
-        return self.search.population or max(own, self.worker.number)
+        """Candidates a generation: as asked, else the strategy's own, and one a worker at least
+        unless a window keeps them at work."""
+        least = 1 if self.search.lag else self.worker.number
+        return self.search.population or max(own, least)
 
     @property
     def graph_steps(self) -> int:

@@ -53,10 +53,10 @@ def _dispatch(state: SearchState, runtime: Runtime[Context]) -> None:
 
 
 def _collect(state: SearchState, runtime: Runtime[Context]) -> None:
-    """Wait until all are done; what each cost was in the ledger as it ended."""
+    """Wait for what is to be known; what each cost was in the ledger as it ended."""
     search = search_of(runtime)
     think_ahead(search, state["generation"])
-    collect(search)
+    collect(search, state["generation"])
 
 
 def _evaluate(state: object, runtime: Runtime[Context]) -> None:

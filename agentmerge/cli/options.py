@@ -78,6 +78,8 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
                "(docs/search.md).", "agentmerge.strategies"),
     "worker": ("worker.kind", str, "hf, vllm, disk or fake.", "agentmerge.workers"),
     "workers": ("worker.count", str, "How many, or auto: as many as there are devices."),
+    "worker_host": ("worker.host", str, "Where workers live: here, process, ray or a plugin's.",
+                    "agentmerge.hosts"),
     "llm": ("agents.llm", str, '"none" or provider:model.'),
     "base_url": ("agents.base_url", str, "A server for --llm's model."),
     "api_key_env": ("agents.api_key_env", str, "The variable whose key a server may have (none: it "
@@ -125,8 +127,8 @@ LIMITS = (
     "max_cost",
 )  # fmt: skip
 BRANCH = (
-    "search", "worker", "workers", "llm", "base_url", "api_key_env", "prompts", "graph", "probes",
-    "seed",
+    "search", "worker", "workers", "worker_host", "llm", "base_url", "api_key_env", "prompts",
+    "graph", "probes", "seed",
     *LIMITS,
     "population", "shadow", "structure", "layers", "approve", "sigma_low", "sigma_high",
     "task_search_path", "batch_size", "limit", "trust_remote_code",

@@ -119,7 +119,7 @@ def _old_outputs(row: Any, runs_dir: Path, storage: Path | None, final_model: bo
             export.export_run(row.name, target, runs_dir=runs_dir, overwrite=True)
 
 
-@options.settings(*options.LIMITS, "api_key_env")
+@options.settings(*options.LIMITS, "workers", "worker_host", "api_key_env")
 def resume(
     name: options.Search,
     runs_dir: options.RunsDir = Path("runs"),

@@ -146,6 +146,9 @@ class Observation:
     violation: what it lacks to the constraints, in the metrics' units; the score that a strategy
         is told is lowered by a steep multiple of it.
     space: the key of the search space that it was made in; ``vector`` is in the present one.
+    pending: it has been proposed and is being scored (``search.lag``): it will have a score, and a
+        strategy is told so that it does not propose the same. Only where a strategy does not say
+        ``needs_all``.
     prior: it was scored under other settings, before a branch that asks something else. Its items
         that are asked still are evidence; it has no score that compares with others'.
     """
@@ -166,10 +169,11 @@ class Observation:
     violation: float = 0.0
     space: str = ""
     prior: bool = False
+    pending: bool = False
 
     @property
     def failed(self) -> bool:
-        return self.score is None and not self.prior
+        return self.score is None and not self.prior and not self.pending
 
     @property
     def censored(self) -> bool:
@@ -181,6 +185,7 @@ History = Sequence[Observation]
 
 class Strategy(Protocol):
     """One that also has ``uses_items = True`` is told each observation with its evidence; one that
+    has ``needs_all = True`` none that is pending; one that
     reads guidance has ``heeds_advice = True``, so that nobody pays unawares for words unheard; one
     with settings of its own gives itself with them in ``with_settings(config.search)``."""
 

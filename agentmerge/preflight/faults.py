@@ -6,7 +6,7 @@ Knows names and files of a config; reads no model and no task.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,30 @@ def host_faults(config: SearchConfig) -> list[str]:
                             "use process"
                         )
     return faults
+
+
+def window_faults(config: SearchConfig) -> list[str]:
+    """Of agents, what cannot be beside a window in which workers never wait."""
+    agents = config.agents
+    asked = {"probes": agents.probes, "ahead": agents.ahead} if config.search.lag else {}
+    return [
+        f"agents.{name} {value} is not possible with search.lag {config.search.lag}: workers have "
+        "candidates of the window while models think; leave one of them out"
+        for name, value in asked.items()
+        if value
+    ]
+
+
+def window_notes(config: SearchConfig) -> list[str]:
+    """Where there is no window although one is asked for."""
+    with suppress(UserError):
+        strategy = plugins.load("agentmerge.strategies", config.algorithm)
+        whole = getattr(strategy, "needs_all", False)
+        why = f"{config.algorithm} learns from whole generations" if whole else ""
+        why = why or ("search.shadow compares whole generations" if config.search.shadow else "")
+        if config.search.lag and why:
+            return [f"search.lag {config.search.lag} changes nothing: {why}"]
+    return []
 
 
 def device_faults(config: SearchConfig) -> list[str]:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:  # read only where models are
     from agentmerge.parents.layout import Layout
 
 
+#: Candidates in a window, a worker (``search.lag: auto``).
+LAG_A_WORKER = 2
+
+
 def known_class(config: SearchConfig) -> Any:
     """The class of the config's worker; None where it cannot be had, which is a fault by itself."""
     with suppress(UserError):
@@ -57,19 +61,22 @@ def spec_of(
 
 
 def counted(config: SearchConfig) -> SearchConfig:
-    """The config with so many workers as its host has devices for, where they are to be counted.
+    """The config with so many workers as its host has devices for, where they are to be counted,
+    and a window of twice as many candidates, where that follows from them.
 
     Raises:
         UserError: they cannot be.
     """
-    worker = config.worker
-    if worker.count != "auto":
-        return config
-    device = worker.device or _device()
-    host = plugins.load("agentmerge.hosts", worker.host or "process")
-    found = getattr(host, "room", None)
-    number = max(1, min(MOST_WORKERS, found(worker, device))) if found else 1
-    return config.model_copy(update={"worker": worker.model_copy(update={"count": number})})
+    worker, search = config.worker, config.search
+    if worker.count == "auto":
+        device = worker.device or _device()
+        host = plugins.load("agentmerge.hosts", worker.host or "process")
+        found = getattr(host, "room", None)
+        number = max(1, min(MOST_WORKERS, found(worker, device))) if found else 1
+        worker = worker.model_copy(update={"count": number})
+    if search.lag == "auto":
+        search = search.model_copy(update={"lag": LAG_A_WORKER * worker.number})
+    return config.model_copy(update={"worker": worker, "search": search})
 
 
 def buffered(

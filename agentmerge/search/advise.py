@@ -29,6 +29,7 @@ from agentmerge.search import budget
 from agentmerge.search.propose import population
 from agentmerge.search.search import Search
 from agentmerge.search.trials import Trials, verdicts
+from agentmerge.search.window import lag_of, within
 
 _AGENTS: dict[Role, Any] = {"critic": critic, "controller": controller, "proposer": proposer}
 #: Who may call tools before it answers.
@@ -56,9 +57,10 @@ def advise(search: Search, role: Role, generation: int) -> str:
 
 
 def _advised(search: Search, role: Role, generation: int) -> str:
-    book = search.book
-    if book.advice(generation, role):
+    if search.book.advice(generation, role):
         return ""
+    search = within(search, generation)
+    book = search.book
     agent = _AGENTS[role]
     view = view_of(search, role, generation)
     guidance = guidance_of(book.advice(generation))
@@ -104,6 +106,7 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
     if asked in search.views:
         return search.views[asked]
     history = [o for o in history if o not in own and not (o.prior and o.score is None)]
+    history = [o for o in history if not o.pending]
     decided = openings(search.book.advice(role=STRUCTURE))
     moves = [opening for opening in decided if opening.generation < generation]
     before = guidance_of(search.book.advice(generation - 1)) if generation else None
@@ -208,7 +211,8 @@ def _asked(
         BudgetReached: the next request cannot be paid.
     """
     agent = _AGENTS[role]
-    asked_at = generation if search.config.agents.ahead else view.generation
+    told_less = search.config.agents.ahead or lag_of(search)
+    asked_at = generation if told_less else view.generation
     messages = agent.messages(view, search.prompts, guidance)
     parse = partial(parse_reply, reply=agent.REPLY, bounds=view.bounds)
     move = "structural_move"

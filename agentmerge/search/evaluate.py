@@ -32,29 +32,38 @@ from agentmerge.search import budget
 from agentmerge.search.past import arm_of
 from agentmerge.search.scoring import Answers
 from agentmerge.search.search import Search
+from agentmerge.search.window import horizon, pending, within
 from agentmerge.space.chain_rule import unit_gradient
 
 
 def dispatch(search: Search, generation: int) -> None:
-    """Hand every open candidate of a generation to the pool, unless it is there already."""
-    for candidate in search.book.candidates(generation):
-        at = (generation, candidate.slot)
-        if candidate.state == "open" and at not in search.dispatched:
+    """Hand every open candidate, up to a generation, to the pool, unless it is there already."""
+    for candidate in pending(search, generation):
+        at = (candidate.generation, candidate.slot)
+        if at not in search.dispatched:
             # In a context like this one, in which what is told reaches whoever streams the graph.
             context = copy_context()
             search.dispatched[at] = search.pool.submit(context.run, evaluate, search, *at)
 
 
-def collect(search: Search) -> None:
-    """Wait until all that was handed out has ended; what it cost is in the ledger by then.
+def collect(search: Search, generation: int) -> None:
+    """Wait until all that was handed out and the next proposal is to know has ended; what it cost
+    is in the ledger by then.
 
     Raises:
         AgentmergeError: what no candidate is to blame for; those that had not begun stay open.
     """
-    turns = list(search.dispatched.values())
-    search.dispatched.clear()
-    search.pool.wait(turns)
-    for turn in turns:
+    last = search.book.candidates(up_to=generation)[-1].generation
+    known = horizon(search, last)
+    due = [turn for at, turn in search.dispatched.items() if at[0] <= known]
+    beside = [turn for at, turn in search.dispatched.items() if at[0] > known]
+    try:
+        search.pool.wait(due, beside)
+    finally:
+        ended = {at: turn for at, turn in search.dispatched.items() if turn.done()}
+        for at in ended:
+            del search.dispatched[at]
+    for turn in ended.values():
         error = None if turn.cancelled() else turn.exception()
         if error is not None and not isinstance(error, NotBegun):
             raise error
@@ -167,7 +176,8 @@ def _race(search: Search, candidate: Candidate, recipe: Recipe) -> tuple[Lost | 
 
 def _best_before(search: Search, candidate: Candidate) -> Candidate | None:
     """The incumbent of its generation and arm, whatever of that generation is scored."""
-    found = search.book.candidates(up_to=candidate.generation - 1)
+    before = candidate.generation - 1
+    found = within(search, before, whole=False).book.candidates(up_to=before)
     return incumbent(arm_of(found, shadow=candidate.operator == SHADOW))
 
 
@@ -195,7 +205,8 @@ def _slope(
     if candidate.want != "gradient" or candidate.loss_kind is None:
         return None, 0.0
     slopes, recipe_hash = search.gradients, candidate.recipe_hash
-    space = search.trials(candidate.generation).of(candidate.space)
+    seen = within(search, candidate.generation, whole=False)
+    space = seen.trials(candidate.generation).of(candidate.space)
     if space.stacks is not None:  # absent layers have slopes too
         recipe = space.slope_recipe(candidate.vector or ())
         recipe_hash = recipe.hash(search.identities)

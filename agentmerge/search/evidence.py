@@ -41,7 +41,7 @@ class ItemTable:
 
         floors: what candidates must keep; the items say what it is made of.
         """
-        scored = [o for o in history if not o.failed]
+        scored = [o for o in history if not (o.failed or o.pending)]
         if not scored:
             return list(history)
         for observation in scored:
@@ -58,7 +58,8 @@ class ItemTable:
         signals = np.where(items.margins, margins, values)
         found = iter(zip(signals, values, strict=True))
         return [
-            o if o.failed else replace(o, evidence=Evidence(items, *next(found))) for o in history
+            o if o.failed or o.pending else replace(o, evidence=Evidence(items, *next(found)))
+            for o in history
         ]
 
     def _bound(self, floor: Floor, task: np.ndarray, share: np.ndarray) -> Bound:

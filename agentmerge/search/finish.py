@@ -46,6 +46,7 @@ def finish(search: Search, stop_reason: str) -> SearchState:
     search.entering()
     search.emit(Ending(reason=stop_reason))
     candidates = search.book.candidates()
+    search.whole.add(candidates[-1].generation)
     card: Card | None = None
     if incumbent(candidates) is not None:
         card = final_card(search, candidates)

@@ -15,6 +15,7 @@ from agentmerge.search import budget
 from agentmerge.search.past import charges
 from agentmerge.search.search import Search
 from agentmerge.search.trials import first_points
+from agentmerge.search.window import horizon, within
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.strategies.null_llm import STRATEGY as NULL_LLM
 
@@ -28,6 +29,7 @@ def propose(search: Search, generation: int) -> int:
     candidates = search.book.candidates()
     if candidates[-1].generation > generation:
         return generation + 1  # this node ran before
+    search = within(search, generation)
     left = budget.evaluations_left(search)
     own_share = max(1, round(left * (1 - search.config.search.shadow))) if left else 0
     mine: list[Proposal] = []
@@ -36,7 +38,11 @@ def propose(search: Search, generation: int) -> int:
     shadow = _shadow(search, mine, left - sum(p.cost for p in mine))
     add(search, generation + 1, [*mine, *shadow])
     if not mine and not shadow:
-        search.exhausted.add(generation + 1)
+        # Not before all that was asked is known.
+        if horizon(search, generation) < generation:
+            search.whole.add(generation)
+        else:
+            search.exhausted.add(generation + 1)
     return generation + 1
 
 

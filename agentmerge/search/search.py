@@ -64,6 +64,8 @@ class Search:
     stopping: set by the first Ctrl-C; candidates that have not begun are left open.
     entering: called where a node begins; raises LeaseHeld where another process took it over.
     exhausted: generations for which the strategy had no proposal.
+    whole: generations that were waited for in spite of the window (``window``). windows: the last
+        view of it.
     dispatched: (generation, slot) -> what the pool will have done. seconds: what candidates took
         that were scored just now. views: what an agent was shown last, by the state of the
         candidates, the generation, what is left and who asks.
@@ -89,6 +91,8 @@ class Search:
     stopping: Callable[[], bool] = lambda: False
     entering: Callable[[], None] = lambda: None
     exhausted: set[int] = field(default_factory=set)
+    whole: set[int] = field(default_factory=set)
+    windows: dict[str, Any] = field(default_factory=dict)
     dispatched: dict[tuple[int, int], Future[None]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     views: dict[Any, HistoryView] = field(default_factory=dict)

@@ -10,12 +10,14 @@ from agentmerge.ledger.rows import whole
 from agentmerge.search import budget
 from agentmerge.search.constraints import violation
 from agentmerge.search.depths import ask_shallower
+from agentmerge.search.evaluate import collect
 from agentmerge.search.finish import write_best
 from agentmerge.search.past import BARREN_GENERATIONS
 from agentmerge.search.propose import propose
 from agentmerge.search.search import Search
 from agentmerge.search.seed import complete
 from agentmerge.search.state import SearchState
+from agentmerge.search.window import horizon, pending, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,30 +53,37 @@ def select(search: Search, generation: int) -> Outcome:
     if best is not None:
         write_best(search, best)
     if search.seconds_left() <= budget.ending_s(search):
+        search.whole.add(generation)
+        collect(search, generation)  # what is at work in the window
         return Outcome(best, "timeout", generation=generation)
-    still_open = [
-        (c.generation, c.slot)
-        for c in candidates
-        if c.generation == generation and c.state == "open"
-    ]
-    if still_open:
+    known = horizon(search, generation)
+    still_open = [(c.generation, c.slot) for c in pending(search, generation)]
+    if any(at[0] <= known or at not in search.dispatched for at in still_open):
+        return Outcome(best, open_slots=still_open, generation=generation)
+    reason = _reason(within(search, generation), generation)
+    if reason and still_open:  # and it may be another one once all is known
+        search.whole.add(generation)
         return Outcome(best, open_slots=still_open, generation=generation)
     search.emit(whole(generation, search.book.evaluations(), best))
-    limit = search.config.search.max_generations
-    reason = ""
-    if not budget.evaluations_left(search):
-        reason = "budget"
-    elif limit is not None and generation >= limit:
-        reason = "generations"
-    elif generation and best is None:
-        reason = "every candidate failed"
-    elif _barren(candidates, generation):
-        reason = "nothing new"
-    elif candidates[-1].generation < generation:
-        reason = "nothing more to gain"  # the strategy had no proposal
     if reason and best is not None and ask_shallower(search, candidates):
         return select(search, candidates[-1].generation + 1)
     return Outcome(best, reason, generation=generation)
+
+
+def _reason(search: Search, generation: int) -> str:
+    """Why a search ends here, or ""."""
+    candidates = search.book.candidates()
+    limit = search.config.search.max_generations
+    if not budget.evaluations_left(search):
+        return "budget"
+    if limit is not None and generation >= limit:
+        return "generations"
+    if generation and incumbent(candidates) is None:
+        return "every candidate failed"
+    if _barren(candidates, generation):
+        return "nothing new"
+    # The strategy had no proposal.
+    return "nothing more to gain" if candidates[-1].generation < generation else ""
 
 
 def _judged(search: Search) -> list[Candidate]:

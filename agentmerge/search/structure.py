@@ -19,6 +19,7 @@ from agentmerge.search.past import BARREN_GENERATIONS
 from agentmerge.search.propose import asked
 from agentmerge.search.search import Search
 from agentmerge.search.trials import REFUSED, kept, worth
+from agentmerge.search.window import within
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.space.moves import finer, moved
 
@@ -33,6 +34,7 @@ def wanted_move(
     of layers, once there is neither, or half of the budget is spent. worth: evaluations that must
     be left for a move.
     """
+    search = within(search, generation)
     wish = search.config.search.structure
     before = openings(search.book.advice(role=STRUCTURE))
     if wish == "fixed" or any(opening.generation == generation for opening in before):
@@ -78,6 +80,7 @@ def question(generation: int, move: StructuralMove) -> dict[str, Any]:
 
 def restructure(search: Search, generation: int, move: StructuralMove, *, approved: bool) -> None:
     """Open the space of a move, or keep why not."""
+    search = within(search, generation)
     now = search.trials(generation)
     refusal = ""
     try:

@@ -32,6 +32,7 @@ from agentmerge.search.state import GRAPH_VERSION, WAITING, SearchState
 from agentmerge.session.branching import new_branch
 from agentmerge.session.context import Context, at_hand
 from agentmerge.session.opening import (
+    MOVABLE,
     RESUMABLE,
     FindRun,
     new_run,
@@ -111,8 +112,9 @@ def resume(
     models: Mapping[Role, Any] | None = None,
     answer: bool | None = None,
 ) -> RunRow:
-    """Go on with a search where it stopped; ``overrides`` may raise limits (RESUMABLE) and name
-    the key that servers of its config may have (``agents.api_key_env``).
+    """Go on with a search where it stopped; ``overrides`` may raise limits (RESUMABLE), name
+    the key that servers of its config may have (``agents.api_key_env``), and with a window or a
+    population of its own say where its workers are (MOVABLE).
 
     answer: to the question that a waiting search asks (``search.approve``). Without one it is left
         waiting.
@@ -125,7 +127,9 @@ def resume(
 
     def again(ledger: Ledger) -> tuple[Prepared, RunRow]:
         row = ledger.run(name)
-        foreign = sorted(set(overrides or {}) - {*RESUMABLE, "agents.api_key_env"})
+        settings = SearchConfig.from_text(row.config, row.name).search
+        movable = MOVABLE if settings.lag or settings.population else ()
+        foreign = sorted(set(overrides or {}) - {*RESUMABLE, *movable, "agents.api_key_env"})
         if foreign:
             raise UserError(
                 f"{foreign[0]} cannot change on resume; `agentmerge branch {row.name}` starts a "

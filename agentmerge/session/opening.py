@@ -50,6 +50,8 @@ RESUMABLE = (
     "budget.max_cost_usd",
     "search.max_generations",
 )
+#: And where its workers are, which changes nothing where generations do not depend on them.
+MOVABLE = ("worker.count", "worker.host", "worker.ray_address", "worker.paths")
 #: Finds a run in an open ledger, or writes a new one there.
 FindRun = Callable[[Ledger], tuple[Prepared, RunRow]]
 

@@ -245,7 +245,7 @@ class _StoredResults:
         done.set_result(work(*arguments))
         return done
 
-    def wait(self, turns: Collection[Any]) -> None:
+    def wait(self, turns: Collection[Any], beside: Collection[Any] = ()) -> None:
         """All that was submitted has ended."""
 
     def evaluate(

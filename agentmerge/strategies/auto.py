@@ -148,7 +148,11 @@ def promises_on(history: History, prospect: Prospect) -> bool:
 def later(history: History) -> list[Observation]:
     """What a search tried in this space after its cheap rivals."""
     first = first_generation(history)
-    return [o for o in history if o.generation > first and not o.prior and o.operator != CARRIED]
+    return [
+        o
+        for o in history
+        if o.generation > first and not (o.prior or o.pending) and o.operator != CARRIED
+    ]
 
 
 def since_gain(history: History) -> int:
@@ -177,7 +181,7 @@ def gain_rate(history: History, operator: str) -> float:
     first = first_generation(history)
     gained, spent = 0.0, 0.0
     for observation in history:
-        if observation.prior:
+        if observation.prior or observation.pending:
             continue
         if observation.generation != generation:
             generation, before = observation.generation, best

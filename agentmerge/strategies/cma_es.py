@@ -44,6 +44,7 @@ Step = tuple[int, list[float] | None]
 
 class CmaEs:
     name = "cma_es"
+    needs_all = True
 
     def __init__(self, sigma0: float = SIGMA0) -> None:
         self.sigma0 = sigma0

@@ -21,6 +21,7 @@ BETA1, BETA2 = 0.9, 0.99
 
 class GradientSteps:
     name = "gradient"
+    needs_all = True
 
     def propose(
         self, space: Space, history: History, guidance: Guidance | None, count: int, rng_for: RngFor
@@ -37,14 +38,15 @@ class GradientSteps:
 
 
 def next_step(history: History) -> tuple[float, ...] | None:
-    """Where the next gradient is due; None where gradients were asked for and none came."""
+    """Where the next gradient is due; None where gradients were asked for and none came, or one
+    is still to come."""
     own = [
         o
         for o in history
         if o.operator == GradientSteps.name and o.vector is not None and not o.prior
     ]
     steps = [o for o in own if o.gradient is not None]
-    if own and not steps:
+    if (own and not steps) or any(o.pending for o in own):
         return None
     rivals = [o for o in history if o.generation == first_generation(history)]
     start = fittest(rivals, 1) or fittest(history, 1)

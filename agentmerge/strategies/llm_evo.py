@@ -41,6 +41,7 @@ SIGMA_LOW, SIGMA_HIGH = 0.05, 0.2
 
 class LlmEvo:
     name = LLM_EVO
+    needs_all = True
     heeds_advice = True
 
     def propose(

@@ -132,7 +132,12 @@ def prospect_for(space: Space, history: History) -> Prospect | None:
     ratios = Ratios.of(space)
     table = replace(table, points=ratios.representative(table.points))
     apart = APART if table.items.counts.sum() >= FEW_DOCUMENTS else APART_WITHOUT_NOISE
-    return replace(prospect_of(table), ratios=ratios, apart=apart)
+    found = replace(prospect_of(table), ratios=ratios, apart=apart)
+    for o in history:
+        if o.pending and o.vector is not None:
+            [point] = ratios.representative(np.array([o.vector]))
+            found = believed(found, point)
+    return found
 
 
 def prospect_of(table: Table) -> Prospect:
@@ -186,7 +191,8 @@ def least_gain_of(table: Table, scores: np.ndarray) -> float:
 
 
 def believed(prospect: Prospect, point: np.ndarray) -> Prospect:
-    """As if the point had shown what is expected of it, for the next one of the same generation."""
+    """As if the point had shown what is expected of it, for the next one of its generation, or of
+    the window."""
     means, _ = prospect.model.predict(point[None])
     model = prospect.model.told(point[None], means)
     return replace(prospect, model=model, best=max(prospect.best, float(prospect.score(means)[0])))

@@ -17,6 +17,7 @@ from agentmerge.strategies.llm_evo import ELITES, LlmEvo
 
 class NullLlm:
     name = "null_llm"
+    needs_all = True
 
     def propose(
         self, space: Space, history: History, guidance: Guidance | None, count: int, rng_for: RngFor

@@ -70,6 +70,8 @@ def step_size(history: History, operator: str, dimensions: int) -> float:
     log_sigma, best, before = math.log(SIGMA0), -math.inf, -math.inf
     damping, generation = 1.0 + dimensions / 3.0, -1
     for observation in history:
+        if observation.pending:
+            continue
         if observation.generation != generation:
             generation, before = observation.generation, best
         score = -math.inf if observation.score is None else observation.score

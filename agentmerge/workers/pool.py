@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -228,18 +228,24 @@ class Pool:
         turn.set_exception(_stopped())
         return turn
 
-    def wait(self, turns: Collection[Turn[Any]]) -> None:
-        """Until all have ended; where one fails, those that have not begun are cancelled.
+    def wait(self, turns: Collection[Turn[Any]], beside: Collection[Turn[Any]] = ()) -> None:
+        """Until all have ended; where one fails, or one of those beside, what has not begun is
+        cancelled and all the others have ended.
 
         Whoever is interrupted meanwhile leaves none of them at work.
         """
+        due, others = set(turns), set(beside)
         try:
-            wait_for(turns, return_when=FIRST_EXCEPTION)
-            for turn in turns:
-                turn.cancel()
-            wait_for(turns)
+            while due:
+                done, _ = wait_for(due | others, return_when=FIRST_COMPLETED)
+                due, others = due - done, others - done
+                if any(turn.cancelled() or turn.exception() for turn in done):
+                    for turn in due | others:
+                        turn.cancel()
+                    wait_for(due | others)
+                    return
         except BaseException:  # Ctrl-C: nobody waits for the workers any more
-            for turn in turns:
+            for turn in (*turns, *beside):
                 turn.cancel()
                 with self._lock:
                     turn.unwanted = True
