@@ -61,9 +61,11 @@ def select(search: Search, generation: int) -> Outcome:
     if any(at[0] <= known or at not in search.dispatched for at in still_open):
         return Outcome(best, open_slots=still_open, generation=generation)
     reason = _reason(within(search, generation), generation)
-    if reason and still_open:  # and it may be another one once all is known
+    if reason and known < generation:  # it may be another one, or none, once all is known
         search.whole.add(generation)
-        return Outcome(best, open_slots=still_open, generation=generation)
+        if still_open:
+            return Outcome(best, open_slots=still_open, generation=generation)
+        reason = _reason(search, generation)
     search.emit(whole(generation, search.book.evaluations(), best))
     if reason and best is not None and ask_shallower(search, candidates):
         return select(search, candidates[-1].generation + 1)
