@@ -90,7 +90,9 @@ def restructure(search: Search, generation: int, move: StructuralMove, *, approv
         if space.key in {known.key for known in now.spaces}:
             raise UserError("that space was open before")
         recipe, point = space.uniform()
-        search.check(recipe if point is None else space.slope_recipe(point))
+        if point is not None:  # of stacks one of the deepest
+            recipe = space.recipe(point if space.stacks is None else (1.0,) * space.dimensions)
+        search.check(recipe)
     except (UserError, RecipeRejected) as error:
         refusal = str(error)
     word = Guidance(structural_move=move, thought=move.sentence)

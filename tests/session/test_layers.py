@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +14,13 @@ from agentmerge.cli.app import run_app
 from agentmerge.contracts.strategy import Observation
 from agentmerge.errors import ConfigError
 from agentmerge.ledger import Ledger
+from agentmerge.preflight import prepare
 from agentmerge.recipe import Recipe
 from agentmerge.session import driving
 from agentmerge.session.replay import replay
 from agentmerge.strategies.gradient import GradientSteps
 from agentmerge.testing.scripted import ScriptedServer
+from agentmerge.workers.pool import refuse_stack
 from tests.session.conftest import command, config, config_text, trace_of
 from tests.session.test_agents import advised
 from tests.session.test_faults import role_of
@@ -166,6 +170,24 @@ def test_a_gradient_is_asked_of_absent_layers_too(
     driving.run(config(**layered(1)), name="a", runs_dir=tmp_path)
     assert {len(o.gradient or ()) for o in seen} == {16}
     assert all(x != 0 for o in seen for x in o.gradient or ())
+
+
+@pytest.mark.parametrize(("built", "refusal"), [(2, ""), (1, "6 layers")])
+def test_layers_open_for_a_worker_that_is_built_as_deep_as_a_candidate_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: int, refusal: str
+) -> None:
+    """A stack with every place there, which only gradients are asked of, may be deeper."""
+    of_names = prepare._of_names
+    kind = SimpleNamespace(runs_stacks=True, fixed_depth=True)
+
+    def short(look: Any) -> Any:
+        return replace(of_names(look), check=lambda r: refuse_stack(r, 4, "short", kind, built))
+
+    monkeypatch.setattr(prepare, "_of_names", short)
+    driving.run(config(**layered(2, "cma_es")), name="a", runs_dir=tmp_path)
+    (opening,), _ = moves_of(tmp_path, "a")
+    assert refusal in opening.refusal
+    assert bool(refusal) == bool(opening.refusal)
 
 
 @pytest.mark.parametrize(
