@@ -49,7 +49,7 @@ class Answered(Compared):
 
 
 @dataclass(frozen=True)
-class Depth(Compared):
+class DepthRow(Compared):
     """A stack of so many layers. ahead: of the merge that lies under it, [mean, low, high], on
     sealed items, or on search items where none are sealed; None of that merge itself."""
 
@@ -87,7 +87,7 @@ class Card:
     lost: str = ""
     verdict: str = ""
     uplift: Mapping[str, Any] | None = None
-    depths: Sequence[Depth] = ()
+    depths: Sequence[DepthRow] = ()
 
     @property
     def rows(self) -> list[Compared]:
@@ -114,6 +114,6 @@ class Card:
                 "parents": [known(Compared, row) for row in body.get("parents", ())],
                 "best_rival": known(Compared, rival) if rival else None,
                 "differences": [known(Difference, d) for d in body.get("differences", ())],
-                "depths": [known(Depth, row) for row in body.get("depths", ())],
+                "depths": [known(DepthRow, row) for row in body.get("depths", ())],
             },
         )

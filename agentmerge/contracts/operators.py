@@ -4,7 +4,7 @@ from __future__ import annotations
 
 #: Of generation 0: each parent alone, and the cheap merges that need no search.
 PARENT, UNIFORM, SCALE, DEPTH = "parent", "uniform", "scale", "depth"
-#: Where other spaces are opened: layers of two experts, and a model with its middle once more.
+#: Where layers are searched: those of two experts, and a model with its middle once more.
 SANDWICH, STACK = "sandwich", "stack"
 #: With the parents, all that a searched merge has to beat.
 RIVALS = (UNIFORM, SCALE, DEPTH, SANDWICH, STACK)

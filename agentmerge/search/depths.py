@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from agentmerge.contracts.card import Depth
+from agentmerge.contracts.card import DepthRow
 from agentmerge.contracts.operators import CHEAP, SHALLOWER
 from agentmerge.contracts.strategy import Proposal
 from agentmerge.errors import BudgetReached, CandidateFailed, TaskError, WorkerLost
@@ -61,7 +61,7 @@ class Settled:
 
     answer: Candidate
     notes: list[str]
-    rows: list[Depth]
+    rows: list[DepthRow]
 
 
 def settled(
@@ -155,8 +155,8 @@ def _shallowest(search: Search, ladder: Sequence[Candidate]) -> Candidate:
     return best
 
 
-def _row(search: Search, candidate: Candidate, under: Candidate, part: Part) -> Depth:
-    row = Depth(
+def _row(search: Search, candidate: Candidate, under: Candidate, part: Part) -> DepthRow:
+    row = DepthRow(
         (candidate.generation, candidate.slot),
         name_of(candidate),
         candidate.operator,
@@ -178,5 +178,5 @@ def _row(search: Search, candidate: Candidate, under: Candidate, part: Part) -> 
     return row
 
 
-def _span(row: Depth) -> str:
+def _span(row: DepthRow) -> str:
     return span(Interval(*row.ahead)) if row.ahead else ""

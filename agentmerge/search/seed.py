@@ -75,7 +75,7 @@ def _rivals(search: Search) -> list[Proposal]:
     recipe, point = space.uniform()
     found.append(_proposal(point, recipe, UNIFORM, UNIFORM))
     lines = {SCALE: scale_points(space), DEPTH: depth_line(space)}
-    if space.genome.layers is not None or search.config.search.structure == "free":
+    if space.genome.layers is not None:
         lines |= {SANDWICH: sandwiches(space), STACK: plain_stacks(space)}
     for operator, points in lines.items():
         found += [_proposal(point, recipe, operator, label) for label, recipe, point in points]
