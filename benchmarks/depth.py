@@ -6,7 +6,8 @@
 Without a config: the demo family. Each engine (kind, and layers beyond the models') has a process
 of its own. Stacks are the merge with layers of it once more between, whose outputs are scaled to
 nothing, so that all depths give the same answers, of the same length. A deep vLLM engine is asked a
-merge of the models' depth too. Medians; the first candidate is left out.
+merge of the models' depth too. Medians; the first candidate is left out. "scales" is a load of
+which only the layers' scales are new, "gradient" one pass over all items where a worker has it.
 
 With --processor-time, seconds are the processor's, as in ``benchmarks.evaluate``.
 """
@@ -56,6 +57,7 @@ def main() -> None:
 def measured(config: str, kind: str, extra: int, candidates: int, processor: bool) -> Any:
     """A row for each depth that is asked of one engine."""
     from agentmerge.config import SearchConfig
+    from agentmerge.contracts.worker import Differentiator
     from agentmerge.preflight.prepare import prepare
     from agentmerge.workers.pool import worker_class
 
@@ -87,16 +89,31 @@ def measured(config: str, kind: str, extra: int, candidates: int, processor: boo
                 one.value for one in results
             ]
         load, score = (statistics.median(column) for column in zip(*seconds[1:], strict=True))
+        scales = []
+        for turn in range(candidates + 1):
+            recipe = stack(base, experts, 0.5, layers, more, 0.01 * (1 + turn))
+            begin = clock()
+            worker.load(recipe)
+            scales.append(clock() - begin)
+        slopes = []
+        for _ in range(candidates if isinstance(worker, Differentiator) else 0):
+            begin = clock()
+            worker.gradient(recipe, refs)
+            slopes.append(clock() - begin)
         rows.append({
             "kind": kind, "engine": layers + extra * (kind == "vllm"), "layers": layers + more,
             "items": len(refs), "start_s": started, "load_s": load, "score_s": score,
+            "scales_s": statistics.median(scales[1:]),
+            "gradient_s": statistics.median(slopes) if slopes else None,
         })  # fmt: skip
     worker.close()
     return rows
 
 
-def stack(base: str, experts: list[str], weight: float, layers: int, more: int) -> Any:
-    """A task arithmetic of the experts, and so many layers of it once more that add nothing."""
+def stack(
+    base: str, experts: list[str], weight: float, layers: int, more: int, scale: float = 0.0
+) -> Any:
+    """A task arithmetic of the experts, and so many layers of it once more, scaled."""
     from agentmerge.recipe import Recipe
 
     weights = {base: 1 - weight * len(experts), **dict.fromkeys(experts, weight)}
@@ -108,8 +125,9 @@ def stack(base: str, experts: list[str], weight: float, layers: int, more: int) 
             for model, value in weights.items():
                 given: Any = value
                 if again:
-                    nothing = [{"filter": f, "value": 0} for f in ("o_proj", "down_proj")]
-                    given = [*nothing, {"value": value}]
+                    outputs = ("o_proj", "down_proj")
+                    scaled = [{"filter": f, "value": scale * value} for f in outputs]
+                    given = [*scaled, {"value": value}]
                 span = {"model": model, "layer_range": [layer, layer + 1]}
                 sources.append(span | {"parameters": {"weight": given}})
             slices.append({"sources": sources})
@@ -119,15 +137,18 @@ def stack(base: str, experts: list[str], weight: float, layers: int, more: int) 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| worker | layers of the engine | of the candidate | start | load | score | candidate |",
-        "|---|---|---|---|---|---|---|",
+        "| worker | layers of the engine | of the candidate | start | load | score | candidate | "
+        "scales | gradient |",
+        "|---" * 9 + "|",
     ]
     for row in rows:
         whole = row["load_s"] + row["score_s"]
+        slope = "-" if row["gradient_s"] is None else f"{row['gradient_s']:.2f} s"
         engine = row["engine"] if row["kind"] == "vllm" else "-"
         lines.append(
             f"| {row['kind']} | {engine} | {row['layers']} | {row['start_s']:.1f} s | "
-            f"{row['load_s']:.3f} s | {row['score_s']:.2f} s | {whole:.2f} s |"
+            f"{row['load_s']:.3f} s | {row['score_s']:.2f} s | {whole:.2f} s | "
+            f"{row['scales_s']:.3f} s | {slope} |"
         )
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -40,7 +40,7 @@ class LiveWeights:
     """A model's tensors, by the names that the family's files give them.
 
     targets: every tensor of the family's layout, of its shape; views will do, at any dtype. Nobody
-        else may write to them.
+        else may write to what is not lent.
     """
 
     def __init__(self, family: Family, targets: Mapping[str, torch.Tensor]) -> None:
@@ -78,6 +78,11 @@ class LiveWeights:
         merged = [lines[item.spec.name] for item in merge_plan.tensors]
         return Loaded(digest_of_lines(merged), len(merged), len(stale))
 
+    def lend(self, names: Iterable[str]) -> None:
+        """Others write over these: the next load makes them anew."""
+        for name in names:
+            self._made.pop(name, None)
+
     def _check(self, items: Sequence[TensorPlan]) -> None:
         names = Counter(item.spec.name for item in items)
         odd = [name for name, count in names.items() if count > 1 or name not in self._targets]
@@ -112,7 +117,9 @@ class LiveWeights:
 
     def _is_free_of_torch(self, item: TensorPlan) -> bool:
         """Whether merging it leaves torch's own threads idle."""
-        return has_fused(item.effective.method) and has_loops(self._targets[item.spec.name])
+        steps = (item, *(made[0] for made in item.first if made))
+        fused = all(has_fused(step.effective.method) for step in steps)
+        return fused and has_loops(self._targets[item.spec.name])
 
 
 def _made(item: TensorPlan, merge_plan: MergePlan) -> _Made:

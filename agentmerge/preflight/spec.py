@@ -164,8 +164,11 @@ def memory_of(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryP
     kind, worker = worker_class(spec), config.worker
     demand = getattr(kind, "demand", None)
     text = text_config(read_config(Path(dict(spec.parents)[spec.template_model])))
-    if config.genome.layers and "num_hidden_layers" in text:  # of the deepest stack
-        text["num_hidden_layers"] += config.genome.layers.most
+    wanted = demand(spec, layout) if demand else Demand()
+    if config.genome.layers:  # of the deepest stack, as if none of its layers were a parent's own
+        wanted = replace(wanted, extra_layers=config.genome.layers.most)
+        if "num_hidden_layers" in text:
+            text["num_hidden_layers"] += config.genome.layers.most
     has_gradient = hasattr(kind, "gradient")
     return plan_memory(
         layout,
@@ -175,7 +178,7 @@ def memory_of(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryP
         workers=worker.number,
         apart=host_for(config).apart,
         devices=worker.number if spec.crowd == 1 else len(set(devices_for(spec, worker.number))),
-        demand=demand(spec, layout) if demand else Demand(),
+        demand=wanted,
         asked=worker.placement,
         memory_gb=worker.memory_gb,
         token_bytes=bytes_per_token(text, spec.dtype),

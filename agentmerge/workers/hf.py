@@ -95,7 +95,7 @@ class HfWorker:
         refuse_replaced(spec.stamps)
         self._threads = threads_for(spec, self._model)
         self._weights = LiveWeights(self._family, self._live)
-        self._stack = LiveStack(self._model, self._family, self._live)
+        self._stack = LiveStack(self._model, self._family, self._live, self._weights.lend)
         self._scorer = ItemScorer(self._lm, taskset or tasks_for(spec))
         self._ready = False
         self._sequences = 0  # that a gradient takes at a time, once memory has run out

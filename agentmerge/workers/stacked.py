@@ -3,9 +3,10 @@
 Every place of the stack has modules and parameters of its own, since caches know layers by their
 number and gradients are of one place. A parameter that is a parent's own tensor is in the parent's
 memory; what is merged or scaled, of other dtypes, or of parents that are not on the model's device
-is a copy, one for all places that say the same, kept for the next stack that says it again.
+is made once for all places that say the same, and kept for the next stack that says it again: what
+is merged in the model's own tensor of that layer, unless another place has it, else in new memory.
 Settings of single layers come with the modules they were read for, and into the model's config. It
-knows one model and one family; ``live.py`` is for merges in their places, and is left untouched.
+knows one model and one family; ``live.py``, for merges in their places, is told what was lent.
 """
 
 from __future__ import annotations
@@ -54,10 +55,14 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """A tensor that was made, and the line (without the name) of each part that was written."""
+    """A tensor that was made, and the line (without the name) of each part that was written.
+
+    home: of the model's own tensor, where it is in that; None of new memory.
+    """
 
     tensor: torch.Tensor
     said: tuple[str, ...]
+    home: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +83,17 @@ class _Placed:
 class LiveStack:
     """See the module's head.
 
-    live: every tensor of the family's layout as the part of the model that it is.
+    live: every tensor of the family's layout as the part of the model that it is. lent: told which
+        of them a stack writes over; without it none is.
     """
 
-    def __init__(self, model: Any, family: Family, live: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        family: Family,
+        live: Mapping[str, torch.Tensor],
+        lent: Callable[[list[str]], None] | None = None,
+    ) -> None:
         self._model = model
         self._family = family
         self._parts: dict[int, list[_Part]] = {}
@@ -92,6 +104,7 @@ class LiveStack:
             part = _Part(name, tuple(target.shape), target.stride(), offset)
             self._parts.setdefault(home, []).append(part)
         self._list = _layer_list(model, family, live)
+        self._lent = lent
         self._undo: list[Callable[[], None]] = []
         self._copies: dict[Any, _Copy] = {}
         #: Lines of parents' own tensors, without the name, as they were first seen.
@@ -142,7 +155,9 @@ class LiveStack:
             )
         owner, name = self._list
         own = getattr(owner, name)
-        made = _Filling(self._family, merge_plan, self._parts, self._copies, self._known)
+        made = _Filling(
+            self._family, merge_plan, self._parts, self._copies, self._known, self._lent
+        )
         self._copies = made.copies
         for module in _outside(self._model, own):
             made.fill(module, None, self._undo.append)
@@ -180,10 +195,11 @@ class _Filling:
         parts: Mapping[int, Sequence[_Part]],
         copies: Mapping[Any, _Copy],
         known: dict[tuple[str, str], str],
+        lent: Callable[[list[str]], None] | None,
     ) -> None:
         self._family, self._seed = family, merge_plan.merge_seed
         self._items = merge_plan.by_name
-        self._parts, self._known = parts, known
+        self._parts, self._known, self._lent = parts, known, lent
         wanted = {_made_of(item, self._seed) for item in merge_plan.tensors}
         self.copies = {key: copy for key, copy in copies.items() if wanted.issuperset(key[0])}
         self.placed: list[_Placed] = []
@@ -245,12 +261,19 @@ class _Filling:
         """One for all places that are made alike; what no part has is as in ``like``."""
         key = (tuple(_made_of(item, self._seed) for item in items), like.dtype)
         if key not in self.copies:
-            tensor = like.detach().clone()
+            home: int | None = home_of(like)
+            taken = home in {copy.home for copy in self.copies.values()}
+            merged = any(len(item.inputs) > 1 or item.first for item in items)
+            if self._lent is None or taken or not merged:
+                home, tensor = None, like.detach().clone()
+            else:
+                self._lent([part.name for part in parts])
+                tensor = like.detach()
             for item, part in zip(items, parts, strict=True):
                 self._family.merge_into(item, self._seed, part.of(tensor))
                 self._rewritten += 1
             said = tuple(tensor_line("", part.of(tensor)) for part in parts)
-            self.copies[key] = _Copy(tensor, said)
+            self.copies[key] = _Copy(tensor, said, home)
         found = self.copies[key]
         for item, line in zip(items, found.said, strict=True):
             self._lines[item.spec.name] = line
@@ -290,6 +313,8 @@ def _made_of(item: TensorPlan, merge_seed: int | None) -> Any:
     """What two tensors have in common that are made alike."""
     made = item.effective
     numbers = tuple(own for _, _, own in made.sources)
+    if made.method == "linear" and not any(dict(own)["weight"] for own in numbers):
+        return item.spec.shape, item.dtype  # nothing, whoever adds it
     seed = merge_seed if RECIPE_METHODS[made.method].random else None
     how = (made.method, made.base_model, numbers, made.shared, item.dtype, seed)
     return item.inputs, item.first, how

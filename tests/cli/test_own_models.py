@@ -14,6 +14,8 @@ from agentmerge.cli.app import run_app
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger
 from agentmerge.ledger.folder import LEDGER
+from agentmerge.merging.placement import layout_bytes
+from agentmerge.parents.layout import read_layout
 from agentmerge.report.summary import candidate_summary
 from agentmerge.session.export import export_run, refuse_foreign
 from agentmerge.system.temporary import swap_in
@@ -166,6 +168,23 @@ def test_what_the_model_or_the_engine_would_refuse_is_said_by_check(
     Path("odd.yml").write_text(text.replace("worker: {options: {threads: 1}}", f"worker: {worker}"))
     assert run_app(["check", "odd.yml"]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_check_counts_the_layers_that_may_be_added(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made)
+    live = []
+    for layers in ("", ", layers: 3"):
+        text = (made / "c.yml").read_text()
+        changed = text.replace("merge_method: ties", f"merge_method: task_arithmetic{layers}")
+        structure = "search: {structure: free," if layers else "search: {"
+        Path("deep.yml").write_text(changed.replace("search: {", structure))
+        assert run_app(["check", "deep.yml", "--json"]) == 0
+        memory = json.loads(capsys.readouterr().out)["plan"]["memory"]
+        live.append(memory["forecasts"][0]["host"]["live"])
+    layout = read_layout({"b": made / "models" / "b"})
+    assert live[1] - live[0] == layout_bytes(layout, extra_layers=3) - layout_bytes(layout)
 
 
 def test_every_form_is_a_candidate(made: Path, searched: Any) -> None:

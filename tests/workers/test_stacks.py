@@ -158,6 +158,27 @@ def test_a_stack_runs_on_the_parents_own_parameters(spec: WorkerSpec) -> None:
     worker.close()
 
 
+def test_what_is_merged_takes_the_models_own_memory(spec: WorkerSpec) -> None:
+    """New memory is taken for what is scaled, and for a layer that is there twice otherwise."""
+    worker = HfWorker(spec)
+    refs = worker.tasks(spec).refs()
+    first = worker.load(tiny.recipe(0.4, 0.6)), worker.score(refs)
+    own = {live.data_ptr() for live in worker._live.values()}
+    nothing = [merged(0, ("b", 1, 0.0), 1, ("c", 0, 0.0), 0, 1), merged(0, 1, 0, 1)]
+    for recipe, new in ((nothing[0], 2), (nothing[1], 0), (STACKS["merged"], 4)):
+        worker.load(recipe)
+        copies = [copy.tensor for copy in worker._stack._copies.values()]
+        assert sum(copy.data_ptr() not in own for copy in copies) == new
+    answers = []
+    for recipe in nothing:
+        worker.load(recipe)
+        answers.append(worker.score(refs))
+    assert same(*answers)
+    assert worker.load(tiny.recipe(0.4, 0.6)) == first[0]
+    assert same(worker.score(refs), first[1])
+    worker.close()
+
+
 def test_what_a_failed_stack_leaves_is_whole(spec: WorkerSpec) -> None:
     worker = HfWorker(spec)
     refs = worker.tasks(spec).refs()
