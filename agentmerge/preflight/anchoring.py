@@ -38,6 +38,9 @@ def anchored(config: SearchConfig) -> SearchConfig:
         file, colon, name = named.partition(":")
         return anchored_name(file) + colon + name if file.endswith(".py") else named
 
+    def inserted(name: str) -> str:
+        return anchored_name(name) if name in config.genome.parents else name
+
     genome = config.genome
     base, source = genome.base_model, genome.tokenizer_source
     return config.model_copy(
@@ -48,7 +51,7 @@ def anchored(config: SearchConfig) -> SearchConfig:
                     "base_model": base and anchored_name(base),
                     "layers": genome.layers
                     and genome.layers.model_copy(
-                        update={"insert": tuple(map(anchored_name, genome.layers.insert))}
+                        update={"insert": tuple(map(inserted, genome.layers.insert))}
                     ),
                     "chat_template": template(genome.chat_template),
                     "tokenizer_source": source

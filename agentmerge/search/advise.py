@@ -136,10 +136,9 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
 
 def _deeper(search: Search, now: Trials, moves: Sequence[Opening]) -> int:
     """How many layers a move to them may add; 0 where there was one, or none is possible."""
-    layers, fixed = search.space.genome.layers, search.config.search.structure == "fixed"
+    fixed = search.config.search.structure == "fixed"
     known = any(opening.move.change == "layers" for opening in moves)
-    none = layers is None or fixed or known or now.leader.stacks is not None
-    return 0 if none or layers is None else layers.most
+    return 0 if fixed or known or now.leader.stacks is not None else search.space.deeper
 
 
 def _forecasts(search: Search, generation: int) -> list[Forecast]:

@@ -20,12 +20,11 @@ def evaluations_left(search: Search) -> int:
 
 def _kept_back(search: Search) -> int:
     """For the stacks between the deepest and its models' depth, once layers are searched."""
-    layers = search.config.genome.layers
-    if layers is None:
+    if not search.space.deeper:
         return 0
     moves = openings(search.book.advice(role=STRUCTURE))
     opened = any(o.move.change == "layers" and not o.refusal for o in moves)
-    return max(0, layers.most - 1) if opened else 0
+    return search.space.deeper - 1 if opened else 0
 
 
 def items_left(search: Search) -> int:
@@ -52,8 +51,7 @@ def ending_items(search: Search) -> int:
     """The sealed items that the end asks, at most, where each merge has a finite answer: of the
     parents, the best cheap merge, the answer, the stacks under it, and the other arm's best."""
     merges = len(search.space.genome.parents) + 2 + bool(search.config.search.shadow)
-    layers = search.config.genome.layers
-    merges += layers.most if layers else 0
+    merges += search.space.deeper
     return merges * len(set(search.taskset.refs("sealed")) - set(search.taskset.refs("search")))
 
 

@@ -72,11 +72,12 @@ def _unused(search: Search, stop_reason: str) -> list[str]:
     if why is None or not left:
         return []
     told = f"{left} evaluations are left: {search.config.algorithm} {why}, and "
-    move = wanted_move(search, search.book.candidates()[-1].generation, worth=lambda move: 0)
+    move = wanted_move(search, search.book.candidates()[-1].generation, worth=lambda *_: 0)
     if move is not None:
+        least = worth(move, search.space)
         return [
             f"{told}another search space ({move.change} {move.value}) is opened only while "
-            f"{worth(move)} are: resume with {worth(move) - left} more evaluations, at least"
+            f"{least} are: resume with {least - left} more evaluations, at least"
         ]
     return [
         f"{told}a larger budget changes nothing; a branch with another strategy goes on from here"

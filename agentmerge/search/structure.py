@@ -25,7 +25,7 @@ from agentmerge.space.moves import finer, moved
 
 
 def wanted_move(
-    search: Search, generation: int, *, worth: Callable[[StructuralMove], int] = worth
+    search: Search, generation: int, *, worth: Callable[[StructuralMove, SearchSpace], int] = worth
 ) -> StructuralMove | None:
     """The structural move to decide on before the next generation, if there is one.
 
@@ -56,7 +56,7 @@ def wanted_move(
     known = {(opening.move.change, opening.move.value) for opening in before}
     if move is None or (move.change, move.value) in known:
         return None
-    return move if budget.evaluations_left(search) >= worth(move) else None
+    return move if budget.evaluations_left(search) >= worth(move, search.space) else None
 
 
 def approval(search: Search, generation: int) -> bool | None:

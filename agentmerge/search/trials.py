@@ -97,9 +97,9 @@ def trials_of(
     return Trials(leader, trial, tuple(spaces), tuple(turn))
 
 
-def worth(move: StructuralMove) -> int:
-    """Evaluations that must be left for a move."""
-    return WORTH_OF_LAYERS if move.change == "layers" else WORTH
+def worth(move: StructuralMove, space: SearchSpace) -> int:
+    """Evaluations that must be left for a move; those of layers end with a table of depths."""
+    return WORTH_OF_LAYERS + max(0, space.deeper - 1) if move.change == "layers" else WORTH
 
 
 def trial_length(space: SearchSpace) -> int:

@@ -13,7 +13,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -50,6 +50,14 @@ class SearchSpace(LayerGroups):
         if self.under is None or self.outputs is None:
             return None
         return LayersForm(self, self.under, self.outputs)
+
+    @cached_property
+    def deeper(self) -> int:
+        """How many layers a stack may have beyond the models' own; 0 where none is searched."""
+        if self.outputs is None:
+            return 0
+        over = self.stacks or replace(self, under=self.uniform()[0]).stacks
+        return 0 if over is None else max(0, over.depth - self.num_layers)
 
     @cached_property
     def form(self) -> SpaceForm:

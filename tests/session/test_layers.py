@@ -36,7 +36,7 @@ def layered(layers: Any = 4, algorithm: str = "gradient", **sections: Any) -> di
     return {
         "genome": genome,
         "search": search | sections.pop("search", {}),
-        "budget": {"max_evaluations": 44},
+        "budget": {"max_evaluations": 56},
     } | sections
 
 
@@ -76,7 +76,7 @@ def test_every_strategy_searches_layers(tmp_path: Path, algorithm: str, form: st
 
 @pytest.mark.parametrize("algorithm", ["auto", "margins"])
 def test_strategies_that_model_items_search_layers(tmp_path: Path, algorithm: str) -> None:
-    sections = layered(4, algorithm, budget={"max_evaluations": 34})
+    sections = layered(4, algorithm, budget={"max_evaluations": 44})
     row = driving.run(config(**sections), name="a", runs_dir=tmp_path)
     (opening,), candidates = moves_of(tmp_path, "a")
     assert (row.status, opening.refusal) == ("done", "")
@@ -98,6 +98,16 @@ def test_a_merge_by_any_method_gets_layers(tmp_path: Path, method: str) -> None:
     stacks = recipes_of(tmp_path, "a", layers)[1:]
     assert {r.merge_method for r in stacks} == {"linear"}
     assert replay("a", runs_dir=tmp_path).identical
+
+
+def test_as_many_layers_as_there_are_leave_a_budget_to_search_them(tmp_path: Path) -> None:
+    """What is kept back for the table of depths is for depths that there are."""
+    row = driving.run(config(**layered(99)), name="a", runs_dir=tmp_path)
+    (opening,), candidates = moves_of(tmp_path, "a")
+    assert (row.status, opening.refusal) == ("done", "")
+    _, layers = dict.fromkeys(c.space for c in candidates)
+    assert sum(c.space == layers for c in candidates) >= 3
+    assert max(depth(recipe) for recipe in recipes_of(tmp_path, "a", layers)) <= 12
 
 
 def test_it_keeps_the_layers_of_the_best_so_far(tmp_path: Path) -> None:
@@ -168,8 +178,9 @@ def test_a_gradient_is_asked_of_absent_layers_too(
 
     monkeypatch.setattr(GradientSteps, "propose", told)
     driving.run(config(**layered(1)), name="a", runs_dir=tmp_path)
-    assert {len(o.gradient or ()) for o in seen} == {16}
-    assert all(x != 0 for o in seen for x in o.gradient or ())
+    found = [o.gradient for o in seen if o.gradient is not None]
+    assert {len(gradient) for gradient in found} == {16}
+    assert all(x != 0 for gradient in found for x in gradient)
 
 
 @pytest.mark.parametrize(("built", "refusal"), [(2, ""), (1, "6 layers")])
