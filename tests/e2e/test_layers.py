@@ -11,10 +11,13 @@ import yaml
 from agentmerge.config import SearchConfig
 from agentmerge.demo.family import TinyFamily
 from agentmerge.demo.tasks import CHOICE_TASK, demo_config, skill_task, write_tasks
+from agentmerge.errors import ConfigError
 from agentmerge.ledger import Ledger
+from agentmerge.preflight.prepare import prepare
 from agentmerge.recipe import Recipe
 from agentmerge.session import driving
 from agentmerge.session.replay import replay
+from tests.merging.stack_cases import write_family
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +67,31 @@ def test_layers_are_searched_on_live_models(
 def _depth(recipe: Recipe) -> int:
     ranges = [piece.sources[0].layer_range or (0, 0) for piece in recipe.slices]
     return sum(end - start for start, end in ranges)
+
+
+def test_check_says_what_live_stacks_cost(body: dict[str, Any]) -> None:
+    prepared = prepare(SearchConfig.from_text(yaml.safe_dump(body)), weights=False)
+    assert prepared.layers is not None
+    assert (prepared.layers.dimensions, prepared.layers.deepest) == (16, 6)
+    assert prepared.layers.cost_a_token == 1.5
+    assert prepared.layers.scaled_bytes
+    assert prepared.space.outputs == ("self_attn.o_proj", "mlp.down_proj")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("olmo2", "its layers do not normalize what they read"),
+        ("gemma2", "the layers of a gemma2 model are scaled by their norms"),
+    ],
+)
+def test_models_whose_layers_cannot_be_scaled_are_a_fault(
+    body: dict[str, Any], tmp_path: Path, kind: str, words: str
+) -> None:
+    paths = write_family(tmp_path, kind)
+    genome = {"models": [str(p) for p in paths.values()], "merge_method": "linear", "layers": 2}
+    config = SearchConfig.from_text(yaml.safe_dump(body | {"genome": genome}))
+    with pytest.raises(ConfigError) as caught:
+        prepare(config, weights=False, tasks=False)
+    (fault,) = (f for f in caught.value.faults if f.startswith("genome.layers is not possible: "))
+    assert words in fault
