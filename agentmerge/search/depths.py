@@ -107,8 +107,8 @@ def _way_down(
 ) -> tuple[SearchSpace, Point, list[Point]] | None:
     """The space of a stack, its point there, and those of all between it and the merge under it,
     deepest first; None of a merge of weights."""
-    if stack.operator in CHEAP:
-        return None
+    if stack.operator in CHEAP or len({c.space for c in candidates}) < 2:
+        return None  # no other space was opened
     opened = search.trials(candidates[-1].generation).spaces
     space = next((space for space in reversed(opened) if space.stacks is not None), None)
     if space is None:
