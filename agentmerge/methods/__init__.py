@@ -273,6 +273,7 @@ _ROWS = (
 
 #: By name: these, and what others add.
 METHODS = MethodTable({method.name: method for method in _ROWS})
+LINEAR = METHODS["linear"]
 
 #: What copies layers, in any order and number; no search moves its one parameter yet.
 PASSTHROUGH = Method(

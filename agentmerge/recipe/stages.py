@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from agentmerge.errors import RecipeError, RecipeRejected
-from agentmerge.methods import PASSTHROUGH
+from agentmerge.methods import LINEAR, PASSTHROUGH
 from agentmerge.recipe.copying import stacked_layers
 from agentmerge.recipe.parts import Body, Setting
 
@@ -23,7 +23,7 @@ B = TypeVar("B", bound=Body)
 MERGES = "merges"
 #: What canonical form calls it.
 NAME = "merge"
-_OVER = ("linear", PASSTHROUGH.name)
+_OVER = (LINEAR.name, PASSTHROUGH.name)
 
 
 def as_mapping(documents: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -158,7 +158,7 @@ def _hands_on(recipe: Body, name: str, merge: Body) -> bool:
     whole = (("weight", Setting.scalar(1.0)),)
     rest = [source.parameters for piece in recipe.slices for source in piece.sources]
     return (
-        recipe.merge_method == "linear"
+        recipe.merge_method == LINEAR.name
         and [source.model for piece in recipe.slices for source in piece.sources] == [name]
         and rest == [whole]
         and (recipe.out_dtype or recipe.dtype) == (merge.out_dtype or merge.dtype)

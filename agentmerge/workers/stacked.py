@@ -24,7 +24,7 @@ from agentmerge.merging.digests import digest_of_lines, tensor_line
 from agentmerge.merging.family import Family
 from agentmerge.merging.live import Loaded
 from agentmerge.merging.plan import MergePlan, TensorPlan
-from agentmerge.methods import PASSTHROUGH, RECIPE_METHODS
+from agentmerge.methods import LINEAR, PASSTHROUGH, RECIPE_METHODS
 from agentmerge.parents.depth import followed
 from agentmerge.parents.naming import at_layer
 from agentmerge.workers.targets import home_of
@@ -313,7 +313,7 @@ def _made_of(item: TensorPlan, merge_seed: int | None) -> Any:
     """What two tensors have in common that are made alike."""
     made = item.effective
     numbers = tuple(own for _, _, own in made.sources)
-    if made.method == "linear" and not any(dict(own)["weight"] for own in numbers):
+    if made.method == LINEAR.name and not any(dict(own)["weight"] for own in numbers):
         return item.spec.shape, item.dtype  # nothing, whoever adds it
     seed = merge_seed if RECIPE_METHODS[made.method].random else None
     how = (made.method, made.base_model, numbers, made.shared, item.dtype, seed)
@@ -328,7 +328,7 @@ def _copied_from(item: TensorPlan) -> tuple[str, str] | None:
     values = [dict(own) for _, _, own in effective.sources]
     if effective.method == PASSTHROUGH.name:
         return item.inputs[0] if values[0]["scale"] == 1.0 else None
-    if effective.method != "linear":
+    if effective.method != LINEAR.name:
         return None
     live = [
         (given, own["weight"])
