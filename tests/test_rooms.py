@@ -78,8 +78,8 @@ def test_no_two_classes_have_a_name() -> None:
     assert [name for name, count in names.items() if count > 1] == []
 
 
-#: Words of these tables that are words of others too: a placement, what a proposal wants.
-ALSO = {"auto", "gradient"}
+#: Words of these tables that are words of others too: a placement, what a proposal wants, an axis.
+ALSO = {"auto", "gradient", "scale"}
 TABLES = {"methods/__init__.py", "methods/kinds.py", "plugins.py", "contracts/operators.py"}
 
 
