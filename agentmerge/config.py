@@ -921,13 +921,20 @@ def _build(model: type[_Frozen], body: dict[str, Any], section: str, out: _Fault
         return None
 
 
+#: What pydantic calls the kinds that a value may be of (a number or a word), as if they were keys.
+_OF_A_UNION = re.compile(r"constrained-|literal\[")
+
+
 def said_of(error: ValidationError, section: str) -> Iterator[tuple[str, str]]:
     """(key, what follows its name in a sentence) of each fault of a section's values."""
     problems = error.errors()
     for problem in problems:
         if problem["type"] == "too_short" and len(problems) > 1:
             continue  # what was left after faulty entries were dropped
-        path = ".".join(str(part) for part in (section, *problem["loc"]) if part != "")
+        place = tuple(part for part in problem["loc"] if not _OF_A_UNION.match(str(part)))
+        path = ".".join(str(part) for part in (section, *place) if part != "")
+        if place != problem["loc"] and problem["type"] == "literal_error":
+            continue  # the other kind of value says what it may be
         yield path, _in_our_words(problem)
 
 

@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from agentmerge.parents.writing import copy_side_files, directory_at_once
 from agentmerge.recipe import Recipe, renamed
 from agentmerge.recipe.copying import layers_read
 from agentmerge.recipe.stages import MERGES
+from agentmerge.system.temporary import temporary_folder
 
 
 def mergekit_merge(
@@ -76,12 +76,12 @@ def mergekit_merge(
 
     with (
         directory_at_once(out_dir, overwrite=overwrite) as scratch,
-        TemporaryDirectory(dir=scratch.parent) as first,
+        temporary_folder("agentmerge-stages", scratch.parent) as first,
         _generators_kept(),
     ):
         try:
             for number, (name, one) in enumerate(recipe.merges):
-                places[name] = str(Path(first) / str(number))
+                places[name] = str(first / str(number))
                 merge(one, Path(places[name]))
             merge(recipe, scratch)
         except Exception as error:  # mergekit raises plain RuntimeError and ValueError

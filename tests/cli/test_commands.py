@@ -113,7 +113,7 @@ def every_command() -> dict[str, Any]:
 
 
 def test_what_prints_a_result_prints_it_as_json() -> None:
-    speaks_a_protocol = {"mcp"}
+    speaks_a_protocol = {"mcp", "ui"}
     lacking = {
         name
         for name, command in every_command().items()

@@ -243,7 +243,8 @@ def test_a_stack_is_exported_as_it_was_scored(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def answer(ledger: Ledger, row: Any) -> dict[str, Any]:
+    def answer(ledger: Ledger, row: Any, layers: int | None) -> dict[str, Any]:
+        assert layers is None
         (found,) = [c for c in ledger.candidates(row.id, 0) if c.label == f"{name}.yml"]
         return {"recipe": ledger.recipe(found.recipe_hash, row.id)} | candidate_summary(found)
 

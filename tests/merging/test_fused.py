@@ -199,6 +199,7 @@ def kept_by(cut: Cut, base: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 class TestOrders:
+    @pytest.mark.slow
     @bounded
     @given(st.data())
     def test_cuts_keep_what_selecting_keeps(self, data: st.DataObject) -> None:

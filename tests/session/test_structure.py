@@ -210,6 +210,7 @@ def test_a_branch_keeps_the_spaces_and_may_change_the_genome(tmp_path: Path) -> 
     assert {len(c.vector) for c in candidates if c.generation > 2 and c.vector} == {2}
 
 
+@pytest.mark.slow
 def test_a_space_that_few_evaluations_did_not_open_is_told(tmp_path: Path) -> None:
     """It said that a larger budget changes nothing, and a larger budget opened a space."""
     sections = {
