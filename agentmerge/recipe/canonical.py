@@ -83,8 +83,8 @@ def _canonical_slice(recipe: Body, piece: Slice, num_layers: int) -> Slice:
         layers = source.layer_range or (0, num_layers)
         if layers[1] > num_layers:
             raise RecipeRejected(
-                f"the recipe reads layers {layers[0]} to {layers[1]} of {source.model!r}, which has "
-                f"{num_layers}"
+                f"the recipe reads layers {layers[0]} to {layers[1]} of {source.model!r}, which "
+                f"has {num_layers}"
             )
         read = own if method.engine == "foreign" else _without_unread(own)
         sources.append(Source(source.model, layers, tuple(read)))
