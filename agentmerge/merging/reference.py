@@ -111,11 +111,12 @@ def _settings_follow(recipe: Recipe) -> Iterator[None]:
         text = config.get_text_config(decoder=True)
         own = text.to_dict()
         depth = len(own.get("layer_types") or ())
-        for key, value in followed(own, depth, layers).items():
-            setattr(text, key, value)
+        if layers != tuple(range(depth)):  # in their places they keep what they have
+            for key, value in followed(own, depth, layers).items():
+                setattr(text, key, value)
         return config
 
-    merge._model_out_config = made if layers else original
+    merge._model_out_config = made
     try:
         yield
     finally:

@@ -104,8 +104,8 @@ def _faults(look: Look) -> Iterator[str]:
     config = look.config
     if config.search.structure == "fixed":
         yield "genome.layers opens another search space; set search.structure to advised or free"
-    if not getattr(look.kind, "runs_stacks", False):
+    if look.kind is not None and not getattr(look.kind, "runs_stacks", False):
         yield (
             f"genome.layers is not possible with worker.kind {config.worker.kind}, which runs no "
-            "stacks of layers; use hf or disk"
+            "stacks of layers; use hf, disk or vllm"
         )

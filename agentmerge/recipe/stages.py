@@ -30,7 +30,7 @@ def as_mapping(documents: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The one mapping of several documents.
 
     Raises:
-        RecipeError: it cannot be told which comes last, or a name is there twice.
+        RecipeError: it cannot be told which comes last, or first stages are said in two ways.
     """
     unnamed = [index for index, body in enumerate(documents) if "name" not in body]
     if len(unnamed) > 1:
@@ -41,6 +41,11 @@ def as_mapping(documents: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     last = unnamed[0] if unnamed else len(documents) - 1
     others = [body for index, body in enumerate(documents) if index != last]
     whole = {key: value for key, value in documents[last].items() if key != "name"}
+    if others and MERGES in whole:
+        raise RecipeError(
+            "the recipe has documents with a 'name', and its last one has 'merges' too; write all "
+            "first stages in one of the two ways"
+        )
     return {MERGES: others, **whole} if others else documents[last]
 
 
@@ -143,9 +148,10 @@ def one_form(recipe: B, canonical: Callable[[B], B], num_layers: int) -> B:
         while new in models - set(used):
             new += "_"
         merges[name] = new, replace(made, chat_template=None, tokenizer_source=None, notes=())
-    if len(used) == 1 and (only := merges[used[0]][1]) and _hands_on(recipe, used[0], only):
+    in_place = stacked_layers(recipe, num_layers) is None
+    if len(used) == 1 and in_place and _hands_on(recipe, used[0], merges[used[0]][1]):
         return replace(
-            only,
+            merges[used[0]][1],
             tokenizer_source=recipe.tokenizer_source,
             chat_template=recipe.chat_template,
             notes=recipe.notes,

@@ -212,7 +212,7 @@ class FakeWorker:
             raise CandidateFailed("the fake worker fails this candidate, as it was told to")
         if not (np.abs(point) < np.finfo(np.float32).max).all():
             raise CandidateFailed("the merge is not finite; the weights are too large")
-        self._live, self._places = point, _places(recipe)
+        self._live, self._places = point, _places(recipe, self._depth)
         self._hanging = self._hangs(recipe, point)
         self._on_bad_merge = bool(self._bad_items) and self._bad_on(recipe, point)
         digest = hashlib.sha256(point.tobytes()).hexdigest()[:16]
@@ -373,7 +373,7 @@ def _evenly(shared: Mapping[str, float]) -> float:
 _Place = tuple[int, bool]
 
 
-def _places(recipe: Recipe) -> tuple[_Place, ...] | None:
+def _places(recipe: Recipe, depth: int) -> tuple[_Place, ...] | None:
     """None of a recipe that makes layers in their places, or none by weights."""
     if RECIPE_METHODS[recipe.merge_method] is PASSTHROUGH:
         return None
@@ -382,7 +382,7 @@ def _places(recipe: Recipe) -> tuple[_Place, ...] | None:
         for piece in recipe.slices
         for offset in range(length(piece))
     ]
-    if [layer for layer, _ in rows] == list(range(len(rows))):
+    if len(rows) >= depth and [layer for layer, _ in rows] == list(range(len(rows))):
         return None
     most = {layer: max(n for k, n in rows if k == layer) for layer, _ in rows}
     own = {layer: rows.index((layer, n)) for layer, n in most.items()}

@@ -8,6 +8,7 @@ import pytest
 
 from agentmerge.errors import RecipeError, RecipeRejected
 from agentmerge.recipe import Recipe
+from agentmerge.recipe.copying import layers_read
 
 FIRST = """\
 name: weights
@@ -90,6 +91,13 @@ def test_a_last_stage_that_hands_a_merge_on_is_that_merge() -> None:
     assert Recipe.parse(f"{FIRST}---\n{half}").canonical(4).merges
 
 
+@pytest.mark.parametrize("layers", [(0, 3), (1, 3), (0, 4)])
+def test_a_last_stage_that_takes_some_layers_makes_those(layers: tuple[int, int]) -> None:
+    one = f"{{model: weights, layer_range: [{layers[0]}, {layers[1]}], parameters: {{weight: 1}}}}"
+    made = Recipe.parse(f"{FIRST}---\nmerge_method: linear\nslices: [{{sources: [{one}]}}]")
+    assert layers_read(made.canonical(4)) == tuple(range(*layers))
+
+
 def test_a_name_alone_is_nothing() -> None:
     assert not Recipe.parse(FIRST).merges
 
@@ -107,6 +115,7 @@ def test_a_name_alone_is_nothing() -> None:
         (f"{FIRST}---\n- 1", "must be a mapping"),
         (BOTH.replace("name: weights", "name: 3"), "needs a 'name', and 3 is none"),
         ("merges: 4\n" + LAST, "merges must be a list"),
+        (f"{FIRST}---\nmerges: []\n{LAST}", "first stages in one of the two ways"),
     ],
 )
 def test_what_cannot_be_read(text: str, words: str) -> None:
