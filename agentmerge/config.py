@@ -927,15 +927,23 @@ _OF_A_UNION = re.compile(r"constrained-|literal\[")
 
 def said_of(error: ValidationError, section: str) -> Iterator[tuple[str, str]]:
     """(key, what follows its name in a sentence) of each fault of a section's values."""
-    problems = error.errors()
-    for problem in problems:
+    problems = [(_place(problem), problem) for problem in error.errors()]
+    words = {
+        place: problem["ctx"]["expected"]
+        for place, problem in problems
+        if problem["type"] == "literal_error" and place != problem["loc"]
+    }
+    for place, problem in problems:
         if problem["type"] == "too_short" and len(problems) > 1:
             continue  # what was left after faulty entries were dropped
-        place = tuple(part for part in problem["loc"] if not _OF_A_UNION.match(str(part)))
+        if problem["type"] == "literal_error" and place in words:
+            continue  # said with the number that may stand there
         path = ".".join(str(part) for part in (section, *place) if part != "")
-        if place != problem["loc"] and problem["type"] == "literal_error":
-            continue  # the other kind of value says what it may be
-        yield path, _in_our_words(problem)
+        yield path, _in_our_words(problem, words.get(place, ""))
+
+
+def _place(problem: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(part for part in problem["loc"] if not _OF_A_UNION.match(str(part)))
 
 
 #: pydantic's kinds of faults, by how their names begin, and what to say instead.
@@ -961,13 +969,14 @@ _WORDS = {
 }
 
 
-def _in_our_words(problem: Mapping[str, Any]) -> str:
-    """What follows the key's name."""
+def _in_our_words(problem: Mapping[str, Any], word: str) -> str:
+    """What follows the key's name. word: that may stand there too."""
     kind = problem["type"]
     if kind in ("value_error", "assertion_error"):
         return ": " + str(problem["msg"]).partition(", ")[2]
     words = next((text for name, text in _WORDS.items() if kind.startswith(name)), None)
     said = words.format(**problem.get("ctx", {})) if words else f": {problem['msg']}"
+    said += f", or {word}" if word else ""
     return said if not words else f" {said}" + ("" if kind == "missing" else _got(problem))
 
 

@@ -57,7 +57,7 @@ class VirtualPool:
         self._running: list[tuple[float, int, Future[Any], Callable[[], Any]]] = []
         self._submitted = 0
         self.now = self.busy = 0.0
-        self.order: list[int] = []
+        self._begun = 0
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
         turn: Future[Any] = Future()
@@ -72,8 +72,8 @@ class VirtualPool:
         while self._waiting and len(self._running) < self._workers:
             turn, work, seconds = self._waiting.popleft()
             self.busy += seconds
-            self.order.append(len(self.order))
-            heapq.heappush(self._running, (self.now + seconds, len(self.order), turn, work))
+            self._begun += 1
+            heapq.heappush(self._running, (self.now + seconds, self._begun, turn, work))
 
     def wait(self, turns: Collection[Future[Any]], beside: Collection[Future[Any]] = ()) -> None:
         while not all(turn.done() for turn in turns):

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
     asked = parser.parse_args(arguments)
     families, arms = asked.family.split(","), asked.arms.split(",")
-    for given, known in ((families, FAMILIES), (arms, ARMS)):
+    for given, known in ((families, FAMILIES), (arms, ARMS), ([asked.against], ARMS)):
         if unknown := sorted(set(given) - set(known)):
             parser.error(f"{unknown[0]!r} is not known; there are {', '.join(known)}")
     most = [int(n) for n in asked.most.split(",")]

@@ -183,7 +183,10 @@ def window_notes(config: SearchConfig) -> list[str]:
         why = f"{config.algorithm} learns from whole generations" if whole else ""
         why = why or ("search.shadow compares whole generations" if config.search.shadow else "")
         if config.search.lag and why:
-            return [f"search.lag {config.search.lag} changes nothing: {why}"]
+            return [
+                f"search.lag {config.search.lag} opens no window: {why}; leave it out, or set "
+                "search.population, to keep all workers at work"
+            ]
     return []
 
 

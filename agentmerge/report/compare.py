@@ -126,7 +126,10 @@ def recipe_changes(
         for row, answer in zip(rows, answers, strict=True)
         if answer is not None
     ]
-    recipes = [Recipe.parse(text).canonical(finest.num_layers) for text in texts]
+    try:
+        recipes = [Recipe.parse(text).canonical(finest.num_layers) for text in texts]
+    except AgentmergeError:  # one was refused: it has no text, or one that makes nothing
+        return {"columns": [], "rows": []}
     depth = max(stack_depth(recipe, finest.num_layers) for recipe in recipes)
     grids = [grid(finest, recipe, depth) for recipe in recipes]
     return {"columns": list(grids[0].columns), "rows": _changed(grids[0], grids[1])}

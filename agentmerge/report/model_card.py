@@ -138,7 +138,7 @@ def _scores(
     lines.append(total)
     if sealed:
         lines += ["", "Sealed items were never seen by the search. Intervals are Wilson's, 95 %."]
-    for d in row.card.differences if _told(row, found) is row.card.answer else ():
+    for d in row.card.differences if found["recipe_hash"] == row.card.answer.recipe_hash else ():
         lines.append(
             f"\nAgainst {short_name(d.against)}: {figure(d.mean, '+', 4)} "
             f"({figure(d.low, '+', 4)} to {figure(d.high, '+', 4)}, 95 %, paired by item)."

@@ -29,6 +29,7 @@ from agentmerge.ledger import Candidate, GradientKey, incumbent
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.names import short_name
 from agentmerge.search import budget
+from agentmerge.search.constraints import violation
 from agentmerge.search.past import arm_of
 from agentmerge.search.scoring import Answers
 from agentmerge.search.search import Search
@@ -67,6 +68,17 @@ def collect(search: Search, generation: int) -> None:
         error = None if turn.cancelled() else turn.exception()
         if error is not None and not isinstance(error, NotBegun):
             raise error
+
+
+def judged(search: Search) -> list[Candidate]:
+    """All candidates, their violations brought up to date."""
+    candidates = search.book.candidates()
+    if not search.config.search.constraints:
+        return candidates
+    bounds = search.floors(candidates)
+    found = {(c.generation, c.slot): violation(bounds, dict(c.tasks)) for c in candidates}
+    search.book.save_violations(found)
+    return search.book.candidates()
 
 
 def evaluate(search: Search, generation: int, slot: int) -> None:

@@ -29,6 +29,7 @@ from agentmerge.search.choosing import (
 )
 from agentmerge.search.constraints import kept
 from agentmerge.search.depths import settled
+from agentmerge.search.evaluate import collect, judged
 from agentmerge.search.past import best_within, charges
 from agentmerge.search.search import Search
 from agentmerge.search.state import SearchState
@@ -45,8 +46,11 @@ def finish(search: Search, stop_reason: str) -> SearchState:
     """Choose the answer, confirm it on sealed items, write recipe and card."""
     search.entering()
     search.emit(Ending(reason=stop_reason))
-    candidates = search.book.candidates()
-    search.whole.add(candidates[-1].generation)
+    last = search.book.candidates()[-1].generation
+    search.whole.add(last)
+    if search.dispatched:  # a limit came while a window was at work
+        collect(search, last)
+    candidates = judged(search)
     card: Card | None = None
     if incumbent(candidates) is not None:
         card = final_card(search, candidates)
@@ -99,7 +103,9 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> Card:
     deep = settled(search, found.choice.winner, candidates, part)
     answer, doubts = (found.answer, []) if found.unproven else (deep.answer, deep.notes)
     if answer is not found.answer and answer.operator not in CHEAP:
-        answer, more = beyond_noise(search, answer, [answer, *tried], [*parents, *rivals])
+        answer, more = beyond_noise(
+            search, answer, [answer, *tried], [c for c in allowed if c.operator in CHEAP]
+        )
         doubts = [*doubts, *more]
     # Search items are known of all of them; sealed ones are asked of the best cheap merge alone.
     others = [*parents, *(rivals[:1] if sealed else rivals)]

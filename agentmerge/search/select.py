@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from agentmerge.ledger import Candidate, incumbent
 from agentmerge.ledger.rows import whole
 from agentmerge.search import budget
-from agentmerge.search.constraints import violation
 from agentmerge.search.depths import ask_shallower
-from agentmerge.search.evaluate import collect
+from agentmerge.search.evaluate import collect, judged
 from agentmerge.search.finish import write_best
 from agentmerge.search.past import BARREN_GENERATIONS
 from agentmerge.search.propose import propose
@@ -42,20 +41,20 @@ class Outcome:
 def select(search: Search, generation: int) -> Outcome:
     """Find the incumbent, save its recipe, and decide what comes next."""
     search.entering()
-    candidates = _judged(search)
+    candidates = judged(search)
     if candidates[-1].generation < generation and generation not in search.exhausted:
         # The strategy had none, or the ledger is behind the graph's checkpoint: it decides.
         generation = propose(search, candidates[-1].generation)
-        candidates = _judged(search)
+        candidates = judged(search)
     if complete(search, generation, candidates):
-        candidates = _judged(search)
+        candidates = judged(search)
     best = incumbent(candidates)
     if best is not None:
         write_best(search, best)
     if search.seconds_left() <= budget.ending_s(search):
         search.whole.add(generation)
         collect(search, generation)  # what is at work in the window
-        return Outcome(best, "timeout", generation=generation)
+        return Outcome(incumbent(judged(search)), "timeout", generation=generation)
     known = horizon(search, generation)
     still_open = [(c.generation, c.slot) for c in pending(search, generation)]
     if any(at[0] <= known or at not in search.dispatched for at in still_open):
@@ -86,17 +85,6 @@ def _reason(search: Search, generation: int) -> str:
         return "nothing new"
     # The strategy had no proposal.
     return "nothing more to gain" if candidates[-1].generation < generation else ""
-
-
-def _judged(search: Search) -> list[Candidate]:
-    """All candidates, their violations brought up to date."""
-    candidates = search.book.candidates()
-    if not search.config.search.constraints:
-        return candidates
-    bounds = search.floors(candidates)
-    found = {(c.generation, c.slot): violation(bounds, dict(c.tasks)) for c in candidates}
-    search.book.save_violations(found)
-    return search.book.candidates()
 
 
 def _barren(candidates: Sequence[Candidate], generation: int) -> bool:

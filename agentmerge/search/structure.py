@@ -42,21 +42,34 @@ def wanted_move(
     now = search.trials(generation)
     if now.trial is not None:
         return None
+    known = {(opening.move.change, opening.move.value) for opening in before}
+    left = budget.evaluations_left(search)
+
+    def possible(move: StructuralMove | None) -> bool:
+        return (
+            move is not None
+            and (move.change, move.value) not in known
+            and left >= worth(move, search.space)
+        )
+
     guidance = guidance_of(search.book.advice(generation))
     move = guidance.structural_move if guidance.source == "model" else None
-    if move is None and wish == "free" and _worth_refining(search, generation, now.leader):
-        move = finer(now.leader)
-    if move is None and _layers_are_due(search, generation, now.leader, before):
-        move = StructuralMove("layers", "", "weights have no more to give")
+    rung = finer(now.leader) if wish == "free" else None
+    if move is None and possible(rung) and _worth_refining(search, generation, now.leader):
+        move = rung
+    layers = StructuralMove("layers", "", "weights have no more to give")
+    if (
+        move is None
+        and possible(layers)
+        and _layers_are_due(search, generation, now.leader, before)
+    ):
+        move = layers
     if move is not None and move.change == "layers":
         scored = [c for c in search.book.candidates() if c.score is not None]
         # A stack may be the best: a cheap rival, a warm start.
         best = incumbent([c for c in scored if search.depth_of(c) == search.space.num_layers])
         move = replace(move, value=f"{best.generation}.{best.slot}" if best else "")
-    known = {(opening.move.change, opening.move.value) for opening in before}
-    if move is None or (move.change, move.value) in known:
-        return None
-    return move if budget.evaluations_left(search) >= worth(move, search.space) else None
+    return move if possible(move) else None
 
 
 def approval(search: Search, generation: int) -> bool | None:

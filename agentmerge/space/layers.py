@@ -160,7 +160,7 @@ class LayersForm:
 
     def neutral(self) -> tuple[float, ...]:
         """The point at which nothing is added: the merge that lies under."""
-        values = self._values([AS_IT_IS if p.home else ABSENT for p in self.positions])
+        values = self._values(self._as_it_is)
         return tuple(axis.unit(value) for axis, value in zip(self.axes, values, strict=True))
 
     def end_point(self, name: str) -> tuple[float, ...] | None:
@@ -179,9 +179,8 @@ class LayersForm:
     def everything(self, values: Sequence[float]) -> Recipe:
         """The same with every place there, at a scale of 0 where it is absent: what a gradient is
         asked of, since an absent layer has a slope too. With ``path`` absent places have none."""
-        if self.settings.path:
-            return self.recipe(values)
-        return self._stack(zip(self.positions, self.strengths(values), strict=True))
+        places = zip(self.positions, self.strengths(values), strict=True)
+        return self._stack((p, s) for p, s in places if any(s) or not self.settings.path)
 
     def strengths(self, values: Sequence[float]) -> list[Strength]:
         """Of every position, absent where its scales are near 0. Of more layers than are allowed

@@ -130,18 +130,8 @@ class Live:
             return None  # deleted since
         except UserError as error:  # its config names what is not installed here
             return {"name": name, "phase": str(error), "read": True}
-        keys = (
-            "name",
-            "read",
-            "status",
-            "phase",
-            "search",
-            "evaluations",
-            "best_parent",
-            "sparkline",
-        )
         best = board["best"]
-        return {key: board[key] for key in keys} | {
+        return {key: board[key] for key in _BRIEF} | {
             "limit": board["budgets"][0]["limit"],
             "best": None if best is None else best["score"],
         }

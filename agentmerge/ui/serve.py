@@ -45,7 +45,7 @@ def serve(runs_dir: Path, host: str, port: int, ready: Callable[[str, bool], Non
         shown = f"[{host}]" if family == socket.AF_INET6 else host
         ready(f"http://{shown}:{listening.getsockname()[1]}/", not near)
         settings = uvicorn.Config(
-            application(folder, hosts=LOOPBACK if near else ()),
+            application(folder, hosts=(*LOOPBACK, host) if near else ()),
             log_level="critical",
             access_log=False,
             lifespan="off",

@@ -58,16 +58,17 @@ def search_news(live: Live, name: str, drawn: Callable[[Snapshot], str]) -> News
 def list_news(live: Live) -> News:
     """The searches that stand otherwise than they did, and the names of all, newest first."""
     sent: dict[str, Any] = {}
-    names: list[str] = []
+    names: list[str] | None = None
 
     def news() -> tuple[str, bool]:
         nonlocal names
+        before, names = names, None  # after a fault a page is told again, and takes its word back
         found = live.briefs()
         more = not all(brief and brief["read"] for brief in found.values())
         changed = [brief for name, brief in found.items() if brief and sent.get(name) != brief]
-        same, names = names == list(found), list(found)
+        names = list(found)
         sent.update({brief["name"]: brief for brief in changed})
-        if same and not changed:
+        if names == before and not changed:
             return "", more
         told = [{"name": brief["name"], "cells": _cells(brief)} for brief in changed]
         return event("searches", {"names": names, "changed": told}), more

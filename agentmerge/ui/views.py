@@ -12,7 +12,15 @@ from agentmerge.ledger.overview import ORDERS
 from agentmerge.recipe import Recipe
 from agentmerge.report.compare import recipe_changes
 from agentmerge.report.explain import explain_recipe
-from agentmerge.report.items import Values, asked, candidate_name, gains, goodness, paired
+from agentmerge.report.items import (
+    ItemsAsked,
+    Values,
+    asked,
+    candidate_name,
+    gains,
+    goodness,
+    paired,
+)
 from agentmerge.report.summary import answer_of, run_summary
 
 #: Rows of a table on one page.
@@ -69,6 +77,11 @@ def candidate(
     found, best = ledger.candidate(row.id, generation, slot), answer_of(ledger, row)
     recipe = ledger.recipe(found.recipe_hash, row.id)
     same = best is None or best.recipe_hash == found.recipe_hash
+    question = asked(ledger, row, "search")
+    mine, theirs = (
+        question.values(ledger, hash_) if question is not None and hash_ else None
+        for hash_ in (found.recipe_hash, None if best is None or same else best.recipe_hash)
+    )
     return {
         "run": row.name,
         "candidate": _row(found),
@@ -77,8 +90,8 @@ def candidate(
         "best": None if best is None else _row(best),
         "same_as_best": same,
         "changes": recipe_changes(ledger, (row, row), (best, found)),
-        "against_best": None if best is None or same else _against(ledger, row, found, best),
-        "items": _items(ledger, row, found, None if same else best, query),
+        "against_best": None if same else _against(question, mine, theirs),
+        "items": _items(question, mine, theirs, query),
     }
 
 
@@ -97,49 +110,45 @@ def _explained(row: RunRow, recipe: str) -> dict[str, Any]:
         return {"reason": str(error)}
 
 
-def _against(ledger: Ledger, row: RunRow, mine: Candidate, best: Candidate) -> dict[str, Any]:
+def _against(
+    question: ItemsAsked | None, mine: Values | None, theirs: Values | None
+) -> dict[str, Any]:
     """{mean, low, high, tasks}: gained and lost against the best, or {reason}."""
-    question = asked(ledger, row, "search")
     if question is None:
         return {"reason": "which items were asked was not written down"}
-    values = question.values(ledger, mine.recipe_hash), question.values(ledger, best.recipe_hash)
-    if values[0] is None or values[1] is None:
+    if mine is None or theirs is None:
         return {"reason": "one of them was not asked every item"}
-    difference = paired(values[0], values[1], question)
+    difference = paired(mine, theirs, question)
     return {
         "difference": None if difference is None else difference._asdict(),
-        "tasks": gains(values[0], values[1], question),
+        "tasks": gains(mine, theirs, question),
     }
 
 
 def _items(
-    ledger: Ledger,
-    row: RunRow,
-    mine: Candidate,
-    best: Candidate | None,
+    question: ItemsAsked | None,
+    mine: Values | None,
+    theirs: Values | None,
     query: Mapping[str, str],
 ) -> dict[str, Any]:
     """{total, offset, limit, rows: [{task, item, value, margin, best, change}]}, or {reason}."""
-    question = asked(ledger, row, "search")
     if question is None:
         return {"reason": "which items were asked was not written down"}
-    values = question.values(ledger, mine.recipe_hash)
-    if values is None:
+    if mine is None:
         return {"reason": "it was not asked every item"}
-    other: Values = (best and question.values(ledger, best.recipe_hash)) or {}
     places = [(task, key) for task, keys in question.keys.items() for key in keys]
     offset, limit = _window(query)
     rows = []
     for task, key in places[offset : offset + limit]:
-        result, theirs = values[task][key], other.get(task, {}).get(key)
+        result, best = mine[task][key], (theirs or {}).get(task, {}).get(key)
         good = goodness(question, task)
-        pair = good(result), None if theirs is None else good(theirs)
+        pair = good(result), None if best is None else good(best)
         change = ""
         if pair[0] is not None and pair[1] is not None and pair[0] != pair[1]:
             change = "gained" if pair[0] > pair[1] else "lost"
         rows.append(
             {"task": task, "item": key, "value": result.value, "margin": result.margin}
-            | {"best": None if theirs is None else theirs.value, "change": change}
+            | {"best": None if best is None else best.value, "change": change}
         )
     return {"total": len(places), "offset": offset, "limit": limit, "rows": rows}
 

@@ -242,6 +242,10 @@ class Pool:
                 if any(turn.cancelled() or turn.exception() for turn in done):
                     for turn in due | others:
                         turn.cancel()
+                    with self._freed:  # what waits for a place has not begun either
+                        for turn in due | others:
+                            turn.unwanted = turn.unwanted or turn.place is None
+                        self._freed.notify_all()
                     wait_for(due | others)
                     return
         except BaseException:  # Ctrl-C: nobody waits for the workers any more
@@ -259,7 +263,8 @@ class Pool:
         if not turn.set_running_or_notify_cancel():
             return
         self._mine.turn = turn
-        result, error = None, None
+        result: T | None = None
+        error: BaseException | None = None
         try:
             if self._stopped:
                 raise _stopped()
@@ -268,7 +273,7 @@ class Pool:
         except BaseException as raised:
             error = raised
         if turn.place is not None and not getattr(self._host, "keeps", True):
-            self._discard(turn.place)
+            error = self._discard(turn.place) or error
         self._leave_place(turn)
         self._mine.turn = None
         if error is None:
@@ -522,9 +527,11 @@ class Pool:
         place.worker = place.hosted.ready()
         place.barren = False
 
-    def _discard(self, place: Place) -> None:
-        _emptied(place)
+    def _discard(self, place: Place) -> RunFailed | None:
+        """What a worker said that looked back at its end and found its answers wrong."""
+        failure = _emptied(place)
         self._give_back(place)
+        return failure
 
     def _give_back(self, place: Place) -> None:
         device, place.device = place.device, None

@@ -7,18 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
-from agentmerge.config import LayersConfig, SearchConfig
+from agentmerge.config import LayersConfig
 from agentmerge.contracts.strategy import Observation, rng_factory
 from agentmerge.demo.family import TinyFamily
-from agentmerge.demo.tasks import demo_config, skill_task, write_skill_tasks, write_tasks
-from agentmerge.preflight.prepare import prepare
 from agentmerge.testing.tiny import TINY, TinyProblem
 from agentmerge.workers.hf import HfWorker
 from benchmarks import stack
 from benchmarks.stack_problem import StackProblem
 from benchmarks.stack_rivals import Genetic
+from tests.benchmarks.test_tiny import demo_search
 
 ITEMS = 40
 FORMS = {"beside": LayersConfig(most=3), "path": LayersConfig(most=3, path=True, repeats=2)}
@@ -38,16 +36,7 @@ def drawn(problem: StackProblem, seed: int) -> tuple[float, ...]:
 
 
 def test_it_scores_stacks_as_the_worker_does(family: TinyFamily, tmp_path: Path) -> None:
-    tasks = write_tasks(tmp_path, family.skills, n_items=600)
-    write_skill_tasks(tmp_path, family.skills, n_items=600)
-    body = demo_config(family, tasks)
-    body["tasks"] = [
-        {"name": skill_task(skill), "weight": 0.5, "metric": "exact_match,none"}
-        for skill in family.skills
-    ]
-    body |= {"limit": ITEMS, "task_search_path": [str(tasks)]}
-    body["genome"]["layers"] = 3
-    prepared = prepare(SearchConfig.from_text(yaml.safe_dump(body)))
+    prepared = demo_search(family, tmp_path, ITEMS, layers=3)
     worker = HfWorker(prepared.spec, prepared.taskset)
     places = {"base": family.base} | dict(zip(family.skills, family.experts, strict=True))
     known = {path: name for name, path in prepared.paths.items()}

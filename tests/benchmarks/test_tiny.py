@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from agentmerge.config import SearchConfig
 from agentmerge.demo.family import TinyFamily
 from agentmerge.demo.tasks import demo_config, skill_task, write_skill_tasks, write_tasks
+from agentmerge.preflight.plan import Prepared
 from agentmerge.preflight.prepare import prepare
 from agentmerge.space import seeds
 from agentmerge.testing.tiny import NO_HEADROOM, TINY, TinyProblem
@@ -19,16 +21,22 @@ from agentmerge.workers.hf import HfWorker
 ITEMS = 60
 
 
-def test_it_scores_as_the_worker_does(family: TinyFamily, tmp_path: Path) -> None:
-    tasks = write_tasks(tmp_path, family.skills, n_items=600)
-    write_skill_tasks(tmp_path, family.skills, n_items=600)
+def demo_search(family: TinyFamily, folder: Path, items: int, **genome: Any) -> Prepared:
+    """A search of the demo's family on its own two skills."""
+    tasks = write_tasks(folder, family.skills, n_items=600)
+    write_skill_tasks(folder, family.skills, n_items=600)
     body = demo_config(family, tasks)
     body["tasks"] = [
         {"name": skill_task(skill), "weight": 0.5, "metric": "exact_match,none"}
         for skill in family.skills
     ]
-    body |= {"limit": ITEMS, "task_search_path": [str(tasks)]}
-    prepared = prepare(SearchConfig.from_text(yaml.safe_dump(body)))
+    body |= {"limit": items, "task_search_path": [str(tasks)]}
+    body["genome"] |= genome
+    return prepare(SearchConfig.from_text(yaml.safe_dump(body)))
+
+
+def test_it_scores_as_the_worker_does(family: TinyFamily, tmp_path: Path) -> None:
+    prepared = demo_search(family, tmp_path, ITEMS)
     worker = HfWorker(prepared.spec, prepared.taskset)
     problem = TinyProblem(TINY["tiny-so-8"], 0)
     rng = np.random.default_rng(0)

@@ -41,6 +41,7 @@ WRONG = {
     "sigma": ("search:\n  sigma_low: 0", "c.yml:7: search.sigma_low"),
     "retries": ("agents: {max_retries: -1}", "c.yml:6: agents.max_retries"),
     "workers": ("worker: {count: 0}", "c.yml:6: worker.count"),
+    "workers, a word": ("worker: {count: foo}", "a whole number, or 'auto', not 'foo'"),
     "batch": ("worker: {batch_size: auto}", "c.yml:6: worker.batch_size"),
     "timeout": ("budget: {timeout_s: 0}", "c.yml:6: budget.timeout_s"),
     "a timeout no clock has": ("worker: {timeout_s: 1e300}", "worker.timeout_s must be at most"),

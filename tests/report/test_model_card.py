@@ -52,6 +52,8 @@ def test_it_says_how_it_was_found_and_what_it_is_worth(runs: Path) -> None:
     assert f"{final['answer']['sealed_score']:.4f}" in text
     assert "Intervals are Wilson's" in text
     assert text.count(" to 0.") >= 2
+    assert final["differences"]
+    assert text.count("\nAgainst ") == len(final["differences"])
     assert "licences" in text
     assert "agentmerge branch ORIGIN --at 1 --as second" in text
     blocks = [part.split("```")[0] for part in text.split("```yaml\n")[1:]]

@@ -214,6 +214,19 @@ def test_spaces_are_told_apart_and_weights_are_what_they_were() -> None:
     assert SearchSpace(GenomeConfig(**body, layers=4), 4, outputs=OUTPUTS).key == plain.key
 
 
+@pytest.mark.parametrize("case", ["path", "repeated path"])
+def test_slopes_of_a_path_are_asked_of_a_stack_where_it_begins_too(case: str) -> None:
+    """Where its weights can be said; a ties merge alone in its place is that merge."""
+    layers, genome = CASES[case]
+    space = layered(layers, **genome)
+    start = space.uniform()[1]
+    assert start is not None
+    asked = space.slope_recipe(start)
+    assert asked.merge_method == "linear"
+    assert asked != space.under
+    assert depth_of(asked) == depth_of(space.recipe(start))
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if "path" not in case])
 def test_slopes_are_those_of_the_scales(case: str) -> None:
     """Of an invented loss that is linear in every tensor's weights: its differences are exact."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -13,11 +12,11 @@ from typing import Any
 import pytest
 
 from agentmerge.ledger.folder import LEDGER
+from tests.conftest import CHROMIUM
 from tests.report.conftest import search_family
 from tests.ui.test_served import SLOW, began, served
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-playwright = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright.sync_api")
 pytest.importorskip("axe_playwright_python")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
@@ -28,14 +27,6 @@ PAGES = {
     "candidate": "/run/first/candidate/2.1", "compare": "/compare?name=first&name=second",
     "lineage": "/lineage", "report": "/run/first/report", "fault": "/run/nobody",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")

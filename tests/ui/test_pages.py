@@ -435,3 +435,30 @@ def test_searches_that_nobody_looks_at_are_forgotten(
         assert following.look(name)["status"] == "done"
         assert len(following._followed) == 1
     assert re.fullmatch("[▁▂▃▄▅▆▇█]+", following.look("first")["sparkline"])
+
+
+def test_a_refused_candidate_has_its_page(copied: Path) -> None:
+    with sqlite3.connect(copied / LEDGER) as db:
+        db.execute("INSERT INTO recipes VALUES ('refused-2-1', '')")
+        db.execute(
+            "UPDATE candidates SET recipe_hash = 'refused-2-1', state = 'failed', score = NULL, "
+            "failure = 'refused' WHERE generation = 2 AND slot = 1"
+        )
+    db.close()
+    answer = asked(copied).get("/run/first/candidate/2.1")
+    assert answer.status_code == 200, answer.text
+    assert "refused" in answer.text
+
+
+def test_a_list_is_told_that_a_fault_is_over(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "LOOK_S", 60.0)
+    following = Live(runs, every_s=3600.0)
+    news = list_news(following)
+    assert news()[0]
+    assert news()[0] == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(following, "briefs", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            news()
+    assert news()[0].startswith("event: searches")
+    assert news()[0] == ""

@@ -4,12 +4,30 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))  # the tiny family
+
+
+@pytest.fixture(scope="module")
+def double() -> Iterator[None]:
+    """transformers normalizes in float32 whatever the model: too coarse for finite differences."""
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        size = x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon
+        return self.weight * x * torch.rsqrt(size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for norm in (LlamaRMSNorm, Qwen2RMSNorm):
+            patch.setattr(norm, "forward", forward)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ import pytest
 import tiny
 import torch
 from tiny import recipe
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from agentmerge.config import GenomeConfig
 from agentmerge.contracts.worker import Differentiator, Gradient, ItemRef, Loss, WorkerSpec
@@ -29,19 +28,6 @@ from agentmerge.workers.hf import HfWorker
 
 LAYERS = 3
 TASKS = ["tiny_choice", "tiny_cloze=acc,none", "tiny_text", "tiny_answer"]
-
-
-@pytest.fixture(scope="module")
-def double() -> Iterator[None]:
-    """transformers normalizes in float32 whatever the model: too coarse for finite differences."""
-
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        size = x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon
-        return self.weight * x * torch.rsqrt(size)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaRMSNorm, "forward", forward)
-        yield
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from agentmerge.contracts.worker import ItemRef, WorkerSpec
 from agentmerge.evaluation.building import tasks_for
@@ -72,20 +70,6 @@ def stack(places: Any = PLACES) -> Recipe:
     slices = [{"sources": [place.source(model) for model in place.weights]} for place in places]
     body = {"merge_method": "linear", "slices": slices, "parameters": {"normalize": False}}
     return Recipe.parse({"merges": [MERGE], **body}).canonical(2)
-
-
-@pytest.fixture(scope="module")
-def double() -> Iterator[None]:
-    """transformers normalizes in float32 whatever the model: too coarse for finite differences."""
-
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        size = x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon
-        return self.weight * x * torch.rsqrt(size)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for norm in (LlamaRMSNorm, Qwen2RMSNorm):
-            patch.setattr(norm, "forward", forward)
-        yield
 
 
 @pytest.fixture(scope="module", params=["llama, tied", "qwen2"])

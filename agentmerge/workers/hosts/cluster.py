@@ -142,9 +142,14 @@ def _connect(address: str | None, count: int) -> bool:
             **local,
         )
     except Exception as error:
+        if address == "local":
+            raise UserError(
+                f"Ray cannot be started on this machine ({one_line(error)}); name a running "
+                "cluster in worker.ray_address, or set worker.host: process"
+            ) from error
         raise UserError(
-            f"worker.ray_address {redact(address)!r}: no Ray cluster can be joined there "
-            f"({one_line(error)}); start one with `ray start --head`, or leave it out"
+            f"worker.ray_address (or RAY_ADDRESS) {redact(address)!r}: no Ray cluster can be "
+            f"joined there ({one_line(error)}); start one with `ray start --head`, or leave it out"
         ) from error
     return True
 

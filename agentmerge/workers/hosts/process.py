@@ -19,7 +19,7 @@ from agentmerge.workers.processes import end, end_with, uninterrupted
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 #: Seconds that a worker may take to end by itself.
-_CLOSING_S = 30
+CLOSING_S = 30
 
 
 class Processes:
@@ -67,7 +67,7 @@ class WorkerProcess(Proxy):
         said, answers = None, False
         with suppress(OSError, EOFError):  # it died before, or has nothing to say
             self._pipe.send(("close", ()))
-            answers = self._pipe.poll(_CLOSING_S)
+            answers = self._pipe.poll(CLOSING_S)
             if answers:
                 _, said = self._pipe.recv()
         self._process.join(10 if answers else 0)

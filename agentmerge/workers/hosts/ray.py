@@ -27,11 +27,9 @@ from agentmerge.system.redaction import clean_screen
 from agentmerge.system.temporary import discard_unfinished
 from agentmerge.workers.hosts.cluster import Cluster, is_named, nodes_of, taken, why
 from agentmerge.workers.hosts.nodes import at_home, differing, refuse_other_versions, versions
-from agentmerge.workers.hosts.process import Processes
+from agentmerge.workers.hosts.process import CLOSING_S, Processes
 from agentmerge.workers.hosts.proxy import Proxy, portable
 
-#: Seconds that a worker may take to end by itself.
-_CLOSING_S = 30
 #: Seconds that the first worker waits for a node with room (one may still be starting), and others.
 FIRST_ROOM_S, ROOM_S = 120.0, 15.0
 
@@ -58,7 +56,7 @@ class RayHost:
     @staticmethod
     def room(settings: WorkerSettings, device: str) -> int:
         """As many as the cluster's nodes have devices for; of a CPU, one a node."""
-        needs = {"GPU": settings.ranks} if device.startswith("cuda") else {"CPU": 1}
+        needs = bundle(device, settings.ranks)
         if not is_named(settings.ray_address):
             return Processes.room(settings, device)
         found = [taken(node, needs) for node in nodes_of(settings.ray_address)]
@@ -70,7 +68,7 @@ class RayHost:
         ``doctor``."""
         if not is_named(settings.ray_address):
             return []
-        needs = {"GPU": settings.ranks} if device.startswith("cuda") else {"CPU": 1}
+        needs = bundle(device, settings.ranks)
         here, left, found = versions(), settings.number, []
         for node in nodes_of(settings.ray_address):
             other = differing(node.versions, here)
@@ -82,8 +80,10 @@ class RayHost:
             found.append(
                 {"what": f"node {node.name}", "ok": not other, "detail": detail, "remedy": remedy}
             )
-        detail = f"{settings.number - left} of {settings.number} have a place"
-        remedy = f"lower worker.count to {settings.number - left}, or add nodes"
+        placed = settings.number - left
+        detail = f"{placed} of {settings.number} have a place"
+        lower = f"lower worker.count to {placed}, or " if placed else ""
+        remedy = f"{lower}add nodes with such devices"
         found.append({"what": "workers", "ok": not left, "detail": detail, "remedy": remedy})
         return found
 
@@ -104,11 +104,9 @@ class RayHost:
                 self._cluster = None
 
 
-def bundle(spec: WorkerSpec) -> dict[str, float]:
+def bundle(device: str, ranks: int) -> dict[str, int]:
     """What one worker takes of a node."""
-    if not spec.device.startswith("cuda"):
-        return {"CPU": 1}
-    return {"GPU": spec.ranks}
+    return {"GPU": ranks} if device.startswith("cuda") else {"CPU": 1}
 
 
 class RaySerial(RayHost):
@@ -125,7 +123,7 @@ class RayWorker(Proxy):
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        self._host, self._needs = host, bundle(spec)
+        self._host, self._needs = host, bundle(spec.device, spec.ranks)
         self._ended = threading.Event()
         self._place: tuple[str, int] | None = None  # (machine, process) once it is there
         try:
@@ -155,7 +153,7 @@ class RayWorker(Proxy):
         said: Any = None
         if self._info is not None and not self._ended.is_set():
             with suppress(ray.exceptions.RayError):  # it died before, or has nothing to say
-                _, said = ray.get(self._actor.call.remote("close", ()), timeout=_CLOSING_S)
+                _, said = ray.get(self._actor.call.remote("close", ()), timeout=CLOSING_S)
         self.end()
         if self._place is not None and self._place[0] == socket.gethostname():
             # A model's size, where it was writing one as it died.
