@@ -48,6 +48,7 @@ PARSED = {
     "agentmerge ui": "serves until it is stopped: tests/ui/test_served.py",
     "mcp": "serves until it is stopped: tests/agents",
     "init": "names models of the reader's: tests/cli/test_start.py",
+    "survey": "names models of the reader's: tests/merging/test_experts.py",
     "export first": "the fake worker has no model: tests/e2e/test_tiny_family.py",
     "export run-1": "needs trained models: tests/e2e/test_tiny_family.py",
     "export varco-storm": "needs trained models: tests/e2e/test_tiny_family.py",

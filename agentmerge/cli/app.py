@@ -42,6 +42,7 @@ for command in (
     starting.init,
     searching.run,
     inspecting.check,
+    inspecting.survey,
     searching.resume,
     searching.branch,
     watching.watch,

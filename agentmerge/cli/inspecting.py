@@ -1,4 +1,4 @@
-"""``check``, ``evaluate``, ``explain``, ``methods`` and ``mcp``: what configs and recipes are."""
+"""``check``, ``survey``, ``evaluate``, ``explain``, ``methods``, ``mcp``: configs and recipes."""
 
 from __future__ import annotations
 
@@ -67,6 +67,39 @@ def check(
         ledger.close()
     text = plan_text(plan) + (f"\n\n{memory_text(plan.memory)}" if plan.memory else "")
     show_result({"ok": True, "plan": plan.to_dict()}, as_json, text)
+    return 0
+
+
+def survey(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Experts (model+adapter too), or a config."),
+    ],
+    base: Annotated[str | None, typer.Option("--base", help="What they were trained from.")] = None,
+    share: Annotated[
+        float | None, typer.Option("--share", help="Of each model's numbers to read, up to 1.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="A heat map of the cosines: .svg or .png.")
+    ] = None,
+    as_json: options.Json = False,
+) -> int:
+    """Show which models of a pool are alike, damaged or differ in form. Asks them nothing."""
+    from agentmerge.cli.pools import survey_text
+    from agentmerge.config import SearchConfig
+    from agentmerge.merging.experts import survey_experts
+    from agentmerge.preflight.anchoring import anchored
+    from agentmerge.report.heatmap import draw_heat_map, refuse_other_pictures
+
+    if picture is not None:
+        refuse_other_pictures(picture)
+    if len(models) == 1 and Path(models[0]).is_file():
+        genome = anchored(SearchConfig.from_file(Path(models[0]), {})).genome
+        models, base = list(genome.models), base or genome.base_model
+    found = survey_experts(models, base, share)
+    if picture is not None:
+        draw_heat_map(found, picture)
+    show_result(found.to_dict(), as_json, survey_text(found))
     return 0
 
 

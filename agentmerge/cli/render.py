@@ -12,6 +12,7 @@ from agentmerge.agents.forecasts import Track
 from agentmerge.cli.terminal import plain_line
 from agentmerge.contracts.card import Card
 from agentmerge.evaluation.statistics import duration, figure
+from agentmerge.parents.cards import Licence
 from agentmerge.recipe.names import short_name
 
 
@@ -223,11 +224,22 @@ def plan_text(plan: Any) -> str:
     if plan.made_bytes:
         disk = f"up to {plan.made_bytes / 1e9:.2f} GB in the cache, for parents that are made once"
         rows.append(["disk", disk])
+    if plan.licences:
+        rows.append(["licences", licences_text(plan.licences)])
     width = max(len(row[0]) for row in rows)
     lines = [f"{name.ljust(width)}  {value}" for name, value in rows[1:]]
     lines += [f"note: {plain_line(line)}" for line in plan.notes]
     warnings = [f"warning: {line}" for line in plan.warnings]
     return "\n".join(["no faults found", *warnings, *lines])
+
+
+def licences_text(licences: Sequence[Licence]) -> str:
+    """Each licence that cards name, and of whom."""
+    owners: dict[str, list[str]] = {}
+    for one in licences:
+        owners.setdefault(one.name or "not named", []).append(one.owner)
+    said = (f"{name} ({', '.join(models)})" for name, models in owners.items())
+    return plain_line("; ".join(said))
 
 
 def replay_text(found: Any) -> str:

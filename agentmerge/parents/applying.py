@@ -34,7 +34,7 @@ def apply_adapter(
     headers = read_headers(model)
     entries = [entry_of(name, header) for name, header in headers.items()]
     refuse_full_disk(out_dir, sum(entry.size_bytes for entry in entries), out_dir.parent)
-    merged = _Merged(model, adapter, headers, trust_remote_code)
+    merged = Adapted(model, adapter, headers, trust_remote_code)
     for _ in write_weights(out_dir, entries, merged.tensor):
         pass
     if left := merged.untouched():
@@ -44,8 +44,8 @@ def apply_adapter(
         )
 
 
-class _Merged:
-    """The tensors of a model after an adapter, by their names in the files."""
+class Adapted:
+    """The tensors of a model after an adapter, by their names in the files, each asked for once."""
 
     def __init__(
         self,
@@ -84,10 +84,22 @@ class _Merged:
                 for part, value in module.named_parameters(recurse=False):
                     if not isinstance(value, _Placeholder):  # a bias, trained too
                         self._give(files, f"{path}.{part}", value)
+        self.changed = self._layers.keys() | self._given.keys()
         self._done: dict[str, dict[str, torch.Tensor]] = {}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor of the result, at its stored dtype."""
+        """A tensor of the result, at its stored dtype.
+
+        Raises:
+            ParentError: it has numbers that are not finite, and the model's has not.
+        """
+        value = self.value(name)
+        if name in self.changed and not torch.isfinite(value).all():
+            raise ParentError(f"the adapter makes numbers of {name} that are not finite")
+        return value
+
+    def value(self, name: str) -> torch.Tensor:
+        """The same, whatever its numbers are."""
         stored = stored_tensor(self._headers[name], name)
         if name in self._layers:
             path, _, part = self._layers[name]
@@ -98,10 +110,7 @@ class _Merged:
             value = self._given.pop(name)
         else:
             return stored
-        value = value.to(stored.dtype)
-        if not torch.isfinite(value).all():
-            raise ParentError(f"the adapter makes numbers of {name} that are not finite")
-        return value
+        return value.to(stored.dtype)
 
     def untouched(self) -> list[str]:
         """Layers and tensors of the adapter that no tensor of the files has asked for."""

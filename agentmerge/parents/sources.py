@@ -18,7 +18,9 @@ from agentmerge.parents.headers import read_config, read_json, refuse_odd_files,
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED_ADAPTER = "adapter_model.bin"
-_MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+#: The model card: its metadata names licence and languages (``cards.py``).
+CARD = "README.md"
+_MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", CARD)
 _PICKLED = "pytorch_model.bin"
 
 
@@ -119,7 +121,7 @@ def _adapter(name: str, allow_pickle: bool) -> Path:
                 "convert them, or set worker.allow_pickle: true"
             )
 
-    files = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, *([PICKLED_ADAPTER] if allow_pickle else [])]
+    files = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, *([PICKLED_ADAPTER] if allow_pickle else [])]
     directory = _directory(name, files, is_whole)
     is_whole(directory)
     return directory

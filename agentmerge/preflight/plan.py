@@ -18,6 +18,7 @@ from agentmerge.contracts.worker import EngineInfo, ItemRef, WorkerSpec
 from agentmerge.evaluation.splitting import unsealed
 from agentmerge.evaluation.tasks import TaskSet
 from agentmerge.ledger import Ledger
+from agentmerge.parents.cards import Licence, licence_notes
 from agentmerge.parents.chat_templates import shown
 from agentmerge.preflight.layers import LayersPlan
 from agentmerge.recipe import Recipe
@@ -39,7 +40,7 @@ class Prepared:
     warnings: what in the config or a warm start is most likely a mistake; it goes with the results.
     searched: keys of items that would be sealed, had an earlier search not seen them. parameters:
     of a merge, and of one of its layers; None where no model is read. layers: what a search over
-    layers may make; None where there is none.
+    layers may make; None where there is none. licences: as the parents' cards name them.
     """
 
     config: SearchConfig
@@ -57,6 +58,7 @@ class Prepared:
     searched: tuple[str, ...] = ()
     parameters: tuple[int, int] | None = None
     layers: LayersPlan | None = None
+    licences: tuple[Licence, ...] = ()
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -126,6 +128,7 @@ class Plan:
     made_bytes: int
     layers: LayersPlan | None
     seconds_per_candidate: float | None
+    licences: tuple[Licence, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -154,8 +157,14 @@ def plan_of(prepared: Prepared, ledger: Ledger | None, settings_hash: str) -> Pl
         seconds_per_candidate=(
             None if ledger is None else ledger.seconds_per_candidate(settings_hash)
         ),
+        licences=prepared.licences,
         warnings=prepared.warnings,
-        notes=(*config.notices, *prepared.notes, *tasks.notes),
+        notes=(
+            *config.notices,
+            *prepared.notes,
+            *tasks.notes,
+            *licence_notes(prepared.licences),
+        ),
     )
 
 

@@ -18,6 +18,7 @@ from agentmerge.contracts.worker import EngineInfo, Sources, WorkerSpec
 from agentmerge.errors import AgentmergeError, ConfigError, UserError
 from agentmerge.evaluation.building import tasks_for
 from agentmerge.evaluation.tasks import TaskSet
+from agentmerge.parents.cards import licences_of
 from agentmerge.parents.headers import chat_template, content_fingerprint, stamps_of
 from agentmerge.preflight.anchoring import depth_faults, init_faults, init_notes
 from agentmerge.preflight.faults import (
@@ -207,6 +208,7 @@ def _of_models(look: Look) -> Prepared:
         if layout is None
         else (layout.parameters, layout.layer_parameters // layout.num_layers),
         layers=layers_plan(space, layout),
+        licences=licences_of(models.found),
     )
 
 

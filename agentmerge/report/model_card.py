@@ -6,7 +6,7 @@ that are local folders are named in the text, and nobody's paths are published.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from agentmerge.config import SearchConfig
 from agentmerge.contracts.card import Compared
 from agentmerge.evaluation.statistics import figure
 from agentmerge.ledger import Ledger, RunRow
+from agentmerge.parents.cards import Licence, licence_notes
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.copying import layers_read
 from agentmerge.recipe.names import short_name
@@ -26,8 +27,11 @@ from agentmerge.report.summary import depth_rows
 TAGS = ("merge", "mergekit", "agentmerge")
 
 
-def model_card(ledger: Ledger, row: RunRow, found: Mapping[str, Any]) -> str:
-    """The card as Markdown. found: as ``summary.best_recipe`` returns it."""
+def model_card(
+    ledger: Ledger, row: RunRow, found: Mapping[str, Any], licences: Sequence[Licence] = ()
+) -> str:
+    """The card as Markdown. found: as ``summary.best_recipe`` returns it. licences: those that the
+    parents' cards name."""
     recipe = Recipe.parse(found["recipe"])
     config = SearchConfig.from_text(row.config, row.name)
     head = yaml.safe_dump(_metadata(recipe, row, found), sort_keys=False)
@@ -37,7 +41,7 @@ def model_card(ledger: Ledger, row: RunRow, found: Mapping[str, Any]) -> str:
         "## Scores",
         _scores(ledger, row, config, found),
         "## Parents",
-        _parents(row, recipe),
+        _parents(row, recipe, licences),
         "## How to find it again",
         _again(row, config),
         "## Recipe",
@@ -176,15 +180,22 @@ def _intervals(ledger: Ledger, row: RunRow, recipe_hash: str) -> dict[str, str]:
     return found
 
 
-def _parents(row: RunRow, recipe: Recipe) -> str:
+def _parents(row: RunRow, recipe: Recipe, licences: Sequence[Licence]) -> str:
     identities = row.facts.get("identities", {})
     lines = []
+    used = {part for name in recipe.models for part in (name, *name.split("+"))}
+    licences = [one for one in licences if one.model in used]
+    named = {one.model: one.name or "not named on its card" for one in licences}
     for name in recipe.models:
         link = f"[{name}](https://huggingface.co/{name})" if on_the_hub(name) else short_name(name)
         lines.append(f"- {link}, weights SHA-256 `{identities.get(name, 'unknown')[:16]}…`")
+        own = [named[part] for part in (name, *name.split("+")) if part in named]
+        lines[-1] += f", licence {' + '.join(dict.fromkeys(own))}" if own else ""
     carried = [note for note in row.facts.get("notes", []) if "outside the text model" in note]
     lines += [f"\n{shortened(note)}." for note in carried]
     lines += ["", "Their licences hold for this merge: check each before you publish or use it."]
+    notes = licence_notes(licences)
+    lines += ["", *(f"- {note}" for note in notes)] if notes else []
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""One chart as a PNG, for a README. Drawn by the page's own plotly in a browser on this machine."""
+"""One chart or page as a PNG, for a README, by a browser of this machine; charts by plotly."""
 
 from __future__ import annotations
 
@@ -24,9 +24,6 @@ def take_picture(ledger: Ledger, names: Sequence[str], to: Path) -> Path:
     Raises:
         UserError: no browser is installed, it failed, or the file cannot be written.
     """
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if browser is None:
-        raise UserError(f"--png needs a browser: install one of {', '.join(BROWSERS[:3])}")
     rows = [content(ledger, ledger.run(name)) for name in dict.fromkeys(names)]
     figure = figures.progress(rows[0]) if len(rows) == 1 else figures.overview(rows)
     title = f"{', '.join(found.row.name for found in rows)}: best so far"
@@ -38,12 +35,24 @@ def take_picture(ledger: Ledger, names: Sequence[str], to: Path) -> Path:
         f"<script>{plotly_js()}</script><script>const f={as_json(figure)};"
         'Plotly.newPlot("c",f.data,f.layout,{staticPlot:true})</script>'
     )
+    return photograph(text, to, "--png", WIDTH, HEIGHT)
+
+
+def photograph(page_text: str, to: Path, option: str, width: int, height: int) -> Path:
+    """What a browser of this machine shows of a page, as a PNG. option: to say where it fails.
+
+    Raises:
+        UserError: no browser is installed, it failed, or the file cannot be written.
+    """
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        raise UserError(f"{option} needs a browser: install one of {', '.join(BROWSERS[:3])}")
     with temporary_folder("agentmerge-picture") as folder:
         page = folder / "chart.html"
-        page.write_text(text, encoding="utf-8")
+        page.write_text(page_text, encoding="utf-8")
         picture = folder / "chart.png"
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        command += [f"--user-data-dir={folder}/profile", f"--window-size={WIDTH},{HEIGHT}"]
+        command += [f"--user-data-dir={folder}/profile", f"--window-size={width},{height}"]
         command += ["--virtual-time-budget=5000", f"--screenshot={picture}", page.as_uri()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if not picture.is_file():
@@ -54,5 +63,5 @@ def take_picture(ledger: Ledger, names: Sequence[str], to: Path) -> Path:
             with replacing(to) as draft:
                 shutil.copyfile(picture, draft)
         except OSError as error:
-            raise UserError(f"--png {to} cannot be written: {error.strerror}") from None
+            raise UserError(f"{option} {to} cannot be written: {error.strerror}") from None
     return to

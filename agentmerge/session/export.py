@@ -63,7 +63,8 @@ def export_run(
         recipe = Recipe.parse(found["recipe"])
         if overwrite:
             refuse_foreign(to)
-        warning = _write(prepared, recipe, to, engine, model_card(ledger, row, found), overwrite)
+        card = model_card(ledger, row, found, prepared.licences)
+        warning = _write(prepared, recipe, to, engine, card, overwrite)
         report: dict[str, Any] = {
             "path": str(to),
             "score": found["score"],

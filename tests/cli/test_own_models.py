@@ -230,7 +230,10 @@ def test_an_export_names_no_folder_of_this_machine(
 ) -> None:
     report = export_run("a", tmp_path / "out", runs_dir=made / "runs", verify=False)
     for file in ("mergekit_config.yml", "README.md"):
-        assert str(made) not in (Path(report["path"]) / file).read_text(), file
+        text = (Path(report["path"]) / file).read_text()
+        assert str(made) not in text, file
+    assert "licence not named on its card" in text
+    assert "- no card names a licence of " in text
 
 
 @pytest.mark.parametrize("name", STACKS)
