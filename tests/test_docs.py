@@ -45,6 +45,7 @@ PARSED = {
     "--answer": "to a search that a model advises: tests/session/test_structure.py",
     "replay": "tests/session has searches to replay",
     "prompts try": "tests/agents has prompts to try",
+    "agentmerge stop": "needs a search that runs: tests/session/test_resume.py",
     "agentmerge ui": "serves until it is stopped: tests/ui/test_served.py",
     "mcp": "serves until it is stopped: tests/agents",
     "init": "names models of the reader's: tests/cli/test_start.py",

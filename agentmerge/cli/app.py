@@ -45,6 +45,7 @@ for command in (
     inspecting.survey,
     searching.resume,
     searching.branch,
+    searching.stop,
     watching.watch,
     serving.ui,
     results.list_runs,

@@ -1,8 +1,12 @@
-"""``run``, ``resume`` and ``branch``: start a search, drive it, and show how it ended."""
+"""``run``, ``resume``, ``branch`` and ``stop``: start a search, drive it, show how it ended, and
+end one that is driven elsewhere."""
 
 from __future__ import annotations
 
 import os
+import signal
+import time
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +15,13 @@ import typer
 
 from agentmerge.cli import options
 from agentmerge.cli.legacy import Legacy, map_options, old_options
-from agentmerge.cli.terminal import failed, show_result, signals, speaker, warned
+from agentmerge.cli.terminal import Interrupted, failed, show_result, signals, speaker, warned
 from agentmerge.system.temporary import write_at_once
 from agentmerge.system.waits import waiting_for
+
+
+#: Seconds between looks at whether a search has stopped.
+_LOOK_S = 0.2
 
 
 class Answer(StrEnum):
@@ -201,6 +209,31 @@ def branch(
     return _driven(start, settings, runs_dir, as_json, quiet)
 
 
+def stop(
+    name: options.Search,
+    runs_dir: options.RunsDir = Path("runs"),
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> int:
+    """Stop a search that runs elsewhere. What it is at is finished and saved first."""
+    from agentmerge.ledger.folder import CHECKPOINTS, opened
+    from agentmerge.ledger.lease import Lease
+    from agentmerge.report.summary import run_status
+
+    say = speaker(quiet, as_json)
+    path = runs_dir / CHECKPOINTS
+    with opened(runs_dir) as ledger:
+        row = ledger.run(name)
+        found = Lease.ask_to_stop(path, row.id, row.name)
+        say(f"process {found.pid} on {found.host} saves what it is at (Ctrl-C: do not wait for it)")
+        with suppress(Interrupted, KeyboardInterrupt):
+            while (now := Lease.holder(path, row.id)) is not None and now.token == found.token:
+                time.sleep(_LOOK_S)
+        status = run_status(ledger, ledger.run(row.id))
+    show_result({"name": row.name, "status": status}, as_json, f"{row.name}: {status}")
+    return 0
+
+
 def followed(
     start: Any, config: Any, as_json: bool, quiet: bool, past: Any = ()
 ) -> tuple[Any, list[int]]:
@@ -237,7 +270,8 @@ def _driven(
             say(f"waiting for your answer: {row.stop_reason}")
             where += " --answer yes (or no)"
         say(f"saved; go on with: agentmerge resume {row.name}{where}")
-        return 128 + caught[0] if caught else 0  # so that `run && export` does not go on
+        # So that `run && export` does not go on.
+        return 0 if row.status == WAITING else 128 + (caught or [signal.SIGINT])[0]
     if summary["best"] is None:
         why = next((c["failure"] for c in summary["failures"]), f"it stopped by {row.stop_reason}")
         return failed(f"nothing was scored: {why}", 1)

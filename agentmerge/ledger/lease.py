@@ -1,7 +1,8 @@
 """The lease that keeps two processes off one search.
 
 Knows one row a thread id (host, pid, heartbeat, token) in a SQLite file, on connections of its
-own. Does not know what the search does with it: it takes, renews and gives back.
+own, and one of whoever can be asked to stop. Does not know what the search does with it: it takes,
+renews, passes on that a stop was asked for, and gives back.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from agentmerge.system.bounded import refuse_odd_file
 STALE_AFTER_S = 60.0
 _BUSY_TIMEOUT_S = 30.0
 _BEATS_BEFORE_STALE = 4
+#: How soon a stop that somebody asked for is heard.
+_LISTEN_EVERY_S = 1.0
 #: A process with a holder's pid that began so much later than its last beat is another one, where
 #: the holder's token does not say when it began.
 _STARTS_APART_S = 60.0
@@ -65,11 +68,19 @@ class Holder:
 class Lease:
     """The sole right to advance one search, renewed by a thread until the block ends."""
 
-    def __init__(self, path: Path, thread_id: str, stale_after_s: float, name: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        thread_id: str,
+        stale_after_s: float,
+        name: str,
+        asked: Callable[[], None] | None = None,
+    ) -> None:
         self.path = path
         self.thread_id = thread_id
         self.stale_after_s = stale_after_s
         self.name = name
+        self.asked = asked
         self.token = uuid.uuid4().hex + _birth(os.getpid())
         self._file: Identity | None = None
         self._stop = threading.Event()
@@ -85,15 +96,17 @@ class Lease:
         *,
         name: str | None = None,
         say: Callable[[str], None] = lambda line: None,
+        asked: Callable[[], None] | None = None,
     ) -> Iterator[Lease]:
         """Hold the lease of `thread_id` in the file `path` while the block runs.
 
         Raises LeaseHeld where another process, or another block of this one, is at work. A holder
         of this host that is dead is replaced; another host's once it was silent for `stale_after_s`
         by this process's own clock, which is waited for. `name` is what messages call the search;
-        `say` hears why there is a wait.
+        `say` hears why there is a wait; `asked` is called, on another thread, once somebody asks
+        this holder to stop (`ask_to_stop`). Without it nobody can.
         """
-        lease = cls(Path(path), thread_id, stale_after_s, name or thread_id)
+        lease = cls(Path(path), thread_id, stale_after_s, name or thread_id, asked)
         lease._take(say)
         beat = threading.Thread(target=lease._renew, name=f"lease-{thread_id}", daemon=True)
         beat.start()
@@ -112,6 +125,28 @@ class Lease:
         """
         found = _looked_up(Path(path), thread_id)
         return None if found is None or found.is_gone else found
+
+    @staticmethod
+    def ask_to_stop(path: Path | str, thread_id: str, name: str) -> Holder:
+        """Ask whoever advances this search, on whatever host, to finish what runs and stop.
+
+        Raises UserError where nobody does, or it cannot be asked; RunFailed where the file cannot
+        be written.
+        """
+        found = Lease.holder(path, thread_id)
+        if found is None:
+            raise UserError(f"search {name!r} does not run, so there is nothing to stop")
+        try:
+            with _transaction(Path(path), "rw") as conn:
+                heard = conn.execute("UPDATE stops SET asked = 1 WHERE token = ?", (found.token,))
+        except sqlite3.OperationalError as error:
+            raise RunFailed(f"search {name!r} cannot be told to stop: {path}: {error}") from None
+        if heard.rowcount == 0:
+            raise UserError(
+                f"search {name!r} is held by process {found.pid} on {found.host}, which cannot be "
+                "asked to stop from elsewhere; stop it there"
+            )
+        return found
 
     def check(self) -> None:
         """Raise LeaseHeld if the lease was taken over, as after a long sleep of the machine;
@@ -141,6 +176,9 @@ class Lease:
                 "VALUES (?, ?, ?, ?, ?)",
                 (self.thread_id, socket.gethostname(), os.getpid(), time.time(), self.token),
             )
+            conn.execute("DELETE FROM stops WHERE token NOT IN (SELECT token FROM leases)")
+            if self.asked is not None:
+                conn.execute("INSERT INTO stops (token, asked) VALUES (?, 0)", (self.token,))
             _held.add(self.token)
         self._file = identity(self.path)
 
@@ -169,7 +207,7 @@ class Lease:
         )
 
     def _renew(self) -> None:
-        while not self._stop.wait(self.stale_after_s / _BEATS_BEFORE_STALE):
+        while not self._waited():
             # A locked file costs one beat of several; the next one tries again.
             if is_elsewhere(self.path, self._file):
                 continue  # `check` says so
@@ -182,6 +220,26 @@ class Lease:
                     self._lost.set()
                     return
 
+    def _waited(self) -> bool:
+        """Wait for the next beat, listening meanwhile; whether the lease is to be given back."""
+        until = time.monotonic() + self.stale_after_s / _BEATS_BEFORE_STALE
+        while (left := until - time.monotonic()) > 0:
+            if self._stop.wait(left if self.asked is None else min(left, _LISTEN_EVERY_S)):
+                return True
+            if self.asked is not None and self._is_asked():
+                asked, self.asked = self.asked, None
+                asked()
+        return self._stop.is_set()
+
+    def _is_asked(self) -> bool:
+        """A file that is locked or gone says nothing; the next look asks again."""
+        with suppress(sqlite3.Error, OSError, UserError), _opened(self.path, "ro") as conn:
+            found = conn.execute(
+                "SELECT asked FROM stops WHERE token = ?", (self.token,)
+            ).fetchone()
+            return found is not None and bool(found[0])
+        return False
+
     def _give_back(self) -> None:
         _held.discard(self.token)
         if is_elsewhere(self.path, self._file):
@@ -192,6 +250,7 @@ class Lease:
                 "DELETE FROM leases WHERE thread_id = ? AND token = ?",
                 (self.thread_id, self.token),
             )
+            conn.execute("DELETE FROM stops WHERE token = ?", (self.token,))
 
 
 def _looked_up(path: Path, thread_id: str) -> Holder | None:
@@ -218,13 +277,16 @@ def _opened(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
 
 @contextmanager
 def _transaction(path: Path, mode: str = "rwc") -> Iterator[sqlite3.Connection]:
-    """One write transaction on a connection of its own, with the table in place."""
+    """One write transaction on a connection of its own, with the tables in place."""
     with _opened(path, mode) as conn, conn:
         conn.execute("BEGIN IMMEDIATE")
         conn.execute(
             "CREATE TABLE IF NOT EXISTS leases (thread_id TEXT PRIMARY KEY, "
             "host TEXT NOT NULL, pid INTEGER NOT NULL, heartbeat REAL NOT NULL, "
             "token TEXT NOT NULL)"
+        )
+        conn.execute(
+            "CREATE TABLE IF NOT EXISTS stops (token TEXT PRIMARY KEY, asked INTEGER NOT NULL)"
         )
         yield conn
 

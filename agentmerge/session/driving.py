@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmerge.config import FIRST, Role, SearchConfig
-from agentmerge.contracts.events import Begun, Emit
+from agentmerge.contracts.events import Begun, Emit, Note
 from agentmerge.errors import LeaseHeld, NotBegun, RunFailed, UserError
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.ledger.archive import remove_runs
@@ -267,14 +267,21 @@ def _drive(
     from agentmerge.session.checkpoints import open_saver
 
     drain = drain or Drain()
+    tell = emit or silent
+
+    def asked() -> None:
+        tell(Note(text="asked to stop: what runs is finished and saved").to_json())
+        drain.request()
+
     with (
         opened_search(
             runs_dir,
             find,
             drive=True,
             models=models,
-            emit=emit or silent,
+            emit=tell,
             stopping=lambda: drain.requested,
+            asked=asked,
         ) as (search, prepared, row),
         open_saver(runs_dir / CHECKPOINTS) as saver,
     ):

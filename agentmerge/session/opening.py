@@ -71,12 +71,14 @@ def opened_search(
     models: Mapping[Role, Any] | None = None,
     emit: Emit = silent,
     stopping: Callable[[], bool] = lambda: False,
+    asked: Callable[[], None] | None = None,
 ) -> Iterator[tuple[Search, Prepared, RunRow]]:
     """A search with its doors open and the sole right to it, while the block runs.
 
     drive: its graph is to be run, and its folder gets config and log.
     advised: by the models of its config, or by ready ones (models).
     read_only: its past is looked at; nothing is written, and it may be at work elsewhere.
+    asked: called once somebody asks this search to stop; without it nobody can.
 
     Raises:
         LeaseHeld: another process works on it.
@@ -90,7 +92,7 @@ def opened_search(
         ledger = stack.enter_context(Ledger(runs_dir / LEDGER, read_only=read_only))
         prepared, row = find(ledger)
         config = prepared.config
-        leased = nullcontext(lambda: None) if read_only else _leased(runs_dir, row, emit)
+        leased = nullcontext(lambda: None) if read_only else _leased(runs_dir, row, emit, asked)
         entering = stack.enter_context(leased)
         tell: Callable[[Event], None] = silent
         if drive:
@@ -124,7 +126,9 @@ def opened_search(
 
 
 @contextmanager
-def _leased(runs_dir: Path, row: RunRow, emit: Emit) -> Iterator[Callable[[], None]]:
+def _leased(
+    runs_dir: Path, row: RunRow, emit: Emit, asked: Callable[[], None] | None
+) -> Iterator[Callable[[], None]]:
     """Nobody else works on a run, which has its folder; yields what raises where that is over."""
     from agentmerge.session.checkpoints import readable
 
@@ -133,7 +137,8 @@ def _leased(runs_dir: Path, row: RunRow, emit: Emit) -> Iterator[Callable[[], No
     def say(text: str) -> None:
         emit(Note(text=text).to_json())
 
-    with readable(path, row.name), Lease.acquire(path, row.id, name=row.name, say=say) as lease:
+    taken = Lease.acquire(path, row.id, name=row.name, say=say, asked=asked)
+    with readable(path, row.name), taken as lease:
         (runs_dir / row.name).mkdir(parents=True, exist_ok=True)
         yield lease.check
 

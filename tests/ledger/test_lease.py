@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from agentmerge.errors import LeaseHeld, RunFailed
+from agentmerge.errors import LeaseHeld, RunFailed, UserError
 from agentmerge.ledger.lease import Lease
 
 HOLD = """
@@ -229,3 +229,38 @@ def test_shares_the_file_with_the_saver(path):
     with open_saver(path) as saver, Lease.acquire(path, "t"):
         saver.prune(["t"])
         assert Lease.holder(path, "t") is not None
+
+
+def test_who_listens_is_asked_to_stop_once(path, monkeypatch):
+    monkeypatch.setattr("agentmerge.ledger.lease._LISTEN_EVERY_S", 0.01)
+    heard = []
+    with Lease.acquire(path, "t", name="fox", asked=lambda: heard.append("stop")):
+        for _ in range(2):
+            assert Lease.ask_to_stop(path, "t", "fox").pid == os.getpid()
+        until = time.monotonic() + 10
+        while not heard and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert heard == ["stop"]
+    with pytest.raises(UserError, match="'fox' does not run"):
+        Lease.ask_to_stop(path, "t", "fox")
+    # What was asked of one holder is nothing to the next, nor left behind by one that died.
+    with closing(sqlite3.connect(path)) as conn, conn:
+        conn.execute("INSERT INTO stops VALUES ('gone', 1)")
+    with Lease.acquire(path, "t", asked=lambda: heard.append("again")):
+        time.sleep(0.05)
+        with closing(sqlite3.connect(path)) as conn:
+            assert conn.execute("SELECT asked FROM stops").fetchall() == [(0,)]
+    assert heard == ["stop"]
+
+
+def test_a_holder_that_does_not_listen_says_so(path, holder):
+    with pytest.raises(UserError, match="cannot be asked to stop from elsewhere; stop it there"):
+        Lease.ask_to_stop(path, "t", "fox")
+
+
+def test_a_lease_of_an_earlier_version_cannot_be_asked(path, holder):
+    with closing(sqlite3.connect(path)) as conn, conn:
+        conn.execute("DROP TABLE stops")
+    with pytest.raises(UserError, match="cannot be asked to stop"):
+        Lease.ask_to_stop(path, "t", "fox")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from agentmerge.cli.app import run_app
 from agentmerge.errors import LeaseHeld, RunFailed, UserError
 from agentmerge.ledger import Ledger
 from agentmerge.ledger.lease import Lease
@@ -96,6 +97,26 @@ def test_first_interrupt_saves_and_says_how_to_resume(tmp_path: Path) -> None:
     assert left
     assert driving.resume("stopped", runs_dir=runs).status == "done"
     assert trace_of(runs, "stopped") == trace_of(tmp_path / "calm", "calm")
+
+
+def test_a_search_is_stopped_from_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yml"
+    path.write_text(config_text(worker={"options": {"base": "base", "delay_s": 0.2}}))
+    runs = tmp_path / "runs"
+    process = command("run", path, "--name", "stopped", "--runs-dir", runs)
+    while not any(e["event"] == "candidate" for e in events(runs / "stopped" / "log.jsonl")):
+        time.sleep(0.01)
+    assert run_app(["stop", "stopped", "--runs-dir", str(runs), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"name": "stopped", "status": "interrupted"}
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, "so that `run && export` does not go on"
+    assert "asked to stop" in err
+    assert "agentmerge resume stopped" in err
+    assert run_app(["stop", "stopped", "--runs-dir", str(runs)]) == 2
+    assert "does not run" in capsys.readouterr().err
 
 
 def test_second_interrupt_stops_at_once_and_loses_nothing(tmp_path: Path) -> None:
