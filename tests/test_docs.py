@@ -46,6 +46,7 @@ PARSED = {
     "replay": "tests/session has searches to replay",
     "prompts try": "tests/agents has prompts to try",
     "agentmerge stop": "needs a search that runs: tests/session/test_resume.py",
+    "--ui": "opens a port: tests/ui/test_served.py",
     "agentmerge ui": "serves until it is stopped: tests/ui/test_served.py",
     "mcp": "serves until it is stopped: tests/agents",
     "init": "names models of the reader's: tests/cli/test_start.py",

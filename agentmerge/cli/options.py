@@ -44,6 +44,9 @@ Search = Annotated[str, typer.Argument(help="A search's name.", autocompletion=s
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Where searches and results live.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Ui = Annotated[
+    bool, typer.Option("--ui", help="Serve the live page on this machine until the search ends.")
+]
 AllowBench = Annotated[
     bool,
     typer.Option(
@@ -134,6 +137,11 @@ BRANCH = (
     "task_search_path", "batch_size", "limit", "trust_remote_code",
 )  # fmt: skip
 RUN = (*BRANCH, "init")
+
+
+def limits() -> dict[str, str]:
+    """Options of limits, as they are typed after ``--``, and the config keys that they set."""
+    return {name.replace("_", "-"): _SETTINGS[name][0] for name in LIMITS}
 
 
 def settings(*names: str) -> Callable[[Callable[..., int]], Callable[..., int]]:

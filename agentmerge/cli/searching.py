@@ -15,10 +15,10 @@ import typer
 
 from agentmerge.cli import options
 from agentmerge.cli.legacy import Legacy, map_options, old_options
+from agentmerge.cli.serving import page_beside
 from agentmerge.cli.terminal import Interrupted, failed, show_result, signals, speaker, warned
 from agentmerge.system.temporary import write_at_once
 from agentmerge.system.waits import waiting_for
-
 
 #: Seconds between looks at whether a search has stopped.
 _LOOK_S = 0.2
@@ -44,6 +44,7 @@ def run(
     wandb_entity: options.WandbEntity = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
+    ui: options.Ui = False,
     old: Legacy,
 ) -> int:
     """Search for the best merge of a config's models."""
@@ -79,7 +80,7 @@ def run(
         _old_outputs(row, runs_dir, old.storage_path, final_model)
         return row
 
-    return _driven(start, settings, runs_dir, as_json, quiet)
+    return _driven(start, settings, runs_dir, as_json, quiet, ui=ui)
 
 
 def refuse_unknown_names(settings: Any) -> None:
@@ -144,6 +145,7 @@ def resume(
     ] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
+    ui: options.Ui = False,
 ) -> int:
     """Go on with a search where it stopped; limits may be raised."""
     from agentmerge.config import SearchConfig
@@ -170,7 +172,7 @@ def resume(
         _old_outputs(row, runs_dir, storage_path, save_final_model)
         return row
 
-    return _driven(start, settings, runs_dir, as_json, quiet, past)
+    return _driven(start, settings, runs_dir, as_json, quiet, past, ui=ui)
 
 
 @options.settings(*options.BRANCH)
@@ -187,6 +189,7 @@ def branch(
     wandb_entity: options.WandbEntity = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
+    ui: options.Ui = False,
 ) -> int:
     """Leave a search at a generation, with any setting changed."""
     from agentmerge.cli.trackers import Tracking, tracked
@@ -206,7 +209,7 @@ def branch(
                 name, at=at, name=new, runs_dir=runs_dir, overrides=given, emit=tell, drain=drain
             )
 
-    return _driven(start, settings, runs_dir, as_json, quiet)
+    return _driven(start, settings, runs_dir, as_json, quiet, ui=ui)
 
 
 def stop(
@@ -250,7 +253,14 @@ def followed(
 
 
 def _driven(
-    start: Any, config: Any, runs_dir: Path, as_json: bool, quiet: bool, past: Any = ()
+    start: Any,
+    config: Any,
+    runs_dir: Path,
+    as_json: bool,
+    quiet: bool,
+    past: Any = (),
+    *,
+    ui: bool,
 ) -> int:
     """Run ``start(emit, drain)`` as it is followed, then show how it ended."""
     from agentmerge.cli.render import summary_text
@@ -259,7 +269,8 @@ def _driven(
     from agentmerge.search.state import WAITING
 
     say = speaker(quiet, as_json)
-    row, caught = followed(start, config, as_json, quiet, past)
+    with page_beside(runs_dir, ui, as_json):
+        row, caught = followed(start, config, as_json, quiet, past)
     with opened(runs_dir) as ledger:
         summary = run_summary(ledger, row)
     show_result(summary, as_json, summary_text(summary))

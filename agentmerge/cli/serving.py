@@ -1,8 +1,9 @@
-"""``ui``: the searches of a runs directory in a browser, as they go on."""
+"""``ui``, and ``--ui`` of those that drive a search: searches in a browser, as they go on."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -20,23 +21,46 @@ def ui(
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")
     ] = 8787,
+    allow_actions: Annotated[
+        bool,
+        typer.Option("--allow-actions", help="Let who has its token stop, resume and branch."),
+    ] = False,
     open_: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
 ) -> int:
     """Show the searches live in a browser. Reads the results database, until it is stopped."""
-    from agentmerge.ui.serve import serve
+    from agentmerge.ledger.folder import existing_runs
+    from agentmerge.ui import serve
+    from agentmerge.ui.actions import Actions
 
+    serve.require_packages()
     say = speaker(False, False)
-
-    def ready(address: str, reached: bool) -> None:
+    actions = Actions(existing_runs(runs_dir), options.limits(), allow_actions)
+    with serve.listening(host, port) as listening, suppress(Interrupted, KeyboardInterrupt):
+        address = serve.address(host, listening)
+        address += f"#token={actions.token}" if allow_actions else ""
         say(f"{address} (Ctrl-C stops it)")
-        if reached:
-            say(warned(f"whoever reaches {host} can read every search of {runs_dir}"))
+        if not serve.is_loopback(host):
+            act = ", and act once they read the token on its way" if allow_actions else ""
+            say(warned(f"whoever reaches {host} can read every search of {runs_dir}{act}"))
         if open_:
             import webbrowser
 
             if not webbrowser.open(address):
                 say("no browser could be started; open the address yourself")
-
-    with suppress(Interrupted, KeyboardInterrupt):
-        serve(runs_dir, host, port, ready)
+        serve.serve(listening, host, actions)
     return 0
+
+
+@contextmanager
+def page_beside(runs_dir: Path, wanted: bool, as_json: bool) -> Iterator[None]:
+    """The live page while the block runs, where it is wanted; its address is told even where no
+    progress is."""
+    if not wanted:
+        yield
+        return
+    from agentmerge.ui.actions import Actions
+    from agentmerge.ui.serve import beside
+
+    with beside(Actions(runs_dir, options.limits())) as address:
+        speaker(False, as_json)(f"{address} shows it live, until it ends")
+        yield

@@ -10,6 +10,7 @@ from threading import Lock
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from anyio.to_thread import run_sync
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -18,7 +19,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from agentmerge.contracts.operators import PARENT
-from agentmerge.errors import NotFound
+from agentmerge.errors import LedgerError, NotFound
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.report import html
 from agentmerge.report.compare import compare, lineage
@@ -26,7 +27,8 @@ from agentmerge.report.content import Content, content
 from agentmerge.report.figures import overview
 from agentmerge.report.summary import run_status
 from agentmerge.ui import views
-from agentmerge.ui.guard import Guard, code_of, json_answer, sentence
+from agentmerge.ui.actions import Actions
+from agentmerge.ui.guard import Guard, body_of, code_of, json_answer, refusal, sentence
 from agentmerge.ui.live import Live, Snapshot
 from agentmerge.ui.streams import list_news, search_news, streamed
 
@@ -42,12 +44,20 @@ View = Callable[[Ledger, Request], Mapping[str, Any]]
 Answer = Callable[[Request], Response]
 
 
-def application(runs_dir: Path, *, hosts: Sequence[str] = (), every_s: float = 1.0) -> Starlette:
+def application(
+    runs_dir: Path,
+    *,
+    hosts: Sequence[str] = (),
+    every_s: float = 1.0,
+    actions: Actions | None = None,
+) -> Starlette:
     """The ASGI application over a runs directory.
 
     hosts: names that it answers under; none: any. every_s: seconds between looks at a search.
+    actions: what its pages may have done; they may do nothing where none are allowed.
     """
-    pages = _Pages(Live(runs_dir, every_s))
+    pages = _Pages(Live(runs_dir, every_s, actions))
+    acting = [Route("/api/run/{name}/{action}", pages.act, methods=["POST"])]
     candidate = "/run/{name}/candidate/{generation:int}.{slot:int}"
     return Starlette(
         routes=[
@@ -64,6 +74,7 @@ def application(runs_dir: Path, *, hosts: Sequence[str] = (), every_s: float = 1
             Route("/live", pages.live_list),
             Route("/run/{name}/live", pages.live_search),
             Route(PARTS + "{name}", pages.guarded(_part)),
+            *(acting if pages.live.actions.allowed else ()),
         ],
         middleware=[Middleware(Guard, hosts=tuple(hosts))],
         exception_handlers={HTTPException: pages.not_there},
@@ -141,7 +152,8 @@ class _Pages:
             try:
                 return answer(request)
             except Exception as error:
-                return self._fault(request, sentence(error), code_of(error))
+                again = isinstance(error, NotFound | LedgerError)
+                return self._fault(request, sentence(error), code_of(error), again)
 
         return guarded
 
@@ -150,15 +162,17 @@ class _Pages:
         text = "there is no such page" if error.status_code == 404 else error.detail
         return self._fault(request, text, error.status_code)
 
-    def _fault(self, request: Request, text: str, code: int) -> Response:
+    def _fault(self, request: Request, text: str, code: int, again: bool = False) -> Response:
+        """again: a page looks whether it is there by now."""
         if request.url.path.startswith("/api/"):
             return json_answer({"error": text}, code)
-        return self._page("fault.html", request, code, sentence=text)
+        return self._page("fault.html", request, code, sentence=text, again=again)
 
     def _page(self, template: str, request: Request, code: int = 200, **facts: Any) -> Response:
         query = f"?{request.url.query}" if request.url.query else ""
         twin = f"/api{request.url.path}{query}"
         facts |= {"twin": twin, "runs_dir": str(self.live.runs_dir), "parts": PARTS}
+        facts["acting"] = self.live.actions.allowed
         return HTMLResponse(self.templates.get_template(template).render(facts), code)
 
     def board(self, request: Request) -> Response:
@@ -195,6 +209,17 @@ class _Pages:
             while len(self._charts) > MAX_CHARTS:
                 self._charts.popitem(last=False)
         return Response(text, media_type="application/json")
+
+    async def act(self, request: Request) -> Response:
+        """Have something done; whoever asks has the token, and no page of another site does."""
+        actions = self.live.actions
+        if refused := refusal(request, actions.has):
+            return json_answer({"error": refused}, 403)
+        try:
+            given, path = await body_of(request), request.path_params
+            return json_answer(await run_sync(actions.act, path["name"], path["action"], given))
+        except Exception as error:
+            return json_answer({"error": sentence(error)}, code_of(error))
 
     async def live_search(self, request: Request) -> Response:
         news = search_news(self.live, request.path_params["name"], self._drawn)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,6 +30,12 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
+
+
+#: A request to act has this in a header of its own, which no page of another site can send.
+TOKEN = "x-agentmerge-token"
+#: Of such a request.
+MAX_BODY_BYTES = 10_000
 
 
 class Guard:
@@ -65,6 +72,36 @@ def _host(scope: Scope) -> str:
 _refused = PlainTextResponse(
     "this page answers under localhost only; --host says where else\n", HTTPStatus.FORBIDDEN
 )
+
+
+def refusal(request: Request, known: Callable[[str], bool]) -> str:
+    """Why this request may not act, or "" where it may."""
+    origin = request.headers.get("origin")
+    if not known(request.headers.get(TOKEN, "")):
+        return "the token is missing or another server's; `agentmerge ui` printed it"
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        return "pages of another site may not act here"
+    return ""
+
+
+async def body_of(request: Request) -> dict[str, Any]:
+    """What a request says: a JSON object.
+
+    Raises:
+        UserError: it is none, or too long.
+    """
+    found = bytearray()
+    async for chunk in request.stream():
+        found += chunk
+        if len(found) > MAX_BODY_BYTES:
+            raise UserError(f"a request has {MAX_BODY_BYTES:,} bytes at most")
+    try:
+        said = json.loads(found.decode())
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict):
+        raise UserError("the request must be a JSON object")
+    return said
 
 
 def sentence(error: Exception) -> str:

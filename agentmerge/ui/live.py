@@ -20,6 +20,7 @@ from agentmerge.ledger.folder import opened
 from agentmerge.report.board import Board, Follower, Line
 from agentmerge.report.lines import event_lines, sparkline
 from agentmerge.report.summary import run_status
+from agentmerge.ui.actions import Actions
 
 #: How long a page waits for a writer, in seconds, before it says that the database is locked.
 PATIENCE_S = 2.0
@@ -46,6 +47,7 @@ class _Followed:
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=MAX_LINES))
     lock: threading.Lock = field(default_factory=threading.Lock)
     status: str = ""
+    whole: int = -1
     caught_up_at: float | None = None
     _news: Iterator[Event] | None = None
 
@@ -66,6 +68,8 @@ class _Followed:
 
     def _tell(self, event: Event) -> None:
         self.board.tell(event)
+        if isinstance(event, events.Generation):
+            self.whole = event.generation
         if isinstance(event, events.Evaluated) and event.failure:
             self.lines.append(f"candidate {event.generation}.{event.slot}: {event.failure}")
         self.lines.extend(line.strip() for line in event_lines(event, self.board))
@@ -75,10 +79,14 @@ class Live:
     """What ``Board`` shows of each search of a runs directory. Safe to share between threads.
 
     every_s: nobody's look reads a search anew sooner than this after the last.
+    actions: what may be done with them; by default nothing, nor is any limit named.
     """
 
-    def __init__(self, runs_dir: Path, every_s: float = 1.0) -> None:
+    def __init__(
+        self, runs_dir: Path, every_s: float = 1.0, actions: Actions | None = None
+    ) -> None:
         self.runs_dir, self.every_s = runs_dir, every_s
+        self.actions = actions or Actions(runs_dir, {})
         self._followed: OrderedDict[str, _Followed] = OrderedDict()
         self._briefs: dict[str, tuple[str, Snapshot | None]] = {}
         self._lock = threading.Lock()
@@ -100,7 +108,11 @@ class Live:
             with followed.lock:
                 followed.follower.ledger = ledger
                 followed.read(status, self.every_s)
-                return _snapshot(followed, row, status, ledger.open_count(row.id))
+                offered = self.actions.offered(row, status, followed.board.config, followed.whole)
+                return {
+                    **_snapshot(followed, row, status, ledger.open_count(row.id)),
+                    "actions": offered,
+                }
 
     def briefs(self) -> dict[str, Snapshot | None]:
         """Name -> how it stands, newest first; None of one that nobody has looked at so far.

@@ -161,6 +161,51 @@ def test_a_page_follows_a_search_to_its_end(browser: Any, tmp_path: Path) -> Non
         page.close()
 
 
+def test_an_action_shows_its_command_and_asks_for_the_token_once(
+    browser: Any, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    search_family(runs)
+    with served(runs, "--allow-actions") as (told, _):
+        address, _, token = told.partition("/#token=")
+        page = browser.new_page()
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{address}/run/first")
+        page.wait_for_selector("form.act")
+        branch = page.locator("form.act", has_text="Branch")
+        branch.get_by_label("as", exact=True).fill("x y")
+        command = branch.locator(".command").text_content()
+        assert command.endswith(f"--runs-dir {runs} --at 5 --as 'x y'"), command
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.name") == "token"
+        page.keyboard.type("wrong")
+        page.keyboard.press("Enter")
+        branch.get_by_role("button").click()
+        page.wait_for_selector("text=the token is missing or another server's")
+        page.locator("#token input").fill(token)
+        page.keyboard.press("Enter")
+        branch.get_by_role("button").click()
+        page.wait_for_selector("text=as cannot be 'x y'")
+        branch.get_by_label("as", exact=True).fill("new")
+        branch.locator("summary").click()
+        branch.get_by_label("max-evaluations").fill("44")
+        page.wait_for_timeout(2500)  # the page is told anew meanwhile
+        assert branch.get_by_label("max-evaluations").input_value() == "44"
+        shown = branch.locator(".command").text_content()
+        branch.get_by_role("button").click()
+        page.wait_for_selector("text=/drives new|it is over/", timeout=120_000)
+        assert f"$ {shown}" in (runs / "new" / "console.log").read_text()
+        # The address with the token keeps it, and shows it no longer; it is in no request.
+        other = browser.new_context().new_page()
+        other.goto(f"{address}/run/second#token={token}")
+        until(other, "location.hash === ''")
+        assert other.evaluate("sessionStorage.getItem('token')") == token
+        assert not [url for url in asked if token in url]
+        other.context.close()
+        page.close()
+
+
 def test_a_hidden_tab_asks_for_nothing(browser: Any, address: str) -> None:
     page = browser.new_page()
     asked: list[str] = []

@@ -27,18 +27,19 @@ SLOW = CONFIG.replace("num_layers: 4,", "num_layers: 4, delay_s: 0.05,").replace
 
 
 @contextmanager
-def served(runs: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def served(runs: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """(address, process) of ``agentmerge ui``."""
+    where = ["--runs-dir", str(runs), "--port", "0"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "agentmerge", "ui", "--runs-dir", str(runs), "--port", "0"],
+        [sys.executable, "-m", "agentmerge", "ui", *where, *options],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         assert process.stderr is not None
         told = process.stderr.readline()
-        found = re.match(r"(http://127\.0\.0\.1:\d+)/ ", told)
+        found = re.match(r"(http://127\.0\.0\.1:\d+)/(?:#token=\S+)? ", told)
         assert found, told
-        yield found[1], process
+        yield told.split(" ")[0] if options else found[1], process
     finally:
         process.kill()
         process.communicate()
@@ -160,3 +161,31 @@ def test_without_its_packages_it_says_which(
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert run_app(["ui", "--runs-dir", str(tmp_path)]) == 2
     assert "pip install 'agentmerge[ui]'" in capsys.readouterr().err
+
+
+def test_a_page_beside_a_search_ends_with_it(tmp_path: Path, config: Path) -> None:
+    """However it ends: done, or killed."""
+    where = ["--runs-dir", str(tmp_path / "runs"), "--ui", "-q"]
+    for name, more in (("a", ["--max-evaluations", "40"]), ("b", ["--seed", "4"])):
+        search = subprocess.Popen(
+            [sys.executable, "-m", "agentmerge", "run", str(config), "--name", name, *more, *where],
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        assert search.stderr is not None
+        address, _, rest = search.stderr.readline().partition(" ")
+        assert rest == "shows it live, until it ends\n", address
+        for _, found in events(f"{address}live"):
+            if found.get("names", [""])[0] == name:
+                break
+        if name == "b":
+            search.kill()
+        search.communicate()
+        assert search.returncode == (0 if name == "a" else -signal.SIGKILL)
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            try:
+                urllib.request.urlopen(address, timeout=5).close()
+            except OSError:
+                break
+        else:
+            raise AssertionError("the page is still there")

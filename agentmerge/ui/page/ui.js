@@ -8,7 +8,8 @@
     trouble.hidden = !sentence;
   };
 
-  // Parts that are as they were stay: who reads or has marked one is not disturbed.
+  // Parts that are told as they were stay: who reads, marks or fills in one is not disturbed.
+  const said = new Map();
   const show = (html) => {
     const told = new DOMParser().parseFromString(html, "text/html");
     const parts = [...told.querySelectorAll("[data-part]")];
@@ -17,7 +18,8 @@
     for (const part of parts) {
       let now = before.get(part.dataset.part);
       before.delete(part.dataset.part);
-      if (!now || now.outerHTML !== part.outerHTML) {
+      if (!now || said.get(part.dataset.part) !== part.outerHTML) {
+        said.set(part.dataset.part, part.outerHTML);
         const fresh = document.importNode(part, true);
         if (now) now.replaceWith(fresh);
         else if (last) last.after(fresh);
@@ -77,6 +79,64 @@
     }
   };
 
+  // What may be done: the command line follows what is typed, and the token stays in this tab.
+  const asked = document.getElementById("token");
+  const keep = (token) => {
+    sessionStorage.setItem("token", token);
+    if (asked) asked.hidden = true;
+  };
+  const came = new URLSearchParams(location.hash.slice(1)).get("token");
+  if (came) {
+    keep(came);
+    history.replaceState(null, "", location.pathname + location.search);
+  }
+  if (asked) {
+    asked.addEventListener("submit", (event) => {
+      event.preventDefault();
+      keep(asked.elements.token.value.trim());
+      asked.reset();
+    });
+  }
+  const askToken = () => {
+    asked.hidden = false;
+    asked.elements.token.focus();
+  };
+
+  const given = (form) => Object.fromEntries(
+    [...new FormData(form)].map(([name, value]) => [name, value.trim()]).filter((pair) => pair[1]));
+  const word = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\"'\"'")}'`);
+  document.addEventListener("input", ({ target }) => {
+    const form = target.closest("form.act");
+    if (!form) return;
+    form.querySelector(".command").textContent = [form.dataset.command,
+      ...Object.entries(given(form)).map(([name, value]) => `--${name} ${word(value)}`)].join(" ");
+  });
+  document.addEventListener("submit", async (event) => {
+    const form = event.target.closest("form.act");
+    if (!form) return;
+    event.preventDefault();
+    const told = form.querySelector(".said");
+    const token = sessionStorage.getItem("token");
+    if (!token) return askToken();
+    const button = form.querySelector("button");
+    button.disabled = true;
+    told.textContent = "Asked …";
+    try {
+      const answer = await fetch(form.dataset.act, {
+        method: "POST",
+        headers: { "content-type": "application/json", "x-agentmerge-token": token },
+        body: JSON.stringify(given(form)),
+      });
+      const found = await answer.json();
+      if (answer.status === 403) askToken();
+      told.textContent = found.error ?? found.said;
+      told.classList.toggle("note", !answer.ok);
+    } catch {
+      told.textContent = "The program that serves this page does not answer.";
+    }
+    button.disabled = false;
+  });
+
   let source = null;
   const follow = () => {
     if (!live || document.hidden || source) return;
@@ -97,6 +157,9 @@
     source = null;
   });
   follow();
+  if (document.querySelector("[data-again]")) {
+    setInterval(() => { if (!document.hidden) location.reload(); }, 5000);
+  }
   const still = document.querySelector(".drawn[data-charts]");
   if (still) draw(still.dataset.charts);
 })();
