@@ -14,6 +14,7 @@ from agentmerge.contracts.card import Card
 from agentmerge.evaluation.statistics import duration, figure
 from agentmerge.parents.cards import Licence
 from agentmerge.recipe.names import short_name
+from agentmerge.report.summary import tokens_text
 
 
 def table(rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
@@ -179,6 +180,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
             cells = [number(row["tasks"].get(task)) for task in tasks]
             rows.append([name, number(row["score"]), *cells])
         lines += ["", table(rows)]
+    if told := tokens_text(summary):
+        lines += ["", told]
     return "\n".join(lines)
 
 

@@ -151,6 +151,7 @@ class Observation:
         ``needs_all``.
     prior: it was scored under other settings, before a branch that asks something else. Its items
         that are asked still are evidence; it has no score that compares with others'.
+    tokens: generated an item, of the tasks that generate; None where none does, or nobody counted.
     """
 
     generation: int
@@ -170,6 +171,7 @@ class Observation:
     space: str = ""
     prior: bool = False
     pending: bool = False
+    tokens: float | None = None
 
     @property
     def failed(self) -> bool:

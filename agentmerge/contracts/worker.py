@@ -43,6 +43,8 @@ class ItemResult:
         task's ``margin_kind``: "choice" (gold minus best wrong choice) or "token" (least over
         answer tokens of gold minus best other log-probability, teacher-forced).
     truncated: the prompt was cut to fit the context. cut_off: generation ended at max_gen_toks.
+    tokens: how many the model generated for it, 0 where nothing is generated; None where nobody
+        counted (results of before they were kept).
     """
 
     value: float
@@ -50,6 +52,7 @@ class ItemResult:
     margin: float | None = None
     truncated: bool = False
     cut_off: bool = False
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

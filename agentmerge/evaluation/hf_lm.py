@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from agentmerge.errors import CandidateFailed
 from agentmerge.evaluation.loading import quiet
-from agentmerge.evaluation.tokens import Encoded, Stopping, Tokenised
+from agentmerge.evaluation.tokens import Encoded, Ended, Said, Stopping, Tokenised
 
 #: Context tokens and the gold tokens that should follow them.
 TokenPair = tuple[list[int], list[int]]
@@ -49,7 +50,7 @@ class LiveLM(Tokenised, HFLM):  # type: ignore[misc]
         self._begin()
         self._padded: dict[Any, Any] = {}
         self._rows: list[str] = []
-        self._cut_off: dict[tuple[str, Stopping], bool] = {}
+        self._ended: dict[tuple[str, Stopping], Ended] = {}
         self.embedding_rows = model.get_input_embeddings().weight.shape[0]
         with quiet():
             super().__init__(
@@ -75,14 +76,13 @@ class LiveLM(Tokenised, HFLM):  # type: ignore[misc]
         """Log-likelihood of whole texts, in windows of the context."""
         return list(self.loglikelihood_rolling(list(instances), disable_tqdm=True))
 
-    def generate(self, instances: Sequence[Any]) -> list[tuple[str, bool]]:
-        """(text up to the first stop, whether it ran into max_gen_toks) of each request."""
-        self._cut_off = {}
+    def generate(self, instances: Sequence[Any]) -> list[Said]:
+        self._ended = {}
         stops = [self.stopping(instance.args[1]) for instance in instances]
         with _sampling(any(stop.sampled for stop in stops)), _no_warnings():
             texts = self.generate_until(list(instances), disable_tqdm=True)
         return [
-            (text, self._cut_off[instance.args[0], stop])
+            self._ended[instance.args[0], stop].said(text)
             for text, instance, stop in zip(texts, instances, stops, strict=True)
         ]
 
@@ -99,13 +99,24 @@ class LiveLM(Tokenised, HFLM):  # type: ignore[misc]
         ends = self.model.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or ())
         for text, row in zip(self._rows, out[:, width:].tolist(), strict=True):
-            whole = len(row) >= stopping.max_new and ends.isdisjoint(row)
-            if whole:
-                said = self.tok_decode(row, skip_special_tokens=False)
-                whole = not any(term and term in said for term in stop)
-            key = (text, stopping)
-            self._cut_off[key] = self._cut_off.get(key, False) or whole
+            length = next((i + 1 for i, token in enumerate(row) if token in ends), None)
+            stopped = self._stopped(row[:length], stop)
+            whole = length is None and stopped is None and len(row) >= stopping.max_new
+            ended = self._ended.setdefault((text, stopping), Ended())
+            ended.tell(whole, stopped or length or len(row))
         return out
+
+    def _stopped(self, row: Sequence[int], stop: Sequence[str]) -> int | None:
+        """How many of the tokens hold the first stop; None where there is none. The others of its
+        batch may have gone on for longer."""
+
+        def holds(count: int) -> bool:
+            said = self.tok_decode(row[:count], skip_special_tokens=False)
+            return any(term and term in said for term in stop)
+
+        if not holds(len(row)):
+            return None
+        return bisect_left(range(1, len(row)), True, key=holds) + 1
 
     # --- the companion request ------------------------------------------------------------------
 

@@ -12,13 +12,16 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import AnswerRefused, CandidateFailed, TaskError
 from agentmerge.evaluation import metrics
 from agentmerge.evaluation.rendering import Asked
 from agentmerge.evaluation.tasks import ScoredTask, TaskSet
+
+if TYPE_CHECKING:
+    from agentmerge.evaluation.tokens import Said
 
 
 def _is_told_in_results(record: logging.LogRecord) -> bool:
@@ -40,7 +43,7 @@ class ScoringModel(Protocol):
     def prompt_cut(self, context: str, max_new: int) -> bool: ...
     def answer(self, requests: Sequence[Any]) -> list[tuple[float, bool]]: ...
     def rolling(self, instances: Sequence[Any]) -> list[float]: ...
-    def generate(self, instances: Sequence[Any]) -> list[tuple[str, bool]]: ...
+    def generate(self, instances: Sequence[Any]) -> list[Said]: ...
     def stopping(self, generation_kwargs: dict[str, Any]) -> Any: ...
     def said(self, tokens: Sequence[int], stopping: Any) -> str: ...
     def gold_tokens(
@@ -71,6 +74,7 @@ class _Answer:
 
     responses: list[list[Any]]
     cut_off: bool = False
+    tokens: float = 0.0
     forced: tuple[float, float] | None = None
 
 
@@ -175,10 +179,11 @@ class ItemScorer:
             elif kind == "loglikelihood_rolling":
                 said = self._lm.rolling(instances)
             else:
-                pairs = self._lm.generate(instances)
-                for (ref, _, _), (_, cut_off) in zip(requests, pairs, strict=True):
-                    answers[ref].cut_off |= cut_off
-                said = [text for text, _ in pairs]
+                made = self._lm.generate(instances)
+                for (ref, _, _), one in zip(requests, made, strict=True):
+                    answers[ref].cut_off |= one.cut_off
+                    answers[ref].tokens += one.tokens
+                said = [one.text for one in made]
             for (ref, _, i), response in zip(requests, said, strict=True):
                 answers[ref].responses[i].append(response)
         forced = [(ref, item.companion) for ref, item in items.items() if item.companion]
@@ -223,7 +228,10 @@ def _judged(
                     f"the gold answer's log-likelihood is not finite ({log_likelihood}, margin "
                     f"{margin}) for document {ref.index} of task {ref.task!r}"
                 )
-        results[ref] = ItemResult(value, log_likelihood, margin, item.truncated, answer.cut_off)
+        results[ref] = ItemResult(
+            value, log_likelihood, margin, item.truncated, answer.cut_off,
+            tokens=round(answer.tokens),
+        )  # fmt: skip
     return results
 
 

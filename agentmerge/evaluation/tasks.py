@@ -196,6 +196,18 @@ class TaskSet:
         """The weighted sum of the objectives' metrics, higher is better."""
         return sum(o.signed_weight * task_scores[o.name] for o in self.objectives)
 
+    @property
+    def generating(self) -> tuple[ScoredTask, ...]:
+        """The tasks whose answers are generated, and so have a length."""
+        return tuple(task for task in self.tasks if task.output_type == "generate_until")
+
+    def tokens(self, results: Mapping[ItemRef, ItemResult], part: Part = "search") -> float | None:
+        """Generated tokens an item, of the tasks that generate; None where none does, or of some
+        item nobody counted."""
+        counts = [results[ref].tokens for task in self.generating for ref in task.part(part)]
+        known = [count for count in counts if count is not None]
+        return sum(known) / len(known) if known and len(known) == len(counts) else None
+
     def score(self, results: Mapping[ItemRef, ItemResult], part: Part = "search") -> Score:
         """Everything above in one: items' results -> score.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
@@ -34,6 +34,32 @@ class Stopping:
     until: tuple[str, ...]
     max_new: int
     sampled: bool
+
+
+class Said(NamedTuple):
+    """A generated answer. text: up to the first stop. cut_off: it ran into max_gen_toks. tokens:
+    how many were generated, its end among them; of requests that are alike, on average."""
+
+    text: str
+    cut_off: bool
+    tokens: float
+
+
+@dataclass(slots=True)
+class Ended:
+    """How requests that are alike ended; lm-eval says in no order which is whose."""
+
+    cut_off: bool = False
+    tokens: int = 0
+    count: int = 0
+
+    def tell(self, cut_off: bool, tokens: int) -> None:
+        self.cut_off |= cut_off
+        self.tokens += tokens
+        self.count += 1
+
+    def said(self, text: str) -> Said:
+        return Said(text, self.cut_off, self.tokens / self.count)
 
 
 def answer_length(generation_kwargs: Mapping[str, Any], default: int = MAX_GEN_TOKS) -> int:

@@ -124,7 +124,7 @@ def export_parquet(ledger: Ledger, folder: Path) -> dict[str, int]:
     """Write searches.parquet, candidates.parquet and items.parquet; returns rows by file.
 
     items has one row an item result: recipe_hash, engine, task, protocol, item, value,
-    log_likelihood, margin, truncated, cut_off.
+    log_likelihood, margin, truncated, cut_off, tokens.
 
     Raises:
         UserError: the folder cannot be written.
@@ -146,7 +146,7 @@ def export_parquet(ledger: Ledger, folder: Path) -> dict[str, int]:
             counts[name] = table.num_rows
         counts["items"] = 0
         kinds = {"value": pa.float64(), "log_likelihood": pa.float32(), "margin": pa.float32()}
-        kinds |= {"truncated": pa.bool_(), "cut_off": pa.bool_()}
+        kinds |= {"truncated": pa.bool_(), "cut_off": pa.bool_(), "tokens": pa.int32()}
         schema = pa.schema(
             [(name, kinds.get(name, pa.dictionary(pa.int32(), pa.string()))) for name in _ITEM]
         )
@@ -165,7 +165,7 @@ def export_parquet(ledger: Ledger, folder: Path) -> dict[str, int]:
 
 _ITEM = (
     "recipe_hash", "engine", "task", "protocol", "item",
-    "value", "log_likelihood", "margin", "truncated", "cut_off",
+    "value", "log_likelihood", "margin", "truncated", "cut_off", "tokens",
 )  # fmt: skip
 
 _TABLES = {
@@ -176,8 +176,8 @@ _TABLES = {
     "candidates": (
         "SELECT r.name AS search, c.generation, c.slot, c.operator, c.label, c.recipe_hash, "
         "c.state, c.score, c.tasks, c.failure, c.reused, c.truncated, c.cut_off, c.seconds, "
-        "c.fingerprint, c.prior, c.vector FROM candidates c JOIN runs r ON r.id = c.run_id "
-        "ORDER BY r.created, r.id, c.generation, c.slot"
+        "c.tokens, c.fingerprint, c.prior, c.vector "
+        "FROM candidates c JOIN runs r ON r.id = c.run_id ORDER BY r.created, r.id, c.generation, c.slot"
     ),
 }
 
@@ -203,7 +203,7 @@ def _item_batches(ledger: Ledger) -> Iterator[dict[str, list[Any]]]:
             for name, value in zip(_ITEM, (recipe, names[engine], task, protocol), strict=False):
                 columns[name] += [value] * len(results)
             columns["item"] += sets[item_set]
-            for name in ("value", "log_likelihood", "margin", "truncated", "cut_off"):
+            for name in _ITEM[5:]:
                 columns[name] += [getattr(result, name) for result in results]
         if len(columns["item"]) >= BATCH_ROWS:
             yield columns

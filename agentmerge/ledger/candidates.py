@@ -22,7 +22,7 @@ from agentmerge.system.redaction import redact
 _COLUMNS = {field.name: f"c.{field.name}" for field in fields(Candidate)}
 _COLUMNS |= {
     name: f"coalesce(t.{name}, c.{name})"
-    for name in ("score", "tasks", "estimate", "rung", "share", "violation")
+    for name in ("score", "tasks", "estimate", "rung", "share", "violation", "tokens")
 }
 _COLUMNS |= {
     name: f"coalesce(c.{name}, CASE WHEN c.loss_kind = t.loss_kind AND t.space IN (c.space, '') "
@@ -161,13 +161,14 @@ class Candidates(ItemResults, GradientRows):
         results: Sequence[tuple[ResultKey, str, Sequence[ItemRef], Sequence[ItemResult]]] = (),
         slope: tuple[GradientKey, Gradient, Sequence[float]] | None = None,
         lost: tuple[float, float, float] | None = None,
+        tokens: float | None = None,
     ) -> None:
         """A candidate's score and all that it paid for, in one transaction.
 
         results: (key, task name, items, their results) for each task. counts: truncated prompts
             and cut-off generations. seconds: of it all. slope: the gradient to keep, and itself in
             the unit box. lost: (estimate, rung, share) of one that a race stopped, in place of a
-            score.
+            score. tokens: as a ``Candidate`` has them.
         """
         estimate, rung, share = lost or (None, 1.0, 1.0)
         loss = None if slope is None else slope[1].loss
@@ -180,12 +181,12 @@ class Candidates(ItemResults, GradientRows):
             conn.execute(
                 "UPDATE candidates SET state = ?, score = ?, tasks = ?, failure = ?, reused = ?, "
                 "truncated = ?, cut_off = ?, seconds = ?, fingerprint = ?, loss = ?, gradient = ?, "
-                "estimate = ?, rung = ?, share = ? "
+                "estimate = ?, rung = ?, share = ?, tokens = ? "
                 "WHERE run_id = ? AND generation = ? AND slot = ? AND state = 'open'",
                 (
                     "failed" if failure else "stopped" if lost else "scored", score,
                     json.dumps(list(tasks)), redact(failure), int(reused), *counts, seconds,
-                    fingerprint, loss, unit, estimate, rung, share, run_id, *candidate,
+                    fingerprint, loss, unit, estimate, rung, share, tokens, run_id, *candidate,
                 ),
             )  # fmt: skip
 

@@ -47,14 +47,17 @@ class ItemResults(Store):
         engine_id = intern(conn, "engines", hashed(engine), {"info": engine})
         protocol_id = intern(conn, "protocols", key.protocol_hash, {"task": task, "info": ""})
         set_id = intern_items(conn, items)
-        conn.execute(
+        place, block = (key.recipe_hash, engine_id, protocol_id, set_id), pack(results)
+        made = conn.execute(
             "INSERT OR IGNORE INTO results (recipe_hash, engine_id, protocol_id, item_set_id, "
             "block, fingerprint, seconds, created) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                key.recipe_hash, engine_id, protocol_id, set_id, pack(results), fingerprint,
-                seconds, time.time(),
-            ),
-        )  # fmt: skip
+            (*place, block, fingerprint, seconds, time.time()),
+        )
+        if not made.rowcount and any(result.tokens is not None for result in results):
+            where = "recipe_hash = ? AND engine_id = ? AND protocol_id = ? AND item_set_id = ?"
+            old = conn.execute(f"SELECT block FROM results WHERE {where}", place).fetchone()
+            if all(result.tokens is None for result in unpack(old[0])):  # asked again for them
+                conn.execute(f"UPDATE results SET block = ? WHERE {where}", (block, *place))
 
     def results(self, key: ResultKey) -> dict[str, ItemResult]:
         """Item key -> result, over every block stored under ``key``."""
@@ -69,7 +72,9 @@ class ItemResults(Store):
         )
         found: dict[str, ItemResult] = {}
         for packed_keys, block in rows:
-            found.update(zip(unpack_keys(packed_keys), unpack(block), strict=True))
+            for item, result in zip(unpack_keys(packed_keys), unpack(block), strict=True):
+                if result.tokens is not None or item not in found or found[item].tokens is None:
+                    found[item] = result
         return found
 
     def fingerprints(self, recipe_hash: str, engine: EngineInfo) -> set[str]:

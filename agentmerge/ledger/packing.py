@@ -15,12 +15,14 @@ KEY_DIGITS = 16
 
 
 def pack(results: Sequence[ItemResult]) -> bytes:
-    """Item results as bytes: count, then four length-prefixed zlib columns.
+    """Item results as bytes: count, then length-prefixed zlib columns.
 
     Values are float64 (a metric is stored exactly), log-likelihoods float32 (what torch summed),
-    margins float16 (three digits; they are clipped where they are used), flags one byte.
+    margins float16 (three digits; they are clipped where they are used), flags one byte. Generated
+    tokens, int32, are a fifth column only where some were counted: older versions read no further.
     """
     missing = float("nan")
+    counted = any(r.tokens is not None for r in results)
 
     def column(kind: str, values: list[Any]) -> bytes:
         body = zlib.compress(np.asarray(values, dtype=kind).tobytes(), 6)
@@ -34,6 +36,8 @@ def pack(results: Sequence[ItemResult]) -> bytes:
             column("<f2", [missing if r.margin is None else np.clip(r.margin, -6e4, 6e4)
                            for r in results]),
             column("u1", [r.truncated + 2 * r.cut_off for r in results]),
+            column("<i4", [-1 if r.tokens is None else r.tokens for r in results])
+            if counted else b"",
         )
     )  # fmt: skip
 
@@ -41,12 +45,14 @@ def pack(results: Sequence[ItemResult]) -> bytes:
 def unpack(block: bytes) -> list[ItemResult]:
     count = int.from_bytes(block[:4], "little")
     place, columns = 4, []
-    for kind in ("<f8", "<f4", "<f2", "u1"):
+    for kind in ("<f8", "<f4", "<f2", "u1", "<i4"):
+        if place == len(block):
+            columns.append(np.full(count, -1))
+            break
         size = int.from_bytes(block[place : place + 4], "little")
         raw = zlib.decompress(block[place + 4 : place + 4 + size])
         columns.append(np.frombuffer(raw, dtype=kind, count=count))
         place += 4 + size
-    values, lls, margins, flags = columns
     return [
         ItemResult(
             float(value),
@@ -54,8 +60,9 @@ def unpack(block: bytes) -> list[ItemResult]:
             None if np.isnan(margin) else float(margin),
             bool(flag & 1),
             bool(flag & 2),
+            tokens=None if made < 0 else int(made),
         )
-        for value, ll, margin, flag in zip(values, lls, margins, flags, strict=True)
+        for value, ll, margin, flag, made in zip(*columns, strict=True)
     ]
 
 

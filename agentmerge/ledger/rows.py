@@ -28,6 +28,7 @@ class Candidate:
     rung: the fraction of every task that it was asked; share: of all items.
     violation: what it lacks to the floors of the constraints, in the metrics' units.
     space: the key of the search space that ``vector`` lies in; "" is the config's own.
+    tokens: generated an item, of the tasks that generate; None where none does, or nobody counted.
     """
 
     generation: int
@@ -55,6 +56,7 @@ class Candidate:
     share: float = 1.0
     violation: float = 0.0
     space: str = ""
+    tokens: float | None = None
 
     @property
     def cost(self) -> float:
@@ -106,6 +108,7 @@ class Candidate:
             violation=self.violation,
             space=self.space,
             prior=self.prior,
+            tokens=self.tokens,
         )
 
 

@@ -274,6 +274,12 @@ def m013_what_was_told(db: Any) -> None:
     _run(db, "CREATE TABLE told (what TEXT PRIMARY KEY) WITHOUT ROWID")
 
 
+@migration
+def m014_generated_tokens(db: Any) -> None:
+    """What a candidate's answers took, in tokens an item; NULL where nobody counted."""
+    _run(db, "ALTER TABLE candidates ADD COLUMN tokens REAL")
+
+
 def _run(db: Any, statements: str) -> None:
     for statement in statements.split(";"):
         if statement.strip():

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from agentmerge.agents.forecasts import forecasts, track
 from agentmerge.contracts.operators import PARENT, STRUCTURE, UNIFORM
 from agentmerge.errors import NotFound
+from agentmerge.evaluation.statistics import figure
 from agentmerge.ledger import Candidate, Ledger, RunRow
 from agentmerge.ledger.folder import CHECKPOINTS
 from agentmerge.ledger.lease import Lease
 from agentmerge.ledger.words import openings
+from agentmerge.recipe.names import short_name
 
 #: Failed candidates that a summary lists; the ledger has them all.
 MAX_FAILURES = 10
@@ -115,7 +118,27 @@ def candidate_summary(candidate: Candidate) -> dict[str, Any]:
         "slot": candidate.slot,
         "operator": candidate.operator,
         "label": candidate.label,
+        "tokens_per_item": candidate.tokens,
     }
+
+
+def tokens_text(summary: Mapping[str, Any]) -> str:
+    """How long the answers are, of the answer (or the best so far) beside the parents'; empty where
+    nobody counted."""
+    best = summary["answer"] or summary["best"]
+    rows = [*([best] if best else []), *summary["parents"]]
+    named = {PARENT: "parent {}", UNIFORM: "the uniform merge"}
+    told = [
+        (
+            ("this search's answer" if summary["answer"] else "best so far")
+            if row is best
+            else named[row["operator"]].format(short_name(row["label"]))
+        )
+        + f" {figure(row['tokens_per_item'], digits=1)}"
+        for row in rows
+        if row["tokens_per_item"] is not None
+    ]
+    return f"tokens an item: {', '.join(told)}" if told else ""
 
 
 def trace(ledger: Ledger, row: RunRow) -> dict[str, Any]:

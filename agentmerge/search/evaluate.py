@@ -131,6 +131,7 @@ def evaluate(search: Search, generation: int, slot: int) -> None:
             fingerprint=answers.fingerprint,
             results=answers.paid,
             slope=slope,
+            tokens=search.taskset.tokens(answers.results),
         )
     search.emit(search.book.candidate(generation, slot).event())
 

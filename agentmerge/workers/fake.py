@@ -9,7 +9,8 @@ merge is never the best. The nearer a merge is to the optimum, the more items it
 margin also leans its own way, as real ones do. A task's metric says what an item is worth, as it
 does in lm-eval: right or wrong with a margin (``acc`` and any other name), right or wrong without
 one (``exact_match``), a loss whose mean should be low (``mse``), or the log-likelihood of a text
-(``perplexity``, ``word_perplexity``), which is no mean over items and should be low.
+(``perplexity``, ``word_perplexity``), which is no mean over items and should be low. What is
+generated (``exact_match``, ``mse``) has a length: the more of the last parent, the longer.
 
 A stack of layers (a linear recipe of other layers than the parents' own, in their places) has the
 merge's own layer k where most models first make it; what else takes layer k adds to every margin
@@ -236,13 +237,13 @@ class FakeWorker:
         margin, _ = self._margin(item, point)
         likelihood, metric = -float(np.logaddexp(0.0, -margin)), self._metrics[item.task]
         if metric == "exact_match":
-            return ItemResult(float(margin > 0))
+            return ItemResult(float(margin > 0), tokens=_length(item.key, point))
         if metric == "mse":
-            return ItemResult(-likelihood)
+            return ItemResult(-likelihood, tokens=_length(item.key, point))
         if _METRICS.get(metric, _Metric()).rebuild == "weighted":
             text = _words(item.key, metric) * (likelihood - 0.5)
-            return ItemResult(text, text)
-        return ItemResult(float(margin > 0), likelihood, margin)
+            return ItemResult(text, text, tokens=0)
+        return ItemResult(float(margin > 0), likelihood, margin, tokens=0)
 
     def _margin(self, item: ItemRef, point: np.ndarray) -> tuple[float, np.ndarray]:
         parents = tuple(self._parents)
@@ -283,6 +284,12 @@ class FakeWorker:
 
     def close(self) -> None:
         self._live = None
+
+
+def _length(key: str, point: np.ndarray) -> int:
+    """Tokens of an answer."""
+    wordy = float(np.clip(point[..., -1].mean(), 0.0, 2.0))
+    return round((0.75 + 0.5 * (int(key[:4], 16) / 0xFFFF)) * (20 + 100 * wordy))
 
 
 def _live(point: np.ndarray | None) -> np.ndarray:

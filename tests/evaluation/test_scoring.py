@@ -137,6 +137,23 @@ def test_gold_answers_as_the_metric_takes_them(parent: Path, tmp_path: Path) -> 
         assert next(iter(results.values())).log_likelihood == pytest.approx(ll, abs=1e-4)
 
 
+def test_an_answers_tokens_are_counted_up_to_its_end(parent: Path, tmp_path: Path) -> None:
+    """Whatever the others of its batch go on for; what only likelihoods are asked of has none."""
+    docs = [{"q": q, "gold": "a"} for q in tiny.prompts(8, 4)]
+    said = tiny.raw(parent, [doc["q"] for doc in docs], 9)
+    plain = [text.replace("<pad>", "P").replace("<s>", "S").replace("<unk>", "U") for text in said]
+    stop = max("abc0123\n", key=lambda c: sum(0 < text.find(c) < 8 for text in plain))
+    config = generation(
+        tmp_path, docs, generation_kwargs={"until": [stop], "max_gen_toks": 9}
+    )  # fmt: skip
+    ends = [text.replace("</s>", stop).find(stop) + 1 or 9 for text in plain]
+    for size in (8, 1):
+        taskset, results, _ = score(parent, config, batch_size=size)
+        assert [results[ref].tokens for ref in taskset.refs()] == ends
+    assert len(set(ends)) > 2
+    assert taskset.tokens(results) == sum(ends) / 8
+
+
 def test_truncated_prompts_and_cut_off_answers_are_counted(parent: Path, tmp_path: Path) -> None:
     docs = [{"q": q, "gold": "a"} for q in ("ab=", "ab" * 60 + "=", "c" * 88 + "=", "c" * 89 + "=")]
     config = generation(tmp_path, docs)

@@ -56,6 +56,23 @@ def test_values_come_back_exactly() -> None:
     assert back[:3] == odd[:3]
     assert back[3].margin == pytest.approx(6e4, rel=1e-3), "margins are clipped to their format"
     assert unpack(pack(results(500))) == results(500)
+    counted = [ItemResult(1.0, tokens=0), ItemResult(0.0), ItemResult(1.0, tokens=70_000)]
+    assert unpack(pack(counted)) == counted
+    assert not any(result.tokens is not None for result in unpack(pack(odd))), "as older ones are"
+    assert len(pack(counted[1:2])) < len(pack(counted[:1])), "nothing more where nobody counted"
+
+
+def test_answers_are_asked_again_for_their_length_alone(tmp_path: Path) -> None:
+    """A result of before tokens were counted is replaced by one that has them, and no other is."""
+    key = ResultKey("r", EngineInfo("hf", "1", "cpu", "float32", "64"), "protocol")
+    items = [ItemRef("task", i, f"{i:016x}") for i in range(3)]
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        ledger.save_results(key, "task", items, [ItemResult(1.0)] * 3)
+        counted = [ItemResult(1.0, tokens=i) for i in range(3)]
+        ledger.save_results(key, "task", items, counted)
+        ledger.save_results(key, "task", items, [ItemResult(0.0, tokens=9)] * 3)
+        ledger.save_results(key, "task", items[:2], [ItemResult(0.0)] * 2)
+        assert list(ledger.results(key).values()) == counted
 
 
 def test_about_six_bytes_an_item() -> None:

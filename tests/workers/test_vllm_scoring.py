@@ -106,7 +106,9 @@ def test_the_greedy_answer_is_seen(ours: Any, theirs: Any) -> None:
     """is_greedy of a continuation that is what the model says, by both ways."""
     settings: dict[str, Any] = {"until": [], "do_sample": False, "max_gen_toks": 3}
     prompts = ["s:abc=", "o:cab=", "x"]
-    said = [t for t, _ in ours.generate(asked("generate_until", *((p, settings) for p in prompts)))]
+    told = ours.generate(asked("generate_until", *((p, settings) for p in prompts)))
+    said = [one.text for one in told]
+    assert {one.tokens for one in told} == {3}, "nothing stops them"
     for count in (1, 3):
         requests = asked(
             "loglikelihood", *((p, t[:count]) for p, t in zip(prompts, said, strict=True))
@@ -184,7 +186,7 @@ def test_rolling_and_generation(ours: Any, theirs: Any) -> None:
         "generate_until", *((text(rng, n), settings) for n in (4, 30, 140, CONTEXT + 9))
     )
     said = ours.generate(prompts)
-    assert [t for t, _ in said] == theirs.generate_until(prompts, disable_tqdm=True)
+    assert [one.text for one in said] == theirs.generate_until(prompts, disable_tqdm=True)
     assert any(cut_off for _, cut_off in said)
 
 

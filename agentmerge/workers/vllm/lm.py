@@ -25,7 +25,7 @@ from vllm.sampling_params import RequestOutputKind
 from agentmerge.errors import CandidateFailed
 from agentmerge.evaluation.hf_lm import TORCH_SEED
 from agentmerge.evaluation.loading import quiet
-from agentmerge.evaluation.tokens import Encoded, Stopping, Tokenised
+from agentmerge.evaluation.tokens import Encoded, Ended, Said, Stopping, Tokenised
 
 #: Continuations of one token that one request may ask for; vLLM's own bound is 128.
 _MOST_CHOICES = 100
@@ -59,7 +59,7 @@ class VllmLM(Tokenised, VLLM):  # type: ignore[misc]
         self._begin()
         TemplateLM.__init__(self)  # VLLM's own would start an engine
         self._ask = ask
-        self._finished: dict[Any, bool] = {}
+        self._ended: dict[Any, Ended] = {}
         with quiet():
             self.tokenizer = configure_pad_token(tokenizer)
         self._max_length = max_length
@@ -168,13 +168,12 @@ class VllmLM(Tokenised, VLLM):  # type: ignore[misc]
 
     # --- generation -----------------------------------------------------------------------------
 
-    def generate(self, instances: Sequence[Any]) -> list[tuple[str, bool]]:
-        """(text up to the first stop, whether it ran into max_gen_toks) of each request."""
-        self._finished = {}
+    def generate(self, instances: Sequence[Any]) -> list[Said]:
+        self._ended = {}
         texts = self.generate_until(list(instances), disable_tqdm=True)
         stops = [self.stopping(instance.args[1]) for instance in instances]
         return [
-            (text, self._finished[self._key(instance.args[0], stop)])
+            self._ended[self._key(instance.args[0], stop)].said(text)
             for text, instance, stop in zip(texts, instances, stops, strict=True)
         ]
 
@@ -209,8 +208,8 @@ class VllmLM(Tokenised, VLLM):  # type: ignore[misc]
             if said.token_ids and not math.isfinite(said.cumulative_logprob):
                 raise CandidateFailed("the model's logits are not numbers (NaN) while it generates")
             key = tuple(prompt), settings.max_tokens, tuple(settings.stop)
-            cut_off = said.finish_reason == "length"
-            self._finished[key] = self._finished.get(key, False) or cut_off
+            ended = self._ended.setdefault(key, Ended())
+            ended.tell(said.finish_reason == "length", len(said.token_ids))
         return outputs
 
 
