@@ -177,7 +177,8 @@ _TABLES = {
         "SELECT r.name AS search, c.generation, c.slot, c.operator, c.label, c.recipe_hash, "
         "c.state, c.score, c.tasks, c.failure, c.reused, c.truncated, c.cut_off, c.seconds, "
         "c.tokens, c.fingerprint, c.prior, c.vector "
-        "FROM candidates c JOIN runs r ON r.id = c.run_id ORDER BY r.created, r.id, c.generation, c.slot"
+        "FROM candidates c JOIN runs r ON r.id = c.run_id "
+        "ORDER BY r.created, r.id, c.generation, c.slot"
     ),
 }
 
