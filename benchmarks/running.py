@@ -38,12 +38,14 @@ class Arm:
 
     alone: whether it is told nothing of the cheap rivals and begins as it would by itself. They
     cost it nothing then, and its answer has to beat them all the same.
+    lag: its window, as ``search.lag``; 0 where it knows all before each proposal.
     """
 
     name: str
     make: Callable[[], Strategy]
     advise: Callable[[int], Adviser] | None = None
     alone: bool = False
+    lag: int = 0
 
 
 def run_search(problem: Problem, arm: Arm, seed: int, budget: int) -> dict[str, Any]:
@@ -73,7 +75,14 @@ def run_search(problem: Problem, arm: Arm, seed: int, budget: int) -> dict[str, 
                 loss=outcome.loss,
             )
         )
-        points.append({"spent": spent, "operator": operator, "score": outcome.score})
+        points.append(
+            {
+                "spent": spent,
+                "generation": generation,
+                "operator": operator,
+                "score": outcome.score,
+            }
+        )
 
     for slot, (operator, _, vector) in enumerate(problem.first_points()):
         tell(0, slot, operator, vector, problem.evaluate(vector))
@@ -89,7 +98,9 @@ def run_search(problem: Problem, arm: Arm, seed: int, budget: int) -> dict[str, 
             guidance = adviser.guidance(problem, history, budget - spent)
         before = time.perf_counter()
         count = min(size, budget - spent)
-        asked = strategy.propose(space, told, guidance, count, rng_for)
+        asked = strategy.propose(space, within(told, arm.lag, size), guidance, count, rng_for)
+        if arm.lag and not asked:  # no search ends for what it knows before all is known
+            asked = strategy.propose(space, told, guidance, count, rng_for)
         thinking += time.perf_counter() - before
         if not asked:
             stopped = "nothing to gain"
@@ -115,6 +126,19 @@ def run_search(problem: Problem, arm: Arm, seed: int, budget: int) -> dict[str, 
         "points": points,
         "answers": _answers(problem, history, seed),
     }
+
+
+def within(history: Sequence[Observation], lag: int, size: int) -> Sequence[Observation]:
+    """A history as the next proposal knows it (``search.window``): the last ones are pending.
+
+    size: of a generation.
+    """
+    room = lag - size
+    if room <= 0:
+        return history
+    known = max(history[-room].generation - 1, 0) if len(history) > room else 0
+    unknown = {"score": None, "tasks": (), "evidence": None, "gradient": None, "loss": None}
+    return [o if o.generation <= known else replace(o, pending=True, **unknown) for o in history]
 
 
 def _by_task(problem: Problem, outcome: Shown) -> tuple[tuple[str, float], ...]:

@@ -27,6 +27,7 @@ from unittest import mock
 from agentmerge.config import SearchConfig
 from agentmerge.session import opening
 from agentmerge.workers.fake import FakeWorker
+from benchmarks import lagging
 
 CONFIG = """\
 genome:
@@ -140,13 +141,15 @@ def utilisation(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["utilisation", "driver"])
+    parser.add_argument("what", choices=["utilisation", "driver", "quality"])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 8, 32, 64])
     parser.add_argument("--cv", type=float, nargs="+", default=[0.3, 0.6])
     parser.add_argument("--evaluations", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
+    lagging.options(parser)
     arguments = parser.parse_args()
-    {"utilisation": utilisation, "driver": driver}[arguments.what](arguments)
+    kinds = {"utilisation": utilisation, "driver": driver, "quality": lagging.quality}
+    kinds[arguments.what](arguments)
 
 
 def driver(arguments: argparse.Namespace) -> None:
