@@ -139,6 +139,32 @@ def utilisation(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
+def driver(arguments: argparse.Namespace) -> None:
+    """What a candidate takes in each tenth of a search: of the processor, with all that writes
+    beside it, and of the clock; and what of it the fake worker takes."""
+    marks: list[tuple[float, ...]] = []
+    evaluate, scoring = VirtualPool.evaluate, [0.0]
+
+    def timed(pool: VirtualPool, *asked: Any, **named: Any) -> Any:
+        before = time.thread_time()
+        answer = evaluate(pool, *asked, **named)
+        scoring[0] += time.thread_time() - before
+        marks.append((time.process_time(), scoring[0], time.perf_counter()))
+        return answer
+
+    with mock.patch.object(VirtualPool, "evaluate", timed):
+        searched(arguments.workers[-1], 0.3, True, arguments.evaluations, arguments.seed)
+    tenth = max(1, (len(marks) - 1) // 10)
+    for at in range(0, len(marks) - tenth, tenth):
+        used, scored, passed = (
+            1000 * (new - old) / tenth
+            for new, old in zip(marks[at + tenth], marks[at], strict=True)
+        )
+        row = {"search_ms": used - scored, "scoring_ms": scored, "clock_ms": passed}
+        told = {name: round(each, 2) for name, each in row.items()}
+        print(json.dumps({"candidates": at + tenth} | told), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["utilisation", "driver", "quality"])
@@ -150,24 +176,6 @@ def main() -> None:
     arguments = parser.parse_args()
     kinds = {"utilisation": utilisation, "driver": driver, "quality": lagging.quality}
     kinds[arguments.what](arguments)
-
-
-def driver(arguments: argparse.Namespace) -> None:
-    """The processor time of the search a candidate, in each tenth of it; scoring by the fake worker
-    is in it."""
-    marks: list[float] = []
-    begin = VirtualPool._begin
-
-    def timed(pool: VirtualPool) -> None:
-        marks.append(time.process_time())
-        begin(pool)
-
-    with mock.patch.object(VirtualPool, "_begin", timed):
-        searched(arguments.workers[-1], 0.3, True, arguments.evaluations, arguments.seed)
-    tenth = max(1, len(marks) // 10)
-    for at in range(0, len(marks) - tenth, tenth):
-        each = 2 * (marks[at + tenth] - marks[at]) / tenth  # begun once, ended once
-        print(json.dumps({"candidates": (at + tenth) // 2, "ms_each": round(1000 * each, 2)}))
 
 
 if __name__ == "__main__":

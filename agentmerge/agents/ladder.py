@@ -8,8 +8,10 @@ Knows no items: the noise of a pair is asked for.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import is_
 
 from agentmerge.contracts.strategy import History, Observation
 
@@ -27,22 +29,47 @@ class Released:
 
 
 def release(history: History, noise: Noise) -> Released:
-    """Walk a history in its own order, so that the same past is always told the same way."""
-    best: Observation | None = None
-    shown: list[Observation] = []
-    tied: set[tuple[int, int]] = set()
-    for entry in history:
+    return Ladder(noise).release(history)
+
+
+class Ladder:
+    """Walks histories in their own order, so that the same past is always told the same way.
+
+    One that goes on where the last one ended is walked from there. noise: the same for a pair
+    whenever it is asked. Safe to share between threads.
+    """
+
+    def __init__(self, noise: Noise) -> None:
+        self._noise = noise
+        self._lock = threading.Lock()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._walked: list[Observation] = []
+        self._shown: list[Observation] = []
+        self._tied: set[tuple[int, int]] = set()
+        self._best: Observation | None = None
+
+    def release(self, history: History) -> Released:
+        with self._lock:
+            if len(history) < len(self._walked) or not all(map(is_, self._walked, history)):
+                self._begin()
+            for entry in history[len(self._walked) :]:
+                self._walked.append(entry)
+                self._shown.append(self._step(entry))
+            return Released(tuple(self._shown), frozenset(self._tied))
+
+    def _step(self, entry: Observation) -> Observation:
+        best = self._best
         if entry.score is None or entry.censored:
-            shown.append(entry)
-        elif best is None or best.score is None or entry.recipe_hash == best.recipe_hash:
-            best = best or entry
-            shown.append(entry)
-        elif entry.score <= best.score:
-            shown.append(entry)
-        elif entry.score - best.score > noise(entry, best):
-            best = entry
-            shown.append(entry)
-        else:
-            tied.add((entry.generation, entry.slot))
-            shown.append(replace(entry, score=best.score, tasks=best.tasks))
-    return Released(tuple(shown), frozenset(tied))
+            return entry
+        if best is None or best.score is None or entry.recipe_hash == best.recipe_hash:
+            self._best = best or entry
+            return entry
+        if entry.score <= best.score:
+            return entry
+        if entry.score - best.score > self._noise(entry, best):
+            self._best = entry
+            return entry
+        self._tied.add((entry.generation, entry.slot))
+        return replace(entry, score=best.score, tasks=best.tasks)

@@ -11,10 +11,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 
 import numpy as np
 
-from agentmerge.agents.ladder import Noise, release
+from agentmerge.agents.ladder import Ladder, Noise
 from agentmerge.agents.schemas import SCALE, Bounds, clean_text, percent
 from agentmerge.contracts.operators import CHEAP, PARENT
 from agentmerge.contracts.space import Axis, Space
@@ -30,6 +31,8 @@ MIN_ROWS = 6
 #: Most axes whose values are said by name as well.
 MAX_NAMED = 24
 _MIN_FOR_CORRELATION = 6
+#: So many of the latest candidates say how axes go with the score.
+MOST_CORRELATED = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class HistoryView:
     sigma: the step of the last generation, None where the strategy has none.
     budget_left: evaluations. forecasts: how good the proposer's were, in words.
     noise: of a pair of candidates; what is shown is released by the Ladder (``told``).
+    ladder: with that noise, which walked the history as it was before.
     tied: (generation, slot) of candidates shown with the score of the best before them.
     moves: what became of structural moves so far, a sentence each. deeper: how many layers a move
     to layers may add; 0 where there is none.
@@ -64,13 +68,14 @@ class HistoryView:
     budget_left: int
     forecasts: str = "no forecast has been tried yet"
     noise: Noise = lambda a, b: 0.0
+    ladder: Ladder | None = None
     tied: frozenset[tuple[int, int]] = frozenset()
     moves: tuple[str, ...] = ()
     deeper: int = 0
 
     def released(self) -> HistoryView:
         """The view as it may be shown to a model."""
-        released = release(self.entries, self.noise)
+        released = (self.ladder or Ladder(self.noise)).release(self.entries)
         better = improved(released.entries) if released.entries else False
         return replace(
             self,
@@ -103,8 +108,8 @@ class HistoryView:
 
     @cached_property
     def best(self) -> Observation | None:
-        scored = [entry for entry in self.entries if entry.score is not None]
-        return max(scored, key=lambda entry: entry.score or 0.0, default=None)
+        top = max((e.score for e in self.entries if e.score is not None), default=None)
+        return next((e for e in self.entries if e.score is not None and e.score == top), None)
 
     @cached_property
     def rivals(self) -> tuple[Observation, ...]:
@@ -114,7 +119,8 @@ class HistoryView:
     @cached_property
     def last(self) -> tuple[Observation, ...]:
         """The last generation."""
-        return tuple(entry for entry in self.entries if entry.generation == self.generation)
+        latest = takewhile(lambda e: e.generation == self.generation, reversed(self.entries))
+        return tuple(latest)[::-1]
 
 
 def variables(view: HistoryView) -> dict[str, str]:
@@ -178,6 +184,7 @@ def observations(view: HistoryView) -> list[str]:
     lines = [_progress(view)]
     lines += [line for task in view.tasks if (line := _task_standing(view, task))]
     scored = [e for e in view.entries if e.score is not None and e.vector is not None]
+    scored = scored[-MOST_CORRELATED:]
     if len(scored) >= _MIN_FOR_CORRELATION:
         lines.append(_correlations(view, scored))
     if len(scored) >= ELITES:
@@ -386,7 +393,7 @@ def _elites(view: HistoryView) -> list[str]:
 
 def _moved(view: HistoryView) -> str | None:
     """How the last generation's best differs from the best before it."""
-    before = fittest([e for e in view.entries if e.generation < view.generation], 1)
+    before = fittest(view.entries[: len(view.entries) - len(view.last)], 1)
     after = fittest(view.last, 1)
     if not before or not after:
         return None

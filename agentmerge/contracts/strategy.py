@@ -12,8 +12,10 @@ purpose)`` gives an independent generator derived from the run's seed and those 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Literal, Protocol
 
 import numpy as np
@@ -225,13 +227,16 @@ def first_generation(history: History) -> int:
 
 def fittest(history: History, count: int) -> list[Observation]:
     """The best scored observations that have a vector, best first; ties go to the earlier."""
-    scored = [o for o in history if o.vector is not None and o.score is not None]
-    return heapq.nsmallest(count, scored, lambda o: (-(o.score or 0.0), o.generation, o.slot))
+    scores = [o.score for o in history if o.vector is not None and o.score is not None]
+    least = min(heapq.nlargest(count, scores), default=math.inf)
+    best = [o for o in history if o.score is not None and o.score >= least and o.vector is not None]
+    return sorted(best, key=lambda o: (-(o.score or 0.0), o.generation, o.slot))[:count]
 
 
 def improved(history: History) -> bool:
     """Did the last generation beat all before it? The first one counts as an improvement."""
     last = history[-1].generation
-    new = [o.score for o in history if o.score is not None and o.generation == last]
-    old = [o.score for o in history if o.score is not None and o.generation < last]
-    return bool(new) and (not old or max(new) > max(old))
+    latest = list(takewhile(lambda o: o.generation == last, reversed(history)))
+    best = max((o.score for o in latest if o.score is not None), default=None)
+    before = history[: len(history) - len(latest)]
+    return best is not None and all(o.score is None or o.score < best for o in before)

@@ -11,15 +11,16 @@ from __future__ import annotations
 import json
 import math
 import threading
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 
 from agentmerge.contracts.strategy import Observation, Proposal
 from agentmerge.errors import NotFound
-from agentmerge.ledger import Candidate, Ledger, evaluations
+from agentmerge.ledger import Candidate, Ledger, evaluations, incumbent
 
 Place = tuple[int, int]
 
@@ -39,10 +40,16 @@ class Book:
         self._history: list[Observation | None] = []
         self._used: list[float] = []
         self._promised: list[float] = []
+        self._sums: dict[tuple[int | None, bool], float] = {}
+        #: The best, where it is known; what is still open.
+        self._best: Candidate | None = None
+        self._best_is_known = True
+        self._still_open: dict[Place, Candidate] = {}
         #: Grows with every change of a candidate: what was worked out of them holds until then.
         self.changes = 0
         self._twins: dict[Place, list[Place]] = defaultdict(list)
         self._words: dict[str, dict[int, dict[str, Any]]] = {}
+        self._wanted: dict[tuple[str, Callable[..., bool]], list[dict[str, Any]]] = {}
         self._probed: dict[int | None, dict[str, int]] = {}
 
     # --- candidates -------------------------------------------------------------------------
@@ -77,8 +84,23 @@ class Book:
     def evaluations(self, up_to: int | None = None, *, promised: bool = False) -> float:
         """As ``rows.evaluations``; promised: with what is open, as if it were done."""
         with self._open():
-            end = None if up_to is None else self._before(up_to + 1)
-            return math.fsum(self._used[:end] + (self._promised[:end] if promised else []))
+            if (up_to, promised) not in self._sums:
+                end = None if up_to is None else self._before(up_to + 1)
+                parts = self._used[:end] + (self._promised[:end] if promised else [])
+                self._sums[up_to, promised] = math.fsum(parts)
+            return self._sums[up_to, promised]
+
+    def pending(self, up_to: int) -> list[Candidate]:
+        """What is still to be scored, up to a generation."""
+        with self._open():
+            return [c for at, c in sorted(self._still_open.items()) if at[0] <= up_to]
+
+    def incumbent(self) -> Candidate | None:
+        """As ``rows.incumbent`` of all."""
+        with self._open():
+            if not self._best_is_known:
+                self._best, self._best_is_known = incumbent(self._rows), True
+            return self._best
 
     def add_candidates(
         self,
@@ -124,6 +146,13 @@ class Book:
                 ]
             return sorted(found, key=lambda w: w["generation"]) if role is None else found
 
+    def words(self, role: str, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """A role's words that are ``wanted``, in order; each is looked at once."""
+        with self._open():
+            if (role, wanted) not in self._wanted:
+                self._wanted[role, wanted] = [w for w in self.advice(role=role) if wanted(w)]
+            return self._wanted[role, wanted]
+
     def save_advice(self, generation: int, role: str, body: Mapping[str, Any]) -> None:
         """The first word of a role on a generation stays."""
         self._ledger.save_advice(self._run_id, generation, role, body)
@@ -152,8 +181,11 @@ class Book:
             if not self._read:
                 self._places, self._rows, self._history = [], [], []
                 self._used, self._promised = [], []
+                self._best, self._best_is_known = None, True
+                self._still_open.clear()
                 self._twins.clear()
                 self._words.clear()
+                self._wanted.clear()
                 for word in self._ledger.advice(self._run_id):
                     self._hear(word)
                 self._take(self._ledger.candidates(self._run_id))
@@ -175,7 +207,10 @@ class Book:
                 raise
 
     def _hear(self, word: dict[str, Any]) -> None:
-        self._words.setdefault(word["role"], {}).setdefault(word["generation"], word)
+        heard = self._words.setdefault(word["role"], {}).setdefault(word["generation"], word)
+        for (role, wanted), found in self._wanted.items():
+            if heard is word and role == word["role"] and wanted(word):
+                insort(found, word, key=itemgetter("generation"))
 
     def _take(self, found: Sequence[Candidate]) -> None:
         for candidate in found:
@@ -185,6 +220,15 @@ class Book:
             promised = candidate.cost if candidate.state == "open" and not candidate.prior else 0.0
             at = bisect_left(self._places, place)
             self.changes += 1
+            self._sums.clear()
+            if self._best is not None and (self._best.generation, self._best.slot) == place:
+                self._best_is_known = False  # it was the best with what it had
+            elif self._best_is_known:
+                self._best = incumbent([candidate, *([self._best] if self._best else [])])
+            if candidate.state == "open" and not candidate.prior:
+                self._still_open[place] = candidate
+            else:
+                self._still_open.pop(place, None)
             if self._places[at : at + 1] == [place]:
                 self._rows[at], self._history[at] = candidate, observed
                 self._used[at], self._promised[at] = used, promised

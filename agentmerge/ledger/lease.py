@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agentmerge.errors import LeaseHeld, RunFailed, UserError
-from agentmerge.ledger.identity import Identity, checkpoints_gone, identity, is_elsewhere
+from agentmerge.ledger.identity import Identity, abandon, checkpoints_gone, identity, is_elsewhere
 from agentmerge.ledger.store import is_unwritable
 from agentmerge.system.bounded import refuse_odd_file
 
@@ -85,6 +85,9 @@ class Lease:
         self._file: Identity | None = None
         self._stop = threading.Event()
         self._lost = threading.Event()
+        #: What ``check`` reads by, as often as a search takes a step.
+        self._conn: sqlite3.Connection | None = None
+        self._looking = threading.Lock()
 
     @classmethod
     @contextmanager
@@ -154,8 +157,10 @@ class Lease:
         if is_elsewhere(self.path, self._file):
             raise RunFailed(checkpoints_gone(self.path))
         # A file that is locked says nothing; the thread that renews looks again.
-        with suppress(sqlite3.OperationalError), _opened(self.path, "ro") as conn:
-            found = _read(conn, self.thread_id)
+        with suppress(sqlite3.OperationalError), self._looking:
+            if self._conn is None:
+                self._conn = _connect(self.path, "ro")
+            found = _read(self._conn, self.thread_id)
             if found is None or found.token != self.token:
                 self._lost.set()
         if self._lost.is_set():
@@ -242,7 +247,12 @@ class Lease:
 
     def _give_back(self) -> None:
         _held.discard(self.token)
-        if is_elsewhere(self.path, self._file):
+        gone = is_elsewhere(self.path, self._file)
+        with self._looking:
+            if self._conn is not None:
+                (abandon if gone else sqlite3.Connection.close)(self._conn)
+                self._conn = None
+        if gone:
             return
         # Where the file is locked or gone, the row is recognised as dead by whoever comes next.
         with suppress(sqlite3.OperationalError), _transaction(self.path, "rw") as conn:
@@ -269,10 +279,14 @@ def _looked_up(path: Path, thread_id: str) -> Holder | None:
 
 @contextmanager
 def _opened(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
+    with closing(_connect(path, mode)) as conn:
+        yield conn
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
     refuse_odd_file(path, UserError)  # a pipe would be waited for without an end
     where = f"{path.absolute().as_uri()}?mode={mode}"
-    with closing(sqlite3.connect(where, uri=True, timeout=_BUSY_TIMEOUT_S)) as conn:
-        yield conn
+    return sqlite3.connect(where, uri=True, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
 
 
 @contextmanager

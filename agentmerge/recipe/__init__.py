@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from agentmerge.errors import RecipeError, RecipeRejected
 from agentmerge.methods import (
     PASSTHROUGH,
@@ -59,6 +57,7 @@ from agentmerge.recipe.text import (
     source_yaml,
 )
 from agentmerge.recipe.unread import unread_keys
+from agentmerge.system.yaml_text import dump_yaml
 
 __all__ = [
     "CANCEL_SHARE",
@@ -193,8 +192,7 @@ class Recipe(Body):
 
     def to_yaml(self) -> str:
         """mergekit's text; of two stages as ``mergekit-multi`` reads it."""
-        documents = as_documents(self.to_dict())
-        return yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
+        return dump_yaml(as_documents(self.to_dict()))
 
     def shared(self, name: str, piece: Slice, tensor: str = "", t: float = 0.0) -> float:
         """A parameter of the whole merge as it holds in ``piece``, or the method's default."""

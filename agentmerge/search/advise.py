@@ -105,8 +105,8 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
     asked = (search.book.changes, generation, left, role if own else None)
     if asked in search.views:
         return search.views[asked]
-    history = [o for o in history if o not in own and not (o.prior and o.score is None)]
-    history = [o for o in history if not o.pending]
+    history = [o for o in history if not (o.pending or (o.prior and o.score is None))]
+    history = [o for o in history if o not in own] if own else history
     decided = openings(search.book.advice(role=STRUCTURE))
     moves = [opening for opening in decided if opening.generation < generation]
     before = guidance_of(search.book.advice(generation - 1)) if generation else None
@@ -126,6 +126,7 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
         budget_left=math.floor(left + 1e-9) + len(own),
         forecasts=track(_forecasts(search, seen)).sentence(),
         noise=search.noise,
+        ladder=search.ladder,
         moves=tuple(verdicts(now, moves)),
         deeper=_deeper(search, now, moves),
     )
@@ -142,8 +143,8 @@ def _deeper(search: Search, now: Trials, moves: Sequence[Opening]) -> int:
 
 
 def _forecasts(search: Search, generation: int) -> list[Forecast]:
-    said = search.book.advice(role="proposer")
-    words = [word for word in said if word["generation"] < generation and foretells(word)]
+    said = search.book.words("proposer", foretells)
+    words = [word for word in said if word["generation"] < generation]
     if not words:
         return []
     own = [o for o in search.history(generation) if not o.prior]  # others were of another scale

@@ -33,13 +33,13 @@ from agentmerge.search.constraints import violation
 from agentmerge.search.past import arm_of
 from agentmerge.search.scoring import Answers
 from agentmerge.search.search import Search
-from agentmerge.search.window import horizon, pending, within
+from agentmerge.search.window import horizon, within
 from agentmerge.space.chain_rule import unit_gradient
 
 
 def dispatch(search: Search, generation: int) -> None:
     """Hand every open candidate, up to a generation, to the pool, unless it is there already."""
-    for candidate in pending(search, generation):
+    for candidate in search.book.pending(generation):
         at = (candidate.generation, candidate.slot)
         if at not in search.dispatched:
             # In a context like this one, in which what is told reaches whoever streams the graph.

@@ -19,8 +19,11 @@ BARREN_GENERATIONS = 3
 
 
 def first_generation(candidates: Sequence[Candidate]) -> int:
-    """The one that both arms share: generation 0, or where a branch began to score anew."""
-    return min((c.generation for c in candidates if not c.prior), default=0)
+    """The one that both arms share: generation 0, or where a branch began to score anew.
+
+    candidates: in their order.
+    """
+    return next((c.generation for c in candidates if not c.prior), 0)
 
 
 def arm_of(

@@ -16,9 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from operator import is_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agentmerge.agents.ladder import Ladder
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompts
 from agentmerge.agents.view import HistoryView
@@ -100,6 +102,9 @@ class Search:
         default_factory=OrderedDict
     )
     _histories: dict[Any, list[Observation]] = field(default_factory=dict)
+    _told: dict[str | None, tuple[list[Observation], list[Observation]]] = field(
+        default_factory=dict
+    )
     _looking: threading.RLock = field(default_factory=threading.RLock)
     _points: dict[tuple[str, str], tuple[float, ...] | None] = field(default_factory=dict)
 
@@ -180,6 +185,11 @@ class Search:
     def noise(self) -> PairedNoise:
         return PairedNoise(self.taskset, self.item_results)
 
+    @cached_property
+    def ladder(self) -> Ladder:
+        """What models are told of scores, walked once."""
+        return Ladder(self.noise)
+
     @property
     def gradients(self) -> Gradients:
         return Gradients(self.ledger, self.taskset, self.pool, self.identities)
@@ -206,28 +216,39 @@ class Search:
         self, up_to: int | None, shadow: bool, space: SearchSpace | None
     ) -> list[Observation]:
         history = self.book.history(up_to)
-        if any(o.prior for o in history):
+        if history and history[0].prior:  # what a branch goes on from comes first
             constrained = self.config.search.constraints
             known = self.book.candidates(up_to=up_to) if constrained else []
             history = comparable(history, self._score_now, self.floors(known))
-        history = penalised(history, self.taskset.objectives)
-        history = [o if o.space else replace(o, space=self.space.key) for o in history]
         if self.config.search.shadow:
             first = first_generation(self.book.candidates(up_to=up_to))
             history = arm_history(history, first, shadow=shadow)
+        # Most of it was told of the last candidate, too.
+        key = None if space is None else space.key
+        before, told = self._told.get(key, ([], []))
+        same = [*map(is_, before, history), False].index(False)
+        told = told[:same] + self._as_told(history[same:], space)
+        self._told[key] = history, told
+        return told
+
+    def _as_told(
+        self, history: Sequence[Observation], space: SearchSpace | None
+    ) -> list[Observation]:
+        found = penalised(history, self.taskset.objectives)
+        found = [o if o.space else replace(o, space=self.space.key) for o in found]
         if space is None:
-            return history
+            return found
         # After the arms are told apart: seen from another space, a candidate has no operator.
-        history = seen_from(history, space, partial(self.point_of, space))
+        found = seen_from(found, space, partial(self.point_of, space))
         dimensions = space.dimensions
-        for o in history:
+        for o in found:
             if o.vector is not None and len(o.vector) != dimensions:
                 raise LedgerError(
                     f"candidate {o.generation}.{o.slot} has {len(o.vector)} coordinates, and its "
                     f"search space {dimensions}: the ledger was edited, or made by another "
                     "version; start anew"
                 )
-        return history
+        return found
 
     @cached_property
     def _rescored(self) -> dict[str, Score]:

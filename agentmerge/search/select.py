@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
-from agentmerge.ledger import Candidate, incumbent
+from agentmerge.ledger import Candidate
 from agentmerge.ledger.rows import whole
 from agentmerge.search import budget
 from agentmerge.search.depths import ask_shallower
@@ -16,7 +17,7 @@ from agentmerge.search.propose import propose
 from agentmerge.search.search import Search
 from agentmerge.search.seed import complete
 from agentmerge.search.state import SearchState
-from agentmerge.search.window import horizon, pending, within
+from agentmerge.search.window import horizon, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +49,16 @@ def select(search: Search, generation: int) -> Outcome:
         candidates = judged(search)
     if complete(search, generation, candidates):
         candidates = judged(search)
-    best = incumbent(candidates)
+    best = search.book.incumbent()
     if best is not None:
         write_best(search, best)
     if search.seconds_left() <= budget.ending_s(search):
         search.whole.add(generation)
         collect(search, generation)  # what is at work in the window
-        return Outcome(incumbent(judged(search)), "timeout", generation=generation)
+        judged(search)
+        return Outcome(search.book.incumbent(), "timeout", generation=generation)
     known = horizon(search, generation)
-    still_open = [(c.generation, c.slot) for c in pending(search, generation)]
+    still_open = [(c.generation, c.slot) for c in search.book.pending(generation)]
     if any(at[0] <= known or at not in search.dispatched for at in still_open):
         return Outcome(best, open_slots=still_open, generation=generation)
     reason = _reason(within(search, generation), generation)
@@ -79,7 +81,7 @@ def _reason(search: Search, generation: int) -> str:
         return "budget"
     if limit is not None and generation >= limit:
         return "generations"
-    if generation and incumbent(candidates) is None:
+    if generation and all(c.score is None or c.prior or c.twin is not None for c in candidates):
         return "every candidate failed"
     if _barren(candidates, generation):
         return "nothing new"
@@ -88,5 +90,6 @@ def _reason(search: Search, generation: int) -> str:
 
 
 def _barren(candidates: Sequence[Candidate], generation: int) -> bool:
-    recent = [c for c in candidates if c.generation > generation - BARREN_GENERATIONS]
+    last = generation - BARREN_GENERATIONS
+    recent = list(takewhile(lambda c: c.generation > last, reversed(candidates)))
     return generation >= BARREN_GENERATIONS and all(c.state == "twin" for c in recent)

@@ -13,11 +13,14 @@ from dataclasses import replace
 from typing import Any, cast
 
 from agentmerge.contracts.strategy import Observation
-from agentmerge.ledger import Candidate
-from agentmerge.ledger.book import Book
+from agentmerge.ledger import Candidate, incumbent
+from agentmerge.ledger.book import Book, Place
 from agentmerge.ledger.rows import evaluations
 from agentmerge.search.past import first_generation
 from agentmerge.search.search import Search
+
+#: A candidate as it is, as it is seen, and what strategies are told of it.
+_Mask = tuple[Candidate, Candidate, Observation]
 
 
 def lag_of(search: Search) -> int:
@@ -44,13 +47,6 @@ def horizon(search: Search, generation: int, *, whole: bool = True) -> int:
     return max(candidates[-room].generation - 1, first_generation(candidates))
 
 
-def pending(search: Search, generation: int) -> list[Candidate]:
-    """What is still open, up to a generation."""
-    return [
-        c for c in search.book.candidates(up_to=generation) if c.state == "open" and not c.prior
-    ]
-
-
 def within(search: Search, generation: int, *, whole: bool = True) -> Search:
     """The search as whoever proposes after ``generation`` knows it."""
     known = horizon(search, generation, whole=whole)
@@ -61,20 +57,30 @@ def within(search: Search, generation: int, *, whole: bool = True) -> Search:
     found: Search
     last, found = search.windows.get("last", (None, search))
     if last != key:
+        masks = getattr(found.book, "masks", {})
         found = replace(search, views={}, _histories={})
-        shared = ("course", "item_table", "noise", "_rescored")
-        whole_book = book._book if isinstance(book, _Window) else book
+        shared = ("course", "item_table", "noise", "ladder", "_rescored")
         found.__dict__.update({name: getattr(search, name) for name in shared})
-        found.__dict__["book"] = cast(Book, _Window(whole_book, known))
+        whole_book = book._book if isinstance(book, _Window) else book
+        found.__dict__["book"] = cast(Book, _Window(whole_book, known, masks))
         search.windows["last"] = key, found  # in one step: a worker's thread looks, too
     return found
 
 
 class _Window:
-    """A run's book in which what follows a generation is pending, whatever has come of it."""
+    """A run's book in which what follows a generation is pending, whatever has come of it.
 
-    def __init__(self, book: Book, known: int) -> None:
+    masks: (generation, slot) -> a candidate as it is, as it is seen, and what is told of it; those
+    of the window before, since most are in both.
+    """
+
+    def __init__(self, book: Book, known: int, masks: dict[Place, _Mask]) -> None:
         self._book, self._known = book, known
+        # Whether a twin is known depends on the window. Copied, since workers' threads look, too.
+        kept = [m for m in masks.copy().items() if m[0][0] > known and m[1][0].twin is None]
+        self.masks: dict[Place, _Mask] = dict(kept)
+        self._after: tuple[Any, list[_Mask]] = (None, [])
+        self._used: dict[Any, float] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._book, name)
@@ -82,26 +88,49 @@ class _Window:
     def candidates(
         self, generation: int | None = None, up_to: int | None = None
     ) -> list[Candidate]:
-        return [self._seen(c) for c in self._book.candidates(generation, up_to)]
+        if generation is not None:
+            return [self._mask(c)[1] for c in self._book.candidates(generation)]
+        known = self._book.candidates(up_to=self._until(up_to))
+        return known + [seen for _, seen, _ in self._later(up_to)]
 
     def history(self, up_to: int | None = None) -> list[Observation]:
-        known = self._known if up_to is None else min(up_to, self._known)
-        return self._book.history(known) + [
-            c.observation() if c.observed else replace(c.observation(), pending=True)
-            for c in self._later(up_to)
-            if not c.prior
-        ]
+        later = [told for c, _, told in self._later(up_to) if not c.prior]
+        return self._book.history(self._until(up_to)) + later
 
     def evaluations(self, up_to: int | None = None, *, promised: bool = False) -> float:
-        known = self._known if up_to is None else min(up_to, self._known)
-        later = self._later(up_to)
-        still_open = sum(c.cost for c in later if c.state == "open") if promised else 0.0
-        return self._book.evaluations(known, promised=promised) + evaluations(later) + still_open
+        asked = (self._book.changes, up_to, promised)
+        if asked not in self._used:
+            later = [seen for _, seen, _ in self._later(up_to)]
+            still_open = sum(c.cost for c in later if c.state == "open") if promised else 0.0
+            known = self._book.evaluations(self._until(up_to), promised=promised)
+            self._used[asked] = known + evaluations(later) + still_open
+        return self._used[asked]
 
-    def _later(self, up_to: int | None) -> list[Candidate]:
-        found = self._book.candidates(up_to=up_to)
-        first = len(self._book.candidates(up_to=self._known))
-        return [self._seen(c) for c in found[first:]]
+    def incumbent(self) -> Candidate | None:
+        return incumbent(self.candidates())
+
+    def _until(self, up_to: int | None) -> int:
+        return self._known if up_to is None else min(up_to, self._known)
+
+    def _later(self, up_to: int | None) -> list[_Mask]:
+        asked = (self._book.changes, up_to)
+        last, found = self._after
+        if last != asked:
+            every = self._book.candidates(up_to=up_to)
+            first = len(self._book.candidates(up_to=self._known))
+            found = [self._mask(c) for c in every[first:]]
+            self._after = asked, found
+        return found
+
+    def _mask(self, c: Candidate) -> _Mask:
+        at = (c.generation, c.slot)
+        found = self.masks.get(at)
+        if found is None or found[0] is not c:
+            seen = self._seen(c)
+            told = seen.observation()
+            found = c, seen, told if seen.observed else replace(told, pending=True)
+            self.masks[at] = found
+        return found
 
     def _seen(self, c: Candidate) -> Candidate:
         """Refused recipes, and merges that were scored before, are known at once."""

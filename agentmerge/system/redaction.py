@@ -103,12 +103,21 @@ def _known() -> re.Pattern[str] | None:
 
 
 def _cleaned(text: str, known: re.Pattern[str] | None, shapes: bool) -> str:
+    """The same short texts come again and again: keys, kinds, names."""
+    return (_looked_at if len(text) <= _SHORT else _clean)(text, known, shapes)
+
+
+def _clean(text: str, known: re.Pattern[str] | None, shapes: bool) -> str:
     if known is not None:
         text = known.sub(MASK, text)
     if shapes:
         for pattern, kept in _SHAPES:
             text = pattern.sub(kept, text)
     return text
+
+
+_SHORT = 64
+_looked_at = lru_cache(maxsize=1024)(_clean)
 
 
 def _walked(value: Any, known: re.Pattern[str] | None, shapes: bool) -> Any:
@@ -307,7 +316,18 @@ _LINE = re.compile(r"(?im)^\s*[\w-]*(key|token|secret|passw(or)?d|passphrase|cre
 
 
 def _environment() -> _Environment:
-    return tuple(os.environ.items())
+    """Decoded anew only where it is not what it was."""
+    raw = getattr(os.environ, "_data", None)
+    if raw is None:
+        return tuple(os.environ.items())
+    if raw != _decoded.get("raw"):
+        _decoded.update(raw=dict(raw), items=tuple(os.environ.items()))
+    found: _Environment = _decoded["items"]
+    return found
+
+
+#: The variables as the system has them, and as text.
+_decoded: dict[str, Any] = {}
 
 
 @lru_cache(maxsize=4)

@@ -6,7 +6,7 @@ It knows text and keys. It does not know what any key means.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -21,6 +21,8 @@ MOST_LEVELS = 100
 MOST_VALUES = 100_000
 MOST_CHARACTERS = 200_000
 _LONGEST_KEY = 500
+#: Lines that are shorter are folded by nobody.
+_FOLDED = 70
 _Parser: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -83,6 +85,19 @@ def compose_yaml(
         return [yaml.compose(text, Loader=_Parser)]
 
     return _composed(read, text, source, error, broken or error)[0]
+
+
+def dump_yaml(documents: Sequence[Any]) -> str:
+    """As ``yaml.safe_dump_all``, without sorting keys; by libyaml, ten times as fast, where nothing
+    in the text is written in two ways (quotes, folded lines, other alphabets)."""
+    settings: Any = {"sort_keys": False, "allow_unicode": True}
+    if fast := getattr(yaml, "CSafeDumper", None):
+        text: str = yaml.dump_all(documents, Dumper=fast, **settings)
+        plain = text.isascii() and not {"'", '"', "?"} & set(text)
+        if plain and all(len(line) < _FOLDED for line in text.splitlines()):
+            return text
+    found: str = yaml.safe_dump_all(documents, **settings)
+    return found
 
 
 def _composed(

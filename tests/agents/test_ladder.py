@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from agentmerge.agents.forecasts import Forecast, Track, forecasts, track
-from agentmerge.agents.ladder import release
+from agentmerge.agents.ladder import Ladder, release
 from agentmerge.agents.schemas import Bounds, ProposerReply, json_schema, parse_reply
 from agentmerge.agents.view import variables
 from agentmerge.contracts.advice import Guidance, StructuralMove
@@ -23,6 +23,18 @@ def test_an_improvement_within_the_noise_is_not_reported(observe) -> None:
     assert [e.score for e in found.entries] == [0.50, 0.50, 0.49, 0.56, 0.56, 0.61]
     assert found.tied == {(0, 1), (0, 4)}
     assert found.entries[1].tasks == found.entries[0].tasks, "tasks would tell what the score hides"
+
+
+def test_what_was_walked_is_told_as_if_it_were_walked_anew(observe) -> None:
+    """Whether a history goes on, or what was pending in it comes in between."""
+    scores = [0.5, 0.52, None, 0.49, 0.56, 0.58, 0.61, 0.3, 0.7]
+    every = [
+        replace(observe(g, 0, (0.1 * g,), score), recipe_hash=str(g))
+        for g, score in enumerate(scores)
+    ]
+    ladder = Ladder(lambda a, b: 0.03)
+    for history in [every[:3], every[:5], [*every[:4], *every[5:7]], every[:7], every[1:], every]:
+        assert ladder.release(history) == release(history, lambda a, b: 0.03)
 
 
 def test_many_lucky_candidates_climb_nothing(observe) -> None:

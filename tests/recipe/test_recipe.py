@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from agentmerge.errors import RecipeError, RecipeRejected
 from agentmerge.methods import SUM_NORMALIZED
 from agentmerge.recipe import Effective, Recipe
 from agentmerge.space.grouped import SearchSpace
+from agentmerge.system.yaml_text import dump_yaml
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "published-recipe.yml"
 LAYERS = 4
@@ -664,3 +666,23 @@ def test_scaled_by_any_factor_the_published_recipe_is_the_same_merge() -> None:
 def test_half_of_the_published_dimensions_are_redundant() -> None:
     space = published_space()
     assert space.dimensions - space.freedoms == 16
+
+
+def test_a_text_is_what_yaml_writes_whatever_is_in_it() -> None:
+    """Recipes are kept as text: libyaml writes them where it writes the same."""
+    rng = random.Random(0)
+    words = ["north", "/x/y-z", "org/name", "true", "1e3", "~", "x: y", "- z", "#c", "a b", "é", "",
+             "a" * 90, "a b " * 30, "=", "<<", "*a", "!t", "tab\t", "nl\nx", ".5", "?"]  # fmt: skip
+
+    def value(depth: int = 0) -> object:
+        kind = rng.random()
+        if depth < 4 and kind < 0.3:
+            return [value(depth + 1) for _ in range(rng.randint(0, 4))]
+        if depth < 4 and kind < 0.6:
+            return {rng.choice(words): value(depth + 1) for _ in range(rng.randint(0, 4))}
+        return rng.choice([rng.random(), rng.choice(words), 7, True, None, 1e-20, 1e22, -0.0])
+
+    for _ in range(300):
+        documents = [{"models": value(), "b": value()} for _ in range(rng.choice([1, 1, 2]))]
+        expected = yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True)
+        assert dump_yaml(documents) == expected

@@ -15,6 +15,7 @@ from agentmerge.contracts.strategy import (
     Strategy,
     default_population,
     fittest,
+    improved,
     rng_factory,
 )
 from agentmerge.space.grouped import SearchSpace
@@ -200,6 +201,25 @@ def test_streams_are_apart_and_repeatable() -> None:
     }
     assert len(seen) == 27 * len(PURPOSES)
     assert draw(1, 2, 0, "mutate") == draw(1, 2, 0, "mutate")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_fittest_and_whether_the_last_improved_are_as_defined(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    history = [
+        Observation(int(g), slot, (0.5,) if rng.random() < 0.9 else None, "random", score)
+        for slot, g in enumerate(sorted(rng.integers(0, 6, size=20)))
+        for score in [None if rng.random() < 0.2 else float(rng.integers(0, 5))]
+    ]
+    able = [o for o in history if o.vector is not None and o.score is not None]
+    for count in (0, 1, 4, 30):
+        ranked = sorted(able, key=lambda o: (-o.score, o.generation, o.slot))
+        assert fittest(history, count) == ranked[:count]
+    for end in range(1, len(history) + 1):
+        told, last = history[:end], history[end - 1].generation
+        new, old = ([o.score for o in told if o.score is not None and (o.generation == last) == own]
+                    for own in (True, False))  # fmt: skip
+        assert improved(told) == (bool(new) and (not old or max(new) > max(old)))
 
 
 def test_fittest_breaks_ties_by_age_and_leaves_failures_out() -> None:
