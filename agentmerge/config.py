@@ -25,8 +25,10 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
+    Tag,
     ValidationError,
     field_validator,
     model_serializer,
@@ -256,23 +258,64 @@ class GenomeConfig(_Frozen):
         return METHODS[self.merge_method].search_normalizes
 
 
+class ScorerCommand(_Frozen):
+    """A program that says what answers are worth (docs/objectives.md).
+
+    range: of each item's score. timeout_s: for all items that a candidate is asked at a time. env:
+    variables that it may have although they are secrets.
+    """
+
+    command: tuple[str, ...]
+    range: tuple[float, float] = (0.0, 1.0)
+    timeout_s: float = Field(600.0, gt=0, le=MOST_S)
+    higher_is_better: bool = True
+    env: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScorerCommand:
+        if not self.command:
+            raise ValueError("command is empty; name a program")
+        if hidden(self.command) != self.command:
+            raise ValueError(
+                "command has a secret in it, and every user of a machine can read command lines; "
+                "name its variable in env, and read that in the program"
+            )
+        if not self.range[0] < self.range[1]:
+            raise ValueError(f"range {list(self.range)} must go from a lower to a higher number")
+        return self
+
+
+_Scorer = Annotated[
+    Annotated[str, Tag("scorer-name")] | Annotated[ScorerCommand, Tag("scorer-program")],
+    Discriminator(lambda given: "scorer-name" if isinstance(given, str) else "scorer-program"),
+]
+
+
 class TaskConfig(_Frozen):
     """One objective: an lm-eval task, its metric ("name,filter") and its weight in the score.
 
-    scorer: who judges the answers in place of the task; the metric then has its name.
+    scorer: who judges the answers in place of the task: a plugin's name, ``file.py:function``, or a
+    program. The metric then has its name.
     """
 
     name: str
     weight: float = 1.0
     metric: str = "acc,none"
-    scorer: str | None = None
+    scorer: _Scorer | None = None
     younger = ("scorer",)
+
+    @property
+    def scorer_file(self) -> str:
+        """The Python file that the scorer is a function of; empty where it is none."""
+        file = self.scorer.partition(":")[0] if isinstance(self.scorer, str) else ""
+        return file if file.endswith(".py") else ""
 
     @model_validator(mode="before")
     @classmethod
     def _bare_name(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("scorer"):
-            return {"metric": f"{value['scorer']},none"} | value
+        if isinstance(value, dict) and (scorer := value.get("scorer")):
+            name = scorer.rpartition(":")[2] if isinstance(scorer, str) else "command"
+            return {"metric": f"{name},none"} | value
         return {"name": value} if isinstance(value, str) else value
 
 
@@ -922,7 +965,7 @@ def _build(model: type[_Frozen], body: dict[str, Any], section: str, out: _Fault
 
 
 #: What pydantic calls the kinds that a value may be of (a number or a word), as if they were keys.
-_OF_A_UNION = re.compile(r"constrained-|literal\[")
+_OF_A_UNION = re.compile(r"constrained-|literal\[|scorer-")
 
 
 def said_of(error: ValidationError, section: str) -> Iterator[tuple[str, str]]:

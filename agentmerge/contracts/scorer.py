@@ -7,8 +7,9 @@ from typing import Any, Protocol
 
 
 class Scorer(Protocol):
-    """A function, or an object that can be called; a plugin's entry point is one. The metric that
-    it makes is the mean over documents, and is called as the entry point.
+    """A function, or an object that can be called; a plugin's entry point is one, and what a config
+    calls ``file.py:name``. The metric that it makes is the mean over documents, and is called as
+    the entry point or the function.
 
     It runs where the worker lives. The same answers are always worth the same: what it says is
     kept, under its own code and that of the files beside it that it imports. ``higher_is_better``

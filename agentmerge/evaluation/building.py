@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from agentmerge.config import FIRST, TaskConfig, TasksConfig
+from agentmerge.config import FIRST, ScorerCommand, TaskConfig, TasksConfig
 from agentmerge.contracts.worker import ItemRef, WorkerSpec
 from agentmerge.errors import TaskError
 from agentmerge.evaluation import metrics
@@ -24,7 +25,7 @@ from agentmerge.evaluation.rendering import (
     item_key,
     render,
 )
-from agentmerge.evaluation.scorers import judge
+from agentmerge.evaluation.scorers import code_of, judge
 from agentmerge.evaluation.splitting import choose_documents, split, stand_in
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 from agentmerge.evaluation.tokenizers import context_length, tokenizer_of
@@ -64,14 +65,17 @@ def build(
     asked, records, aggregations = {}, {}, {}
     with quiet():
         for entry, found in zip(config.tasks, loaded, strict=True):
-            if found.code:
+            if code := found.code or ("" if run_code else code_of(entry, config.task_search_path)):
                 notes.append(
-                    f"task {entry.name!r} is not built, since it names code ({found.code}); "
+                    f"task {entry.name!r} is not built, since it names code ({code}); "
                     "check --run-code builds it"
                 )
                 continue
             for task in found.tasks if entry.scorer else ():
-                judge(task, str(entry.scorer))
+                judge(task, entry, config.task_search_path)
+            if isinstance(entry.scorer, ScorerCommand) and not run_code:
+                words = shlex.join(entry.scorer.command)
+                notes.append(f"task {entry.name!r} is judged by a program that run starts: {words}")
             metric, filter_name = metrics.parse_metric(entry.metric, entry.name)
             leaves, by_size = _leaves(entry, found, metric, filter_name, notes)
             built = []
@@ -176,6 +180,10 @@ def _scored(
     if not chosen.search:
         raise TaskError(f"task {name!r} has no documents")
     chat = None if rolling else setting.chat
+    script = entry.scorer if isinstance(entry.scorer, ScorerCommand) else None
+    chats: dict[str, Any] = {}
+    if script and chat:
+        chat = _remembering(chat, chats)
     requests = render(task, [*chosen.search, *chosen.beyond], chat, config.fewshot_as_multiturn)
     if task.OUTPUT_TYPE == "generate_until" and setting.context is not None:
         _refuse_no_room(name, requests[chosen.search[0]], setting.context)
@@ -190,7 +198,7 @@ def _scored(
     )  # fmt: skip
     if rebuild == "class":
         metrics.check_classes(task, metric, statics, max(len(asked) for asked in requests.values()))
-    kind = metrics.margin_kind(task, config.companion)
+    kind = metrics.margin_kind(task, config.companion and script is None)
     record = protocol(
         task,
         metric,
@@ -219,8 +227,19 @@ def _scored(
         objective=entry.name,
     )
     kept = {ref.index: requests[ref.index] for ref in items}
-    asked = Asked(task, metric, filter_name, kept, kind == "token", chat is not None)
+    asked = Asked(task, metric, filter_name, kept, kind == "token", chat is not None, script, chats)
     return scored, asked, record, note
+
+
+def _remembering(chat: Render, chats: dict[str, Any]) -> Render:
+    """The same, and what each text was made of is kept."""
+
+    def render_chat(history: Any, *args: Any, **more: Any) -> str:
+        text = chat(history, *args, **more)
+        chats[text] = [dict(message) for message in history]
+        return text
+
+    return render_chat
 
 
 def _refuse_no_room(name: str, instances: Sequence[Any], context: int) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from types import SimpleNamespace
 from typing import Any
 
+from agentmerge.config import ScorerCommand
 from agentmerge.errors import TaskError
 from agentmerge.evaluation.loading import FEWSHOT_SEED
 
@@ -25,7 +26,11 @@ DATED = "strftime_now"
 
 @dataclass(frozen=True)
 class Asked:
-    """A leaf task, ready to be put to a model: document number -> its requests, in order."""
+    """A leaf task, ready to be put to a model: document number -> its requests, in order.
+
+    script: the program that says what answers are worth, in place of the task's own code. chats:
+    for that, a request's text -> the messages that it was made of.
+    """
 
     task: Any
     metric: str
@@ -33,6 +38,8 @@ class Asked:
     requests: dict[int, tuple[Any, ...]]
     companion: bool
     after_template: bool
+    script: ScorerCommand | None = None
+    chats: Mapping[str, Any] = field(default_factory=dict)
 
 
 def documents(task: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +18,8 @@ from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import AnswerRefused, CandidateFailed, TaskError
 from agentmerge.evaluation import metrics
 from agentmerge.evaluation.rendering import Asked
+from agentmerge.evaluation.scorers import texts
+from agentmerge.evaluation.scripts import Verdict, verdicts
 from agentmerge.evaluation.tasks import ScoredTask, TaskSet
 
 if TYPE_CHECKING:
@@ -205,10 +207,7 @@ def _judged(
         _refuse_infinite(items, answers)
     try:
         kept = iter(metrics.filtered(asked.task, asked.filter, instances, responses))
-        values = {
-            ref: _value(ref, item, [next(kept) for _ in item.instances])
-            for ref, item in items.items()
-        }
+        said = {ref: [next(kept) for _ in item.instances] for ref, item in items.items()}
     except CandidateFailed:
         raise
     except Exception as error:  # a filter is the task's own code, and saw all answers at once
@@ -218,10 +217,15 @@ def _judged(
             f"filter {asked.filter!r} of task {first.task.name!r} raised "
             f"{type(error).__name__}: {error}, at all answers together and at none alone"
         ) from error
+    found = _by_script(items, said) if asked.script else {}
     results = {}
     for ref, item in items.items():
-        answer, value = answers[ref], values[ref]
-        log_likelihood, margin = _evidence(item, answer)
+        answer = answers[ref]
+        if ref in found:
+            value, log_likelihood, margin = found[ref].score, None, found[ref].margin
+        else:
+            value = _value(ref, item, said[ref])
+            log_likelihood, margin = _evidence(item, answer)
         for number in (log_likelihood, margin):
             if number is not None and not math.isfinite(number):
                 raise CandidateFailed(
@@ -233,6 +237,26 @@ def _judged(
             tokens=round(answer.tokens),
         )  # fmt: skip
     return results
+
+
+def _by_script(
+    items: Mapping[ItemRef, PreparedItem], said: Mapping[ItemRef, Sequence[Any]]
+) -> dict[ItemRef, Verdict]:
+    """What the user's program makes of the answers."""
+    told = {}
+    for ref, item in items.items():
+        first = item.instances[0]
+        chat = item.asked.chats.get(first.args[0])
+        told[ref.index] = {
+            "prompt": first.args[0],
+            **({} if chat is None else {"messages": chat}),
+            "answers": list(texts(said[ref])),
+            "document": first.doc,
+        }
+    script = next(iter(items.values())).asked.script
+    assert script is not None
+    found = verdicts(script, next(iter(items)).task, told)
+    return {ref: found[ref.index] for ref in items}
 
 
 def _alone(ref: ItemRef, item: PreparedItem, answer: _Answer) -> None:

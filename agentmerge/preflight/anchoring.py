@@ -5,11 +5,12 @@ Knows names and recipes; reads no model.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from agentmerge.config import SearchConfig
+from agentmerge.config import ScorerCommand, SearchConfig, TaskConfig
 from agentmerge.errors import RecipeRejected, UserError
 from agentmerge.parents.chat_templates import UNSAID
 from agentmerge.recipe import Recipe
@@ -41,6 +42,17 @@ def anchored(config: SearchConfig) -> SearchConfig:
     def inserted(name: str) -> str:
         return anchored_name(name) if name in config.genome.parents else name
 
+    def scored(task: TaskConfig) -> TaskConfig:
+        """A program's files alone: a folder's name may be a word (``python -m package``)."""
+        if not isinstance(task.scorer, ScorerCommand):
+            return task
+        words = tuple(
+            anchored_name(word) if Path(word).is_file() and (place or os.sep in word) else word
+            for place, word in enumerate(task.scorer.command)
+        )
+        own = task.scorer.model_copy(update={"command": words})
+        return task.model_copy(update={"scorer": own})
+
     genome = config.genome
     base, source = genome.base_model, genome.tokenizer_source
     return config.model_copy(
@@ -61,6 +73,7 @@ def anchored(config: SearchConfig) -> SearchConfig:
             ),
             "tasks": config.tasks.model_copy(
                 update={
+                    "tasks": tuple(map(scored, config.tasks.tasks)),
                     "task_search_path": tuple(map(anchored_name, config.tasks.task_search_path)),
                     "chat_template": template(config.tasks.chat_template),
                 }

@@ -122,7 +122,11 @@ def _named_plugins(config: SearchConfig) -> tuple[tuple[str, str], ...]:
         ("agentmerge.workers", config.worker.kind),
         *([("agentmerge.hosts", config.worker.host)] if config.worker.host else []),
         *([("agentmerge.spaces", config.genome.space)] if config.genome.space else []),
-        *[("agentmerge.scorers", task.scorer) for task in config.tasks.tasks if task.scorer],
+        *[
+            ("agentmerge.scorers", task.scorer)
+            for task in config.tasks.tasks
+            if isinstance(task.scorer, str) and not task.scorer_file
+        ],
     )
 
 

@@ -6,12 +6,12 @@ Knows configs and the file that ``$AGENTMERGE_SERVER_CONFIG`` names; opens no se
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from agentmerge.config import FIRST, BudgetSettings, SearchConfig
+from agentmerge.config import FIRST, BudgetSettings, ScorerCommand, SearchConfig, TaskConfig
 from agentmerge.errors import ConfigError, UserError
 from agentmerge.parents.chat_templates import UNSAID, template_text
 from agentmerge.system.bounded import read_text
@@ -47,6 +47,8 @@ def client_config(text: str) -> SearchConfig:
             whole[section] = {key: value for part in parts for key, value in part.items()}
     config = SearchConfig.from_text(yaml.safe_dump(whole), "the config")
     _refuse_models(config, own)
+    if "tasks" in asked:
+        _refuse_code(config, ())
     return config.model_copy(update={"budget": _tighter(config.budget, own)})
 
 
@@ -64,8 +66,19 @@ def client_changes(overrides: Mapping[str, Any], parent: SearchConfig) -> dict[s
     config = SearchConfig.from_text(parent.to_yaml(), "the branch", overrides)
     if config.genome != parent.genome:
         _refuse_models(config, own)
+    _refuse_code(config, parent.tasks.tasks)
     budget = _tighter(config.budget, own).model_dump(include=_own_limits(own))
     return dict(overrides) | {f"budget.{key}": value for key, value in budget.items()}
+
+
+def _refuse_code(config: SearchConfig, known: Sequence[TaskConfig]) -> None:
+    """A task that a client says is judged by a plugin, if anything: files and programs are code."""
+    for task in config.tasks.tasks:
+        if task not in known and (task.scorer_file or isinstance(task.scorer, ScorerCommand)):
+            raise UserError(
+                f"the scorer of task {task.name[:80]!r} is code, and the server's own to set; a "
+                "client may name a plugin's"
+            )
 
 
 def _mapping(text: str, source: str) -> dict[str, Any]:

@@ -87,6 +87,13 @@ def keep_secret(value: str) -> None:
         _values.update(_forms(value))
 
 
+def is_secret(name: str, value: str) -> bool:
+    """Whether a variable of the environment is one, or has one in it: what others' programs, which
+    need none, are started without."""
+    named = _SECRET_NAME.search(name) and not _NO_SECRET_NAME.search(name)
+    return bool(named) or redact(value) != value
+
+
 def redact(text: str, *, shapes: bool = True) -> str:
     """The text without secrets. shapes: also what only looks like one; text that must stay usable
     as it is (a recipe on its way to a pipe) goes without."""
