@@ -58,6 +58,8 @@ DATE = date(2024, 7, 26)
 DEFAULT_KEY, NO_KEY = "default", "none"
 #: The chat template of the first expert that has one, chosen in so many words.
 FIRST = "first"
+#: What a judge's verdicts are called: points of its scale, or the share of comparisons won.
+JUDGED = ("points,none", "win_rate,none")
 
 
 class _Frozen(BaseModel):
@@ -291,18 +293,106 @@ _Scorer = Annotated[
 ]
 
 
+def _server(value: str | None) -> str | None:
+    """A server's address, which a misprint would otherwise leave unreached to the end."""
+    if value is None or re.fullmatch(r"\$\{\w+\}", value):
+        return value
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or any(map(str.isspace, value)):
+        raise ValueError(f"{value!r} is no address of a server; write http://HOST:PORT/v1")
+    address: str = hidden(value, "base_url")
+    return address
+
+
+def _named_model(value: str) -> str:
+    if not value.strip():
+        raise ValueError("it is empty; write none, or provider:model such as openai:gpt-4o")
+    return value
+
+
+def _key_variable(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(r"[A-Za-z_]\w*", value):
+        raise ValueError(
+            "it is no name of an environment variable; write the name and not the key, as in "
+            f"OPENAI_API_KEY, or {DEFAULT_KEY}, or {NO_KEY}"
+        )
+    return value
+
+
+ModelName = Annotated[str, AfterValidator(_named_model)]
+BaseUrl = Annotated[str | None, AfterValidator(_server)]
+KeyVariable = Annotated[str | None, AfterValidator(_key_variable)]
+
+
+class JudgeSettings(_Frozen):
+    """Who grades a task's answers, and how (docs/judging.md).
+
+    model, base_url, api_key_env, temperature, timeout_s, max_retries, max_tokens: as agents have
+        them. at_once: requests at a time.
+    conversations: a JSONL file, or a folder of them; by default NAME.jsonl or NAME/ in
+        ``task_search_path``. prompt: a file in place of ours.
+    scale: the least and the most points of an answer. against: a JSONL file of a fixed model's
+        answers, which each answer is compared with instead; then there are no points.
+    twice: the share of verdicts that is asked for a second time, to measure the judge's noise.
+    answer_chars: what the judge is shown of one answer. generation: lm-eval's generation_kwargs.
+    """
+
+    model: ModelName
+    conversations: str | None = None
+    prompt: str | None = None
+    scale: tuple[float, float] = (1.0, 10.0)
+    against: str | None = None
+    higher_is_better: bool = True
+    twice: float = Field(0.1, ge=0, le=1)
+    answer_chars: int = Field(8000, ge=200, le=1_000_000)
+    generation: dict[str, Any] = Field(default_factory=dict)
+    base_url: BaseUrl = None
+    api_key_env: KeyVariable = None
+    temperature: float | None = Field(None, ge=0)
+    timeout_s: float = Field(60.0, gt=0, le=MOST_S)
+    max_retries: int = Field(3, ge=0, le=MOST_RETRIES)
+    max_tokens: int | None = Field(None, gt=0)
+    at_once: int = Field(4, ge=1, le=64)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_model(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> JudgeSettings:
+        low, high = self.scale
+        if not low < high:
+            raise ValueError(f"scale {list(self.scale)} must rise, as in [1, 10]")
+        if self.model == "none":
+            raise ValueError("model is none, and a judge is one; name it as provider:model")
+        if self.against is not None and self.scale != (1.0, 10.0):
+            raise ValueError("scale is read without against, where there are points; remove one")
+        if self.against is not None and not self.higher_is_better:
+            raise ValueError("against: more wins are better; remove higher_is_better")
+        return self
+
+    @property
+    def role(self) -> RoleSettings:
+        """The model as an agent's, for whoever makes chat models of such settings."""
+        return RoleSettings(**{name: getattr(self, name) for name in RoleSettings.model_fields})
+
+
 class TaskConfig(_Frozen):
     """One objective: an lm-eval task, its metric ("name,filter") and its weight in the score.
 
     scorer: who judges the answers in place of the task: a plugin's name, ``file.py:function``, or a
     program. The metric then has its name.
+    judge: the task is no lm-eval task but conversations that a model grades; the metric is then
+        what its verdicts are called.
     """
 
     name: str
     weight: float = 1.0
     metric: str = "acc,none"
     scorer: _Scorer | None = None
-    younger = ("scorer",)
+    judge: JudgeSettings | None = None
+    younger = ("scorer", "judge")
 
     @property
     def scorer_file(self) -> str:
@@ -316,7 +406,23 @@ class TaskConfig(_Frozen):
         if isinstance(value, dict) and (scorer := value.get("scorer")):
             name = scorer.rpartition(":")[2] if isinstance(scorer, str) else "command"
             return {"metric": f"{name},none"} | value
+        if isinstance(value, dict) and (judge := value.get("judge")):
+            paired = isinstance(judge, dict) and judge.get("against") is not None
+            return {"metric": JUDGED[paired]} | value
         return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _named_by_the_judge(self) -> TaskConfig:
+        if self.judge is None:
+            return self
+        if self.scorer is not None:
+            raise ValueError("a task has a judge or a scorer; remove one of them")
+        if self.metric != JUDGED[self.judge.against is not None]:
+            raise ValueError(
+                f"metric {self.metric!r} is not what this judge gives; leave it out, or write "
+                f"{JUDGED[self.judge.against is not None]}"
+            )
+        return self
 
 
 class TasksConfig(_Frozen):
@@ -402,37 +508,6 @@ class SearchSettings(_Frozen):
     @classmethod
     def _on_or_off(cls, value: Any) -> Any:
         return {True: RacingSettings(), False: None}[value] if isinstance(value, bool) else value
-
-
-def _server(value: str | None) -> str | None:
-    """A server's address, which a misprint would otherwise leave unreached to the end."""
-    if value is None or re.fullmatch(r"\$\{\w+\}", value):
-        return value
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname or any(map(str.isspace, value)):
-        raise ValueError(f"{value!r} is no address of a server; write http://HOST:PORT/v1")
-    address: str = hidden(value, "base_url")
-    return address
-
-
-def _named_model(value: str) -> str:
-    if not value.strip():
-        raise ValueError("it is empty; write none, or provider:model such as openai:gpt-4o")
-    return value
-
-
-def _key_variable(value: str | None) -> str | None:
-    if value is not None and not re.fullmatch(r"[A-Za-z_]\w*", value):
-        raise ValueError(
-            "it is no name of an environment variable; write the name and not the key, as in "
-            f"OPENAI_API_KEY, or {DEFAULT_KEY}, or {NO_KEY}"
-        )
-    return value
-
-
-ModelName = Annotated[str, AfterValidator(_named_model)]
-BaseUrl = Annotated[str | None, AfterValidator(_server)]
-KeyVariable = Annotated[str | None, AfterValidator(_key_variable)]
 
 
 class RoleSettings(_Frozen):
@@ -747,7 +822,8 @@ def _typed_server(agents: Any, overrides: Mapping[str, Any]) -> None:
 
 def _secrets(config: SearchConfig, text: str) -> Iterator[str]:
     """What a config's owner should know of the secrets in it, and of the keys that it sends."""
-    stored = f"{config.agents} {config.worker}"
+    judges = [task.judge.role for task in config.tasks.tasks if task.judge]
+    stored = f"{config.agents} {config.worker} {judges}"
     for name in sorted(references(stored) - references(text)):
         if name.startswith(PREFIX):
             yield (
@@ -755,8 +831,7 @@ def _secrets(config: SearchConfig, text: str) -> Iterator[str]:
                 f"and `resume` and `branch` need it (export {name}=...)"
             )
     told = set()
-    for role in ROLES:
-        own = config.agents.settings_for(role)
+    for own in [*map(config.agents.settings_for, ROLES), *judges]:
         if own.base_url and own.model != "none":
             sent = {own.api_key_env} - {None, NO_KEY, DEFAULT_KEY} | references(own.base_url)
             host = urlsplit(own.base_url).hostname or "the server that it names"
@@ -933,6 +1008,9 @@ def _tasks(raw: dict[str, Any], search: SearchSettings, lm_eval: LmEvalArgs, out
     for index, entry in enumerate(entries):
         if isinstance(entry, dict):
             entry = _known_only(entry, f"tasks.{index}", TaskConfig, out, fatal=False)
+            if isinstance(judge := entry.get("judge"), dict):
+                where = f"tasks.{index}.judge"
+                entry["judge"] = _known_only(judge, where, JudgeSettings, out, fatal=True)
         tasks.append(entry)
     body = {key: raw[key] for key in _TASK_KEYS[1:] if raw.get(key) is not None}
     paths = raw.get("task_search_path") or ()

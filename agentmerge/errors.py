@@ -132,9 +132,15 @@ class ReplyMissing(AgentmergeError):
 
 
 class ModelReplyError(AgentmergeError):
-    """A chat model failed or never gave a valid reply; ``tokens_in/out`` is what it cost."""
+    """A chat model failed or never gave a valid reply; ``tokens_in/out`` is what it cost.
 
-    def __init__(self, message: str, *, tokens_in: int = 0, tokens_out: int = 0) -> None:
+    unanswered: its server said nothing to the question itself, neither a reply nor that it is none.
+    """
+
+    def __init__(
+        self, message: str, *, tokens_in: int = 0, tokens_out: int = 0, unanswered: bool = False
+    ) -> None:
         super().__init__(message)
+        self.unanswered = unanswered
         self.tokens_in = tokens_in
         self.tokens_out = tokens_out

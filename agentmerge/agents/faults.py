@@ -21,6 +21,7 @@ class ServerFault(Exception):
 
 
 _SHAPE_REFUSED = frozenset({400, 415, 422, 501})
+_TURNED_DOWN = frozenset({400, 413, 422})
 _MAY_PASS = frozenset({408, 409, 429, 500, 502, 503, 504, 529})
 _LOST_CONNECTION = frozenset(
     {"APIConnectionError", "TransportError", "RequestException", "RetryError"}
@@ -62,6 +63,11 @@ def refuses(error: Exception, words: re.Pattern[str]) -> bool:
     """Whether a server refused a request for what these words name, whatever status it chose; one
     that says that the request was wrong and not why is taken to mean them."""
     return status_of(error) in _SHAPE_REFUSED or refuses_for(error, words)
+
+
+def turns_down(error: Exception) -> bool:
+    """Whether a server was there and would not answer this very request."""
+    return status_of(error) in _TURNED_DOWN
 
 
 def refuses_for(error: Exception, words: re.Pattern[str]) -> bool:

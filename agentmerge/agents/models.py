@@ -22,6 +22,7 @@ from agentmerge.agents.faults import (
     refuses,
     refuses_for,
     retry_after_s,
+    turns_down,
 )
 from agentmerge.agents.prices import Price, cost_usd
 from agentmerge.agents.prompts import Message
@@ -83,7 +84,8 @@ class AgentModel:
     price: dollars a million tokens (in, out), None where unknown. name: by default the chat
     model's own.
 
-    A model that left three questions in a row unanswered is spared the next three, then six, ...
+    A model that left three questions in a row unanswered is spared the next three, then six, ...,
+    unless ``spares`` is off.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class AgentModel:
         self.takes_system = True
         self.unanswered = 0
         self.spared = 0
+        self.spares = True
 
     @classmethod
     def from_spec(
@@ -143,7 +146,7 @@ class AgentModel:
     def answered(self, it_did: bool) -> None:
         """A dead server must not cost every generation all of its timeouts."""
         self.unanswered = 0 if it_did else self.unanswered + 1
-        if self.unanswered >= _PATIENCE:
+        if self.spares and self.unanswered >= _PATIENCE:
             doubled = _PATIENCE * 2 ** (self.unanswered - _PATIENCE)
             self.spared = min(doubled, _MOST_SPARED)
 
@@ -188,7 +191,8 @@ class AgentModel:
                 if rescue is not None:
                     with suppress(ModelReplyError):
                         return asking.reply(call, rescue(call.reply or ""))
-                asking.fail(f"{self.name} gave no valid reply in two tries: {call.error}")
+                why = f"{self.name} gave no valid reply in two tries: {call.error}"
+                asking.fail(why, unanswered=False)
             repaired = True
             conversation += repair(call.reply or "", call.error or "", schema)
 
@@ -207,6 +211,7 @@ class _Asking(Generic[R]):
     retries: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
+    turned_down: bool = False
 
     def send(
         self, conversation: Sequence[dict[str, Any]], tools: Sequence[BaseTool]
@@ -228,7 +233,7 @@ class _Asking(Generic[R]):
             self.tokens_in += call.tokens_in
             self.tokens_out += call.tokens_out
             if call.ending == "failed":
-                self.fail(call.error or "no reply")
+                self.fail(call.error or "no reply", unanswered=not self.turned_down)
             elif call.ending == "lower":
                 if call.shape == TOOLS:
                     self.model.takes_tools, tools = False, ()
@@ -254,9 +259,10 @@ class _Asking(Generic[R]):
         spent = (self.tokens_in, self.tokens_out)
         return Reply(parsed, call.reply or "", *spent, latency_s, self.attempts)
 
-    def fail(self, why: str) -> NoReturn:
+    def fail(self, why: str, unanswered: bool = True) -> NoReturn:
         # Not chained: the client's exceptions carry request headers, and so the key.
-        raise ModelReplyError(why, tokens_in=self.tokens_in, tokens_out=self.tokens_out) from None
+        spent = {"tokens_in": self.tokens_in, "tokens_out": self.tokens_out}
+        raise ModelReplyError(why, **spent, unanswered=unanswered) from None
 
     def _judged(self, call: Call) -> R | None:
         if call.reply is None or call.tool_calls:
@@ -292,6 +298,7 @@ class _Asking(Generic[R]):
             said = self._request(sent, shape, tools)
         except Exception as error:
             ending, pause_s = self._ending(shape, error)
+            self.turned_down = turns_down(error)
             if ending == "failed":
                 model.answered(False)
             why = f"{model.name} {reason(error)}"

@@ -68,6 +68,19 @@ VARIABLES: Mapping[str, Variables] = {
     ),
 }
 
+_JUDGED = frozenset({"question", "reference", "category"})
+#: And of a judge, with points and between two answers.
+JUDGES: Mapping[str, Variables] = {
+    "judge": Variables(
+        frozenset({"question", "answer", "least", "most"}),
+        _JUDGED | {"conversation", "answer", "least", "most"},
+    ),
+    "judge_pair": Variables(
+        frozenset({"question", "answer_a", "answer_b"}),
+        _JUDGED | {"conversation_a", "answer_a", "conversation_b", "answer_b"},
+    ),
+}
+
 _VARIABLE = re.compile(r"\{\{\s*([A-Za-z_][A-Za-z0-9_]*)\s*\}\}")
 _SPLIT = re.compile(r"^---[ \t]*$", re.MULTILINE)
 
@@ -91,7 +104,7 @@ class Prompt:
 
     def check(self) -> Prompt:
         """This prompt, or a PromptError that names the file and the variable."""
-        known = VARIABLES[self.role]
+        known = {**VARIABLES, **JUDGES}[self.role]
         for name in sorted(self.variables - known.allowed):
             near = difflib.get_close_matches(name, known.allowed, n=1)
             hint = f"did you mean {{{{{near[0]}}}}}?" if near else _one_of(known.allowed)
@@ -129,6 +142,11 @@ class Prompts:
     proposer: Prompt
     critic: Prompt
     controller: Prompt
+
+
+def judge_prompt(text: str, path: Path, *, paired: bool) -> Prompt:
+    """A judge's prompt, checked. path: where the text is from. Raises PromptError."""
+    return Prompt("judge_pair" if paired else "judge", path, text).check()
 
 
 def load_prompts(override_dir: Path | str | None = None) -> Prompts:

@@ -25,26 +25,39 @@ def models_for(
     """
     shared: dict[str, AgentModel] = {}
     for role in ROLES:
-        own = _limited(config, config.agents.settings_for(role))
+        own = config.agents.settings_for(role)
         if ready.get(role) is not None:
-            model = _around(config, own, ready[role], _name(ready[role]), ready=True)
-            yield role, model
+            yield role, model_for(config, own, "", f"the {role}", ready[role])
             continue
         if own.model is None or own.model == "none":
             continue
         key = own.model_dump_json()
         if key not in shared:
-            chat = resolve_model(
-                own.model,
-                base_url=revealed(own.base_url, f"the base_url of the {role}"),
-                temperature=own.temperature,
-                timeout_s=own.timeout_s or 60.0,
-                max_tokens=own.max_tokens,
-                key_file=config.agents.key_file,
-                api_key_env=own.api_key_env,
-            )
-            shared[key] = _around(config, own, chat, own.model)
+            shared[key] = model_for(config, own, own.model, f"the {role}")
         yield role, shared[key]
+
+
+def model_for(
+    config: SearchConfig, own: RoleSettings, name: str, whose: str, ready: Any = None
+) -> AgentModel:
+    """The model of these settings. whose: in words. ready: a chat model in its place.
+
+    Raises:
+        UserError: it cannot be had, or there is a cost limit and its price is unknown.
+    """
+    own = _limited(config, own)
+    if ready is not None:
+        return _around(config, own, ready, _name(ready), ready=True)
+    chat = resolve_model(
+        name,
+        base_url=revealed(own.base_url, f"the base_url of {whose}"),
+        temperature=own.temperature,
+        timeout_s=own.timeout_s or 60.0,
+        max_tokens=own.max_tokens,
+        key_file=config.agents.key_file,
+        api_key_env=own.api_key_env,
+    )
+    return _around(config, own, chat, name)
 
 
 def _limited(config: SearchConfig, own: RoleSettings) -> RoleSettings:

@@ -193,7 +193,7 @@ class ControllerReply(_Reply):
         return min(max(value, bounds.sigma_low), bounds.sigma_high)
 
 
-R = TypeVar("R", bound=_Reply)
+R = TypeVar("R", bound=BaseModel)
 
 
 def json_schema(reply: type[_Reply], bounds: Bounds) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def json_schema(reply: type[_Reply], bounds: Bounds) -> dict[str, Any]:
             "mean_genome": genome,
             "candidates": {
                 "type": "array",
-                "items": _closed({"genome": genome, "expected_score": score}),
+                "items": closed({"genome": genome, "expected_score": score}),
                 "maxItems": MAX_CANDIDATES,
             },
             "expected_score": score,
@@ -232,7 +232,7 @@ def json_schema(reply: type[_Reply], bounds: Bounds) -> dict[str, Any]:
             },
         },
     }
-    return {"title": reply.__name__} | _closed(properties[reply])
+    return {"title": reply.__name__} | closed(properties[reply])
 
 
 def _possible_moves(bounds: Bounds) -> Iterator[dict[str, Any]]:
@@ -251,10 +251,10 @@ def _possible_moves(bounds: Bounds) -> Iterator[dict[str, Any]]:
             value["enum"] = [*values[change]]
         if value.get("enum", True):
             one = {"type": "string", "enum": [change]}
-            yield _closed({"change": one, "value": value, "why": {"type": "string"}})
+            yield closed({"change": one, "value": value, "why": {"type": "string"}})
 
 
-def _closed(properties: dict[str, Any]) -> dict[str, Any]:
+def closed(properties: dict[str, Any]) -> dict[str, Any]:
     """An object with exactly these properties."""
     return {
         "type": "object",
@@ -264,9 +264,10 @@ def _closed(properties: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def parse_reply(text: str, reply: type[R], bounds: Bounds, without: Sequence[str] = ()) -> R:
+def parse_reply(text: str, reply: type[R], bounds: Any, without: Sequence[str] = ()) -> R:
     """The reply in a model's text: bare, fenced, after a <think> block, or amid prose.
 
+    bounds: what the reply's own checks go by; ``Bounds`` for agents' replies.
     without: fields that are left at their defaults, whatever the text says of them.
 
     Raises ModelReplyError with one sentence that can be shown to the model.

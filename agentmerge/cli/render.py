@@ -142,6 +142,8 @@ def constraint_text(row: Mapping[str, Any]) -> str:
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:
+    from agentmerge.report.summary import judge_sentence
+
     spent = summary["evaluations"]
     lines = [
         f"{summary['name']}: {summary['status']}"
@@ -162,6 +164,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
             f"{agents['tokens_in']} tokens in, {agents['tokens_out']} out, {_cost(agents)}"
         )
         lines.append(f"forecasts: {Track(**agents['forecasts']).sentence()}")
+    lines += [judge_sentence(*found) for found in summary.get("judges", {}).items()]
     for opening in summary["structure"]:
         end = f"not opened: {opening['refusal']}" if opening["refusal"] else "opened, on trial"
         where = f"after generation {opening['generation']}"

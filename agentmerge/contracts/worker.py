@@ -45,6 +45,9 @@ class ItemResult:
     truncated: the prompt was cut to fit the context. cut_off: generation ended at max_gen_toks.
     tokens: how many the model generated for it, 0 where nothing is generated; None where nobody
         counted (results of before they were kept).
+    answers: what was said, turn by turn, where a judge is still to say what it is worth; the value
+        is NaN until then. missing: the judge gave no verdict; the value stays NaN, and the item
+        counts for nothing.
     """
 
     value: float
@@ -53,6 +56,8 @@ class ItemResult:
     truncated: bool = False
     cut_off: bool = False
     tokens: int | None = None
+    answers: tuple[str, ...] = ()
+    missing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from agentmerge.contracts.worker import ItemRef, WorkerSpec
 from agentmerge.errors import TaskError
 from agentmerge.evaluation import metrics
 from agentmerge.evaluation.definitions import without_code
+from agentmerge.evaluation.judged import JudgedTask, judged_task
 from agentmerge.evaluation.loading import LoadedTasks, load_tasks, quiet
 from agentmerge.evaluation.protocol import protocol, protocol_hash, tokenizer_identity
 from agentmerge.evaluation.rendering import (
@@ -53,7 +54,10 @@ def build(
     run_code: bool,
 ) -> TaskSet:
     """See ``tasks.build_tasks``."""
-    loaded = load_tasks(config, check_built_ins=check_built_ins, run_code=run_code)
+    known = tuple(entry for entry in config.tasks if entry.judge is None)
+    own = config.model_copy(update={"tasks": known})
+    loaded = load_tasks(own, check_built_ins=check_built_ins, run_code=run_code) if known else []
+    left = iter(loaded)
     if config.gen_kwargs:
         for found in loaded:
             for task in found.tasks:
@@ -61,10 +65,34 @@ def build(
                     task.set_config("generation_kwargs", dict(config.gen_kwargs), update=True)
     notes: list[str] = []
     setting = _setting(config, tokenizer, template_source, context, loaded, notes)
-    tasks, objectives = [], []
+    tasks: list[ScoredTask] = []
+    objectives = []
     asked, records, aggregations = {}, {}, {}
+    judged: dict[str, JudgedTask] = {}
     with quiet():
-        for entry, found in zip(config.tasks, loaded, strict=True):
+        for entry in config.tasks:
+            if entry.judge is not None:
+                if any(task.name == entry.name for task in tasks):
+                    raise TaskError(
+                        f"a task {entry.name!r} is there already; rename the judged one"
+                    )
+                scored, judged[entry.name], record, note = judged_task(
+                    entry,
+                    config,
+                    tokenizer=setting.tokenizer,
+                    template=setting.template,
+                    chat=setting.chat,
+                    context=setting.context,
+                    day=setting.day,
+                )
+                tasks.append(scored)
+                records[entry.name] = record
+                objectives.append(
+                    Objective(entry.name, entry.weight, scored.higher_is_better, (entry.name,))
+                )
+                notes += [note] if note else []
+                continue
+            found = next(left)
             if code := found.code or ("" if run_code else code_of(entry, config.task_search_path)):
                 notes.append(
                     f"task {entry.name!r} is not built, since it names code ({code}); "
@@ -96,7 +124,9 @@ def build(
             tasks += built
     tasks, more = stand_in(tasks)
     notes += more
-    return TaskSet(tuple(tasks), tuple(objectives), tuple(notes), aggregations, asked, records)
+    return TaskSet(
+        tuple(tasks), tuple(objectives), tuple(notes), aggregations, asked, records, judged
+    )
 
 
 def _setting(
@@ -110,7 +140,7 @@ def _setting(
     identity = tokenizer_identity(tokenizer)
     talks = any(
         task.OUTPUT_TYPE != "loglikelihood_rolling" for found in loaded for task in found.tasks
-    )
+    ) or any(entry.judge for entry in config.tasks)
     if not (config.apply_chat_template and talks):
         return _Setting(config, identity, None, None, context)
     if not getattr(tokenizer, "chat_template", None):

@@ -66,6 +66,12 @@ class LiveLM(Tokenised, HFLM):  # type: ignore[misc]
             self._padded[key] = super().tok_batch_encode(list(strings), *args, **kwargs)
         return self._padded[key]
 
+    def forget(self, texts: Sequence[str]) -> None:
+        super().forget(texts)
+        gone = set(texts)
+        for key in [key for key in self._padded if not gone.isdisjoint(key[0])]:
+            del self._padded[key]
+
     # --- answers --------------------------------------------------------------------------------
 
     def answer(self, requests: Sequence[Encoded]) -> list[tuple[float, bool]]:

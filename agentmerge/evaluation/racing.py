@@ -126,19 +126,21 @@ class Course:
             b = np.array([incumbent[ref].value for ref in refs])
             fair = fair and all(((v >= 0) & (v <= 1)).all() for v in (a, b))
             tasks.append(RacedTask(weight, a - b, len(self._order[name])))
-        ahead = self._in_full(mine) - self._in_full(incumbent)
+        ahead = self._in_full(mine, incumbent) - self._in_full(incumbent, mine)
         total = ahead + sum(s.weight * float(s.differences.mean()) for s in tasks)
         return (evidence_against(tasks, ahead) if fair else 0.0), total
 
-    def _in_full(self, results: Results) -> float:
-        """The part of a score that comes from tasks that are not raced."""
+    def _in_full(self, results: Results, others: Results) -> float:
+        """The part of a score that comes from tasks that are not raced, on items that both have."""
         total = 0.0
         for objective in self.taskset.objectives:
             for name, weight in _leaf_weights(self.taskset, objective).items():
                 if name not in self._raced:
                     task = self.taskset.task(name)
-                    rows = [results[ref] for ref in task.part("search")]
-                    total += weight * self.taskset.aggregate(task, rows)
+                    refs = task.part("search")
+                    both = [ref for ref in refs if ref in results and ref in others]
+                    rows = [results[ref] for ref in both]
+                    total += weight * self.taskset.aggregate(task, rows, both)
         return total
 
     def _count(self, task: ScoredTask, rung: float) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import AnswerRefused, CandidateFailed, TaskError
 from agentmerge.evaluation import metrics
+from agentmerge.evaluation.judged import play
 from agentmerge.evaluation.rendering import Asked
 from agentmerge.evaluation.scorers import texts
 from agentmerge.evaluation.scripts import Verdict, verdicts
@@ -54,6 +55,7 @@ class ScoringModel(Protocol):
     def teacher_forced(
         self, requests: Sequence[tuple[list[int], list[int]]]
     ) -> list[tuple[float, float]]: ...
+    def forget(self, texts: Sequence[str]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +103,11 @@ class ItemScorer:
         All requests of one type go to the engine in one call, task by task in document order:
         the batches are those of ``simple_evaluate`` on the same documents.
         """
-        items = self.prepared(refs)
+        chats = [ref for ref in refs if ref.task in self._taskset.judged]
+        self._refuse_unknown(chats)
+        results = play(self._lm, self._taskset.judged, chats)
+        items = self.prepared([ref for ref in refs if ref not in results])
         answers = self._ask(items)
-        results: dict[ItemRef, ItemResult] = {}
         for task in self._taskset.tasks:
             own = {ref: item for ref, item in items.items() if ref.task == task.name}
             if own:
@@ -113,14 +117,17 @@ class ItemScorer:
     def prepared(self, refs: Sequence[ItemRef]) -> dict[ItemRef, PreparedItem]:
         """Each item once, tokenised, task by task in document order."""
         place = {task.name: i for i, task in enumerate(self._taskset.tasks)}
+        self._refuse_unknown(refs)
+        wanted = sorted(set(refs), key=lambda ref: (place[ref.task], ref.index))
+        return {ref: self._prepare(ref) for ref in wanted}
+
+    def _refuse_unknown(self, refs: Sequence[ItemRef]) -> None:
         for ref in refs:
             if ref not in self._known:
                 raise TaskError(
                     f"item {ref.index} of task {ref.task!r} ({ref.key}) is not asked here; "
                     "the task's file or data has changed since"
                 )
-        wanted = sorted(set(refs), key=lambda ref: (place[ref.task], ref.index))
-        return {ref: self._prepare(ref) for ref in wanted}
 
     def _prepare(self, ref: ItemRef) -> PreparedItem:
         if ref not in self._prepared:

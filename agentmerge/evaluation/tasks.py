@@ -17,6 +17,7 @@ from agentmerge.errors import AnswerRefused, CandidateFailed, TaskError
 from agentmerge.evaluation.aggregation import Rebuild, aggregation_of
 
 if TYPE_CHECKING:
+    from agentmerge.evaluation.judged import JudgedTask
     from agentmerge.evaluation.rendering import Asked
 
 Part = Literal["search", "sealed"]
@@ -92,6 +93,7 @@ class TaskSet:
     aggregations: leaf task -> lm-eval's own aggregation function; a plain mean where it is absent.
     asked: leaf task -> the rendered requests; empty where nothing is asked of a real model.
     protocols: leaf task -> what its ``protocol_hash`` is the hash of, for the record.
+    judged: of the leaf tasks those whose answers a judge grades, and how they are played.
     """
 
     tasks: tuple[ScoredTask, ...]
@@ -100,6 +102,7 @@ class TaskSet:
     aggregations: Mapping[str, Callable[[list[Any]], Any]] = field(default_factory=dict, repr=False)
     asked: Mapping[str, Asked] = field(default_factory=dict, repr=False)
     protocols: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
+    judged: Mapping[str, JudgedTask] = field(default_factory=dict, repr=False)
 
     def task(self, name: str) -> ScoredTask:
         for task in self.tasks:
@@ -208,22 +211,50 @@ class TaskSet:
         known = [count for count in counts if count is not None]
         return sum(known) / len(known) if known and len(known) == len(counts) else None
 
-    def score(self, results: Mapping[ItemRef, ItemResult], part: Part = "search") -> Score:
+    def score(
+        self,
+        results: Mapping[ItemRef, ItemResult],
+        part: Part = "search",
+        beside: tuple[Mapping[str, float], Mapping[ItemRef, ItemResult]] | None = None,
+    ) -> Score:
         """Everything above in one: items' results -> score.
 
+        beside: another candidate's metrics and results. Where an item has no verdict, a task's
+            metric is that one's and how far this one is ahead on the items that both have, so that
+            who misses hard items is no better for it. Without, it is that of the items there are.
+
         Raises:
-            KeyError: an item of the part has no result.
-            CandidateFailed: a metric is not finite.
+            KeyError: an item of the part has no result; of a judged task, where one that is left
+                out is without a verdict, none.
+            CandidateFailed: a metric is not finite, or a task's items are all without a verdict.
         """
         leaves, sizes = {}, {}
         for task in self.tasks:
             items = task.part(part)
             if not items:
                 raise ValueError(f"task {task.name!r} has no {part} items")
-            leaves[task.name] = self.aggregate(task, [results[ref] for ref in items], items)
+            there = [ref for ref in items if not self._is_missing(task, results, ref)]
+            if not there:
+                raise CandidateFailed(f"the judge of task {task.name!r} gave no verdict")
+            leaves[task.name] = self.aggregate(task, [results[ref] for ref in there], there)
+            if len(there) < len(items) and beside is not None:
+                metrics, theirs = beside
+                both = [ref for ref in there if ref in theirs]
+                if both:
+                    mine, other = (
+                        self.aggregate(task, [rows[ref] for ref in both], both)
+                        for rows in (results, theirs)
+                    )
+                    leaves[task.name] = metrics[task.objective] + mine - other
             sizes[task.name] = len(items)
         scores = self.combine(leaves, sizes)
         return Score(self.objective(scores), tuple(scores.items()))
+
+    def _is_missing(
+        self, task: ScoredTask, results: Mapping[ItemRef, ItemResult], ref: ItemRef
+    ) -> bool:
+        absent = task.name in self.judged and ref not in results
+        return absent or results[ref].missing
 
 
 def leaf_shares(by_size: bool, sizes: Mapping[str, int]) -> dict[str, float]:

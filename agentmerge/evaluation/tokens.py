@@ -123,6 +123,12 @@ class Tokenised:
         ids = self._ids[key]
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
+    def forget(self, texts: Sequence[str]) -> None:
+        """Nobody asks these again: what is kept of them would only pile up."""
+        for text in texts:
+            for special in (None, False, True):
+                self._ids.pop((text, special), None)
+
     def encode(self, instances: Sequence[Any]) -> list[Encoded]:
         """lm-eval's tokens of (context, continuation) requests, unscored.
 

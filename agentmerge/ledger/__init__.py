@@ -23,10 +23,10 @@ from agentmerge.ledger.rows import (
     incumbent,
 )
 from agentmerge.ledger.runs import Runs
-from agentmerge.ledger.words import Words
+from agentmerge.ledger.verdicts import Verdicts
 
 
-class Ledger(Runs, Overview, Words):
+class Ledger(Runs, Overview, Verdicts):
     """One open results database; safe to share between threads and processes."""
 
 

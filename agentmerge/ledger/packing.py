@@ -35,7 +35,7 @@ def pack(results: Sequence[ItemResult]) -> bytes:
                            for r in results]),
             column("<f2", [missing if r.margin is None else np.clip(r.margin, -6e4, 6e4)
                            for r in results]),
-            column("u1", [r.truncated + 2 * r.cut_off for r in results]),
+            column("u1", [r.truncated + 2 * r.cut_off + 4 * r.missing for r in results]),
             column("<i4", [-1 if r.tokens is None else r.tokens for r in results])
             if counted else b"",
         )
@@ -61,6 +61,7 @@ def unpack(block: bytes) -> list[ItemResult]:
             bool(flag & 1),
             bool(flag & 2),
             tokens=None if made < 0 else int(made),
+            missing=bool(flag & 4),
         )
         for value, ll, margin, flag, made in zip(*columns, strict=True)
     ]

@@ -280,6 +280,23 @@ def m014_generated_tokens(db: Any) -> None:
     _run(db, "ALTER TABLE candidates ADD COLUMN tokens REAL")
 
 
+@migration
+def m015_verdicts(db: Any) -> None:
+    """What judges said, under all that they were shown: nonce 0 counts, 1 is for their noise."""
+    _run(
+        db,
+        """
+        CREATE TABLE verdicts (
+            question TEXT NOT NULL, nonce INTEGER NOT NULL, judge TEXT NOT NULL,
+            task TEXT NOT NULL, item TEXT NOT NULL, turn INTEGER NOT NULL, value REAL NOT NULL,
+            reason TEXT NOT NULL, run_id TEXT NOT NULL, created REAL NOT NULL,
+            PRIMARY KEY (question, nonce)
+        ) WITHOUT ROWID;
+        CREATE INDEX verdicts_twice ON verdicts(judge, nonce)
+        """,
+    )
+
+
 def _run(db: Any, statements: str) -> None:
     for statement in statements.split(";"):
         if statement.strip():

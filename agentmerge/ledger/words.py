@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -76,20 +77,9 @@ class Words(Store):
         prompt_file: str,
     ) -> None:
         """One request to a model. prompt_file: hash of the prompt file that it began with."""
+        named = (run_id, generation, role, prompt_hash, attempt, model)
         with self._writing() as conn:
-            conn.execute(
-                "INSERT OR IGNORE INTO model_calls (run_id, generation, role, prompt_hash, "
-                "attempt, model, messages, reply, error, tokens_in, tokens_out, latency_s, "
-                "created, ending, shape, tool_calls, cost_usd, prompt_file) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    run_id, generation, role, prompt_hash, attempt, model,
-                    json.dumps(redacted(list(call.messages))), _storable(call.reply),
-                    _storable(call.error),
-                    call.tokens_in, call.tokens_out, call.latency_s, time.time(), call.ending,
-                    call.shape, json.dumps(list(call.tool_calls)), call.cost_usd, prompt_file,
-                ),
-            )  # fmt: skip
+            insert_call(conn, named, call, prompt_file)
 
     def call(
         self, run_id: str, generation: int, role: str, prompt_hash: str, attempt: int = 0
@@ -184,7 +174,28 @@ class Words(Store):
         return dict(zip(("calls", "items"), self._rows(sums, run_id)[0], strict=True))
 
 
-def _storable(text: str | None) -> str | None:
+def insert_call(
+    conn: sqlite3.Connection,
+    named: tuple[str, int, str, str, int, str],
+    call: Call,
+    prompt_file: str,
+) -> None:
+    """named: run, generation, role, the prompt's hash, attempt, model."""
+    conn.execute(
+        "INSERT OR IGNORE INTO model_calls (run_id, generation, role, prompt_hash, "
+        "attempt, model, messages, reply, error, tokens_in, tokens_out, latency_s, "
+        "created, ending, shape, tool_calls, cost_usd, prompt_file) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            *named, json.dumps(redacted(list(call.messages))), storable(call.reply),
+            storable(call.error),
+            call.tokens_in, call.tokens_out, call.latency_s, time.time(), call.ending,
+            call.shape, json.dumps(list(call.tool_calls)), call.cost_usd, prompt_file,
+        ),
+    )  # fmt: skip
+
+
+def storable(text: str | None) -> str | None:
     """SQLite holds no lone surrogates, and a model may send one; and no secret."""
     return text if text is None else redact(text).encode("utf-8", "replace").decode()
 

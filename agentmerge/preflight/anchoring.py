@@ -44,6 +44,10 @@ def anchored(config: SearchConfig) -> SearchConfig:
 
     def scored(task: TaskConfig) -> TaskConfig:
         """A program's files alone: a folder's name may be a word (``python -m package``)."""
+        if task.judge is not None:
+            files = {k: getattr(task.judge, k) for k in ("conversations", "prompt", "against")}
+            found = {key: file and anchored_name(file) for key, file in files.items()}
+            return task.model_copy(update={"judge": task.judge.model_copy(update=found)})
         if not isinstance(task.scorer, ScorerCommand):
             return task
         words = tuple(

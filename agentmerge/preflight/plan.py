@@ -20,6 +20,7 @@ from agentmerge.evaluation.tasks import TaskSet
 from agentmerge.ledger import Ledger
 from agentmerge.parents.cards import Licence, licence_notes
 from agentmerge.parents.chat_templates import shown
+from agentmerge.preflight.judges import judge_notes
 from agentmerge.preflight.layers import LayersPlan
 from agentmerge.recipe import Recipe
 from agentmerge.space.grouped import SearchSpace
@@ -104,7 +105,14 @@ class Prepared:
             ],
             "engine": asdict(self.engine),
             "conditions": redacted(dict(self.conditions), shapes=False),
-        } | ({"parameters": self.parameters} if self.config.genome.layers else {})
+            **({"parameters": self.parameters} if self.config.genome.layers else {}),
+            **({"judges": judges} if (judges := self._judges) else {}),
+        }
+
+    @property
+    def _judges(self) -> dict[str, str]:
+        """Judged task -> a hash of its judge, under which the ledger has its verdicts."""
+        return {name: task.judge_hash for name, task in self.taskset.judged.items()}
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,7 @@ def plan_of(prepared: Prepared, ledger: Ledger | None, settings_hash: str) -> Pl
             *prepared.notes,
             *tasks.notes,
             *licence_notes(prepared.licences),
+            *judge_notes(prepared),
         ),
     )
 

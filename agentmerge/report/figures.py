@@ -252,7 +252,8 @@ def _level(row: Contender, question: ItemsAsked, task: str, key: str) -> float:
     """1 for right, 0 for wrong; other values by their place between the task's extremes."""
     assert row.values is not None
     good = goodness(question, task)
-    value = good(row.values[task][key])
+    result = row.values[task].get(key)  # none where a judge gave no verdict
+    value = None if result is None else good(result)
     if value is None:
         return 0.5
     if value in (0.0, 1.0):

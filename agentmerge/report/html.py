@@ -22,6 +22,7 @@ from agentmerge.ledger import Ledger
 from agentmerge.report import figures
 from agentmerge.report.content import Content, comparisons, content, place, shortened, words
 from agentmerge.report.grid import Grid
+from agentmerge.report.summary import judge_sentence
 from agentmerge.system.temporary import write_at_once
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ def _section(found: Content, key: str) -> dict[str, Any]:
     """What the template shows of one search."""
     row, summary = found.row, found.summary
     card = row.card
+    judged = [judge_sentence(*rows) for rows in summary.get("judges", {}).items()]
     best_parent = max(
         (
             score
@@ -168,7 +170,7 @@ def _section(found: Content, key: str) -> dict[str, Any]:
         "algorithm": row.algorithm,
         "seed": row.seed,
         "verdict": card.verdict,
-        "notes": [shortened(note) for note in (*card.warnings, *card.notes)],
+        "notes": [shortened(note) for note in (*card.warnings, *card.notes, *judged)],
         "answer": None if found.answer is None else found.answer.score,
         "sealed": card.answer.sealed_score,
         "best_parent": best_parent,

@@ -38,13 +38,16 @@ class ItemsAsked:
     seed: int
 
     def values(self, ledger: Ledger, recipe_hash: str) -> Values | None:
-        """A recipe's results for these items; None where one is missing."""
+        """A recipe's results for these items, without those that have no verdict; None where one
+        was not asked."""
         found = {}
         for task, keys in self.keys.items():
             stored = ledger.results(ResultKey(recipe_hash, self.engine, self.protocols[task]))
             if not all(key in stored for key in keys):
                 return None
-            found[task] = {key: stored[key] for key in keys}
+            found[task] = {key: stored[key] for key in keys if not stored[key].missing}
+            if not found[task]:
+                return None
         return found
 
 
@@ -87,7 +90,11 @@ def paired(mine: Values, theirs: Values, question: ItemsAsked) -> Interval | Non
         if not objective["mean"]:
             return None
         shared = {
-            task: [key for key in question.keys[task] if key in theirs.get(task, ())]
+            task: [
+                key
+                for key in question.keys[task]
+                if key in theirs.get(task, ()) and key in mine[task]
+            ]
             for task in objective["leaves"]
         }
         if not all(shared.values()):

@@ -22,7 +22,7 @@ MAX_FAILURES = 10
 
 def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
     """name, status, seed, search, generations, parents, best, answer, evaluations, agents, final;
-    depths where the answer has a table of them.
+    depths where the answer has a table of them; judges where tasks have some.
 
     best: of all seen, by search items. answer: what a finished search chose; often another.
     """
@@ -65,7 +65,33 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
         ],
         "warnings": row.facts.get("warnings", []),
         "final": row.result,
-    } | ({"depths": depths} if depths else {})
+    } | {
+        key: found
+        for key, found in (("depths", depths), ("judges", judge_rows(ledger, row)))
+        if found
+    }
+
+
+def judge_rows(ledger: Ledger, row: RunRow) -> dict[str, dict[str, Any]]:
+    """Judged task -> {verdicts, twice, same, apart, noise, unjudged}: how far its judge agrees with
+    itself, over all that this ledger has of it, and how many of this search's questions to any
+    judge had no valid verdict."""
+    return {
+        task: asdict(ledger.agreement([judge])) | {"unjudged": ledger.unjudged(row.id)}
+        for task, judge in row.facts.get("judges", {}).items()
+    }
+
+
+def judge_sentence(task: str, found: Mapping[str, Any]) -> str:
+    """One of ``judge_rows`` in words."""
+    told = f"judge of {task}: {found['verdicts']} verdicts"
+    if found["twice"]:
+        told += (
+            f", {found['twice']} of them twice: {found['same'] / found['twice']:.0%} the same, "
+            f"{found['apart']:.2f} apart on average, so one is {found['noise']:.2f} off "
+            "(standard deviation)"
+        )
+    return told + (f"; {found['unjudged']} answers without" if found["unjudged"] else "")
 
 
 def depth_rows(ledger: Ledger, row: RunRow) -> list[dict[str, Any]]:

@@ -168,15 +168,9 @@ class _Kept:
         if self.search.replies_of is not None:
             self._follow(self.search.replies_of)
         limits = self.search.config.budget
-        spent = self.search.ledger.call_totals(self.search.run_id)
-        if limits.max_tokens is not None:
-            used = spent["tokens_in"] + spent["tokens_out"]
-            if used + tokens_in + tokens_out > limits.max_tokens:
-                raise BudgetReached("tokens")
         # A price that nobody knows was refused before the search began.
-        cost = (spent["cost_usd"] or 0.0) + (cost_usd or 0.0)
-        if limits.max_cost_usd is not None and cost > limits.max_cost_usd:
-            raise BudgetReached("cost")
+        most = (tokens_in + tokens_out, cost_usd or 0.0)
+        self.search.purse.reserve((self.role, self.prompt), *most, limits)
         if self.search.seconds_left() <= 0:
             raise BudgetReached("timeout")
 
@@ -193,6 +187,7 @@ class _Kept:
 
     def keep(self, number: int, call: Call) -> None:
         search = self.search
+        search.purse.settle((self.role, self.prompt), call)
         search.ledger.save_call(
             search.run_id, self.generation, self.role, self.prompt, number, call,
             model=search.models[self.role].name,

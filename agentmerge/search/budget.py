@@ -50,9 +50,14 @@ def left(search: Search, up_to: int | None = None) -> float:
 def ending_items(search: Search) -> int:
     """The sealed items that the end asks, at most, where each merge has a finite answer: of the
     parents, the best cheap merge, the answer, the stacks under it, and the other arm's best."""
+    return ending_merges(search) * len(
+        set(search.taskset.refs("sealed")) - set(search.taskset.refs("search"))
+    )
+
+
+def ending_merges(search: Search) -> int:
     merges = len(search.space.genome.parents) + 2 + bool(search.config.search.shadow)
-    merges += search.space.deeper
-    return merges * len(set(search.taskset.refs("sealed")) - set(search.taskset.refs("search")))
+    return merges + search.space.deeper
 
 
 def ending_s(search: Search) -> float:
@@ -67,4 +72,4 @@ def items_each(search: Search) -> int:
 
 
 def wanted(search: Search) -> bool:
-    return not search.stopping() and search.seconds_left() > ending_s(search)
+    return not search.stopping() and not search.reached and search.seconds_left() > ending_s(search)

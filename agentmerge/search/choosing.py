@@ -25,6 +25,7 @@ from agentmerge.evaluation.statistics import Interval, figure
 from agentmerge.evaluation.tasks import Part
 from agentmerge.ledger import Candidate
 from agentmerge.recipe import Recipe
+from agentmerge.search.scoring import there
 from agentmerge.search.search import Search
 from agentmerge.search.verdict import name_of, span
 
@@ -175,8 +176,9 @@ def undenied(
 
 
 def search_results(search: Search, candidate: Candidate, part: Part) -> Results:
+    """What there is a verdict on, or needs none."""
     if part == "sealed":
-        return confirm(search, candidate)
+        return there(confirm(search, candidate))
     return search.item_results(candidate.recipe_hash)
 
 
@@ -208,12 +210,16 @@ def choose(search: Search, shortlist: Sequence[Candidate]) -> Winner:
     if len(shortlist) < 2:
         return Winner(shortlist[0], SPLITS)
     known = [search.item_results(candidate.recipe_hash) for candidate in shortlist]
+    asked = {
+        task.name: [ref for ref in task.part("search") if all(ref in results for results in known)]
+        for task in search.taskset.tasks
+    }
     rng = rng_factory(search.config.search.seed)(0, 0, "items")
     votes = [0] * len(shortlist)
     for _ in range(SPLITS):
         half: dict[str, list[ItemRef]] = {}
         for task in search.taskset.tasks:
-            items = task.part("search")
+            items = asked[task.name]
             order = rng.permutation(len(items))
             half[task.name] = [items[i] for i in order[: max(1, len(items) // 2)]]
         votes[int(np.argmax([_score(search, results, half) for results in known]))] += 1
@@ -222,8 +228,11 @@ def choose(search: Search, shortlist: Sequence[Candidate]) -> Winner:
 
 
 def _score(search: Search, results: Results, half: dict[str, list[ItemRef]]) -> float:
-    """The objective on some items of each task; minus infinity where a metric is not finite."""
+    """The objective on some items of each task; minus infinity where a metric is not finite, or a
+    task has no item."""
     taskset = search.taskset
+    if not all(half.values()):
+        return float("-inf")
     try:
         leaves = {
             task.name: taskset.aggregate(

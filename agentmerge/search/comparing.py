@@ -146,7 +146,8 @@ def _solved(search: Search) -> list[dict[str, Any]]:
         results[short_name(label)] = search.item_results(recipe.hash(search.identities))
     rows = []
     for task in search.taskset.tasks:
-        refs = task.part("search")
+        asked = task.part("search")
+        refs = [ref for ref in asked if all(ref in known for known in results.values())]
         binary = {results[name][ref].value for name in results for ref in refs} <= {0.0, 1.0}
         if not binary or search.taskset.item_sign(task) is None:
             continue  # no item is solved or not: a perplexity, a class

@@ -19,19 +19,21 @@ from agentmerge.contracts.worker import Gradient
 from agentmerge.errors import (
     AgentmergeError,
     AnswerRefused,
+    BudgetReached,
     CandidateFailed,
     NotBegun,
     NoWorker,
     TaskError,
     WorkerLost,
 )
+from agentmerge.evaluation.tasks import Score
 from agentmerge.ledger import Candidate, GradientKey, incumbent
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.names import short_name
 from agentmerge.search import budget
 from agentmerge.search.constraints import violation
 from agentmerge.search.past import arm_of
-from agentmerge.search.scoring import Answers
+from agentmerge.search.scoring import Answers, there
 from agentmerge.search.search import Search
 from agentmerge.search.window import horizon, within
 from agentmerge.space.chain_rule import unit_gradient
@@ -103,12 +105,15 @@ def evaluate(search: Search, generation: int, slot: int) -> None:
         )
         if candidate.want == "gradient":  # whatever becomes of it, these are paid for
             search.scoring.save(answers)
-        score = search.taskset.score(answers.results)
+        score = _score(search, candidate, answers)
         if answers.paid:
             search.seconds.append(answers.seconds)
         slope, more_seconds = _slope(search, candidate, recipe)
     except NotBegun:
         return  # left open: whoever goes on with this search scores it
+    except BudgetReached as limit:
+        search.reached.add(limit.limit)  # of a judge; its verdicts so far are kept
+        return
     except (CandidateFailed, TaskError, WorkerLost) as error:
         if not isinstance(error, CandidateFailed) and _all_may_fail(search, error):
             raise
@@ -134,6 +139,16 @@ def evaluate(search: Search, generation: int, slot: int) -> None:
             tokens=search.taskset.tokens(answers.results),
         )
     search.emit(search.book.candidate(generation, slot).event())
+
+
+def _score(search: Search, candidate: Candidate, answers: Answers) -> Score:
+    """A candidate's score; of one whose judge left items out, beside the incumbent before it."""
+    beside = None
+    if any(result.missing for result in answers.results.values()):
+        best = _best_before(search, candidate)
+        if best is not None:
+            beside = dict(best.tasks), search.item_results(best.recipe_hash)
+    return search.taskset.score(answers.results, beside=beside)
 
 
 def _all_may_fail(search: Search, error: AgentmergeError) -> bool:
@@ -179,7 +194,7 @@ def _race(search: Search, candidate: Candidate, recipe: Recipe) -> tuple[Lost | 
             recipe, candidate.recipe_hash, wanted=partial(budget.wanted, search), only=refs
         )
         seconds += answers.seconds
-        mine = {ref: answers.results[ref] for ref in refs}
+        mine = there({ref: answers.results[ref] for ref in refs})
         evidence, ahead = course.evidence(rung, mine, theirs)
         if ahead < 0 and evidence * racing.alpha >= 1.0:
             return Lost(best.score + ahead, rung, len(refs) / whole, answers), seconds

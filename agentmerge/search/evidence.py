@@ -76,7 +76,8 @@ class ItemTable:
         """(values, margins) in the order of ``_layout``; NaN where there are none."""
         results = self.known(observation.recipe_hash)
         if observation.censored:
-            results = {ref: results[ref] for ref in self._course.refs(observation.rung)}
+            rung = self._course.refs(observation.rung)
+            results = {ref: results[ref] for ref in rung if ref in results}
         metrics = {} if observation.prior else dict(observation.tasks)
         values: list[float] = []
         margins: list[float] = []

@@ -114,8 +114,9 @@ def merge_and_evaluate(
         search.scoring.save(answers)
     scores = {}
     for task in leaves:
-        results = [answers.results[ref] for ref in items[task.name]]
-        scores[task.name] = search.taskset.aggregate(task, results, items[task.name])
+        judged = [ref for ref in items[task.name] if not answers.results[ref].missing]
+        results = [answers.results[ref] for ref in judged]
+        scores[task.name] = search.taskset.aggregate(task, results, judged)
         if release is not None:
             scores[task.name] = _coarse(scores[task.name], [r.value for r in results])
     return {

@@ -5,7 +5,7 @@ Knows the tasks, the ledger's keys and the pool; nothing of candidates or of a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -18,6 +18,8 @@ from agentmerge.recipe import Recipe
 from agentmerge.search.gradients import GradientPool
 
 T = TypeVar("T")
+#: Items and the answers to them -> results, what a judge has to say of them among them.
+Judge = Callable[[Sequence[ItemRef], Sequence[ItemResult]], list[ItemResult]]
 
 
 class Evaluator(GradientPool, Protocol):
@@ -33,6 +35,11 @@ class Evaluator(GradientPool, Protocol):
     def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]: ...
 
     def wait(self, turns: Collection[Any], beside: Collection[Any] = ()) -> None: ...
+
+
+def there(results: Mapping[ItemRef, ItemResult]) -> dict[ItemRef, ItemResult]:
+    """Those that have a verdict, or need none."""
+    return {ref: result for ref, result in results.items() if not result.missing}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,7 @@ class Scoring:
     ledger: Ledger
     taskset: TaskSet
     pool: Evaluator
+    judge: Judge | None = None
 
     def known(self, recipe_hash: str, part: Part = "search") -> dict[ItemRef, ItemResult]:
         found = {}
@@ -89,6 +97,8 @@ class Scoring:
             return Answers(results, [])
         proof, rows, seconds = self.pool.evaluate(recipe, missing, wanted)
         self._refuse_others(recipe_hash, proof.digest)
+        if self.judge is not None:
+            rows = self.judge(missing, rows)
         fresh = dict(zip(missing, rows, strict=True))
         paid = []
         for task in self.taskset.tasks:

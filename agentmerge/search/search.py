@@ -40,8 +40,10 @@ from agentmerge.recipe import Recipe, length
 from agentmerge.search.constraints import Floor, floors, penalised
 from agentmerge.search.evidence import ItemTable, comparable
 from agentmerge.search.gradients import Gradients
+from agentmerge.search.judging import Judges
 from agentmerge.search.past import arm_history, first_generation
-from agentmerge.search.scoring import Evaluator, Scoring
+from agentmerge.search.purse import Purse
+from agentmerge.search.scoring import Evaluator, Scoring, there
 from agentmerge.search.trials import Trials, seen_from, trials_of
 from agentmerge.space.grouped import SearchSpace
 
@@ -61,7 +63,8 @@ class Search:
     configured: the config as of now; a replay's has the limits that held at its place in time.
     identities: model name -> content fingerprint; paths: -> its directory.
     check: raises RecipeRejected for a recipe that cannot be merged, from headers alone.
-    seconds_left: of its time.
+    seconds_left: of its time. purse: what models may cost. judges: of tasks that have one. reached:
+        limits that did not allow a verdict.
     replies_of: the run whose stored replies answer for the models; by default its own.
     stopping: set by the first Ctrl-C; candidates that have not begun are left open.
     entering: called where a node begins; raises LeaseHeld where another process took it over.
@@ -97,6 +100,9 @@ class Search:
     windows: dict[str, Any] = field(default_factory=dict)
     dispatched: dict[tuple[int, int], Future[None]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
+    judges: Judges | None = None
+    purse: Purse = field(default_factory=Purse)
+    reached: set[str] = field(default_factory=set)
     views: dict[Any, HistoryView] = field(default_factory=dict)
     _items: OrderedDict[tuple[str, Part], dict[ItemRef, ItemResult]] = field(
         default_factory=OrderedDict
@@ -171,7 +177,7 @@ class Search:
 
     @property
     def scoring(self) -> Scoring:
-        return Scoring(self.ledger, self.taskset, self.pool)
+        return Scoring(self.ledger, self.taskset, self.pool, self.judges)
 
     @cached_property
     def course(self) -> Course:
@@ -265,11 +271,17 @@ class Search:
     def item_results(self, recipe_hash: str, part: Part = "search") -> dict[ItemRef, ItemResult]:
         """What the ledger knows of a recipe's items, without paying for anything.
 
-        Not to be changed: the last few that are whole are kept, the incumbent's above all.
+        Items without a verdict are left out. Not to be changed: the last few that are whole are
+        kept, the incumbent's above all.
         """
         key = (recipe_hash, part)
-        found = self._items.pop(key, None) or self.scoring.known(recipe_hash, part)
-        if len(found) == len(set(self.taskset.refs(part))):
+        found = self._items.pop(key, None)
+        whole = found is not None
+        if found is None:
+            found = self.scoring.known(recipe_hash, part)
+            whole = len(found) == len(set(self.taskset.refs(part)))
+            found = there(found)
+        if whole:
             self._items[key] = found
             if len(self._items) > KEPT_RESULTS:
                 self._items.popitem(last=False)

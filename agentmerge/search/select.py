@@ -52,11 +52,14 @@ def select(search: Search, generation: int) -> Outcome:
     best = search.book.incumbent()
     if best is not None:
         write_best(search, best)
+    limit = min(search.reached, default="")
     if search.seconds_left() <= budget.ending_s(search):
+        limit = "timeout"
+    if limit:
         search.whole.add(generation)
         collect(search, generation)  # what is at work in the window
         judged(search)
-        return Outcome(search.book.incumbent(), "timeout", generation=generation)
+        return Outcome(search.book.incumbent(), limit, generation=generation)
     known = horizon(search, generation)
     still_open = [(c.generation, c.slot) for c in search.book.pending(generation)]
     if any(at[0] <= known or at not in search.dispatched for at in still_open):

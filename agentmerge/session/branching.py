@@ -86,9 +86,11 @@ def _scored(ledger: Ledger, prepared: Prepared, recipe_hash: str) -> bool:
     for task in prepared.taskset.tasks:
         stored = ledger.results(ResultKey(recipe_hash, prepared.engine, task.protocol_hash))
         results |= {ref: stored[ref.key] for ref in task.part("search") if ref.key in stored}
+    if len(results) < len(set(prepared.taskset.refs())):
+        return False
     try:
         prepared.taskset.score(results)
-    except (KeyError, AgentmergeError):  # not all of them, or a metric that is not finite
+    except AgentmergeError:  # a metric that is not finite
         return False
     return True
 

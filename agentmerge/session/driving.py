@@ -26,6 +26,7 @@ from agentmerge.preflight.plan import Prepared
 from agentmerge.preflight.prepare import prepare
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.cancelling import cancelling_notes
+from agentmerge.search.judging import Judges
 from agentmerge.search.scoring import Scoring
 from agentmerge.search.search import Search
 from agentmerge.search.state import GRAPH_VERSION, WAITING, SearchState
@@ -212,7 +213,8 @@ def evaluate(
     prepared.check(canonical)
     recipe_hash = canonical.hash(prepared.identities)
     with Ledger(Path(runs_dir) / LEDGER) as ledger, ExitStack() as stack:
-        scoring = Scoring(ledger, prepared.taskset, pool_of(prepared, stack))
+        judges = Judges(lambda: prepared.config, prepared.taskset, ledger)
+        scoring = Scoring(ledger, prepared.taskset, pool_of(prepared, stack), judges)
         answers = scoring.ask(canonical, recipe_hash)
         scoring.save(answers)
         score = prepared.taskset.score(answers.results)

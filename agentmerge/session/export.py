@@ -22,6 +22,7 @@ from agentmerge.recipe import Recipe
 from agentmerge.recipe.names import public_names
 from agentmerge.report.model_card import model_card
 from agentmerge.report.summary import best_recipe
+from agentmerge.search.judging import Judges
 from agentmerge.system.temporary import write_at_once
 from agentmerge.workers.pool import reads_models
 
@@ -189,14 +190,17 @@ def _verified(
         pool = Pool(alone, count=1)
         stack.callback(pool.close)
         _, rows, _ = pool.evaluate(whole.canonical(depth), refs)
-        results = dict(zip(refs, rows, strict=True))
+        judges = Judges(lambda: prepared.config, prepared.taskset, ledger)
+        results = dict(zip(refs, judges(refs, rows), strict=True))
         score = prepared.taskset.score(results)
         differing = 0
         for task in prepared.taskset.tasks:
             key = ResultKey(found["recipe_hash"], prepared.engine, task.protocol_hash)
             stored = ledger.results(key)
             differing += sum(
-                ref.key in stored and stored[ref.key].value != results[ref].value
+                ref.key in stored
+                and not (stored[ref.key].missing and results[ref].missing)
+                and stored[ref.key].value != results[ref].value
                 for ref in task.part("search")
             )
     equal = differing == 0 and score.value == found["score"]

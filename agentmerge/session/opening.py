@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,16 @@ from agentmerge.ledger import Ledger, RunRow
 from agentmerge.ledger.folder import CHECKPOINTS, LEDGER
 from agentmerge.ledger.lease import Lease
 from agentmerge.ledger.store import SAVED
+from agentmerge.ledger.verdicts import JUDGE
 from agentmerge.preflight.anchoring import warm_start
 from agentmerge.preflight.facts import arithmetic, changed_facts, settings_hash
 from agentmerge.preflight.faults import Faults
 from agentmerge.preflight.graphs import look_at_graph
 from agentmerge.preflight.plan import Prepared
 from agentmerge.preflight.prepare import prepare
+from agentmerge.search.budget import ending_merges
+from agentmerge.search.judging import Judges, judge_faults
+from agentmerge.search.purse import Purse
 from agentmerge.search.search import Search
 from agentmerge.system.bounded import refuse_odd_file
 from agentmerge.system.redaction import redacted, revealed
@@ -100,6 +105,24 @@ def opened_search(
         timeout = config.budget.timeout_s
         deadline = None if timeout is None else time.monotonic() + timeout
         slowest_s = ledger.slowest_s(row.id) / max(1, len(prepared.taskset.refs("search")))
+        purse = Purse(partial(ledger.call_totals, row.id))
+
+        def seconds_left() -> float:
+            return math.inf if deadline is None else deadline - time.monotonic()
+
+        judges = None
+        if prepared.taskset.judged:
+            judges = Judges(
+                configured=lambda: config,
+                taskset=prepared.taskset,
+                ledger=ledger,
+                run_id=row.id,
+                purse=purse,
+                emit=tell,
+                seconds_left=seconds_left,
+                merges=lambda: ending_merges(search),
+                ready=_ready_judge(models),
+            )
         search = Search(
             configured=lambda: config,
             run_id=row.id,
@@ -116,9 +139,11 @@ def opened_search(
             models=_models(config, models) if advised else {},
             prompts=load_prompts(config.agents.prompts),
             emit=tell,
-            seconds_left=lambda: math.inf if deadline is None else deadline - time.monotonic(),
+            seconds_left=seconds_left,
             stopping=stopping,
             entering=entering,
+            judges=judges,
+            purse=purse,
         )
         for role in search.models:
             ledger.save_prompt(row.id, role, getattr(search.prompts, role).text)
@@ -177,11 +202,18 @@ def resource_faults(
                 f"search.shadow {config.search.shadow:g} measures what a language model adds, and "
                 "none advises: name one (agents.llm, --llm), or leave shadow out"
             )
+    faults.extend(judge_faults(config, _ready_judge(ready)))
     with faults.of(UserError):
         load_prompts(config.agents.prompts)
     with faults.of(UserError):
         look_at_graph(config.search.graph, run_code)
     return faults
+
+
+def _ready_judge(models: Mapping[Any, Any] | None) -> Any:
+    """The chat model that judges in the place of the config's, where whoever searches brought
+    one."""
+    return (models or {}).get(JUDGE)
 
 
 def new_row(

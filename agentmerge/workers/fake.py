@@ -11,6 +11,7 @@ does in lm-eval: right or wrong with a margin (``acc`` and any other name), righ
 one (``exact_match``), a loss whose mean should be low (``mse``), or the log-likelihood of a text
 (``perplexity``, ``word_perplexity``), which is no mean over items and should be low. What is
 generated (``exact_match``, ``mse``) has a length: the more of the last parent, the longer.
+To a judged task's turns it answers "level 0.7", how sure of itself it is, for a scripted judge.
 
 A stack of layers (a linear recipe of other layers than the parents' own, in their places) has the
 merge's own layer k where most models first make it; what else takes layer k adds to every margin
@@ -60,6 +61,7 @@ from agentmerge.contracts.worker import (
     WorkerSpec,
 )
 from agentmerge.errors import CandidateFailed, RunFailed, WorkerLost
+from agentmerge.evaluation.judged import JudgedTask, judged_task
 from agentmerge.evaluation.splitting import choose_documents, split, stand_in
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 from agentmerge.methods import PASSTHROUGH, RECIPE_METHODS
@@ -99,7 +101,16 @@ def fake_tasks(
     groups: task -> of how many leaves it is the group; by default none is one.
     """
     tasks, objectives, notes = [], [], []
+    judged: dict[str, JudgedTask] = {}
     for entry in config.tasks:
+        if entry.judge is not None:
+            scored, judged[entry.name], _, note = judged_task(entry, config)
+            tasks.append(scored)
+            notes += [note] if note else []
+            objectives.append(
+                Objective(entry.name, entry.weight, scored.higher_is_better, (entry.name,))
+            )
+            continue
         count = (groups or {}).get(entry.name, 1)
         leaves = [entry.name] if count == 1 else [f"{entry.name}_{n}" for n in range(count)]
         for n, leaf in enumerate(leaves):
@@ -138,7 +149,7 @@ def fake_tasks(
         )
     tasks, more = stand_in(tasks)
     texts = {task.name: _perplexity for task in tasks if task.rebuild == "weighted"}
-    return TaskSet(tuple(tasks), tuple(objectives), (*notes, *more), texts)
+    return TaskSet(tuple(tasks), tuple(objectives), (*notes, *more), texts, judged=judged)
 
 
 def _words(key: str, metric: str) -> int:
@@ -164,7 +175,9 @@ class FakeWorker:
         self._parents = [name for name, _ in spec.parents if name != options.base]
         self._depth = self.num_layers(spec)
         self._delay_s = options.delay_s or 0.0
-        self._metrics = {task.name: task.metric for task in self.tasks(spec).tasks}
+        taskset = taskset or self.tasks(spec)
+        self._metrics = {task.name: task.metric for task in taskset.tasks}
+        self._judged = taskset.judged
         self._scales = tuple(options.scales or (1.0,))
         self._fails = _predicate(options.fail_when)
         self._bad_items = frozenset(options.fail_items or ())
@@ -236,6 +249,11 @@ class FakeWorker:
     def _result(self, item: ItemRef, point: np.ndarray) -> ItemResult:
         margin, _ = self._margin(item, point)
         likelihood, metric = -float(np.logaddexp(0.0, -margin)), self._metrics[item.task]
+        if item.task in self._judged:
+            turns = self._judged[item.task].conversations[item.index].turns
+            level = 1 / (1 + math.exp(-margin))
+            said = tuple(f"level {level:.6f}" for _ in turns)
+            return ItemResult(math.nan, tokens=_length(item.key, point), answers=said)
         if metric == "exact_match":
             return ItemResult(float(margin > 0), tokens=_length(item.key, point))
         if metric == "mse":

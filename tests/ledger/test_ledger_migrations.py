@@ -13,6 +13,7 @@ from agentmerge.contracts.calls import Call
 from agentmerge.contracts.strategy import Proposal
 from agentmerge.contracts.worker import EngineInfo, Gradient
 from agentmerge.ledger import GradientKey, Ledger, schema
+from agentmerge.ledger.verdicts import VerdictKey
 from agentmerge.session import driving
 from tests.report.conftest import search_family
 
@@ -40,6 +41,10 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
         slope = (KEY, Gradient(0.5, 7, ()), (0.25,))
         ledger.save_evaluation(run_id, (90, 0), score=0.1, slope=slope)
         ledger.add_candidates(run_id, 91, [(Proposal((0.5,), "x"), "h", "of: other names", "")])
+        ledger.save_call_and_verdict(
+            run_id, VerdictKey("question", 0, "judge"), 0, call, model="m", prompt_file="f",
+            verdict=("chats", "item", 0, 7.5, "why"),
+        )  # fmt: skip
         assert ledger.first_time("news")
         assert not ledger.first_time("news")
     return folder

@@ -21,6 +21,7 @@ from typing import Any
 from agentmerge.contracts.worker import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
 from agentmerge.errors import ParentError, RunFailed
 from agentmerge.evaluation.building import tasks_for
+from agentmerge.evaluation.judged import request
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet
 from agentmerge.merging.memory import device_name
@@ -76,6 +77,8 @@ class VllmWorker:
         self._scorer = ItemScorer(lm, taskset)
         requests = _requests(taskset)
         longest = max(lm.longest(requests), min(_LEAST_CONTEXT, context))
+        if taskset.judged:  # how long a conversation gets is the model's own doing
+            longest = context
         probes = [lm.tok_encode(r.args[0] or "a") for r in requests[:: len(requests) // 4 + 1]]
         self._engine = Engine(spec, longest, probes)
         try:
@@ -163,7 +166,13 @@ class VllmWorker:
 
 
 def _requests(taskset: TaskSet) -> list[Any]:
-    return [
+    """All that will be asked; of conversations, the first turns."""
+    first = [
+        request(judged, judged.rendered(ref, ()))
+        for name, judged in taskset.judged.items()
+        for ref in taskset.task(name).items
+    ]
+    return first + [
         instance
         for asked in taskset.asked.values()
         for instances in asked.requests.values()

@@ -1,0 +1,326 @@
+"""Tasks that a model judges: what is asked once, what is missing, what it may cost.
+
+On the fake worker, whose answers say how good they are; the judges are scripts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentmerge.errors import ConfigError, RunFailed, TaskError
+from agentmerge.ledger import Ledger, ResultKey
+from agentmerge.ledger.folder import LEDGER
+from agentmerge.report.summary import run_summary, trace
+from agentmerge.session import driving
+from agentmerge.testing import Fault, ScriptedServer, scripted_chat_model
+from tests.session.conftest import config
+
+TURNS, ITEMS = 2, 6
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations of two turns."""
+    file = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    rows = [
+        {"id": n, "turns": [f"What is {n}?", "And twice that?"], "references": [None, str(2 * n)]}
+        for n in range(ITEMS)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def level(text: str) -> float:
+    return float(re.findall(r"level ([\d.]+)", text)[-1])
+
+
+def points(messages: list) -> Any:
+    """A judge without noise."""
+    return {"reason": "as it says", "points": round(1 + 9 * level(messages[-1].text), 2)}
+
+
+class Judge:
+    """Counts what it is asked."""
+
+    def __init__(self, says: Callable[[list], Any] = points) -> None:
+        self.asked: Counter[str] = Counter()
+        self.says = says
+        self.chat = scripted_chat_model(self._reply)
+
+    def _reply(self, messages: list) -> Any:
+        self.asked[messages[-1].text] += 1
+        return self.says(messages)
+
+    @property
+    def models(self) -> Any:
+        return {"judge": self.chat}
+
+
+def asking(chats: Path, evaluations: int = 10, tasks: list | None = None, **judge: Any) -> Any:
+    judged = {"model": "openai:scripted", "conversations": str(chats), "twice": 0, **judge}
+    return config(
+        tasks=[{"name": "chats", "judge": judged}, *(tasks or [])],
+        search={"algorithm": "cma_es", "seed": 7, "population": 4},
+        budget={"max_evaluations": evaluations},
+        limit=None,
+    )
+
+
+def results_of(runs: Path, name: str) -> dict[tuple[int, int], list]:
+    with Ledger(runs / LEDGER) as ledger:
+        row = ledger.run(name)
+        engine = ledger.run(name).facts["engine"]
+        from agentmerge.contracts.worker import EngineInfo
+
+        return {
+            (c.generation, c.slot): [
+                *ledger.results(
+                    ResultKey(c.recipe_hash, EngineInfo(**engine), row.facts["protocols"]["chats"])
+                ).values()
+            ]
+            for c in ledger.candidates(row.id)
+        }
+
+
+def test_no_verdict_is_asked_twice(tmp_path: Path, chats: Path) -> None:
+    judge = Judge()
+    row = driving.run(asking(chats, 14), name="a", runs_dir=tmp_path, models=judge.models)
+    assert row.status == "done"
+    assert set(judge.asked.values()) == {1}
+    first = len(judge.asked)
+    assert first <= 14 * ITEMS * TURNS
+    # Another search of the same merges that asks something else beside, and a branch.
+    more = [{"name": "text", "metric": "word_perplexity,none", "weight": 0.1}]
+    driving.run(asking(chats, 6, more), name="b", runs_dir=tmp_path, models=judge.models)
+    driving.branch(
+        "a", at=1, name="c", runs_dir=tmp_path, models=judge.models,
+        overrides={"search.sigma0": 0.3, "budget.max_evaluations": 14},
+    )  # fmt: skip
+    assert set(judge.asked.values()) == {1}, "what a branch found anew was asked once"
+    with Ledger(tmp_path / LEDGER) as ledger:
+        assert ledger.call_totals(ledger.run("b").id)["calls"] == 0
+        assert ledger.call_totals(row.id)["calls"] == first
+
+
+def test_a_search_that_was_cut_off_repeats_no_verdict(tmp_path: Path, chats: Path) -> None:
+    whole = Judge()
+    driving.run(asking(chats), name="a", runs_dir=tmp_path / "whole", models=whole.models)
+
+    def down(messages: list) -> Any:
+        if sum(cut.asked.values()) % 40 >= 30:  # for ten questions, and so in the middle
+            raise ConnectionResetError("gone")
+        return points(messages)
+
+    cut = Judge(down)
+    answered, told = Counter[str](), list[str]()
+    settings = asking(chats, max_retries=0)
+    go: Any = lambda: driving.run(settings, name="a", runs_dir=tmp_path, models=cut.models)  # noqa: E731
+    for _ in range(12):
+        try:
+            row = go()
+            break
+        except RunFailed as error:
+            told.append(str(error))
+            go = lambda: driving.resume("a", runs_dir=tmp_path, models=cut.models)  # noqa: E731
+    assert told
+    assert all("does not answer" in text and "and resume" in text for text in told)
+    assert row.status == "done"
+    with Ledger(tmp_path / LEDGER) as ledger, Ledger(tmp_path / "whole" / LEDGER) as other:
+        answered.update(
+            r["prompt_hash"]
+            for r in ledger.records("SELECT prompt_hash FROM model_calls WHERE ending = 'answered'")
+        )
+        assert set(answered.values()) == {1}
+        assert sum(name.endswith("/0") for name in answered) == len(whole.asked)
+        assert trace(ledger, ledger.run("a")) == trace(other, other.run("a"))
+
+
+def test_an_answer_without_a_verdict_is_a_missing_item(tmp_path: Path, chats: Path) -> None:
+    """Not a number, not a failure, and no advantage for who misses the hard ones."""
+
+    def picky(messages: list) -> Any:
+        said = messages[-1].text if len(messages) < 4 else messages[1].text
+        hard = "What is 3?" in said or "What is 5?" in said
+        return "no" if hard and level(said) * 1e6 % 3 < 1 else points(messages[:2])
+
+    judge, told = Judge(picky), []
+    row = driving.run(
+        asking(chats, 14), name="a", runs_dir=tmp_path, models=judge.models, emit=told.append
+    )
+    found = results_of(tmp_path, "a")
+    missing = {at: [r for r in rows if r.missing] for at, rows in found.items()}
+    assert any(missing.values())
+    assert all(math.isnan(r.value) for rows in missing.values() for r in rows)
+    assert all(len(rows) == ITEMS for rows in found.values())
+    notes = [event["text"] for event in told if event["event"] == "note"]
+    assert any("no verdict on turn" in text for text in notes)
+    with Ledger(tmp_path / LEDGER) as ledger:
+        candidates = ledger.candidates(row.id)
+        assert all(c.state == "scored" and math.isfinite(c.score or 0) for c in candidates)
+        summary = run_summary(ledger, ledger.run("a"))
+    assert summary["judges"]["chats"]["unjudged"] > 0
+    # The items that it has, beside the best before it on these items.
+    scored = {(c.generation, c.slot): c.score for c in candidates}
+    for c in candidates:
+        earlier = [d for d in candidates if d.generation < c.generation]
+        if not missing[c.generation, c.slot] or not earlier:
+            continue
+        best = max(earlier, key=lambda d: (d.score, -d.generation, -d.slot))
+        mine, theirs = found[c.generation, c.slot], found[best.generation, best.slot]
+        both = [(m, t) for m, t in zip(mine, theirs, strict=True) if not (m.missing or t.missing)]
+        ahead = sum(m.value - t.value for m, t in both) / len(both)
+        assert scored[c.generation, c.slot] == pytest.approx(best.score + ahead)
+        break
+    else:
+        pytest.fail("no candidate after the first generation missed an item")
+
+
+def test_a_judge_that_never_gives_a_verdict_ends_the_search(tmp_path: Path, chats: Path) -> None:
+    judge = Judge(lambda messages: {"reason": "so good", "points": 11})
+    with pytest.raises(TaskError, match=r"no valid verdict on 6 of 6"):
+        driving.run(asking(chats), name="a", runs_dir=tmp_path, models=judge.models)
+    refused = [text for text in judge.asked if "That was refused" in text]
+    repairs = sum(judge.asked[text] for text in refused)
+    assert repairs == len(judge.asked) - len(refused), "one repair an answer"
+
+
+@pytest.mark.parametrize("limit", ["max_tokens", "max_cost_usd"])
+def test_verdicts_are_within_the_budget(tmp_path: Path, chats: Path, limit: str) -> None:
+    prices = {"scripted": (1.0, 1.0)}
+    most = {"max_tokens": 50_000, "max_cost_usd": 0.05}[limit]
+    settings = asking(chats, 12, max_tokens=200, twice=0.2)
+    budget = settings.budget.model_copy(update={limit: most, "prices": prices})
+    settings = settings.model_copy(update={"budget": budget})
+    judge = Judge()
+    row = driving.run(settings, name="a", runs_dir=tmp_path, models=judge.models)
+    assert row.stop_reason == limit.removeprefix("max_").removesuffix("_usd")
+    with Ledger(tmp_path / LEDGER) as ledger:
+        spent = ledger.call_totals(row.id)
+        done = ledger.tally(row.id).evaluations
+    used = spent["cost_usd"] if "cost" in limit else spent["tokens_in"] + spent["tokens_out"]
+    assert 0.5 * most < used <= most
+    assert done > 2
+    more = {f"budget.{limit}": most * 100}
+    again = driving.resume("a", runs_dir=tmp_path, overrides=more, models=judge.models)
+    assert again.stop_reason == "budget"
+    assert set(judge.asked.values()) <= {1, 2}, "twice is what was drawn to be"
+
+
+def test_a_judges_noise_is_measured(tmp_path: Path, chats: Path) -> None:
+    import random
+
+    rng = random.Random(1)
+
+    def noisy(messages: list) -> Any:
+        shift = rng.gauss(0, 0.5)
+        return {"reason": "", "points": min(10, max(1, points(messages)["points"] + shift))}
+
+    judge = Judge(noisy)
+    row = driving.run(asking(chats, twice=0.5), name="a", runs_dir=tmp_path, models=judge.models)
+    with Ledger(tmp_path / LEDGER) as ledger:
+        found = run_summary(ledger, row)["judges"]["chats"]
+    asked = len(judge.asked)
+    assert found["verdicts"] == asked
+    assert 0.4 < found["twice"] / asked < 0.6
+    assert found["twice"] == sum(count == 2 for count in judge.asked.values())
+    assert 0.35 < found["noise"] < 0.6
+
+
+def test_answers_are_compared_in_both_orders(tmp_path: Path, chats: Path) -> None:
+    """A judge that always prefers what stands first has said nothing."""
+    against = tmp_path / "baseline.jsonl"
+    answers = [f"level {0.5:.6f}"] * TURNS
+    against.write_text(
+        "".join(json.dumps({"id": n, "answers": answers}) + "\n" for n in range(ITEMS))
+    )
+    first = Judge(lambda messages: {"reason": "", "better": "A"})
+    row = driving.run(
+        asking(chats, 8, against=str(against)), name="a", runs_dir=tmp_path, models=first.models
+    )
+    assert {r.value for rows in results_of(tmp_path, "a").values() for r in rows} == {0.5}
+
+    def fair(messages: list) -> Any:
+        found = re.findall(r"<answer \w+>\nlevel ([\d.]+)", messages[-1].text)
+        a, b = map(float, found)
+        return {"reason": "", "better": "A" if a > b else "B" if b > a else "tie"}
+
+    settings = asking(chats, 8, against=str(against))
+    row = driving.run(settings, name="b", runs_dir=tmp_path / "b", models=Judge(fair).models)
+    values = {r.value for rows in results_of(tmp_path / "b", "b").values() for r in rows}
+    assert values <= {0.0, 1.0}
+    assert len(values) == 2
+    assert row.card.answer.score == max(
+        c.score for c in Ledger(tmp_path / "b" / LEDGER).candidates(row.id)
+    )
+
+
+def test_fewer_points_may_be_better(tmp_path: Path, chats: Path) -> None:
+    """Beside a perplexity, of which less is better too."""
+    tasks = [{"name": "text", "metric": "word_perplexity,none", "weight": 0.01}]
+    settings = asking(chats, 10, tasks, higher_is_better=False, scale=[0, 10])
+    judge = Judge(lambda m: {"reason": "", "points": round(10 - 10 * level(m[-1].text), 2)})
+    row = driving.run(settings, name="a", runs_dir=tmp_path, models=judge.models)
+    best = row.card.answer
+    with Ledger(tmp_path / LEDGER) as ledger:
+        scored = [c for c in ledger.candidates(row.id) if c.score is not None]
+    assert best.tasks["chats"] < max(dict(c.tasks)["chats"] for c in scored)
+    assert best.score == pytest.approx(-best.tasks["chats"] - 0.01 * best.tasks["text"])
+
+
+def test_a_real_server_judges(tmp_path: Path, chats: Path) -> None:
+    """Over HTTP, with faults that pass; its key is read where the search is and is kept nowhere."""
+    faults = iter([Fault("429"), Fault("503"), Fault("cut")])
+    fault = {7: faults, 20: faults, 41: faults}
+    seen = 0
+
+    def answer(body: dict) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen in fault:
+            return next(fault[seen])
+        return {"reason": "", "points": round(1 + 9 * level(body["messages"][-1]["content"]), 2)}
+
+    with ScriptedServer(answer) as server:
+        judge = {"base_url": server.base_url, "model": "openai:scripted"}
+        row = driving.run(asking(chats, 5, **judge), name="a", runs_dir=tmp_path)
+        assert row.status == "done"
+        request = server.requests[0].body
+    assert request["response_format"]["json_schema"]["schema"]["properties"]["points"] == {
+        "type": "number", "minimum": 1.0, "maximum": 10.0,
+    }  # fmt: skip
+    assert not any(r.missing for rows in results_of(tmp_path, "a").values() for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("lines", "judge", "words"),
+    [
+        ('{"turns": ["a"]}\n{"turns": ["a"]}', {}, "line 2 of .* asks the same as line 1"),
+        ('{"turns": []}', {}, 'needs "turns"'),
+        ("[1]", {}, "no JSON object"),
+        ("{", {}, "is no JSON"),
+        ("", {}, "holds no conversation"),
+        ('{"turns": ["a"], "references": ["b", "c"]}', {}, "2 references and 1 turns"),
+        ('{"turns": ["a"]}', {"conversations": "/no/such.jsonl"}, "there is no /no/such.jsonl"),
+        ('{"turns": ["a"]}', {"scale": [5, 1]}, "must rise"),
+        ('{"turns": ["a"]}', {"pointz": 1}, "did you mean"),
+        ('{"turns": ["a"]}', {"model": "nobody:else"}, "nobody"),
+        ('{"turns": ["a"]}', {"prompt": "PROMPT"}, "unknown variable {{anser}}"),
+        ('{"turns": ["a"]}', {"against": "CHATS"}, 'needs "answers"'),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(tmp_path: Path, lines: str, judge: dict, words: str) -> None:
+    file = tmp_path / "chats.jsonl"
+    file.write_text(lines)
+    (tmp_path / "p.md").write_text("{{question}} {{anser}} {{least}} {{most}}")
+    places = {"PROMPT": str(tmp_path / "p.md"), "CHATS": str(file)}
+    judge = {key: places.get(str(value), value) for key, value in judge.items()}
+    with pytest.raises(ConfigError, match=words):
+        driving.run(asking(file, **judge), runs_dir=tmp_path / "runs")
