@@ -5,6 +5,8 @@
     python -m benchmarks.kill --kills 20 --worker vllm --apart
     python -m benchmarks.kill --kills 40 --small-disk
     python -m benchmarks.kill --kills 0 --power-cuts 100
+    python -m benchmarks.kill --kills 100 --host process
+    python -m benchmarks.kill --kills 100 --host ray
 
 One search and one branch of it run undisturbed: the reference. The same two are then run again and
 again in fresh folders, and each time the process is hit at a random moment, until it is done: by
@@ -15,7 +17,11 @@ full), or by another process that holds the database locked. Printed:
     lost       evaluations that were committed before a fault and are not there after it
     repeated   evaluations that were paid for again although they had been committed
     diverged   candidates, words and final cards that differ from the reference's
-    left       processes of a killed search that were still there a minute after it
+    left       processes of a killed search that were still there a minute after it, and what it
+               had in a Ray cluster
+
+With ``--host`` the search has a window and several workers there, and the faults are those of
+``hosts.py``; it goes on with another number of workers, and the reference had one, in its process.
 
 With ``--power-cuts`` the two databases are also taken from different moments of a running search,
 as a power cut may leave them, and gone on from: see ``power_cut.py``.
@@ -36,7 +42,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,6 +54,7 @@ from agentmerge.ledger import Ledger
 from agentmerge.ledger.folder import CHECKPOINTS, LEDGER
 from agentmerge.report.summary import trace
 from benchmarks.fake import fake_config
+from benchmarks.hosts import LAG, WORKERS, Processes, disturb, host_of
 
 FAULTS = ("kill", "kill", "kill", "full disk", "locked")
 AT = 2  # the generation that the branch leaves the search at
@@ -67,10 +74,11 @@ class Tally:
     rounds: int = 0
 
 
-def config_of(worker: str, apart: bool, folder: Path) -> Path:
+def config_of(worker: str, apart: bool, folder: Path, host: str = "") -> Path:
     """A config whose search takes a few seconds on this worker.
 
-    apart: what scores runs in processes of its own: two workers, or vLLM's engine.
+    apart: what scores runs in processes of its own: two workers, or vLLM's engine. host: where
+        several live.
     """
     body = fake_config(60, delay_s=0.03)
     if worker != "fake":
@@ -88,13 +96,21 @@ def config_of(worker: str, apart: bool, folder: Path) -> Path:
         body["worker"]["count"] = 2
     body["search"] = {"algorithm": "cma_es", "seed": 7, "population": 5}
     body["budget"] = {"max_evaluations": 40 if worker == "fake" else 24}
-    path = folder / "config.yml"
+    if host:
+        body["search"] = {"algorithm": "one_plus_one", "seed": 7, "lag": LAG}
+        body["budget"] = {"max_evaluations": 80 if worker == "fake" else 50}
+    if host not in ("", "here"):
+        body["worker"] |= {"host": host, "count": WORKERS}
+    path = folder / f"config{host}.yml"
     path.write_text(yaml.safe_dump(body))
     return path
 
 
-def start(runs: Path, *arguments: str, limit: int | None = None) -> subprocess.Popen[str]:
-    """A command in a process of its own; ``limit``: bytes that a file may grow to."""
+def start(
+    runs: Path, *arguments: str, limit: int | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """A command in a process of its own; ``limit``: bytes that a file may grow to. env: besides
+    this process's."""
 
     def limited() -> None:
         if limit is not None:
@@ -106,6 +122,7 @@ def start(runs: Path, *arguments: str, limit: int | None = None) -> subprocess.P
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=limited,
+        env=os.environ | (env or {}),
         start_new_session=True,
     )
 
@@ -123,14 +140,19 @@ def running(search: int) -> list[int]:
     return found
 
 
-def left(search: int) -> int:
-    """How many are there a minute after their search; they are ended then."""
+def left(search: int, host: Processes | None = None) -> int:
+    """How many are there a minute after their search, with what its workers' host has; processes
+    are ended then."""
     patience = time.monotonic() + PATIENCE_S
     while (found := running(search)) and time.monotonic() < patience:
         time.sleep(0.05)
     for process in found:
         os.kill(process, 9)
-    return len(found)
+    if host is None:
+        return len(found)
+    while (there := host.left()) and time.monotonic() < patience:
+        time.sleep(0.5)
+    return len(found) + there
 
 
 def commands(config: Path) -> dict[str, list[str]]:
@@ -240,6 +262,36 @@ def disturbed(
     tally.lost += sum(key not in after or after[key] != score for key, score in before.items())
 
 
+def disturbed_there(
+    runs: Path,
+    name: str,
+    begin: list[str],
+    whole_s: float,
+    rng: random.Random,
+    tally: Tally,
+    host: Processes,
+    most: int,
+) -> None:
+    """One attempt at a search whose workers live elsewhere, hit until it ends, or ``most``
+    faults have been, and what they left."""
+    before = committed(runs)
+    count = str(rng.randint(2, WORKERS))
+    arguments = ["resume", name, "--workers", count] if status(runs, name) != "absent" else begin
+    process = start(runs, *arguments, env=host.env)
+    if tally.faults.total() < most:
+        for fault in disturb(process, runs / name / "log.jsonl", host, whole_s, rng):
+            tally.faults[fault] += 1
+            print(f"{name}: {fault}", file=sys.stderr, flush=True)
+            if tally.faults.total() >= most:
+                break
+    _, err = process.communicate()
+    if "Traceback" in err or process.returncode not in (0, 1, -9):
+        raise SystemExit(f"it ended with {process.returncode}:\n{err}")
+    tally.left += left(process.pid, host)
+    after = committed(runs)
+    tally.lost += sum(key not in after or after[key] != score for key, score in before.items())
+
+
 def repeated(runs: Path) -> int:
     """Evaluations that a worker was asked for after they had been committed, by the run's log."""
     found = 0
@@ -304,13 +356,16 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true", help="what scores in processes of its own")
     parser.add_argument("--small-disk", action="store_true", help="a disk that is really full")
     parser.add_argument("--power-cuts", type=int, default=0, help="trials on mixed databases")
+    parser.add_argument("--host", default="", help="process or ray: faults of its workers there")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     rng, tally = random.Random(asked.seed), Tally()
-    with place(asked.small_disk) as folder:
-        begin = commands(config_of(asked.worker, asked.apart, folder))
+    with ExitStack() as stack:
+        folder = stack.enter_context(place(asked.small_disk))
+        begin = commands(config_of(asked.worker, asked.apart, folder, asked.host))
+        alone = asked.host and config_of(asked.worker, asked.apart, folder, "here")
         whole: dict[str, float] = {}
-        for search, arguments in begin.items():
+        for search, arguments in (commands(alone) if alone else begin).items():
             began = time.monotonic()
             if start(folder / "calm", *arguments).wait():
                 raise SystemExit(f"the undisturbed {search} failed")
@@ -319,11 +374,16 @@ def main() -> None:
         wrong = bool(asked.power_cuts) and power_cuts(
             folder, begin, reference, asked.power_cuts, rng
         )
+        host = stack.enter_context(host_of(asked.host)) if asked.host else None
         while tally.faults.total() < asked.kills:
             runs = folder / f"round-{tally.rounds}"
             for search, arguments in begin.items():
                 while status(runs, search) != "done":
-                    if tally.faults.total() < asked.kills:
+                    if host is not None:
+                        disturbed_there(
+                            runs, search, arguments, whole[search], rng, tally, host, asked.kills
+                        )
+                    elif tally.faults.total() < asked.kills:
                         disturbed(
                             runs, search, arguments, whole[search], rng, tally, asked.small_disk
                         )
@@ -334,7 +394,7 @@ def main() -> None:
             tally.diverged += differences(reference, traces(runs))
             tally.rounds += 1
             shutil.rmtree(runs)
-            print(f"round {tally.rounds}: {dict(tally.faults)}", file=sys.stderr, flush=True)
+            print(f"round {tally.rounds}: {tally}", file=sys.stderr, flush=True)
     if not asked.kills:
         raise SystemExit(wrong)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.faults.items()))

@@ -170,7 +170,8 @@ def host_faults(config: SearchConfig) -> list[str]:
 def window_faults(config: SearchConfig) -> list[str]:
     """Of agents, what cannot be beside a window in which workers never wait."""
     agents = config.agents
-    asked = {"probes": agents.probes, "ahead": agents.ahead} if config.search.lag else {}
+    window = config.search.lag and not waits_for_all(config)
+    asked = {"probes": agents.probes, "ahead": agents.ahead} if window else {}
     return [
         f"agents.{name} {value} is not possible with search.lag {config.search.lag}: workers have "
         "candidates of the window while models think; leave one of them out"
@@ -181,17 +182,19 @@ def window_faults(config: SearchConfig) -> list[str]:
 
 def window_notes(config: SearchConfig) -> list[str]:
     """Where there is no window although one is asked for."""
+    why = waits_for_all(config)
+    if not config.search.lag or not why:
+        return []
+    return [f"search.lag {config.search.lag} opens no window: {why}; it is as if it were left out"]
+
+
+def waits_for_all(config: SearchConfig) -> str:
+    """Why a search knows whole generations only, or ""."""
     with suppress(UserError):
         strategy = plugins.load("agentmerge.strategies", config.algorithm)
-        whole = getattr(strategy, "needs_all", False)
-        why = f"{config.algorithm} learns from whole generations" if whole else ""
-        why = why or ("search.shadow compares whole generations" if config.search.shadow else "")
-        if config.search.lag and why:
-            return [
-                f"search.lag {config.search.lag} opens no window: {why}; leave it out, or set "
-                "search.population, to keep all workers at work"
-            ]
-    return []
+        if getattr(strategy, "needs_all", False):
+            return f"{config.algorithm} learns from whole generations"
+    return "search.shadow compares whole generations" if config.search.shadow else ""
 
 
 def device_faults(config: SearchConfig) -> list[str]:

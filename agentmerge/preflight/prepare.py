@@ -89,6 +89,7 @@ def prepare(
     faults = Faults([*known_faults, *([] if allow_benchmarks else benchmark_faults(config))])
     faults += tokenizer_faults(config) + plugin_faults(config)
     faults += window_faults(config)
+    notes = window_notes(config)
     faults += init_faults(config) if fresh else []
     misread, readable = option_faults(config.worker, config.genome.parents)
     faults += misread
@@ -108,10 +109,7 @@ def prepare(
     look = Look(config, kind, faults, also, fresh, tasks, weights, run_code)
     with waiting_for("a look at models and tasks"):
         prepared = (_of_models if getattr(kind, "reads_models", True) else _of_names)(look)
-    notes, warm = (
-        window_notes(config),
-        init_notes(config, prepared.space.num_layers) if fresh else [],
-    )
+    warm = init_notes(config, prepared.space.num_layers) if fresh else []
     notes += method_notes(config) if not run_code else []
     if is_own(config.search.graph) and not run_code:
         graph = config.search.graph

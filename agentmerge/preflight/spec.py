@@ -17,6 +17,7 @@ from agentmerge.config import MOST_WORKERS, SearchConfig
 from agentmerge.contracts.worker import EngineInfo, Host, WorkerSpec
 from agentmerge.errors import UserError
 from agentmerge.parents.headers import chat_template, read_config, text_config
+from agentmerge.preflight.faults import waits_for_all
 from agentmerge.workers.options import given
 from agentmerge.workers.pool import crowd_of, devices_for, host_class, worker_class
 
@@ -62,7 +63,8 @@ def spec_of(
 
 def counted(config: SearchConfig) -> SearchConfig:
     """The config with so many workers as its host has devices for, where they are to be counted,
-    and a window of twice as many candidates, where that follows from them.
+    and a window of twice as many candidates, where that follows from them; without one where it
+    can have none.
 
     Raises:
         UserError: they cannot be.
@@ -74,7 +76,9 @@ def counted(config: SearchConfig) -> SearchConfig:
         found = getattr(host, "room", None)
         number = max(1, min(MOST_WORKERS, found(worker, device))) if found else 1
         worker = worker.model_copy(update={"count": number})
-    if search.lag == "auto":
+    if search.lag and waits_for_all(config):
+        search = search.model_copy(update={"lag": None})
+    elif search.lag == "auto":
         search = search.model_copy(update={"lag": LAG_A_WORKER * worker.number})
     return config.model_copy(update={"worker": worker, "search": search})
 

@@ -49,15 +49,14 @@ def dispatch(search: Search, generation: int) -> None:
             search.dispatched[at] = search.pool.submit(context.run, evaluate, search, *at)
 
 
-def collect(search: Search, generation: int) -> None:
+def collect(search: Search, generation: int, *, whole: bool = False) -> None:
     """Wait until all that was handed out and the next proposal is to know has ended; what it cost
-    is in the ledger by then.
+    is in the ledger by then. whole: until all that was handed out has.
 
     Raises:
         AgentmergeError: what no candidate is to blame for; those that had not begun stay open.
     """
-    last = search.book.candidates(up_to=generation)[-1].generation
-    known = horizon(search, last)
+    known = generation if whole else horizon(search, generation)
     due = [turn for at, turn in search.dispatched.items() if at[0] <= known]
     beside = [turn for at, turn in search.dispatched.items() if at[0] > known]
     try:

@@ -49,7 +49,7 @@ def finish(search: Search, stop_reason: str) -> SearchState:
     last = search.book.candidates()[-1].generation
     search.whole.add(last)
     if search.dispatched:  # a limit came while a window was at work
-        collect(search, last)
+        collect(search, last, whole=True)
     candidates = judged(search)
     card: Card | None = None
     if incumbent(candidates) is not None:

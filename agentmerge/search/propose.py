@@ -29,21 +29,24 @@ def propose(search: Search, generation: int) -> int:
     candidates = search.book.candidates()
     if candidates[-1].generation > generation:
         return generation + 1  # this node ran before
-    search = within(search, generation)
+    rows = _found(within(search, generation), generation)
+    if not rows and not search.book.pending(generation):  # not before all that was asked is known
+        if horizon(search, generation) < generation:
+            rows = _found(search, generation)
+        if not rows:
+            search.exhausted.add(generation + 1)
+    add(search, generation + 1, rows)
+    return generation + 1
+
+
+def _found(search: Search, generation: int) -> list[Proposal]:
+    """What the next generation asks, by what this search knows."""
     left = budget.evaluations_left(search)
     own_share = max(1, round(left * (1 - search.config.search.shadow))) if left else 0
     mine: list[Proposal] = []
     for space in search.trials(generation).turn:
         mine = mine or asked(search, space, generation, own_share)
-    shadow = _shadow(search, mine, left - sum(p.cost for p in mine))
-    add(search, generation + 1, [*mine, *shadow])
-    if not mine and not shadow:
-        # Not before all that was asked is known.
-        if horizon(search, generation) < generation:
-            search.whole.add(generation)
-        else:
-            search.exhausted.add(generation + 1)
-    return generation + 1
+    return [*mine, *_shadow(search, mine, left - sum(p.cost for p in mine))]
 
 
 def asked(search: Search, space: SearchSpace, generation: int, left: int) -> list[Proposal]:

@@ -69,8 +69,8 @@ class Search:
     stopping: set by the first Ctrl-C; candidates that have not begun are left open.
     entering: called where a node begins; raises LeaseHeld where another process took it over.
     exhausted: generations for which the strategy had no proposal.
-    whole: generations that were waited for in spite of the window (``window``). windows: the last
-        view of it.
+    whole: the generation that it ends after, of which all is known. windows: the last view of a
+        window (``window``), and what was found out of it.
     dispatched: (generation, slot) -> what the pool will have done. seconds: what candidates took
         that were scored just now. views: what an agent was shown last, by the state of the
         candidates, the generation, what is left and who asks.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 from agentmerge.ledger import Candidate
 from agentmerge.ledger.rows import whole
@@ -12,11 +10,11 @@ from agentmerge.search import budget
 from agentmerge.search.depths import ask_shallower
 from agentmerge.search.evaluate import collect, judged
 from agentmerge.search.finish import write_best
-from agentmerge.search.past import BARREN_GENERATIONS
 from agentmerge.search.propose import propose
 from agentmerge.search.search import Search
 from agentmerge.search.seed import complete
 from agentmerge.search.state import SearchState
+from agentmerge.search.stopping import stop_reason
 from agentmerge.search.window import horizon, within
 
 
@@ -47,8 +45,10 @@ def select(search: Search, generation: int) -> Outcome:
         # The strategy had none, or the ledger is behind the graph's checkpoint: it decides.
         generation = propose(search, candidates[-1].generation)
         candidates = judged(search)
-    if complete(search, generation, candidates):
-        candidates = judged(search)
+    complete(search, generation, candidates)
+    # Before the scores, and not after: a candidate of the window may end in between.
+    still_open = [(c.generation, c.slot) for c in search.book.pending(generation)]
+    candidates = judged(search)
     best = search.book.incumbent()
     if best is not None:
         write_best(search, best)
@@ -56,43 +56,14 @@ def select(search: Search, generation: int) -> Outcome:
     if search.seconds_left() <= budget.ending_s(search):
         limit = "timeout"
     if limit:
-        search.whole.add(generation)
-        collect(search, generation)  # what is at work in the window
+        collect(search, generation, whole=True)  # what is at work in the window
         judged(search)
         return Outcome(search.book.incumbent(), limit, generation=generation)
     known = horizon(search, generation)
-    still_open = [(c.generation, c.slot) for c in search.book.pending(generation)]
     if any(at[0] <= known or at not in search.dispatched for at in still_open):
         return Outcome(best, open_slots=still_open, generation=generation)
-    reason = _reason(within(search, generation), generation)
-    if reason and known < generation:  # it may be another one, or none, once all is known
-        search.whole.add(generation)
-        if still_open:
-            return Outcome(best, open_slots=still_open, generation=generation)
-        reason = _reason(search, generation)
+    reason = stop_reason(within(search, generation), generation)
     search.emit(whole(generation, search.book.evaluations(), best))
     if reason and best is not None and ask_shallower(search, candidates):
         return select(search, candidates[-1].generation + 1)
     return Outcome(best, reason, generation=generation)
-
-
-def _reason(search: Search, generation: int) -> str:
-    """Why a search ends here, or ""."""
-    candidates = search.book.candidates()
-    limit = search.config.search.max_generations
-    if not budget.evaluations_left(search):
-        return "budget"
-    if limit is not None and generation >= limit:
-        return "generations"
-    if generation and all(c.score is None or c.prior or c.twin is not None for c in candidates):
-        return "every candidate failed"
-    if _barren(candidates, generation):
-        return "nothing new"
-    # The strategy had no proposal.
-    return "nothing more to gain" if candidates[-1].generation < generation else ""
-
-
-def _barren(candidates: Sequence[Candidate], generation: int) -> bool:
-    last = generation - BARREN_GENERATIONS
-    recent = list(takewhile(lambda c: c.generation > last, reversed(candidates)))
-    return generation >= BARREN_GENERATIONS and all(c.state == "twin" for c in recent)

@@ -4,11 +4,13 @@ With ``search.lag`` L, a proposal knows the results of all candidates but the la
 proposed, itself included, whatever has ended by then; of the others it knows that they are
 pending. So it is a function of an ordered history, as without a window: neither the order in which
 candidates end nor the number of workers changes a search. Where a search would stop for what it
-knows, it waits for all first, and looks again.
+knows, it waits for all first, and looks again: that, too, follows from the ledger, so that whoever
+goes on with a search knows what its last process knew.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,6 +20,7 @@ from agentmerge.ledger.book import Book, Place
 from agentmerge.ledger.rows import evaluations
 from agentmerge.search.past import first_generation
 from agentmerge.search.search import Search
+from agentmerge.search.stopping import stop_reason
 
 #: A candidate as it is, as it is seen, and what strategies are told of it.
 _Mask = tuple[Candidate, Candidate, Observation]
@@ -25,15 +28,14 @@ _Mask = tuple[Candidate, Candidate, Observation]
 
 def lag_of(search: Search) -> int:
     """Candidates in the window; 0 where a proposal waits for all before it."""
-    settings = search.config.search
-    whole = settings.shadow or getattr(search.strategy, "needs_all", False)
-    return 0 if whole or not isinstance(settings.lag, int) else settings.lag
+    lag = search.config.search.lag
+    return lag if isinstance(lag, int) else 0
 
 
 def horizon(search: Search, generation: int, *, whole: bool = True) -> int:
     """The last generation whose results whoever proposes after ``generation`` knows.
 
-    whole: it is ``generation`` itself where that was waited for (``Search.whole``).
+    whole: it is ``generation`` itself where the search would stop for what it knows in the window.
     """
     lag = lag_of(search)
     if not lag or (whole and generation in search.whole):
@@ -41,10 +43,28 @@ def horizon(search: Search, generation: int, *, whole: bool = True) -> int:
     own = search.strategy.population(search.space.dimensions)
     room = lag - search.config.generation_size(own)
     candidates = search.book.candidates(up_to=generation)
-    if room <= 0 or len(candidates) <= room:
-        return generation if room <= 0 else first_generation(candidates)
+    if room <= 0:
+        return generation
+    first = first_generation(candidates)
     # Whole generations: the one in which the last candidate is that all of the window follow.
-    return max(candidates[-room].generation - 1, first_generation(candidates))
+    known = first if len(candidates) <= room else max(candidates[-room].generation - 1, first)
+    return generation if whole and _would_stop(search, generation, known, candidates) else known
+
+
+def _would_stop(
+    search: Search, generation: int, known: int, candidates: Sequence[Candidate]
+) -> bool:
+    """Whether it would for what is known up to ``known``, once that is."""
+    if known >= generation:
+        return False
+    key = (generation, known, len(candidates), search.config.budget, search.config.search)
+    last, found = search.windows.get("stops", (None, False))
+    if last != key:
+        if search.book.pending(known):
+            return False
+        found = bool(stop_reason(within(search, generation, whole=False), generation))
+        search.windows["stops"] = key, found
+    return bool(found)
 
 
 def within(search: Search, generation: int, *, whole: bool = True) -> Search:

@@ -131,7 +131,7 @@ def opened_search(
             ledger=ledger,
             space=prepared.space,
             taskset=prepared.taskset,
-            pool=pool_of(prepared, stack, deadline, slowest_s),
+            pool=pool_of(prepared, stack, deadline, slowest_s, lambda text: tell(Note(text=text))),
             strategy=_strategy(config),
             identities=prepared.identities,
             check=prepared.check,
@@ -283,9 +283,14 @@ def _unseen(ledger: Ledger, prepared: Prepared) -> Prepared:
 
 
 def pool_of(
-    prepared: Prepared, stack: ExitStack, ends: float | None = None, slowest_s: float = 0.0
+    prepared: Prepared,
+    stack: ExitStack,
+    ends: float | None = None,
+    slowest_s: float = 0.0,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Any:
-    """Its workers, none of them built yet; ``stack`` closes them. The rest: see ``Deadlines``."""
+    """Its workers, none of them built yet; ``stack`` closes them. The rest: see ``Deadlines``, and
+    ``Pool``."""
     from agentmerge.workers.places import Deadlines
     from agentmerge.workers.pool import Pool, host_of
 
@@ -297,6 +302,7 @@ def pool_of(
         taskset=prepared.taskset,
         deadlines=deadlines,
         host=host_of(worker),
+        tell=tell,
     )
     stack.callback(pool.close)
     return pool

@@ -3,9 +3,10 @@
 Whoever submits work gets its future: it runs on one of the pool's threads, of which there is one a
 worker, and has that worker to itself until it ends. A worker is built when it is first needed,
 where its host has it (``hosts``). A worker that is lost is built anew and its candidate tried once
-more; one that is late is ended and counts as lost. A place where none can be started rests, and
-its candidate goes to another. What lives in this process cannot be ended: it
-is left alone, and nothing else is begun there. The pool knows no search, no budget and no database.
+more; one that is late is ended and counts as lost. A place where none can be started, or where one
+ran out of memory, rests, and its candidate goes to another. What lives in this process cannot be
+ended: it is left alone, and nothing else is begun there. The pool knows no search, no budget and no
+database.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from agentmerge.errors import (
     RunFailed,
     WorkerLost,
 )
+from agentmerge.merging.memory import ran_out
 from agentmerge.methods import METHODS, PASSTHROUGH
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.copying import stacked_layers
@@ -174,6 +176,7 @@ class Pool:
     taskset: what is asked, where the caller has built it already; worker processes build it anew.
     deadlines: how long candidates may take, and when whatever runs is ended.
     host: where workers live, by name or made of their number; by default see ``host_class``.
+    tell: is told why a place rests.
     """
 
     def __init__(
@@ -184,8 +187,10 @@ class Pool:
         taskset: TaskSet | None = None,
         deadlines: Deadlines | None = None,
         host: str | Callable[[int], Host] | None = None,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.spec = spec
+        self._tell, self._told = tell, set[str]()
         self._deadlines = deadlines or Deadlines()
         if not callable(host):
             host = host_class(host, count, self._deadlines.asked_s)
@@ -309,8 +314,9 @@ class Pool:
             turn.place = None
             self._freed.notify_all()
 
-    def _elsewhere(self, turn: Turn[T], error: WorkerLost) -> Place:
-        """Another place than one where no worker can be started, which rests from now on.
+    def _elsewhere(self, turn: Turn[T], error: WorkerLost, device: str, *, barren: bool) -> Place:
+        """Another place than one where no worker can be started (barren), or goes on, which rests
+        from now on.
 
         Raises:
             NoWorker: at no other one either.
@@ -318,10 +324,16 @@ class Pool:
         """
         here = turn.place
         assert here is not None
-        here.barren = True
+        here.barren = barren
         if all(place.barren for place in self._places):
             raise NoWorker(f"no worker can be started: {error}")
         here.rests_until = time.monotonic() + REST_S
+        if device not in self._told:
+            self._told.add(device)
+            self._tell(
+                f"a worker on {device} is left out, and tried again every {REST_S:.0f} s; the "
+                f"others go on: {error}"
+            )
         self._leave_place(turn)
         return self._take_place(turn)
 
@@ -413,22 +425,25 @@ class Pool:
                 if self._left_alone is not None:
                     raise
                 lost = error
-                tries -= not isinstance(error, NoRoom)
             except Exception as error:  # the worker's own fault, or of what it runs on
                 lost = WorkerLost(one_line(error))
                 lost.__cause__ = error
-                tries -= 1
             except BaseException:  # a worker's SystemExit
                 self._end(place)
                 raise
             else:
                 self._lost_in_a_row = 0
                 return done
-            self._discard(place)
+            full = len(self._places) > 1 and ran_out(lost)  # its device, and perhaps no other
+            no_place = isinstance(lost, NoRoom) or (full and not built)
+            tries -= not no_place
             if not tries and built:
+                self._discard(place)
                 raise self._lost(lost) from lost.__cause__
-            if not tries or isinstance(lost, NoRoom):
-                place = self._elsewhere(turn, lost)
+            device = place.device or self.spec.device
+            self._discard(place)
+            if not tries or full or no_place:
+                place = self._elsewhere(turn, lost, device, barren=not built)
                 tries = max(tries, 1)
 
     def _scored(self, place: Place, job: Callable[[Worker], T], items: int) -> T:

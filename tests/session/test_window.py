@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,14 @@ from agentmerge.config import SearchConfig
 from agentmerge.contracts.strategy import Observation, Proposal
 from agentmerge.errors import ConfigError, UserError
 from agentmerge.ledger import Ledger
-from agentmerge.ledger.folder import LEDGER
+from agentmerge.ledger.folder import CHECKPOINTS, LEDGER
+from agentmerge.preflight.graphs import load_graph
 from agentmerge.preflight.prepare import prepare
+from agentmerge.search.state import GRAPH_VERSION, SearchState
+from agentmerge.session.checkpoints import open_saver
+from agentmerge.session.context import Context, at_hand
 from agentmerge.session.driving import resume, run
+from agentmerge.session.opening import new_run, opened_search
 from agentmerge.strategies.random import random_vectors
 from benchmarks.scale import VirtualPool, virtual
 
@@ -124,13 +130,18 @@ def test_a_proposal_knows_all_but_the_window_and_that_it_is_pending(
 def test_what_needs_whole_generations_has_them_and_says_so(
     fake_config: str, tmp_path: Path, algorithm: str
 ) -> None:
-    over = {"search__algorithm": algorithm, "search__population": 4}
-    notes = prepare(config(fake_config, **over)).notes
+    # One a worker at least where the strategy's own generations are smaller.
+    over = {"search__algorithm": algorithm, "worker__count": 11}
+    prepared = prepare(config(fake_config, **over))
+    assert prepared.config.generation_size(4) == 11
+    notes = prepared.notes
     assert any(f"{algorithm} learns from whole generations" in note for note in notes)
-    window = searched(config(fake_config, **over), tmp_path, "window", 3)
+    window = searched(config(fake_config, **over), tmp_path, "window", 11)
     plain = config(fake_config, search__lag=None, **over)
-    assert window == searched(plain, tmp_path, "plain", 3)
+    assert window == searched(plain, tmp_path, "plain", 11)
     assert not any("search.lag" in note for note in prepare(plain).notes)
+    with pytest.raises(UserError, match=r"worker\.count cannot change on resume"):
+        resume("window", runs_dir=tmp_path, overrides={"worker.count": 2})
 
 
 class Killed(BaseException):
@@ -158,6 +169,76 @@ def test_a_search_goes_on_with_other_workers_on_another_host_as_if_nothing_had_b
     assert sum(row[4] == "scored" for row in trace(tmp_path, "s")[:-1]) >= after
     resume("s", runs_dir=tmp_path, overrides={"worker.count": 2, "worker.host": "process"})
     assert trace(tmp_path, "s") == whole
+
+
+def stepped(settings: SearchConfig, runs: Path, killed: Callable[[int], bool] | None) -> Trace:
+    """A search that is stopped after each step of its graph and gone on with from its checkpoint:
+    after some of them by another process, after the others by one that remembers no decision.
+
+    killed: of which steps' number; None of none of the first kind.
+    """
+    with ExitStack() as stack:
+        made = stack.enter_context(virtual(3, 1.0, 4))
+        search, prepared, row = stack.enter_context(
+            opened_search(runs, lambda ledger: new_run(ledger, prepare(settings), "s"), drive=True)
+        )
+        saver = stack.enter_context(open_saver(runs / CHECKPOINTS))
+        graph = load_graph("search").compile(checkpointer=saver)
+        thread: Any = {"configurable": {"thread_id": row.id}, "recursion_limit": 1000}
+        begin: Any = SearchState(run_id=row.id, graph_version=GRAPH_VERSION)
+        for step in range(400):
+            decided: Any = {"exhausted": set(), "whole": set(), "windows": {}, "views": {}}
+            book = search.book
+            if killed is not None and killed(step):
+                pool = VirtualPool(prepared.spec, prepared.taskset, 3, 1.0, step)
+                search = replace(search, pool=pool, dispatched={}, _histories={}, **decided)
+            else:
+                search = replace(search, _histories={}, **decided)
+                search.__dict__["book"] = book
+            with at_hand(search):
+                context = Context(run=row.id, runs_dir=str(runs))
+                graph.invoke(begin, thread, context=context, interrupt_after="*")
+            begin = None
+            if not graph.get_state(thread).next:
+                break
+        assert len(made) == 1
+    return trace(runs, "s")
+
+
+class Patient(Spy):
+    """Proposes while it is told of two that are pending at most, and nothing new at last."""
+
+    def propose(self, space, history, guidance, count, rng_for) -> list[Proposal]:
+        if sum(o.pending for o in history) > 2 or len(history) > 24:
+            return []
+        return super().propose(space, history, guidance, count, rng_for)
+
+
+RACING: dict[str, Any] = {
+    "search__racing": True, "search__seed": 5, "limit": 100, "budget__max_evaluations": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("over", [RACING, {"search__algorithm": "random"}], ids=["race", "patient"])
+@pytest.mark.parametrize("killed", [None, lambda step: step % 9 == 8], ids=["forgets", "killed"])
+def test_what_was_waited_for_is_known_whoever_goes_on(
+    fake_config: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    over: dict[str, Any],
+    killed: Callable[[int], bool] | None,
+) -> None:
+    """Where a search would stop for what it knows, all is waited for and known: that must not
+    hang on who waited."""
+    if over is not RACING:
+        patient, own = Patient(), plugins.load
+        monkeypatch.setattr(
+            plugins, "load", lambda group, name: patient if name == "random" else own(group, name)
+        )
+    settings = config(fake_config, **over)
+    calm = searched(settings, tmp_path / "calm", "s", 3)
+    assert calm[-1] == ("done", "budget" if over is RACING else "nothing more to gain")
+    assert stepped(settings, tmp_path / "torn", killed) == calm
 
 
 def test_where_generations_follow_from_the_workers_their_number_stays(

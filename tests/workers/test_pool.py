@@ -234,3 +234,36 @@ def test_each_worker_process_is_told_its_device(monkeypatch: pytest.MonkeyPatch)
             seen += [fingerprint.digest for fingerprint, _, _ in found]
     assert sorted(set(seen)) == ["cuda 0 1", "cuda 1 1"]
     assert len(seen) == 6
+
+
+class Crowded(FakeWorker):
+    """Of a device whose memory others have: the first. ``where``: load, or score once it is one."""
+
+    def __init__(self, given: WorkerSpec, taskset: Any) -> None:
+        self.full = os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+        if self.full and given.options["where"] == "load":
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        super().__init__(replace(given, device="cpu", options={}), taskset)
+
+    def score(self, items: Any) -> Any:
+        time.sleep(0.05)
+        if self.full:
+            raise WorkerLost("out of memory on cuda: lower worker.batch_size")
+        return super().score(items)
+
+
+@pytest.mark.parametrize("where", ["load", "score"])
+def test_a_device_out_of_memory_is_left_out_with_the_reason(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentmerge.merging.memory.cuda_devices", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    told: list[str] = []
+    given = replace(spec(where=where), device="cuda")
+    with Pool(given, 2, Crowded, host="process", tell=told.append) as pool:
+        turns = [pool.submit(pool.evaluate, recipe(0.1 * i, 0.5), REFS) for i in range(9)]
+        pool.wait(turns)
+        assert [turn.result()[1] for turn in turns] == [expected(0.1 * i, 0.5)[1] for i in range(9)]
+    assert len(told) == 1
+    assert told[0].startswith("a worker on cuda:0 is left out")
+    assert "out of memory" in told[0]
