@@ -59,7 +59,7 @@ def measured(config: str, kind: str, extra: int, candidates: int, processor: boo
     from agentmerge.config import SearchConfig
     from agentmerge.contracts.worker import Differentiator
     from agentmerge.preflight.prepare import prepare
-    from agentmerge.workers.pool import worker_class
+    from agentmerge.workers.kinds import worker_class
 
     changed: dict[str, Any] = {"worker.kind": kind}
     if kind == "vllm":

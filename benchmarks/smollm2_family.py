@@ -237,7 +237,7 @@ def scores(config: Path, kind: str = "hf") -> dict[str, list[float]]:
     """Of the base, each expert and uniform merges: the mean of every task's search items."""
     from agentmerge.config import SearchConfig
     from agentmerge.preflight.prepare import prepare
-    from agentmerge.workers.pool import worker_class
+    from agentmerge.workers.kinds import worker_class
 
     prepared = prepare(SearchConfig.from_file(config, {"worker.kind": kind}))
     space = prepared.space

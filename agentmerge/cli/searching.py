@@ -96,7 +96,7 @@ def _check_storage(storage: Path | None, final_model: bool, kind: str) -> None:
     """Found out before the search is paid for."""
     from agentmerge.errors import UserError
     from agentmerge.session.export import refuse_foreign
-    from agentmerge.workers.pool import reads_models
+    from agentmerge.workers.kinds import reads_models
 
     if storage is None:
         return

@@ -51,8 +51,8 @@ from agentmerge.recipe import Recipe
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.system.temporary import temporary_folder
 from agentmerge.system.waits import waiting_for
+from agentmerge.workers.kinds import refuse_stack
 from agentmerge.workers.options import option_faults
-from agentmerge.workers.pool import refuse_stack
 
 if TYPE_CHECKING:  # read only where models are
     from agentmerge.merging.placement import MemoryPlan

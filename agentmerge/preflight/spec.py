@@ -18,8 +18,9 @@ from agentmerge.contracts.worker import EngineInfo, Host, WorkerSpec
 from agentmerge.errors import UserError
 from agentmerge.parents.headers import chat_template, read_config, text_config
 from agentmerge.preflight.faults import waits_for_all
+from agentmerge.workers.kinds import worker_class
 from agentmerge.workers.options import given
-from agentmerge.workers.pool import crowd_of, devices_for, host_class, worker_class
+from agentmerge.workers.sharing import crowd_of, devices_for, host_class
 
 if TYPE_CHECKING:  # read only where models are
     from agentmerge.merging.placement import MemoryPlan

@@ -24,7 +24,7 @@ from agentmerge.report.model_card import model_card
 from agentmerge.report.summary import best_recipe
 from agentmerge.search.judging import Judges
 from agentmerge.system.temporary import write_at_once
-from agentmerge.workers.pool import reads_models
+from agentmerge.workers.kinds import reads_models
 
 #: The recipe beside an exported model.
 RECIPE = "mergekit_config.yml"

@@ -292,7 +292,8 @@ def pool_of(
     """Its workers, none of them built yet; ``stack`` closes them. The rest: see ``Deadlines``, and
     ``Pool``."""
     from agentmerge.workers.places import Deadlines
-    from agentmerge.workers.pool import Pool, host_of
+    from agentmerge.workers.pool import Pool
+    from agentmerge.workers.sharing import host_of
 
     worker = prepared.config.worker
     deadlines = Deadlines(worker.timeout_s, ends, slowest_s)

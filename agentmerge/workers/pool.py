@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from agentmerge import plugins
-from agentmerge.config import WorkerSettings
 from agentmerge.contracts.strategy import cost_of
 from agentmerge.contracts.worker import (
     Differentiator,
@@ -40,17 +38,15 @@ from agentmerge.errors import (
     NoRoom,
     NotBegun,
     NoWorker,
-    RecipeRejected,
     RunFailed,
     WorkerLost,
 )
 from agentmerge.merging.memory import ran_out
-from agentmerge.methods import METHODS, PASSTHROUGH
 from agentmerge.recipe import Recipe
-from agentmerge.recipe.copying import stacked_layers
-from agentmerge.system.redaction import remember, remembered, revealed
+from agentmerge.system.redaction import remembered
 from agentmerge.system.waits import waiting_for
 from agentmerge.workers.hosts.proxy import one_line
+from agentmerge.workers.kinds import Building, Make, worker_class
 from agentmerge.workers.places import (
     INTERRUPTED,
     Deadlines,
@@ -59,11 +55,11 @@ from agentmerge.workers.places import (
     Place,
     close_quietly,
 )
+from agentmerge.workers.sharing import crowd_of, devices_for, host_class
 
 if TYPE_CHECKING:
     from agentmerge.evaluation.tasks import TaskSet
 
-Make = Callable[..., Worker]
 #: Candidates in a row, each of which lost two workers, after which the machine is at fault.
 LOSSES = 3
 #: Seconds that a worker may take to be ready.
@@ -71,94 +67,6 @@ _STARTING_S = 3600
 #: Seconds after which a place where none could be started is tried again.
 REST_S = 60.0
 T = TypeVar("T")
-
-
-def worker_class(spec: WorkerSpec) -> Any:
-    """The class of ``spec.kind``: called with (spec, taskset or None); ``tasks(spec)`` gives the
-    TaskSet it asks, and ``describe(spec)`` its EngineInfo without building it.
-
-    What else a class may say, of a spec and the models' layout (None where there is none):
-        options: what ``worker.options`` takes (``workers.options``).
-        reads_models: False where parents are names alone; ``num_layers(spec)`` is their depth then.
-        runs_stacks: True where it loads recipes that make other layers than the models have, or
-            in another order (``merging.plan.MergePlan.layers``).
-        fixed_depth: True where it does so up to the depth that it is built for: that of its
-            models and ``extra_layers`` of the spec's options, which come from ``genome.layers``.
-        has_canary: True where ``worker.canary_every`` is one of its options.
-        conditions(spec): what its answers depend on (``workers.conditions``).
-        preflight(spec, layout): faults of a search on it, and notes.
-        demand(spec, layout): what a memory plan has to know of it.
-    """
-    return plugins.load("agentmerge.workers", spec.kind)
-
-
-def reads_models(kind: str) -> bool:
-    """Whether workers of a kind merge models, or know parents by their names alone."""
-    return bool(getattr(plugins.load("agentmerge.workers", kind), "reads_models", True))
-
-
-def refuse_stack(
-    recipe: Recipe, num_layers: int, kind: str, worker: Any, extra: int | None = None
-) -> None:
-    """Raises RecipeRejected for a recipe of other layers than its models' own, in their order,
-    where a kind of worker runs none such.
-
-    recipe: canonical. num_layers: the models'. worker: the class, or one of it. extra: how many
-        layers more one of a fixed depth was built for.
-    """
-    layers = stacked_layers(recipe, num_layers) or tuple(range(num_layers))
-    in_place = layers == tuple(range(num_layers))
-    # a merge may write any layer's weights in any place
-    merged = recipe.merge_method != PASSTHROUGH.name and len(layers) == num_layers
-    if in_place or merged:
-        return
-    why, remedy = "keeps those of one model in place", "set worker.kind: hf, or disk"
-    if getattr(worker, "runs_stacks", False):
-        fixed = getattr(worker, "fixed_depth", False)
-        if not fixed or (extra is not None and len(layers) <= num_layers + extra):
-            return
-        why = f"is built for {num_layers + (extra or 0)}, in their order"
-        remedy = f"set genome.layers to {max(len(layers) - num_layers, 1)} or more, or {remedy[4:]}"
-    raise RecipeRejected(
-        f"the recipe makes a model of {len(layers)} layers out of models of {num_layers}, and the "
-        f"{kind} worker {why}; {remedy}"
-    )
-
-
-def devices_for(spec: WorkerSpec, count: int, host: type[Host] | None = None) -> list[str]:
-    """The device of each of ``count`` workers: where only ``cuda`` is asked for, they take turns
-    (each as many in a row as its engine has ranks), unless their host gives each its own."""
-    if spec.device != "cuda" or count == 1 or getattr(host, "places", False):
-        return [spec.device] * count
-    from agentmerge.merging.memory import cuda_devices
-
-    ranks = spec.ranks
-    places = max(1, cuda_devices() // ranks)
-    return [f"cuda:{worker % places * ranks}" for worker in range(count)]
-
-
-def host_class(name: str | None, count: int, timeout_s: float | None) -> type[Host]:
-    """Where workers live: by default one without a deadline in this process, others in a process
-    each."""
-    default = "here" if count == 1 and timeout_s is None else "process"
-    found: type[Host] = plugins.load("agentmerge.hosts", name or default)
-    return found
-
-
-def host_of(settings: WorkerSettings) -> Callable[[int], Host]:
-    """What makes the host of a config's workers, given their number."""
-    found = host_class(settings.host, settings.number, settings.timeout_s)
-    settled: Any = getattr(found, "settled", None)
-    make: Callable[[int], Host] = found if settled is None else settled(settings)
-    return make
-
-
-def crowd_of(spec: WorkerSpec, count: int, host: type[Host] | None = None) -> int:
-    """How many of ``count`` workers share the fullest device."""
-    if spec.device != "cpu" and getattr(host, "places", False):
-        return 1
-    devices = devices_for(spec, count)
-    return max(map(devices.count, devices))
 
 
 class Turn(Future[T]):
@@ -564,31 +472,3 @@ def _emptied(place: Place) -> RunFailed | None:
     failure = place.ask(partial(close_quietly, hosted)) if hosted is not None else None
     place.leave()
     return failure
-
-
-@dataclass(frozen=True)
-class Building:
-    """Builds a worker; can be sent to where it lives.
-
-    secrets: what references of a spec stand for besides the environment.
-    """
-
-    make: Make | None
-    taskset: TaskSet | None
-    secrets: Mapping[str, str]
-
-    def __call__(self, spec: WorkerSpec) -> Worker:
-        remember(self.secrets)
-        for name, body in spec.methods.items():
-            METHODS.declare(name, body)
-        return (self.make or worker_class(spec))(with_secrets(spec), self.taskset)
-
-
-def with_secrets(spec: WorkerSpec) -> WorkerSpec:
-    """What a worker is built from: its options with the values that they refer to, which no record
-    of the spec (an engine's description) holds.
-
-    Raises:
-        UserError: a variable that an option names is not set.
-    """
-    return replace(spec, options=revealed(spec.options, "worker.options"))

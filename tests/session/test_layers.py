@@ -20,7 +20,7 @@ from agentmerge.session import driving
 from agentmerge.session.replay import replay
 from agentmerge.strategies.gradient import GradientSteps
 from agentmerge.testing.scripted import ScriptedServer
-from agentmerge.workers.pool import refuse_stack
+from agentmerge.workers.kinds import refuse_stack
 from tests.session.conftest import command, config, config_text, trace_of
 from tests.session.test_agents import advised
 from tests.session.test_faults import role_of

@@ -187,7 +187,13 @@ def stepped(settings: SearchConfig, runs: Path, killed: Callable[[int], bool] | 
         thread: Any = {"configurable": {"thread_id": row.id}, "recursion_limit": 1000}
         begin: Any = SearchState(run_id=row.id, graph_version=GRAPH_VERSION)
         for step in range(400):
-            decided: Any = {"exhausted": set(), "whole": set(), "windows": {}, "views": {}}
+            decided: Any = {
+                "exhausted": set(),
+                "whole": set(),
+                "windows": {},
+                "views": {},
+                "_told": {},
+            }
             book = search.book
             if killed is not None and killed(step):
                 pool = VirtualPool(prepared.spec, prepared.taskset, 3, 1.0, step)

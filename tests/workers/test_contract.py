@@ -19,7 +19,7 @@ from agentmerge.contracts.worker import (
 from agentmerge.errors import WorkerLost
 from agentmerge.testing import ModelWorkerSuite, WorkerSuite
 from agentmerge.testing.worker_suite import same, weighted
-from agentmerge.workers.pool import worker_class
+from agentmerge.workers.kinds import worker_class
 
 NAMES = ["tiny_choice", "tiny_cloze=acc,none", "tiny_text", "tiny_answer"]
 

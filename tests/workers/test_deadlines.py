@@ -19,8 +19,9 @@ from tiny import recipe
 from agentmerge.errors import NotBegun, NoWorker, WorkerLost
 from agentmerge.workers import places, pool
 from agentmerge.workers.hosts import process
+from agentmerge.workers.kinds import worker_class
 from agentmerge.workers.places import Deadlines
-from agentmerge.workers.pool import Pool, worker_class
+from agentmerge.workers.pool import Pool
 
 HANGS = {"hang_when": "max_weight>0.9"}
 

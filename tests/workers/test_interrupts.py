@@ -24,7 +24,7 @@ from agentmerge.config import SearchConfig
 from agentmerge.ledger import Ledger
 from agentmerge.session import driving
 from agentmerge.workers.hosts.process import WorkerProcess
-from agentmerge.workers.pool import Building
+from agentmerge.workers.kinds import Building
 from agentmerge.workers.processes import end
 from tests.session.conftest import config_text, trace_of
 

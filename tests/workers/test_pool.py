@@ -17,7 +17,8 @@ from agentmerge.config import TasksConfig
 from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import CandidateFailed, NotBegun, UserError, WorkerLost
 from agentmerge.workers.fake import FakeWorker
-from agentmerge.workers.pool import Pool, crowd_of, devices_for
+from agentmerge.workers.pool import Pool
+from agentmerge.workers.sharing import crowd_of, devices_for
 
 TASKS = TasksConfig(tasks=({"name": "code"}, {"name": "reading"}), limit=20)
 REFS = FakeWorker.tasks(WorkerSpec("fake", (), "base", TASKS, "float32", 8)).refs()

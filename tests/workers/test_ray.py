@@ -35,7 +35,8 @@ from agentmerge.workers.hf import HfWorker
 from agentmerge.workers.hosts import nodes
 from agentmerge.workers.hosts import ray as hosts
 from agentmerge.workers.places import Deadlines
-from agentmerge.workers.pool import Pool, host_of
+from agentmerge.workers.pool import Pool
+from agentmerge.workers.sharing import host_of
 
 ray = pytest.importorskip("ray")
 

@@ -18,7 +18,7 @@ from agentmerge.recipe import Recipe
 from agentmerge.testing.worker_suite import same
 from agentmerge.workers.disk import DiskWorker
 from agentmerge.workers.hf import HfWorker
-from agentmerge.workers.pool import refuse_stack
+from agentmerge.workers.kinds import refuse_stack
 from agentmerge.workers.vllm.worker import VllmWorker
 
 

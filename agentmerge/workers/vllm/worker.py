@@ -31,7 +31,7 @@ from agentmerge.parents.layout import Layout, read_layout
 from agentmerge.recipe import Recipe
 from agentmerge.workers.canary import Canary
 from agentmerge.workers.conditions import conditions, conditions_hash
-from agentmerge.workers.pool import refuse_stack
+from agentmerge.workers.kinds import refuse_stack
 from agentmerge.workers.vllm.deeper import extra_layers, stack_faults
 from agentmerge.workers.vllm.preflight import demand, installed, preflight
 
