@@ -1,4 +1,4 @@
-"""``init`` and ``tasks search``: from models to a config."""
+"""``init`` and ``tasks``: from models to a config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agentmerge.cli.terminal import show_result
 #: Tasks that ``tasks search`` prints unless asked for more.
 SHOWN = 30
 
-tasks = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Find lm-eval tasks.")
+tasks = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Find and write tasks.")
 
 TaskPath = Annotated[
     list[Path] | None,
@@ -91,6 +91,27 @@ def search(
     if len(found) > most:
         text += f"\nand {len(found) - most} more (--most {len(found)})"
     show_result([asdict(entry) for entry in found], as_json, text)
+    return 0
+
+
+@tasks.command()
+def logickor(
+    directory: Annotated[Path, typer.Argument(help="Where the task's folder is written.")],
+    as_json: options.Json = False,
+) -> int:
+    """Write a judged task in LogicKor's shape: Korean, six categories, two turns, ten points."""
+    from agentmerge.demo.logickor import NAME, write_task
+
+    written = [str(path) for path in write_task(directory)]
+    text = "\n".join(
+        [
+            *written,
+            "a few questions of our own are in it; put LogicKor's or yours there",
+            f"in a config: task_search_path: [{directory}], and among tasks: "
+            f"- {{name: {NAME}, judge: openai:gpt-4o}}",
+        ]
+    )
+    show_result({"files": written}, as_json, text)
     return 0
 
 

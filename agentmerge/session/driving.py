@@ -20,6 +20,7 @@ from agentmerge.ledger import Ledger, RunRow
 from agentmerge.ledger.archive import remove_runs
 from agentmerge.ledger.folder import CHECKPOINTS, LEDGER, existing_runs
 from agentmerge.ledger.lease import Lease
+from agentmerge.ledger.verdicts import JUDGE
 from agentmerge.preflight.anchoring import anchored, anchored_name
 from agentmerge.preflight.graphs import load_graph
 from agentmerge.preflight.plan import Prepared
@@ -198,9 +199,15 @@ def branch(
 
 
 def evaluate(
-    recipe: Recipe, config: SearchConfig, *, runs_dir: Path | str = "runs"
+    recipe: Recipe,
+    config: SearchConfig,
+    *,
+    runs_dir: Path | str = "runs",
+    models: Mapping[Any, Any] | None = None,
 ) -> dict[str, Any]:
     """Score any recipe under a config's tasks: {score, tasks, recipe_hash, reused, items, notes}.
+
+    models: a ready chat model for ``judge``, instead of what the config names.
 
     Raises:
         ConfigError: its models cannot be merged with the config's.
@@ -213,7 +220,8 @@ def evaluate(
     prepared.check(canonical)
     recipe_hash = canonical.hash(prepared.identities)
     with Ledger(Path(runs_dir) / LEDGER) as ledger, ExitStack() as stack:
-        judges = Judges(lambda: prepared.config, prepared.taskset, ledger)
+        ready = (models or {}).get(JUDGE)
+        judges = Judges(lambda: prepared.config, prepared.taskset, ledger, ready=ready)
         scoring = Scoring(ledger, prepared.taskset, pool_of(prepared, stack), judges)
         answers = scoring.ask(canonical, recipe_hash)
         scoring.save(answers)
