@@ -40,13 +40,35 @@ class Sheet:
     codes: torch.Tensor | None
     ends: torch.Tensor
 
+    def read(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(right, margin) of each item: the least over an answer's tokens, its end not among them;
+        of a choice, the gold code's log-likelihood less the best other one's. In nats."""
+        logits, rows = logits.float(), self.rows
+        asked, gold = rows.gold != NO_TOKEN, rows.gold.clamp(min=0)
+        if self.codes is not None:
+            said = logits.log_softmax(-1).gather(-1, gold[..., None]).squeeze(-1)
+            likely = (said * asked).sum(-1).view(-1, len(CODES))
+            own = likely.gather(-1, self.codes[:, None])
+            others = likely.scatter(-1, self.codes[:, None], -torch.inf).amax(-1)
+            margin = own.squeeze(-1) - others
+            return margin > 0, margin
+        last = asked.sum(-1, keepdim=True) - 1
+        letters = asked.scatter(-1, last, False)
+        said = logits.argmax(-1)
+        ended = torch.isin(said.gather(-1, last).squeeze(-1), self.ends)
+        right = ((said == gold) | ~letters).all(-1) & ended
+        own = logits.gather(-1, gold[..., None])
+        others = logits.scatter(-1, gold[..., None], -torch.inf).amax(-1)
+        return right, (own.squeeze(-1) - others).masked_fill(~letters, torch.inf).amin(-1)
+
 
 @dataclass
 class SmolLM2Problem(KeptAnswers):
-    """See ``agentmerge.testing.problem.Problem``."""
+    """See ``agentmerge.testing.problem.Problem``. limit: search items a skill."""
 
     name: str
     seed: int
+    limit: int = SEARCH_LIMIT
     tasks: tuple[str, ...] = SKILLS
     _known: dict[tuple[float, ...], Shown] = field(default_factory=dict, repr=False)
     _confirmed: dict[tuple[float, ...], np.ndarray] = field(default_factory=dict, repr=False)
@@ -54,9 +76,9 @@ class SmolLM2Problem(KeptAnswers):
     def __post_init__(self) -> None:
         torch.set_num_threads(1)
         self._family, self._config, self.space = _opened(self.name)
-        self._search, self._sealed = sheets(_tokenizer(self.name), self.seed)
-        count = SEARCH_LIMIT * len(SKILLS)
-        task = np.repeat(np.arange(len(SKILLS)), SEARCH_LIMIT)
+        self._search, self._sealed = sheets(_tokenizer(self.name), self.seed, self.limit)
+        count = self.limit * len(SKILLS)
+        task = np.repeat(np.arange(len(SKILLS)), self.limit)
         self._items = Items(task, np.full(count, 1 / count), np.ones(count, bool))
 
     def sealed(self, vector: Sequence[float]) -> np.ndarray:
@@ -70,35 +92,11 @@ class SmolLM2Problem(KeptAnswers):
     def _ask(self, vector: Sequence[float], asked: Sequence[Sheet]) -> tuple[Any, Any]:
         """(right, margin) of each item."""
         weights = dict(self._family.merge(self.space.recipe(vector)))
-        found = [read_sheet(weights, self._config, sheet) for sheet in asked]
-        return tuple(np.concatenate(part) for part in zip(*found, strict=True))
+        found = [s.read(answer_logits(weights, self._config, s.rows)) for s in asked]
+        return tuple(torch.cat(part).double().numpy() for part in zip(*found, strict=True))
 
 
-def read_sheet(weights: Any, config: Any, sheet: Sheet) -> tuple[np.ndarray, np.ndarray]:
-    """(right, margin) of each item: the least over an answer's tokens, its end not among them; of a
-    choice, the gold code's log-likelihood less the best other one's. In nats."""
-    rows = sheet.rows
-    logits = answer_logits(weights, config, rows).float()
-    asked, gold = rows.gold != NO_TOKEN, rows.gold.clamp(min=0)
-    if sheet.codes is not None:
-        said = logits.log_softmax(-1).gather(-1, gold[..., None]).squeeze(-1)
-        likely = (said * asked).sum(-1).view(-1, len(CODES))
-        own = likely.gather(-1, sheet.codes[:, None])
-        others = likely.scatter(-1, sheet.codes[:, None], -torch.inf).amax(-1)
-        margin = own.squeeze(-1) - others
-        return (margin > 0).double().numpy(), margin.double().numpy()
-    last = asked.sum(-1, keepdim=True) - 1
-    letters = asked.scatter(-1, last, False)
-    said = logits.argmax(-1)
-    ended = torch.isin(said.gather(-1, last).squeeze(-1), sheet.ends)
-    right = ((said == gold) | ~letters).all(-1) & ended
-    own = logits.gather(-1, gold[..., None])
-    others = logits.scatter_(-1, gold[..., None], -torch.inf).amax(-1)
-    margin = (own.squeeze(-1) - others).masked_fill(~letters, torch.inf).amin(-1)
-    return right.double().numpy(), margin.double().numpy()
-
-
-def sheets(tokenizer: Any, seed: int) -> tuple[list[Sheet], list[Sheet]]:
+def sheets(tokenizer: Any, seed: int, limit: int = SEARCH_LIMIT) -> tuple[list[Sheet], list[Sheet]]:
     """Search and sealed items of a seed, in the order that ``write_tasks`` gives them."""
     search: list[Sheet] = []
     sealed: list[Sheet] = []
@@ -106,9 +104,10 @@ def sheets(tokenizer: Any, seed: int) -> tuple[list[Sheet], list[Sheet]]:
     for place, skill in enumerate(SKILLS):
         pool = items(skill, held_out=True)
         order = np.random.default_rng([seed, place]).permutation(len(pool))[:N_ITEMS]
-        for start in range(0, N_ITEMS, TOGETHER):
+        search.append(_sheet(tokenizer, [pool[i] for i in order[:limit]], ends))
+        for start in range(SEARCH_LIMIT, N_ITEMS, TOGETHER):
             part = [pool[i] for i in order[start : start + TOGETHER]]
-            (search if start < SEARCH_LIMIT else sealed).append(_sheet(tokenizer, part, ends))
+            sealed.append(_sheet(tokenizer, part, ends))
     return search, sealed
 
 

@@ -37,6 +37,7 @@ from agentmerge.testing.tiny import TINY, TinyProblem
 from benchmarks import comparing, plots
 from benchmarks.machine import machine
 from benchmarks.running import Arm, best_at, path_of, run_search, save
+from benchmarks.smollm2 import SmolLM2Problem
 from benchmarks.stack_problem import StackProblem
 from benchmarks.stack_rivals import CatCma, Genetic
 
@@ -48,11 +49,15 @@ FAMILIES = {
     "halves": "tiny-halves",
     "useless-2": "tiny-useless-2",
     "halves-2": "tiny-halves-2",
+    "smollm2": "smollm2-interfering",
+    "smollm2-plain": "smollm2-plain",
 }
 #: How often the path form runs through all sources' layers.
 REPEATS = 2
 WEIGHTS = Arm("weights", partial(Auto, gradients_from=None))
 WEIGHT_BUDGET = 100
+#: Of SmolLM2, and its search items a skill.
+SMOLLM2_BUDGET, SMOLLM2_ITEMS = 45, 50
 
 
 def _known(name: str) -> Callable[[], Strategy]:
@@ -98,11 +103,7 @@ def seed_runs(
     family: str, seed: int, most: Sequence[int], arms: Sequence[str], budget: int, out: Path
 ) -> list[dict[str, Any]]:
     """One seed's searches, from their files where they are: the weights', then every arm's."""
-    problem = cache(partial(TinyProblem, TINY[FAMILIES[family]], seed))
-    path = path_of(out, FAMILIES[family], WEIGHTS.name, seed, WEIGHT_BUDGET)
-    if not path.is_file():
-        save(path, run_search(problem(), WEIGHTS, seed, WEIGHT_BUDGET))
-    start = json.loads(path.read_text())["answers"]["best"]
+    problem, start = weight_answer(family, seed, out)
     runs = []
     for extra in most:
         for arm in arms:
@@ -115,6 +116,23 @@ def seed_runs(
                 save(path, _searched(stacks, Arm(arm, make), seed, budget, start))
             runs.append(json.loads(path.read_text()))
     return runs
+
+
+def weight_answer(
+    family: str, seed: int, out: Path
+) -> tuple[Callable[[], TinyProblem | SmolLM2Problem], dict[str, Any]]:
+    """(the family's problem, what the search of its weights had as its best)."""
+    name, own = FAMILIES[family], WEIGHT_BUDGET
+    make: Callable[[], TinyProblem | SmolLM2Problem]
+    if name in TINY:
+        make = partial(TinyProblem, TINY[name], seed)
+    else:
+        make, own = partial(SmolLM2Problem, name, seed, SMOLLM2_ITEMS), SMOLLM2_BUDGET
+    problem = cache(make)
+    path = path_of(out, name, WEIGHTS.name, seed, own)
+    if not path.is_file():
+        save(path, run_search(problem(), WEIGHTS, seed, own))
+    return problem, json.loads(path.read_text())["answers"]["best"]
 
 
 def _searched(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from agentmerge.contracts.card import Compared
 from agentmerge.contracts.operators import CHEAP, SHALLOWER
 from agentmerge.contracts.strategy import rng_factory
 from agentmerge.contracts.worker import ItemRef, ItemResult
@@ -180,6 +181,25 @@ def search_results(search: Search, candidate: Candidate, part: Part) -> Results:
     if part == "sealed":
         return there(confirm(search, candidate))
     return search.item_results(candidate.recipe_hash)
+
+
+def compared(search: Search, candidate: Candidate, part: Part, lost: list[str]) -> Compared:
+    """A candidate as the card has it, with its sealed score where those are asked. lost: gets why
+    nobody could be asked, which may pass."""
+    row = Compared(
+        (candidate.generation, candidate.slot), name_of(candidate), candidate.operator,
+        candidate.recipe_hash, candidate.score, dict(candidate.tasks), candidate.truncated,
+        candidate.cut_off,
+    )  # fmt: skip
+    if part == "search":
+        return row
+    try:
+        score = search.taskset.score(confirm(search, candidate), part)
+    except (BudgetReached, CandidateFailed, TaskError, WorkerLost) as error:
+        if isinstance(error, (BudgetReached, WorkerLost)):
+            lost.append(str(error))
+        return replace(row, sealed_failure=str(error))
+    return replace(row, sealed_score=score.value, sealed_tasks=dict(score.tasks))
 
 
 def difference(search: Search, mine: Candidate, theirs: Candidate) -> tuple[Part, Interval | None]:

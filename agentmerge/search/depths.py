@@ -15,13 +15,19 @@ from dataclasses import dataclass, replace
 from agentmerge.contracts.card import DepthRow
 from agentmerge.contracts.operators import CHEAP, SHALLOWER
 from agentmerge.contracts.strategy import Proposal
-from agentmerge.errors import BudgetReached, CandidateFailed, TaskError, WorkerLost
 from agentmerge.evaluation.statistics import Interval
 from agentmerge.evaluation.tasks import Part
 from agentmerge.ledger import Candidate
-from agentmerge.recipe import Recipe, length
+from agentmerge.recipe.copying import layers_read
 from agentmerge.search import budget
-from agentmerge.search.choosing import SHORTLIST, choose, entrants, lead_of, search_results
+from agentmerge.search.choosing import (
+    SHORTLIST,
+    choose,
+    compared,
+    entrants,
+    lead_of,
+    search_results,
+)
 from agentmerge.search.propose import add, affordable
 from agentmerge.search.search import Search
 from agentmerge.search.verdict import name_of, span
@@ -43,11 +49,11 @@ def ask_shallower(search: Search, candidates: Sequence[Candidate]) -> bool:
     own = [c for c in candidates if not c.prior]
     known, asked = {c.recipe_hash for c in own}, {(c.space, c.vector) for c in own}
     last = candidates[-1].generation
-    proposals, deepest = [], layers_of(space.recipe(start))
+    proposals, deepest = [], len(layers_read(space.recipe(start)))
     for point in points:
         recipe = space.recipe(point)
         if recipe.hash(search.identities) not in known and (space.key, point) not in asked:
-            label = f"{layers_of(recipe)} of {deepest} layers"
+            label = f"{len(layers_read(recipe))} of {deepest} layers"
             proposals.append(Proposal(point, SHALLOWER, label=label, space=space.key))
     proposals = affordable(proposals, math.floor(budget.left(search) + 1e-9))
     add(search, last + 1, proposals)
@@ -65,9 +71,14 @@ class Settled:
 
 
 def settled(
-    search: Search, answer: Candidate, candidates: Sequence[Candidate], part: Part
+    search: Search,
+    answer: Candidate,
+    candidates: Sequence[Candidate],
+    part: Part,
+    lost: list[str],
 ) -> Settled:
-    """See the module's head. part: "sealed" where those items are asked."""
+    """See the module's head. part: "sealed" where those items are asked. lost: as of
+    ``compared``."""
     ladder = _ladder(search, answer, candidates)
     if len(ladder) < 2:
         return Settled(answer, [], [])
@@ -78,7 +89,7 @@ def settled(
             f"a stack of {fewer} layers is no worse than {name_of(answer)}, which has {all_}, "
             "beyond the noise of the search items"
         )
-    rows = [_row(search, candidate, ladder[0], part) for candidate in ladder]
+    rows = _rows(search, ladder, part, lost)
     if part == "sealed" and chosen is not ladder[0]:
         row = rows[ladder.index(chosen)]
         if row.sealed_failure or rows[0].sealed_failure:
@@ -98,10 +109,6 @@ def settled(
     return Settled(chosen, notes, rows)
 
 
-def layers_of(recipe: Recipe) -> int:
-    return sum(map(length, recipe.slices))
-
-
 def _way_down(
     search: Search, stack: Candidate, candidates: Sequence[Candidate]
 ) -> tuple[SearchSpace, Point, list[Point]] | None:
@@ -116,10 +123,10 @@ def _way_down(
     point = stack.vector
     if point is None or stack.space != space.key:
         point = search.point_of(space, stack.observation())
-    if point is None or layers_of(space.recipe(point)) <= space.num_layers:
+    if point is None or len(layers_read(space.recipe(point))) <= space.num_layers:
         return None
     found, fewer = list[Point](), space.shallower(point)
-    while fewer is not None and layers_of(space.recipe(fewer)) > space.num_layers:
+    while fewer is not None and len(layers_read(space.recipe(fewer))) > space.num_layers:
         found.append(fewer)
         fewer = space.shallower(fewer)
     return space, point, found
@@ -155,27 +162,20 @@ def _shallowest(search: Search, ladder: Sequence[Candidate]) -> Candidate:
     return best
 
 
-def _row(search: Search, candidate: Candidate, under: Candidate, part: Part) -> DepthRow:
-    row = DepthRow(
-        (candidate.generation, candidate.slot),
-        name_of(candidate),
-        candidate.operator,
-        candidate.recipe_hash,
-        candidate.score,
-        dict(candidate.tasks),
-        layers=search.depth_of(candidate),
-    )
-    try:
-        results = search_results(search, candidate, part)
-        if part == "sealed":
-            score = search.taskset.score(results, part)
-            row = replace(row, sealed_score=score.value, sealed_tasks=dict(score.tasks))
-        if candidate is not under:
-            ahead = lead_of(search, results, search_results(search, under, part), part)
-            row = replace(row, ahead=None if ahead is None else [*ahead])
-    except (BudgetReached, CandidateFailed, TaskError, WorkerLost) as error:
-        return replace(row, sealed_failure=str(error))
-    return row
+def _rows(
+    search: Search, ladder: Sequence[Candidate], part: Part, lost: list[str]
+) -> list[DepthRow]:
+    rows = [
+        DepthRow(**vars(compared(search, c, part, lost)), layers=search.depth_of(c)) for c in ladder
+    ]
+    if not rows[0].sealed_failure:
+        under = search_results(search, ladder[0], part)
+        for place, candidate in enumerate(ladder[1:], 1):
+            if not rows[place].sealed_failure:
+                mine = search_results(search, candidate, part)
+                ahead = lead_of(search, mine, under, part)
+                rows[place] = replace(rows[place], ahead=None if ahead is None else [*ahead])
+    return rows
 
 
 def _span(row: DepthRow) -> str:

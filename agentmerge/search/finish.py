@@ -10,16 +10,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from agentmerge.contracts.card import Answered, Card, Compared, Difference
+from agentmerge.contracts.advice import StructuralMove
+from agentmerge.contracts.card import Answered, Card, Difference
 from agentmerge.contracts.events import Done, Ending
-from agentmerge.contracts.operators import CHEAP, PARENT, RIVALS, SHALLOWER
+from agentmerge.contracts.operators import CHEAP, PARENT, RIVALS, SHALLOWER, STRUCTURE
 from agentmerge.errors import BudgetReached, CandidateFailed, RunFailed, TaskError, WorkerLost
 from agentmerge.evaluation.tasks import Part
 from agentmerge.ledger import Candidate, incumbent
+from agentmerge.ledger.words import openings
 from agentmerge.search import budget
 from agentmerge.search.choosing import (
     SPLITS,
     beyond_noise,
+    compared,
     confirmed,
     difference,
     entrants,
@@ -56,7 +59,7 @@ def finish(search: Search, stop_reason: str) -> SearchState:
         card = final_card(search, candidates)
         card = replace(
             card,
-            notes=[*card.notes, *_unused(search, stop_reason)],
+            notes=[*card.notes, *_unused(search, stop_reason), *_unopened(search, stop_reason)],
             uplift=_uplift(search, candidates) if search.config.search.shadow else None,
         )
         write_best(search, search.book.candidate(*card.answer.candidate))
@@ -88,6 +91,20 @@ def _unused(search: Search, stop_reason: str) -> list[str]:
     ]
 
 
+def _unopened(search: Search, stop_reason: str) -> list[str]:
+    """That the budget ended before layers were searched, which the user asked for."""
+    moves = openings(search.book.advice(role=STRUCTURE))
+    known = any(opening.move.change == "layers" for opening in moves)
+    if stop_reason != "budget" or known or not search.space.deeper:
+        return []
+    least = worth(StructuralMove("layers", ""), search.space)
+    more = least - budget.evaluations_left(search)
+    return [
+        f"no layers were searched: their space is opened only while {least} evaluations are left; "
+        f"resume with {more} more, at least"
+    ]
+
+
 def final_card(search: Search, candidates: Sequence[Candidate]) -> Card:
     scored = [c for c in candidates if c.score is not None and c.twin is None and not c.prior]
     ranked = sorted(scored, key=lambda c: c.rank)
@@ -100,7 +117,8 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> Card:
     choice, sealed = found.choice, found.sealed
     part: Part = "sealed" if sealed else "search"
     # Where a stack won and is not ahead of the cheap rivals, the table shows why.
-    deep = settled(search, found.choice.winner, candidates, part)
+    lost = [found.lost] if found.lost else []
+    deep = settled(search, found.choice.winner, candidates, part, lost)
     answer, doubts = (found.answer, []) if found.unproven else (deep.answer, deep.notes)
     if answer is not found.answer and answer.operator not in CHEAP:
         answer, more = beyond_noise(
@@ -112,9 +130,9 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> Card:
     if sealed:
         answer, more = undenied(search, answer, [c for c in allowed if c in others])
         doubts = [*doubts, *more]
-    rows, lost = {}, [found.lost] if found.lost else []
+    rows = {}
     for candidate in dict.fromkeys([answer, *others]):
-        rows[candidate.generation, candidate.slot] = _row(search, candidate, sealed, lost)
+        rows[candidate.generation, candidate.slot] = compared(search, candidate, part, lost)
     known = [c for c in others if rows[c.generation, c.slot].sealed_failure is None]
     differences = _differences(search, answer, known, part)
     interval = lead_of(search, search_results(search, answer, part), None, part)
@@ -175,25 +193,6 @@ def _where(search: Search, part: Part) -> str:
     if not stand_in:
         return "sealed items"
     return f"sealed items (of {', '.join(stand_in)} its search items, for want of sealed ones)"
-
-
-def _row(search: Search, candidate: Candidate, sealed: bool, lost: list[str]) -> Compared:
-    """A candidate as the card has it. lost: gets why nobody could be asked, which may pass."""
-    row = Compared(
-        (candidate.generation, candidate.slot), name_of(candidate), candidate.operator,
-        candidate.recipe_hash, candidate.score, dict(candidate.tasks), candidate.truncated,
-        candidate.cut_off,
-    )  # fmt: skip
-    if not sealed:
-        return row
-    try:
-        results = search_results(search, candidate, "sealed")
-        score = search.taskset.score(results, "sealed")
-    except (BudgetReached, CandidateFailed, TaskError, WorkerLost) as error:
-        if isinstance(error, (BudgetReached, WorkerLost)):
-            lost.append(str(error))
-        return replace(row, sealed_failure=str(error))
-    return replace(row, sealed_score=score.value, sealed_tasks=dict(score.tasks))
 
 
 def _at_bounds(search: Search, answer: Candidate) -> list[str]:

@@ -50,7 +50,17 @@ def _found(search: Search, generation: int) -> list[Proposal]:
 
 
 def asked(search: Search, space: SearchSpace, generation: int, left: int) -> list[Proposal]:
-    """What the next generation asks in a space."""
+    """What the next generation asks in a space; the strategy thinks once about what it is told."""
+    heard = len(search.book.advice(generation))
+    key = (search.book.changes, heard, generation, space.key, left)
+    if key not in search.proposals:
+        found = _asked(search, space, generation, left)
+        search.proposals.clear()
+        search.proposals[key] = found
+    return search.proposals[key]
+
+
+def _asked(search: Search, space: SearchSpace, generation: int, left: int) -> list[Proposal]:
     history = search.history(generation, space=space)
     own = any(o.space == space.key for o in history)
     found: list[Proposal] = [] if own else first_points(space, history, search.recipe_of)

@@ -27,7 +27,7 @@ from agentmerge.agents.view import HistoryView
 from agentmerge.config import Role, SearchConfig
 from agentmerge.contracts.events import Event
 from agentmerge.contracts.operators import STRUCTURE
-from agentmerge.contracts.strategy import Observation, Strategy
+from agentmerge.contracts.strategy import Observation, Proposal, Strategy
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import AgentmergeError, LedgerError, UserError
 from agentmerge.evaluation.leads import PairedNoise
@@ -36,7 +36,8 @@ from agentmerge.evaluation.tasks import Part, Score, TaskSet
 from agentmerge.ledger import Candidate, Ledger
 from agentmerge.ledger.book import Book
 from agentmerge.ledger.words import openings
-from agentmerge.recipe import Recipe, length
+from agentmerge.recipe import Recipe
+from agentmerge.recipe.copying import layers_read
 from agentmerge.search.constraints import Floor, floors, penalised
 from agentmerge.search.evidence import ItemTable, comparable
 from agentmerge.search.gradients import Gradients
@@ -74,6 +75,8 @@ class Search:
     dispatched: (generation, slot) -> what the pool will have done. seconds: what candidates took
         that were scored just now. views: what an agent was shown last, by the state of the
         candidates, the generation, what is left and who asks.
+    proposals: what a strategy asks, by the state of the candidates and all else that it is told;
+        a decision on a space asks for it before a generation does.
     """
 
     configured: Callable[[], SearchConfig]
@@ -104,6 +107,7 @@ class Search:
     purse: Purse = field(default_factory=Purse)
     reached: set[str] = field(default_factory=set)
     views: dict[Any, HistoryView] = field(default_factory=dict)
+    proposals: dict[Any, list[Proposal]] = field(default_factory=dict, init=False)
     _items: OrderedDict[tuple[str, Part], dict[ItemRef, ItemResult]] = field(
         default_factory=OrderedDict
     )
@@ -160,7 +164,7 @@ class Search:
     def depth_of(self, candidate: Candidate) -> int:
         """How many layers a candidate's merge has."""
         recipe = Recipe.parse(self.recipe_text(candidate))
-        return sum(map(length, recipe.canonical(self.space.num_layers).slices))
+        return len(layers_read(recipe.canonical(self.space.num_layers)))
 
     def recipe_of(self, observation: Observation) -> Recipe:
         return Recipe.parse(self.recipe_text(observation))

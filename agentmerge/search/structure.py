@@ -31,8 +31,8 @@ def wanted_move(
 
     An agent's, or with ``search.structure: free`` a finer space once the strategy has nothing
     more to ask in the present one, which was worth searching; and with ``genome.layers`` the space
-    of layers, once there is neither, or half of the budget is spent. worth: evaluations that must
-    be left for a move.
+    of layers, once there is neither, or half of the budget is spent, or after one more generation
+    too little would be left. worth: evaluations that must be left for a move.
     """
     search = within(search, generation)
     wish = search.config.search.structure
@@ -61,7 +61,7 @@ def wanted_move(
     if (
         move is None
         and possible(layers)
-        and _layers_are_due(search, generation, now.leader, before)
+        and _layers_are_due(search, generation, now.leader, before, worth(layers, search.space))
     ):
         move = layers
     if move is not None and move.change == "layers":
@@ -115,15 +115,18 @@ def restructure(search: Search, generation: int, move: StructuralMove, *, approv
 
 
 def _layers_are_due(
-    search: Search, generation: int, space: SearchSpace, before: Sequence[Opening]
+    search: Search, generation: int, space: SearchSpace, before: Sequence[Opening], least: int
 ) -> bool:
-    """Whether layers are to be searched, were not yet, and weights had what they can use."""
+    """Whether layers are to be searched, were not yet, and weights had what they can use: at most
+    what leaves ``least`` evaluations."""
     known = any(opening.move.change == "layers" for opening in before)
     if known or space.outputs is None or space.stacks is not None:
         return False
     left = budget.evaluations_left(search)
-    half = search.book.evaluations() >= left
-    return half or _repeats(search) or not asked(search, space, generation, left)
+    if search.book.evaluations() >= left or _repeats(search):
+        return True
+    more = asked(search, space, generation, left)
+    return not more or left - sum(p.cost for p in more) < least
 
 
 def _repeats(search: Search) -> bool:

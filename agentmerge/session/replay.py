@@ -34,7 +34,8 @@ from agentmerge.ledger.folder import LEDGER, existing_runs
 from agentmerge.preflight.facts import arithmetic
 from agentmerge.preflight.graphs import load_graph
 from agentmerge.preflight.plan import Prepared
-from agentmerge.recipe import Recipe, length
+from agentmerge.recipe import Recipe
+from agentmerge.recipe.copying import layers_read
 from agentmerge.report.summary import trace
 from agentmerge.search.search import Search
 from agentmerge.search.state import GRAPH_VERSION, SearchState
@@ -265,7 +266,7 @@ class _StoredResults:
         wanted: Callable[[], bool] = lambda: True,
     ) -> tuple[Gradient, float]:
         found = self._unknown(recipe)
-        stack = sum(map(length, recipe.slices)) != self.prepared.space.num_layers
+        stack = len(layers_read(recipe)) != self.prepared.space.num_layers
         flat = stack or recipe.hash(self.prepared.identities) in self.flat
         if isinstance(found, ReplyMissing) and flat:
             raise CandidateFailed("its gradient never came")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 
 from agentmerge.cli.app import run_app
+from agentmerge.contracts.advice import StructuralMove
 from agentmerge.contracts.strategy import Observation
 from agentmerge.errors import ConfigError
 from agentmerge.ledger import Ledger
 from agentmerge.preflight import prepare
 from agentmerge.recipe import Recipe
+from agentmerge.search import structure
 from agentmerge.session import driving
 from agentmerge.session.replay import replay
 from agentmerge.strategies.gradient import GradientSteps
@@ -108,6 +111,42 @@ def test_as_many_layers_as_there_are_leave_a_budget_to_search_them(tmp_path: Pat
     _, layers = dict.fromkeys(c.space for c in candidates)
     assert sum(c.space == layers for c in candidates) >= 3
     assert max(depth(recipe) for recipe in recipes_of(tmp_path, "a", layers)) <= 12
+
+
+@pytest.mark.parametrize(("rung", "evaluations"), [("2", 44), ("3", 70)])
+def test_a_finer_space_that_cannot_open_does_not_keep_layers_shut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: str, evaluations: int
+) -> None:
+    """Which is wanted before them: too little is left for it, or it was refused."""
+    monkeypatch.setattr(structure, "_worth_refining", lambda *_: True)
+    monkeypatch.setattr(structure, "finer", lambda _: StructuralMove("granularity", rung))
+    sections = layered(algorithm="cma_es", search={"structure": "free"})
+    sections["budget"] = {"max_evaluations": evaluations}
+    driving.run(config(**sections), name="a", runs_dir=tmp_path)
+    *refused, opening = moves_of(tmp_path, "a")[0]
+    assert [o.move.change for o in refused] == ([] if rung == "2" else ["granularity"])
+    assert all(o.refusal for o in refused)
+    assert (opening.move.change, opening.refusal) == ("layers", "")
+
+
+@pytest.mark.parametrize("evaluations", [40, 32])
+def test_a_small_budget_opens_layers_or_says_that_it_did_not(
+    tmp_path: Path, evaluations: int
+) -> None:
+    """In generations of eight, half of forty is spent when too little is left for layers."""
+    sections = layered(algorithm="cma_es", budget={"max_evaluations": evaluations})
+    sections["search"]["population"] = 8
+    row = driving.run(config(**sections), name="a", runs_dir=tmp_path)
+    moves = [(o.move.change, o.refusal) for o in moves_of(tmp_path, "a")[0]]
+    notes = [note for note in row.card.notes if "no layers were searched" in note]
+    assert moves == ([("layers", "")] if evaluations == 40 else [])
+    assert len(notes) == (evaluations != 40)
+    if notes:
+        least = int(re.search(r"with (\d+) more", notes[0]).group(1))
+        more = {"budget.max_evaluations": evaluations + least}
+        driving.resume("a", runs_dir=tmp_path, overrides=more)
+        assert [o.move.change for o in moves_of(tmp_path, "a")[0]] == ["layers"]
+        assert replay("a", runs_dir=tmp_path).identical
 
 
 def test_it_keeps_the_layers_of_the_best_so_far(tmp_path: Path) -> None:
