@@ -23,6 +23,7 @@ from agentmerge.report.summary import best_recipe, depth_rows
 from agentmerge.session import driving
 from agentmerge.session.export import export_run
 from agentmerge.session.replay import replay
+from agentmerge.workers.fake import FakeWorker
 from tests.evaluation import tiny
 from tests.session.conftest import command, config, config_text, trace_of
 from tests.session.test_layers import depth, layered, recipes_of
@@ -93,6 +94,36 @@ def test_killed_in_the_middle_of_the_table_it_ends_the_same(tmp_path: Path) -> N
     kill_after(command("run", path, "--name", "a", "--runs-dir", torn), log, before + 1, 0.01)
     driving.resume("a", runs_dir=torn)
     assert trace_of(torn, "a") == trace_of(calm, "a")
+
+
+def test_a_worker_lost_at_a_depth_is_said_and_resume_asks_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, load, lost = FakeWorker.score, FakeWorker.load, list[str]()
+
+    def loading(self: Any, recipe: Recipe) -> Any:
+        self.own = recipe.hash()
+        return load(self, recipe)
+
+    def dying(self: Any, items: Any) -> Any:
+        if self.own in lost and items[0].index >= DEEP["limit"] // 2:
+            raise RuntimeError("no kernel image")
+        return score(self, items)
+
+    monkeypatch.setattr(FakeWorker, "load", loading)
+    monkeypatch.setattr(FakeWorker, "score", dying)
+    sound = searched(tmp_path / "sound")[0].card
+    own = [list(found.candidate) for found in sound.depths]
+    other = next(i for i, c in enumerate(own[1:], 1) if c != list(sound.answer.candidate))
+    with opened(tmp_path / "sound") as ledger:
+        text = ledger.recipe(sound.depths[other].recipe_hash, ledger.run("a").id)
+    lost.append(Recipe.parse(text).hash())
+    card = searched(tmp_path)[0].card
+    assert "no kernel image" in card.lost
+    assert "no kernel image" in card.depths[other].sealed_failure
+    assert card.depths[other].ahead is None
+    lost.clear()
+    assert driving.resume("a", runs_dir=tmp_path).card == sound
 
 
 def test_another_depth_of_the_table_is_exported(tmp_path: Path, capsys: Any) -> None:
