@@ -14,17 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.comparing import markdown
 from benchmarks.machine import machine
-from benchmarks.smollm2 import SmolLM2Problem
+from benchmarks.smollm2 import Sheet, SmolLM2Problem
 from benchmarks.stack import FAMILIES, weight_answer
-from benchmarks.stack_problem import Run, Stacks
+from benchmarks.stack_problem import Run, Stacks, as_arrays
 
 TABLE = Path(__file__).with_name("smollm2_blocks.json")
 SCALES = (1.0, 0.5)
@@ -59,16 +60,18 @@ def made(family: str, seed: int, out: Path) -> dict[str, Any]:
         row = json.loads(line)
         known[tuple(row[:3])] = row[3:]
     before = time.process_time()
+    ask = _asker(stacks, layers, problem._search)
     with log.open("a") as file:
         for block in _blocks(layers):
             if block not in known:
-                right, margins = stacks.ask(_stack(layers, block), problem._search)
+                right, margins = ask(block)
                 known[block] = [round(float(right.mean()), 4), round(_loss(margins), 4)]
                 file.write(json.dumps([*block, *known[block]]) + "\n")
                 file.flush()
     plain = (0, -1, 1.0)
     best = sorted((b for b in known if b != plain), key=lambda b: known[b][1])[:CONFIRMED]
-    sealed = {b: stacks.ask(_stack(layers, b), problem._sealed) for b in (plain, *best)}
+    ask = _asker(stacks, layers, problem._sealed)
+    sealed = {block: ask(block) for block in (plain, *best)}
     rows = []
     for block, (right, margins) in sealed.items():
         ahead = right - sealed[plain][0]
@@ -125,12 +128,34 @@ def _blocks(layers: int) -> Iterator[Block]:
                 yield first, last, scale
 
 
-def _stack(layers: int, block: Block) -> list[Run]:
-    first, last, scale = block
-    order = [(layer, 1.0) for layer in range(last + 1)]
-    order += [(layer, scale) for layer in range(first, last + 1)]
-    order += [(layer, 1.0) for layer in range(last + 1, layers)]
-    return [(None, layer, (strength, strength)) for layer, strength in order]
+@torch.no_grad()
+def _asker(
+    stacks: Stacks, layers: int, asked: Sequence[Sheet]
+) -> Callable[[Block], tuple[np.ndarray, np.ndarray]]:
+    """What says (right, margin) of each item with a block: what its first run ends with is the same
+    for all blocks that end there, and worked out once."""
+    plain = [_run(layer) for layer in range(layers)]
+    streams: list[list[torch.Tensor]] = [[] for _ in asked]
+    for sheet, kept in zip(asked, streams, strict=True):
+        # One more, since of the last layer only the answers' places are worked out.
+        stacks.logits([*plain, _run(0)], sheet.rows, kept=kept)
+
+    @torch.no_grad()
+    def ask(block: Block) -> tuple[np.ndarray, np.ndarray]:
+        first, last, scale = block
+        rest = [_run(layer, scale) for layer in range(first, last + 1)] + plain[last + 1 :]
+        return as_arrays(
+            [
+                sheet.read(stacks.logits(rest, sheet.rows, begun=kept[last + 1]))
+                for sheet, kept in zip(asked, streams, strict=True)
+            ]
+        )
+
+    return ask
+
+
+def _run(layer: int, scale: float = 1.0) -> Run:
+    return None, layer, (scale, scale)
 
 
 def _loss(margins: np.ndarray) -> float:

@@ -62,7 +62,7 @@ class Stacks:
     def ask(self, stack: Sequence[Run], asked: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         """(exact match, margin) of each item; what has no strength is left out."""
         present = [run for run in stack if any(run[2])]
-        return _as_arrays([sheet.read(self._logits(present, sheet.rows)) for sheet in asked])
+        return as_arrays([sheet.read(self.logits(present, sheet.rows)) for sheet in asked])
 
     def slopes(
         self, stack: Sequence[Run], asked: Sequence[Any]
@@ -74,18 +74,24 @@ class Stacks:
         scales = torch.tensor([run[2] for run in stack], requires_grad=True)
         found, losses, slopes = [], [], []
         for sheet in asked:
-            right, margins = sheet.read(self._logits(stack, sheet.rows, scales))
+            right, margins = sheet.read(self.logits(stack, sheet.rows, scales))
             loss = torch.nn.functional.softplus(-margins).mean()
             slopes += torch.autograd.grad(loss, scales)
             losses.append(float(loss.detach()))
             found.append((right, margins.detach()))
         # Every sheet has as many items.
         mean = np.mean([slope.double().numpy() for slope in slopes], axis=0)
-        return float(np.mean(losses)), mean, _as_arrays(found)
+        return float(np.mean(losses)), mean, as_arrays(found)
 
-    def _logits(
-        self, stack: Sequence[Run], rows: Rows, scales: torch.Tensor | None = None
+    def logits(
+        self,
+        stack: Sequence[Run],
+        rows: Rows,
+        scales: torch.Tensor | None = None,
+        **stream: Any,
     ) -> torch.Tensor:
+        """Of a stack, layer by layer; scales: in place of its strengths. stream: as
+        ``answer_logits`` has it."""
         weights = dict(self._outer)
         for place, (model, layer, strength) in enumerate(stack):
             own = self._weights[model]
@@ -98,10 +104,10 @@ class Stacks:
                 weights[f"model.layers.{place}.{name}"] = tensor
         config = copy.copy(self._config)
         config.num_hidden_layers = len(stack)
-        return answer_logits(weights, config, rows)
+        return answer_logits(weights, config, rows, **stream)
 
 
-def _as_arrays(found: Sequence[tuple[torch.Tensor, ...]]) -> tuple[np.ndarray, np.ndarray]:
+def as_arrays(found: Sequence[tuple[torch.Tensor, ...]]) -> tuple[np.ndarray, np.ndarray]:
     right, margins = (torch.cat(part).double().numpy() for part in zip(*found, strict=True))
     return right, margins
 

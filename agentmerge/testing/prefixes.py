@@ -64,8 +64,18 @@ class Rows:
         )
 
 
-def answer_logits(weights: Weights, config: Any, rows: Rows) -> torch.Tensor:
-    """Logits at the positions that predict the answer: (rows, answers, vocabulary)."""
+def answer_logits(
+    weights: Weights,
+    config: Any,
+    rows: Rows,
+    begun: torch.Tensor | None = None,
+    kept: list[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Logits at the positions that predict the answer: (rows, answers, vocabulary).
+
+    begun: the stream, a row a node, that the layers go on from, in place of the embedding. kept:
+    gets the stream before every layer.
+    """
     heads, kv, width = (
         config.num_attention_heads,
         config.num_key_value_heads,
@@ -75,9 +85,11 @@ def answer_logits(weights: Weights, config: Any, rows: Rows) -> torch.Tensor:
     answers = rows.asked.shape[1]
     every = torch.arange(count)[:, None]
     head = weights["model.embed_tokens.weight"]
-    hidden = head[rows.tokens]
+    hidden = head[rows.tokens] if begun is None else begun
     cos, sin = _rotations(rows.positions, width, config.rope_parameters["rope_theta"], head.dtype)
     for layer in range(config.num_hidden_layers):
+        if kept is not None:
+            kept.append(hidden)
         last = layer == config.num_hidden_layers - 1
         name = f"model.layers.{layer}."
         normed = _rms(hidden, weights[name + "input_layernorm.weight"], config.rms_norm_eps)
