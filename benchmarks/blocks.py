@@ -60,9 +60,9 @@ def made(family: str, seed: int, out: Path) -> dict[str, Any]:
         row = json.loads(line)
         known[tuple(row[:3])] = row[3:]
     before = time.process_time()
-    ask = _asker(stacks, layers, problem._search)
+    ask = asker(stacks, layers, problem._search)
     with log.open("a") as file:
-        for block in _blocks(layers):
+        for block in blocks(layers):
             if block not in known:
                 right, margins = ask(block)
                 known[block] = [round(float(right.mean()), 4), round(_loss(margins), 4)]
@@ -70,7 +70,7 @@ def made(family: str, seed: int, out: Path) -> dict[str, Any]:
                 file.flush()
     plain = (0, -1, 1.0)
     best = sorted((b for b in known if b != plain), key=lambda b: known[b][1])[:CONFIRMED]
-    ask = _asker(stacks, layers, problem._sealed)
+    ask = asker(stacks, layers, problem._sealed)
     sealed = {block: ask(block) for block in (plain, *best)}
     rows = []
     for block, (right, margins) in sealed.items():
@@ -87,7 +87,7 @@ def made(family: str, seed: int, out: Path) -> dict[str, Any]:
         "sealed_items": len(sealed[plain][0]),
         "machine": machine(1) | {"processor_s": round(time.process_time() - before)},
         "columns": ["first", "last", "scale", "right", "loss"],
-        "blocks": [[*block, *known[block]] for block in _blocks(layers)],
+        "blocks": [[*block, *known[block]] for block in blocks(layers)],
         "sealed_columns": ["first", "last", "scale", "right", "loss", "ahead", "+-"],
         "sealed": rows,
     }
@@ -119,7 +119,7 @@ def told(table: dict[str, Any]) -> str:
     return "\n".join([*lines, markdown(cells)])
 
 
-def _blocks(layers: int) -> Iterator[Block]:
+def blocks(layers: int) -> Iterator[Block]:
     """None first, then all of them."""
     yield 0, -1, 1.0
     for scale in SCALES:
@@ -129,7 +129,7 @@ def _blocks(layers: int) -> Iterator[Block]:
 
 
 @torch.no_grad()
-def _asker(
+def asker(
     stacks: Stacks, layers: int, asked: Sequence[Sheet]
 ) -> Callable[[Block], tuple[np.ndarray, np.ndarray]]:
     """What says (right, margin) of each item with a block: what its first run ends with is the same

@@ -130,7 +130,7 @@ class StackProblem(KeptAnswers):
         under = own.recipe(self.answer)
         self.space: SearchSpace = replace(own, genome=genome, outputs=OUTPUTS, under=under)
         self._items = self.weights._items
-        self._search, self._sealed = map(_sheets, (self.weights._search, self.weights._sealed))
+        self._search, self._sealed = map(sheets, (self.weights._search, self.weights._sealed))
 
     def first_points(self) -> list[tuple[str, str, tuple[float, ...]]]:
         return [("uniform", "weights", self.neutral())]
@@ -170,5 +170,5 @@ class StackProblem(KeptAnswers):
         return self.stacks.ask(self.runs(vector), items)
 
 
-def _sheets(items: Any) -> Sequence[Any]:
+def sheets(items: Any) -> Sequence[Any]:
     return [_Sheet(items)] if isinstance(items, Rows) else items
