@@ -1,12 +1,12 @@
 """``python -m benchmarks.blocks``: a SmolLM2 merge with each block of its layers run once more.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.blocks                  # what the stored table says
-    OMP_NUM_THREADS=1 python -m benchmarks.blocks --make --out DIR # ask it all anew (hours)
+    OMP_NUM_THREADS=1 python -m benchmarks.blocks --make --out DIR   # without: what a table says
 
 Of 30 layers there are 465 blocks (i to j, both included). Each is run a second time right after the
 first, as it is and with what it adds to the stream halved, in the weight answer that
 ``benchmarks.stack`` finds for a seed, on 20 search items a skill; the ten of the least loss are
-then asked all sealed items, beside the merge itself. The table is ``smollm2_blocks.json``.
+then asked all sealed items, beside the merge itself. The table is ``smollm2_blocks.json`` here, or
+``--table``; stopped and started again, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked.make:
         found = made(asked.family or "smollm2", asked.seed, asked.out)
         asked.table.write_text(_text(found))
+    if not asked.table.is_file():
+        parser.error(f"{asked.table} is not there; --make makes it")
     print(told(json.loads(asked.table.read_text())))
 
 
