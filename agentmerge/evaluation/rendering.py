@@ -15,10 +15,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from agentmerge.config import ScorerCommand
+from agentmerge.contracts.worker import ItemRef
 from agentmerge.errors import TaskError
 from agentmerge.evaluation.loading import FEWSHOT_SEED
 
 Render = Callable[..., str]
+
+#: Characters that are kept of what an item asks, its end, and of what is right.
+MOST_SAID = 600
 
 #: The function by which a chat template asks transformers for the date.
 DATED = "strftime_now"
@@ -99,6 +103,23 @@ def item_key(task: Any, instances: Sequence[Any]) -> str:
         asked.append(doc)
     text = json.dumps(asked, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def said(asked: Asked, refs: Sequence[ItemRef]) -> dict[str, tuple[str, str]]:
+    """Key -> what an item asks, of a long one the end, and what is right; for people to read."""
+    return {ref.key: _said(asked.task, asked.requests[ref.index]) for ref in refs}
+
+
+def _said(task: Any, instances: Sequence[Any]) -> tuple[str, str]:
+    asks = str(instances[0].args[0])
+    try:
+        right = task.doc_to_target(instances[0].doc)
+        if isinstance(right, int) and task.OUTPUT_TYPE == "multiple_choice":
+            right = task.doc_to_choice(instances[0].doc)[right]
+    except Exception:  # tasks written in Python need not have these
+        right = ""
+    asks = asks if len(asks) <= MOST_SAID else f"…{asks[-MOST_SAID:]}"
+    return asks, "" if right is None else str(right).strip()[:MOST_SAID]
 
 
 def chat_renderer(tokenizer: Any, day: date | None = None) -> Render:

@@ -19,8 +19,8 @@ BATCH_ROWS = 500_000
 
 _UNUSED = "recipe_hash NOT IN (SELECT recipe_hash FROM candidates)"
 _OF_A_RUN = (
-    "run_items", "run_prompts", "run_limits", "run_recipes", "advice", "model_calls", "probes",
-    "candidates",
+    "run_items", "run_texts", "run_prompts", "run_limits", "run_recipes", "advice", "model_calls",
+    "probes", "candidates",
 )  # fmt: skip
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 
 from agentmerge.contracts.worker import EngineInfo, ItemRef, ItemResult
@@ -112,6 +114,20 @@ class ItemResults(Store):
                 "INSERT OR IGNORE INTO run_items VALUES (?, ?, ?, ?)",
                 (run_id, task, part, intern_items(conn, items)),
             )
+
+    def save_texts(self, run_id: str, task: str, texts: Mapping[str, Sequence[str]]) -> None:
+        """Key -> what a search item asks and what is right, for people to read; the first word
+        stands."""
+        if not texts:
+            return
+        block = zlib.compress(json.dumps(texts).encode())
+        with self._writing() as conn:
+            conn.execute("INSERT OR IGNORE INTO run_texts VALUES (?, ?, ?)", (run_id, task, block))
+
+    def texts(self, run_id: str) -> dict[str, dict[str, list[str]]]:
+        """Task -> key -> [what it asks, what is right]; empty where none were kept."""
+        rows = self._rows("SELECT task, block FROM run_texts WHERE run_id = ?", run_id)
+        return {task: json.loads(zlib.decompress(block)) for task, block in rows}
 
     def item_keys(self, run_id: str, part: str) -> dict[str, list[str]]:
         """Task -> keys of the items that a search asked, in order; empty for older searches."""

@@ -297,6 +297,20 @@ def m015_verdicts(db: Any) -> None:
     )
 
 
+@migration
+def m016_what_items_say(db: Any) -> None:
+    """What a search's items ask and what is right, for people to read; nothing of sealed ones."""
+    _run(
+        db,
+        """
+        CREATE TABLE run_texts (
+            run_id TEXT NOT NULL REFERENCES runs(id), task TEXT NOT NULL, block BLOB NOT NULL,
+            PRIMARY KEY (run_id, task)
+        ) WITHOUT ROWID
+        """,
+    )
+
+
 def _run(db: Any, statements: str) -> None:
     for statement in statements.split(";"):
         if statement.strip():

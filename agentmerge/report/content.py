@@ -80,8 +80,9 @@ class Content:
         return [c for c in self.contenders if c.kind != "answer" and c.search is not None]
 
 
-def content(ledger: Ledger, row: RunRow, *, recipes: bool = True) -> Content:
-    """recipes: whether the grids of recipes are wanted, which take longest to make."""
+def content(ledger: Ledger, row: RunRow, *, recipes: int = MAX_GRIDS) -> Content:
+    """recipes: how many grids of recipes are wanted at most, which take longest to make; the
+    answer's, or the best's so far, comes first."""
     candidates = ledger.candidates(row.id, vectors=False)
     config = SearchConfig.from_text(row.config, row.name)
     own = [c for c in candidates if not c.prior and c.twin is None]
@@ -99,7 +100,7 @@ def content(ledger: Ledger, row: RunRow, *, recipes: bool = True) -> Content:
         answer=answer,
         contenders=_contenders(ledger, row, scored, answer, question),
         asked=question,
-        grids=_grids(ledger, row, config, shown) if recipes else {},
+        grids=_grids(ledger, row, config, shown[:recipes]),
         names={place(c): candidate_name(c) for c in shown},
         operators=_operators(candidates, points),
         advice=ledger.advice(row.id),

@@ -201,7 +201,7 @@ def item_changes(content: Content) -> Figure:
         )
     figure: Figure = {
         "data": bars,
-        "layout": layout("items", "", 150 + 44 * len(names), barmode="stack", bargap=0.35),
+        "layout": layout("", "", 150 + 44 * len(names), barmode="stack", bargap=0.35),
     }
     figure["layout"]["yaxis"]["autorange"] = "reversed"
     figure["layout"]["legend"]["y"] = -0.35 if len(names) < 5 else -0.2

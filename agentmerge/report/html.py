@@ -129,6 +129,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def live_charts(found: Content, key: str) -> dict[str, Any]:
+    """``charts_of``, and the heat map of the best recipe, or the answer's."""
+    charts = charts_of(found, key)
+    for best in list(found.grids.values())[:1]:
+        charts[f"{key}-grid"] = {"grid": _grid(best)}
+    return charts
+
+
 def charts_of(found: Content, key: str) -> dict[str, Any]:
     """Every chart of a search, by the id of its place in the page; none before a score."""
     if not found.points:

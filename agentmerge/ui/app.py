@@ -188,7 +188,7 @@ class _Pages:
         """The report's charts of a search."""
         with self.live.ledger() as ledger:
             rows = [_run(ledger, request)]
-            return self._charted(ledger, rows, lambda found: html.charts_of(found[0], "run0"))
+            return self._charted(ledger, rows, lambda found: html.live_charts(found[0], "run0"))
 
     def overview(self, request: Request) -> Response:
         """The report's chart of two searches."""
@@ -204,7 +204,7 @@ class _Pages:
             key = tuple((r.id, run_status(ledger, r), ledger.tally(r.id)) for r in rows)
             text = self._charts.pop(key, None)
             if text is None:
-                text = html.as_json(draw([content(ledger, row, recipes=False) for row in rows]))
+                text = html.as_json(draw([content(ledger, row, recipes=1) for row in rows]))
             self._charts[key] = text
             while len(self._charts) > MAX_CHARTS:
                 self._charts.popitem(last=False)

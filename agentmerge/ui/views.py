@@ -91,7 +91,7 @@ def candidate(
         "same_as_best": same,
         "changes": recipe_changes(ledger, (row, row), (best, found)),
         "against_best": None if same else _against(question, mine, theirs),
-        "items": _items(question, mine, theirs, query),
+        "items": _items(question, mine, theirs, ledger.texts(row.id), query),
     }
 
 
@@ -129,9 +129,11 @@ def _items(
     question: ItemsAsked | None,
     mine: Values | None,
     theirs: Values | None,
+    texts: Mapping[str, Mapping[str, Sequence[str]]],
     query: Mapping[str, str],
 ) -> dict[str, Any]:
-    """{total, offset, limit, rows: [{task, item, value, margin, best, change}]}, or {reason}."""
+    """{total, offset, limit, rows: [{task, item, value, margin, best, change, asks, right}]}, or
+    {reason}. asks, right: "" where its text was not kept."""
     if question is None:
         return {"reason": "which items were asked was not written down"}
     if mine is None:
@@ -146,9 +148,11 @@ def _items(
         change = ""
         if pair[0] is not None and pair[1] is not None and pair[0] != pair[1]:
             change = "gained" if pair[0] > pair[1] else "lost"
+        asks, right = texts.get(task, {}).get(key, ("", ""))
         rows.append(
             {"task": task, "item": key, "value": result.value, "margin": result.margin}
             | {"best": None if best is None else best.value, "change": change}
+            | {"asks": asks, "right": right}
         )
     return {"total": len(places), "offset": offset, "limit": limit, "rows": rows}
 

@@ -14,6 +14,7 @@ from agentmerge.config import TasksConfig
 from agentmerge.contracts.worker import ItemResult
 from agentmerge.errors import CandidateFailed, TaskError
 from agentmerge.evaluation.building import build_tasks
+from agentmerge.evaluation.rendering import said
 from agentmerge.evaluation.splitting import MIN_SEALED, choose_documents
 from agentmerge.evaluation.tasks import TaskSet
 
@@ -170,6 +171,25 @@ def test_values_come_back_as_lm_evals_own_figures(tasks_dir: Path) -> None:
         taskset.aggregate(cloze, [ItemResult(-1e9)] * len(cloze.search))
     with pytest.raises(ValueError, match="3 results for 60 items"):
         taskset.aggregate(cloze, [ItemResult(0.0)] * 3)
+
+
+def test_what_items_say_is_told_for_people_to_read(tasks_dir: Path, tmp_path: Path) -> None:
+    taskset = built(tiny.tasks_config(tasks_dir, "tiny_choice", "tiny_text"))
+    for task in taskset.tasks:
+        asked = taskset.asked[task.name]
+        texts = said(asked, task.items)
+        assert texts.keys() == {ref.key for ref in task.items}
+        for ref in task.items:
+            doc, asks = asked.requests[ref.index][0].doc, asked.requests[ref.index][0].args[0]
+            right = asked.task.doc_to_target(doc)
+            if task.name == "tiny_choice":
+                right = asked.task.doc_to_choice(doc)[right]
+            assert texts[ref.key] == (asks, str(right).strip())
+    qa(tmp_path, "long", [{"q": "x" * 2000 + f"{n}=", "gold": "y"} for n in range(40)])
+    config = exact(tmp_path, tasks=[{"name": "long", "metric": "exact_match,none"}])
+    taskset = built(config)
+    first = taskset.refs()[0]
+    assert said(taskset.asked["long"], [first])[first.key] == ("…" + "x" * 598 + "0=", "y")
 
 
 def test_direction_and_negative_weights(tasks_dir: Path) -> None:

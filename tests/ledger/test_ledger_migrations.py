@@ -36,6 +36,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 run_id, 1, "critic", "hash", attempt, call, model="m", prompt_file="f"
             )  # fmt: skip
         ledger.save_prompt(run_id, "critic", "text")
+        ledger.save_texts(run_id, "one", {"key": ("2 + 2 =", "4")})
         ledger.save_probe(run_id, "best", {}, "answer", 0)
         ledger.add_candidates(run_id, 90, [(Proposal((0.5,), "x", want="gradient"), "h", "", "")])
         slope = (KEY, Gradient(0.5, 7, ()), (0.25,))

@@ -52,6 +52,8 @@ def searched(
     row = driving.run(config, name="a", runs_dir=runs)
     assert row.status == "done"
     with Ledger(runs / driving.LEDGER) as ledger:
+        asked, texts = ledger.item_keys(row.id, "search"), ledger.texts(row.id)
+        assert {task: [*said] for task, said in texts.items()} == asked, "what each item says"
         return ledger.candidates(row.id)
 
 

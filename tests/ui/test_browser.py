@@ -106,8 +106,11 @@ def test_the_charts_are_the_reports(tab: Any, address: str) -> None:
         "[...document.querySelectorAll('.drawn:not([hidden]) .chart')]"
         ".map(c => c.querySelectorAll('svg').length)"
     )
-    assert len(drawn) == 5
+    assert len(drawn) == 6
     assert all(drawn)
+    ink = tab.evaluate("getComputedStyle(document.querySelector('.xtick text')).fill")
+    dark = tab.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    assert ink == ("rgb(230, 233, 238)" if dark else "rgb(31, 41, 51)")
 
 
 def test_the_keyboard_filters_and_sorts(tab: Any, address: str) -> None:

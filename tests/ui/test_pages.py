@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
 from agentmerge.ledger import Ledger
+from agentmerge.ledger.archive import remove_runs
 from agentmerge.ledger.folder import LEDGER
 from agentmerge.report import html
 from agentmerge.report.board import Follower
@@ -143,7 +144,8 @@ def test_charts_are_the_reports_and_made_once(runs: Path, monkeypatch: pytest.Mo
     found = [client.get("/api/run/first/report").json() for _ in range(3)]
     assert made == ["first"]
     with Ledger(runs / LEDGER, read_only=True) as ledger:
-        told = html.charts_of(content(ledger, ledger.run("first")), "run0")
+        told = html.live_charts(content(ledger, ledger.run("first")), "run0")
+    assert told["run0-grid"]["grid"]["z"]
     assert found == [json.loads(html.as_json(told))] * 3
     both = client.get("/api/compare/overview?name=first&name=second").json()["overview"]
     assert [line["name"] for line in both["data"]] == ["first", "second"]
@@ -234,6 +236,26 @@ def test_one_candidate_in_full(runs: Path) -> None:
     mine = f"/run/first/candidate/{answer.generation}.{answer.slot}"
     assert "It is the best of this search." in client.get(mine).text
     assert found["explained"]["rows"][0] == ["where", "tensors", "source", "values"]
+
+
+def test_items_are_shown_with_what_they_say(copied: Path) -> None:
+    with Ledger(copied / LEDGER) as ledger:
+        row = ledger.run("first")
+        key = ledger.item_keys(row.id, "search")["one"][0]
+        ledger.save_texts(row.id, "one", {key: (HOSTILE, "four")})
+        ledger.save_texts(row.id, "one", {key: ("other", "five")})
+    client = asked(copied)
+    rows = client.get("/api/run/first/candidate/2.1?limit=500").json()["items"]["rows"]
+    found = {item["item"]: (item["asks"], item["right"]) for item in rows if item["task"] == "one"}
+    assert found.pop(key) == (HOSTILE, "four"), "the first word stands"
+    assert set(found.values()) == {("", "")}, "a search before this was kept"
+    page = client.get("/run/first/candidate/2.1?limit=500").text
+    assert "<strong>four</strong>" in page
+    assert "alert(1)" in page
+    assert "<script>alert" not in page
+    with Ledger(copied / LEDGER) as ledger:
+        remove_runs(ledger, [row.id])
+        assert ledger.texts(row.id) == {}
 
 
 @pytest.fixture

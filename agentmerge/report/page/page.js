@@ -28,21 +28,31 @@
     return names.map((name) => (alike ? "…" : "") + name.slice(alike).replaceAll("_", "_<br>"));
   };
 
-  const draw = (id, figure) => {
+  // Charts are made for paper; where a page says that it is dark, their colours change places.
+  const NIGHT = {
+    "#1f2933": "#e6e9ee", "#5f6b7a": "#8b97a5", "#d9dee5": "#3a4552", "#e8ebf0": "#27313b",
+    "#0b5cad": "#6cb0f5", "#b35300": "#f0a35e", "#1b7f4b": "#4cc38a", "#7a3fb0": "#bd93ea",
+    "#b3261e": "#f2857d", "#0f7285": "#57c0d3", "#ffffff": "#11161c", "#eef0f3": "#1b232c",
+    "#f3d9d7": "#43302f", "#f2f0e6": "#4a493f", "rgba(11,92,173,0.10)": "rgba(108,176,245,0.15)",
+  };
+  const dark = () => getComputedStyle(document.documentElement).colorScheme === "dark";
+  const coloured = (figure) => (!dark() ? figure : JSON.parse(
+    JSON.stringify(figure).replace(/"(#[0-9a-f]{6}|rgba\([^"]*\))"/g,
+      (found, colour) => `"${NIGHT[colour] ?? colour}"`)));
+
+  const draw = (id, chart) => {
+    const figure = coloured(chart.grid ? heatmap(chart.grid) : chart);
     const traces = figure.data.map((trace) =>
       (id.endsWith("-tasks") ? { ...trace, x: short(trace.x) } : trace));
     Plotly.react(document.getElementById(id), traces, fitted(figure), config);
   };
 
-  const drawGrid = (run, at) => {
-    const grid = data.grids[run][at];
-    const holder = document.getElementById(`${run}-grid`);
-    if (!grid) return;
+  const heatmap = (grid) => {
     const cells = grid.z.flat().filter((value) => value !== null);
     const low = Math.min(0, ...cells);
     const high = Math.max(1, ...cells);
     const labels = narrow() ? grid.y.map((name) => name.replaceAll(" · ", "<br>")) : grid.y;
-    const figure = {
+    return {
       data: [{
         type: "heatmap", x: grid.x, y: labels, z: grid.z, zmin: low, zmax: high,
         colorscale: low < 0
@@ -62,7 +72,6 @@
         yaxis: { type: "category", automargin: true, autorange: "reversed", showgrid: false },
       },
     };
-    Plotly.react(holder, figure.data, fitted(figure), config);
   };
 
   const choose = (run, at) => {
@@ -70,7 +79,7 @@
     if (!pick) return;
     if (![...pick.options].some((option) => option.value === at)) return;
     pick.value = at;
-    drawGrid(run, at);
+    if (data.grids[run][at]) draw(`${run}-grid`, { grid: data.grids[run][at] });
     document.getElementById(`${run}-grid-note`).textContent =
       `Effective values of ${pick.selectedOptions[0].textContent}, by layer group.`;
     const chart = document.getElementById(`${run}-progress`);
@@ -140,5 +149,6 @@
       if (cost && data.charts[field.dataset.chart]) against(field.dataset.chart, true);
     }
   });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
   start();
 })();
