@@ -71,13 +71,18 @@ class Screen(Progress):
 
 @contextmanager
 def progress(
-    config: SearchConfig, *, quiet: bool, as_json: bool, past: Iterable[Event] = ()
+    config: SearchConfig,
+    *,
+    quiet: bool,
+    as_json: bool,
+    past: Iterable[Event] = (),
+    clocked: bool = True,
 ) -> Iterator[Emit]:
     """The listener that fits: JSON where a program asked, a screen on a terminal, else lines.
 
-    past: events of a search that goes on, which are known and not told.
+    past: events of a search that goes on, which are known and not told. clocked: see ``Board``.
     """
-    board = Board(config)
+    board = Board(config, clocked=clocked)
     for event in past:
         board.tell(event)
     if as_json and not quiet:
@@ -155,6 +160,7 @@ def _bars(board: Board) -> Any:
     tail = [] if left is None else [f"about {duration(left)} left"]
     tail += [f"{board.failed} failed"] if board.failed else []
     tail += [f"{board.tokens} tokens"] if board.tokens else []
+    tail += [f"${board.cost_usd:.2f}"] if board.cost_usd else []
     if tail:
         table.add_row("", ", ".join(tail), "")
     return table

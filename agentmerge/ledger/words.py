@@ -215,15 +215,24 @@ def openings(words: Iterable[Mapping[str, Any]]) -> list[Opening]:
 
 def spoken(word: Mapping[str, Any]) -> Advised:
     """An agent's word as it is told. word: a row of a run's advice."""
-    guidance, role = word["guidance"], word["role"]
-    said = guidance.get("thought" if role in ("proposer", STRUCTURE) else "critique") or ""
+    guidance = word["guidance"]
     return Advised(
-        role=role,
+        role=word["role"],
         generation=word["generation"],
         source=guidance.get("source", "rules"),
         failure=word.get("failure") or "",
-        words=said,
+        words=own_words(word),
     )
+
+
+def own_words(word: Mapping[str, Any]) -> str:
+    """What an agent said: its own part of the guidance, which holds what was said before too."""
+    guidance = word["guidance"]
+    if word["role"] == "controller":
+        sigma = guidance.get("sigma")
+        return "" if sigma is None else f"step size {sigma:.3f}"
+    part = "thought" if word["role"] in ("proposer", STRUCTURE) else "critique"
+    return str(guidance.get(part) or "")
 
 
 def guidance_of(words: Iterable[Mapping[str, Any]]) -> Guidance:

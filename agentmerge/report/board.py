@@ -36,9 +36,14 @@ class Line:
 
 @dataclass(slots=True)
 class Board:
-    """The state of a search. budgets: (name, used, limit), in the order they are shown."""
+    """The state of a search. budgets: (name, used, limit), in the order they are shown.
+
+    clocked: whether who tells began with the search, or with its resume: no other knows when its
+        wall clock was set.
+    """
 
     config: SearchConfig
+    clocked: bool = True
     began: float = field(default_factory=time.monotonic)
     run: str = ""
     phase: str = "reading models and tasks"
@@ -63,7 +68,7 @@ class Board:
         found = [("evaluations", float(self.evaluations), float(budget.max_evaluations))]
         if self.config.search.max_generations:
             found.append(("generations", self.generation, self.config.search.max_generations))
-        if budget.timeout_s:
+        if budget.timeout_s and self.clocked:
             found.append(("seconds", time.monotonic() - self.began, budget.timeout_s))
         if budget.max_tokens:
             found.append(("tokens", self.tokens, budget.max_tokens))
@@ -80,7 +85,7 @@ class Board:
         # As it was when the last one came: a pace that a clock moves on would rise until the next.
         pace = (self.paid_at - self.began) / self.paid * left
         pace = max(0.0, pace - (time.monotonic() - self.paid_at))
-        if self.config.budget.timeout_s is None:
+        if self.config.budget.timeout_s is None or not self.clocked:
             return pace
         return min(pace, max(0.0, self.config.budget.timeout_s - (time.monotonic() - self.began)))
 

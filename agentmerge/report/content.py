@@ -264,17 +264,6 @@ def _lineage(ledger: Ledger, row: RunRow) -> list[tuple[str, int | None, str]]:
     return found
 
 
-def words(body: Mapping[str, Any]) -> str:
-    """What an agent said: its own part of the guidance."""
-    guidance = body["guidance"]
-    if body["role"] == "proposer":
-        return str(guidance.get("thought") or "")
-    if body["role"] == "controller":
-        sigma = guidance.get("sigma")
-        return "" if sigma is None else f"step size {sigma:.3f}"
-    return shortened(str(guidance.get("critique") or ""))
-
-
 def shortened(text: str) -> str:
     """Model paths in the agents' words, cut to the models' names."""
     return " ".join(

@@ -19,8 +19,9 @@ from agentmerge.contracts.operators import PARENT
 from agentmerge.errors import UserError
 from agentmerge.evaluation.statistics import duration, figure
 from agentmerge.ledger import Ledger
+from agentmerge.ledger.words import own_words
 from agentmerge.report import figures
-from agentmerge.report.content import Content, comparisons, content, place, shortened, words
+from agentmerge.report.content import Content, comparisons, content, place, shortened
 from agentmerge.report.grid import Grid
 from agentmerge.report.summary import judge_sentence
 from agentmerge.system.temporary import write_at_once
@@ -233,7 +234,7 @@ def _advice(found: Content) -> list[dict[str, Any]]:
         {
             "generation": word["generation"],
             "role": word["role"],
-            "words": words(word),
+            "words": shortened(own_words(word)),
             "model": word["guidance"].get("source") == "model",
             "expected": Guidance.from_json(word["guidance"]).expected_score,
             "failure": word.get("failure") or "",

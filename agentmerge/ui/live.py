@@ -155,7 +155,7 @@ class Live:
                 found = None  # it was done, and goes on with other limits
             if found is None:
                 config = SearchConfig.from_text(row.config, row.name)
-                found = _Followed(Board(config), Follower(ledger, row))
+                found = _Followed(Board(config, clocked=False), Follower(ledger, row))
             self._followed[row.id] = found  # the last is the one that was looked at last
             while len(self._followed) > MAX_FOLLOWED:
                 self._followed.popitem(last=False)
@@ -185,11 +185,8 @@ def _snapshot(followed: _Followed, row: RunRow, status: str, waiting: int) -> Sn
         "trail": board.trail[-MAX_TRAIL:],
         "sparkline": sparkline(board.trail) if board.trail else "",
         "words": {role: words[:MAX_WORDS] for role, words in board.words.items()},
-        # A follower does not know when the clock of the present session began.
         "budgets": [
-            {"name": name, "used": used, "limit": limit}
-            for name, used, limit in board.budgets
-            if name != "seconds"
+            {"name": name, "used": used, "limit": limit} for name, used, limit in board.budgets
         ],
         "seconds_left": None if left is None else round(left),
         "evaluations": counted(board.evaluations),

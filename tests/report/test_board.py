@@ -78,3 +78,10 @@ def test_a_card_of_an_older_version_lacks_what_it_did_not_have() -> None:
     card = Card.parse({"answer": {"name": "a", "score": 0.5}, "verdict": "so"})
     assert (card.answer.name, card.verdict, card.parents, card.notes) == ("a", "so", [], ())
     assert card.best_rival is None
+
+
+def test_who_looks_on_from_elsewhere_tells_no_wall_clock() -> None:
+    """When the present session began, only its driver knows."""
+    config = SearchConfig.from_text(config_text(), overrides={"budget.timeout_s": 60.0})
+    names = [[row[0] for row in Board(config, clocked=c).budgets] for c in (True, False)]
+    assert names == [["evaluations", "seconds"], ["evaluations"]]

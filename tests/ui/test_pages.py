@@ -129,6 +129,7 @@ def test_twins_say_what_the_command_line_says(
     assert board["evaluations"] == shown["evaluations"]["total"]
     assert board["best"]["score"] == shown["best"]["score"]
     assert board["failed"] == shown["evaluations"]["failed"] > 0
+    assert board["words"]["controller"].startswith("step size"), "its own, not the critic's again"
     assert any(": " in line and line.startswith("candidate") for line in board["events"])
 
 
