@@ -41,16 +41,21 @@ search: {algorithm: cma_es, seed: 3, population: 6}
 worker: {kind: fake, options: {num_layers: 8, base: base, delay_s: 0.1}}
 budget: {max_evaluations: 60}
 """
-SHOWN = {"search": "/run/sums-and-words", "candidate": "/run/sums-and-words/candidate/3.1"}
-DESK, PHONE = {"width": 1100, "height": 1000}, {"width": 390, "height": 780}
+SHOWN = "/run/sums-and-words"
+#: Picture -> its page, size, colours, and what is at its top.
+PICTURES: dict[str, tuple[str, tuple[int, int], str, str]] = {
+    "ui-searches": ("/", (1100, 260), "light", "h1"),
+    "ui-search": (SHOWN, (1100, 1000), "light", "h1"),
+    "ui-phone": (SHOWN, (390, 780), "dark", "#run0-progress"),
+}
 
 
 @contextmanager
 def served(runs: Path) -> Iterator[tuple[str, int]]:
     """(address, process id) of ``agentmerge ui``."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "agentmerge", "ui", "--runs-dir", str(runs), "--port", "0"],
-        stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "agentmerge", "ui", "--runs-dir", runs.name, "--port", "0"],
+        stderr=subprocess.PIPE, text=True, cwd=runs.parent,
     )  # fmt: skip
     try:
         assert process.stderr is not None
@@ -211,26 +216,26 @@ def pictures(folder: Path) -> None:
         other = {"search.algorithm": "random"}
         driving.branch("sums-and-words", at=2, name="at-random", runs_dir=runs, overrides=other)
         with served(runs) as (address, _):
-            for name, path in {"searches": "/", **SHOWN}.items():
-                _picture(chromium, address + path, DESK, "light", folder / f"ui-{name}.png")
-            _picture(chromium, address + SHOWN["search"], PHONE, "dark", folder / "ui-phone.png")
-    for path in sorted(folder.glob("ui-*.png")):
+            for name in PICTURES:
+                _picture(chromium, address, folder / f"{name}.png")
+    for path in (folder / f"{name}.png" for name in PICTURES):
         with Image.open(path) as picture:
-            picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(
+            picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=256).save(
                 path, optimize=True
             )
         print(f"{path}: {path.stat().st_size / 1024:.0f} KB")
 
 
-def _picture(chromium: Any, address: str, size: Any, colours: str, to: Path) -> None:
-    context = chromium.new_context(viewport=size, color_scheme=colours)
+def _picture(chromium: Any, address: str, to: Path) -> None:
+    path, (width, height), colours, top = PICTURES[to.stem]
+    context = chromium.new_context(
+        viewport={"width": width, "height": height}, color_scheme=colours
+    )
     page = context.new_page()
-    page.goto(address, timeout=300_000)
-    if address.endswith(SHOWN["search"]):
+    page.goto(address + path, timeout=300_000)
+    if path == SHOWN:
         page.wait_for_selector("#run0-distribution .plot-container", timeout=300_000)
-        page.locator("#run0-progress").evaluate(
-            "chart => chart.closest('section').scrollIntoView()"
-        )
+    page.locator(top).first.evaluate("it => (it.closest('section') || it).scrollIntoView()")
     page.wait_for_timeout(1500)
     page.screenshot(path=str(to))
     context.close()

@@ -37,14 +37,15 @@ def ui(
     actions = Actions(existing_runs(runs_dir), options.limits(), allow_actions)
     with serve.listening(host, port) as listening, suppress(Interrupted, KeyboardInterrupt):
         address = serve.address(host, listening)
-        address += f"#token={actions.token}" if allow_actions else ""
-        say(f"{address} (Ctrl-C stops it)")
+        token = f"#token={actions.token}" if allow_actions else ""
+        say(f"{address}{token} (Ctrl-C stops it)")
         if not serve.is_loopback(host):
             act = ", and act once they read the token on its way" if allow_actions else ""
             say(warned(f"whoever reaches {host} can read every search of {runs_dir}{act}"))
         if open_:
             import webbrowser
 
+            # Without the token: every user of this machine sees what a browser was started with.
             if not webbrowser.open(address):
                 say("no browser could be started; open the address yourself")
         serve.serve(listening, host, actions)
