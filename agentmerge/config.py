@@ -62,6 +62,10 @@ FIRST = "first"
 JUDGED = ("points,none", "win_rate,none")
 
 
+#: Models of a pool, and how many of them a merge may have: more lose the fast kernels.
+MOST_EXPERTS, MOST_AT_ONCE = 64, 16
+
+
 class _Frozen(BaseModel):
     """younger: fields that older versions did not know. Where they are not set they are not stored,
     so that what is stored, and hashed, stays what it was."""
@@ -116,12 +120,19 @@ class LayersConfig(_Frozen):
         return self
 
 
+class PoolConfig(_Frozen):
+    """A search among experts of which a few are merged. most: at a time."""
+
+    most: int = Field(ge=2, le=MOST_AT_ONCE)
+
+
 class GenomeConfig(_Frozen):
     """The search space, in mergekit-evolve's words.
 
     chat_template: as ``LmEvalArgs`` has it; what mergekit could read of it is in every recipe.
     space: what the axes are (``contracts.space.SpaceForm``); by default what the method has.
     layers: what is searched over layers once weights have nothing more to give; None: nothing.
+    pool: how many of the models a merge has; None: all.
     """
 
     models: tuple[str, ...]
@@ -137,7 +148,8 @@ class GenomeConfig(_Frozen):
     evolve: tuple[str, ...] = ()
     space: str | None = None
     layers: LayersConfig | None = None
-    younger = ("space", "layers")
+    pool: PoolConfig | None = None
+    younger = ("space", "layers", "pool")
 
     @property
     def form(self) -> str:
@@ -157,6 +169,12 @@ class GenomeConfig(_Frozen):
             return LayersConfig() if value else None
         return {"most": value} if isinstance(value, int) else value
 
+    @field_validator("pool", mode="before")
+    @classmethod
+    def _short_pool(cls, value: Any) -> Any:
+        """A number: how many at a time."""
+        return {"most": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> GenomeConfig:
         faults, method = [], None
@@ -170,6 +188,8 @@ class GenomeConfig(_Frozen):
         elif method.needs_base and not self.base_model:
             faults.append(f"base_model is missing, and {self.merge_method} needs one")
         faults += self._method_faults(method) if method else []
+        if self.pool is not None and len(self.models) > MOST_EXPERTS:
+            faults.append(f"models has {len(self.models)}; a pool has at most {MOST_EXPERTS}")
         onto_base = method is not None and method.most == 1 and self.base_model not in self.models
         if len(self.models) < (1 if onto_base else 2):
             faults.append(f"models has {len(self.models)} entry; a merge needs at least two")
@@ -195,6 +215,8 @@ class GenomeConfig(_Frozen):
     def _method_faults(self, method: Method) -> Iterator[str]:
         """What the method cannot do with these models and settings."""
         name, experts = method.name, self.experts
+        if self.pool is not None:  # so many are merged
+            experts = experts[: self.pool.most]
         count = str(len(experts))
         if method.sets_apart(self.base_model):
             count += " besides the base"

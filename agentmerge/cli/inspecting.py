@@ -84,7 +84,7 @@ def survey(
     ] = None,
     as_json: options.Json = False,
 ) -> int:
-    """Show which models of a pool are alike, damaged or differ in form. Asks them nothing."""
+    """Compare the models of a pool. Alike, damaged, of another form; asks them nothing."""
     from agentmerge.cli.pools import survey_text
     from agentmerge.config import SearchConfig
     from agentmerge.merging.experts import survey_experts

@@ -76,16 +76,29 @@ def export(
         int | None,
         typer.Option("--layers", min=1, help="Another stack of the answer's table of depths."),
     ] = None,
+    as_: Annotated[
+        str, typer.Option("--as", help="model, or adapter: a LoRA adapter of the base.")
+    ] = "model",
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="With --as adapter, the most it may have.")
+    ] = None,
     as_json: options.Json = False,
 ) -> int:
     """Write the best merge as a model, with a model card. Plain transformers loads it."""
     from agentmerge.session import export as exporting
 
     report = exporting.export_run(
-        name, to, runs_dir=runs_dir, engine=with_, verify=verify, layers=layers
+        name,
+        to,
+        runs_dir=runs_dir,
+        engine=with_,
+        verify=verify,
+        layers=layers,
+        form=as_,
+        rank=rank,
     )
     show_result(report, as_json, exporting.report_text(report))
-    return 0 if report["equal"] is not False else 1
+    return 0 if report["equal"] is not False or "adapter" in report else 1
 
 
 def replay(

@@ -8,14 +8,17 @@ from typing import Any, Literal
 #: No merge has such a score: a forecast beyond it is none.
 MOST_SCORE = 1e9
 
-Change = Literal["method", "granularity", "filters", "drop_model", "layers"]
+Change = Literal[
+    "method", "granularity", "filters", "drop_model", "layers", "models", "add_model", "swap_model"
+]
 
 
 @dataclass(frozen=True, slots=True)
 class StructuralMove:
     """Another search space. value: the merge method, the layers a group, filters separated by
     commas ("" for none), the short name of the model to leave out, or the candidate (as 3.0) whose
-    layers are kept."""
+    layers are kept; of a pool the short names of the models that are merged, separated by commas,
+    that of the model that joins them, or "one -> another"."""
 
     change: Change
     value: str
@@ -28,6 +31,9 @@ class StructuralMove:
             "granularity": f"layer_granularity {self.value}",
             "filters": f"filters {self.value or 'none'}",
             "drop_model": f"without {self.value}",
+            "models": f"merges of {self.value}",
+            "add_model": f"with {self.value}",
+            "swap_model": f"another expert, {self.value}",
             "layers": f"layers beside those of {self.value or 'the best'}",
         }[self.change]
         return f"{what} ({self.why})" if self.why else what

@@ -112,6 +112,18 @@ class Adapted:
             return stored
         return value.to(stored.dtype)
 
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(B, A) of what is added to a linear module's weight, seen from the module (out by in);
+        None where it is no plain product of two."""
+        _, layer, part = self._layers.get(name, ("", None, ""))
+        which = next(iter(getattr(layer, "active_adapters", ())), "")
+        if part != "weight" or which not in getattr(layer, "lora_A", {}):
+            return None
+        a, b = layer.lora_A[which], layer.lora_B[which]
+        if layer.lora_variant or type(a) is not torch.nn.Linear or b.bias is not None:
+            return None  # DoRA and the like
+        return layer.scaling[which] * b.weight.detach(), a.weight.detach()
+
     def untouched(self) -> list[str]:
         """Layers and tensors of the adapter that no tensor of the files has asked for."""
         return sorted({path for path, _, _ in self._layers.values()} - self._done.keys()) + sorted(

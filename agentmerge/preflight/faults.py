@@ -167,6 +167,28 @@ def host_faults(config: SearchConfig) -> list[str]:
     return faults
 
 
+def pool_faults(config: SearchConfig) -> list[str]:
+    """What speaks against choosing among the models."""
+    genome = config.genome
+    if genome.pool is None:
+        return []
+    found, most = [], genome.pool.most
+    if len(genome.experts) <= most:
+        found.append(
+            f"genome.pool.most is {most}, and there are {len(genome.experts)} experts: nothing is "
+            "to be chosen, so leave genome.pool out"
+        )
+    alone = len(genome.parents)
+    if config.budget.max_evaluations <= alone:
+        found.append(
+            f"budget.max_evaluations {config.budget.max_evaluations} pays for no merge: of a pool, "
+            f"each of the {alone} models is asked by itself first"
+        )
+    if config.search.shadow:
+        found.append("search.shadow is not possible with genome.pool; remove one of them")
+    return found
+
+
 def window_faults(config: SearchConfig) -> list[str]:
     """Of agents, what cannot be beside a window in which workers never wait."""
     agents = config.agents

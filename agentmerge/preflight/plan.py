@@ -24,6 +24,7 @@ from agentmerge.preflight.judges import judge_notes
 from agentmerge.preflight.layers import LayersPlan
 from agentmerge.recipe import Recipe
 from agentmerge.space.grouped import SearchSpace
+from agentmerge.space.moves import subset
 from agentmerge.system.redaction import redacted
 
 if TYPE_CHECKING:  # read only where models are
@@ -148,12 +149,14 @@ def plan_of(prepared: Prepared, ledger: Ledger | None, settings_hash: str) -> Pl
     """The plan of a prepared search; time only where this ledger has run the same settings."""
     config = prepared.config
     strategy = plugins.load("agentmerge.strategies", config.algorithm)
-    tasks = prepared.taskset
+    tasks, space = prepared.taskset, prepared.space
+    if config.genome.pool is not None:
+        space = subset(space, space.pool[: config.genome.pool.most])
     return Plan(
-        dimensions=prepared.space.dimensions,
-        freedoms=prepared.space.freedoms,
+        dimensions=space.dimensions,
+        freedoms=space.freedoms,
         algorithm=config.algorithm,
-        population=config.generation_size(strategy.population(prepared.space.dimensions)),
+        population=config.generation_size(strategy.population(space.dimensions)),
         max_evaluations=config.budget.max_evaluations,
         items=len(tasks.refs("search")),
         sealed_items=len(tasks.refs("sealed")),

@@ -30,6 +30,7 @@ from agentmerge.preflight.faults import (
     method_faults,
     method_notes,
     plugin_faults,
+    pool_faults,
     tokenizer_faults,
     window_faults,
     window_notes,
@@ -88,7 +89,7 @@ def prepare(
     """
     faults = Faults([*known_faults, *([] if allow_benchmarks else benchmark_faults(config))])
     faults += tokenizer_faults(config) + plugin_faults(config)
-    faults += window_faults(config)
+    faults += window_faults(config) + pool_faults(config)
     notes = window_notes(config)
     faults += init_faults(config) if fresh else []
     misread, readable = option_faults(config.worker, config.genome.parents)
@@ -230,7 +231,14 @@ def _space(
     """The space on models of this depth; a search's warm starts have to be merges of them too."""
     config = look.config
     with look.faults.of(UserError):
-        space = SearchSpace(config.genome, num_layers, dtype, config.search.seed, outputs)
+        space = SearchSpace(
+            config.genome,
+            num_layers,
+            dtype,
+            config.search.seed,
+            outputs,
+            pool=config.genome.experts if config.genome.pool else (),
+        )
         if not space.axes:
             raise ConfigError(
                 f"genome.space {config.genome.space!r} has no axis here; take another"

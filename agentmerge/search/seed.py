@@ -13,11 +13,13 @@ from agentmerge.contracts.operators import (
     SANDWICH,
     SCALE,
     STACK,
+    STRUCTURE,
     UNIFORM,
 )
 from agentmerge.contracts.strategy import Proposal
 from agentmerge.errors import RecipeRejected, UserError
 from agentmerge.ledger import Candidate
+from agentmerge.ledger.words import openings
 from agentmerge.preflight.anchoring import warm_start
 from agentmerge.recipe import Recipe
 from agentmerge.search import budget
@@ -25,6 +27,7 @@ from agentmerge.search.past import first_generation
 from agentmerge.search.propose import add, affordable, population, possible, rng_of
 from agentmerge.search.search import Search
 from agentmerge.search.state import GRAPH_VERSION, SearchState
+from agentmerge.search.trials import first_points
 from agentmerge.space.seeds import depth_line, parents, plain_stacks, sandwiches, scale_points
 from agentmerge.strategies.random import random_vectors
 
@@ -72,6 +75,8 @@ def _rivals(search: Search) -> list[Proposal]:
     known of layers where those may be searched."""
     space = search.space
     found = [_proposal(point, recipe, PARENT, label) for label, recipe, point in parents(space)]
+    if space.pool:
+        return found  # then some of them are chosen, and those have cheap merges
     recipe, point = space.uniform()
     found.append(_proposal(point, recipe, UNIFORM, UNIFORM))
     lines = {SCALE: scale_points(space), DEPTH: depth_line(space)}
@@ -97,7 +102,7 @@ def _seeds(search: Search) -> list[Proposal]:
 
 def _population(search: Search, left: int) -> list[Proposal]:
     seeds = _seeds(search)
-    rest = left - len(seeds)
+    rest = 0 if search.space.pool else left - len(seeds)
     draws = search.strategy.propose(
         search.space, [], None, max(0, min(population(search, search.space), rest)), rng_of(search)
     )
@@ -110,11 +115,14 @@ def _population(search: Search, left: int) -> list[Proposal]:
 
 
 def complete(search: Search, generation: int, candidates: Sequence[Candidate]) -> bool:
-    """Ask what a smaller budget left out of the first generation; whether there was any.
+    """Ask what a smaller budget left out of the first generation, or of a pool's first merges;
+    whether there was any.
 
     A search whose limits were raised has to beat the same rivals as one that had them at once.
     """
     left = budget.evaluations_left(search)
+    if left and _complete_pool(search, generation, candidates, left):
+        return True
     if not left or not generation == first_generation(candidates) == candidates[-1].generation:
         return False
     begun = [c for c in candidates if c.generation == generation]
@@ -126,6 +134,24 @@ def complete(search: Search, generation: int, candidates: Sequence[Candidate]) -
         whole = _population(search, left + len(begun))
     add(search, generation, whole[len(asked) :][:left], len(begun))
     return True
+
+
+def _complete_pool(
+    search: Search, generation: int, candidates: Sequence[Candidate], left: int
+) -> bool:
+    moves = openings(search.book.advice(role=STRUCTURE)) if search.space.pool else []
+    if not moves or not moves[0].generation + 1 == generation == candidates[-1].generation:
+        return False
+    space = search.trials(generation, decided=False).leader
+    history = search.history(moves[0].generation, space=space)
+    whole = possible(search, space, first_points(space, history, search.recipe_of))
+    begun = [c for c in candidates if c.generation == generation]
+    if [(c.operator, c.vector) for c in begun] != [(p.operator, p.vector) for p in whole][
+        : len(begun)
+    ]:
+        return False
+    add(search, generation, affordable(whole[len(begun) :], left), len(begun))
+    return len(begun) < len(whole)
 
 
 def _again(search: Search, candidate: Candidate) -> Proposal | None:

@@ -15,6 +15,7 @@ from agentmerge.errors import RecipeRejected, UserError
 from agentmerge.ledger import incumbent
 from agentmerge.ledger.words import Opening, guidance_of, openings, spoken
 from agentmerge.search import budget
+from agentmerge.search.models import chosen_models
 from agentmerge.search.past import BARREN_GENERATIONS
 from agentmerge.search.propose import asked
 from agentmerge.search.search import Search
@@ -37,6 +38,8 @@ def wanted_move(
     search = within(search, generation)
     wish = search.config.search.structure
     before = openings(search.book.advice(role=STRUCTURE))
+    if search.space.pool and not before:
+        return chosen_models(search)
     if wish == "fixed" or any(opening.generation == generation for opening in before):
         return None
     now = search.trials(generation)
@@ -73,7 +76,10 @@ def wanted_move(
 
 
 def approval(search: Search, generation: int) -> bool | None:
-    """Whether a move may be made; None: a person has to say."""
+    """Whether a move may be made; None: a person has to say. A pool's first choice is what the
+    config asks for."""
+    if search.space.pool and not openings(search.book.advice(role=STRUCTURE)):
+        return True
     if search.replies_of is not None:
         said = openings(search.ledger.advice(search.replies_of, role=STRUCTURE))
         return not any(o.generation == generation and o.refusal == REFUSED for o in said)

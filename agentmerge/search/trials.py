@@ -16,13 +16,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from agentmerge.contracts.advice import StructuralMove
-from agentmerge.contracts.operators import CARRIED, NO_TURN, SHADOW, STRUCTURE
+from agentmerge.contracts.operators import (
+    CARRIED,
+    DEPTH,
+    NO_TURN,
+    SCALE,
+    SHADOW,
+    STRUCTURE,
+    UNIFORM,
+)
 from agentmerge.contracts.strategy import History, Observation, Proposal
 from agentmerge.ledger import Candidate
 from agentmerge.ledger.words import Opening
 from agentmerge.recipe import Recipe
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.space.moves import moved
+from agentmerge.space.seeds import depth_line, scale_points
 
 #: Evaluations that a new space gets before it has to lead.
 TRIAL = 16
@@ -73,6 +82,9 @@ def trials_of(
             continue
         trial = moved(leader, opening.move, kept(opening.move, candidates, recipe_of))
         spaces.append(trial)
+        if opening.move.change == "models":  # a pool's first: nothing was searched before
+            leader, turn, trial = trial, [trial], None
+            continue
         asked = {
             space.key: sum(
                 c.cost
@@ -163,10 +175,14 @@ def first_points(
     best = sorted(scored, key=lambda o: (-(o.score or 0.0), o.generation, o.slot))[:SEEDS]
     points = [(space.nearest(recipe(o)), f"from {o.generation}.{o.slot}") for o in best]
     uniform = space.uniform()[1]
+    found: dict[tuple[float, ...], Proposal] = {}
     if uniform is not None:
         points.append((uniform, "uniform"))
+    if space.pool and uniform is not None:  # its cheap rivals: generation 0 had but the experts
+        found[uniform] = Proposal(uniform, UNIFORM, label=UNIFORM)
+        for operator, rivals in ((SCALE, scale_points(space)), (DEPTH, depth_line(space))):
+            found |= {p: Proposal(p, operator, label=name) for name, _, p in rivals if p}
     known = {o.vector for o in history}
-    found: dict[tuple[float, ...], Proposal] = {}
     for point, label in points:
         found.setdefault(point, Proposal(point, STRUCTURE, label=label))
     return [p for p in found.values() if p.vector not in known]

@@ -6,8 +6,9 @@ stranger would, and says whether they score the same. Knows runs and cards; know
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger, ResultKey
 from agentmerge.ledger.folder import opened
 from agentmerge.parents.checkpoint import Checkpoint
+from agentmerge.parents.headers import chat_template
+from agentmerge.parents.plain import make_plain
+from agentmerge.parents.sources import find_parent
 from agentmerge.preflight.plan import Prepared
 from agentmerge.preflight.prepare import prepare
 from agentmerge.recipe import Recipe
@@ -28,6 +32,8 @@ from agentmerge.workers.kinds import reads_models
 
 #: The recipe beside an exported model.
 RECIPE = "mergekit_config.yml"
+#: What is written: a whole model, or a LoRA adapter of its base.
+MODEL, ADAPTER = "model", "adapter"
 
 
 def export_run(
@@ -39,18 +45,27 @@ def export_run(
     verify: bool = True,
     overwrite: bool = False,
     layers: int | None = None,
+    form: str = MODEL,
+    rank: int | None = None,
 ) -> dict[str, Any]:
     """Write a run's answer to ``to``: {path, score, disk_score, equal, differing_items, warning}.
 
     engine: "agentmerge" or "mergekit". overwrite: in place of an export that is there, which goes
     once the new one is written. layers: the stack of so many layers of the answer's table,
-    instead of the answer. ``equal`` is None where ``verify`` is off.
+    instead of the answer. form: "model", or "adapter": a LoRA adapter of the base, of at most
+    ``rank``; the report then has its ``adapter`` too. ``equal`` is None where ``verify`` is off.
 
     Raises:
         UserError: an unknown engine, or a folder that is not empty, or not an export's.
     """
     if engine not in ("agentmerge", "mergekit"):
         raise UserError(f"--with {engine!r} is not known; use agentmerge or mergekit")
+    if form not in (MODEL, ADAPTER):
+        raise UserError(f"--as {form!r} is not known; use {MODEL} or {ADAPTER}")
+    if form == ADAPTER and engine != "agentmerge":
+        raise UserError(f"{engine} writes no adapter of a merge; leave out --with")
+    if rank is not None and (form != ADAPTER or rank < 1):
+        raise UserError(f"--rank {rank} is of an adapter, and at least 1; write --as adapter")
     with opened(runs_dir) as ledger:
         row = ledger.run(name)
         found = best_recipe(ledger, row, layers)
@@ -65,17 +80,26 @@ def export_run(
         if overwrite:
             refuse_foreign(to)
         card = model_card(ledger, row, found, prepared.licences)
-        warning = _write(prepared, recipe, to, engine, card, overwrite)
         report: dict[str, Any] = {
             "path": str(to),
             "score": found["score"],
             "disk_score": None,
             "equal": None,
             "differing_items": None,
-            "warning": warning,
+            "warning": "",
         }
+        name, written = str(to.absolute()), to
+        if form == ADAPTER:
+            card = card.replace("library_name: transformers", "library_name: peft", 1)
+            base, made = _write_adapter(prepared, recipe, to, rank, card, overwrite)
+            report["adapter"] = made | {"base": base}
+            if verify:
+                name = f"{base}+{name}"
+                written = _applied(name)
+        else:
+            report["warning"] = _write(prepared, recipe, to, engine, card, overwrite)
         if verify:
-            report |= _verified(prepared, ledger, found, to)
+            report |= _verified(prepared, ledger, found, name, written)
     return report
 
 
@@ -115,7 +139,18 @@ def _publish_recipe(folder: Path) -> None:
 
 
 def report_text(report: dict[str, Any]) -> str:
-    lines = [f"merged model: {report['path']}"]
+    adapter = report.get("adapter")
+    lines = [f"merged {'adapter' if adapter else 'model'}: {report['path']}"]
+    if adapter:
+        cut = "nothing was cut" if adapter["exact"] else "cut to that rank"
+        lines.append(
+            f"of {adapter['base']}, rank {adapter['rank']} ({cut}): it holds "
+            f"{adapter['kept']:.2%} of the norm of what the merge adds"
+        )
+        if adapter["whole"]:
+            lines.append(f"kept whole: {_listed(adapter['whole'])}")
+        if adapter["left"]:
+            lines.append(f"left as in the base, no place in an adapter: {_listed(adapter['left'])}")
     if report["warning"]:
         lines.append(f"note: {report['warning']}")
     if report["equal"] is None:
@@ -130,13 +165,66 @@ def report_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _write_adapter(
+    prepared: Prepared, recipe: Recipe, to: Path, rank: int | None, card: str, overwrite: bool
+) -> tuple[str, dict[str, Any]]:
+    """(the base's name, what was written)."""
+    from agentmerge.merging.adapter import base_of, export_adapter
+
+    worker, genome = prepared.config.worker, prepared.config.genome
+    if genome.tokenizer_source is not None:
+        raise UserError(
+            "tokenizer_source orders rows anew, and an adapter has the base's own order"
+        )
+    settings = {
+        "trust_remote_code": worker.trust_remote_code,
+        "allow_pickle": worker.allow_pickle,
+    }
+    parents = {name: find_parent(name, **settings) for name in prepared.paths}
+    base = base_of(parents, recipe, genome.base_model)
+    plain, asks = find_parent(base, **settings), prepared.spec.template_model
+    made = export_adapter(
+        recipe,
+        prepared.paths,
+        to,
+        parents=parents,
+        base=base,
+        base_path=prepared.paths.get(base, plain.model),
+        rank=rank,
+        dtype=prepared.spec.dtype,
+        card=card,
+        template=_asked_template(prepared) or chat_template(prepared.paths[asks]),
+        overwrite=overwrite,
+        finish=_publish_recipe,
+    )
+    body = asdict(made)
+    body.pop("path")
+    return base, body
+
+
+def _applied(name: str) -> Path:
+    """The checkpoint that an adapter makes of its model, as peft applies it."""
+    return make_plain([find_parent(name)])[name]
+
+
+def _asked_template(prepared: Prepared) -> str | None:
+    """The template that the tasks were asked through where it is another than the models' own."""
+    if prepared.config.tasks.chat_template in (None, FIRST):
+        return None
+    from agentmerge.evaluation.tokenizers import tokenizer_of
+
+    return str(tokenizer_of(prepared.spec).get_chat_template())
+
+
 def _write(
     prepared: Prepared, recipe: Recipe, to: Path, engine: str, card: str, overwrite: bool
 ) -> str:
-    if prepared.config.tasks.chat_template not in (None, FIRST):  # it talks as it was asked
-        from agentmerge.evaluation.tokenizers import tokenizer_of
-
-        template = tokenizer_of(prepared.spec).get_chat_template()
+    template = _asked_template(prepared)
+    if template is not None:  # it talks as it was asked
         recipe = replace(recipe, chat_template=template)
     if engine == "agentmerge":
         from agentmerge.merging.export import export_checkpoint
@@ -172,16 +260,19 @@ def _write(
 
 
 def _verified(
-    prepared: Prepared, ledger: Ledger, found: dict[str, Any], to: Path
+    prepared: Prepared, ledger: Ledger, found: dict[str, Any], name: str, to: Path
 ) -> dict[str, Any]:
-    """Score the written folder as a parent of its own, and compare item by item."""
+    """Score what was written as a parent of its own, and compare item by item. to: its folder."""
     from agentmerge.workers.pool import Pool
 
-    name = str(to.absolute())
     options = prepared.spec.options | {"base": None}
     tasks = prepared.spec.tasks.model_copy(update={"chat_template": None})  # the folder has it
     alone = replace(
-        prepared.spec, parents=((name, name),), template_model=name, tasks=tasks, options=options
+        prepared.spec,
+        parents=((name, str(to.absolute())),),
+        template_model=name,
+        tasks=tasks,
+        options=options,
     )
     depth = Checkpoint.read(to).depth
     whole = Recipe.of_model(name, depth, prepared.space.dtype)

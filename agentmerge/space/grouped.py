@@ -37,12 +37,14 @@ class SearchSpace(LayerGroups):
     merge_seed: of random masks; part of every recipe that draws some. outputs: what is in the names
     of the tensors by which a layer's attention and its mlp add to the stream; None where layers
     are not searched. under: the merge that a space of layers is about; None of a space of weights.
+    pool: all experts, where merges have some of them; the genome's models are then those.
     """
 
     dtype: str = "bfloat16"
     merge_seed: int = 0
     outputs: tuple[str, str] | None = None
     under: Recipe | None = None
+    pool: tuple[str, ...] = ()
 
     @cached_property
     def stacks(self) -> LayersForm | None:
@@ -175,6 +177,8 @@ class SearchSpace(LayerGroups):
     def vector(self, recipe: Recipe) -> tuple[float, ...] | None:
         """The point of a recipe, or None where the recipe lies outside this space."""
         canonical = recipe.canonical(self.num_layers)
+        if self.pool and self.stacks is None and (alone := self._alone(canonical)):
+            return self.form.end_point(alone)
         if self.stacks is None and canonical.merge_method != self.genome.merge_method:
             return None
         values = self.form.values(canonical)
@@ -184,6 +188,12 @@ class SearchSpace(LayerGroups):
         if not all(0.0 <= x <= 1.0 for x in point):
             return None
         return point if same_merge(self.recipe(point), canonical) else None
+
+    def _alone(self, canonical: Recipe) -> str | None:
+        """The parent that a recipe is, as generation 0 of a pool has each."""
+        name = next(iter(canonical.models), "")
+        whole = Recipe.of_model(name, self.num_layers, self.dtype).canonical(self.num_layers)
+        return name if same_merge(whole, canonical) else None
 
     def nearest(self, recipe: Recipe) -> tuple[float, ...]:
         """The point most like a recipe of another space.

@@ -3,6 +3,7 @@ the one of layers beside the answer's."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -45,13 +46,7 @@ def moved(space: SearchSpace, move: StructuralMove, under: str | None = None) ->
     elif move.change == "filters":
         body["filters"] = tuple(word.strip() for word in move.value.split(",") if word.strip())
     else:
-        kept = tuple(model for model in genome.models if short_name(model) != move.value)
-        if len(kept) == len(genome.models):
-            raise UserError(f"there is no model {move.value!r} to drop")
-        body["models"] = kept
-        if genome.layers is not None:
-            named = [m for m in genome.layers.insert if short_name(m) != move.value]
-            body["layers"] = {**body["layers"], "insert": named or ["experts"]}
+        body |= _models(space, move)
     try:
         found = replace(space, genome=GenomeConfig(**body))
         _ = found.axes
@@ -60,6 +55,45 @@ def moved(space: SearchSpace, move: StructuralMove, under: str | None = None) ->
     if found.key == space.key:
         raise UserError(f"{move.change} {move.value!r} is what the search has already")
     return found
+
+
+def subset(space: SearchSpace, models: Sequence[str]) -> SearchSpace:
+    """The space of merges of these models of a pool."""
+    body = space.genome.model_dump()
+    return replace(space, genome=GenomeConfig(**(body | _with(space.genome, models))))
+
+
+def _models(space: SearchSpace, move: StructuralMove) -> dict[str, Any]:
+    """The genome's settings with other models."""
+    models = space.genome.models
+    out, arrow, into = (word.strip() for word in move.value.partition(" -> "))
+    if move.change == "models":
+        wanted = [name.strip() for name in move.value.split(", ")]
+        return _with(space.genome, [_among(space.pool, name) for name in wanted])
+    if move.change == "add_model":
+        most = space.genome.pool.most if space.genome.pool else len(models)
+        if len(models) >= most:
+            raise UserError(f"merges have {most} models at most (genome.pool.most)")
+        return _with(space.genome, [*models, _among(space.pool, move.value)])
+    dropped = _among(models, out, "to drop")
+    joined = [_among(space.pool, into)] if arrow else []
+    return _with(space.genome, [*(m for m in models if m != dropped), *joined])
+
+
+def _among(models: Sequence[str], name: str, what: str = "in the pool") -> str:
+    found = next((model for model in models if short_name(model) == name), None)
+    if found is None:
+        raise UserError(f"there is no model {name!r} {what}")
+    return found
+
+
+def _with(genome: GenomeConfig, models: Sequence[str]) -> dict[str, Any]:
+    body: dict[str, Any] = {"models": tuple(models)}
+    if genome.layers is not None:
+        gone = set(genome.models) - set(models)
+        named = [m for m in genome.layers.insert if m not in gone]
+        body["layers"] = {**genome.layers.model_dump(), "insert": named or ["experts"]}
+    return body
 
 
 @lru_cache(maxsize=8)

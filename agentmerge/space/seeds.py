@@ -25,12 +25,13 @@ STRENGTHS = (0.5, 1.0)
 
 def parents(space: SearchSpace) -> list[Rival]:
     """Every parent, the base included."""
-    names = list(space.genome.models)
+    names = list(space.pool or space.genome.models)
     if space.genome.base_model and space.genome.base_model not in names:
         names.insert(0, space.genome.base_model)
     found = []
     for name in names:
-        point = space.form.end_point(name)
+        # Of a pool a parent is itself and nothing else: no merge has all of them.
+        point = None if space.pool else space.form.end_point(name)
         whole = Recipe.of_model(name, space.num_layers, space.dtype)
         recipe = space.recipe(point) if point else whole.canonical(space.num_layers)
         found.append((name, recipe, point))

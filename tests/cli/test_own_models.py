@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from agentmerge.cli.app import run_app
+from agentmerge.contracts.operators import STRUCTURE
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger
 from agentmerge.ledger.folder import LEDGER
 from agentmerge.merging.placement import layout_bytes
 from agentmerge.parents.layout import read_layout
+from agentmerge.recipe import Recipe
 from agentmerge.report.summary import candidate_summary
 from agentmerge.session.export import export_run, refuse_foreign
 from agentmerge.system.temporary import swap_in
@@ -263,6 +266,39 @@ def test_a_stack_is_exported_as_it_was_scored(
     assert f"{config['num_hidden_layers']} layers of models of 2" in card
 
 
+def test_an_answer_is_exported_as_an_adapter(
+    made: Path,
+    searched: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def answer(ledger: Ledger, row: Any, layers: int | None) -> dict[str, Any]:
+        (found,) = [c for c in ledger.candidates(row.id, 0) if c.label == "modules.yml"]
+        return {"recipe": ledger.recipe(found.recipe_hash, row.id)} | candidate_summary(found)
+
+    monkeypatch.setattr("agentmerge.session.export.best_recipe", answer)
+    asked = ["export", "a", "--runs-dir", str(made / "runs"), "--as", "adapter", "--to"]
+    assert run_app([*asked, str(tmp_path / "none")]) == 2
+    assert "name one with --rank" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    assert run_app([*asked, str(tmp_path / "out"), "--rank", "64", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert 0.9 < report["adapter"]["kept"] < 1
+    assert len(report["adapter"]["left"]) == 1  # the embedding, which is the head
+    model = f"{made / 'models' / 'base'}+{tmp_path / 'out'}"
+    recipe = {"merge_method": "linear", "models": [{"model": model, "parameters": {"weight": 1}}]}
+    (tmp_path / "r.yml").write_text(yaml.safe_dump(recipe | {"dtype": "float32"}))
+    monkeypatch.chdir(made)
+    told = ["evaluate", str(tmp_path / "r.yml"), "--config", "c.yml", "--json"]
+    assert run_app([*told, "--runs-dir", str(tmp_path / "runs")]) == 0
+    assert json.loads(capsys.readouterr().out)["score"] == report["disk_score"]
+    assert run_app([*asked, str(tmp_path / "small"), "--rank", "1", "--no-verify"]) == 0
+    assert "rank 1 (cut to that rank)" in capsys.readouterr().out
+    files = {"adapter_config.json", "adapter_model.safetensors", "README.md", "mergekit_config.yml"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == files
+
+
 @pytest.mark.parametrize("engine", ["agentmerge", "mergekit"])
 def test_an_export_that_a_kill_leaves_names_none_either(
     engine: str, made: Path, searched: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -312,3 +348,39 @@ def test_what_was_there_comes_back_where_an_export_fails(
         export_run("a", ours, runs_dir=made / "runs", overwrite=True, verify=False)
     assert (ours / "config.json").is_file()
     shutil.rmtree(ours)
+
+
+def test_a_pool_leaves_out_twins_and_what_is_damaged(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    shutil.copytree(made, tmp_path / "own", ignore=shutil.ignore_patterns("runs"))
+    monkeypatch.chdir(tmp_path / "own")
+    models = Path("models")
+    weights = load_file(models / "b" / "model.safetensors")
+    for name in ("twin", "hurt"):
+        shutil.copytree(models / "b", models / name)
+    base = load_file(models / "base" / "model.safetensors")
+    twin = {n: base[n] + 0.999 * (weights[n] - base[n]) for n in weights}
+    layer = next(n for n in weights if "layers.1" in n and weights[n].dim() > 1)
+    for name, tensors in (("twin", twin), ("hurt", weights | {layer: weights[layer] * 50})):
+        save_file(tensors, models / name / "model.safetensors", metadata={"format": "pt"})
+    text = Path("c.yml").read_text().replace("max_evaluations: 15", "max_evaluations: 13")
+    named = "[models/hurt, models/twin, models/b, models/c]"
+    Path("p.yml").write_text(
+        text.replace("[models/b, models/c]", named).replace("ties}", "ties, pool: 2}")
+    )
+    assert run_app(["run", "p.yml", "--name", "p", "--json", "-q"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    with Ledger(Path("runs") / LEDGER, read_only=True) as ledger:
+        row = ledger.run("p")
+        said = ledger.advice(row.id, role=STRUCTURE)[0]["guidance"]["structural_move"]
+        recipes = [ledger.recipe(c.recipe_hash, row.id) for c in ledger.candidates(row.id)]
+    assert said["change"] == "models"
+    picked = said["value"].split(", ")
+    assert "c" in picked
+    assert ("b" in picked) != ("twin" in picked)
+    assert "hurt 1 tensors are more than 10 times" in said["why"]
+    merged = [set(Recipe.parse(text).models) for text in recipes if "ties" in text]
+    assert merged
+    assert all({Path(name).name for name in one} == {"base", *picked} for one in merged)
+    assert told["evaluations"]["total"] == 13

@@ -1,0 +1,125 @@
+"""Which experts of a pool are merged: chosen once all of them were asked by themselves.
+
+By what each one scored on the search's own items, task by task, and by what their weights show:
+near-duplicates of a chosen one and damaged ones are out. Reads weights once (``merging/experts``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from agentmerge.contracts.advice import StructuralMove
+from agentmerge.contracts.operators import PARENT, STRUCTURE
+from agentmerge.ledger.words import openings
+from agentmerge.recipe.names import short_name
+from agentmerge.search.search import Search
+from agentmerge.workers.kinds import reads_models
+
+
+@dataclass(frozen=True, slots=True)
+class OwnScore:
+    """What an expert showed alone: its score, and what each task adds to it."""
+
+    score: float
+    parts: tuple[float, ...]
+
+
+def chosen_models(search: Search) -> StructuralMove | None:
+    """The move to the space of a pool's best few; None while experts are still to be scored.
+
+    A replay takes what was chosen: it has no weights.
+    """
+    if search.replies_of is not None:
+        said = openings(search.ledger.advice(search.replies_of, role=STRUCTURE))
+        return next((o.move for o in said if o.move.change == "models"), None)
+    weights = {o.name: o.signed_weight for o in search.taskset.objectives}
+    shown: dict[str, OwnScore] = {}
+    for c in search.book.candidates():
+        if c.operator != PARENT or c.prior:
+            continue
+        if c.state == "open":
+            return None
+        if c.score is not None:
+            parts = tuple(weight * dict(c.tasks)[name] for name, weight in weights.items())
+            shown[c.label] = OwnScore(c.score, parts)
+    pool, settings = search.space.pool, search.space.genome.pool
+    base = shown.get(search.space.genome.base_model or "")
+    shown = {name: shown[name] for name in pool if name in shown}
+    if settings is None or len(shown) < 2:
+        return None
+    damaged, alike = _weights(search, list(shown))
+    noise = _noise(search, shown)
+    names = chosen(shown, base, settings.most, damaged, alike, noise)
+    if len(names) < 2:  # then the damaged and the twins are what there is
+        names = chosen(shown, None, settings.most, {}, {}, noise)
+    why = f"the best of {len(pool)} by what each scored alone"
+    out = [f"{short_name(name)} {said}" for name, said in damaged.items()]
+    return StructuralMove(
+        "models", ", ".join(map(short_name, names)), "; ".join([why, *out])[:_LONGEST]
+    )
+
+
+#: Of the reason that is kept with a choice.
+_LONGEST = 400
+
+
+def chosen(
+    shown: Mapping[str, OwnScore],
+    base: OwnScore | None,
+    most: int,
+    damaged: Mapping[str, str],
+    alike: Mapping[str, frozenset[str]],
+    noise: float = 0.0,
+) -> list[str]:
+    """At most so many experts: first the best; then, one by one, whoever is furthest ahead of those
+    that are there, summed over the tasks in which it is; then the best by score of what is left,
+    as long as they are ahead of the base. alike: an expert -> its near-duplicates. noise: to be
+    ahead by less is luck."""
+    left = {name: one for name, one in shown.items() if name not in damaged}
+    names: list[str] = []
+    while left and len(names) < most:
+        there = [max(parts) for parts in zip(*(shown[n].parts for n in names), strict=True)]
+        gains = {n: _gain(one.parts, there, noise) for n, one in left.items()}
+        name = max(left, key=lambda n: (gains[n], shown[n].score))
+        behind = base is not None and left[name].score <= base.score and not gains[name]
+        if behind and len(names) >= 2:
+            break
+        names.append(name)
+        left = {n: one for n, one in left.items() if n != name and n not in alike.get(name, ())}
+    return names
+
+
+def _gain(parts: Sequence[float], there: Sequence[float], noise: float) -> float:
+    ahead = sum(max(own - best, 0.0) for own, best in zip(parts, there, strict=bool(there)))
+    return ahead if ahead > noise else 0.0
+
+
+def _noise(search: Search, shown: Mapping[str, OwnScore]) -> float:
+    """The median standard error of how far the best expert is ahead of another."""
+    alone = {c.label: c.observation() for c in search.book.candidates() if c.label in shown}
+    best = max(shown, key=lambda name: shown[name].score)
+    found = [search.noise(alone[best], alone[name]) for name in shown if name != best]
+    return median(found)
+
+
+def _weights(
+    search: Search, names: Sequence[str]
+) -> tuple[dict[str, str], dict[str, frozenset[str]]]:
+    """What the weights say: who is damaged and how, and who is whose near-duplicate."""
+    if not reads_models(search.config.worker.kind):
+        return {}, {}
+    from agentmerge.merging.experts import survey_experts
+
+    paths = {str(search.paths[name]): name for name in names}
+    base = search.paths.get(search.space.genome.base_model or "")
+    found = survey_experts(list(paths), str(base) if base else None)
+    damaged = {
+        paths[one.model]: one.damage[0] for one in found.experts if one.damage and not one.misfit
+    }
+    alike: dict[str, frozenset[str]] = {}
+    for one, other, _ in found.duplicates:
+        for mine, theirs in ((one, other), (other, one)):
+            alike[paths[mine]] = alike.get(paths[mine], frozenset()) | {paths[theirs]}
+    return damaged, alike
