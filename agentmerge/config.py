@@ -494,14 +494,43 @@ class RacingSettings(_Frozen):
         return kept
 
 
+class TokenLimit(_Frozen):
+    """How long answers may be: ``most`` tokens an item, or so many times the ``parents``' mean."""
+
+    most: float | None = Field(None, gt=0)
+    parents: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenLimit:
+        if (self.most is None) == (self.parents is None):
+            raise ValueError(
+                "tokens has either most (tokens an item) or parents (times their mean), as in "
+                "tokens: {most: 120}"
+            )
+        return self
+
+
 class Constraint(_Frozen):
     """What an answer may not lose: ``max_drop`` of a task's metric, below the best parent there.
 
-    task: a name from the config's tasks, or ``*`` for each of them.
+    task: a name from the config's tasks, or ``*`` for each of them. tokens: in place of both, how
+        long answers may be.
     """
 
-    task: str
-    max_drop: float = Field(ge=0)
+    task: str | None = None
+    max_drop: float | None = Field(None, ge=0)
+    tokens: TokenLimit | None = None
+    younger = ("tokens",)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Constraint:
+        if self.tokens is not None and (self.task is not None or self.max_drop is not None):
+            raise ValueError(
+                "tokens is a constraint of its own; write task and max_drop in another"
+            )
+        if self.tokens is None and (self.task is None or self.max_drop is None):
+            raise ValueError("a constraint has task and max_drop, or tokens: {most: 120}")
+        return self
 
 
 class SearchSettings(_Frozen):
@@ -521,10 +550,32 @@ class SearchSettings(_Frozen):
     graph: str = "search"
     racing: RacingSettings | None = None
     constraints: tuple[Constraint, ...] = ()
+    objectives: tuple[Literal["score", "tokens"], ...] | None = None
     shadow: float = Field(0.0, ge=0, lt=1)
     structure: Literal["fixed", "advised", "free"] = "advised"
     approve: bool = False
     lag: Annotated[int, Field(ge=0, le=MOST_WORKERS * 4)] | Literal["auto"] | None = None
+    younger = ("objectives",)
+
+    @property
+    def traded(self) -> bool:
+        """Whether the answers' length is an objective beside the score."""
+        return "tokens" in (self.objectives or ())
+
+    @property
+    def counted(self) -> bool:
+        """Whether the answers' length matters, so that every item has to have one."""
+        return self.traded or any(c.tokens is not None for c in self.constraints)
+
+    @field_validator("objectives")
+    @classmethod
+    def _with_score(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and ("score" not in value or len(set(value)) < len(value)):
+            raise ValueError(
+                f"{list(value)} must hold score, and nothing twice: [score], or [score, tokens] "
+                "for all that is worth choosing between a better and a shorter answer"
+            )
+        return value
 
     @field_validator("racing", mode="before")
     @classmethod
@@ -998,8 +1049,18 @@ def _note_cancelling(genome: GenomeConfig, out: _Faults) -> None:
 def _check_constraints(search: SearchSettings, tasks: TasksConfig | None, out: _Faults) -> None:
     known = ["*", *(task.name for task in tasks.tasks)] if tasks else []
     seen: set[str] = set()
+    if search.traded and search.racing is not None:
+        out.faults.append(
+            f"{out.where('search.racing')}: a race drops whatever has less score, short answers "
+            "too; remove it, or tokens from search.objectives"
+        )
     for index, constraint in enumerate(search.constraints):
         where = out.where(f"search.constraints.{index}")
+        if constraint.task is None:
+            if "tokens:" in seen:
+                out.faults.append(f"{where}: tokens are constrained twice; keep one")
+            seen.add("tokens:")
+            continue
         if known and constraint.task not in known:
             near = difflib.get_close_matches(constraint.task, known, 1, 0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"

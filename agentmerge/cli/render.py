@@ -131,6 +131,15 @@ def constraint_text(row: Mapping[str, Any]) -> str:
     def held(kept: bool, mine: float, best: float) -> str:
         return f"{'kept' if kept else 'BROKEN'} ({figure(mine)} against {figure(best)})"
 
+    if "tokens" in row:
+        most, times = row["tokens"]["most"], row["tokens"]["parents"]
+        whose = "" if times is None else f", {times:g} times the parents' mean"
+        text = f"answers may have {most:.1f} tokens an item{whose}"
+        for part in ("", "sealed_"):
+            if f"{part}answer" in row:
+                held_so = held(row[f"{part}kept"], row[f"{part}answer"], most)
+                text += f"{', ' if part else ': '}{part[:-1] or 'search'} items {held_so}"
+        return text
     text = (
         f"{row['task']} may be {row['max_drop']:g} worse than the best parent: search items "
         f"{held(row['kept'], row['answer'], row['parent'])}"

@@ -20,7 +20,8 @@ def known(kind: type[T], body: Mapping[str, Any]) -> T:
 
 @dataclass(frozen=True)
 class Compared:
-    """A row of the card. sealed_failure: why it has no score on the sealed items."""
+    """A row of the card. sealed_failure: why it has no score on the sealed items. tokens,
+    sealed_tokens: generated an item, where the search was told to look at that."""
 
     candidate: Sequence[int] = ()
     name: str = ""
@@ -33,6 +34,8 @@ class Compared:
     sealed_score: float | None = None
     sealed_tasks: Mapping[str, float] | None = None
     sealed_failure: str | None = None
+    tokens: float | None = None
+    sealed_tokens: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         keep = ("score", "interval", "" if self.sealed_failure is None else "sealed_score")

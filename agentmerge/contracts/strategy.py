@@ -104,6 +104,8 @@ class Items:
     to the score. margins: (m,) whether its signal is a margin, whose sign says right or wrong;
     where it is not, the signal is the value itself. documents: (m,) how many each stands for, by
     default one; a whole metric stands for all of its task's. bounds: what candidates must keep.
+    tokens: (m,) where short answers are an objective too, what one unit of the item's value adds to
+    their mean length; the lengths are items of their own then, which add nothing to the score.
     """
 
     task: np.ndarray
@@ -111,6 +113,7 @@ class Items:
     margins: np.ndarray
     documents: np.ndarray | None = None
     bounds: tuple[Bound, ...] = ()
+    tokens: np.ndarray | None = None
 
     @property
     def counts(self) -> np.ndarray:
@@ -191,6 +194,7 @@ class Strategy(Protocol):
     """One that also has ``uses_items = True`` is told each observation with its evidence; one that
     has ``needs_all = True`` none that is pending; one that
     reads guidance has ``heeds_advice = True``, so that nobody pays unawares for words unheard; one
+    that looks for the whole front where ``Items.tokens`` are has ``trades = True``; one
     with settings of its own gives itself with them in ``with_settings(config.search)``."""
 
     name: str

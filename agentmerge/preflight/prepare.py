@@ -110,6 +110,15 @@ def prepare(
     look = Look(config, kind, faults, also, fresh, tasks, weights, run_code)
     with waiting_for("a look at models and tasks"):
         prepared = (_of_models if getattr(kind, "reads_models", True) else _of_names)(look)
+    if prepared.taskset.tasks and config.search.counted and not prepared.taskset.generating:
+        named = ", ".join(repr(task.name) for task in config.tasks.tasks)
+        raise ConfigError(
+            [
+                f"search: tokens are asked for, and no task generates any ({named}): answers of a "
+                "task have a length where its output_type is generate_until; leave tokens out of "
+                "search.objectives and search.constraints"
+            ]
+        )
     warm = init_notes(config, prepared.space.num_layers) if fresh else []
     notes += method_notes(config) if not run_code else []
     if is_own(config.search.graph) and not run_code:

@@ -189,16 +189,19 @@ def compared(search: Search, candidate: Candidate, part: Part, lost: list[str]) 
     row = Compared(
         (candidate.generation, candidate.slot), name_of(candidate), candidate.operator,
         candidate.recipe_hash, candidate.score, dict(candidate.tasks), candidate.truncated,
-        candidate.cut_off,
+        candidate.cut_off, tokens=candidate.tokens if search.config.search.counted else None,
     )  # fmt: skip
     if part == "search":
         return row
     try:
-        score = search.taskset.score(confirm(search, candidate), part)
+        results = confirm(search, candidate)
+        score = search.taskset.score(results, part)
     except (BudgetReached, CandidateFailed, TaskError, WorkerLost) as error:
         if isinstance(error, (BudgetReached, WorkerLost)):
             lost.append(str(error))
         return replace(row, sealed_failure=str(error))
+    if search.config.search.counted:
+        row = replace(row, sealed_tokens=search.taskset.tokens(results, "sealed"))
     return replace(row, sealed_score=score.value, sealed_tasks=dict(score.tasks))
 
 

@@ -2,7 +2,8 @@
 
 A floor is set by the parents' own metrics on the search items, so it is known after generation 0. A
 candidate's violation is what it lacks to its floors, in the metrics' own units; it is kept with the
-candidate. Less violation ranks first, then more score. What strategies learn from items have the
+candidate. Less violation ranks first, then more score. Answers may be bounded in length too: what
+they lack is the share by which they are too long. What strategies learn from items have the
 floors among them (``evidence.py``), so that they can predict what keeps them. Knows no strategy.
 """
 
@@ -46,6 +47,29 @@ class Floor:
         beyond = self.least - sign * metric
         return beyond if beyond > _ROUNDING else 0.0
 
+    def broken_by(self, tasks: Mapping[str, float], tokens: float | None) -> float:
+        return self.lacking(tasks[self.task]) if self.task in tasks else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """How long answers may be. most: tokens an item. parents: so many times the parents' mean,
+    where that is what was asked."""
+
+    most: float
+    parents: float | None = None
+
+    def lacking(self, tokens: float) -> float:
+        """By what share answers are too long, 0 where they are not."""
+        beyond = tokens / self.most - 1.0
+        return beyond if beyond > _ROUNDING else 0.0
+
+    def broken_by(self, tasks: Mapping[str, float], tokens: float | None) -> float:
+        return 0.0 if tokens is None else self.lacking(tokens)
+
+
+Limit = Floor | Ceiling
+
 
 def floors(
     constraints: Sequence[Constraint],
@@ -54,9 +78,7 @@ def floors(
 ) -> list[Floor]:
     """One a constrained task; none where no parent was scored. A task's own wins over ``*``."""
     allowed = {c.task: c.max_drop for c in constraints}
-    parents = [
-        c for c in candidates if c.operator == PARENT and c.score is not None and not c.prior
-    ]
+    parents = _parents(candidates)
     found = []
     for objective in objectives:
         drop = allowed.get(objective.name, allowed.get("*"))
@@ -69,9 +91,28 @@ def floors(
     return found
 
 
-def violation(found: Sequence[Floor], tasks: Mapping[str, float]) -> float:
-    """What a candidate with these metrics lacks, all floors together."""
-    return sum(floor.lacking(tasks[floor.task]) for floor in found if floor.task in tasks)
+def ceilings(constraints: Sequence[Constraint], candidates: Sequence[Candidate]) -> list[Ceiling]:
+    """The limit on answers' length, if there is one and what it is measured by is known."""
+    lengths = [c.tokens for c in _parents(candidates) if c.tokens is not None]
+    found = []
+    for asked in (c.tokens for c in constraints if c.tokens is not None):
+        if asked.most is not None:
+            found.append(Ceiling(asked.most))
+        elif asked.parents is not None and any(lengths):
+            most = asked.parents * sum(lengths) / len(lengths)
+            found.append(Ceiling(most, asked.parents))
+    return found
+
+
+def _parents(candidates: Sequence[Candidate]) -> list[Candidate]:
+    return [c for c in candidates if c.operator == PARENT and c.score is not None and not c.prior]
+
+
+def violation(
+    found: Sequence[Limit], tasks: Mapping[str, float], tokens: float | None = None
+) -> float:
+    """What a candidate with these metrics, and answers so long, lacks, all limits together."""
+    return sum(limit.broken_by(tasks, tokens) for limit in found)
 
 
 def steepness(objectives: Sequence[Objective]) -> float:
@@ -95,14 +136,17 @@ def penalised(history: Sequence[Observation], objectives: Sequence[Objective]) -
 
 
 def kept(
-    found: Sequence[Floor], answer: Compared, parents: Sequence[Compared]
+    found: Sequence[Limit], answer: Compared, parents: Sequence[Compared]
 ) -> list[dict[str, Any]]:
     """The closing card's rows: each floor, what the answer has there, on search and sealed items.
 
     answer, parents: rows of the card; on sealed items the best parent is found anew.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for floor in found:
+        if isinstance(floor, Ceiling):
+            rows.append(_short_enough(floor, answer))
+            continue
         metric = answer.tasks[floor.task]
         row = {
             "task": floor.task,
@@ -120,3 +164,13 @@ def kept(
             row |= {"sealed_parent": best, "sealed_answer": mine, "sealed_kept": held}
         rows.append(row)
     return rows
+
+
+def _short_enough(ceiling: Ceiling, answer: Compared) -> dict[str, Any]:
+    row: dict[str, Any] = {"tokens": {"most": ceiling.most, "parents": ceiling.parents}}
+    if answer.tokens is not None:
+        row |= {"answer": answer.tokens, "kept": not ceiling.lacking(answer.tokens)}
+    if answer.sealed_tokens is not None:
+        held = not ceiling.lacking(answer.sealed_tokens)
+        row |= {"sealed_answer": answer.sealed_tokens, "sealed_kept": held}
+    return row

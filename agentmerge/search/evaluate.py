@@ -77,7 +77,7 @@ def judged(search: Search) -> list[Candidate]:
     if not search.config.search.constraints:
         return candidates
     bounds = search.floors(candidates)
-    found = {(c.generation, c.slot): violation(bounds, dict(c.tasks)) for c in candidates}
+    found = {(c.generation, c.slot): violation(bounds, dict(c.tasks), c.tokens) for c in candidates}
     search.book.save_violations(found)
     return search.book.candidates()
 

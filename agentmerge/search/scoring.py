@@ -60,12 +60,16 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """The one way to items' results: from the ledger where they are, else from a worker."""
+    """The one way to items' results: from the ledger where they are, else from a worker.
+
+    counted: a generated answer whose length nobody kept is asked again.
+    """
 
     ledger: Ledger
     taskset: TaskSet
     pool: Evaluator
     judge: Judge | None = None
+    counted: bool = False
 
     def known(self, recipe_hash: str, part: Part = "search") -> dict[ItemRef, ItemResult]:
         found = {}
@@ -92,7 +96,7 @@ class Scoring:
         """
         results = self.known(recipe_hash, part)
         asked = self.taskset.refs(part) if only is None else only
-        missing = [ref for ref in asked if ref not in results]
+        missing = [ref for ref in asked if ref not in results or self._uncounted(ref, results)]
         if not missing:
             return Answers(results, [])
         proof, rows, seconds = self.pool.evaluate(recipe, missing, wanted)
@@ -106,6 +110,10 @@ class Scoring:
             key = self._key(recipe_hash, task.protocol_hash)
             paid.append((key, task.name, refs, [fresh[ref] for ref in refs]))
         return Answers(results | fresh, paid, seconds, proof.digest)
+
+    def _uncounted(self, ref: ItemRef, results: dict[ItemRef, ItemResult]) -> bool:
+        generated = self.counted and any(t.name == ref.task for t in self.taskset.generating)
+        return generated and results[ref].tokens is None
 
     def save(self, answers: Answers) -> None:
         for key, task, refs, rows in answers.paid:

@@ -38,7 +38,7 @@ from agentmerge.ledger.book import Book
 from agentmerge.ledger.words import openings
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.copying import layers_read
-from agentmerge.search.constraints import Floor, floors, penalised
+from agentmerge.search.constraints import Limit, ceilings, floors, penalised
 from agentmerge.search.evidence import ItemTable, comparable
 from agentmerge.search.gradients import Gradients
 from agentmerge.search.judging import Judges
@@ -181,7 +181,8 @@ class Search:
 
     @property
     def scoring(self) -> Scoring:
-        return Scoring(self.ledger, self.taskset, self.pool, self.judges)
+        counted = self.config.search.counted
+        return Scoring(self.ledger, self.taskset, self.pool, self.judges, counted)
 
     @cached_property
     def course(self) -> Course:
@@ -189,7 +190,8 @@ class Search:
 
     @cached_property
     def item_table(self) -> ItemTable:
-        return ItemTable(self.taskset, self.item_results)
+        settings = self.config.search
+        return ItemTable(self.taskset, self.item_results, settings.counted, settings.traded)
 
     @cached_property
     def noise(self) -> PairedNoise:
@@ -269,8 +271,13 @@ class Search:
     def _score_now(self, recipe_hash: str) -> Score | None:
         return self._rescored.get(recipe_hash)
 
-    def floors(self, candidates: Sequence[Candidate]) -> list[Floor]:
-        return floors(self.config.search.constraints, self.taskset.objectives, candidates)
+    def floors(self, candidates: Sequence[Candidate]) -> list[Limit]:
+        """What the constraints ask for, as the parents among these candidates set it."""
+        asked = self.config.search.constraints
+        return [
+            *floors(asked, self.taskset.objectives, candidates),
+            *ceilings(asked, candidates),
+        ]
 
     def item_results(self, recipe_hash: str, part: Part = "search") -> dict[ItemRef, ItemResult]:
         """What the ledger knows of a recipe's items, without paying for anything.

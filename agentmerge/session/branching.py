@@ -28,7 +28,8 @@ def new_branch(
 ) -> tuple[Prepared, RunRow]:
     """A run with the past of another one, written to the ledger.
 
-    Where an override changes what is asked (tasks, limit, engine), the past is knowledge only: its
+    Where an override changes what is asked (tasks, limit, engine; lengths, where nobody kept them),
+    the past is knowledge only: its
     items' results, and a score where those are all that the present items need ("rescored").
     Where it changes the agents or their prompts, they are asked about generation ``at`` anew.
 
@@ -52,7 +53,10 @@ def new_branch(
     prepared = prepared.without(ledger.searched_before([parent.id]))
     row = new_row(ledger, prepared, name or f"{parent.name}-b{at}", (parent.id, at), run_id)
     before = SearchConfig.from_text(parent.config, parent.name)
-    prior = answers(row.facts, config) != answers(parent.facts, before)
+    uncounted = config.search.counted and any(
+        c.score is not None and c.tokens is None and not c.prior for c in past if c.generation <= at
+    )
+    prior = uncounted or answers(row.facts, config) != answers(parent.facts, before)
     old = {c.recipe_hash for c in past if c.generation <= at and (prior or c.prior)}
     if rescored := [recipe for recipe in sorted(old) if _scored(ledger, prepared, recipe)]:
         row = replace(row, facts=row.facts | {"rescored": rescored})

@@ -30,6 +30,7 @@ from agentmerge.contracts.strategy import (
     first_generation,
     next_generation,
 )
+from agentmerge.strategies.front import by_area, traded
 from agentmerge.strategies.gradient import GradientSteps, next_step
 from agentmerge.strategies.margins import (
     ENOUGH,
@@ -58,6 +59,7 @@ class Auto:
     name = "auto"
     heeds_advice = True
     uses_items = True
+    trades = True
 
     def __init__(self, gradients_from: int | None = GRADIENTS_FROM) -> None:
         """gradients_from: dimensions from which on gradients are asked for; None: never."""
@@ -70,14 +72,16 @@ class Auto:
         if generation == 0 or count == 0:
             return []
         gradients = self.gradients_from is not None and space.dimensions >= self.gradients_from
-        operator = operator_of(history, gradients, rng_for)
-        advised = fresh(advice(history, guidance, count), history)
-        unproven = advised and not gain_rate(history, ADVICE)
-        stale = since_gain(history) >= STALE
+        seen, operator = history, operator_of(history, gradients, rng_for)
+        if traded(history):  # no other operator looks for a front
+            seen, operator = by_area(history), Margins()
+        advised = fresh(advice(seen, guidance, count), history)
+        unproven = advised and not gain_rate(seen, ADVICE)
+        stale = since_gain(seen) >= STALE
         prospect: Prospect | None = None
         if stale or unproven or isinstance(operator, Margins):
             prospect = prospect_for(space, history)
-        if stale and prospect and nothing_to_gain(space, history, prospect, rng_for):
+        if stale and prospect and nothing_to_gain(space, seen, prospect, rng_for):
             return []
         if unproven and prospect:
             [best] = Margins().climbing(space, prospect, generation, 1, rng_for)

@@ -18,6 +18,7 @@ from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.space import Space
 from agentmerge.contracts.strategy import Bound, History, Proposal, RngFor, next_generation
 from agentmerge.space.subspaces import rungs
+from agentmerge.strategies.front import SHOWN, Front, Worst, undominated, worst_of
 from agentmerge.strategies.one_plus_one import reflected
 from agentmerge.strategies.random import random_vectors
 from agentmerge.strategies.ratios import EVERYTHING, Ratios
@@ -66,10 +67,23 @@ class Prospect:
     by_item: bool
     ratios: Ratios = EVERYTHING
     apart: float = APART
+    front: Front | None = None
 
     def gains(self, points: np.ndarray) -> np.ndarray:
-        """Expected improvement at (c, d) points, in score."""
+        """Expected improvement at (c, d) points, in score; of the front's area where there is one,
+        scores and lengths each erring together, and not with one another."""
         means, deviation = self.model.predict(points)
+        if self.front is not None:
+            signals = [
+                means + self.exploration * node * deviation[:, None] * self.model.spread
+                for node in _NODES
+            ]
+            lengths = [self.score.length(each) for each in signals]
+            area = np.zeros(len(points))
+            for scores, share in zip(map(self.score, signals), _SHARES, strict=True):
+                for tokens, other in zip(lengths, _SHARES, strict=True):
+                    area += share * other * self.front.added(scores, tokens)
+            return area
         total = np.zeros(len(points))
         for node, share in zip(_NODES, _SHARES, strict=True):
             signals = means + self.exploration * node * deviation[:, None] * self.model.spread
@@ -79,6 +93,8 @@ class Prospect:
     def smooth_loss(self, point: np.ndarray) -> tuple[float, np.ndarray]:
         """(minus a smooth expected improvement, its gradient) at one point."""
         means, deviation, kernel_slope, deviation_slope = self.model.slope(point)
+        if self.front is not None:
+            return self._area_loss(self.front, means, deviation, kernel_slope, deviation_slope)
         total, gradient = 0.0, np.zeros(len(point))
         for node, share in zip(_NODES, _SHARES, strict=True):
             signals = means + self.exploration * node * deviation * self.model.spread
@@ -92,10 +108,51 @@ class Prospect:
             gradient += share * along / (1.0 + np.exp(-np.clip(ahead, -500, 500)))
         return -total, -gradient
 
+    def _area_loss(
+        self,
+        front: Front,
+        means: np.ndarray,
+        deviation: np.ndarray,
+        kernel_slope: np.ndarray,
+        deviation_slope: np.ndarray,
+    ) -> tuple[float, np.ndarray]:
+        told = []
+        for node in _NODES:
+            signals = means + self.exploration * node * deviation * self.model.spread
+            values = float(self.score(signals)), float(self.score.length(signals))
+            slopes = [
+                kernel_slope @ (self.model.weights @ pull)
+                + self.exploration * node * float(self.model.spread @ pull) * deviation_slope
+                for pull in (self.score.slope(signals), self.score.length_slope(signals))
+            ]
+            told.append((values, slopes))
+        total, gradient = 0.0, np.zeros(len(kernel_slope))
+        for ((score, _), (rise, _)), share in zip(told, _SHARES, strict=True):
+            for ((_, tokens), (_, longer)), other in zip(told, _SHARES, strict=True):
+                by_score, by_tokens = front.slopes(score, tokens)
+                added = front.added(np.array([score]), np.array([tokens]))
+                total += share * other * float(added[0])
+                gradient += share * other * (by_score * rise + by_tokens * longer)
+        return -total, -gradient
+
+    def elites(self) -> np.ndarray:
+        """The best of the points that are known; of a front, some along all of it."""
+        signals = self.model.mean + self.model.centred()
+        scores = self.score(signals)
+        if self.front is None:
+            some = np.argsort(-scores, kind="stable")[:ELITES]
+        else:
+            along = undominated(scores, self.score.length(signals))
+            count = min(len(along), 2 * ELITES)
+            some = along[np.linspace(0, len(along) - 1, count).round().astype(int)]
+        found: np.ndarray = self.model.points[some]
+        return found
+
 
 class Margins:
     name = "margins"
     uses_items = True
+    trades = True
 
     def propose(
         self, space: Space, history: History, guidance: Guidance | None, count: int, rng_for: RngFor
@@ -132,7 +189,7 @@ def prospect_for(space: Space, history: History) -> Prospect | None:
     ratios = Ratios.of(space)
     table = replace(table, points=ratios.representative(table.points))
     apart = APART if table.items.counts.sum() >= FEW_DOCUMENTS else APART_WITHOUT_NOISE
-    found = replace(prospect_of(table), ratios=ratios, apart=apart)
+    found = replace(prospect_of(table, worst_of(history)), ratios=ratios, apart=apart)
     for o in history:
         if o.pending and o.vector is not None:
             [point] = ratios.representative(np.array([o.vector]))
@@ -140,10 +197,11 @@ def prospect_for(space: Space, history: History) -> Prospect | None:
     return found
 
 
-def prospect_of(table: Table) -> Prospect:
+def prospect_of(table: Table, worst: Worst | None = None) -> Prospect:
     """The model of the items, or of their score alone where the items' answers are mostly chance.
 
-    What changes by chance from one merge to the next says less apart than together.
+    What changes by chance from one merge to the next says less apart than together. worst: from
+    where the front's area counts; by default the worst of all that is known.
     """
     table = thinned(table)
     score = softened(table)
@@ -152,11 +210,27 @@ def prospect_of(table: Table) -> Prospect:
     if len(table.items.weight) > 1:
         model = fitted(table.points, table.signals)
         if model.hyper.noise < CHANCE:
-            return Prospect(model, score, best, EXPLORATION, least_gain, by_item=True)
+            found = Prospect(model, score, best, EXPLORATION, least_gain, by_item=True)
+            return _with_front(found, table, table.signals, worst)
     whole, told = summed(score, table)
     smooth = fitted(table.points, told)
-    best = best_of(whole(smooth.predict(table.points)[0]), table)
-    return Prospect(smooth, whole, best, 1.0, least_gain, by_item=False)
+    expected = smooth.predict(table.points)[0]
+    best = best_of(whole(expected), table)
+    found = Prospect(smooth, whole, best, 1.0, least_gain, by_item=False)
+    return _with_front(found, table, expected, worst)
+
+
+def _with_front(
+    found: Prospect, table: Table, signals: np.ndarray, worst: Worst | None
+) -> Prospect:
+    """The same, after the whole front where short answers are an objective too."""
+    if found.score.tokens is None:
+        return found
+    scores, lengths = found.score(signals), found.score.length(signals)
+    worst = worst or Worst.of(scores, lengths)
+    kept = table.counts if table.counts.any() else np.ones(len(scores), bool)
+    front = Front.of(worst, scores[kept], lengths[kept])
+    return replace(found, front=front, least_gain=found.least_gain / SHOWN)
 
 
 def best_of(scores: np.ndarray, table: Table) -> float:
@@ -167,15 +241,18 @@ def best_of(scores: np.ndarray, table: Table) -> float:
 def summed(score: SoftScore, table: Table) -> tuple[SoftScore, np.ndarray]:
     """The score, and each bounded metric, as the only items there are; and their signals."""
     values = score.values(table.signals)
-    sums = [values @ share for share in (score.weight, *(b.share for b in score.bounds))]
+    lengths = () if score.tokens is None else (score.tokens,)
+    shares = (score.weight, *(b.share for b in score.bounds), *lengths)
+    sums = [values @ share for share in shares]
     places = np.eye(len(sums))
+    tokens = places[-1] if lengths else None
     bounds = tuple(
         Bound(place, b.sign, b.least, b.steep)
-        for place, b in zip(places[1:], score.bounds, strict=True)
+        for place, b in zip(places[1 : 1 + len(score.bounds)], score.bounds, strict=True)
     )
-    told, decades = scaled(np.array(sums).T, directions(places[0], bounds))
+    told, decades = scaled(np.array(sums).T, directions(places[0], bounds, tokens))
     plain = np.zeros(len(sums), bool)
-    return SoftScore(places[0], plain, np.ones(len(sums)), decades, bounds), told
+    return SoftScore(places[0], plain, np.ones(len(sums)), decades, bounds, tokens), told
 
 
 def least_gain_of(table: Table, scores: np.ndarray) -> float:
@@ -195,7 +272,10 @@ def believed(prospect: Prospect, point: np.ndarray) -> Prospect:
     the window."""
     means, _ = prospect.model.predict(point[None])
     model = prospect.model.told(point[None], means)
-    return replace(prospect, model=model, best=max(prospect.best, float(prospect.score(means)[0])))
+    score, front = float(prospect.score(means)[0]), prospect.front
+    if front is not None:
+        front = front.told(score, float(prospect.score.length(means)[0]))
+    return replace(prospect, model=model, best=max(prospect.best, score), front=front)
 
 
 def climbed(prospect: Prospect, space: Space, rng: np.random.Generator) -> np.ndarray:
@@ -234,10 +314,8 @@ def most_promising(
     def promise(coordinates: np.ndarray) -> np.ndarray:
         return prospect.gains(prospect.ratios.representative(coordinates @ basis))
 
-    scores = prospect.score(prospect.model.mean + prospect.model.centred())
-    best = known[np.argsort(-scores, kind="stable")[:ELITES]]
     # On a lower rung: the nearest points.
-    centres = np.clip(best @ np.linalg.pinv(basis), 0.0, 1.0)
+    centres = np.clip(prospect.elites() @ np.linalg.pinv(basis), 0.0, 1.0)
     scales = np.exp(np.log(prospect.model.hyper.scales) @ (basis > 0).T / (basis > 0).sum(1))
     pool, gains = centres, promise(centres)
     for step in range(ROUNDS):

@@ -32,13 +32,15 @@ NEAR = 5
 @dataclass(frozen=True, eq=False)
 class SoftScore:
     """weight, margins: (m,); softening: (m,), in nats. decades: (m,) 0 where a signal is the value
-    itself, 1 or -1 where it is the logarithm of the value or of minus the value."""
+    itself, 1 or -1 where it is the logarithm of the value or of minus the value. tokens: as
+    ``Items`` has them."""
 
     weight: np.ndarray
     margins: np.ndarray
     softening: np.ndarray
     decades: np.ndarray
     bounds: tuple[Bound, ...] = ()
+    tokens: np.ndarray | None = None
 
     def values(self, signals: np.ndarray) -> np.ndarray:
         """What is expected of each item, (..., m) -> (..., m)."""
@@ -61,6 +63,17 @@ class SoftScore:
             found = found - bound.steep * np.maximum(bound.lacking(values), 0.0)
         return found
 
+    def length(self, signals: np.ndarray) -> np.ndarray:
+        """Tokens an item, (..., m) -> (...), where they are an objective."""
+        found: np.ndarray = np.maximum(self.values(signals) @ self.tokens, 0.0)
+        return found
+
+    def length_slope(self, signals: np.ndarray) -> np.ndarray:
+        """d length / d signal, (m,) -> (m,)."""
+        rise = np.where(self.decades != 0, self.values(signals), 1.0)
+        found: np.ndarray = self.tokens * rise
+        return found
+
     def slope(self, signals: np.ndarray) -> np.ndarray:
         """d score / d signal, (m,) -> (m,)."""
         scaled = signals / self.softening
@@ -78,9 +91,12 @@ class SoftScore:
         return found
 
 
-def directions(weight: np.ndarray, bounds: Sequence[Bound]) -> np.ndarray:
-    """(m,) 1 where a higher value is better for the score, -1 where a lower one is."""
+def directions(
+    weight: np.ndarray, bounds: Sequence[Bound], tokens: np.ndarray | None = None
+) -> np.ndarray:
+    """(m,) 1 where a higher value is better for the score, -1 where a lower one is (of tokens too)."""
     pull = weight + sum(bound.steep * bound.sign * bound.share for bound in bounds)
+    pull = pull if tokens is None else pull - tokens
     return np.where(pull < 0, -1.0, 1.0)
 
 

@@ -57,7 +57,7 @@ def table_of(history: History) -> Table | None:
         items = _NOBODY
         values = np.array([[o.score] for o in told], float)
         signals = values
-    better = directions(items.weight, items.bounds)
+    better = directions(items.weight, items.bounds, items.tokens)
     others = ~items.margins
     signals, decades = np.clip(signals, -CLIP, CLIP), np.zeros(len(better))
     signals[:, others], decades[others] = scaled(values[:, others], better[others])
@@ -112,6 +112,7 @@ def thinned(table: Table) -> Table:
         items.margins[places],
         items.counts[places] * counted,
         tuple(replace(b, share=b.share[places] * counted) for b in items.bounds),
+        None if items.tokens is None else items.tokens[places] * counted,
     )
     pick = np.ix_(rows, places)
     return Table(
@@ -131,7 +132,9 @@ def softened(table: Table) -> SoftScore:
     for task in np.unique(items.task[items.margins]):
         mine = items.margins & (items.task == task)
         softening[mine] = softening_of(table.signals[:, mine], table.values[:, mine] > 0.5)
-    score = SoftScore(items.weight, items.margins, softening, table.decades)
+    score = SoftScore(
+        items.weight, items.margins, softening, table.decades, tokens=items.tokens
+    )  # fmt: skip
     soft = score.values(table.signals)
     bounds = tuple(calibrated(bound, soft, table.values) for bound in items.bounds)
     return replace(score, bounds=bounds)
