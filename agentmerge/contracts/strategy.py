@@ -104,8 +104,9 @@ class Items:
     to the score. margins: (m,) whether its signal is a margin, whose sign says right or wrong;
     where it is not, the signal is the value itself. documents: (m,) how many each stands for, by
     default one; a whole metric stands for all of its task's. bounds: what candidates must keep.
-    tokens: (m,) where short answers are an objective too, what one unit of the item's value adds to
-    their mean length; the lengths are items of their own then, which add nothing to the score.
+    tokens: (m,) where answers' length matters, what one unit of the item's value adds to its mean;
+    the lengths are items of their own then, which add nothing to the score. traded: short answers
+    are an objective too.
     """
 
     task: np.ndarray
@@ -114,6 +115,7 @@ class Items:
     documents: np.ndarray | None = None
     bounds: tuple[Bound, ...] = ()
     tokens: np.ndarray | None = None
+    traded: bool = False
 
     @property
     def counts(self) -> np.ndarray:
@@ -194,7 +196,7 @@ class Strategy(Protocol):
     """One that also has ``uses_items = True`` is told each observation with its evidence; one that
     has ``needs_all = True`` none that is pending; one that
     reads guidance has ``heeds_advice = True``, so that nobody pays unawares for words unheard; one
-    that looks for the whole front where ``Items.tokens`` are has ``trades = True``; one
+    that looks for the whole front where ``Items.traded`` says so has ``trades = True``; one
     with settings of its own gives itself with them in ``with_settings(config.search)``."""
 
     name: str

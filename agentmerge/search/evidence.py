@@ -59,8 +59,8 @@ class ItemTable:
         weight = share * np.array([*(o.signed_weight for o in objectives), 0.0])[task]
         bounds = tuple(self._bound(floor, task, share) for floor in floors)
         shows = usable & np.isfinite(margins).any(0)
-        tokens = np.where(task == len(objectives), share, 0.0) if self.traded else None
-        items = Items(task, weight, shows, documents, bounds, tokens)
+        tokens = np.where(task == len(objectives), share, 0.0) if self.counted else None
+        items = Items(task, weight, shows, documents, bounds, tokens, self.traded)
         signals = np.where(items.margins, margins, values)
         found = iter(zip(signals, values, strict=True))
         return [

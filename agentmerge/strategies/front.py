@@ -143,7 +143,7 @@ def by_area(history: History) -> list[Observation]:
 def traded(history: History) -> bool:
     """Whether short answers are an objective too."""
     told = next((o.evidence for o in reversed(history) if o.evidence is not None), None)
-    return told is not None and told.items.tokens is not None
+    return told is not None and told.items.traded
 
 
 def _placed(o: Observation) -> bool:

@@ -207,9 +207,13 @@ def prospect_of(table: Table, worst: Worst | None = None) -> Prospect:
     score = softened(table)
     scores = score(table.signals)
     least_gain, best = least_gain_of(table, scores), best_of(scores, table)
-    if len(table.items.weight) > 1:
+    tokens = table.items.tokens
+    answers = table.signals if tokens is None else table.signals[:, tokens == 0]
+    if answers.shape[1] > 1:
         model = fitted(table.points, table.signals)
-        if model.hyper.noise < CHANCE:
+        # Lengths are no chance, however much of it there is in the answers.
+        judged = model if tokens is None else fitted(table.points, answers)
+        if judged.hyper.noise < CHANCE:
             found = Prospect(model, score, best, EXPLORATION, least_gain, by_item=True)
             return _with_front(found, table, table.signals, worst)
     whole, told = summed(score, table)

@@ -94,7 +94,7 @@ class SoftScore:
 def directions(
     weight: np.ndarray, bounds: Sequence[Bound], tokens: np.ndarray | None = None
 ) -> np.ndarray:
-    """(m,) 1 where a higher value is better for the score, -1 where a lower one is (of tokens too)."""
+    """(m,) 1 where a higher value is better for the score, -1 where a lower one is, or fewer."""
     pull = weight + sum(bound.steep * bound.sign * bound.share for bound in bounds)
     pull = pull if tokens is None else pull - tokens
     return np.where(pull < 0, -1.0, 1.0)

@@ -113,6 +113,7 @@ def thinned(table: Table) -> Table:
         items.counts[places] * counted,
         tuple(replace(b, share=b.share[places] * counted) for b in items.bounds),
         None if items.tokens is None else items.tokens[places] * counted,
+        items.traded,
     )
     pick = np.ix_(rows, places)
     return Table(
@@ -132,9 +133,8 @@ def softened(table: Table) -> SoftScore:
     for task in np.unique(items.task[items.margins]):
         mine = items.margins & (items.task == task)
         softening[mine] = softening_of(table.signals[:, mine], table.values[:, mine] > 0.5)
-    score = SoftScore(
-        items.weight, items.margins, softening, table.decades, tokens=items.tokens
-    )  # fmt: skip
+    tokens = items.tokens if items.traded else None
+    score = SoftScore(items.weight, items.margins, softening, table.decades, tokens=tokens)
     soft = score.values(table.signals)
     bounds = tuple(calibrated(bound, soft, table.values) for bound in items.bounds)
     return replace(score, bounds=bounds)

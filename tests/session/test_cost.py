@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agentmerge.cli.app import run_app
-from agentmerge.ledger import Ledger
+from agentmerge.cli.render import constraint_text
+from agentmerge.errors import ConfigError
+from agentmerge.ledger import Ledger, pack, unpack
 from agentmerge.ledger.folder import LEDGER
+from agentmerge.preflight.prepare import prepare
 from agentmerge.report.summary import run_summary
 from agentmerge.session import driving
-from tests.session.conftest import config
+from agentmerge.strategies.front import by_area
+from tests.session.conftest import config, trace_of
 
 TASKS = [{"name": "one", "metric": "exact_match,none"}, {"name": "two", "metric": "acc,none"}]
 
@@ -40,3 +46,97 @@ def test_tokens_of_the_best_and_the_parents_are_shown(
     assert json.loads(capsys.readouterr().out)["best"]["tokens_per_item"] > 0
     likelihoods = searched(tmp_path, "l", tasks=[{"name": "two", "metric": "acc,none"}])
     assert likelihoods["best"]["tokens_per_item"] is None, "nothing is generated there"
+
+
+def test_answers_are_kept_short_enough(tmp_path: Path) -> None:
+    most = 40.0
+    limits = [{"tokens": {"most": most}}, {"task": "one", "max_drop": 1.0}]
+    for name, limit in (("bound", limits), ("parents", [{"tokens": {"parents": 0.8}}])):
+        search = {"algorithm": "auto", "constraints": limit}
+        shown = searched(tmp_path, name, search=search, budget={"max_evaluations": 11})
+        if name == "parents":
+            parents = [row for row in shown["parents"] if row["operator"] == "parent"]
+            most = 0.8 * sum(row["tokens_per_item"] for row in parents) / len(parents)
+        with Ledger(tmp_path / LEDGER, read_only=True) as ledger:
+            found = [c for c in ledger.candidates(shown["id"]) if c.score is not None]
+        for candidate in found:
+            lacks = max(0.0, candidate.tokens / most - 1.0)
+            assert candidate.violation == pytest.approx(lacks, abs=2e-9)
+        assert any(c.violation for c in found)
+        assert shown["answer"]["tokens_per_item"] <= most * (1 + 1e-9)
+        row = shown["final"]["constraints"][-1]
+        assert row["tokens"]["most"] == pytest.approx(most)
+        assert row["kept"]
+        assert row["answer"] == shown["answer"]["tokens_per_item"]
+        said = constraint_text(row)
+        assert said.startswith(f"answers may have {most:.1f} tokens an item")
+        assert "search items kept" in said
+        assert "sealed items" in said
+
+
+def test_faults_of_what_is_asked_of_lengths() -> None:
+    for search, said in (
+        ({"objectives": ["tokens"]}, "must hold score"),
+        ({"objectives": ["score", "tokens"], "racing": True}, "a race drops"),
+        ({"constraints": [{"tokens": {"most": 9, "parents": 1}}]}, "tokens has either most"),
+        ({"constraints": [{"tokens": {"most": 9}, "task": "one"}]}, "a constraint of its own"),
+        ({"constraints": [{"task": "one"}]}, "has task and max_drop, or tokens"),
+        ({"constraints": [{"tokens": {"most": 9}}, {"tokens": {"most": 8}}]}, "twice; keep one"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            config(tasks=TASKS, search=search)
+    for search in ({"objectives": ["score", "tokens"]}, {"constraints": [{"tokens": {"most": 9}}]}):
+        with pytest.raises(ConfigError, match="no task generates any") as error:
+            prepare(config(search=search))
+        assert len(error.value.faults) == 1
+    assert not config(search={"objectives": ["score"]}).search.counted
+
+
+FRONT = {"algorithm": "auto", "objectives": ["score", "tokens"]}
+
+
+def candidates_of(runs: Path, name: str) -> list[Any]:
+    return trace_of(runs, name)["candidates"]
+
+
+def area_of(runs: Path, name: str) -> float:
+    with Ledger(runs / LEDGER, read_only=True) as ledger:
+        told = by_area(ledger.history(ledger.run(name).id))
+    return max(o.score for o in told if o.score is not None)
+
+
+def test_the_whole_front_is_looked_for_and_a_resume_goes_the_same_way(tmp_path: Path) -> None:
+    budget = {"max_evaluations": 16}
+    searched(tmp_path, "front", search=FRONT, budget=budget)
+    for algorithm in ("auto", "random"):
+        searched(tmp_path, algorithm, search={"algorithm": algorithm}, budget=budget)
+        assert area_of(tmp_path, "front") > area_of(tmp_path, algorithm) + 0.01
+    searched(tmp_path / "again", "front", search=FRONT, budget={"max_evaluations": 12})
+    driving.resume("front", runs_dir=tmp_path / "again", overrides={"budget.max_evaluations": 16})
+    assert candidates_of(tmp_path / "again", "front") == candidates_of(tmp_path, "front")
+
+
+def test_results_of_before_lengths_were_kept(tmp_path: Path) -> None:
+    """They answer a search that asks for none, and are asked again by one that does."""
+    before = searched(tmp_path, "old")
+    with sqlite3.connect(tmp_path / LEDGER) as conn:
+        for key, block in conn.execute("SELECT id, block FROM results").fetchall():
+            bare = pack([replace(result, tokens=None) for result in unpack(block)])
+            conn.execute("UPDATE results SET block = ? WHERE id = ?", (bare, key))
+        conn.execute("UPDATE candidates SET tokens = NULL")
+    again = searched(tmp_path, "again")
+    assert again["evaluations"]["reused"] == again["evaluations"]["total"]
+    assert again["best"]["tokens_per_item"] is None
+    assert again["best"]["score"] == before["best"]["score"]
+    overrides = {"search.objectives": ["score", "tokens"], "budget.max_evaluations": 8}
+    driving.branch("old", at=0, name="branch", runs_dir=tmp_path, overrides=overrides)
+    with Ledger(tmp_path / LEDGER) as ledger:
+        found = ledger.candidates(ledger.run("branch").id)
+    own = [c for c in found if not c.prior and c.twin is None]
+    assert len(own) > 4
+    assert all(c.tokens is not None and not c.reused for c in own)
+    assert all(c.tokens is None for c in found if c.prior)
+    alike = {c.recipe_hash: c.score for c in found if c.prior}
+    assert any(c.recipe_hash in alike for c in own)
+    fresh = searched(tmp_path, "fresh", search=FRONT | {"algorithm": "random"})
+    assert fresh["best"]["tokens_per_item"] > 0
