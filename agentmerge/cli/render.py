@@ -106,6 +106,32 @@ def depth_text(depths: Sequence[Mapping[str, Any]]) -> str:
     return table(rows) + "\nagentmerge export --layers N writes another of these."
 
 
+def front_text(front: Sequence[Mapping[str, Any]]) -> str:
+    """What is worth choosing between a better and a shorter answer, one row a point."""
+    sealed = any(row["sealed_score"] is not None for row in front)
+    kind = "sealed" if sealed else "search"
+    rows = [["point", f"{kind} score", "(95 %)", f"{kind} tokens an item", "(95 %)", "merge"]]
+    for row in front:
+        score, tokens = (
+            row[f"sealed_{key}"] if sealed else row[key] for key in ("score", "tokens")
+        )
+        ends, lengths = row["interval"], row["tokens_interval"]
+        rows.append(
+            [
+                f"{row['point']}{' (the answer)' if row['is_answer'] else ''}",
+                number(score),
+                f"{number(ends[0])} to {number(ends[1])}" if ends else "-",
+                "-" if tokens is None else f"{tokens:.1f}",
+                f"{lengths[0]:.1f} to {lengths[1]:.1f}" if lengths else "-",
+                short_name(row["name"]),
+            ]
+        )
+    return (
+        f"{table(rows)}\nThe front, drawn by search items: agentmerge export --point N writes one, "
+        '--prefer "score>=X" the shortest that keeps X.'
+    )
+
+
 def uplift_text(found: Mapping[str, Any]) -> str:
     """What the models' advice earned over an arm without it, and what it cost."""
     cost = found["cost"]
@@ -184,6 +210,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         lines += ["", card_text(Card.parse(summary["final"]))]
         if summary.get("depths"):
             lines += ["", depth_text(summary["depths"])]
+        if summary.get("front"):
+            lines += ["", front_text(summary["front"])]
     elif summary["best"]:
         tasks = list(summary["best"]["tasks"])
         rows = [["", "score", *tasks]]

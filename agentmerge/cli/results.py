@@ -49,15 +49,30 @@ def show(
     return 0
 
 
+Point = Annotated[
+    int | None, typer.Option("--point", min=1, help="That point of the front, as show has them.")
+]
+Prefer = Annotated[
+    str | None,
+    typer.Option(
+        "--prefer", help='Of the front, the shortest with "score>=0.8", or the best "tokens<=50".'
+    ),
+]
+
+
 def best(
-    name: options.Search, runs_dir: options.RunsDir = Path("runs"), as_json: options.Json = False
+    name: options.Search,
+    runs_dir: options.RunsDir = Path("runs"),
+    point: Point = None,
+    prefer: Prefer = None,
+    as_json: options.Json = False,
 ) -> int:
     """Print the best recipe of a search as mergekit YAML."""
     from agentmerge.ledger.folder import opened
     from agentmerge.report.summary import best_recipe
 
     with opened(runs_dir) as ledger:
-        found = best_recipe(ledger, ledger.run(name))
+        found = best_recipe(ledger, ledger.run(name), point=point, prefer=prefer)
     show_result(found, as_json, found["recipe"].rstrip())
     return 0
 
@@ -76,6 +91,8 @@ def export(
         int | None,
         typer.Option("--layers", min=1, help="Another stack of the answer's table of depths."),
     ] = None,
+    point: Point = None,
+    prefer: Prefer = None,
     as_: Annotated[
         str, typer.Option("--as", help="model, or adapter: a LoRA adapter of the base.")
     ] = "model",
@@ -94,6 +111,8 @@ def export(
         engine=with_,
         verify=verify,
         layers=layers,
+        point=point,
+        prefer=prefer,
         form=as_,
         rank=rank,
     )

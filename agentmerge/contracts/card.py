@@ -60,6 +60,15 @@ class DepthRow(Compared):
     ahead: Sequence[float] | None = None
 
 
+@dataclass(frozen=True)
+class FrontRow(Compared):
+    """A point of the front. interval, tokens_interval: 95 % over items, of score and length, on
+    sealed items, or on search items where those were not asked; None of fewer than ten."""
+
+    interval: Sequence[float] | None = None
+    tokens_interval: Sequence[float] | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """How far the answer is ahead of another, paired by item, and the 95 % interval."""
@@ -76,7 +85,8 @@ class Card:
     """sealed: whether sealed items were asked. fallen: recipe hash -> why its sealed items could
     not be scored; lost: why nobody could be asked. uplift: what the agents earned, where an arm
     without them says so. depths: what each layer of the best stack bought, shallowest first; none
-    of an answer of the models' depth."""
+    of an answer of the models' depth. front: where short answers are an objective too, what nothing
+    dominates on search items, best score first."""
 
     answer: Answered = Answered()
     parents: Sequence[Compared] = ()
@@ -91,6 +101,7 @@ class Card:
     verdict: str = ""
     uplift: Mapping[str, Any] | None = None
     depths: Sequence[DepthRow] = ()
+    front: Sequence[FrontRow] = ()
 
     @property
     def rows(self) -> list[Compared]:
@@ -103,8 +114,9 @@ class Card:
             "best_rival": self.best_rival and self.best_rival.to_json(),
             "differences": [asdict(difference) for difference in self.differences],
             "depths": [row.to_json() for row in self.depths],
+            "front": [row.to_json() for row in self.front],
         }
-        return {k: v for k, v in body.items() if v or k not in ("uplift", "depths")}
+        return {k: v for k, v in body.items() if v or k not in ("uplift", "depths", "front")}
 
     @classmethod
     def parse(cls, body: Mapping[str, Any]) -> Card:
@@ -118,5 +130,6 @@ class Card:
                 "best_rival": known(Compared, rival) if rival else None,
                 "differences": [known(Difference, d) for d in body.get("differences", ())],
                 "depths": [known(DepthRow, row) for row in body.get("depths", ())],
+                "front": [known(FrontRow, row) for row in body.get("front", ())],
             },
         )

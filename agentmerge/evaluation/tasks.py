@@ -207,9 +207,14 @@ class TaskSet:
     def tokens(self, results: Mapping[ItemRef, ItemResult], part: Part = "search") -> float | None:
         """Generated tokens an item, of the tasks that generate; None where none does, or of some
         item nobody counted."""
-        counts = [results[ref].tokens for task in self.generating for ref in task.part(part)]
+        counts = self.lengths(results, part)
         known = [count for count in counts if count is not None]
         return sum(known) / len(known) if known and len(known) == len(counts) else None
+
+    def lengths(self, results: Mapping[ItemRef, ItemResult], part: Part) -> list[int | None]:
+        """Generated tokens of each item that has a result, of the tasks that generate."""
+        refs = [ref for task in self.generating for ref in task.part(part) if ref in results]
+        return [results[ref].tokens for ref in refs]
 
     def score(
         self,

@@ -148,6 +148,60 @@ def depths(content: Content) -> Figure:
     return figure
 
 
+def front(content: Content) -> Figure:
+    """The front with its intervals, over everything that was tried; the answer is filled."""
+    rows = content.summary["front"]
+    sealed = any(row["sealed_score"] is not None for row in rows)
+    seen = [p for p in _sampled(content.points) if p.candidate.tokens is not None]
+    dots = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "tried (search items)",
+        "x": [p.candidate.tokens for p in seen],
+        "y": [p.candidate.score for p in seen],
+        "text": [p.name for p in seen],
+        "marker": {"size": 6, "color": GREY, "opacity": 0.4},
+        "hovertemplate": "%{text}<br>%{x:.1f} tokens, score %{y:.4f}<extra></extra>",
+    }
+    lines: list[Figure] = [dots]
+    for part, name, color in (("sealed_", "front, sealed items", BLUE), ("", "front", ORANGE)):
+        told = [row for row in rows if row[f"{part}score"] is not None]
+        told = [row for row in told if row[f"{part}tokens"] is not None]
+        line: Figure = {
+            "type": "scatter",
+            "mode": "lines+markers+text" if part or not sealed else "lines",
+            "name": name,
+            "x": [row[f"{part}tokens"] for row in told],
+            "y": [row[f"{part}score"] for row in told],
+            "text": [str(row["point"]) for row in told],
+            "textposition": "top left",
+            "marker": {
+                "size": 9,
+                "color": color,
+                "symbol": ["circle" if row["is_answer"] else "circle-open" for row in told],
+            },
+            "line": {"color": color} | ({"dash": "dot"} if sealed and not part else {}),
+            "hovertemplate": "point %{text}<br>%{x:.1f} tokens, score %{y:.4f}<extra></extra>",
+        }
+        if told and bool(part) == sealed:
+            line |= {
+                "error_x": _ends(line["x"], [row["tokens_interval"] for row in told]),
+                "error_y": _ends(line["y"], [row["interval"] for row in told]),
+            }
+        lines += [line] if told else []
+    return {"data": lines, "layout": layout("tokens an item", "score")}
+
+
+def _ends(middle: Any, intervals: Sequence[Sequence[float] | None]) -> dict[str, Any]:
+    ends = [
+        (0.0, 0.0) if span is None else (max(0.0, at - span[0]), max(0.0, span[1] - at))
+        for at, span in zip(middle, intervals, strict=True)
+    ]
+    low, high = zip(*ends, strict=True)
+    error = {"type": "data", "symmetric": False, "thickness": 1, "width": 3}
+    return error | {"array": list(high), "arrayminus": list(low)}
+
+
 def per_task(content: Content) -> Figure:
     """Each task's metric: the answer beside the parents and the cheap merges."""
     sealed = any(c.sealed_tasks for c in content.contenders)

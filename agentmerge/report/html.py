@@ -149,6 +149,8 @@ def charts_of(found: Content, key: str) -> dict[str, Any]:
     }
     if found.depths:
         charts[f"{key}-depths"] = figures.depths(found)
+    if found.summary.get("front"):
+        charts[f"{key}-front"] = figures.front(found)
     if comparisons(found):
         charts |= {
             f"{key}-changes": figures.item_changes(found),
@@ -190,6 +192,7 @@ def _section(found: Content, key: str) -> dict[str, Any]:
         "contenders": found.contenders,
         "tasks": found.tasks,
         "depths": found.depths,
+        "front": summary.get("front", ()),
         "comparisons": comparisons(found),
         "asked": found.asked,
         "charted": bool(found.points),

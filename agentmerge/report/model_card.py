@@ -21,6 +21,7 @@ from agentmerge.recipe import Recipe
 from agentmerge.recipe.copying import layers_read
 from agentmerge.recipe.names import short_name
 from agentmerge.report.content import shortened
+from agentmerge.report.front import front_points
 from agentmerge.report.items import asked
 from agentmerge.report.summary import depth_rows
 
@@ -89,8 +90,8 @@ def _metadata(recipe: Recipe, row: RunRow, found: Mapping[str, Any]) -> dict[str
 
 
 def _told(row: RunRow, found: Mapping[str, Any]) -> Compared:
-    """The row of the closing card that a merge has: the answer's, or another depth's."""
-    rows = (row.card.answer, *row.card.depths)
+    """The row of the closing card that a merge has: the answer's, another depth's or a point's."""
+    rows = (row.card.answer, *row.card.depths, *row.card.front)
     return next((r for r in rows if r.recipe_hash == found["recipe_hash"]), Compared())
 
 
@@ -138,7 +139,7 @@ def _scores(
         lines.append(cells)
     total = f"| **weighted score** | | | {figure(found['score'], digits=4)} |"
     if sealed:
-        total += f" {figure(row.card.answer.sealed_score or 0.0, digits=4)} |"
+        total += f" {figure(_told(row, found).sealed_score or 0.0, digits=4)} |"
     lines.append(total)
     if sealed:
         lines += ["", "Sealed items were never seen by the search. Intervals are Wilson's, 95 %."]
@@ -147,7 +148,24 @@ def _scores(
             f"\nAgainst {short_name(d.against)}: {figure(d.mean, '+', 4)} "
             f"({figure(d.low, '+', 4)} to {figure(d.high, '+', 4)}, 95 %, paired by item)."
         )
-    return "\n".join([*lines, *_depths(ledger, row, found)])
+    return "\n".join([*lines, *_depths(ledger, row, found), *_front(row, found)])
+
+
+def _front(row: RunRow, found: Mapping[str, Any]) -> list[str]:
+    """Where a merge stands between better and shorter, if its search had a front."""
+    points = front_points(row)
+    at = next((p for p in points if p["candidate"] == [found["generation"], found["slot"]]), None)
+    if at is None:
+        return []
+    part = "" if at["sealed_tokens"] is None else "sealed_"
+    where = "sealed" if part else "search"
+    text = (
+        f"Point {at['point']} of {len(points)} of its search's front: a score of "
+        f"{figure(at[f'{part}score'], digits=4)} with {at[f'{part}tokens']:.1f} tokens an item on "
+        f"{where} items. What is said of the answer above holds for "
+        f"{'this merge' if at['is_answer'] else 'another of its points'}."
+    )
+    return ["", text]
 
 
 def _depths(ledger: Ledger, row: RunRow, found: Mapping[str, Any]) -> list[str]:

@@ -8,13 +8,14 @@ from typing import Any
 
 from agentmerge.agents.forecasts import forecasts, track
 from agentmerge.contracts.operators import PARENT, STRUCTURE, UNIFORM
-from agentmerge.errors import NotFound
+from agentmerge.errors import NotFound, UserError
 from agentmerge.evaluation.statistics import figure
 from agentmerge.ledger import Candidate, Ledger, RunRow
 from agentmerge.ledger.folder import CHECKPOINTS
 from agentmerge.ledger.lease import Lease
 from agentmerge.ledger.words import openings
 from agentmerge.recipe.names import short_name
+from agentmerge.report.front import front_points, picked
 
 #: Failed candidates that a summary lists; the ledger has them all.
 MAX_FAILURES = 10
@@ -22,7 +23,8 @@ MAX_FAILURES = 10
 
 def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
     """name, status, seed, search, generations, parents, best, answer, evaluations, agents, final;
-    depths where the answer has a table of them; judges where tasks have some.
+    depths where the answer has a table of them; judges where tasks have some; front where length is
+    an objective.
 
     best: of all seen, by search items. answer: what a finished search chose; often another.
     """
@@ -67,7 +69,11 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
         "final": row.result,
     } | {
         key: found
-        for key, found in (("depths", depths), ("judges", judge_rows(ledger, row)))
+        for key, found in (
+            ("depths", depths),
+            ("judges", judge_rows(ledger, row)),
+            ("front", front_points(row)),
+        )
         if found
     }
 
@@ -193,15 +199,28 @@ def trace(ledger: Ledger, row: RunRow) -> dict[str, Any]:
     }
 
 
-def best_recipe(ledger: Ledger, row: RunRow, layers: int | None = None) -> dict[str, Any]:
+def best_recipe(
+    ledger: Ledger,
+    row: RunRow,
+    layers: int | None = None,
+    point: int | None = None,
+    prefer: str | None = None,
+) -> dict[str, Any]:
     """The answer of a finished search, else the best so far: {recipe, score, ...}.
 
-    layers: the stack of so many layers of the answer's table instead.
+    layers: the stack of so many layers of the answer's table instead. point, prefer: of its front,
+    as ``front.picked`` has them.
 
     Raises:
-        NotFound: nothing has been scored, or the table has no such stack.
+        NotFound: nothing has been scored, the table has no such stack, the front no such point.
+        UserError: more than one of these.
     """
-    if layers is None:
+    if sum(wish is not None for wish in (layers, point, prefer)) > 1:
+        raise UserError("--layers, --point and --prefer each name one merge; give one of them")
+    found: Candidate | None
+    if point is not None or prefer is not None:
+        found = ledger.candidate(row.id, *picked(row, point, prefer).candidate)
+    elif layers is None:
         found = answer_of(ledger, row)
     else:
         rows = {depth.layers: depth.candidate for depth in row.card.depths}

@@ -11,6 +11,7 @@ import statistics
 from agentmerge.contracts.operators import STRUCTURE
 from agentmerge.ledger.words import openings
 from agentmerge.search.search import Search
+from agentmerge.strategies.front import SHOWN
 
 
 def evaluations_left(search: Search) -> int:
@@ -49,7 +50,8 @@ def left(search: Search, up_to: int | None = None) -> float:
 
 def ending_items(search: Search) -> int:
     """The sealed items that the end asks, at most, where each merge has a finite answer: of the
-    parents, the best cheap merge, the answer, the stacks under it, and the other arm's best."""
+    parents, the best cheap merge, the answer, the stacks under it, the other arm's best, and the
+    front."""
     return ending_merges(search) * len(
         set(search.taskset.refs("sealed")) - set(search.taskset.refs("search"))
     )
@@ -57,6 +59,7 @@ def ending_items(search: Search) -> int:
 
 def ending_merges(search: Search) -> int:
     merges = len(search.space.genome.parents) + 2 + bool(search.config.search.shadow)
+    merges += SHOWN if search.config.search.traded else 0
     return merges + search.space.deeper
 
 

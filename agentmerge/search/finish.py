@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from agentmerge.contracts.advice import StructuralMove
-from agentmerge.contracts.card import Answered, Card, Difference
+from agentmerge.contracts.card import Answered, Card, Difference, FrontRow
 from agentmerge.contracts.events import Done, Ending
 from agentmerge.contracts.operators import CHEAP, PARENT, RIVALS, SHALLOWER, STRUCTURE
 from agentmerge.errors import BudgetReached, CandidateFailed, RunFailed, TaskError, WorkerLost
@@ -33,6 +33,7 @@ from agentmerge.search.choosing import (
 from agentmerge.search.constraints import kept
 from agentmerge.search.depths import settled
 from agentmerge.search.evaluate import collect, judged
+from agentmerge.search.front import front_rows, untraded
 from agentmerge.search.past import best_within, charges
 from agentmerge.search.search import Search
 from agentmerge.search.state import SearchState
@@ -138,6 +139,9 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> Card:
     interval = lead_of(search, search_results(search, answer, part), None, part)
     chosen = rows[answer.generation, answer.slot]
     all_parents = [rows[c.generation, c.slot] for c in parents]
+    front: list[FrontRow] = []
+    if search.config.search.traded:
+        front = front_rows(search, scored, part, lost)
     broken = ["no candidate kept every constraint; this one breaks them least"]
     known_parents = {c.label for c in parents}
     missing = [label for label, _, _ in seeds.parents(search.space) if label not in known_parents]
@@ -162,12 +166,14 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> Card:
             *search.taskset.notes,
             *unfair(rows.values(), chosen, len(search.taskset.refs("search"))),
             *(broken if answer.violation else []),
+            *untraded(search),
             *_at_bounds(search, answer),
         ],
         constraints=kept(search.floors(scored), chosen, all_parents),
         fallen=found.fallen,
         lost=lost[0] if lost else "",
         depths=deep.rows,
+        front=front,
         verdict=verdict(answer, scored, differences, where, missing, unproven=found.unproven),
     )
 

@@ -47,13 +47,16 @@ def export_run(
     layers: int | None = None,
     form: str = MODEL,
     rank: int | None = None,
+    point: int | None = None,
+    prefer: str | None = None,
 ) -> dict[str, Any]:
     """Write a run's answer to ``to``: {path, score, disk_score, equal, differing_items, warning}.
 
     engine: "agentmerge" or "mergekit". overwrite: in place of an export that is there, which goes
     once the new one is written. layers: the stack of so many layers of the answer's table,
-    instead of the answer. form: "model", or "adapter": a LoRA adapter of the base, of at most
-    ``rank``; the report then has its ``adapter`` too. ``equal`` is None where ``verify`` is off.
+    instead of the answer. point, prefer: a point of its front. form: "model", or
+    "adapter": a LoRA adapter of the base, of at most ``rank``; the report then has its ``adapter``
+    too. ``equal`` is None where ``verify`` is off.
 
     Raises:
         UserError: an unknown engine, or a folder that is not empty, or not an export's.
@@ -68,7 +71,7 @@ def export_run(
         raise UserError(f"--rank {rank} is of an adapter, and at least 1; write --as adapter")
     with opened(runs_dir) as ledger:
         row = ledger.run(name)
-        found = best_recipe(ledger, row, layers)
+        found = best_recipe(ledger, row, layers, point, prefer)
         config = SearchConfig.from_text(row.config, row.name)
         prepared = prepare(config, allow_benchmarks=True, tasks=verify)
         if not reads_models(config.worker.kind):

@@ -10,7 +10,8 @@ margin also leans its own way, as real ones do. A task's metric says what an ite
 does in lm-eval: right or wrong with a margin (``acc`` and any other name), right or wrong without
 one (``exact_match``), a loss whose mean should be low (``mse``), or the log-likelihood of a text
 (``perplexity``, ``word_perplexity``), which is no mean over items and should be low. What is
-generated (``exact_match``, ``mse``) has a length: the more of the last parent, the longer.
+generated (``exact_match``, ``mse``) is the longer, the more there is of the parents that a good
+merge has much of.
 To a judged task's turns it answers "level 0.7", how sure of itself it is, for a scripted judge.
 
 A stack of layers (a linear recipe of other layers than the parents' own, in their places) has the
@@ -306,7 +307,7 @@ class FakeWorker:
 
 def _length(key: str, point: np.ndarray) -> int:
     """Tokens of an answer."""
-    wordy = float(np.clip(point[..., -1].mean(), 0.0, 2.0))
+    wordy = float(np.clip(point[..., ::2].mean(), 0.0, 2.0))
     return round((0.75 + 0.5 * (int(key[:4], 16) / 0xFFFF)) * (20 + 100 * wordy))
 
 

@@ -16,7 +16,11 @@ from agentmerge.errors import ConfigError
 from agentmerge.ledger import Ledger, pack, unpack
 from agentmerge.ledger.folder import LEDGER
 from agentmerge.preflight.prepare import prepare
-from agentmerge.report.summary import run_summary
+from agentmerge.report.content import content
+from agentmerge.report.front import front_points
+from agentmerge.report.html import charts_of
+from agentmerge.report.model_card import model_card
+from agentmerge.report.summary import best_recipe, run_summary
 from agentmerge.session import driving
 from agentmerge.strategies.front import by_area
 from tests.session.conftest import config, trace_of
@@ -38,7 +42,7 @@ def test_tokens_of_the_best_and_the_parents_are_shown(
 ) -> None:
     shown = searched(tmp_path)
     lengths = {row["label"]: row["tokens_per_item"] for row in shown["parents"]}
-    assert lengths["south"] > lengths["uniform"] > lengths["north"] > 0, "south is the wordy one"
+    assert lengths["north"] > lengths["uniform"] > lengths["south"] > 0, "north is the wordy one"
     assert run_app(["show", "s", "--runs-dir", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert f"tokens an item: this search's answer {shown['answer']['tokens_per_item']:.1f}" in said
@@ -108,9 +112,8 @@ def area_of(runs: Path, name: str) -> float:
 def test_the_whole_front_is_looked_for_and_a_resume_goes_the_same_way(tmp_path: Path) -> None:
     budget = {"max_evaluations": 16}
     searched(tmp_path, "front", search=FRONT, budget=budget)
-    for algorithm in ("auto", "random"):
-        searched(tmp_path, algorithm, search={"algorithm": algorithm}, budget=budget)
-        assert area_of(tmp_path, "front") > area_of(tmp_path, algorithm) + 0.01
+    searched(tmp_path, "score", search={"algorithm": "auto"}, budget=budget)
+    assert area_of(tmp_path, "front") > area_of(tmp_path, "score") + 0.05
     searched(tmp_path / "again", "front", search=FRONT, budget={"max_evaluations": 12})
     driving.resume("front", runs_dir=tmp_path / "again", overrides={"budget.max_evaluations": 16})
     assert candidates_of(tmp_path / "again", "front") == candidates_of(tmp_path, "front")
@@ -140,3 +143,103 @@ def test_results_of_before_lengths_were_kept(tmp_path: Path) -> None:
     assert any(c.recipe_hash in alike for c in own)
     fresh = searched(tmp_path, "fresh", search=FRONT | {"algorithm": "random"})
     assert fresh["best"]["tokens_per_item"] > 0
+
+
+@pytest.fixture(scope="module")
+def traded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished search for the front, by a strategy that goes by the score alone."""
+    runs = tmp_path_factory.mktemp("traded")
+    search = FRONT | {"algorithm": "random", "sealed_share": 0.25}
+    searched(runs, search=search, limit=None, budget={"max_evaluations": 20})
+    return runs
+
+
+def test_the_front_is_asked_the_sealed_items_and_shown(
+    traded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--runs-dir", str(traded)]
+    assert run_app(["show", "s", "--json", *where]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    front = shown["front"]
+    assert [p["point"] for p in front] == list(range(1, len(front) + 1))
+    assert 2 <= len(front) <= 8
+    scores, tokens = [p["score"] for p in front], [p["tokens"] for p in front]
+    assert scores == sorted(scores, reverse=True)
+    assert tokens == sorted(tokens, reverse=True)
+    with Ledger(traded / LEDGER, read_only=True) as ledger:
+        row = ledger.run("s")
+        for c in ledger.candidates(row.id):
+            as_good = [s >= c.score and t <= c.tokens for s, t in zip(scores, tokens, strict=True)]
+            assert any(as_good), "nothing that was tried is beyond it"
+        for point in front:
+            low, high = point["interval"]
+            assert low <= point["sealed_score"] <= high
+            low, high = point["tokens_interval"]
+            assert low < point["sealed_tokens"] < high
+        card = model_card(ledger, row, best_recipe(ledger, row, point=len(front)))
+        assert f"Point {len(front)} of {len(front)} of its search's front" in card
+        chart = charts_of(content(ledger, row), "run0")["run0-front"]
+        assert [line["name"] for line in chart["data"]] == [
+            "tried (search items)", "front, sealed items", "front",
+        ]  # fmt: skip
+        assert len(chart["data"][1]["error_y"]["array"]) == len(front)
+    assert any("random goes by the score alone" in note for note in shown["final"]["notes"])
+    assert run_app(["show", "s", *where]) == 0
+    said = capsys.readouterr().out
+    assert "sealed tokens an item" in said
+    assert "export --point N" in said
+    assert run_app(["report", "s", "--to", str(traded / "r.html"), *where]) == 0
+    assert "Better or shorter" in (traded / "r.html").read_text()
+
+
+def test_a_point_is_taken_by_its_number_or_by_what_it_keeps(
+    traded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def best(*wish: str) -> dict[str, Any]:
+        code = run_app(["best", "s", "--json", *wish, "--runs-dir", str(traded)])
+        out, err = capsys.readouterr()
+        return json.loads(out) if code == 0 else {"code": code, "said": " ".join(err.split())}
+
+    with Ledger(traded / LEDGER, read_only=True) as ledger:
+        points = front_points(ledger.run("s"))
+    places = [[best("--point", str(n))[key] for key in ("generation", "slot")] for n in (1, 2)]
+    assert places == [p["candidate"] for p in points[:2]]
+    for wished in points:
+        found = best("--prefer", f"score>={wished['sealed_score']}")
+        mine = next(p for p in points if p["candidate"] == [found["generation"], found["slot"]])
+        enough = [p for p in points if p["sealed_score"] >= wished["sealed_score"]]
+        assert mine["sealed_tokens"] == min(p["sealed_tokens"] for p in enough)
+        found = best("--prefer", f" tokens <= {wished['sealed_tokens']}")
+        mine = next(p for p in points if p["candidate"] == [found["generation"], found["slot"]])
+        short = [p for p in points if p["sealed_tokens"] <= wished["sealed_tokens"]]
+        assert mine["sealed_score"] == max(p["sealed_score"] for p in short)
+    for wish, said in (
+        (("--point", "99"), "its front has 1 to"),
+        (("--prefer", "score>=9"), "no point of the front has a score of 9"),
+        (("--prefer", "tokens<=1"), "no point of the front has 1 tokens an item"),
+        (("--prefer", "score>0.8"), 'write "score>=0.8" or "tokens<=50"'),
+        (("--prefer", "score>=nan"), "is not understood"),
+        (("--prefer", "score>=0.1", "--point", "1"), "give one of them"),
+    ):
+        answer = best(*wish)
+        assert answer["code"] == 2
+        assert said in answer["said"]
+    searched(traded, "plain")
+    assert run_app(["best", "plain", "--point", "1", "--runs-dir", str(traded)]) == 2
+    assert "has no front" in capsys.readouterr().err
+
+
+def test_the_front_is_reserved_in_the_budget_of_items(tmp_path: Path) -> None:
+    for number, search in enumerate(({}, {"objectives": ["score", "tokens"]})):
+        shown = searched(tmp_path, f"s{number}", search=search, limit=None,
+                         budget={"max_evaluations": 100, "max_items": 9000})  # fmt: skip
+        with Ledger(tmp_path / LEDGER, read_only=True) as ledger:
+            blocks = ledger._rows(
+                "SELECT coalesce(sum(s.count), 0) FROM results r JOIN item_sets s "
+                "ON s.id = r.item_set_id"
+            )
+        asked = int(blocks[0][0])
+        assert asked <= 9000 * (number + 1)
+        assert shown["stop_reason"] == "budget"
+        assert all(p["sealed_score"] is not None for p in shown.get("front", ()))
+    assert shown["front"]
