@@ -19,8 +19,8 @@ from agentmerge.system.bounded import read_text
 
 #: Of one conversation.
 MOST_TURNS = 32
-#: A folder's own prompt for its judge.
-PROMPT = "judge.md"
+#: Our prompts for a judge, and a folder's own: for points, and for two answers.
+PROMPTS = ("judge.md", "judge_pair.md")
 _NAMES = {
     "id": ("id", "question_id"),
     "turns": ("turns", "questions"),

@@ -20,7 +20,7 @@ from agentmerge.config import JudgeSettings, TaskConfig, TasksConfig
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import TaskError
 from agentmerge.evaluation.conversations import (
-    PROMPT,
+    PROMPTS,
     Conversation,
     located,
     read_answers,
@@ -211,9 +211,9 @@ def prompt_file(own: JudgeSettings, conversations: Path) -> Path:
     """What a judge is asked with: the config's, else the conversations' own, else ours."""
     if own.prompt is not None:
         return Path(own.prompt).expanduser()
-    beside = conversations / PROMPT
-    ours = "judge.md" if own.against is None else "judge_pair.md"
-    return beside if beside.is_file() else bundled("prompts") / ours
+    name = PROMPTS[own.against is not None]
+    beside = conversations / name
+    return beside if beside.is_file() else bundled("prompts") / name
 
 
 def _texts(value: Any) -> list[str]:

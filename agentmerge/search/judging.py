@@ -94,7 +94,7 @@ class Judges:
     _asking: dict[VerdictKey, Future[float | None]] = field(default_factory=dict)
     _silence: Counter[str] = field(default_factory=Counter)
     _why: dict[VerdictKey, str] = field(default_factory=dict)
-    _costs: list[tuple[int, float]] = field(default_factory=list)
+    _costs: Counter[str] = field(default_factory=Counter)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __call__(self, refs: Sequence[ItemRef], rows: Sequence[ItemResult]) -> list[ItemResult]:
@@ -279,22 +279,26 @@ class Judges:
     def _sealed(self) -> frozenset[ItemRef]:
         return frozenset(self.taskset.refs("sealed")) - frozenset(self.taskset.refs("search"))
 
-    def _left(self, question: _Question) -> tuple[int, float]:
+    def _left(self, question: _Question, most: tuple[int, float]) -> tuple[int, float]:
         """(tokens, dollars) that the end's verdicts are likely to take; nothing where they are
-        asked now."""
+        asked now. most: what one of them can cost, which is promised to each under way."""
         if question.ref in self._sealed or not self._costs:
             return 0, 0.0
         ending = self.merges() * sum(
-            task.verdicts([ref for ref in self._sealed if ref.task == name])
+            (1 + task.settings.twice)
+            * task.verdicts([ref for ref in self._sealed if ref.task == name])
             for name, task in self.taskset.judged.items()
         )
-        tokens, usd = (sum(column) / len(self._costs) for column in zip(*self._costs, strict=True))
-        return math.ceil(ending * tokens), ending * usd
+        tokens, usd = (self._costs[key] / self._costs["verdicts"] for key in ("tokens", "microusd"))
+        at_once = self.taskset.judged[question.task].settings.at_once if ending else 0
+        return math.ceil(ending * tokens) + at_once * most[0], ending * usd / 1e6 + at_once * most[
+            1
+        ]
 
     def reserve(self, question: _Question, tokens: int, usd: float) -> None:
         limits = self.configured().budget
         with self._lock:
-            left = self._left(question)
+            left = self._left(question, (tokens, usd))
         self.purse.reserve(question.key, tokens, usd, limits, left)
         if self.seconds_left() <= 0:
             raise BudgetReached("timeout")
@@ -303,7 +307,9 @@ class Judges:
         self.purse.settle(question.key, call)
         if call.ending == "answered":
             with self._lock:
-                self._costs.append((call.tokens_in + call.tokens_out, call.cost_usd or 0.0))
+                self._costs["verdicts"] += 1
+                self._costs["tokens"] += call.tokens_in + call.tokens_out
+                self._costs["microusd"] += round((call.cost_usd or 0.0) * 1e6)
 
     def _refuse_most_missing(self, found: Mapping[ItemRef, ItemResult]) -> None:
         for name in self.taskset.judged:

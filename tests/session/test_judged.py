@@ -214,6 +214,39 @@ def test_verdicts_are_within_the_budget(tmp_path: Path, chats: Path, limit: str)
     assert set(judge.asked.values()) <= {1, 2}, "twice is what was drawn to be"
 
 
+@pytest.mark.slow
+def test_sealed_conversations_are_judged_once_in_the_end(tmp_path: Path) -> None:
+    """And what they take is kept back from the budget."""
+    file = tmp_path / "chats.jsonl"
+    file.write_text(
+        "".join(json.dumps({"id": n, "turns": [f"What is {n}?"]}) + "\n" for n in range(90))
+    )
+    order: list[int] = []
+
+    def says(messages: list) -> Any:
+        order.append(int(re.findall(r"What is (\d+)\?", messages[-1].text)[0]))
+        return points(messages)
+
+    judge, settings = Judge(says), asking(file, 60, max_tokens=200)
+    budget = settings.budget.model_copy(update={"max_tokens": 600_000})
+    settings = settings.model_copy(update={"budget": budget})
+    row = driving.run(settings, name="a", runs_dir=tmp_path, models=judge.models)
+    assert row.stop_reason == "tokens"
+    assert set(judge.asked.values()) == {1}
+    with Ledger(tmp_path / LEDGER) as ledger:
+        sealed = row.facts["items"]["chats"]["sealed"]
+        done = ledger.tally(row.id).evaluations
+        spent = ledger.call_totals(row.id)
+    assert row.card.sealed
+    assert not row.card.lost
+    times = Counter(order)
+    last = [n for n, count in times.items() if count < done]
+    assert len(last) == sealed
+    begun = min(order.index(n) for n in last)
+    assert set(order[begun:]) == set(last), "none of them before the end"
+    assert 400_000 < spent["tokens_in"] + spent["tokens_out"] <= 600_000
+
+
 def test_a_judges_noise_is_measured(tmp_path: Path, chats: Path) -> None:
     import random
 
