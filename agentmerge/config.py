@@ -56,6 +56,8 @@ MOST_EXTRA, MOST_REPEATS = 1000, 16
 DATE = date(2024, 7, 26)
 #: Whose key a server gets, besides the name of a variable: the provider's own, or nobody's.
 DEFAULT_KEY, NO_KEY = "default", "none"
+#: Of a program's own task.
+MOST_ITEMS = 1_000_000
 #: The chat template of the first expert that has one, chosen in so many words.
 FIRST = "first"
 #: What a judge's verdicts are called: points of its scale, or the share of comparisons won.
@@ -287,6 +289,8 @@ class ScorerCommand(_Frozen):
 
     range: of each item's score. timeout_s: for all items that a candidate is asked at a time. env:
     variables that it may have although they are secrets.
+    serve: it asks the live candidate itself, over HTTP, so that the task is its own. items: how
+        many of its items there are; not set, it gives one score.
     """
 
     command: tuple[str, ...]
@@ -294,9 +298,13 @@ class ScorerCommand(_Frozen):
     timeout_s: float = Field(600.0, gt=0, le=MOST_S)
     higher_is_better: bool = True
     env: tuple[str, ...] = ()
+    serve: bool = False
+    items: int | None = Field(None, ge=1, le=MOST_ITEMS)
 
     @model_validator(mode="after")
     def _consistent(self) -> ScorerCommand:
+        if self.items is not None and not self.serve:
+            raise ValueError("items is read with serve: true; set that or remove it")
         if not self.command:
             raise ValueError("command is empty; name a program")
         if hidden(self.command) != self.command:
@@ -417,6 +425,11 @@ class TaskConfig(_Frozen):
     younger = ("scorer", "judge")
 
     @property
+    def served(self) -> bool:
+        """Whether it is no lm-eval task but a program's own, which asks the live candidate."""
+        return isinstance(self.scorer, ScorerCommand) and self.scorer.serve
+
+    @property
     def scorer_file(self) -> str:
         """The Python file that the scorer is a function of; empty where it is none."""
         file = self.scorer.partition(":")[0] if isinstance(self.scorer, str) else ""
@@ -426,7 +439,8 @@ class TaskConfig(_Frozen):
     @classmethod
     def _bare_name(cls, value: Any) -> Any:
         if isinstance(value, dict) and (scorer := value.get("scorer")):
-            name = scorer.rpartition(":")[2] if isinstance(scorer, str) else "command"
+            name = "served" if isinstance(scorer, dict) and scorer.get("serve") else "command"
+            name = scorer.rpartition(":")[2] if isinstance(scorer, str) else name
             return {"metric": f"{name},none"} | value
         if isinstance(value, dict) and (judge := value.get("judge")):
             paired = isinstance(judge, dict) and judge.get("against") is not None

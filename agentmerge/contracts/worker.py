@@ -43,6 +43,8 @@ class ItemResult:
         task's ``margin_kind``: "choice" (gold minus best wrong choice) or "token" (least over
         answer tokens of gold minus best other log-probability, teacher-forced).
     truncated: the prompt was cut to fit the context. cut_off: generation ended at max_gen_toks.
+    whole: all that the item gives to a metric of whole answers (BLEU), as JSON; the value is then
+        that metric of this item alone, 0 where it has none.
     tokens: how many the model generated for it, 0 where nothing is generated; None where nobody
         counted (results of before they were kept).
     answers: what was said, turn by turn, where a judge is still to say what it is worth; the value
@@ -58,6 +60,7 @@ class ItemResult:
     tokens: int | None = None
     answers: tuple[str, ...] = ()
     missing: bool = False
+    whole: str = ""
 
 
 @dataclass(frozen=True, slots=True)

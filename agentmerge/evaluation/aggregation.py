@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 #: How a metric comes back from its items' stored values.
-Rebuild = Literal["plain", "weighted", "class"]
+Rebuild = Literal["plain", "weighted", "class", "one_hot", "whole"]
+#: Those in which every item has a number besides that no model changes.
+WITH_STATICS: tuple[Rebuild, ...] = ("weighted", "class")
+#: Those whose stored value is all that an item gives.
+OF_VALUES: tuple[Rebuild, ...] = ("plain", "one_hot")
 
 _LM_EVAL = "lm_eval.api.metrics"
 
 
 @dataclass(frozen=True, slots=True)
 class Aggregation:
-    """rebuild: how the metric comes back from stored values; None: it needs whole answers.
+    """rebuild: how the metric comes back from stored values; None: there is no metric.
 
     mean: whether it is their plain mean, so that each item's value adds to the score by itself.
     higher_is_better: of the metric, for tasks that do not say it; None: nothing is known.
@@ -39,11 +43,11 @@ _KNOWN = {
     "bits_per_byte": Aggregation("weighted", higher_is_better=False, falls=True),
     "f1_score": Aggregation("class", higher_is_better=True),
     "matthews_corrcoef": Aggregation("class", higher_is_better=True),
-    "brier_score": Aggregation(None, higher_is_better=False),
-    "ter": Aggregation(None, higher_is_better=False),
-    "bleu": Aggregation(None, higher_is_better=True),
-    "chrf": Aggregation(None, higher_is_better=True),
-    "chrfpp": Aggregation(None, higher_is_better=True),
+    "brier_score": Aggregation("one_hot", higher_is_better=False),
+    "ter": Aggregation("whole", higher_is_better=False),
+    "bleu": Aggregation("whole", higher_is_better=True),
+    "chrf": Aggregation("whole", higher_is_better=True),
+    "chrfpp": Aggregation("whole", higher_is_better=True),
     "bypass_agg": Aggregation(None),
 }
 

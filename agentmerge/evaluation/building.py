@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from agentmerge.config import FIRST, ScorerCommand, TaskConfig, TasksConfig
 from agentmerge.contracts.worker import ItemRef, WorkerSpec
 from agentmerge.errors import TaskError
 from agentmerge.evaluation import metrics
+from agentmerge.evaluation.aggregation import WITH_STATICS
 from agentmerge.evaluation.definitions import without_code
 from agentmerge.evaluation.judged import JudgedTask, judged_task
 from agentmerge.evaluation.loading import LoadedTasks, load_tasks, quiet
@@ -27,9 +29,11 @@ from agentmerge.evaluation.rendering import (
     render,
 )
 from agentmerge.evaluation.scorers import code_of, judge
+from agentmerge.evaluation.served import served_task
 from agentmerge.evaluation.splitting import choose_documents, split, stand_in
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 from agentmerge.evaluation.tokenizers import context_length, tokenizer_of
+from agentmerge.evaluation.whole import OfWhole
 from agentmerge.parents.chat_templates import shown
 
 
@@ -44,6 +48,13 @@ class _Setting:
     context: int | None
     day: date | None = None
 
+    @property
+    def asking(self) -> dict[str, Any]:
+        """What a served model's answers depend on besides its weights."""
+        day = {} if self.day is None else {"day": self.day.isoformat()}
+        told = {"template": self.template, "tokenizer": self.tokenizer, "context": self.context}
+        return told | day
+
 
 def build(
     config: TasksConfig,
@@ -54,9 +65,9 @@ def build(
     run_code: bool,
 ) -> TaskSet:
     """See ``tasks.build_tasks``."""
-    known = tuple(entry for entry in config.tasks if entry.judge is None)
-    own = config.model_copy(update={"tasks": known})
-    loaded = load_tasks(own, check_built_ins=check_built_ins, run_code=run_code) if known else []
+    theirs = tuple(entry for entry in config.tasks if not (entry.judge or entry.served))
+    own = config.model_copy(update={"tasks": theirs})
+    loaded = load_tasks(own, check_built_ins=check_built_ins, run_code=run_code) if theirs else []
     left = iter(loaded)
     if config.gen_kwargs:
         for found in loaded:
@@ -67,24 +78,29 @@ def build(
     setting = _setting(config, tokenizer, template_source, context, loaded, notes)
     tasks: list[ScoredTask] = []
     objectives = []
-    asked, records, aggregations = {}, {}, {}
+    asked, records, served = {}, {}, {}
+    aggregations: dict[str, Any] = {}
     judged: dict[str, JudgedTask] = {}
     with quiet():
         for entry in config.tasks:
-            if entry.judge is not None:
-                if any(task.name == entry.name for task in tasks):
-                    raise TaskError(
-                        f"a task {entry.name!r} is there already; rename the judged one"
+            if isinstance(entry.scorer, ScorerCommand) and not run_code:
+                words = shlex.join(entry.scorer.command)
+                notes.append(f"task {entry.name!r} is judged by a program that run starts: {words}")
+            if entry.judge is not None or entry.served:
+                if entry.served:
+                    scored, served[entry.name], record, note = served_task(
+                        entry, config, setting.asking, setting.chat
                     )
-                scored, judged[entry.name], record, note = judged_task(
-                    entry,
-                    config,
-                    tokenizer=setting.tokenizer,
-                    template=setting.template,
-                    chat=setting.chat,
-                    context=setting.context,
-                    day=setting.day,
-                )
+                else:
+                    scored, judged[entry.name], record, note = judged_task(
+                        entry,
+                        config,
+                        tokenizer=setting.tokenizer,
+                        template=setting.template,
+                        chat=setting.chat,
+                        context=setting.context,
+                        day=setting.day,
+                    )
                 tasks.append(scored)
                 records[entry.name] = record
                 objectives.append(
@@ -101,9 +117,6 @@ def build(
                 continue
             for task in found.tasks if entry.scorer else ():
                 judge(task, entry, config.task_search_path)
-            if isinstance(entry.scorer, ScorerCommand) and not run_code:
-                words = shlex.join(entry.scorer.command)
-                notes.append(f"task {entry.name!r} is judged by a program that run starts: {words}")
             metric, filter_name = metrics.parse_metric(entry.metric, entry.name)
             leaves, by_size = _leaves(entry, found, metric, filter_name, notes)
             built = []
@@ -111,7 +124,7 @@ def build(
                 scored, request, record, note = _scored(leaf, entry, metric, filter_name, setting)
                 built.append(scored)
                 asked[scored.name], records[scored.name] = request, record
-                aggregations[scored.name] = metrics.aggregation(leaf, metric)
+                aggregations |= _combining(scored, metrics.aggregation(leaf, metric))
                 notes += [note] if note else []
             higher = {task.higher_is_better for task in built}
             if len(higher) > 1:
@@ -122,10 +135,13 @@ def build(
             names = tuple(task.name for task in built)
             objectives.append(Objective(entry.name, entry.weight, higher.pop(), names, by_size))
             tasks += built
+    for name, count in Counter(task.name for task in tasks).items():
+        if count > 1:
+            raise TaskError(f"two tasks are called {name!r}; rename one of them")
     tasks, more = stand_in(tasks)
     notes += more
     return TaskSet(
-        tuple(tasks), tuple(objectives), tuple(notes), aggregations, asked, records, judged
+        tuple(tasks), tuple(objectives), tuple(notes), aggregations, asked, records, judged, served
     )
 
 
@@ -140,7 +156,7 @@ def _setting(
     identity = tokenizer_identity(tokenizer)
     talks = any(
         task.OUTPUT_TYPE != "loglikelihood_rolling" for found in loaded for task in found.tasks
-    ) or any(entry.judge for entry in config.tasks)
+    ) or any(entry.judge or entry.served for entry in config.tasks)
     if not (config.apply_chat_template and talks):
         return _Setting(config, identity, None, None, context)
     if not getattr(tokenizer, "chat_template", None):
@@ -222,7 +238,7 @@ def _scored(
     items, search, sealed, note = split(
         [refs[n] for n in chosen.search], [refs[n] for n in chosen.beyond], config
     )
-    statics = () if rebuild == "plain" else tuple(
+    statics = () if rebuild not in WITH_STATICS else tuple(
         metrics.static_part(task, metric, filter_name, rebuild, requests[ref.index])
         for ref in items
     )  # fmt: skip
@@ -259,6 +275,13 @@ def _scored(
     kept = {ref.index: requests[ref.index] for ref in items}
     asked = Asked(task, metric, filter_name, kept, kind == "token", chat is not None, script, chats)
     return scored, asked, record, note
+
+
+def _combining(task: ScoredTask, function: Any) -> dict[str, Any]:
+    """How its stored values become the metric; nothing where that is their mean."""
+    if task.rebuild == "one_hot":
+        return {}
+    return {task.name: OfWhole(function) if task.rebuild == "whole" else function}
 
 
 def _remembering(chat: Render, chats: dict[str, Any]) -> Render:

@@ -21,6 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from agentmerge.errors import CandidateFailed
 from agentmerge.evaluation.loading import quiet
+from agentmerge.evaluation.openai_server import Sampling, Traced
 from agentmerge.evaluation.tokens import Encoded, Ended, Said, Stopping, Tokenised
 
 #: Context tokens and the gold tokens that should follow them.
@@ -102,8 +103,7 @@ class LiveLM(Tokenised, HFLM):  # type: ignore[misc]
         out = super()._model_generate(context, max_length, stop, **generation_kwargs)
         width = context.shape[1]
         stopping = Stopping(tuple(stop), max_length - width, sampled)
-        ends = self.model.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        ends = self._ends
         for text, row in zip(self._rows, out[:, width:].tolist(), strict=True):
             length = next((i + 1 for i, token in enumerate(row) if token in ends), None)
             stopped = self._stopped(row[:length], stop)
@@ -123,6 +123,46 @@ class LiveLM(Tokenised, HFLM):  # type: ignore[misc]
         if not holds(len(row)):
             return None
         return bisect_left(range(1, len(row)), True, key=holds) + 1
+
+    # --- served (``openai_server.ServedModel``) -------------------------------------------------
+
+    def continued(
+        self, prompt: list[int], max_new: int, stop: Sequence[str], sampling: Sampling
+    ) -> tuple[list[int], bool]:
+        context = torch.tensor([prompt], device=self.device)
+        sampled = sampling.temperature > 0
+        how: dict[str, Any] = {"do_sample": sampled}
+        if sampled:
+            how |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        with _sampling(sampled, sampling.seed), _no_warnings(), torch.no_grad():
+            out = super()._model_generate(
+                context,
+                len(prompt) + max_new,
+                list(stop),
+                attention_mask=torch.ones_like(context),
+                logits_processor=transformers.LogitsProcessorList([_RefuseNaN()]),
+                **how,
+            )
+        tokens = out[0, len(prompt) :].tolist()
+        ended = not self._ends.isdisjoint(tokens) or self._stopped(tokens, stop) is not None
+        return tokens, ended
+
+    def traced(self, tokens: list[int]) -> list[Traced]:
+        with torch.no_grad():
+            logits = self._model_call(torch.tensor([tokens], device=self.device))[0, :-1]
+        logits = logits if logits.dtype is torch.float64 else logits.float()
+        logprobs = logits.log_softmax(-1)
+        if not torch.isfinite(logprobs.amax(-1)).all():
+            raise CandidateFailed("the model's logits are not numbers (NaN)")
+        best, place = logprobs.max(-1)
+        own = logprobs.gather(-1, torch.tensor(tokens[1:], device=logprobs.device)[:, None])[:, 0]
+        rows = zip(own.tolist(), place.tolist(), best.tolist(), strict=True)
+        return [Traced(*row) for row in rows]
+
+    @property
+    def _ends(self) -> set[int]:
+        ends = self.model.generation_config.eos_token_id
+        return {ends} if isinstance(ends, int) else set(ends or ())
 
     # --- the companion request ------------------------------------------------------------------
 
@@ -220,13 +260,14 @@ class _Batch:
 
 
 @contextmanager
-def _sampling(sampled: bool) -> Iterator[None]:
-    """Sampled answers from lm-eval's own seed; the caller's generators are left as they were."""
+def _sampling(sampled: bool, seed: int = TORCH_SEED) -> Iterator[None]:
+    """Sampled answers from one seed, by default lm-eval's own; the caller's generators are left as
+    they were."""
     if not sampled:
         yield
         return
     with torch.random.fork_rng():
-        torch.manual_seed(TORCH_SEED)
+        torch.manual_seed(seed)
         yield
 
 

@@ -16,7 +16,12 @@ import numpy as np
 
 from agentmerge.contracts.strategy import Observation
 from agentmerge.contracts.worker import ItemRef, ItemResult
-from agentmerge.evaluation.aggregation import Aggregation, aggregation_of
+from agentmerge.evaluation.aggregation import (
+    OF_VALUES,
+    WITH_STATICS,
+    Aggregation,
+    aggregation_of,
+)
 from agentmerge.evaluation.statistics import (
     MIN_ITEMS,
     RESAMPLES,
@@ -154,16 +159,46 @@ def _paired_task(
     theirs: Results | None,
 ) -> PairedTask:
     statics = None
-    if task.rebuild != "plain":
+    if task.rebuild == "whole":
+        return _paired_whole(taskset, task, weight, refs, mine, theirs)
+    if task.rebuild in WITH_STATICS:
         place = {ref: i for i, ref in enumerate(task.items)}
         statics = np.array([task.statics[place[ref]] for ref in refs], float)
     return PairedTask(
         weight,
         np.array([[one[ref].value for one in mine] for ref in refs], float),
         None if theirs is None else np.array([theirs[ref].value for ref in refs], float),
-        _metric(taskset, task) or _calling(taskset, task),
+        _metric(taskset, task)
+        or _calling(taskset.aggregations[task.name], task.rebuild == "class"),
         statics,
         labels=task.rebuild == "class",
+    )
+
+
+def _paired_whole(
+    taskset: TaskSet,
+    task: ScoredTask,
+    weight: float,
+    refs: Sequence[ItemRef],
+    mine: Sequence[Results],
+    theirs: Results | None,
+) -> PairedTask:
+    """Values are places in a table of what the items gave, from the worst alone to the best."""
+    every = [*mine, *([] if theirs is None else [theirs])]
+    worth = {one[ref].whole: one[ref].value for ref in refs for one in every}
+    sign = 1.0 if task.higher_is_better else -1.0
+    table = sorted(worth, key=lambda text: (sign * worth[text], text))
+    place = {text: float(i) for i, text in enumerate(table)}
+    combine = taskset.aggregations[task.name]
+
+    def drawn(places: list[float]) -> float:
+        return float(combine([table[min(max(int(p), 0), len(table) - 1)] for p in places]))
+
+    return PairedTask(
+        weight,
+        np.array([[place[one[ref].whole] for one in mine] for ref in refs], float),
+        None if theirs is None else np.array([place[theirs[ref].whole] for ref in refs], float),
+        _calling(drawn),
     )
 
 
@@ -176,7 +211,7 @@ def _metric(taskset: TaskSet, task: ScoredTask) -> Metric | None:
     """A task's metric as arithmetic on counts; None where its aggregation is not known."""
     function = taskset.aggregations.get(task.name)
     found = aggregation_of(function)
-    if task.rebuild == "plain" and found.mean:
+    if task.rebuild in OF_VALUES and found.mean:
         return mean
     if found == Aggregation():  # a task's own, whatever it is called
         return None
@@ -237,9 +272,8 @@ _ARITHMETIC: Mapping[tuple[str, str], Metric] = {
 }
 
 
-def _calling(taskset: TaskSet, task: ScoredTask) -> Metric:
+def _calling(function: Callable[[list[Any]], Any], classes: bool = False) -> Metric:
     """A metric of which only the function is known."""
-    function: Callable[[list[Any]], Any] = taskset.aggregations[task.name]
 
     def metric(counts: np.ndarray, values: np.ndarray, statics: np.ndarray | None) -> np.ndarray:
         found = np.empty((len(counts), values.shape[1]))
@@ -248,7 +282,6 @@ def _calling(taskset: TaskSet, task: ScoredTask) -> Metric:
                 drawn: list[Any] = np.repeat(values[:, column], often).tolist()
                 if statics is not None:
                     known = np.repeat(statics[:, column], often).astype(int).tolist()
-                    classes = task.rebuild == "class"
                     drawn = (
                         list(zip(known, map(int, drawn), strict=True))
                         if classes

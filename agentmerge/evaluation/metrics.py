@@ -14,7 +14,8 @@ from contextlib import suppress
 from typing import Any
 
 from agentmerge.errors import TaskError
-from agentmerge.evaluation.aggregation import Rebuild, aggregation_of
+from agentmerge.evaluation import whole
+from agentmerge.evaluation.aggregation import Aggregation, Rebuild, aggregation_of
 from agentmerge.evaluation.tasks import MarginKind
 
 #: A response to try a task's own code on, by the type of its requests.
@@ -63,8 +64,7 @@ def check_metric(task: Any, metric: str, filter_name: str, instances: Sequence[A
     """How ``metric`` is rebuilt from stored values.
 
     Raises:
-        TaskError: no such metric or filter, naming the legal ones, or one that needs more of an
-            answer than a number.
+        TaskError: no such metric or filter, naming the legal ones, or one that is no metric.
     """
     filters = [ensemble.name for ensemble in task._filters]
     known = [name for name in task.aggregation() if name != "bypass"]
@@ -78,12 +78,17 @@ def check_metric(task: Any, metric: str, filter_name: str, instances: Sequence[A
             f"metric '{metric},{filter_name}' does not exist in task {task.task_name!r}; "
             f"it has: {legal}"
         )
-    rule = aggregation_of(aggregation(task, metric)).rebuild
+    known_as = aggregation_of(aggregation(task, metric))
+    rule = known_as.rebuild
     if rule is not None and (probe is None or metric not in probe or _fits(rule, probe[metric])):
-        return rule
+        if rule != "whole" or probe is None or _is_pair(probe.get(metric)):
+            return rule
+    elif known_as == Aggregation() and probe and _fits("whole", probe[metric]):
+        return "whole"  # a task's own, of texts or tuples
+    given = str((probe or {}).get(metric))[:80]
     raise TaskError(
-        f"metric {metric!r} of task {task.task_name!r} needs whole answers, not a number an item, "
-        "so it cannot be kept item by item; choose another metric"
+        f"metric {metric!r} of task {task.task_name!r} is made of {given}, of which no number "
+        "comes; choose another metric"
     )
 
 
@@ -112,7 +117,20 @@ def check_classes(task: Any, metric: str, golds: Sequence[float], choices: int) 
 def _fits(rule: Rebuild, value: Any) -> bool:
     if rule == "plain":
         return isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
+    if rule == "one_hot":
+        right = isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], int)
+        return right and 0 <= value[0] < len(value[1])
+    if rule == "whole":
+        try:
+            return bool(whole.kept(value))
+        except ValueError:
+            return False
     return isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _is_pair(value: Any) -> bool:
+    """What lm-eval's metrics of texts are made of: references and what was said."""
+    return isinstance(value, list | tuple) and len(value) == 2
 
 
 def _is_number(value: Any) -> bool:
@@ -141,14 +159,21 @@ def static_part(task: Any, metric: str, filter_name: str, rule: Rebuild, instanc
     return float(value[1] if rule == "weighted" else value[0])
 
 
-def stored_value(rule: Rebuild, value: Any, task_name: str, metric: str) -> float:
-    """The number that is kept of a document's value."""
+def stored_value(task: Any, rule: Rebuild, metric: str, value: Any) -> tuple[float, str]:
+    """The number that is kept of a document's value, and all of it where a number is not enough."""
     if not _fits(rule, value):
+        what = "cannot be kept" if rule == "whole" else "is not a number"
         raise TaskError(
-            f"metric {metric!r} of task {task_name!r} gave {value!r}, which is not a number; "
+            f"metric {metric!r} of task {task.task_name!r} gave {str(value)[:80]!r}, which {what}; "
             "choose another metric"
         )
-    return float(value if rule == "plain" else value[0] if rule == "weighted" else value[1])
+    if rule == "whole":
+        gave = whole.kept(value)
+        return whole.OfWhole(aggregation(task, metric)).alone(gave), gave
+    if rule == "one_hot":
+        gold, shares = value
+        return float(sum((share - (i == gold)) ** 2 for i, share in enumerate(shares))), ""
+    return float(value if rule == "plain" else value[0] if rule == "weighted" else value[1]), ""
 
 
 def margin_kind(task: Any, companion: bool) -> MarginKind | None:

@@ -18,9 +18,11 @@ from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import AnswerRefused, CandidateFailed, TaskError
 from agentmerge.evaluation import metrics
 from agentmerge.evaluation.judged import play
+from agentmerge.evaluation.openai_server import ServedModel
 from agentmerge.evaluation.rendering import Asked
 from agentmerge.evaluation.scorers import texts
 from agentmerge.evaluation.scripts import Verdict, verdicts
+from agentmerge.evaluation.served import ask_served
 from agentmerge.evaluation.tasks import ScoredTask, TaskSet
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ for _name in ("lm_eval.models.huggingface", "transformers.tokenization_utils_bas
     logging.getLogger(_name).addFilter(_is_told_in_results)
 
 
-class ScoringModel(Protocol):
+class ScoringModel(ServedModel, Protocol):
     """What scoring asks of an engine; ``live.LiveLM`` says what each answer is."""
 
     def encode(self, instances: Sequence[Any]) -> list[Any]: ...
@@ -85,6 +87,8 @@ class _Answer:
 class ItemScorer:
     """Scores items of a TaskSet on whatever weights ``lm`` has at the time.
 
+    recipe: the hash of what is live, by whose name it is served.
+
     Raises (on use):
         CandidateFailed: a log-likelihood or a value is not finite.
         AnswerRefused: the task's own code raised at an answer.
@@ -96,6 +100,7 @@ class ItemScorer:
         self._taskset = taskset
         self._known = {ref: task for task in taskset.tasks for ref in task.items}
         self._prepared: dict[ItemRef, PreparedItem] = {}
+        self.recipe = ""
 
     def score(self, refs: Sequence[ItemRef]) -> list[ItemResult]:
         """One result an item, in the order asked.
@@ -104,8 +109,11 @@ class ItemScorer:
         the batches are those of ``simple_evaluate`` on the same documents.
         """
         chats = [ref for ref in refs if ref.task in self._taskset.judged]
-        self._refuse_unknown(chats)
+        self._refuse_unknown([ref for ref in refs if ref.task not in self._taskset.asked])
         results = play(self._lm, self._taskset.judged, chats)
+        for name, served in self._taskset.served.items():
+            if asked := [ref for ref in refs if ref.task == name]:
+                results |= ask_served(served, self._lm, self.recipe, asked)
         items = self.prepared([ref for ref in refs if ref not in results])
         answers = self._ask(items)
         for task in self._taskset.tasks:
@@ -230,8 +238,9 @@ def _judged(
         answer = answers[ref]
         if ref in found:
             value, log_likelihood, margin = found[ref].score, None, found[ref].margin
+            gave = ""
         else:
-            value = _value(ref, item, said[ref])
+            value, gave = _value(ref, item, said[ref])
             log_likelihood, margin = _evidence(item, answer)
         for number in (log_likelihood, margin):
             if number is not None and not math.isfinite(number):
@@ -241,7 +250,7 @@ def _judged(
                 )
         results[ref] = ItemResult(
             value, log_likelihood, margin, item.truncated, answer.cut_off,
-            tokens=round(answer.tokens),
+            tokens=round(answer.tokens), whole=gave,
         )  # fmt: skip
     return results
 
@@ -272,8 +281,9 @@ def _alone(ref: ItemRef, item: PreparedItem, answer: _Answer) -> None:
         metrics.filtered(item.asked.task, item.asked.filter, item.instances, answer.responses)
 
 
-def _value(ref: ItemRef, item: PreparedItem, filtered: Sequence[Any]) -> float:
-    """What a document is worth by the task's own ``process_results``.
+def _value(ref: ItemRef, item: PreparedItem, filtered: Sequence[Any]) -> tuple[float, str]:
+    """What a document is worth by the task's own ``process_results``, and what it gives to a metric
+    of whole answers.
 
     Raises:
         AnswerRefused: it raised, or gave no number, for these answers.
@@ -284,10 +294,12 @@ def _value(ref: ItemRef, item: PreparedItem, filtered: Sequence[Any]) -> float:
         found = item.asked.task.process_results(item.instances[0].doc, filtered)
         if metric not in found:
             raise KeyError(f"no {metric!r} in {sorted(found)}")
-        value = metrics.stored_value(item.task.rebuild, found[metric], ref.task, metric)
+        value, gave = metrics.stored_value(
+            item.asked.task, item.task.rebuild, metric, found[metric]
+        )
     if not math.isfinite(value):
         raise CandidateFailed(f"{metric} of document {ref.index}, {ref.task}: {value}")
-    return value
+    return value, gave
 
 
 @contextmanager

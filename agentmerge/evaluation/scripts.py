@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +64,16 @@ def refuse_failed(running: Running, whose: str, late_s: float | None) -> None:
 
 
 def read_verdicts(
-    lines: Sequence[str], wanted: Sequence[int], bounds: tuple[float, float], whose: str
+    lines: Sequence[str],
+    wanted: Sequence[int],
+    bounds: tuple[float, float],
+    whose: str,
+    *,
+    also: Container[int] = (),
+    only: int | None = None,
 ) -> dict[int, Verdict]:
-    """
+    """also: ids that lines may have besides. only: the id of a line that says none.
+
     Raises:
         AnswerRefused: a line that is none, or the first item without one.
     """
@@ -75,8 +82,8 @@ def read_verdicts(
         if not line.strip():
             continue
         try:
-            item, verdict = _read(line, bounds)
-            if item not in asked:
+            item, verdict = _read(line, bounds, only)
+            if item not in asked and item not in also:
                 raise ValueError(f"has id {item!r}, which was not asked")
             if item in found:
                 raise ValueError(f"is a second one for id {item}")
@@ -92,7 +99,7 @@ def read_verdicts(
     return found
 
 
-def _read(line: str, bounds: tuple[float, float]) -> tuple[Any, Verdict]:
+def _read(line: str, bounds: tuple[float, float], only: int | None) -> tuple[Any, Verdict]:
     """
     Raises:
         ValueError: what is wrong with the line.
@@ -103,6 +110,8 @@ def _read(line: str, bounds: tuple[float, float]) -> tuple[Any, Verdict]:
         raise ValueError("is not JSON") from None
     if not isinstance(body, dict):
         raise ValueError("is no JSON object")
+    if only is not None:
+        body.setdefault("id", only)
     for key in ("id", "score"):
         if key not in body:
             raise ValueError(f"has no {key}")

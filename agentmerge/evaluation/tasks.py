@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import AnswerRefused, CandidateFailed, TaskError
-from agentmerge.evaluation.aggregation import Rebuild, aggregation_of
+from agentmerge.evaluation.aggregation import OF_VALUES, WITH_STATICS, Rebuild, aggregation_of
 
 if TYPE_CHECKING:
     from agentmerge.evaluation.judged import JudgedTask
     from agentmerge.evaluation.rendering import Asked
+    from agentmerge.evaluation.served import ServedTask
 
 Part = Literal["search", "sealed"]
 MarginKind = Literal["choice", "token"]
@@ -34,7 +35,8 @@ class ScoredTask:
     protocol_hash: everything about how it is asked that is not an item.
     rebuild: how the metric comes back from stored values: "plain" (values), "weighted"
         (log-likelihoods, with the counts of words or bytes in ``statics``), "class" (predicted
-        classes, with the gold ones in ``statics``).
+        classes, with the gold ones in ``statics``), "one_hot" (squared distances from the right
+        answer), "whole" (``ItemResult.whole``).
     objective: the entry of the config it belongs to; its own name unless that is a group.
     """
 
@@ -94,6 +96,7 @@ class TaskSet:
     asked: leaf task -> the rendered requests; empty where nothing is asked of a real model.
     protocols: leaf task -> what its ``protocol_hash`` is the hash of, for the record.
     judged: of the leaf tasks those whose answers a judge grades, and how they are played.
+    served: leaf task -> the program that asks the live candidate itself.
     """
 
     tasks: tuple[ScoredTask, ...]
@@ -103,6 +106,7 @@ class TaskSet:
     asked: Mapping[str, Asked] = field(default_factory=dict, repr=False)
     protocols: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     judged: Mapping[str, JudgedTask] = field(default_factory=dict, repr=False)
+    served: Mapping[str, ServedTask] = field(default_factory=dict, repr=False)
 
     def task(self, name: str) -> ScoredTask:
         for task in self.tasks:
@@ -120,7 +124,8 @@ class TaskSet:
         Where it is not (a perplexity, an F1), only the whole metric says something.
         """
         return all(
-            self.task(leaf).rebuild == "plain" and aggregation_of(self.aggregations.get(leaf)).mean
+            self.task(leaf).rebuild in OF_VALUES
+            and aggregation_of(self.aggregations.get(leaf)).mean
             for leaf in objective.leaves
         )
 
@@ -154,7 +159,9 @@ class TaskSet:
         # lm-eval adds up in the order of the documents: so do we, to the last bit.
         order = sorted(range(len(items)), key=lambda i: items[i].index)
         values: list[Any] = [results[i].value for i in order]
-        if task.rebuild != "plain":
+        if task.rebuild == "whole":
+            values = [results[i].whole for i in order]
+        if task.rebuild in WITH_STATICS:
             place = {ref: i for i, ref in enumerate(task.items)}
             statics = [task.statics[place[items[i]]] for i in order]
             if task.rebuild == "weighted":

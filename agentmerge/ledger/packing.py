@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -20,11 +21,13 @@ def pack(results: Sequence[ItemResult]) -> bytes:
     Values are float64 (a metric is stored exactly), log-likelihoods float32 (what torch summed),
     margins float16 (three digits; they are clipped where they are used), flags one byte. Generated
     tokens, int32, are a fifth column only where some were counted: older versions read no further.
+    What metrics of whole answers are made of is a sixth, as a JSON list of texts.
     """
     missing = float("nan")
-    counted = any(r.tokens is not None for r in results)
+    whole = any(r.whole for r in results)
+    counted = whole or any(r.tokens is not None for r in results)
 
-    def column(kind: str, values: list[Any]) -> bytes:
+    def column(kind: str, values: Any) -> bytes:
         body = zlib.compress(np.asarray(values, dtype=kind).tobytes(), 6)
         return len(body).to_bytes(4, "little") + body
 
@@ -38,6 +41,8 @@ def pack(results: Sequence[ItemResult]) -> bytes:
             column("u1", [r.truncated + 2 * r.cut_off + 4 * r.missing for r in results]),
             column("<i4", [-1 if r.tokens is None else r.tokens for r in results])
             if counted else b"",
+            column("u1", np.frombuffer(json.dumps([r.whole for r in results]).encode(), "u1"))
+            if whole else b"",
         )
     )  # fmt: skip
 
@@ -53,6 +58,9 @@ def unpack(block: bytes) -> list[ItemResult]:
         raw = zlib.decompress(block[place + 4 : place + 4 + size])
         columns.append(np.frombuffer(raw, dtype=kind, count=count))
         place += 4 + size
+    texts = [""] * count
+    if place < len(block):
+        texts = json.loads(zlib.decompress(block[place + 4 :]))
     return [
         ItemResult(
             float(value),
@@ -62,8 +70,9 @@ def unpack(block: bytes) -> list[ItemResult]:
             bool(flag & 2),
             tokens=None if made < 0 else int(made),
             missing=bool(flag & 4),
+            whole=text,
         )
-        for value, ll, margin, flag, made in zip(*columns, strict=True)
+        for value, ll, margin, flag, made, text in zip(*columns, texts, strict=True)
     ]
 
 

@@ -36,7 +36,12 @@ class Canary:
 
     def __init__(self, parent: Recipe, taskset: TaskSet, dtype: str, every: int, ask: Ask) -> None:
         self._parent = parent
-        self._refs = [ref for task in taskset.tasks for ref in task.items[:_ITEMS_A_TASK]]
+        self._refs = [
+            ref
+            for task in taskset.tasks
+            if task.name not in taskset.served
+            for ref in task.items[:_ITEMS_A_TASK]
+        ]
         step = _LOGITS / 2 * 2.0 ** -_BITS.get(dtype, _HALF_BITS)
         self._absolute = max(_LEAST_TOLERANCE, 2 * step)
         self._relative = _LEAST_TOLERANCE if step < _LEAST_TOLERANCE else _RELATIVE_HALF

@@ -53,7 +53,7 @@ class DiskWorker:
         scratch = TemporaryFolder("agentmerge-disk", spec.options.get("storage"))
         self._scratch = scratch.path
         self._remove = weakref.finalize(self, scratch.close)
-        self._loaded: tuple[Path, Fingerprint, tuple[str, ...]] | None = None
+        self._loaded: tuple[Path, Fingerprint, tuple[str, ...], str] | None = None
 
     @staticmethod
     def tasks(spec: WorkerSpec) -> TaskSet:
@@ -100,13 +100,13 @@ class DiskWorker:
         refuse_replaced(self._spec.stamps)
         fingerprint = Fingerprint(planned.digest, exported.digest, exported.tensors)
         names = tuple(item.spec.name for item in planned.tensors)
-        self._loaded = (target, fingerprint, names)
+        self._loaded = (target, fingerprint, names, recipe.hash())
         return fingerprint
 
     def score(self, items: Sequence[ItemRef]) -> list[ItemResult]:
         if self._loaded is None:
             raise RunFailed("nothing is loaded: load() a recipe before score()")
-        path, fingerprint, names = self._loaded
+        path, fingerprint, names, recipe_hash = self._loaded
         answer = self._scratch / "answer.pickle"
         answer.unlink(missing_ok=True)
         task = {
@@ -116,6 +116,7 @@ class DiskWorker:
             "names": names,
             "carried": self._layout.carried,
             "items": tuple(items),
+            "recipe": recipe_hash,
             "answer": answer,
             "threads": torch.get_num_threads(),
         }

@@ -53,7 +53,9 @@ def _by_transformers(spec: Any, task: dict[str, Any]) -> Any:
             "transformers loads this model otherwise than its files say"
         )
     taskset = tasks_for(spec, check_built_ins=False)
-    return ItemScorer(live_lm(spec, model), taskset).score(task["items"])
+    scorer = ItemScorer(live_lm(spec, model), taskset)
+    scorer.recipe = task["recipe"]
+    return scorer.score(task["items"])
 
 
 def _by_vllm(spec: Any, task: dict[str, Any]) -> Any:
@@ -87,6 +89,7 @@ def _by_vllm(spec: Any, task: dict[str, Any]) -> Any:
         raise RunFailed(
             f"the checkpoint's weights ({live}) are not the merged ones ({task['digest']})"
         )
+    worker._scorer.recipe = task["recipe"]
     return worker.score(task["items"])
 
 

@@ -127,6 +127,7 @@ class HfWorker:
 
     def load(self, recipe: Recipe) -> Fingerprint:
         self._ready = False
+        self._scorer.recipe = recipe.hash()
         with self._guarded(), torch.no_grad():
             plan = self._family.plan(recipe)
             if plan.layers is not None:

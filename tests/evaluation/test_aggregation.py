@@ -74,11 +74,11 @@ def test_what_needs_whole_answers_has_a_direction_all_the_same() -> None:
         for known in [aggregation_of(getattr(metrics, name))]
     }
     assert found == {
-        "bleu": (None, False, True),
-        "chrf": (None, False, True),
-        "chrfpp": (None, False, True),
-        "ter": (None, False, False),
-        "brier_score": (None, False, False),
+        "bleu": ("whole", False, True),
+        "chrf": ("whole", False, True),
+        "chrfpp": ("whole", False, True),
+        "ter": ("whole", False, False),
+        "brier_score": ("one_hot", False, False),
     }
 
 

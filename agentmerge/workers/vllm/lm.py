@@ -25,6 +25,7 @@ from vllm.sampling_params import RequestOutputKind
 from agentmerge.errors import CandidateFailed
 from agentmerge.evaluation.hf_lm import TORCH_SEED
 from agentmerge.evaluation.loading import quiet
+from agentmerge.evaluation.openai_server import Sampling, Traced
 from agentmerge.evaluation.tokens import Encoded, Ended, Said, Stopping, Tokenised
 
 #: Continuations of one token that one request may ask for; vLLM's own bound is 128.
@@ -177,6 +178,31 @@ class VllmLM(Tokenised, VLLM):  # type: ignore[misc]
             for text, instance, stop in zip(texts, instances, stops, strict=True)
         ]
 
+    # --- served (``openai_server.ServedModel``) ---------------------------------------------------
+
+    def continued(
+        self, prompt: list[int], max_new: int, stop: Sequence[str], sampling: Sampling
+    ) -> tuple[list[int], bool]:
+        settings = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed if sampling.temperature > 0 else None,
+            max_tokens=max_new,
+            stop=list(stop),
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        said = self._ask([prompt], [settings])[0].outputs[0]
+        if said.token_ids and not math.isfinite(said.cumulative_logprob):
+            raise CandidateFailed("the model's logits are not numbers (NaN) while it generates")
+        return list(said.token_ids), said.finish_reason == "stop"
+
+    def traced(self, tokens: list[int]) -> list[Traced]:
+        (output,) = self._scored([tokens], False)
+        return [_traced(row, token) for row, token in zip(
+            output.prompt_logprobs[1:], tokens[1:], strict=True
+        )]  # fmt: skip
+
     def _key(self, context: str, stop: Stopping) -> Any:
         prompt = self.tok_encode(context)[-(self.max_length - stop.max_new) :]
         return tuple(prompt), stop.max_new, stop.until
@@ -221,6 +247,11 @@ def _settings(**more: Any) -> SamplingParams:
         output_kind=RequestOutputKind.FINAL_ONLY,
         **more,
     )
+
+
+def _traced(found: Any, token: int) -> Traced:
+    best = min(found, key=lambda other: (-found[other].logprob, other))
+    return Traced(found[token].logprob, best, found[best].logprob)
 
 
 def _row(found: Any, token: int) -> Row:

@@ -77,7 +77,7 @@ class VllmWorker:
         self._scorer = ItemScorer(lm, taskset)
         requests = _requests(taskset)
         longest = max(lm.longest(requests), min(_LEAST_CONTEXT, context))
-        if taskset.judged:  # how long a conversation gets is the model's own doing
+        if taskset.judged or taskset.served:  # how long a request gets is not known before
             longest = context
         probes = [lm.tok_encode(r.args[0] or "a") for r in requests[:: len(requests) // 4 + 1]]
         self._engine = Engine(spec, longest, probes)
@@ -141,6 +141,7 @@ class VllmWorker:
         return fingerprint
 
     def _load(self, recipe: Recipe) -> Fingerprint:
+        self._scorer.recipe = recipe.hash()
         report = self._engine.load(recipe)
         return Fingerprint(report["recipe"], report["digest"], report["tensors"])
 
