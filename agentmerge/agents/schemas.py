@@ -43,7 +43,8 @@ _MAX_JSON_STARTS = 1_000
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """What a reply is checked against: dimensions of the space, the least and widest step, and what
-    a structural move may name; deeper: layers that one may add."""
+    a structural move may name; deeper: layers that one may add; absent: of a pool of experts those
+    that are not merged, of which one may join them where there is room."""
 
     dimensions: int
     sigma_low: float
@@ -52,6 +53,18 @@ class Bounds:
     methods: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     deeper: int = 0
+    absent: tuple[str, ...] = ()
+    room: bool = False
+
+    @property
+    def joining(self) -> tuple[str, ...]:
+        """What add_model may name."""
+        return self.absent if self.room else ()
+
+    @property
+    def swaps(self) -> tuple[str, ...]:
+        """What swap_model may name."""
+        return tuple(f"{out} -> {into}" for out in self.models for into in self.absent)
 
 
 # Strict: true, "12" and null are not numbers, however kindly pydantic would read them.
@@ -92,7 +105,10 @@ class _Reply(BaseModel):
 class ProposedMove(_Reply):
     """A structural move as a model says it; "none" is no move."""
 
-    change: Literal["none", "method", "granularity", "filters", "drop_model", "layers"]
+    change: Literal[
+        "none", "method", "granularity", "filters", "drop_model", "layers", "add_model",
+        "swap_model",
+    ]  # fmt: skip
     value: str = ""
     why: str = ""
 
@@ -108,6 +124,14 @@ class ProposedMove(_Reply):
             raise ValueError(f"{value[:40]!r} is no merge method; use {', '.join(bounds.methods)}")
         if self.change == "drop_model" and value not in bounds.models:
             raise ValueError(f"{value[:40]!r} is no model here; use {', '.join(bounds.models)}")
+        if self.change == "add_model" and value not in bounds.joining:
+            raise ValueError(
+                f"{value[:40]!r} cannot join; of these one may: {_some(bounds.joining)}"
+            )
+        if self.change == "swap_model" and value not in bounds.swaps:
+            raise ValueError(
+                f"{value[:80]!r} is no swap here; write one as {_some(bounds.swaps[:1])}"
+            )
         if self.change == "granularity" and not _divides(value, bounds.layers):
             raise ValueError(f"{value[:40]!r} does not divide the {bounds.layers} layers")
         if self.change == "layers" and not bounds.deeper:
@@ -115,6 +139,10 @@ class ProposedMove(_Reply):
         if self.change == "filters" and not _FILTERS.fullmatch(value):
             raise ValueError(f"{value[:40]!r} is no list of parts of tensor names, such as mlp")
         return self
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names) or "there is none"
 
 
 _FILTERS = re.compile(r"(?:[A-Za-z0-9_.]{1,60}(?:\s*,\s*[A-Za-z0-9_.]{1,60}){0,7})?")
@@ -244,6 +272,8 @@ def _possible_moves(bounds: Bounds) -> Iterator[dict[str, Any]]:
         "granularity": steps,
         "drop_model": bounds.models,
         "layers": [""] * bool(bounds.deeper),
+        "add_model": bounds.joining,
+        "swap_model": bounds.swaps,
     }
     for change in get_args(ProposedMove.model_fields["change"].annotation):
         value: dict[str, Any] = {"type": "string"}

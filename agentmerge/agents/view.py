@@ -55,7 +55,8 @@ class HistoryView:
     ladder: with that noise, which walked the history as it was before.
     tied: (generation, slot) of candidates shown with the score of the best before them.
     moves: what became of structural moves so far, a sentence each. deeper: how many layers a move
-    to layers may add; 0 where there is none.
+    to layers may add; 0 where there is none. absent: experts of a pool that are not merged; room:
+    whether one more may be.
     """
 
     space: Space
@@ -72,6 +73,8 @@ class HistoryView:
     tied: frozenset[tuple[int, int]] = frozenset()
     moves: tuple[str, ...] = ()
     deeper: int = 0
+    absent: tuple[str, ...] = ()
+    room: bool = False
 
     def released(self) -> HistoryView:
         """The view as it may be shown to a model."""
@@ -104,6 +107,8 @@ class HistoryView:
             tuple(METHODS),
             models,
             deeper=self.deeper,
+            absent=self.absent,
+            room=self.room,
         )
 
     @cached_property
@@ -160,7 +165,7 @@ def _variables(view: HistoryView) -> dict[str, str]:
         "noise": _noise(view),
         "layers": str(view.space.num_layers),
         "methods": ", ".join(METHODS),
-        "deeper": _deeper(view),
+        "deeper": "\n".join(filter(None, (_deeper(view), _pool(view)))),
         "moves": "; ".join(clean_text(move, 300) for move in view.moves) or "none",
     }
 
@@ -195,6 +200,17 @@ def observations(view: HistoryView) -> list[str]:
     if failed:
         lines.append(f"{len(failed)} of {len(view.last)} candidates of the last generation failed.")
     return lines
+
+
+def _pool(view: HistoryView) -> str:
+    """Which experts are not merged, and how one may be."""
+    if not view.absent:
+        return ""
+    adding = "add_model with its name, or " if view.room else ""
+    return (
+        f"Experts that are not merged now: {', '.join(view.absent)}. One may be: {adding}"
+        f'swap_model, with a value such as "{view.bounds.swaps[0]}".'
+    )
 
 
 def _deeper(view: HistoryView) -> str:

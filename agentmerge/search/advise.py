@@ -25,6 +25,7 @@ from agentmerge.contracts.operators import PROBE, STRUCTURE
 from agentmerge.contracts.strategy import improved
 from agentmerge.errors import BudgetReached, ModelReplyError, ReplyMissing
 from agentmerge.ledger.words import Opening, guidance_of, openings, spoken
+from agentmerge.recipe.names import short_name
 from agentmerge.search import budget
 from agentmerge.search.propose import population
 from agentmerge.search.search import Search
@@ -129,6 +130,8 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
         ladder=search.ladder,
         moves=tuple(verdicts(now, moves)),
         deeper=_deeper(search, now, moves),
+        absent=_absent(search, now),
+        room=(most := now.leader.genome.pool) is not None and len(now.leader.models) < most.most,
     )
     search.views.clear()
     search.views[asked] = found  # one that tried nothing itself is told what the last one was
@@ -140,6 +143,13 @@ def _deeper(search: Search, now: Trials, moves: Sequence[Opening]) -> int:
     fixed = search.config.search.structure == "fixed"
     known = any(opening.move.change == "layers" for opening in moves)
     return 0 if fixed or known or now.leader.stacks is not None else search.space.deeper
+
+
+def _absent(search: Search, now: Trials) -> tuple[str, ...]:
+    """The experts of a pool that a move may let in."""
+    if search.config.search.structure == "fixed" or now.leader.stacks is not None:
+        return ()
+    return tuple(short_name(m) for m in now.leader.pool if m not in now.leader.models)
 
 
 def _forecasts(search: Search, generation: int) -> list[Forecast]:

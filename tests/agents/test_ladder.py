@@ -186,6 +186,27 @@ def test_the_schema_offers_the_moves_that_are_possible() -> None:
             assert parse_reply(reply(change, value), ProposerReply, BOUNDS).structural_move
 
 
+def test_experts_of_a_pool_may_join_where_there_is_room() -> None:
+    full = replace(BOUNDS, absent=("east",))
+    room = replace(full, room=True)
+    swap = ("swap_model", "south -> east")
+    for change, value, bounds in ((*swap, full), (*swap, room), ("add_model", "east", room)):
+        found = parse_reply(reply(change, value), ProposerReply, bounds).structural_move
+        assert (found.change, found.value) == (change, value)
+    for change, value, bounds, says in (
+        ("add_model", "east", full, "cannot join"),
+        ("add_model", "west", room, "of these one may: east"),
+        ("swap_model", "east -> south", full, "write one as north -> east"),
+        ("swap_model", "north -> south", BOUNDS, "there is none"),
+    ):
+        with pytest.raises(ModelReplyError, match=says):
+            parse_reply(reply(change, value), ProposerReply, bounds)
+    moves = json_schema(ProposerReply, full)["properties"]["structural_move"]["anyOf"]
+    offered = {move["properties"]["change"]["enum"][0] for move in moves}
+    assert "swap_model" in offered
+    assert "add_model" not in offered
+
+
 def test_moves_and_forecasts_reach_the_guidance() -> None:
     from agentmerge.agents import proposer
 
