@@ -58,6 +58,8 @@ class Store:
             self._conn.execute(f"PRAGMA journal_mode={journal_mode(self.path)}")
             self._conn.execute("PRAGMA synchronous=FULL")
             if pending(self._conn):
+                import sqlite_utils  # noqa: F401  # takes long: not while others wait for the lock
+
                 with self._writing() as conn:
                     migrate(conn)
             self._file = identity(self.path)

@@ -268,3 +268,28 @@ def test_what_does_not_exist_is_not_found(ledger: Ledger) -> None:
         ledger.candidate("r", 3, 1)
     with pytest.raises(UserError, match="choose another name"):
         ledger.add_run(row())
+
+
+LOOKS_ON = """
+import sqlite3, sys
+from pathlib import Path
+from agentmerge.ledger import Ledger
+
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        if name == "sqlite_utils":
+            conn = sqlite3.connect(sys.argv[1], timeout=0)
+            conn.execute("BEGIN IMMEDIATE")
+            conn.close()
+            print("free", flush=True)
+
+sys.meta_path.insert(0, Hook())
+Ledger(Path(sys.argv[1])).close()
+"""
+
+
+def test_nobody_waits_for_a_lock_while_another_imports(tmp_path: Path) -> None:
+    """Ten searches that begin at once on a busy machine would wait for ten imports in turn."""
+    where = [sys.executable, "-c", LOOKS_ON, str(tmp_path / "agentmerge.sqlite")]
+    found = subprocess.run(where, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, "free\n"), found.stderr
