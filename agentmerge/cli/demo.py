@@ -75,7 +75,7 @@ def run_demo(
     def start(emit: Any, drain: Any) -> Any:
         return driving.run(config, runs_dir=directory, emit=emit, drain=drain)
 
-    row, caught = followed(start, config, as_json, quiet)
+    row, caught = followed(start, config, directory, as_json, quiet)
     with opened(directory) as ledger:
         summary = run_summary(ledger, row)
     if row.result is None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from agentmerge.cli.render import number
@@ -72,6 +74,7 @@ class Screen(Progress):
 @contextmanager
 def progress(
     config: SearchConfig,
+    runs_dir: Path,
     *,
     quiet: bool,
     as_json: bool,
@@ -82,7 +85,7 @@ def progress(
 
     past: events of a search that goes on, which are known and not told. clocked: see ``Board``.
     """
-    board = Board(config, clocked=clocked)
+    board = Board(config, runs_dir, clocked=clocked)
     for event in past:
         board.tell(event)
     if as_json and not quiet:
@@ -118,6 +121,8 @@ def drawn(board: Board) -> Any:
     for role, words in board.words.items():
         line = Text(f"{role}: ", style="dim", no_wrap=True, overflow="ellipsis")
         parts.append(line.append(plain_line(words), style="not dim"))
+    if workers := board.workers.sentence(time.time()):
+        parts.append(Text(workers))
     parts.append(_bars(board))
     return Panel(Group(*parts), title="agentmerge", title_align="left", border_style="blue")
 

@@ -192,6 +192,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         origin = summary["parent"]
         left = origin["run"] or "a forgotten search"
         lines.append(f"branched from {left} at generation {origin['generation']}")
+    if workers := summary.get("workers", {}).get("sentence"):
+        lines.append(workers)
     agents = summary["agents"]
     if agents["calls"]:
         lines.append(

@@ -42,9 +42,12 @@ def show(
     from agentmerge.cli.render import summary_text
     from agentmerge.ledger.folder import opened
     from agentmerge.report.summary import run_summary
+    from agentmerge.report.utilisation import workers_of
 
     with opened(runs_dir) as ledger:
-        summary = run_summary(ledger, ledger.run(name))
+        row = ledger.run(name)
+        summary = run_summary(ledger, row)
+        summary |= workers_of(ledger, row, running=summary["status"] == "running")
     show_result(summary, as_json, summary_text(summary))
     return 0
 

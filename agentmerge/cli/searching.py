@@ -238,7 +238,7 @@ def stop(
 
 
 def followed(
-    start: Any, config: Any, as_json: bool, quiet: bool, past: Any = ()
+    start: Any, config: Any, runs_dir: Path, as_json: bool, quiet: bool, past: Any = ()
 ) -> tuple[Any, list[int]]:
     """(what ``start(emit, drain)`` returns, signals that came): with progress and signals."""
     from agentmerge.cli.live import progress
@@ -247,7 +247,7 @@ def followed(
     drain = Drain()
     with (
         signals(drain, speaker(quiet, as_json)) as caught,
-        progress(config, quiet=quiet, as_json=as_json, past=past) as listener,
+        progress(config, runs_dir, quiet=quiet, as_json=as_json, past=past) as listener,
     ):
         return start(listener, drain), caught
 
@@ -270,7 +270,7 @@ def _driven(
 
     say = speaker(quiet, as_json)
     with page_beside(runs_dir, ui, as_json):
-        row, caught = followed(start, config, as_json, quiet, past)
+        row, caught = followed(start, config, runs_dir, as_json, quiet, past)
     with opened(runs_dir) as ledger:
         summary = run_summary(ledger, row)
     show_result(summary, as_json, summary_text(summary))

@@ -26,7 +26,8 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Begun(Event):
-    """heeded: whether the strategy takes advice. memory: what was given up to fit."""
+    """heeded: whether the strategy takes advice. memory: what was given up to fit. workers: how
+    many there are."""
 
     event = "start"
     run: str
@@ -34,13 +35,18 @@ class Begun(Event):
     advisers: list[str]
     heeded: bool = True
     memory: str = ""
+    workers: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Event):
+    """worker: which one it has, from 1. waiting: candidates that wait for one."""
+
     event = "evaluate"
     generation: int
     slot: int
+    worker: int | None = None
+    waiting: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from agentmerge.config import SearchConfig
 from agentmerge.contracts import events
@@ -18,6 +19,7 @@ from agentmerge.ledger import Candidate, Ledger, RunRow, incumbent
 from agentmerge.ledger.rows import whole
 from agentmerge.ledger.words import spoken
 from agentmerge.recipe.names import short_name
+from agentmerge.report.utilisation import LOG, Workers, WorkersLog
 
 #: Which agent speaks after which, for the name of the phase.
 _FINISH = "choosing the answer, and asking it the sealed items"
@@ -38,11 +40,13 @@ class Line:
 class Board:
     """The state of a search. budgets: (name, used, limit), in the order they are shown.
 
+    runs_dir: where its log is, which says what workers do; None: nothing is said of them.
     clocked: whether who tells began with the search, or with its resume: no other knows when its
         wall clock was set.
     """
 
     config: SearchConfig
+    runs_dir: Path | None = None
     clocked: bool = True
     began: float = field(default_factory=time.monotonic)
     run: str = ""
@@ -61,6 +65,11 @@ class Board:
     cost_usd: float = 0.0
     reason: str = ""
     _lines: dict[tuple[int, ...], Line] = field(default_factory=dict)
+    _log: WorkersLog | None = None
+
+    @property
+    def workers(self) -> Workers:
+        return self._log.read() if self._log else Workers()
 
     @property
     def budgets(self) -> list[tuple[str, float, float]]:
@@ -99,6 +108,8 @@ class Board:
         match event:
             case events.Begun():
                 self.run, self.began = event.run, time.monotonic()
+                if self.runs_dir is not None:
+                    self._log = WorkersLog(self.runs_dir / self.run / LOG)
             case events.Evaluate():
                 self.generation, self.current = event.generation, f"candidate {event.slot}"
                 self.phase = "evaluating"

@@ -37,6 +37,8 @@ def event_lines(event: Event, board: Board) -> Iterator[str]:
             line = f"generation {event.generation:>3}   {event.evaluations:>4g} of {limit} "
             line += f"evaluations   best {best}"
             line += "" if board.best_parent is None else f" (best parent {parent})"
+            if workers := board.workers.sentence():
+                line += f"   {workers}"
             left = board.seconds_left
             yield line if left is None else f"{line}   about {duration(left)} left"
         case events.Advised() if event.role == STRUCTURE:

@@ -92,7 +92,10 @@ def evaluate(search: Search, generation: int, slot: int) -> None:
     # Where a server's checkpoint is ahead of the ledger there is none: `select` puts it right.
     if candidate is None or candidate.state != "open" or not budget.wanted(search):
         return
-    search.emit(Evaluate(generation=generation, slot=slot))
+    turns = [*search.dispatched.values()]
+    waiting = sum(not (turn.running() or turn.done()) for turn in turns)
+    worker = getattr(search.pool, "mine", None)
+    search.emit(Evaluate(generation=generation, slot=slot, worker=worker, waiting=waiting))
     recipe = Recipe.parse(search.ledger.recipe(candidate.recipe_hash, search.run_id))
     try:
         lost, spent = _race(search, candidate, recipe)

@@ -303,6 +303,7 @@ def _drive(
                 advisers=advisers,
                 heeded=bool(getattr(search.strategy, "heeds_advice", False)),
                 memory=prepared.memory.compromise if prepared.memory else "",
+                workers=prepared.config.worker.number,
             )
         )
         graph = load_graph(prepared.config.search.graph).compile(checkpointer=saver)

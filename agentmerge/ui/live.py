@@ -155,7 +155,8 @@ class Live:
                 found = None  # it was done, and goes on with other limits
             if found is None:
                 config = SearchConfig.from_text(row.config, row.name)
-                found = _Followed(Board(config, clocked=False), Follower(ledger, row))
+                board = Board(config, self.runs_dir, clocked=False)
+                found = _Followed(board, Follower(ledger, row))
             self._followed[row.id] = found  # the last is the one that was looked at last
             while len(self._followed) > MAX_FOLLOWED:
                 self._followed.popitem(last=False)
@@ -178,6 +179,7 @@ def _snapshot(followed: _Followed, row: RunRow, status: str, waiting: int) -> Sn
         "worker": board.config.worker.kind,
         "workers": board.config.worker.number,
         "waiting": waiting,
+        "workers_now": board.workers.sentence(time.time() if running else None),
         "tasks": [task.name for task in board.config.tasks.tasks],
         "best": _line("best", board.best),
         "rivals": [_line(name, line) for name, line in board.rivals.items()],

@@ -22,6 +22,7 @@ from agentmerge.report.items import (
     paired,
 )
 from agentmerge.report.summary import answer_of, run_summary
+from agentmerge.report.utilisation import workers_of
 
 #: Rows of a table on one page.
 PAGE, MOST = 50, 500
@@ -38,7 +39,8 @@ def searches(ledger: Ledger, query: Mapping[str, str]) -> dict[str, Any]:
 
 def search(ledger: Ledger, row: RunRow) -> dict[str, Any]:
     """As ``agentmerge show --json`` has it."""
-    return run_summary(ledger, row)
+    found = run_summary(ledger, row)
+    return found | workers_of(ledger, row, running=found["status"] == "running")
 
 
 def candidates(ledger: Ledger, row: RunRow, query: Mapping[str, str]) -> dict[str, Any]:

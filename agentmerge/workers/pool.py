@@ -123,6 +123,12 @@ class Pool:
         found: EngineInfo = worker_class(self.spec).describe(self.spec)
         return found
 
+    @property
+    def mine(self) -> int | None:
+        """Which worker, from 1, the work of this thread has."""
+        place = getattr(getattr(self._mine, "turn", None), "place", None)
+        return None if place is None else self._places.index(place) + 1
+
     def submit(self, work: Callable[..., T], *arguments: Any) -> Turn[T]:
         """The future of ``work(*arguments)``, called once a worker is free.
 
