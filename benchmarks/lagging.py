@@ -31,16 +31,18 @@ QUARTILE = -0.6745
 Belief = Callable[[Prospect, np.ndarray], Prospect]
 
 
-def ignored(prospect: Prospect, point: np.ndarray) -> Prospect:
+def ignored(prospect: Prospect, points: np.ndarray) -> Prospect:
     return prospect
 
 
-def lower(prospect: Prospect, point: np.ndarray) -> Prospect:
-    """As if the point had shown the lower quartile of what is expected, item by item."""
-    means, deviation = prospect.model.predict(point[None])
-    worse = np.sign(prospect.score.slope(means[0])) * prospect.model.spread
-    model = prospect.model.told(point[None], means + QUARTILE * deviation[:, None] * worse)
-    return replace(prospect, model=model)
+def lower(prospect: Prospect, points: np.ndarray) -> Prospect:
+    """As if each point in turn had shown the lower quartile of what is expected, item by item."""
+    for point in points:
+        means, deviation = prospect.model.predict(point[None])
+        worse = np.sign(prospect.score.slope(means[0])) * prospect.model.spread
+        model = prospect.model.told(point[None], means + QUARTILE * deviation[:, None] * worse)
+        prospect = replace(prospect, model=model)
+    return prospect
 
 
 class Believing(Auto):

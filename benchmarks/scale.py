@@ -2,6 +2,8 @@
 
     python -m benchmarks.scale utilisation [--workers 1 4 8 32] [--cv 0.3 0.6] [--evaluations 400]
     python -m benchmarks.scale driver [--evaluations 10000] [--workers 64]
+    python -m benchmarks.scale proposal [--evaluations 1000] [--items 1000] [--workers 1 8]
+    python -m benchmarks.scale quality [--evaluations 100] [--workers 1 4 8 16] [--seeds 5]
 
 Candidates are scored by the fake worker; how long each takes is drawn (lognormal) and
 passes on a virtual clock, so that 64 workers need no machine. All else is the search as it runs.
@@ -28,6 +30,7 @@ from agentmerge.config import SearchConfig
 from agentmerge.session import opening
 from agentmerge.workers.fake import FakeWorker
 from benchmarks import lagging
+from benchmarks.proposing import proposal
 
 CONFIG = """\
 genome:
@@ -167,14 +170,20 @@ def driver(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["utilisation", "driver", "quality"])
+    parser.add_argument("what", choices=["utilisation", "driver", "proposal", "quality"])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 8, 32, 64])
     parser.add_argument("--cv", type=float, nargs="+", default=[0.3, 0.6])
     parser.add_argument("--evaluations", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--items", type=int, default=1000, help="of a proposal's history")
     lagging.options(parser)
     arguments = parser.parse_args()
-    kinds = {"utilisation": utilisation, "driver": driver, "quality": lagging.quality}
+    kinds = {
+        "utilisation": utilisation,
+        "driver": driver,
+        "proposal": proposal,
+        "quality": lagging.quality,
+    }
     kinds[arguments.what](arguments)
 
 

@@ -172,9 +172,10 @@ class Margins:
         rng = rng_for(generation, 0, "sample")
         found = []
         for _ in range(count):
+            if found:
+                prospect = believed(prospect, np.array([found[-1].vector]))
             point = climbed(prospect, space, rng)
             found.append(Proposal(tuple(float(x) for x in point), self.name))
-            prospect = believed(prospect, point)
         return found
 
     def population(self, dimensions: int) -> int:
@@ -190,11 +191,8 @@ def prospect_for(space: Space, history: History) -> Prospect | None:
     table = replace(table, points=ratios.representative(table.points))
     apart = APART if table.items.counts.sum() >= FEW_DOCUMENTS else APART_WITHOUT_NOISE
     found = replace(prospect_of(table, worst_of(history)), ratios=ratios, apart=apart)
-    for o in history:
-        if o.pending and o.vector is not None:
-            [point] = ratios.representative(np.array([o.vector]))
-            found = believed(found, point)
-    return found
+    pending = [o.vector for o in history if o.pending and o.vector is not None]
+    return believed(found, ratios.representative(np.array(pending))) if pending else found
 
 
 def prospect_of(table: Table, worst: Worst | None = None) -> Prospect:
@@ -271,15 +269,16 @@ def least_gain_of(table: Table, scores: np.ndarray) -> float:
     return PART * float(np.sqrt(CHANGING * per_document.sum()))
 
 
-def believed(prospect: Prospect, point: np.ndarray) -> Prospect:
-    """As if the point had shown what is expected of it, for the next one of its generation, or of
-    the window."""
-    means, _ = prospect.model.predict(point[None])
-    model = prospect.model.told(point[None], means)
-    score, front = float(prospect.score(means)[0]), prospect.front
+def believed(prospect: Prospect, points: np.ndarray) -> Prospect:
+    """As if points (c, d) had shown what is expected of them, for the next one of their generation,
+    or of the window. One after the other would be the same: what is expected changes no mean."""
+    means, _ = prospect.model.predict(points)
+    scores, front = prospect.score(means), prospect.front
     if front is not None:
-        front = front.told(score, float(prospect.score.length(means)[0]))
-    return replace(prospect, model=model, best=max(prospect.best, score), front=front)
+        for score, length in zip(scores, prospect.score.length(means), strict=True):
+            front = front.told(float(score), float(length))
+    best = max(prospect.best, float(scores.max()))
+    return replace(prospect, model=prospect.model.told(points, means), best=best, front=front)
 
 
 def climbed(prospect: Prospect, space: Space, rng: np.random.Generator) -> np.ndarray:

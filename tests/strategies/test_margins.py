@@ -9,7 +9,7 @@ import pytest
 
 from agentmerge.contracts.strategy import Items, rng_factory
 from agentmerge.strategies.cma_es import CmaEs
-from agentmerge.strategies.margins import Margins, prospect_of
+from agentmerge.strategies.margins import Margins, believed, prospect_for, prospect_of
 from agentmerge.strategies.soft_score import SoftScore
 from agentmerge.strategies.surrogate import _cost, conditioned, fitted
 from agentmerge.strategies.table import Table, softened, table_of, thinned
@@ -53,6 +53,23 @@ def test_several_at_once_differ() -> None:
     assert len({p.vector for p in asked}) == 4
     apart = np.abs(points[:, None] - points[None]).max(-1)[np.triu_indices(4, 1)]
     assert apart.min() > 1e-3
+
+
+def test_what_is_pending_is_believed_at_once_as_one_after_the_other() -> None:
+    """A proposal beside many workers costs one factorisation, not one for each of them."""
+    history = searched(Margins(), Quiz(3), 14, 0)
+    prospect = prospect_for(SPACE, history)
+    assert prospect is not None
+    rng = np.random.default_rng(0)
+    points = prospect.ratios.representative(rng.random((20, SPACE.dimensions)))
+    together, each = believed(prospect, points), prospect
+    for point in points:
+        each = believed(each, point[None])
+    asked = prospect.ratios.representative(rng.random((50, SPACE.dimensions)))
+    for one, other in zip(together.model.predict(asked), each.model.predict(asked), strict=True):
+        assert np.allclose(one, other, atol=1e-6)
+    assert np.allclose(together.model.predict(asked)[0], prospect.model.predict(asked)[0])
+    assert together.best == pytest.approx(each.best)
 
 
 def test_the_model_predicts_what_it_was_told_and_knows_which_axes_matter() -> None:
