@@ -49,9 +49,7 @@ def watch(
             follow(partial(json_line, stream=sys.stdout))
             return 0
         config = SearchConfig.from_text(row.config, row.name)
-        with progress(
-            config, runs_dir, quiet=False, as_json=False, clocked=False
-        ) as listener:
+        with progress(config, runs_dir, quiet=False, as_json=False, clocked=False) as listener:
             follow(listener)
         summary = run_summary(ledger, ledger.run(name))
     show_result(summary, False, summary_text(summary))
