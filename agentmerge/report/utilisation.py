@@ -10,7 +10,6 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,7 +155,7 @@ class WorkersLog:
         self._workers.tell(event, at)
 
 
-def workers_of(ledger: Ledger, row: RunRow, *, running: bool) -> Mapping[str, Any]:
+def workers_of(ledger: Ledger, row: RunRow, *, running: bool) -> dict[str, Any]:
     """{"workers": as ``Workers.to_json``, "sentence"}; {} where nothing is known of them."""
     found = WorkersLog(ledger.path.parent / row.name / LOG).read()
     now = time.time() if running else None

@@ -170,7 +170,7 @@ class Margins:
             vectors = random_vectors(space, generation, count, rng_for)
             return [Proposal(vector, "random") for vector in vectors]
         rng = rng_for(generation, 0, "sample")
-        found = []
+        found: list[Proposal] = []
         for _ in range(count):
             if found:
                 prospect = believed(prospect, np.array([found[-1].vector]))
