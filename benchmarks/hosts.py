@@ -80,7 +80,7 @@ class RayCluster(Processes):
     def _add(self, **more: Any) -> Any:
         """A node; Ray gives one half a minute to start, which a busy machine may not keep."""
         known = set(psutil.Process().children())
-        for last in (False, False, False, True):
+        for last in (*(False,) * 9, True):
             try:
                 return self._cluster.add_node(**NODE, **more)
             except Exception:

@@ -218,7 +218,10 @@ def test_a_search_from_the_command_line_ends_there_as_here(
             "base_model": str(parents["base"]),
             "merge_method": "task_arithmetic",
         },
-        "tasks": [{"name": "tiny_choice"}, {"name": "tiny_text"}],
+        "tasks": [
+            {"name": "tiny_choice"},
+            {"name": "tiny_text", "metric": "word_perplexity,none", "weight": 0.1},
+        ],
         "task_search_path": [str(tasks_dir)],
         "limit": 20,
         "search": {"algorithm": "one_plus_one", "seed": 3, "lag": 4},
