@@ -46,6 +46,16 @@ class Asked:
     chats: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ServedTask:
+    """A program's own task, which asks the live model itself (``served.py``). render: how a chat
+    becomes text; None where no template is applied."""
+
+    name: str
+    scorer: ScorerCommand
+    render: Render | None
+
+
 def documents(task: Any) -> Any:
     """The documents lm-eval scores; as it made them once, where it keeps them."""
     return task.task_docs if hasattr(task, "task_docs") else task.eval_docs

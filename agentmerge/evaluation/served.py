@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -20,7 +19,7 @@ from agentmerge.errors import AnswerRefused
 from agentmerge.evaluation import metrics
 from agentmerge.evaluation.openai_server import ServedModel, Server, Waiting
 from agentmerge.evaluation.protocol import protocol_hash
-from agentmerge.evaluation.rendering import Render
+from agentmerge.evaluation.rendering import Render, ServedTask
 from agentmerge.evaluation.scripts import read_verdicts, refuse_failed
 from agentmerge.evaluation.splitting import choose_documents, split
 from agentmerge.evaluation.tasks import ScoredTask
@@ -37,15 +36,6 @@ from agentmerge.system.temporary import temporary_folder
 _SERVING = 1
 #: What of a command's words is replaced.
 ITEMS, RESULTS = "{items}", "{results}"
-
-
-@dataclass(frozen=True)
-class ServedTask:
-    """render: how a chat becomes text; None where no template is applied."""
-
-    name: str
-    scorer: ScorerCommand
-    render: Render | None
 
 
 def served_task(

@@ -18,8 +18,7 @@ from agentmerge.evaluation.aggregation import OF_VALUES, WITH_STATICS, Rebuild, 
 
 if TYPE_CHECKING:
     from agentmerge.evaluation.judged import JudgedTask
-    from agentmerge.evaluation.rendering import Asked
-    from agentmerge.evaluation.served import ServedTask
+    from agentmerge.evaluation.rendering import Asked, ServedTask
 
 Part = Literal["search", "sealed"]
 MarginKind = Literal["choice", "token"]

@@ -19,6 +19,7 @@ from agentmerge.errors import AnswerRefused, CandidateFailed, UserError
 from agentmerge.evaluation import served
 from agentmerge.evaluation.building import tasks_for
 from agentmerge.evaluation.hf_lm import LiveLM
+from agentmerge.evaluation.rendering import ServedTask
 from agentmerge.recipe import Recipe
 from agentmerge.workers.hf import HfWorker
 
@@ -192,7 +193,7 @@ def test_the_program_that_leaves_someone_behind_leaves_no_open_request(
         "print(json.dumps({'id': 3, 'score': 1}), flush=True)\n"
         "os._exit(0)\n"
     )
-    task = served.ServedTask("suite", entry(late, COMMAND[:2]).scorer, None)  # type: ignore[arg-type]
+    task = ServedTask("suite", entry(late, COMMAND[:2]).scorer, None)  # type: ignore[arg-type]
     item = worker.tasks(worker._spec).tasks[0].items[3]
     found = served.ask_served(task, worker._lm, "0" * 16, [item])
     assert found[item].value == 1.0
@@ -212,7 +213,7 @@ def test_a_program_that_fails_is_the_candidates_failure(
     file = tmp_path / "client.py"
     file.write_text(code)
     item = worker.tasks(worker._spec).tasks[0].items[3]
-    task = served.ServedTask("suite", entry(file, timeout_s=timeout_s).scorer, None)  # type: ignore[arg-type]
+    task = ServedTask("suite", entry(file, timeout_s=timeout_s).scorer, None)  # type: ignore[arg-type]
     with pytest.raises(AnswerRefused, match=words):
         served.ask_served(task, worker._lm, "0" * 16, [item])
 
@@ -228,7 +229,7 @@ def test_a_model_that_breaks_ends_the_program(worker: HfWorker, file: Path) -> N
             raise CandidateFailed("the model's logits are not numbers")
 
     (file.parent / "ask.json").write_text(json.dumps([("/completions", {"prompt": "a"}, None)]))
-    task = served.ServedTask("suite", entry(file).scorer, None)  # type: ignore[arg-type]
+    task = ServedTask("suite", entry(file).scorer, None)  # type: ignore[arg-type]
     item = worker.tasks(worker._spec).tasks[0].items[3]
     begun = time.monotonic()
     with pytest.raises(CandidateFailed, match="not numbers"):
@@ -268,7 +269,7 @@ def test_items_of_a_program_are_sealed_and_kept_like_any(talker: Path, file: Pat
 def test_one_score_needs_no_id(worker: HfWorker, tmp_path: Path) -> None:
     file = tmp_path / "one.py"
     file.write_text("print('{\"score\": 0.25}')")
-    task = served.ServedTask("suite", entry(file, [], items=None).scorer, None)  # type: ignore[arg-type]
+    task = ServedTask("suite", entry(file, [], items=None).scorer, None)  # type: ignore[arg-type]
     item = worker.tasks(worker._spec).tasks[0].items[0]
     assert served.ask_served(task, worker._lm, "0" * 16, [item])[item].value == 0.25
 
