@@ -70,8 +70,15 @@ class SoftScore:
 
     def length_slope(self, signals: np.ndarray) -> np.ndarray:
         """d length / d signal, (m,) -> (m,)."""
-        rise = np.where(self.decades != 0, self.values(signals), 1.0)
-        found: np.ndarray = self.tokens * rise
+        found: np.ndarray = self.tokens * self._rise(signals, self.values(signals))
+        return found
+
+    def _rise(self, signals: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """d value / d signal, (m,) -> (m,)."""
+        bell = np.exp(-0.5 * (signals / self.softening) ** 2) / np.sqrt(2 * np.pi) / self.softening
+        found: np.ndarray = np.where(
+            self.margins, bell, np.where(self.decades != 0, values, 1.0)
+        )  # fmt: skip
         return found
 
     def slope(self, signals: np.ndarray) -> np.ndarray:
