@@ -1,6 +1,6 @@
 """What a judge's noise does to a search: the same winner as without it, and nothing paid twice.
 
-    python -m benchmarks.judged [--seeds 20] [--budget 25] [--conversations 24] [--noise 0.15]
+    python -m benchmarks.judged [--seeds 20] [--budget 25] [--conversations 60] [--noise 0.15]
 
 The fake worker answers conversations; a scripted judge reads how good an answer is and compares it
 with a fixed baseline's, in both orders. One judge is fair. The other is wrong in 15 of 100
@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.judged", description=__doc__)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--budget", type=int, default=25)
-    parser.add_argument("--conversations", type=int, default=24)
+    parser.add_argument("--conversations", type=int, default=60)
     parser.add_argument("--noise", type=float, default=0.15)
     asked = parser.parse_args()
     same = repeated = cut = 0
@@ -109,14 +109,14 @@ def one_seed(folder: Path, seed: int, asked: Any) -> dict[str, Any]:
         "gap": gap_of(*values, seed),
         "verdicts": told.verdicts,
         "agreement": told.same / max(1, told.twice),
-        "repeated": sum(fair.answered.values()) - len(fair.answered)
-        + sum(noisy.answered.values()) - len(noisy.answered) - told.twice,
-        "cut": cut_off(folder / "cut", dying),
-    }  # fmt: skip
+        "repeated": again(folder / "fair", fair) + again(folder / "noisy", noisy),
+        "cut": again(folder / "cut", dying),
+    }
 
 
-def cut_off(folder: Path, judge: Judge) -> int:
-    """Verdicts that were given again, or given and not kept."""
+def again(folder: Path, judge: Judge) -> int:
+    """Verdicts that were given again to the same question, or given and not kept. A second opinion
+    is another question."""
     query = (
         "SELECT count(*) AS answers, count(DISTINCT prompt_hash) AS questions FROM model_calls "
         "WHERE role = 'judge' AND ending = 'answered'"

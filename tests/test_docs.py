@@ -55,6 +55,7 @@ PARSED = {
     "export run-1": "needs trained models: tests/e2e/test_tiny_family.py",
     "export varco-storm": "needs trained models: tests/e2e/test_tiny_family.py",
     "examples/evolve-config.yml": "names models of 7 billion parameters",
+    "examples/korean.yml": "names models of 8 billion parameters",
     "varco-storm": "a search over models of 7 billion parameters",
     "--png": "needs a browser: tests/report/test_page.py",
     "--tracker": "tests/report/test_trackers.py",
