@@ -22,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from agentmerge.errors import CandidateFailed
 from agentmerge.evaluation.loading import quiet
 from agentmerge.evaluation.openai_server import Sampling, Traced
-from agentmerge.evaluation.tokens import Encoded, Ended, Said, Stopping, Tokenised
+from agentmerge.evaluation.tokens import Encoded, Ended, Generated, Stopping, Tokenised
 
 #: Context tokens and the gold tokens that should follow them.
 TokenPair = tuple[list[int], list[int]]
@@ -83,7 +83,7 @@ class LiveLM(Tokenised, HFLM):  # type: ignore[misc]
         """Log-likelihood of whole texts, in windows of the context."""
         return list(self.loglikelihood_rolling(list(instances), disable_tqdm=True))
 
-    def generate(self, instances: Sequence[Any]) -> list[Said]:
+    def generate(self, instances: Sequence[Any]) -> list[Generated]:
         self._ended = {}
         stops = [self.stopping(instance.args[1]) for instance in instances]
         with _sampling(any(stop.sampled for stop in stops)), _no_warnings():

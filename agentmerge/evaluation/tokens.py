@@ -36,7 +36,7 @@ class Stopping:
     sampled: bool
 
 
-class Said(NamedTuple):
+class Generated(NamedTuple):
     """A generated answer. text: up to the first stop. cut_off: it ran into max_gen_toks. tokens:
     how many were generated, its end among them; of requests that are alike, on average."""
 
@@ -58,8 +58,8 @@ class Ended:
         self.tokens += tokens
         self.count += 1
 
-    def said(self, text: str) -> Said:
-        return Said(text, self.cut_off, self.tokens / self.count)
+    def said(self, text: str) -> Generated:
+        return Generated(text, self.cut_off, self.tokens / self.count)
 
 
 def answer_length(generation_kwargs: Mapping[str, Any], default: int = MAX_GEN_TOKS) -> int:

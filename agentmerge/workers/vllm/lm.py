@@ -26,7 +26,7 @@ from agentmerge.errors import CandidateFailed
 from agentmerge.evaluation.hf_lm import TORCH_SEED
 from agentmerge.evaluation.loading import quiet
 from agentmerge.evaluation.openai_server import Sampling, Traced
-from agentmerge.evaluation.tokens import Encoded, Ended, Said, Stopping, Tokenised
+from agentmerge.evaluation.tokens import Encoded, Ended, Generated, Stopping, Tokenised
 
 #: Continuations of one token that one request may ask for; vLLM's own bound is 128.
 _MOST_CHOICES = 100
@@ -169,7 +169,7 @@ class VllmLM(Tokenised, VLLM):  # type: ignore[misc]
 
     # --- generation -----------------------------------------------------------------------------
 
-    def generate(self, instances: Sequence[Any]) -> list[Said]:
+    def generate(self, instances: Sequence[Any]) -> list[Generated]:
         self._ended = {}
         texts = self.generate_until(list(instances), disable_tqdm=True)
         stops = [self.stopping(instance.args[1]) for instance in instances]
