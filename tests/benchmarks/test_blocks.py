@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -27,3 +29,15 @@ def test_a_block_goes_on_from_where_its_first_run_ended(
         blocks.asker(stacks, 4, asked)(block), stacks.ask(whole, asked), strict=True
     ):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_the_stored_table_has_every_block_once_and_is_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table = json.loads(blocks.TABLE.read_text())
+    rows = [tuple(row[:3]) for row in table["blocks"]]
+    assert rows == [*blocks.blocks(table["layers"])]
+    assert len(rows) == 1 + 2 * 465
+    blocks.main([])
+    said = capsys.readouterr().out
+    assert f"{table['sealed_items']} sealed items" in said
