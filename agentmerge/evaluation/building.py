@@ -16,8 +16,9 @@ from agentmerge.errors import TaskError
 from agentmerge.evaluation import metrics
 from agentmerge.evaluation.aggregation import WITH_STATICS
 from agentmerge.evaluation.definitions import without_code
-from agentmerge.evaluation.judged import JudgedTask, judged_task
+from agentmerge.evaluation.judged import judged_task
 from agentmerge.evaluation.loading import LoadedTasks, load_tasks, quiet
+from agentmerge.evaluation.playing import JudgedTask
 from agentmerge.evaluation.protocol import protocol, protocol_hash, tokenizer_identity
 from agentmerge.evaluation.rendering import (
     DATED,

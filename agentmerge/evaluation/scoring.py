@@ -12,21 +12,18 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import AnswerRefused, CandidateFailed, TaskError
 from agentmerge.evaluation import metrics
-from agentmerge.evaluation.judged import play
 from agentmerge.evaluation.openai_server import ServedModel
+from agentmerge.evaluation.playing import Answering, play
 from agentmerge.evaluation.rendering import Asked
 from agentmerge.evaluation.scorers import texts
 from agentmerge.evaluation.scripts import Verdict, verdicts
 from agentmerge.evaluation.served import ask_served
 from agentmerge.evaluation.tasks import ScoredTask, TaskSet
-
-if TYPE_CHECKING:
-    from agentmerge.evaluation.tokens import Generated
 
 
 def _is_told_in_results(record: logging.LogRecord) -> bool:
@@ -40,16 +37,13 @@ for _name in ("lm_eval.models.huggingface", "transformers.tokenization_utils_bas
     logging.getLogger(_name).addFilter(_is_told_in_results)
 
 
-class ScoringModel(ServedModel, Protocol):
+class ScoringModel(Answering, ServedModel, Protocol):
     """What scoring asks of an engine; ``live.LiveLM`` says what each answer is."""
 
     def encode(self, instances: Sequence[Any]) -> list[Any]: ...
     def cut(self, context: Sequence[int], continuation: Sequence[int]) -> bool: ...
-    def prompt_cut(self, context: str, max_new: int) -> bool: ...
     def answer(self, requests: Sequence[Any]) -> list[tuple[float, bool]]: ...
     def rolling(self, instances: Sequence[Any]) -> list[float]: ...
-    def generate(self, instances: Sequence[Any]) -> list[Generated]: ...
-    def stopping(self, generation_kwargs: dict[str, Any]) -> Any: ...
     def said(self, tokens: Sequence[int], stopping: Any) -> str: ...
     def gold_tokens(
         self, context: str, gold: str, max_new: int
@@ -57,7 +51,6 @@ class ScoringModel(ServedModel, Protocol):
     def teacher_forced(
         self, requests: Sequence[tuple[list[int], list[int]]]
     ) -> list[tuple[float, float]]: ...
-    def forget(self, texts: Sequence[str]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

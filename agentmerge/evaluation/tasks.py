@@ -17,7 +17,7 @@ from agentmerge.errors import AnswerRefused, CandidateFailed, TaskError
 from agentmerge.evaluation.aggregation import OF_VALUES, WITH_STATICS, Rebuild, aggregation_of
 
 if TYPE_CHECKING:
-    from agentmerge.evaluation.judged import JudgedTask
+    from agentmerge.evaluation.playing import JudgedTask
     from agentmerge.evaluation.rendering import Asked, ServedTask
 
 Part = Literal["search", "sealed"]

@@ -164,7 +164,7 @@ class _Maker:
         name = item.spec.name
         before = stored_tensor(self._headers[name], name).float()
         path, kind = self._modules.get(name, ("", ""))
-        pair = self._summed(item) if kind in ("linear", "turned") else None
+        pair = self._summed(item) if kind in ("plain", "turned") else None
         if pair is not None:
             self._keep(path, kind, *_compressed(*pair, self.rank))
             return
@@ -172,7 +172,7 @@ class _Maker:
         size = float(change.double().square().sum())
         if not size:
             return
-        if kind in ("linear", "turned"):
+        if kind in ("plain", "turned"):
             if self.rank is None:
                 raise UserError(
                     "this merge is no plain sum of LoRA adapters, so it has to be cut to a rank: "
@@ -233,7 +233,7 @@ class _Maker:
         tensors: dict[str, torch.Tensor] = {}
         turned = False
         for name, (path, kind) in self._modules.items():
-            if kind not in ("linear", "turned") or path.rpartition(".")[2] not in kinds:
+            if kind not in ("plain", "turned") or path.rpartition(".")[2] not in kinds:
                 continue
             turned |= kind == "turned"
             height, width = self._headers[name].shape[:: -1 if kind == "turned" else 1]
@@ -261,7 +261,7 @@ class _Maker:
 
 
 def _modules(base: Path, headers: Mapping[str, TensorHeader]) -> dict[str, tuple[str, str]]:
-    """Weight's name in the files -> (its module, how an adapter holds it): "linear"; "turned", a
+    """Weight's name in the files -> (its module, how an adapter holds it): "plain"; "turned", a
     linear one that is stored the other way around; or "whole"."""
     from transformers.pytorch_utils import Conv1D
 
@@ -276,7 +276,7 @@ def _modules(base: Path, headers: Mapping[str, TensorHeader]) -> dict[str, tuple
         if name is None or name in found:
             continue
         if isinstance(module, torch.nn.Linear | Conv1D):
-            found[name] = path, "linear" if isinstance(module, torch.nn.Linear) else "turned"
+            found[name] = path, "plain" if isinstance(module, torch.nn.Linear) else "turned"
         elif set(own) == {"weight"} and not (tied and isinstance(module, torch.nn.Embedding)):
             found[name] = path, "whole"
     return found

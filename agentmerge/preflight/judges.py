@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from agentmerge.agents.prices import cost_usd, price_of
 from agentmerge.agents.providers import split_spec
-from agentmerge.evaluation.judged import JudgedTask
+from agentmerge.evaluation.playing import JudgedTask
+from agentmerge.evaluation.tasks import TaskSet
 from agentmerge.evaluation.tokens import answer_length
 
 if TYPE_CHECKING:
     from agentmerge.contracts.worker import ItemRef
-    from agentmerge.preflight.plan import Prepared
 
 _CHARS_PER_TOKEN = 4
 #: Of a judge's reply: a reason and a figure.
 _REPLY_TOKENS = 100
 
 
-def judge_notes(prepared: Prepared) -> Iterator[str]:
+def judge_notes(taskset: TaskSet, prices: Mapping[str, Any]) -> Iterator[str]:
     """One sentence a judged task: verdicts and dollars an evaluation, answers as long as may be."""
-    for name, judged in prepared.taskset.judged.items():
-        own, task = judged.settings, prepared.taskset.task(name)
+    for name, judged in taskset.judged.items():
+        own, task = judged.settings, taskset.task(name)
         refs = task.part("search")
         share = 1 + own.twice
         verdicts = round(judged.verdicts(refs) * share)
         tokens_in = round(sum(_tokens(judged, ref) for ref in refs) * share)
         provider, model, server = split_spec(own.model, own.base_url)
-        prices = prepared.config.budget.prices or {}
         price = price_of(provider, model, server is not None, prices)
         usd = cost_usd(price, tokens_in, verdicts * _REPLY_TOKENS)
         cost = "at a price that is not known" if usd is None else f"up to {usd:.2g} dollars"

@@ -175,7 +175,7 @@ def plan_of(prepared: Prepared, ledger: Ledger | None, settings_hash: str) -> Pl
             *prepared.notes,
             *tasks.notes,
             *licence_notes(prepared.licences),
-            *judge_notes(prepared),
+            *judge_notes(tasks, config.budget.prices or {}),
         ),
     )
 

@@ -44,7 +44,8 @@ from agentmerge.errors import (
     UserError,
 )
 from agentmerge.evaluation.conversations import located
-from agentmerge.evaluation.judged import JudgedTask, prompt_file
+from agentmerge.evaluation.judged import prompt_file
+from agentmerge.evaluation.playing import JudgedTask
 from agentmerge.evaluation.tasks import TaskSet
 from agentmerge.ledger import Ledger
 from agentmerge.ledger.verdicts import VerdictKey

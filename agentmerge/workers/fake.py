@@ -62,7 +62,8 @@ from agentmerge.contracts.worker import (
     WorkerSpec,
 )
 from agentmerge.errors import CandidateFailed, RunFailed, WorkerLost
-from agentmerge.evaluation.judged import JudgedTask, judged_task
+from agentmerge.evaluation.judged import judged_task
+from agentmerge.evaluation.playing import JudgedTask
 from agentmerge.evaluation.splitting import choose_documents, split, stand_in
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 from agentmerge.methods import PASSTHROUGH, RECIPE_METHODS

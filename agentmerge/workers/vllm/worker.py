@@ -21,7 +21,7 @@ from typing import Any
 from agentmerge.contracts.worker import EngineInfo, Fingerprint, ItemRef, ItemResult, WorkerSpec
 from agentmerge.errors import ParentError, RunFailed
 from agentmerge.evaluation.building import tasks_for
-from agentmerge.evaluation.judged import request
+from agentmerge.evaluation.playing import request
 from agentmerge.evaluation.scoring import ItemScorer
 from agentmerge.evaluation.tasks import TaskSet
 from agentmerge.merging.memory import device_name
