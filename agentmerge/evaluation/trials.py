@@ -69,7 +69,7 @@ def faults_of(trials: Sequence[Trial]) -> list[str]:
     paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
     single = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "2"}
     child = subprocess.Popen(
-        [sys.executable, "-m", "agentmerge.evaluation.trials"],
+        [sys.executable, "-P", "-m", "agentmerge.evaluation.trials"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

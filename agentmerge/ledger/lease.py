@@ -233,7 +233,8 @@ class Lease:
                 return True
             if self.asked is not None and self._is_asked():
                 asked, self.asked = self.asked, None
-                asked()
+                # Apart: whatever a listener raises or waits for, the lease is renewed.
+                threading.Thread(target=asked, name="asked to stop", daemon=True).start()
         return self._stop.is_set()
 
     def _is_asked(self) -> bool:

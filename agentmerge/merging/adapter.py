@@ -245,10 +245,13 @@ class _Maker:
             tensors[f"base_model.model.{path}.lora_B.weight"] = b
         for path, value in self._whole.items():
             tensors[f"base_model.model.{path}.weight"] = value.contiguous()
+        folder = Path(self.base).expanduser().is_dir()
+        model, _, revision = (self.base, "", "") if folder else self.base.partition("@")
         return tensors, {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.base,
+            "base_model_name_or_path": model,
+            "revision": revision or None,
             "r": rank,
             "lora_alpha": rank,
             "lora_dropout": 0.0,

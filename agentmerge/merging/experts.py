@@ -118,6 +118,8 @@ def _surveyed(
     if base in misfits:
         raise ParentError(f"{base}: {misfits[base]}")
     compared = [name for name in parents if name in found]
+    if not compared:
+        raise ParentError("; ".join(f"{name}: {why}" for name, why in misfits.items()))
     reader = _Reader(parents, found, compared, share)
     sums = _Sums([name for name in compared if name != base])
     damage = _Damage(base)

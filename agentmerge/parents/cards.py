@@ -112,7 +112,7 @@ def licence_notes(licences: Iterable[Licence]) -> list[str]:
     names = list(dict.fromkeys(one.name for one in licences if one.name))
     found = []
     if missing:
-        found.append(f"no card names a licence of {', '.join(missing)}: ask who made it")
+        found.append(f"no card here names a licence of {', '.join(missing)}: read its page")
     for one in licences:
         found += [f"{one.name} of {one.owner}: {term}" for term in one.terms]
     sharing = list(dict.fromkeys(one.name for one in licences if _SHARE_ALIKE in one.terms))

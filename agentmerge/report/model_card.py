@@ -203,7 +203,7 @@ def _parents(row: RunRow, recipe: Recipe, licences: Sequence[Licence]) -> str:
     lines = []
     used = {part for name in recipe.models for part in (name, *name.split("+"))}
     licences = [one for one in licences if one.model in used]
-    named = {one.model: one.name or "not named on its card" for one in licences}
+    named = {one.model: one.name or "not named on a card here" for one in licences}
     for name in recipe.models:
         link = f"[{name}](https://huggingface.co/{name})" if on_the_hub(name) else short_name(name)
         lines.append(f"- {link}, weights SHA-256 `{identities.get(name, 'unknown')[:16]}…`")

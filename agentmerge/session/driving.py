@@ -280,8 +280,8 @@ def _drive(
     tell = emit or silent
 
     def asked() -> None:
-        tell(Note(text="asked to stop: what runs is finished and saved").to_json())
         drain.request()
+        tell(Note(text="asked to stop: what runs is finished and saved").to_json())
 
     with (
         opened_search(

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from agentmerge.config import FIRST, SearchConfig
+from agentmerge.config import FIRST, SearchConfig, WorkerSettings
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger, ResultKey
 from agentmerge.ledger.folder import opened
@@ -98,7 +98,7 @@ def export_run(
             report["adapter"] = made | {"base": base}
             if verify:
                 name = f"{base}+{name}"
-                written = _applied(name)
+                written = _applied(name, prepared.config.worker)
         else:
             report["warning"] = _write(prepared, recipe, to, engine, card, overwrite)
         if verify:
@@ -209,9 +209,11 @@ def _write_adapter(
     return base, body
 
 
-def _applied(name: str) -> Path:
+def _applied(name: str, worker: WorkerSettings) -> Path:
     """The checkpoint that an adapter makes of its model, as peft applies it."""
-    return make_plain([find_parent(name)])[name]
+    code = worker.trust_remote_code
+    parent = find_parent(name, trust_remote_code=code, allow_pickle=worker.allow_pickle)
+    return make_plain([parent], trust_remote_code=code)[name]
 
 
 def _asked_template(prepared: Prepared) -> str | None:

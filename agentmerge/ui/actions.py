@@ -144,16 +144,17 @@ class Actions:
         with opened(self.runs_dir) as ledger:
             row = ledger.run(name)
             status = run_status(ledger, row)
-        arguments = self._arguments(row.name, action, self._read(action, given))
+        given = self._read(action, given)
+        arguments = self._arguments(row.name, action, given)
         if action == "stop":
             found = Lease.ask_to_stop(self.runs_dir / CHECKPOINTS, row.id, row.name)
             said = f"process {found.pid} on {found.host} finishes what it is at, saves and stops"
             return {"command": command(arguments), "said": said}
-        if action == "branch" and not given.get("at"):
+        if action == "branch" and "at" not in given:
             raise UserError("at, the generation to start from, is missing")
         driven = row.name
         if action == "branch":
-            driven = str(given.get("as") or f"{row.name}-b{given['at']}")
+            driven = given.get("as") or f"{row.name}-b{given['at']}"
         elif status == "running":
             raise LeaseHeld(f"search {row.name!r} runs already; stop it first to raise a limit")
         elif given.get("answer") and status != WAITING:
@@ -173,7 +174,7 @@ class Actions:
             if text and not re.fullmatch(known[name], text, re.ASCII):
                 raise UserError(f"{name} cannot be {text[:80]!r}")
             if text:
-                found[name] = text
+                found[name] = str(int(text)) if name == "at" else text
         return found
 
     def _arguments(self, name: str, action: str, given: Mapping[str, str]) -> list[str]:
@@ -216,7 +217,7 @@ class Actions:
                 log.write(f"$ {command(arguments)}\n".encode())
                 log.flush()
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "agentmerge", *arguments],
+                    [sys.executable, "-P", "-m", "agentmerge", *arguments],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 )  # fmt: skip
                 return _Started(process, path, log.tell())

@@ -123,7 +123,7 @@ class DiskWorker:
         here = str(Path(__file__).parents[2])
         paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
         done = subprocess.run(
-            [sys.executable, "-m", "agentmerge.workers.disk_eval"],
+            [sys.executable, "-P", "-m", "agentmerge.workers.disk_eval"],
             input=pickle.dumps(task),
             capture_output=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},

@@ -235,8 +235,8 @@ def test_an_export_names_no_folder_of_this_machine(
     for file in ("mergekit_config.yml", "README.md"):
         text = (Path(report["path"]) / file).read_text()
         assert str(made) not in text, file
-    assert "licence not named on its card" in text
-    assert "- no card names a licence of " in text
+    assert "licence not named on a card here" in text
+    assert "- no card here names a licence of " in text
 
 
 @pytest.mark.parametrize("name", STACKS)

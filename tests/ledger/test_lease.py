@@ -254,6 +254,31 @@ def test_who_listens_is_asked_to_stop_once(path, monkeypatch):
     assert heard == ["stop"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_listener_that_fails_does_not_end_the_lease(path, monkeypatch):
+    monkeypatch.setattr("agentmerge.ledger.lease._LISTEN_EVERY_S", 0.01)
+    heard = []
+
+    def listen() -> None:
+        heard.append("stop")
+        raise OSError("the terminal is gone")
+
+    with Lease.acquire(path, "t", name="fox", stale_after_s=1.0, asked=listen) as lease:
+        Lease.ask_to_stop(path, "t", "fox")
+        until = time.monotonic() + 10
+        while not heard and time.monotonic() < until:
+            time.sleep(0.01)
+        asked = time.time()
+        until = time.monotonic() + 10
+        renewed = 0.0
+        while renewed <= asked and time.monotonic() < until:
+            time.sleep(0.01)
+            with closing(sqlite3.connect(path)) as conn:
+                [(renewed,)] = conn.execute("SELECT heartbeat FROM leases").fetchall()
+        assert renewed > asked
+        lease.check()
+
+
 def test_a_holder_that_does_not_listen_says_so(path, holder):
     with pytest.raises(UserError, match="cannot be asked to stop from elsewhere; stop it there"):
         Lease.ask_to_stop(path, "t", "fox")

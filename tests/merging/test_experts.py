@@ -173,3 +173,17 @@ def test_a_damaged_base_is_said(own_family: dict[str, Path]) -> None:
         survey_experts([str(one), str(other)], str(base))
     with pytest.raises(UserError):
         survey_experts([str(one)], None)
+
+
+def test_a_pool_of_which_nothing_can_be_read_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [tmp_path / name for name in "ab"]
+    for place in places:
+        place.mkdir()
+        (place / "config.json").write_text('{"model_type": "llama"}')
+        (place / WEIGHTS).write_bytes(b"\xff" * 64)
+    assert run_app(["survey", *map(str, places)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert all(str(place) in said for place in places)

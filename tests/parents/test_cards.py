@@ -25,7 +25,7 @@ def licences(tmp_path: Path, **names: str) -> tuple[Licence, ...]:
     [
         ({"a": "mit", "b": "mit"}, []),
         ({"a": "mit", "b": "apache-2.0"}, ["the licences differ (mit, apache-2.0)"]),
-        ({"a": "mit", "b": ""}, ["no card names a licence of b"]),
+        ({"a": "mit", "b": ""}, ["no card here names a licence of b"]),
         (
             {"a": "cc-by-nc-4.0", "b": "cc-by-nc-4.0"},
             ["cc-by-nc-4.0 of a: no", "b:"],
@@ -33,7 +33,7 @@ def licences(tmp_path: Path, **names: str) -> tuple[Licence, ...]:
         ({"a": "gpl-3.0", "b": "mit"}, ["gpl-3.0 of a: what is made", "others are mit"]),
         ({"a": "cc-by-nd-4.0"}, ["no derivatives"]),
         ({"a": "llama3.1"}, ["terms of its own"]),
-        ({"a": "other", "b": "unknown"}, ["no card names a licence of a, b"]),
+        ({"a": "other", "b": "unknown"}, ["no card here names a licence of a, b"]),
     ],
 )
 def test_what_is_said_of_licences(names: dict[str, str], said: list[str], tmp_path: Path) -> None:

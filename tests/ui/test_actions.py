@@ -160,6 +160,18 @@ def test_options_are_the_command_lines(runs: Path) -> None:
     assert here._arguments("a", "stop", {}) == ["stop", "a"], "as it is typed where runs are"
 
 
+def test_options_are_used_as_they_were_read(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    actions, begun = Actions(runs, {}, allowed=True), []
+    monkeypatch.setattr(
+        actions, "_awaited", lambda name, arguments: begun.append((name, arguments))
+    )
+    for given in ({"at": 0}, {"at": " 03 "}, {"at": 3, "as": " foo "}):
+        actions.act("first", "branch", given)
+    assert [name for name, _ in begun] == ["first-b0", "first-b3", "foo"]
+    assert begun[1][1][-2:] == ["--at", "3"]
+    assert begun[2][1][-1] == "foo"
+
+
 def test_a_branch_begins_and_a_refused_one_leaves_nothing(runs: Path) -> None:
     actions = Actions(runs, options.limits(), True)
     said = actions.act("first", "branch", {"at": 1, "as": "third", "max-evaluations": 45})

@@ -18,7 +18,9 @@
     for (const part of parts) {
       let now = before.get(part.dataset.part);
       before.delete(part.dataset.part);
-      if (!now || said.get(part.dataset.part) !== part.outerHTML) {
+      const busy = now && (now.querySelector("button:disabled")
+        || (now.contains(document.activeElement) && document.activeElement.matches("input, button")));
+      if (!now || (!busy && said.get(part.dataset.part) !== part.outerHTML)) {
         said.set(part.dataset.part, part.outerHTML);
         const fresh = document.importNode(part, true);
         if (now) now.replaceWith(fresh);
