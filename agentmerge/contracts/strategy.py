@@ -122,6 +122,12 @@ class Items:
         """(m,) how many documents each item stands for."""
         return np.ones(len(self.weight)) if self.documents is None else self.documents
 
+    @property
+    def documents_scored(self) -> float:
+        """How many documents the score is of; lengths are no more of them."""
+        own = slice(None) if self.tokens is None else self.tokens == 0
+        return float(self.counts[own].sum())
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:

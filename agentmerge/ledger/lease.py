@@ -136,15 +136,18 @@ class Lease:
         Raises UserError where nobody does, or it cannot be asked; RunFailed where the file cannot
         be written.
         """
+        idle = UserError(f"search {name!r} does not run, so there is nothing to stop")
         found = Lease.holder(path, thread_id)
         if found is None:
-            raise UserError(f"search {name!r} does not run, so there is nothing to stop")
+            raise idle
         try:
             with _transaction(Path(path), "rw") as conn:
                 heard = conn.execute("UPDATE stops SET asked = 1 WHERE token = ?", (found.token,))
         except sqlite3.OperationalError as error:
             raise RunFailed(f"search {name!r} cannot be told to stop: {path}: {error}") from None
         if heard.rowcount == 0:
+            if Lease.holder(path, thread_id) is None:  # it ended meanwhile
+                raise idle
             raise UserError(
                 f"search {name!r} is held by process {found.pid} on {found.host}, which cannot be "
                 "asked to stop from elsewhere; stop it there"

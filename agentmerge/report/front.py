@@ -49,6 +49,8 @@ def picked(row: RunRow, point: int | None, prefer: str | None) -> FrontRow:
                 f"run {row.name!r} has no point {point}; its front has 1 to {len(front)}"
             )
         return front[point - 1]
+    # One that failed there has search items alone, which flatter it.
+    front = [p for p in front if p.sealed_score is not None] or front
     key, bound = _wish(prefer or "")
     if key == "score":
         kept = [p for p in front if _score(p) >= bound]

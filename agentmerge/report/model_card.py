@@ -163,7 +163,7 @@ def _front(row: RunRow, found: Mapping[str, Any]) -> list[str]:
         f"Point {at['point']} of {len(points)} of its search's front: a score of "
         f"{figure(at[f'{part}score'], digits=4)} with {at[f'{part}tokens']:.1f} tokens an item on "
         f"{where} items. What is said of the answer above holds for "
-        f"{'this merge' if at['is_answer'] else 'another of its points'}."
+        f"{'this merge' if at['is_answer'] else 'another merge'}."
     )
     return ["", text]
 

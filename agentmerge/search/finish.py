@@ -161,7 +161,7 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> Card:
         notes=[
             *found.notes,
             *doubts,
-            *unasked(rows.values()),
+            *dict.fromkeys(unasked([*rows.values(), *front])),
             *(_RESUMED if lost and not found.lost else []),
             *search.taskset.notes,
             *unfair(rows.values(), chosen, len(search.taskset.refs("search"))),

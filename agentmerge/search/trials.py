@@ -20,6 +20,7 @@ from agentmerge.contracts.operators import (
     CARRIED,
     DEPTH,
     NO_TURN,
+    PARENT,
     SCALE,
     SHADOW,
     STRUCTURE,
@@ -145,7 +146,8 @@ def verdicts(now: Trials, moves: Sequence[Opening]) -> list[str]:
 def seen_from(
     history: History, space: SearchSpace, point: Callable[[Observation], Any]
 ) -> list[Observation]:
-    """A history as it looks from ``space``; what was made in another space has no operator there.
+    """A history as it looks from ``space``; what was made in another space has no operator
+    there, but for the cheap rivals and, wherever a branch scores them anew, the parents.
 
     point: an observation of another space -> its vector in this one, or None.
     """
@@ -157,7 +159,7 @@ def seen_from(
             vector=point(o),
             gradient=None,
             loss=None,
-            operator=o.operator if o.generation == 0 else CARRIED,
+            operator=o.operator if o.generation == 0 or o.operator == PARENT else CARRIED,
         )
         for o in history
     ]

@@ -146,7 +146,7 @@ def promises_on(history: History, prospect: Prospect) -> bool:
     right. A score that nobody took apart is for its owner to end."""
     told = next((o.evidence for o in reversed(history) if o.evidence is not None), None)
     margins = prospect.by_item and bool(prospect.score.margins.any())
-    return told is not None and told.items.counts.sum() >= FEW_DOCUMENTS and not margins
+    return told is not None and told.items.documents_scored >= FEW_DOCUMENTS and not margins
 
 
 def later(history: History) -> list[Observation]:

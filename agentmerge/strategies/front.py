@@ -38,7 +38,8 @@ class Worst:
         low, high = float(np.min(scores)), float(np.max(scores))
         short, long = float(np.min(tokens)), float(np.max(tokens))
         longest = long + BEYOND * ((long - short) or long or 1.0)
-        return cls(low - BEYOND * (high - low), longest, longest - short)
+        least = low - BEYOND * ((high - low) or abs(high) or 1.0)
+        return cls(least, longest, longest - short)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

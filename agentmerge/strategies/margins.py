@@ -189,7 +189,7 @@ def prospect_for(space: Space, history: History) -> Prospect | None:
         return None
     ratios = Ratios.of(space)
     table = replace(table, points=ratios.representative(table.points))
-    apart = APART if table.items.counts.sum() >= FEW_DOCUMENTS else APART_WITHOUT_NOISE
+    apart = APART if table.items.documents_scored >= FEW_DOCUMENTS else APART_WITHOUT_NOISE
     found = replace(prospect_of(table, worst_of(history)), ratios=ratios, apart=apart)
     pending = [o.vector for o in history if o.pending and o.vector is not None]
     return believed(found, ratios.representative(np.array(pending))) if pending else found
@@ -204,6 +204,10 @@ def prospect_of(table: Table, worst: Worst | None = None) -> Prospect:
     table = thinned(table)
     score = softened(table)
     scores = score(table.signals)
+    if worst is not None and score.tokens is not None:  # in true scores, and all else in soft ones
+        soft = replace(score, bounds=())(table.signals)
+        gap = float((soft - table.values @ table.items.weight)[_counted(table)].mean())
+        worst = replace(worst, score=worst.score + gap)
     least_gain, best = least_gain_of(table, scores), best_of(scores, table)
     tokens = table.items.tokens
     answers = table.signals if tokens is None else table.signals[:, tokens == 0]
@@ -230,14 +234,19 @@ def _with_front(
         return found
     scores, lengths = found.score(signals), found.score.length(signals)
     worst = worst or Worst.of(scores, lengths)
-    kept = table.counts if table.counts.any() else np.ones(len(scores), bool)
+    kept = _counted(table)
     front = Front.of(worst, scores[kept], lengths[kept])
     return replace(found, front=front, least_gain=found.least_gain / SHOWN)
 
 
 def best_of(scores: np.ndarray, table: Table) -> float:
-    """The best of what counts; of everything where nothing does."""
-    return float(scores[table.counts].max() if table.counts.any() else scores.max())
+    """The best of what counts."""
+    return float(scores[_counted(table)].max())
+
+
+def _counted(table: Table) -> np.ndarray:
+    """(n,) the rows that count; all where none does."""
+    return table.counts if table.counts.any() else np.ones_like(table.counts)
 
 
 def summed(score: SoftScore, table: Table) -> tuple[SoftScore, np.ndarray]:
@@ -260,7 +269,7 @@ def summed(score: SoftScore, table: Table) -> tuple[SoftScore, np.ndarray]:
 def least_gain_of(table: Table, scores: np.ndarray) -> float:
     """A gain that is not worth an evaluation; see ``Prospect``."""
     items = table.items
-    if items.counts.sum() < FEW_DOCUMENTS:
+    if items.documents_scored < FEW_DOCUMENTS:
         return LITTLE * float(scores.max() - np.median(scores))
     best = table.values[int(scores.argmax())]
     # One document more or less is worth 1 at most, and of other scales as much as the value now.

@@ -83,18 +83,13 @@ class SoftScore:
 
     def slope(self, signals: np.ndarray) -> np.ndarray:
         """d score / d signal, (m,) -> (m,)."""
-        scaled = signals / self.softening
-        bell = np.exp(-0.5 * scaled**2) / np.sqrt(2 * np.pi) / self.softening
-        if not self.bounds and not self.decades.any():
-            plain: np.ndarray = self.weight * np.where(self.margins, bell, 1.0)
-            return plain
-        values = self.values(signals)
-        rise = np.where(self.margins, bell, np.where(self.decades != 0, values, 1.0))
+        # Where nothing bends or bounds values, nobody looks at them.
+        values = self.values(signals) if self.bounds or self.decades.any() else signals
         pull = self.weight
         for bound in self.bounds:
             if bound.lacking(values) > 0:
                 pull = pull + bound.steep * bound.sign * bound.share
-        found: np.ndarray = pull * rise
+        found: np.ndarray = pull * self._rise(signals, values)
         return found
 
 

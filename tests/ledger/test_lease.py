@@ -284,6 +284,18 @@ def test_a_holder_that_does_not_listen_says_so(path, holder):
         Lease.ask_to_stop(path, "t", "fox")
 
 
+def test_a_holder_that_ends_while_it_is_asked_is_nobody_to_stop(path, monkeypatch):
+    from agentmerge.ledger import lease
+
+    with Lease.acquire(path, "t", asked=lambda: None):
+        left = Lease.holder(path, "t")
+    looks = iter([left, None])
+    monkeypatch.setattr(lease, "_looked_up", lambda *_: next(looks))
+    monkeypatch.setattr(lease, "_held", {left.token})
+    with pytest.raises(UserError, match="'fox' does not run"):
+        Lease.ask_to_stop(path, "t", "fox")
+
+
 def test_a_lease_of_an_earlier_version_cannot_be_asked(path, holder):
     with closing(sqlite3.connect(path)) as conn, conn:
         conn.execute("DROP TABLE stops")

@@ -6,18 +6,20 @@ import json
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from agentmerge.cli.app import run_app
 from agentmerge.cli.render import constraint_text
-from agentmerge.errors import ConfigError
+from agentmerge.contracts.card import Card, FrontRow
+from agentmerge.errors import ConfigError, NotFound
 from agentmerge.ledger import Ledger, pack, unpack
 from agentmerge.ledger.folder import LEDGER
 from agentmerge.preflight.prepare import prepare
 from agentmerge.report.content import content
-from agentmerge.report.front import front_points
+from agentmerge.report.front import front_points, picked
 from agentmerge.report.html import charts_of
 from agentmerge.report.model_card import model_card
 from agentmerge.report.summary import best_recipe, run_summary
@@ -178,6 +180,8 @@ def test_the_front_is_asked_the_sealed_items_and_shown(
             assert low < point["sealed_tokens"] < high
         card = model_card(ledger, row, best_recipe(ledger, row, point=len(front)))
         assert f"Point {len(front)} of {len(front)} of its search's front" in card
+        whose = "this merge" if front[-1]["is_answer"] else "another merge"
+        assert f"What is said of the answer above holds for {whose}." in card
         chart = charts_of(content(ledger, row), "run0")["run0-front"]
         assert [line["name"] for line in chart["data"]] == [
             "tried (search items)", "front, sealed items", "front",
@@ -227,6 +231,19 @@ def test_a_point_is_taken_by_its_number_or_by_what_it_keeps(
     searched(traded, "plain")
     assert run_app(["best", "plain", "--point", "1", "--runs-dir", str(traded)]) == 2
     assert "has no front" in capsys.readouterr().err
+
+
+def test_a_point_that_failed_its_sealed_items_is_nobodys_wish() -> None:
+    good = FrontRow(name="good", score=0.8, tokens=50.0, sealed_score=0.7, sealed_tokens=52.0)
+    failed = FrontRow(name="failed", score=0.9, tokens=40.0, sealed_failure="not finite")
+    row: Any = SimpleNamespace(name="s", card=Card(front=[failed, good]))
+    assert picked(row, None, "score>=0.6") is good
+    assert picked(row, None, "tokens<=60") is good
+    assert picked(row, 1, None) is failed, "by its number it is"
+    with pytest.raises(NotFound, match=r"0\.700 at most"):
+        picked(row, None, "score>=0.85")
+    asked_none: Any = SimpleNamespace(name="s", card=Card(front=[failed]))
+    assert picked(asked_none, None, "score>=0.85") is failed, "search items are all there are"
 
 
 def test_the_front_is_reserved_in_the_budget_of_items(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ class Given:
     seed: int = 0
     fails_sealed: tuple[str, ...] = ()
     all_parents: tuple[str, ...] = ()
+    traded: bool = False
 
     def __post_init__(self) -> None:
         self.taskset = TaskSet(
@@ -57,7 +58,9 @@ class Given:
             tuple(Objective(t.name, t.weight, t.higher_is_better, (t.name,)) for t in self.tasks),
             aggregations=self.aggregations,
         )
-        self.config = SimpleNamespace(search=SimpleNamespace(seed=self.seed))
+        settings = {"seed": self.seed, "traded": self.traded, "counted": self.traded}
+        self.config = SimpleNamespace(search=SimpleNamespace(**settings))
+        self.strategy = SimpleNamespace(trades=True)
         self.space = SimpleNamespace(parents=lambda: [(n, None, None) for n in self.all_parents])
         self.run_id = "r"
         self.ledger = SimpleNamespace(run=lambda _: SimpleNamespace(facts={}))
@@ -318,3 +321,19 @@ def test_an_answer_on_a_bound_of_the_box_says_so() -> None:
     given.trials = lambda generation: SimpleNamespace(of=lambda key: space)  # type: ignore[attr-defined]
     (note,) = given.card()["notes"]
     assert "on the bound of 1 of 2 values: b weight (2)" in note
+
+
+def test_a_point_of_the_front_that_fails_its_sealed_items_is_named_once() -> None:
+    rng = np.random.default_rng(0)
+    given = Given([one_task()], fails_sealed=("short", "a"), traded=True)
+    for operator, label, right, tokens in (
+        ("parent", "a", 0.4, 10.0),
+        ("uniform", "uniform", 0.8, 90.0),
+        ("margins", "short", 0.6, 50.0),
+    ):
+        given.add(operator, label, shares(rng, right, right), tokens=tokens)
+    card = given.card()
+    assert [p["name"] for p in card["front"]] == ["uniform", "short", "a"]
+    for name in ("short", "a"):
+        said = f"{name} is not compared on sealed items: not finite"
+        assert card["notes"].count(said) == 1

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from agentmerge.contracts.strategy import Evidence, Items, Observation
-from agentmerge.strategies.front import Front, Worst, undominated, worst_of
-from agentmerge.strategies.margins import Prospect, prospect_of
+from agentmerge.search.trials import seen_from
+from agentmerge.strategies.front import Front, Worst, by_area, undominated, worst_of
+from agentmerge.strategies.margins import LITTLE, Prospect, least_gain_of, prospect_of
 from agentmerge.strategies.table import table_of
 
 
@@ -42,8 +47,19 @@ def test_equals_and_what_is_dominated_are_left_out() -> None:
     assert undominated(np.zeros(0), np.zeros(0)).tolist() == []
 
 
-def history(noisy: bool) -> list[Observation]:
-    """Parents and merges of two models; ten items are right or wrong, and ten have a length."""
+@pytest.mark.parametrize("level", [0.0, 0.5, -2.0])
+def test_parents_of_one_score_leave_room_for_shorter_answers(level: float) -> None:
+    worst = Worst.of([level, level], [40.0, 80.0])
+    front = Front.of(worst, np.full(2, level), np.array([40.0, 80.0]))
+    assert front.area > 0
+    assert front.added(np.array([level]), np.array([20.0])) > 0
+
+
+def history(noisy: bool, scale: float = 1.0, ahead: float = 0.0) -> list[Observation]:
+    """Parents and merges of two models; ten items are right or wrong, and ten have a length.
+
+    scale: of the margins. ahead: how far all of them are up.
+    """
     rng = np.random.default_rng(3)
     task, weight = np.repeat([0, 1], 10), np.repeat([0.1, 0.0], 10)
     items = Items(
@@ -54,6 +70,7 @@ def history(noisy: bool) -> list[Observation]:
     for n, point in enumerate(points):
         x, y = point
         margins = 3 * (x + 0.5 * y) - np.linspace(0, 4, 10) + noisy * rng.normal(size=10) * 3
+        margins = scale * (margins + ahead)
         lengths = np.round(20 + 60 * x * np.linspace(0.5, 1.5, 10))
         signals = np.concatenate([margins, lengths])
         values = np.concatenate([margins > 0, lengths])
@@ -98,3 +115,40 @@ def test_the_items_model_knows_lengths_and_its_slope_is_its_gains(noisy: bool) -
     assert (np.diff(front[:, 0]) > 0).all()
     assert (np.diff(front[:, 1]) > 0).all()
     assert len(found.elites()) <= 8
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_narrow_margins_leave_the_front_what_it_has(noisy: bool, breaks: bool) -> None:
+    """Softly right items are worth far less than what the parents scored."""
+    told = history(noisy, 0.02, 2.5)
+    if breaks:  # one that breaks a constraint, whose told score is lower by far
+        broken = replace(told[5], score=-50.0, violation=1.0)
+        told = [*told[:5], broken, *told[6:]]
+    table, worst = table_of(told), worst_of(told)
+    assert table is not None
+    assert worst is not None
+    found = prospect_of(table, worst)
+    assert found.front is not None
+    assert found.front.worst.score < worst.score - 0.1, "soft scores are lower"
+    assert len(found.front.scores) > 1
+    assert found.gains(np.random.default_rng(0).random((40, 2))).max() > 0
+
+
+def test_lengths_are_no_documents() -> None:
+    table = table_of(history(noisy=False))
+    assert table is not None
+    assert table.items.documents_scored == 10
+    assert replace(table.items, tokens=None).documents_scored == 20
+    scores = table.values @ table.items.weight
+    spread = float(scores.max() - np.median(scores))
+    assert least_gain_of(table, scores) == LITTLE * spread, "of ten answers no noise is known"
+
+
+def test_parents_that_a_branch_scored_anew_set_the_front_of_another_space_too() -> None:
+    told = [replace(o, generation=o.generation + 4, space="first") for o in history(noisy=False)]
+    here: Any = SimpleNamespace(key="second")
+    seen = seen_from(told, here, lambda o: None)
+    assert worst_of(seen) == worst_of(told)
+    assert by_area(seen) != seen
+    assert {o.operator for o in seen[3:]} == {"carried"}
