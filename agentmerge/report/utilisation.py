@@ -33,13 +33,13 @@ MOST_WORKERS = 100_000
 class Workers:
     """number: of workers. waiting: candidates that wait for one, as the last one began.
 
-    at_work: a worker's number -> (generation, slot) and since when. done, busy_s: candidates that
-    it has ended, and the seconds of those.
+    at_work: (generation, slot) -> the number of the worker that began it, and since when. done,
+    busy_s: a worker's candidates that have ended, and the seconds of those.
     """
 
     number: int = 0
     waiting: int = 0
-    at_work: dict[int, tuple[tuple[int, int], float]] = field(default_factory=dict)
+    at_work: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)
     done: Counter[int] = field(default_factory=Counter)
     busy_s: dict[int, float] = field(default_factory=dict)
     _before_s: float = 0.0  # of all workers, in sessions that are over
@@ -54,16 +54,15 @@ class Workers:
                 self.number = event.workers
             case events.Evaluate(worker=int(worker)):
                 self._from, self._until = self._from or at, at
-                self.at_work[worker] = (event.generation, event.slot), at
+                self.at_work[event.generation, event.slot] = worker, at
                 self.waiting = event.waiting
             case events.Evaluated(past=False):
-                place = (event.generation, event.slot)
-                for worker, (has, since) in [*self.at_work.items()]:
-                    if has == place:
-                        del self.at_work[worker]
-                        self._until = max(self._until, at)
-                        self.done[worker] += 1
-                        self.busy_s[worker] = self.busy_s.get(worker, 0.0) + max(0.0, at - since)
+                began = self.at_work.pop((event.generation, event.slot), None)
+                if began is not None:
+                    worker, since = began
+                    self._until = max(self._until, at)
+                    self.done[worker] += 1
+                    self.busy_s[worker] = self.busy_s.get(worker, 0.0) + max(0.0, at - since)
             case events.Ending() | events.Done():
                 self._end()
 
@@ -96,9 +95,10 @@ class Workers:
     def to_json(self, now: float | None = None) -> dict[str, Any]:
         """{number, at_work, waiting, used, each}. now: where it is being driven."""
         at = {} if now is None else self.at_work
+        has = {worker: (candidate, since) for candidate, (worker, since) in at.items()}
         rows = []
         for worker in range(1, max([self.number, *self.done]) + 1):
-            candidate, since = at.get(worker, (None, 0.0))
+            candidate, since = has.get(worker, (None, 0.0))
             rows.append(
                 {
                     "worker": worker,
@@ -150,7 +150,9 @@ class WorkersLog:
             numbers = [body.get(name) or 0 for name in ("worker", "workers", "waiting")]
             if not math.isfinite(at) or not all(0 <= n <= MOST_WORKERS for n in numbers):
                 return
-        except (ValueError, TypeError, KeyError, RecursionError):
+            if not all(isinstance(body.get(name, 0), int) for name in ("generation", "slot")):
+                return
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return  # torn by a power cut, or written by whoever
         self._workers.tell(event, at)
 

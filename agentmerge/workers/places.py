@@ -71,14 +71,14 @@ class Deadlines:
 class Place:
     """Where one worker lives, and the thread that works with it.
 
-    barren: none could be started here when that was last tried. rests_until: ``time.monotonic``
-        value before which it is not tried again.
+    device: of every worker that lives here. barren: none could be started here when that was last
+        tried. rests_until: ``time.monotonic`` value before which it is not tried again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.device = device
         self.hosted: Hosted | None = None
         self.worker: Worker | None = None  # once it is ready
-        self.device: str | None = None
         self.barren = False
         self.rests_until = 0.0
         self._todo: queue.SimpleQueue[Callable[[], object] | None] | None = None

@@ -98,16 +98,15 @@ class Pool:
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.spec = spec
-        self._tell, self._told = tell, set[str]()
+        self._tell, self._told = tell, set[Place]()
         self._deadlines = deadlines or Deadlines()
         if not callable(host):
             host = host_class(host, count, self._deadlines.asked_s)
         self._host = host(count)
         self._make = make
         self._taskset = taskset
-        self._devices = devices_for(spec, count, type(self._host))
         self._crowd = crowd_of(spec, count, type(self._host))
-        self._places = [Place() for _ in range(count)]
+        self._places = [Place(device) for device in devices_for(spec, count, type(self._host))]
         self._free = [*self._places]
         self._left_alone: threading.Thread | None = None
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="pool")
@@ -192,7 +191,7 @@ class Pool:
         except BaseException as raised:
             error = raised
         if turn.place is not None and not getattr(self._host, "keeps", True):
-            error = self._discard(turn.place) or error
+            error = _emptied(turn.place) or error
         self._leave_place(turn)
         self._mine.turn = None
         if error is None:
@@ -228,7 +227,7 @@ class Pool:
             turn.place = None
             self._freed.notify_all()
 
-    def _elsewhere(self, turn: Turn[T], error: WorkerLost, device: str, *, barren: bool) -> Place:
+    def _elsewhere(self, turn: Turn[T], error: WorkerLost, *, barren: bool) -> Place:
         """Another place than one where no worker can be started (barren), or goes on, which rests
         from now on.
 
@@ -241,15 +240,18 @@ class Pool:
         here.barren = barren
         if all(place.barren for place in self._places):
             raise NoWorker(f"no worker can be started: {error}")
-        here.rests_until = time.monotonic() + REST_S
-        if device not in self._told:
-            self._told.add(device)
-            self._tell(
-                f"a worker on {device} is left out, and tried again every {REST_S:.0f} s; the "
-                f"others go on: {error}"
-            )
+        self._rest(here, error)
         self._leave_place(turn)
         return self._take_place(turn)
+
+    def _rest(self, place: Place, error: WorkerLost) -> None:
+        place.rests_until = time.monotonic() + REST_S
+        if place not in self._told:
+            self._told.add(place)
+            self._tell(
+                f"a worker on {place.device} is left out, and tried again every {REST_S:.0f} s; "
+                f"the others go on: {error}"
+            )
 
     def evaluate(
         self,
@@ -352,12 +354,13 @@ class Pool:
             no_place = isinstance(lost, NoRoom) or (full and not built)
             tries -= not no_place
             if not tries and built:
-                self._discard(place)
+                _emptied(place)
+                if full:
+                    self._rest(place, lost)
                 raise self._lost(lost) from lost.__cause__
-            device = place.device or self.spec.device
-            self._discard(place)
+            _emptied(place)
             if not tries or full or no_place:
-                place = self._elsewhere(turn, lost, device, barren=not built)
+                place = self._elsewhere(turn, lost, barren=not built)
                 tries = max(tries, 1)
 
     def _scored(self, place: Place, job: Callable[[Worker], T], items: int) -> T:
@@ -403,7 +406,6 @@ class Pool:
         thread = place.give_up()
         if self._host.apart and hosted is not None:
             hosted.end()
-            self._give_back(place)
         else:
             self._left_alone = thread
 
@@ -444,28 +446,11 @@ class Pool:
         """Runs on the place's own thread."""
         spec, build = self.spec, Building(self._make, self._taskset, {})
         if self._host.apart:
-            with self._lock:
-                place.device = self._devices.pop(0)
             spec = replace(spec, device=place.device, crowd=self._crowd)
             build = Building(self._make, None, remembered())
-        try:
-            place.hosted = self._host.start(spec, build)
-        except BaseException:
-            self._give_back(place)
-            raise
+        place.hosted = self._host.start(spec, build)
         place.worker = place.hosted.ready()
         place.barren = False
-
-    def _discard(self, place: Place) -> RunFailed | None:
-        """What a worker said that looked back at its end and found its answers wrong."""
-        failure = _emptied(place)
-        self._give_back(place)
-        return failure
-
-    def _give_back(self, place: Place) -> None:
-        device, place.device = place.device, None
-        if device is not None:
-            self._devices.append(device)
 
 
 def _stopped() -> NotBegun:

@@ -58,6 +58,20 @@ def test_the_share_of_time_used_counts_sessions_and_what_workers_are_at() -> Non
     assert found.sentence() == "4 workers, 48 % of their time used"
 
 
+def test_a_candidate_that_went_to_another_worker_counts_although_its_first_one_goes_on() -> None:
+    found = Workers()
+    for event, at in [
+        (begun(), 10.0), (evaluate(0, 1), 10.0), (evaluate(1, 2), 10.0), (ended(1), 14.0),
+        (evaluate(2, 1), 16.0),  # 0 is on the second by now
+    ]:  # fmt: skip
+        found.tell(event, at)
+    assert found.to_json(18.0)["at_work"] == 2
+    found.tell(ended(2), 18.0)
+    found.tell(ended(0), 20.0)
+    assert found.used() == pytest.approx(16 / 20)
+    assert found.done.total() == 3
+
+
 def test_a_log_of_before_or_torn_or_of_anybody_says_nothing_and_hurts_nobody(
     tmp_path: Path,
 ) -> None:
@@ -68,6 +82,8 @@ def test_a_log_of_before_or_torn_or_of_anybody_says_nothing_and_hurts_nobody(
              '{"time": NaN, "event": "evaluate", "generation": 0, "slot": 0, "worker": 1}',
              '{"time": 1, "event": "evaluate", "generation": 0, "slot": 0, "worker": 1e9}',
              '{"time": 1, "event": "evaluate", "generation": 0, "slot": 0, "worker": [1]}',
+             '{"time": 1, "event": "evaluate", "generation": [1], "slot": 0, "worker": 1}',
+             f'{{"time": 1{"0" * 400}, "event": "evaluate", "generation": 0, "slot": 0}}',
              '["event": "evaluate"]', "[" * 9_000 + '"event": "evaluate"', "\x00"]  # fmt: skip
     path.write_text("\n".join(lines))
     assert WorkersLog(path).read() == Workers()

@@ -17,6 +17,7 @@ from agentmerge.config import TasksConfig
 from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import CandidateFailed, NotBegun, UserError, WorkerLost
 from agentmerge.workers.fake import FakeWorker
+from agentmerge.workers.hosts.here import Here
 from agentmerge.workers.pool import Pool
 from agentmerge.workers.sharing import crowd_of, devices_for
 
@@ -235,6 +236,53 @@ def test_each_worker_process_is_told_its_device(monkeypatch: pytest.MonkeyPatch)
             seen += [fingerprint.digest for fingerprint, _, _ in found]
     assert sorted(set(seen)) == ["cuda 0 1", "cuda 1 1"]
     assert len(seen) == 6
+
+
+class Near(Here):
+    """A host whose workers count as apart, here."""
+
+    apart = True
+
+
+def test_a_worker_that_is_lost_is_built_anew_on_its_own_device_not_on_a_full_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a_machine(monkeypatch, 2)
+
+    def make(given: WorkerSpec, taskset: Any) -> FakeWorker:
+        if given.device == "cuda:0":
+            raise RuntimeError("CUDA out of memory")
+        return FakeWorker(replace(given, device="cpu"), taskset)
+
+    with Pool(replace(spec(die_at=2), device="cuda"), 2, make, host=Near) as pool:
+        for b in (0.1, 0.2, 0.3):
+            assert pool.evaluate(recipe(b, 0.5), REFS)[1] == expected(b, 0.5)[1]
+
+
+def test_every_place_that_a_candidate_is_too_large_for_rests_and_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a_machine(monkeypatch, 3)
+    seen, told = list[str](), list[str]()
+
+    def make(given: WorkerSpec, taskset: Any) -> FakeWorker:
+        seen.append(given.device)
+        full = len(seen) < 3
+
+        class Full(FakeWorker):
+            def score(self, items: Any) -> Any:
+                if full:
+                    raise WorkerLost("out of memory on cuda")
+                return super().score(items)
+
+        return Full(replace(given, device="cpu"), taskset)
+
+    with Pool(replace(spec(), device="cuda"), 3, make, host=Near, tell=told.append) as pool:
+        with pytest.raises(WorkerLost, match="out of memory"):
+            pool.evaluate(recipe(0.1, 0.5), REFS)
+        assert pool.evaluate(recipe(0.2, 0.5), REFS)[1] == expected(0.2, 0.5)[1]
+    assert seen == ["cuda:0", "cuda:1", "cuda:2"]
+    assert [line.split(" is ")[0] for line in told] == [f"a worker on cuda:{n}" for n in (0, 1)]
 
 
 class Crowded(FakeWorker):
