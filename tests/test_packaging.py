@@ -25,6 +25,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "examples/README.md", *sorted(ROOT.glob(
 SECTIONS = {
     "genome": (config.GenomeConfig, config.LayersConfig),
     "tasks": (config.TaskConfig, config.TasksConfig),
+    "Judge": (config.JudgeSettings,),
+    "A program": (config.ScorerCommand,),
     "search": (config.SearchSettings,),
     "agents": (config.AgentSettings,),
     "worker": (config.WorkerSettings,),
@@ -148,10 +150,11 @@ def test_make_targets_in_the_readme_exist() -> None:
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_key_is_documented_with_its_default(section: str) -> None:
-    text = (ROOT / "docs/config.md").read_text()
-    body = re.search(rf"^## {section}$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    text = "".join((ROOT / "docs" / name).read_text() for name in ("config.md", "objectives.md"))
+    end = rf"^## |^### (?:{'|'.join(SECTIONS)})$|\Z"
+    body = re.search(rf"^##+ {section}$(.*?)(?={end})", text, re.MULTILINE | re.DOTALL)
     assert body is not None
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", body[1], re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|.*\|$", body[1], re.MULTILINE))
     fields = {k: v for model in SECTIONS[section] for k, v in model.model_fields.items()}
     for key in ELSEWHERE.get(section, ()):
         del fields[key]

@@ -99,7 +99,7 @@ def logickor(
     directory: Annotated[Path, typer.Argument(help="Where the task's folder is written.")],
     as_json: options.Json = False,
 ) -> int:
-    """Write a judged task in LogicKor's shape: Korean, six categories, two turns, ten points."""
+    """Write a judged task in LogicKor's shape: Korean, in two turns."""
     from agentmerge.demo.logickor import NAME, write_task
 
     written = [str(path) for path in write_task(directory)]

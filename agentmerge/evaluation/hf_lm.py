@@ -133,7 +133,8 @@ class LiveLM(Tokenised, HFLM):  # type: ignore[misc]
         sampled = sampling.temperature > 0
         how: dict[str, Any] = {"do_sample": sampled}
         if sampled:
-            how |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+            # Of all tokens: unasked, transformers leaves out all but 50.
+            how |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         with _sampling(sampled, sampling.seed), _no_warnings(), torch.no_grad():
             out = super()._model_generate(
                 context,

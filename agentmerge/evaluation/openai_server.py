@@ -366,7 +366,9 @@ def _sampling(body: Mapping[str, Any]) -> Sampling:
     temperature = _number(body, "temperature", 0.0, 0)
     top_p = _number(body, "top_p", 1.0, 0)
     seed = _number(body, "seed", _SEED, 0, whole=True)
-    return Sampling(float(temperature or 0), float(top_p or 1.0), int(seed or 0))
+    if not 0 < top_p <= 1:
+        raise Refused(400, f"top_p {top_p} must be above 0 and at most 1")
+    return Sampling(float(temperature), float(top_p), seed)
 
 
 def _number(
@@ -377,7 +379,8 @@ def _number(
         return default
     right = type(value) is int or (type(value) is float and not whole)
     if not right or not least <= value < 2**63:
-        raise Refused(400, f"{key} {str(value)[:40]} is no {'whole ' if whole else ''}number")
+        kind = "whole number" if whole else "number"
+        raise Refused(400, f"{key} {str(value)[:40]} is no {kind} of at least {least}")
     return value
 
 

@@ -33,7 +33,7 @@ from agentmerge.system.commands import (
 from agentmerge.system.temporary import temporary_folder
 
 #: Raised with any change of what is answered.
-_SERVING = 1
+_SERVING = 2
 #: What of a command's words is replaced.
 ITEMS, RESULTS = "{items}", "{results}"
 
@@ -94,6 +94,7 @@ def ask_served(
     Raises:
         AnswerRefused: the program failed, was late, or said something else than a score an item.
         CandidateFailed, WorkerLost: as the engine does.
+        TaskError: the program's command is too long with all of these items.
     """
     scorer, whose = task.scorer, f"the scorer of task {task.name!r}"
     waiting: SimpleQueue[Waiting | None] = SimpleQueue()

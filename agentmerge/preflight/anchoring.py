@@ -16,6 +16,7 @@ from agentmerge.parents.chat_templates import UNSAID
 from agentmerge.recipe import Recipe
 from agentmerge.recipe.cancelling import cancelling_notes
 from agentmerge.recipe.copying import stacked_layers
+from agentmerge.system.commands import cut_word, file_in
 
 
 def anchored_name(name: str) -> str:
@@ -42,6 +43,10 @@ def anchored(config: SearchConfig) -> SearchConfig:
     def inserted(name: str) -> str:
         return anchored_name(name) if name in config.genome.parents else name
 
+    def argument(word: str) -> str:
+        before, file = cut_word(word)
+        return f"{before}{file.absolute()}" if file else word
+
     def scored(task: TaskConfig) -> TaskConfig:
         """A program's files alone: a folder's name may be a word (``python -m package``)."""
         if task.judge is not None:
@@ -50,11 +55,10 @@ def anchored(config: SearchConfig) -> SearchConfig:
             return task.model_copy(update={"judge": task.judge.model_copy(update=found)})
         if not isinstance(task.scorer, ScorerCommand):
             return task
-        words = tuple(
-            anchored_name(word) if Path(word).is_file() and (place or os.sep in word) else word
-            for place, word in enumerate(task.scorer.command)
-        )
-        own = task.scorer.model_copy(update={"command": words})
+        program, *words = task.scorer.command
+        file = file_in(program) if os.sep in program else None
+        command = (str(file.absolute()) if file else program, *map(argument, words))
+        own = task.scorer.model_copy(update={"command": command})
         return task.model_copy(update={"scorer": own})
 
     genome = config.genome

@@ -4,8 +4,10 @@ and size, and ended with all that it started. Knows bytes and no task.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +19,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any
 
-from agentmerge.errors import UserError
+from agentmerge.errors import TaskError, UserError
 from agentmerge.system import leash
 from agentmerge.system.code import code_files
 from agentmerge.system.redaction import is_secret, redact
@@ -26,6 +28,11 @@ from agentmerge.system.redaction import is_secret, redact
 MOST_SAID, MOST_COMPLAINED = 16 << 20, 2000
 #: Characters of standard error that a sentence has.
 _SHOWN = 300
+#: Programs that run a user's files and are none: known by their names, wherever they lie.
+_INTERPRETER = re.compile(
+    r"(python|pypy|node|deno|bun|ruby|perl|php|lua|julia|Rscript|java|env|uv|(ba|da|z|k|fi)?sh)"
+    r"[\d.]*"
+)
 
 
 class Running:
@@ -33,6 +40,9 @@ class Running:
 
     given: for its standard input. ended: called, by another thread, once it has ended by itself or
     said too much.
+
+    Raises:
+        TaskError: the system takes no command of that length.
     """
 
     def __init__(
@@ -42,14 +52,24 @@ class Running:
         env: Mapping[str, str],
         ended: Callable[[], None] = lambda: None,
     ) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", str(leash.__file__), str(os.getpid()), *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=dict(env),
-            start_new_session=True,  # Ctrl-C drains the search, and nothing of it is left over
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(leash.__file__), str(os.getpid()), *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=dict(env),
+                start_new_session=True,  # Ctrl-C drains the search, and nothing of it is left over
+            )
+        except OSError as error:
+            if error.errno != errno.E2BIG:
+                raise
+            longest = max(command, key=len)
+            raise TaskError(
+                f"the command {command[0]!r} is longer than this system takes: it has a word of "
+                f"{len(longest)} characters, {longest[:20]!r}...; shorten it ({{items}} can be "
+                "left out)"
+            ) from None
         self._said, self._complained = bytearray(), bytearray()
         self.too_long = False
         work = (
@@ -139,29 +159,52 @@ def refuse_missing(command: Sequence[str], whose: str) -> None:
     Raises:
         UserError: there is no such program.
     """
-    if shutil.which(str(Path(command[0]).expanduser())) is None:
+    if shutil.which(str(file_in(command[0]) or command[0])) is None:
         raise UserError(f"{whose}: there is no program {command[0]!r}; install it, or correct it")
+
+
+def file_in(word: str) -> Path | None:
+    """The file that a word of a command names, if it is one: code and options are words, too."""
+    try:
+        path = Path(word).expanduser()
+        return path if path.is_file() else None
+    except (OSError, RuntimeError, ValueError):  # too long; no such user; no name of a file
+        return None
+
+
+def cut_word(word: str) -> tuple[str, Path | None]:
+    """The file that an argument names, by itself or as an option's value, and what stands before
+    it: ``--rubric=`` of ``--rubric=FILE``."""
+    before = "" if file_in(word) else word[: word.find("=") + 1]
+    return before, file_in(word.removeprefix(before))
 
 
 def described_command(command: Sequence[str]) -> list[object]:
     """A command wherever its files lie: each word, or the content of the file that it names, with
     a Python file's imports. A program that is none of the user's (an interpreter) is its name."""
-    found: list[object] = []
-    for place, word in enumerate(command):
-        file = Path(word).expanduser()
-        if not file.is_file() or (place == 0 and not _is_script(word, file)):
-            found.append(file.name if place == 0 else word)
-        elif file.suffix == ".py":
-            found.append(code_files(file))
+    program = file_in(command[0])
+    users = program is not None and _is_users(command[0], program)
+    found = [_content(program) if program and users else Path(command[0]).name]
+    for word in command[1:]:
+        before, file = cut_word(word)
+        if file is None or not os.access(file, os.R_OK):
+            found.append(word)
         else:
-            stat = file.stat()
-            found.append({"": _digest(file, stat.st_mtime_ns, stat.st_size)})
+            found.append([before, _content(file)] if before else _content(file))
     return found
 
 
-def _is_script(word: str, file: Path) -> bool:
-    with suppress(OSError), file.open("rb") as opened:
-        return os.sep in word and opened.read(2) == b"#!"
+def _content(file: Path) -> object:
+    if file.suffix == ".py":
+        return code_files(file)
+    stat = file.stat()
+    return {"": _digest(file, stat.st_mtime_ns, stat.st_size)}
+
+
+def _is_users(word: str, program: Path) -> bool:
+    with suppress(OSError), program.open("rb") as opened:
+        script = opened.read(2) == b"#!"
+        return os.sep in word and (script or _INTERPRETER.fullmatch(program.name) is None)
     return False
 
 

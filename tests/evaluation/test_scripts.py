@@ -200,6 +200,12 @@ def test_files_of_a_command_are_the_same_from_anywhere(
     assert anchored(config).tasks.tasks[0].scorer.command == (
         "python", str(tmp_path / "s.py"), "pkg",
     )  # fmt: skip
+    monkeypatch.setenv("HOME", str(tmp_path / "pkg"))
+    (tmp_path / "pkg" / "judge").write_text("")
+    words = ["~/judge", "-c", "x" * 300, "--rubric=s.py", "~nobody-of-that-name/x"]
+    assert anchored(config_of({"command": words})).tasks.tasks[0].scorer.command == (
+        str(tmp_path / "pkg" / "judge"), *words[1:3], f"--rubric={tmp_path / 's.py'}", words[4],
+    )  # fmt: skip
     again = SearchConfig.from_text(config.to_yaml())
     assert again.tasks == config.tasks
     assert config.tasks.tasks[0].metric == "command,none"

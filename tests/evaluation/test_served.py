@@ -19,6 +19,7 @@ from agentmerge.errors import AnswerRefused, CandidateFailed, UserError
 from agentmerge.evaluation import served
 from agentmerge.evaluation.building import tasks_for
 from agentmerge.evaluation.hf_lm import LiveLM
+from agentmerge.evaluation.openai_server import Sampling
 from agentmerge.evaluation.rendering import ServedTask
 from agentmerge.recipe import Recipe
 from agentmerge.workers.hf import HfWorker
@@ -118,6 +119,14 @@ def test_a_chat_and_a_text_are_what_the_model_says(
     assert first["choices"] == second["choices"] != third["choices"]
 
 
+def test_sampling_is_among_all_tokens(worker: HfWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = worker._lm
+    generate, told = lm.model.generate, dict[str, Any]()
+    monkeypatch.setattr(lm.model, "generate", lambda **how: told.update(how) or generate(**how))
+    lm.continued([5], 1, [], Sampling(temperature=1.0))
+    assert (told["temperature"], told["top_p"], told["top_k"]) == (1.0, 1.0, 0)
+
+
 def spoken(model: Path, prompts: list[str], steps: int) -> list[str]:
     """What a model says up to its end."""
     said = [text.split("</s>")[0] for text in tiny.raw(model, prompts, steps)]
@@ -165,6 +174,10 @@ def test_what_is_not_this_candidates_or_not_possible_is_an_error(
         (400, None, ("/completions", ok | {"n": 2})),
         (400, None, ("/completions", ok | {"stream": True})),
         (400, None, ("/completions", ok | {"temperature": "hot"})),
+        (400, None, ("/completions", ok | {"temperature": -0.5})),
+        (400, None, ("/completions", ok | {"temperature": True})),
+        (400, None, ("/completions", ok | {"top_p": 0})),
+        (400, None, ("/completions", ok | {"top_p": 1.5})),
         (400, None, ("/completions", ok | {"max_tokens": -1})),
         (400, None, ("/completions", ok | {"stop": 3})),
         (400, None, ("/chat/completions", chat | {"tools": [{}]})),

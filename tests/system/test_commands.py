@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agentmerge.errors import UserError
+from agentmerge.errors import TaskError, UserError
 from agentmerge.system import commands
 from agentmerge.system.commands import (
     Running,
@@ -120,3 +120,37 @@ def test_a_command_is_what_its_files_are(tmp_path: Path) -> None:
     assert first != described(tmp_path / "a")
     with pytest.raises(UserError, match="no program 'no-such-program'"):
         refuse_missing(["no-such-program"], "the scorer")
+
+
+def test_a_command_that_is_too_long_is_a_sentence() -> None:
+    numbers = ",".join(map(str, range(40_000)))
+    with pytest.raises(TaskError, match=r"a word of \d+ characters, '0,1,2,.*\{items\}"):
+        Running(python("", numbers), b"", os.environ)
+
+
+def test_a_program_and_an_options_value_are_what_is_in_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("judge", "rubric.json", "python3.11"):
+        (tmp_path / name).write_bytes(b"\x7fELF 1")
+
+    def described() -> list[object]:
+        return described_command(["~/judge", "--rubric=~/rubric.json", "--x=1"])
+
+    first = described()
+    assert first[2] == "--x=1"
+    (tmp_path / "rubric.json").write_bytes(b"2 longer")
+    second = described()
+    assert (second[0], second[1] == first[1]) == (first[0], False)
+    (tmp_path / "judge").write_bytes(b"\x7fELF 22")
+    assert described()[0] != first[0]
+    (tmp_path / "judge").chmod(0o111)  # who may run it may not read it
+    assert described_command(["~/python3.11", "judge"]) == ["python3.11", "judge"]
+
+
+def test_words_that_are_no_file_names_are_words() -> None:
+    words = ["x" * 300, "~nobody-of-that-name/x", "a\0b", "--key=" + "y" * 300]
+    assert described_command(["python", "-c", *words]) == ["python", "-c", *words]
+    with pytest.raises(UserError, match="there is no program '~nobody-of-that-name/x'"):
+        refuse_missing(["~nobody-of-that-name/x"], "the scorer")
