@@ -249,7 +249,7 @@ def test_a_stack_is_exported_as_it_was_scored(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def answer(ledger: Ledger, row: Any, layers: int | None) -> dict[str, Any]:
+    def answer(ledger: Ledger, row: Any, layers: int | None, *_: Any) -> dict[str, Any]:
         assert layers is None
         (found,) = [c for c in ledger.candidates(row.id, 0) if c.label == f"{name}.yml"]
         return {"recipe": ledger.recipe(found.recipe_hash, row.id)} | candidate_summary(found)
@@ -273,7 +273,7 @@ def test_an_answer_is_exported_as_an_adapter(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def answer(ledger: Ledger, row: Any, layers: int | None) -> dict[str, Any]:
+    def answer(ledger: Ledger, row: Any, *_: Any) -> dict[str, Any]:
         (found,) = [c for c in ledger.candidates(row.id, 0) if c.label == "modules.yml"]
         return {"recipe": ledger.recipe(found.recipe_hash, row.id)} | candidate_summary(found)
 

@@ -56,6 +56,7 @@ def board(address: str, name: str) -> Any:
         return json.load(answer)
 
 
+@pytest.mark.slow
 def test_a_search_is_stopped_goes_on_and_outlives_the_page(tmp_path: Path) -> None:
     runs, config = tmp_path / "runs", tmp_path / "config.yml"
     config.write_text(SLOW)
