@@ -15,6 +15,7 @@ from agentmerge import plugins
 from agentmerge.config import ROLES, SearchConfig
 from agentmerge.errors import AgentmergeError, ConfigError, UserError
 from agentmerge.methods import METHODS
+from agentmerge.recipe.names import short_name
 from agentmerge.system.redaction import revealed
 
 #: Benchmarks that are not objectives unless the user insists (LLM-Evo-Merge's and upstream's list).
@@ -183,6 +184,13 @@ def pool_faults(config: SearchConfig) -> list[str]:
         found.append(
             f"budget.max_evaluations {config.budget.max_evaluations} pays for no merge: of a pool, "
             f"each of the {alone} models is asked by itself first"
+        )
+    short = [short_name(model) for model in genome.experts]
+    bad = {n for n in short if short.count(n) > 1 or ", " in n or " -> " in n or n != n.strip()}
+    if bad:
+        found.append(
+            "of a pool, each expert needs a last name of its own, without ', ' or ' -> ', by which "
+            f"it is chosen: {', '.join(map(repr, sorted(bad)))}; rename or link the folders"
         )
     if config.search.shadow:
         found.append("search.shadow is not possible with genome.pool; remove one of them")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import median
+from typing import TYPE_CHECKING
 
 from agentmerge.contracts.advice import StructuralMove
 from agentmerge.contracts.operators import PARENT, STRUCTURE
@@ -16,6 +18,9 @@ from agentmerge.ledger.words import openings
 from agentmerge.recipe.names import short_name
 from agentmerge.search.search import Search
 from agentmerge.workers.kinds import reads_models
+
+if TYPE_CHECKING:
+    from agentmerge.merging.experts import ExpertSurvey
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,34 @@ def chosen_models(search: Search) -> StructuralMove | None:
     if search.replies_of is not None:
         said = openings(search.ledger.advice(search.replies_of, role=STRUCTURE))
         return next((o.move for o in said if o.move.change == "models"), None)
+    pool, settings, alone = search.space.pool, search.space.genome.pool, _alone(search)
+    if settings is None or alone is None:
+        return None
+    base = alone.get(search.space.genome.base_model or "")
+    shown = {name: alone[name] for name in pool if name in alone}
+    if len(shown) < 2:
+        return None  # the search ends
+    damaged, alike = _weights(search, list(shown))
+    noise = _noise(search, shown)
+    names = chosen(shown, base, settings.most, damaged, alike, noise)
+    if len(names) < 2:  # then the damaged and the twins are what there is
+        names = chosen(shown, None, settings.most, {}, {}, noise)
+    why = f"the best of {len(pool)} by what each scored alone"
+    out = [f"{short_name(name)} {said}" for name, said in damaged.items() if name not in names]
+    return StructuralMove(
+        "models", ", ".join(map(short_name, names)), "; ".join([why, *out])[:_LONGEST]
+    )
+
+
+def nothing_to_choose(search: Search) -> bool:
+    """Whether so few experts of a pool have a score that there is nothing to merge."""
+    alone = _alone(search) if search.space.pool else None
+    return alone is not None and len(alone.keys() & set(search.space.pool)) < 2
+
+
+def _alone(search: Search) -> dict[str, OwnScore] | None:
+    """What the parents showed by themselves, as far as they have a score; None while one is still
+    to be scored."""
     weights = {o.name: o.signed_weight for o in search.taskset.objectives}
     shown: dict[str, OwnScore] = {}
     for c in search.book.candidates():
@@ -44,21 +77,7 @@ def chosen_models(search: Search) -> StructuralMove | None:
         if c.score is not None:
             parts = tuple(weight * dict(c.tasks)[name] for name, weight in weights.items())
             shown[c.label] = OwnScore(c.score, parts)
-    pool, settings = search.space.pool, search.space.genome.pool
-    base = shown.get(search.space.genome.base_model or "")
-    shown = {name: shown[name] for name in pool if name in shown}
-    if settings is None or len(shown) < 2:
-        return None
-    damaged, alike = _weights(search, list(shown))
-    noise = _noise(search, shown)
-    names = chosen(shown, base, settings.most, damaged, alike, noise)
-    if len(names) < 2:  # then the damaged and the twins are what there is
-        names = chosen(shown, None, settings.most, {}, {}, noise)
-    why = f"the best of {len(pool)} by what each scored alone"
-    out = [f"{short_name(name)} {said}" for name, said in damaged.items()]
-    return StructuralMove(
-        "models", ", ".join(map(short_name, names)), "; ".join([why, *out])[:_LONGEST]
-    )
+    return shown
 
 
 #: Of the reason that is kept with a choice.
@@ -110,11 +129,10 @@ def _weights(
     """What the weights say: who is damaged and how, and who is whose near-duplicate."""
     if not reads_models(search.config.worker.kind):
         return {}, {}
-    from agentmerge.merging.experts import survey_experts
-
     paths = {str(search.paths[name]): name for name in names}
     base = search.paths.get(search.space.genome.base_model or "")
-    found = survey_experts(list(paths), str(base) if base else None)
+    identities = tuple(search.identities.items())
+    found = _surveyed(tuple(paths), str(base) if base else None, identities)
     damaged = {
         paths[one.model]: one.damage[0] for one in found.experts if one.damage and not one.misfit
     }
@@ -123,3 +141,13 @@ def _weights(
         for mine, theirs in ((one, other), (other, one)):
             alike[paths[mine]] = alike.get(paths[mine], frozenset()) | {paths[theirs]}
     return damaged, alike
+
+
+@lru_cache(maxsize=1)
+def _surveyed(
+    models: tuple[str, ...], base: str | None, identities: tuple[tuple[str, str], ...]
+) -> ExpertSurvey:
+    """What the weights show; two nodes of the graph ask for it. identities: what is read."""
+    from agentmerge.merging.experts import survey_experts
+
+    return survey_experts(models, base)

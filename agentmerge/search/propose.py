@@ -62,8 +62,10 @@ def asked(search: Search, space: SearchSpace, generation: int, left: int) -> lis
 
 def _asked(search: Search, space: SearchSpace, generation: int, left: int) -> list[Proposal]:
     history = search.history(generation, space=space)
-    own = any(o.space == space.key for o in history)
-    found: list[Proposal] = [] if own else first_points(space, history, search.recipe_of)
+    # What a branch knows of before is no rival: of a pool nothing else asks for them once more.
+    own = any(o.space == space.key and not (space.pool and o.prior) for o in history)
+    rivals = bool(space.pool) and len(search.trials(generation).spaces) == 2
+    found = [] if own else first_points(space, history, search.recipe_of, rivals)
     if not found:
         if getattr(search.strategy, "uses_items", False):
             bound = search.config.search.constraints

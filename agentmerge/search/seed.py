@@ -144,7 +144,7 @@ def _complete_pool(
         return False
     space = search.trials(generation, decided=False).leader
     history = search.history(moves[0].generation, space=space)
-    whole = possible(search, space, first_points(space, history, search.recipe_of))
+    whole = possible(search, space, first_points(space, history, search.recipe_of, rivals=True))
     begun = [c for c in candidates if c.generation == generation]
     if [(c.operator, c.vector) for c in begun] != [(p.operator, p.vector) for p in whole][
         : len(begun)

@@ -7,6 +7,7 @@ from itertools import takewhile
 
 from agentmerge.ledger import Candidate
 from agentmerge.search import budget
+from agentmerge.search.models import nothing_to_choose
 from agentmerge.search.past import BARREN_GENERATIONS
 from agentmerge.search.search import Search
 
@@ -19,6 +20,8 @@ def stop_reason(search: Search, generation: int) -> str:
         return "budget"
     if limit is not None and generation >= limit:
         return "generations"
+    if nothing_to_choose(search):
+        return "fewer than two experts of the pool have a score"
     if generation and all(c.score is None or c.prior or c.twin is not None for c in candidates):
         return "every candidate failed"
     if _barren(candidates, generation):

@@ -166,25 +166,33 @@ def seen_from(
 
 
 def first_points(
-    space: SearchSpace, history: History, recipe: Callable[[Observation], Recipe]
+    space: SearchSpace,
+    history: History,
+    recipe: Callable[[Observation], Recipe],
+    rivals: bool,
 ) -> list[Proposal]:
     """What a new space begins with: the best candidates as near as they come, and its uniform
     merge; nothing whose point is known there already.
 
-    history: as it looks from the space.
+    history: as it looks from the space. rivals: with its cheap rivals, as a pool's first space.
     """
     scored = [o for o in history if o.score is not None]
     best = sorted(scored, key=lambda o: (-(o.score or 0.0), o.generation, o.slot))[:SEEDS]
-    points = [(space.nearest(recipe(o)), f"from {o.generation}.{o.slot}") for o in best]
+    points = [
+        (space.nearest(made), f"from {o.generation}.{o.slot}")
+        for o, made in ((o, recipe(o)) for o in best)
+        # Nearest to models of a pool that are not here would be a merge of nothing.
+        if not space.pool or not set(space.models).isdisjoint(made.models)
+    ]
     uniform = space.uniform()[1]
     found: dict[tuple[float, ...], Proposal] = {}
     if uniform is not None:
         points.append((uniform, "uniform"))
-    if space.pool and uniform is not None:  # its cheap rivals: generation 0 had but the experts
+    if rivals and uniform is not None:  # generation 0 had but the experts
         found[uniform] = Proposal(uniform, UNIFORM, label=UNIFORM)
-        for operator, rivals in ((SCALE, scale_points(space)), (DEPTH, depth_line(space))):
-            found |= {p: Proposal(p, operator, label=name) for name, _, p in rivals if p}
-    known = {o.vector for o in history}
+        for operator, line in ((SCALE, scale_points(space)), (DEPTH, depth_line(space))):
+            found |= {p: Proposal(p, operator, label=name) for name, _, p in line if p}
+    known = {o.vector for o in history if not (space.pool and o.prior)}
     for point, label in points:
         found.setdefault(point, Proposal(point, STRUCTURE, label=label))
     return [p for p in found.values() if p.vector not in known]

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from agentmerge.config import SearchConfig
-from agentmerge.contracts.advice import StructuralMove
+from agentmerge.contracts.advice import Guidance, StructuralMove
 from agentmerge.contracts.operators import DEPTH, PARENT, SCALE, STRUCTURE, UNIFORM
 from agentmerge.errors import ConfigError, UserError
 from agentmerge.ledger import Ledger
 from agentmerge.ledger.folder import LEDGER
 from agentmerge.ledger.words import openings
+from agentmerge.merging import experts
 from agentmerge.preflight.plan import plan_of
 from agentmerge.preflight.prepare import prepare
 from agentmerge.recipe import Recipe
+from agentmerge.search import models, structure
 from agentmerge.search.models import OwnScore, chosen
-from agentmerge.session.driving import resume, run
+from agentmerge.session.driving import branch, resume, run
 from agentmerge.session.replay import replay
 from agentmerge.space.moves import moved
+from agentmerge.space.seeds import parents
 
 NAMES = [f"expert{number}" for number in range(6)]
 
@@ -92,6 +98,88 @@ def test_a_search_that_stopped_anywhere_goes_on_as_if_it_had_not(tmp_path: Path)
             assert trace(ledger, name) == trace(ledger, "whole")
 
 
+def test_a_branch_that_asks_something_else_asks_the_cheap_rivals_again(tmp_path: Path) -> None:
+    run(config(budget={"max_evaluations": 14}), name="a", runs_dir=tmp_path)
+    asked = {"limit": 44, "budget.max_evaluations": 18}
+    row = branch("a", at=1, name="b", runs_dir=tmp_path, overrides=asked)
+    with Ledger(tmp_path / LEDGER) as ledger:
+        own = [c for c in ledger.candidates(row.id) if not c.prior]
+        (opening,) = openings(ledger.advice(row.id, role=STRUCTURE))
+        (before,) = openings(ledger.advice(ledger.run("a").id, role=STRUCTURE))
+    assert opening.move.value == before.move.value
+    assert replay("b", runs_dir=tmp_path).identical
+    begun = {c.operator for c in own if c.generation == opening.generation + 1}
+    assert {UNIFORM, SCALE, DEPTH} <= begun
+    assert row.card.best_rival is not None
+
+
+def test_a_later_space_begins_with_the_best_and_no_cheap_rivals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    word = Guidance(structural_move=StructuralMove("swap_model", "expert0 -> expert1"))
+    monkeypatch.setattr(structure, "guidance_of", lambda said: replace(word, source="model"))
+    long = {"search": {"max_generations": 2}, "budget": {"max_evaluations": 60}}
+    run(config(**long), name="a", runs_dir=tmp_path)
+    with Ledger(tmp_path / LEDGER) as ledger:
+        row = ledger.run("a")
+        found = ledger.candidates(row.id)
+        first, later = openings(ledger.advice(row.id, role=STRUCTURE))
+    assert (first.refusal, later.refusal) == ("", "")
+    begun = [c for c in found if c.generation == later.generation + 1]
+    assert {c.operator for c in begun} == {STRUCTURE}
+    assert {c.label.split()[0] for c in begun} == {"from", "uniform"}
+
+
+def test_no_space_begins_with_a_merge_of_nothing(tmp_path: Path) -> None:
+    linear = {"merge_method": "linear", "base_model": None}
+    run(config(genome=linear, budget={"max_evaluations": 9}), name="a", runs_dir=tmp_path)
+    with Ledger(tmp_path / LEDGER) as ledger:
+        found = ledger.candidates(ledger.run("a").id)
+    assert [c.operator for c in found if c.generation == 1] == [UNIFORM]
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_where_fewer_than_two_experts_have_a_score_the_search_ends(
+    tmp_path: Path, left: int
+) -> None:
+    alone = parents(prepare(config(), weights=False).space)
+    failing = [recipe.hash() for name, recipe, _ in alone if name in NAMES[left:]]
+    few = config(worker={"options": {"fail_when": failing}}, budget={"max_evaluations": 10})
+    row = run(few, name="a", runs_dir=tmp_path)
+    assert replay("a", runs_dir=tmp_path).identical
+    why = {1: "fewer than two experts of the pool have a score", 2: "budget"}
+    assert (row.status, row.stop_reason) == ("done", why[left])
+    with Ledger(tmp_path / LEDGER) as ledger:
+        found = ledger.candidates(row.id)
+        merged = [ledger.recipe(c.recipe_hash, row.id) for c in found if c.generation]
+    assert {c.label for c in found if c.score is None} == set(NAMES[left:])
+    assert bool(merged) == (left == 2)
+    assert not any(NAMES[left] in text for text in merged)
+
+
+def test_weights_are_read_once_and_who_is_merged_is_not_said_to_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[list[str]] = []
+
+    def surveyed(names: Sequence[str], base: str | None) -> Any:
+        read.append(list(names))
+        facts = [SimpleNamespace(model=n, damage=("zeros",), misfit="") for n in names[1:]]
+        return SimpleNamespace(experts=facts, duplicates=())
+
+    models._surveyed.cache_clear()
+    monkeypatch.setattr(models, "reads_models", lambda kind: True)
+    monkeypatch.setattr(experts, "survey_experts", surveyed)
+    run(config(budget={"max_evaluations": 9}), name="a", runs_dir=tmp_path)
+    assert len(read) == 1
+    with Ledger(tmp_path / LEDGER) as ledger:
+        (opening,) = openings(ledger.advice(ledger.run("a").id, role=STRUCTURE))
+    merged = opening.move.value.split(", ")
+    said = [name for name in NAMES if f"{name} zeros" in opening.move.why]
+    assert set(said) == set(NAMES[1:]) - set(merged)
+    assert len(merged) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -102,6 +190,9 @@ def test_a_search_that_stopped_anywhere_goes_on_as_if_it_had_not(tmp_path: Path)
         ({"genome": {"models": [f"m{n}" for n in range(65)]}}, "at most 64"),
         ({"budget": {"max_evaluations": 7}}, "pays for no merge"),
         ({"genome": {"merge_method": "nuslerp", "pool": 3}}, "exactly 2"),
+        ({"genome": {"models": ["a/one", "b/one", "two", "three"]}}, "of its own, .*: 'one'; "),
+        ({"genome": {"models": ["one", "two", "three, four"]}}, "'three, four'"),
+        ({"genome": {"models": ["one", "two", "x -> y"]}}, "'x -> y'"),
     ],
 )
 def test_nonsense_is_refused(changes: dict[str, Any], said: str) -> None:
