@@ -297,7 +297,7 @@ class _Asking(Generic[R]):
         try:
             said = self._request(sent, shape, tools)
         except Exception as error:
-            ending, pause_s = self._ending(shape, error)
+            ending, pause_s = self._ending(sent, shape, error)
             self.turned_down = turns_down(error)
             if ending == "failed":
                 model.answered(False)
@@ -347,16 +347,19 @@ class _Asking(Generic[R]):
                     limit_s, lambda: read(chat.invoke(typed(messages)), messages, bool(tools))
                 )
 
-    def _ending(self, shape: str, error: Exception) -> tuple[Ending, float]:
-        """What to do after a fault, and after which pause."""
-        if self.model.takes_system and refuses_for(error, SYSTEM_WORDS):
+    def _ending(
+        self, sent: Sequence[dict[str, Any]], shape: str, error: Exception
+    ) -> tuple[Ending, float]:
+        """What to do after a fault, and after which pause; by what was sent, since others may have
+        found out meanwhile what the server takes."""
+        if refuses_for(error, SYSTEM_WORDS) and any(m["role"] == "system" for m in sent):
             return "no_system", 0.0
         if shape == TOOLS:
             if refuses(error, TOOL_WORDS) or isinstance(error, NotImplementedError):
                 return "lower", 0.0
-        # A server that never answered to this schema may only dislike this rung.
+        # A server that never answered to this schema so may only dislike this rung.
         elif (
-            self.schema["title"] not in self.model.shapes
+            self.model.shapes.get(self.schema["title"]) != shape
             and shape in SHAPES[:-1]
             and refuses(error, SHAPE_WORDS)
         ):

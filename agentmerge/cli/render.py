@@ -177,7 +177,7 @@ def constraint_text(row: Mapping[str, Any]) -> str:
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:
-    from agentmerge.report.summary import judge_sentence
+    from agentmerge.report.summary import judge_sentences
 
     spent = summary["evaluations"]
     lines = [
@@ -201,7 +201,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
             f"{agents['tokens_in']} tokens in, {agents['tokens_out']} out, {_cost(agents)}"
         )
         lines.append(f"forecasts: {Track(**agents['forecasts']).sentence()}")
-    lines += [judge_sentence(*found) for found in summary.get("judges", {}).items()]
+    lines += judge_sentences(summary.get("judges", {}))
     for opening in summary["structure"]:
         end = f"not opened: {opening['refusal']}" if opening["refusal"] else "opened, on trial"
         where = f"after generation {opening['generation']}"

@@ -27,6 +27,8 @@ from agentmerge.system.bundled import bundled
 ANSWER_TOKENS = 1024
 #: What ends an answer where there is no chat template.
 _PLAIN_STOP = "\nUser:"
+#: What lm-eval calls an answer's length; the first outranks the others.
+_LENGTHS = frozenset({"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"})
 
 
 def judged_task(
@@ -52,7 +54,9 @@ def judged_task(
     found = read_conversations(name, path)
     baseline = {} if own.against is None else read_answers(name, own.against, found)
     prompt_path = prompt_file(own, path)
-    generation = {"max_gen_toks": ANSWER_TOKENS, "until": []} | own.generation | config.gen_kwargs
+    generation = {"until": []} | own.generation | config.gen_kwargs
+    if _LENGTHS.isdisjoint(generation):
+        generation["max_gen_toks"] = ANSWER_TOKENS
     if chat is None:
         generation["until"] = [*_texts(generation["until"]), _PLAIN_STOP]
     judged = JudgedTask(
@@ -101,7 +105,8 @@ def prompt_file(own: JudgeSettings, conversations: Path) -> Path:
     if own.prompt is not None:
         return Path(own.prompt).expanduser()
     name = PROMPTS[own.against is not None]
-    beside = conversations / name
+    folder = conversations if conversations.is_dir() else conversations.parent
+    beside = folder / name
     return beside if beside.is_file() else bundled("prompts") / name
 
 

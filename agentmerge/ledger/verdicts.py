@@ -84,6 +84,27 @@ class Verdicts(Words):
         )  # fmt: skip
         return int(rows[0][0])
 
+    def refused(self, run_id: str, key: VerdictKey) -> bool:
+        """Whether a run asked a question to the end, and no reply was valid: neither the last nor
+        the one that it was to repair."""
+        rows = self._rows(
+            "SELECT ending FROM model_calls WHERE run_id = ? AND generation = ? AND role = ? "
+            "AND prompt_hash = ? AND ending IN ('answered', 'refused', 'failed') "
+            "ORDER BY attempt DESC LIMIT 2",
+            run_id, NO_GENERATION, JUDGE, f"{key.question}/{key.nonce}",
+        )  # fmt: skip
+        return [row[0] for row in rows] == ["refused", "refused"]
+
+    def verdict_costs(self, run_id: str) -> dict[str, int]:
+        """What a run's valid verdicts took: {verdicts, tokens, microusd}."""
+        rows = self._rows(
+            "SELECT count(*), coalesce(sum(tokens_in + tokens_out), 0), "
+            "coalesce(sum(round(coalesce(cost_usd, 0) * 1e6)), 0) FROM model_calls "
+            "WHERE run_id = ? AND generation = ? AND role = ? AND ending = 'answered'",
+            run_id, NO_GENERATION, JUDGE,
+        )  # fmt: skip
+        return dict(zip(("verdicts", "tokens", "microusd"), map(int, rows[0]), strict=True))
+
     def agreement(self, judges: Collection[str]) -> Agreement:
         """Of these judges (by hash), over all that this ledger has of them."""
         marks = ", ".join("?" for _ in judges)

@@ -23,7 +23,7 @@ from agentmerge.ledger.words import own_words
 from agentmerge.report import figures
 from agentmerge.report.content import Content, comparisons, content, place, shortened
 from agentmerge.report.grid import Grid
-from agentmerge.report.summary import judge_sentence
+from agentmerge.report.summary import judge_sentences
 from agentmerge.system.temporary import write_at_once
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _section(found: Content, key: str) -> dict[str, Any]:
     """What the template shows of one search."""
     row, summary = found.row, found.summary
     card = row.card
-    judged = [judge_sentence(*rows) for rows in summary.get("judges", {}).items()]
+    judged = judge_sentences(summary.get("judges", {}))
     best_parent = max(
         (
             score

@@ -88,8 +88,14 @@ def judge_rows(ledger: Ledger, row: RunRow) -> dict[str, dict[str, Any]]:
     }
 
 
-def judge_sentence(task: str, found: Mapping[str, Any]) -> str:
-    """One of ``judge_rows`` in words."""
+def judge_sentences(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """``judge_rows`` in words; how many answers have no verdict is known of all tasks together."""
+    told = [_judge_sentence(task, found) for task, found in rows.items()]
+    unjudged = max((found["unjudged"] for found in rows.values()), default=0)
+    return [*told, f"{unjudged} answers without a valid verdict"] if unjudged else told
+
+
+def _judge_sentence(task: str, found: Mapping[str, Any]) -> str:
     told = f"judge of {task}: {found['verdicts']} verdicts"
     if found["twice"]:
         told += (
@@ -97,7 +103,7 @@ def judge_sentence(task: str, found: Mapping[str, Any]) -> str:
             f"{found['apart']:.2f} apart on average, so one is {found['noise']:.2f} off "
             "(standard deviation)"
         )
-    return told + (f"; {found['unjudged']} answers without" if found["unjudged"] else "")
+    return told
 
 
 def depth_rows(ledger: Ledger, row: RunRow) -> list[dict[str, Any]]:

@@ -180,7 +180,9 @@ class _Kept:
         limits = self.search.config.budget
         # A price that nobody knows was refused before the search began.
         most = (tokens_in + tokens_out, cost_usd or 0.0)
-        self.search.purse.reserve((self.role, self.prompt), *most, limits)
+        judges = self.search.judges  # what their verdicts will take in the end is not agents'
+        left = (0, 0.0) if judges is None else judges.kept_back()
+        self.search.purse.reserve((self.role, self.prompt), *most, limits, left)
         if self.search.seconds_left() <= 0:
             raise BudgetReached("timeout")
 

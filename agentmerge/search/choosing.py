@@ -114,12 +114,16 @@ def beyond_noise(
     every = len(search.taskset.refs("search"))
     some = [tried[place] for place in counted(search.taskset, len(tried))]
     results = {c: search_results(search, c, "search") for c in some}
-    some = [c for c in some if c is winner or len(results[c]) == every]
     name = name_of(winner)
     for rival in cheap:
         theirs = search_results(search, rival, "search")
         seed = search.config.search.seed
-        least = least_leads(search.taskset, [results[c] for c in some], theirs, seed)
+        # A try that misses a verdict is one still: there it is taken to be where the rival is.
+        mine = [
+            results[c] if c is winner or len(results[c]) == every else {**theirs, **results[c]}
+            for c in some
+        ]
+        least = least_leads(search.taskset, mine, theirs, seed)
         if least is None:
             return cheap[0], [
                 f"{every} search items are too few to tell a lead from luck, so {name_of(cheap[0])}"
@@ -181,6 +185,18 @@ def search_results(search: Search, candidate: Candidate, part: Part) -> Results:
     if part == "sealed":
         return there(confirm(search, candidate))
     return search.item_results(candidate.recipe_hash)
+
+
+def unjudged(search: Search, candidates: Sequence[Candidate]) -> list[str]:
+    """Who has sealed answers without a verdict, and so a sealed score that is of the others."""
+    every = len(set(search.taskset.refs("sealed")))
+    missing = {c: every - len(search_results(search, c, "sealed")) for c in candidates}
+    return [
+        f"{count} of {every} sealed items of {name_of(c)} have no verdict; its score there is of "
+        "the others"
+        for c, count in missing.items()
+        if count
+    ]
 
 
 def compared(search: Search, candidate: Candidate, part: Part, lost: list[str]) -> Compared:

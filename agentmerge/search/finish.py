@@ -29,6 +29,7 @@ from agentmerge.search.choosing import (
     lead_of,
     search_results,
     undenied,
+    unjudged,
 )
 from agentmerge.search.constraints import kept
 from agentmerge.search.depths import settled
@@ -162,6 +163,7 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> Card:
             *found.notes,
             *doubts,
             *dict.fromkeys(unasked([*rows.values(), *front])),
+            *(unjudged(search, [answer, *known]) if sealed and search.taskset.judged else []),
             *(_RESUMED if lost and not found.lost else []),
             *search.taskset.notes,
             *unfair(rows.values(), chosen, len(search.taskset.refs("search"))),

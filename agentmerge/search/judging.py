@@ -95,7 +95,7 @@ class Judges:
     _asking: dict[VerdictKey, Future[float | None]] = field(default_factory=dict)
     _silence: Counter[str] = field(default_factory=Counter)
     _why: dict[VerdictKey, str] = field(default_factory=dict)
-    _costs: Counter[str] = field(default_factory=Counter)
+    _turns: dict[str, threading.BoundedSemaphore] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __call__(self, refs: Sequence[ItemRef], rows: Sequence[ItemResult]) -> list[ItemResult]:
@@ -153,22 +153,38 @@ class Judges:
         if not questions:
             return []
         again = [q.again for q in questions if self._drawn(q)]
+        given_up = self._given_up(questions, again)
         at_once = max(self.taskset.judged[q.task].settings.at_once for q in questions)
         with ThreadPoolExecutor(at_once, "judge") as pool:
-            turns = [pool.submit(self._verdict, q) for q in questions]
-            seconds = [pool.submit(self._verdict, q) for q in again]
+            asked = [q for q in (*questions, *again) if q.key not in given_up]
+            turns = {q.key: pool.submit(self._verdict, q) for q in asked}
             try:
-                found = [turn.result() for turn in turns]
-                for second in seconds:
-                    second.result()
+                values = {key: turn.result() for key, turn in turns.items()}
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        found = self._once_more(questions, found)
+        found = self._once_more(questions, [values.get(q.key) for q in questions])
         return [
             1 - value if q.swapped and value is not None else value
             for q, value in zip(questions, found, strict=True)
         ]
+
+    def _given_up(
+        self, questions: Sequence[_Question], again: Sequence[_Question]
+    ) -> frozenset[VerdictKey]:
+        """What this search asked before, in whatever life, without a valid verdict. Where that is
+        most of a task's items, the judge may have been mended since: they are asked anew."""
+        found = {
+            q.key
+            for q in (*questions, *again)
+            if self.ledger.verdict(q.key) is None and self.ledger.refused(self.run_id, q.key)
+        }
+        for name in {q.task for q in questions}:
+            items = {q.ref for q in questions if q.task == name}
+            missing = {q.ref for q in questions if q.task == name and q.key in found}
+            if len(missing) > _MOST_MISSING * len(items):
+                found -= {q.key for q in (*questions, *again) if q.task == name}
+        return frozenset(found)
 
     def _once_more(
         self, questions: Sequence[_Question], found: Sequence[float | None]
@@ -237,13 +253,14 @@ class Judges:
             schema = points_schema(task.settings.scale)
             parse = partial(read_points, scale=task.settings.scale)
         try:
-            reply = model.ask(
-                question.messages,
-                schema,
-                parse,
-                log=_Kept(self, question, parse),
-                limit_s=self.seconds_left(),
-            )
+            with self._turn(question.task):
+                reply = model.ask(
+                    question.messages,
+                    schema,
+                    parse,
+                    log=_Kept(self, question, parse),
+                    limit_s=self.seconds_left(),
+                )
         except ModelReplyError as error:
             if self.seconds_left() <= 0:
                 raise BudgetReached("timeout") from None
@@ -274,7 +291,18 @@ class Judges:
                 self._models[name] = model, prompt
             return self._models[name]
 
+    def _turn(self, name: str) -> threading.BoundedSemaphore:
+        """One of the questions that a task's judge is asked at once, by all evaluations."""
+        with self._lock:
+            most = self.taskset.judged[name].settings.at_once
+            return self._turns.setdefault(name, threading.BoundedSemaphore(most))
+
     # --- what it costs --------------------------------------------------------------------------
+
+    @cached_property
+    def _costs(self) -> Counter[str]:
+        """What this search's verdicts took, those of earlier lives too."""
+        return Counter(self.ledger.verdict_costs(self.run_id))
 
     @cached_property
     def _sealed(self) -> frozenset[ItemRef]:
@@ -283,18 +311,24 @@ class Judges:
     def _left(self, question: _Question, most: tuple[int, float]) -> tuple[int, float]:
         """(tokens, dollars) that the end's verdicts are likely to take; nothing where they are
         asked now. most: what one of them can cost, which is promised to each under way."""
-        if question.ref in self._sealed or not self._costs:
+        tokens, usd = self.kept_back()
+        if question.ref in self._sealed or not tokens:
+            return 0, 0.0
+        at_once = self.taskset.judged[question.task].settings.at_once
+        return tokens + at_once * most[0], usd + at_once * most[1]
+
+    def kept_back(self) -> tuple[int, float]:
+        """(tokens, dollars) of the end's verdicts, by what those so far took."""
+        with self._lock:
+            verdicts, tokens, usd = (self._costs[k] for k in ("verdicts", "tokens", "microusd"))
+        if not verdicts:
             return 0, 0.0
         ending = self.merges() * sum(
             (1 + task.settings.twice)
             * task.verdicts([ref for ref in self._sealed if ref.task == name])
             for name, task in self.taskset.judged.items()
         )
-        tokens, usd = (self._costs[key] / self._costs["verdicts"] for key in ("tokens", "microusd"))
-        at_once = self.taskset.judged[question.task].settings.at_once if ending else 0
-        return math.ceil(ending * tokens) + at_once * most[0], ending * usd / 1e6 + at_once * most[
-            1
-        ]
+        return math.ceil(ending * tokens / verdicts), ending * usd / verdicts / 1e6
 
     def reserve(self, question: _Question, tokens: int, usd: float) -> None:
         limits = self.configured().budget

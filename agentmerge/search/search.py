@@ -266,7 +266,19 @@ class Search:
     def _rescored(self) -> dict[str, Score]:
         """Recipe hash -> the present score of what a branch's past had asked in full."""
         covered = self.ledger.run(self.run_id).facts.get("rescored", ())
-        return {found: self.taskset.score(self.item_results(found)) for found in covered}
+        every, scores, whole = len(set(self.taskset.refs("search"))), dict[str, Score](), set[str]()
+        for found in covered:
+            results = self.item_results(found)
+            scores[found] = self.taskset.score(results)
+            if len(results) == every:
+                whole.add(found)
+        if not whole:
+            return scores
+        best = max(sorted(whole), key=lambda found: scores[found].value)
+        beside = dict(scores[best].tasks), self.item_results(best)
+        for found in scores.keys() - whole:  # of whom verdicts are missing
+            scores[found] = self.taskset.score(self.item_results(found), beside=beside)
+        return scores
 
     def _score_now(self, recipe_hash: str) -> Score | None:
         return self._rescored.get(recipe_hash)

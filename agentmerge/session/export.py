@@ -158,6 +158,11 @@ def report_text(report: dict[str, Any]) -> str:
         lines.append(f"note: {report['warning']}")
     if report["equal"] is None:
         lines.append("not scored from disk (--no-verify)")
+    elif report["equal"] and report.get("unjudged_items"):
+        lines.append(
+            f"scored once from disk: {report['disk_score']:.6f}; without a verdict on "
+            f"{report['unjudged_items']} items; all others as the search saw them"
+        )
     elif report["equal"]:
         lines.append(f"scored once from disk: {report['disk_score']:.6f}, as the search saw it")
     else:
@@ -290,14 +295,18 @@ def _verified(
         results = dict(zip(refs, judges(refs, rows), strict=True))
         score = prepared.taskset.score(results)
         differing = 0
+        unjudged = sum(result.missing for result in results.values())
         for task in prepared.taskset.tasks:
             key = ResultKey(found["recipe_hash"], prepared.engine, task.protocol_hash)
             stored = ledger.results(key)
+            both = [ref for ref in task.part("search") if ref.key in stored]
+            unjudged += sum(stored[ref.key].missing and not results[ref].missing for ref in both)
             differing += sum(
-                ref.key in stored
-                and not (stored[ref.key].missing and results[ref].missing)
+                not (stored[ref.key].missing or results[ref].missing)
                 and stored[ref.key].value != results[ref].value
-                for ref in task.part("search")
+                for ref in both
             )
-    equal = differing == 0 and score.value == found["score"]
-    return {"disk_score": score.value, "equal": equal, "differing_items": differing}
+    # A score without a verdict on each item is by what else the search knew.
+    equal = differing == 0 and (unjudged > 0 or score.value == found["score"])
+    told = {"disk_score": score.value, "equal": equal, "differing_items": differing}
+    return told | ({"unjudged_items": unjudged} if unjudged else {})

@@ -386,6 +386,26 @@ def test_a_server_without_a_system_role_is_told_the_same_by_the_user(ask):
     assert third == second
 
 
+def test_what_others_found_out_meanwhile_fails_no_question(ask):
+    """Asked at once, each was sent before the first was refused."""
+    title, refused = json_schema(ControllerReply, ask.view.bounds)["title"], []
+
+    def refuses(body):
+        if any(message["role"] == "system" for message in body["messages"]):
+            model.takes_system = False
+            return "System role not supported"
+        if body.get("response_format", {}).get("type") == "json_schema" and not refused:
+            model.shapes[title] = "json_object"
+            refused.append(body)
+            return "json_schema is not supported"
+        return None
+
+    with ScriptedServer([GOOD], refuses=refuses) as server:
+        model = ask.model(server, max_retries=0)
+        assert ask(model).parsed.sigma == 0.1
+        assert len(server.requests) == 3
+
+
 ABSURD = {
     "zero": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
     "negative": {"prompt_tokens": -5, "completion_tokens": -7, "total_tokens": -12},

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import tiny
+from lm_eval.models.utils import normalize_gen_kwargs
 
-from agentmerge.config import SearchConfig, TasksConfig
+from agentmerge.config import JudgeSettings, SearchConfig, TasksConfig
 from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import TaskError
 from agentmerge.evaluation.building import tasks_for
+from agentmerge.evaluation.judged import ANSWER_TOKENS, prompt_file
 from agentmerge.ledger import Ledger
 from agentmerge.ledger.folder import LEDGER
 from agentmerge.recipe import Recipe
@@ -111,6 +113,23 @@ def test_how_it_is_asked_and_judged_is_in_the_protocol(
     moved = {"base_url": "http://127.0.0.1:1/v1", "at_once": 9, "twice": 0.5, "timeout_s": 3}
     same = tasks_for(spec_of(family, chats, **moved)).tasks[0]
     assert same.protocol_hash == one.protocol_hash
+
+
+def test_a_length_by_any_of_its_names_is_taken(family: dict[str, Path], chats: Path) -> None:
+    for name in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
+        found = tasks_for(spec_of(family, chats, generation={name: 7})).judged["chats"]
+        assert normalize_gen_kwargs(dict(found.generation))["max_gen_toks"] == 7
+    with pytest.raises(TaskError, match=f"max_gen_toks {ANSWER_TOKENS} leaves no room"):
+        tasks_for(spec_of(family, chats, generation={"until": "#"}))
+
+
+def test_a_prompt_beside_the_conversations_is_taken(tmp_path: Path) -> None:
+    own = JudgeSettings(model="openai:x")
+    file = tmp_path / "chats.jsonl"
+    file.write_text("")
+    assert prompt_file(own, file).parent != tmp_path
+    (tmp_path / "judge.md").write_text("")
+    assert prompt_file(own, file) == prompt_file(own, tmp_path) == tmp_path / "judge.md"
 
 
 def test_an_answer_that_fills_the_context_is_refused(family: dict[str, Path], chats: Path) -> None:

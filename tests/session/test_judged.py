@@ -8,17 +8,26 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
+from agentmerge.contracts.operators import UNIFORM
+from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import ConfigError, RunFailed, TaskError
-from agentmerge.ledger import Ledger, ResultKey
+from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
+from agentmerge.ledger import Candidate, Ledger, ResultKey
 from agentmerge.ledger.folder import LEDGER
 from agentmerge.report.summary import run_summary, trace
+from agentmerge.search.choosing import beyond_noise
+from agentmerge.search.judging import Judges
 from agentmerge.session import driving
 from agentmerge.testing import Fault, ScriptedServer, scripted_chat_model
 from tests.session.conftest import config
@@ -190,6 +199,110 @@ def test_a_judge_that_never_gives_a_verdict_ends_the_search(tmp_path: Path, chat
     refused = [text for text in judge.asked if "That was refused" in text]
     repairs = sum(judge.asked[text] for text in refused)
     assert repairs == len(judge.asked) - len(refused), "one repair an answer"
+
+
+def test_what_was_refused_twice_is_not_asked_again(tmp_path: Path, chats: Path) -> None:
+    """In no life of a search; but where most was, its judge may have been mended."""
+    sent, replies = Counter[str](), Counter[str]()
+
+    def says(messages: list) -> Any:
+        said = messages[1].text
+        sent[said] += 1
+        if 12 <= sum(sent.values()) % 60 < 24:
+            raise ConnectionResetError("gone")
+        replies[said] += 1
+        hard = "What is 3?" in said
+        return "no" if hard else points(messages[:2])
+
+    judge, lives = Judge(says), 1
+    settings = asking(chats, max_retries=0)
+    go: Any = lambda: driving.run(settings, name="a", runs_dir=tmp_path, models=judge.models)  # noqa: E731
+    while lives < 12:
+        try:
+            go()
+            break
+        except RunFailed:
+            lives += 1
+            go = lambda: driving.resume("a", runs_dir=tmp_path, models=judge.models)  # noqa: E731
+    assert lives > 2
+    refused = [n for said, n in replies.items() if "What is 3?" in said]
+    assert refused
+    assert max(refused) <= 3, "a reply, its repair, and one cut off between them"
+    never = Judge(lambda messages: "no")
+    with pytest.raises(TaskError, match="no valid verdict"):
+        driving.run(asking(chats), name="b", runs_dir=tmp_path / "b", models=never.models)
+    mended = Judge()
+    row = driving.resume("b", runs_dir=tmp_path / "b", models=mended.models)
+    assert row.status == "done"
+    assert row.card.answer.score is not None
+
+
+def test_what_the_ends_verdicts_take_is_known_after_a_resume(tmp_path: Path, chats: Path) -> None:
+    row = driving.run(asking(chats), name="a", runs_dir=tmp_path, models=Judge().models)
+    refs = [ItemRef("chats", 90 + n, str(n)) for n in range(4)]
+    taskset: Any = SimpleNamespace(
+        refs=lambda part: refs if part == "sealed" else [],
+        judged={"chats": SimpleNamespace(settings=SimpleNamespace(twice=0.0), verdicts=len)},
+    )
+    with Ledger(tmp_path / LEDGER) as ledger:
+        spent = ledger.call_totals(row.id)
+        judges = Judges(Any, taskset, ledger, row.id, merges=lambda: 3)
+        tokens, usd = judges.kept_back()
+        assert Judges(Any, taskset, ledger, "", merges=lambda: 3).kept_back() == (0, 0.0)
+    each = (spent["tokens_in"] + spent["tokens_out"]) / spent["calls"]
+    assert tokens == math.ceil(3 * len(refs) * each)
+    assert usd == 0.0
+
+
+def test_at_once_is_of_all_evaluations(tmp_path: Path, chats: Path) -> None:
+    lock, now, most = threading.Lock(), Counter[str](), Counter[str]()
+
+    def says(messages: list) -> Any:
+        with lock:
+            now["asked"] += 1
+            most["asked"] = max(most["asked"], now["asked"])
+        time.sleep(0.002)
+        with lock:
+            now["asked"] -= 1
+        return points(messages)
+
+    settings = asking(chats, 5, at_once=2)
+    worker = settings.worker.model_copy(update={"count": 3})
+    settings = settings.model_copy(update={"worker": worker})
+    row = driving.run(settings, name="a", runs_dir=tmp_path, models=Judge(says).models)
+    assert row.status == "done"
+    assert most["asked"] == 2
+
+
+def test_a_try_without_a_verdict_is_counted_as_one() -> None:
+    """The more were tried, the further ahead the luckiest is, whatever verdicts they miss."""
+    rng = np.random.default_rng(3)
+    refs = tuple(ItemRef("chats", n, str(n)) for n in range(60))
+    places = tuple(range(len(refs)))
+    task = ScoredTask(
+        "chats", 1.0, "m", "none", True, "generate_until", None, "p", refs, places, places,
+        objective="chats",
+    )  # fmt: skip
+    objective = Objective("chats", 1.0, True, ("chats",))
+    taskset = TaskSet((task,), (objective,), judged={"chats": cast(Any, None)})
+    drawn = {n: rng.random(60) for n in ["rival", *map(str, range(40))]}
+    drawn["0"] = np.clip(drawn["rival"] + rng.normal(0.13, 0.4, 60), 0, 1.5)
+    known = {n: dict(zip(refs, map(ItemResult, v.tolist()), strict=True)) for n, v in drawn.items()}
+    cands = [Candidate(1, n, "cma_es", "", None, str(n), "scored") for n in range(40)]
+    rival = Candidate(0, 0, UNIFORM, "", None, "rival", "scored")
+    search: Any = SimpleNamespace(
+        taskset=taskset, item_results=lambda recipe: known[recipe],
+        config=SimpleNamespace(search=SimpleNamespace(seed=1)),
+    )  # fmt: skip
+
+    def answer(tried: list[Candidate]) -> Candidate:
+        return beyond_noise(search, cands[0], tried, [rival])[0]
+
+    assert answer(cands[:1]) is cands[0]
+    assert answer(cands) is rival
+    for n in range(1, 40):
+        del known[str(n)][refs[n]]
+    assert answer(cands) is rival, "each misses one of sixty"
 
 
 @pytest.mark.parametrize("limit", ["max_tokens", "max_cost_usd"])
