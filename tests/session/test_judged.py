@@ -208,14 +208,14 @@ def test_what_was_refused_twice_is_not_asked_again(tmp_path: Path, chats: Path) 
     def says(messages: list) -> Any:
         said = messages[1].text
         sent[said] += 1
-        if 12 <= sum(sent.values()) % 60 < 24:
+        if 12 <= sum(sent.values()) < 16:
             raise ConnectionResetError("gone")
         replies[said] += 1
         hard = "What is 3?" in said
         return "no" if hard else points(messages[:2])
 
     judge, lives = Judge(says), 1
-    settings = asking(chats, max_retries=0)
+    settings = asking(chats, 6, max_retries=0, at_once=1)
     go: Any = lambda: driving.run(settings, name="a", runs_dir=tmp_path, models=judge.models)  # noqa: E731
     while lives < 12:
         try:
@@ -224,10 +224,10 @@ def test_what_was_refused_twice_is_not_asked_again(tmp_path: Path, chats: Path) 
         except RunFailed:
             lives += 1
             go = lambda: driving.resume("a", runs_dir=tmp_path, models=judge.models)  # noqa: E731
-    assert lives > 2
+    assert lives > 1
     refused = [n for said, n in replies.items() if "What is 3?" in said]
     assert refused
-    assert max(refused) <= 3, "a reply, its repair, and one cut off between them"
+    assert set(refused) == {1}
     never = Judge(lambda messages: "no")
     with pytest.raises(TaskError, match="no valid verdict"):
         driving.run(asking(chats), name="b", runs_dir=tmp_path / "b", models=never.models)
