@@ -110,7 +110,7 @@ def test_absurd_yaml_is_refused_wherever_it_is_read(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, words = ABSURD[name]
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ConfigError, match=words) as refused:
         SearchConfig.from_text(text)
     with pytest.raises(ConfigError, match=words):
@@ -121,7 +121,7 @@ def test_absurd_yaml_is_refused_wherever_it_is_read(
     monkeypatch.setenv("AGENTMERGE_SERVER_CONFIG", str(tmp_path / "server.yml"))
     with pytest.raises(ConfigError, match=words):
         ClientContext(config=GENOME).search_config()
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
     assert len(str(refused.value)) < 500
     assert "\n" not in str(refused.value)
 
