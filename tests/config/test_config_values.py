@@ -28,7 +28,10 @@ WRONG = {
     "temperature": ("agents: {temperature: -1}", "agents.temperature must be at least 0, not -1"),
     "shadow": ("search: {shadow: 1}", "search.shadow must be below 1, not 1"),
     "a nested key": ("search: {racing: {alfa: 1}}", "search.racing.alfa is not a known key"),
-    "a missing key": ("search: {constraints: [{task: x}]}", "constraints.0: a constraint has task and max_drop, or tokens"),
+    "a missing key": (
+        "search: {constraints: [{task: x}]}",
+        "constraints.0: a constraint has task and max_drop, or tokens",
+    ),
     "a choice": ("worker: {placement: gpu}", "must be 'auto', 'device', 'host' or 'stream'"),
     "a switch": ("worker: {allow_pickle: maybe}", "worker.allow_pickle must be true or false"),
     "no address": ("agents: {base_url: not a url}", "'not a url' is no address of a server"),
