@@ -58,7 +58,7 @@ def test_a_late_candidate_is_lost_and_its_workers_are_gone() -> None:
 
 
 def test_a_stopped_process_is_replaced_and_the_candidate_scored(monkeypatch) -> None:
-    monkeypatch.setattr(process, "_CLOSING_S", 0.2)
+    monkeypatch.setattr(process, "CLOSING_S", 0.2)
     with Pool(spec(), count=1, deadlines=Deadlines(asked_s=2.0)) as tried:
         tried.evaluate(recipe(0.5, 0.1), REFS)
         (worker,) = children()
