@@ -136,17 +136,20 @@ def test_a_wrong_metric_is_answered_with_the_legal_ones(tasks_dir: Path, metric:
         built(config)
 
 
-def test_metrics_that_need_whole_answers_are_refused(tmp_path: Path) -> None:
+def test_what_no_number_is_made_of_is_refused(tmp_path: Path) -> None:
     choice = {"output_type": "multiple_choice", "doc_to_choice": ["a", "b"], "doc_to_target": 0}
-    tiny.write_task(tmp_path, "b", QA, metric_list=tiny.metric_list("brier_score"), **choice)
-    tiny.write_task(tmp_path, "l", QA, metric_list=tiny.metric_list("likelihood"), **choice)
+    for name, metric in (("b", "brier_score"), ("l", "likelihood")):
+        tiny.write_task(tmp_path, name, QA, metric_list=tiny.metric_list(metric), **choice)
     tiny.write_task(tmp_path, "t", QA, **(EXACT | {"metric_list": tiny.metric_list("bleu")}))
-    for name, metric in (("b", "brier_score"), ("l", "likelihood"), ("t", "bleu")):
-        config = TasksConfig(
-            tasks=[{"name": name, "metric": f"{metric},none"}], task_search_path=(str(tmp_path),)
-        )
-        with pytest.raises(TaskError, match=f"'{metric}' .* item by item"):
-            built(config)
+
+    def asked(name: str, metric: str) -> TasksConfig:
+        task = {"name": name, "metric": f"{metric},none"}
+        return TasksConfig(tasks=[task], task_search_path=(str(tmp_path),))
+
+    for name, metric in (("b", "brier_score"), ("t", "bleu")):
+        assert built(asked(name, metric)).tasks[0].metric == metric
+    with pytest.raises(TaskError, match=r"'likelihood' .* of which no number comes"):
+        built(asked("l", "likelihood"))
 
 
 def test_values_come_back_as_lm_evals_own_figures(tasks_dir: Path) -> None:
