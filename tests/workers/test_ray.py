@@ -126,7 +126,7 @@ def test_the_cluster_says_what_it_has_room_for(
     assert all("2 CPU, 2 GPU; room for 1 of the workers" in f["detail"] for f in found[:2])
     assert (found[2]["detail"], found[2]["remedy"]) == (
         "2 of 3 have a place",
-        "lower worker.count to 2, or add nodes",
+        "lower worker.count to 2, or add nodes with such devices",
     )
     monkeypatch.setattr(hosts, "versions", lambda: nodes.versions() | {"vllm": "0.1"})
     found = hosts.RayHost.findings(pairs, "cuda")

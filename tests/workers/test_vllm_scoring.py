@@ -187,7 +187,7 @@ def test_rolling_and_generation(ours: Any, theirs: Any) -> None:
     )
     said = ours.generate(prompts)
     assert [one.text for one in said] == theirs.generate_until(prompts, disable_tqdm=True)
-    assert any(cut_off for _, cut_off in said)
+    assert any(one.cut_off for one in said)
 
 
 def test_sampled_answers_are_the_same_for_every_candidate(ours: Any) -> None:
