@@ -8,7 +8,7 @@ from benchmarks.outside.mutations import KINDS
 from benchmarks.outside.replies import one
 from benchmarks.outside.tally import Tally
 
-DRAWS = 6  # of each kind: 42; `python -m benchmarks.outside replies` draws 500
+DRAWS = 3  # of each kind: 21; `python -m benchmarks.outside replies` draws 500
 
 
 @pytest.mark.parametrize("kind", KINDS)

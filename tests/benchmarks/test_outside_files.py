@@ -15,9 +15,9 @@ raise SystemExit(bool(tally.bad))
 
 
 def test_no_draw_ends_unforeseen_or_beyond_bounds(tmp_path: Path) -> None:
-    """In a process of its own, which is forked for each draw: two of every kind."""
+    """In a process of its own, which is forked for each draw: one of every kind."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(draws=22, search=False)],
+        [sys.executable, "-c", PROGRAM.format(draws=11, search=False)],
         capture_output=True,
         text=True,
         check=False,

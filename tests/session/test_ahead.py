@@ -38,6 +38,7 @@ def test_they_are_asked_before_the_last_score_of_a_generation(tmp_path: Path) ->
         assert max(words) < max(scores)
 
 
+@pytest.mark.slow
 def test_more_workers_and_kills_change_nothing(tmp_path: Path) -> None:
     """So what a generation showed meanwhile, more or less of it, was in no question."""
     with ScriptedServer(adviser) as server:

@@ -26,7 +26,7 @@ from agentmerge.session.checkpoints import open_saver
 from agentmerge.session.opening import opened_search
 from tests.session.conftest import command, config, config_text, trace_of
 
-KILLS = 20
+KILLS = 8  # `python -m benchmarks.kill` makes 100
 
 
 def events(log: Path) -> list[dict]:
@@ -53,13 +53,13 @@ def kill_after(process, log: Path, count: int, delay_s: float) -> bool:
     return True
 
 
-def test_killed_twenty_times_ends_as_if_never_killed(tmp_path: Path) -> None:
+def test_killed_again_and_again_it_ends_as_if_never_killed(tmp_path: Path) -> None:
     text = config_text(
-        worker={"options": {"base": "base", "delay_s": 0.03}}, budget={"max_evaluations": 70}
+        worker={"options": {"base": "base", "delay_s": 0.03}}, budget={"max_evaluations": 40}
     )
     path = tmp_path / "config.yml"
     path.write_text(text)
-    driving.run(config(budget={"max_evaluations": 70}), name="calm", runs_dir=tmp_path / "calm")
+    driving.run(config(budget={"max_evaluations": 40}), name="calm", runs_dir=tmp_path / "calm")
     runs, rng = tmp_path / "runs", random.Random(5)
     log = runs / "rough" / "log.jsonl"
     kills = 0

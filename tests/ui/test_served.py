@@ -163,6 +163,7 @@ def test_without_its_packages_it_says_which(
     assert "pip install 'agentmerge[ui]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_page_beside_a_search_ends_with_it(tmp_path: Path, config: Path) -> None:
     """However it ends: done, or killed."""
     where = ["--runs-dir", str(tmp_path / "runs"), "--ui", "-q"]

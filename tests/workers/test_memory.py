@@ -91,6 +91,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
     shutil.rmtree(root)
 
 
+@pytest.mark.slow
 def test_peaks_are_as_forecast_and_a_family_that_does_not_fit_streams(
     family: dict[str, Path],
 ) -> None:

@@ -115,7 +115,7 @@ def test_busy_worker_processes_end_with_a_killed_search(tmp_path: Path) -> None:
     assert gone(workers)
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.slow), "fork"])
 def test_an_engines_process_ends_with_a_killed_search(tmp_path: Path, method: str) -> None:
     assert gone(killed(tmp_path / "engine.py", ENGINE.replace("{method}", method)))
 

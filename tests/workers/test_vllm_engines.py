@@ -82,7 +82,7 @@ WAYS = {"map": {}, "reload": {"way": "reload"}, "packed": {"in_place": False}}
         ("tied", "map"),
         pytest.param("untied", "map", marks=pytest.mark.slow),
         pytest.param("tied", "reload", marks=pytest.mark.slow),
-        ("untied", "reload"),
+        pytest.param("untied", "reload", marks=pytest.mark.slow),
         pytest.param("tied", "packed", marks=pytest.mark.slow),
         pytest.param("untied", "packed", marks=pytest.mark.slow),
     ],
