@@ -18,7 +18,7 @@ from agentmerge.evaluation.conversations import (
 )
 from agentmerge.evaluation.playing import JudgedTask
 from agentmerge.evaluation.protocol import protocol_hash
-from agentmerge.evaluation.splitting import choose_documents, split
+from agentmerge.evaluation.splitting import numbered
 from agentmerge.evaluation.tasks import ScoredTask
 from agentmerge.system.bounded import read_text
 from agentmerge.system.bundled import bundled
@@ -63,13 +63,8 @@ def judged_task(
         name, own, read_text(prompt_path, TaskError), prompt_path, dict(enumerate(found)), baseline,
         generation, chat,
     )  # fmt: skip
-    chosen = choose_documents(len(found), config, name)
-    refs = {
-        n: ItemRef(name, n, found[n].key(baseline.get(found[n].id, ())))
-        for n in (*chosen.search, *chosen.beyond)
-    }
-    items, search, sealed, note = split(
-        [refs[n] for n in chosen.search], [refs[n] for n in chosen.beyond], config
+    items, search, sealed, note = numbered(
+        name, len(found), config, lambda n: found[n].key(baseline.get(found[n].id, ()))
     )
     _try_out(judged, items)
     if context is not None:

@@ -21,7 +21,7 @@ from agentmerge.evaluation.openai_server import ServedModel, Server, Waiting
 from agentmerge.evaluation.protocol import protocol_hash
 from agentmerge.evaluation.rendering import Render, ServedTask
 from agentmerge.evaluation.scripts import read_verdicts, refuse_failed
-from agentmerge.evaluation.splitting import choose_documents, split
+from agentmerge.evaluation.splitting import numbered
 from agentmerge.evaluation.tasks import ScoredTask
 from agentmerge.system.commands import (
     MOST_SAID,
@@ -51,11 +51,7 @@ def served_task(
     assert isinstance(scorer, ScorerCommand)
     refuse_missing(scorer.command, f"the scorer of task {name!r}")
     metric, filter_name = metrics.parse_metric(entry.metric, name)
-    chosen = choose_documents(scorer.items or 1, config, name)
-    refs = {n: ItemRef(name, n, _key(name, n)) for n in (*chosen.search, *chosen.beyond)}
-    items, search, sealed, note = split(
-        [refs[n] for n in chosen.search], [refs[n] for n in chosen.beyond], config
-    )
+    items, search, sealed, note = numbered(name, scorer.items or 1, config, lambda n: _key(name, n))
     record: dict[str, Any] = {
         "served": _SERVING,
         "task": name,

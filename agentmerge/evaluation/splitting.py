@@ -6,7 +6,7 @@ Pure functions of the config and of what the items ask; it knows no task and no 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -82,6 +82,17 @@ def split(
         tuple(i for i in places if items[i] in chosen),
         None,
     )
+
+
+def numbered(
+    name: str, count: int, config: TasksConfig, key: Callable[[int], str]
+) -> tuple[tuple[ItemRef, ...], tuple[int, ...], tuple[int, ...], str | None]:
+    """``split`` of a task's items where each is known by its number alone. key: an item's."""
+    chosen = choose_documents(count, config, name)
+    search, beyond = (
+        [ItemRef(name, n, key(n)) for n in part] for part in (chosen.search, chosen.beyond)
+    )
+    return split(search, beyond, config)
 
 
 def stand_in(tasks: Sequence[ScoredTask]) -> tuple[list[ScoredTask], list[str]]:

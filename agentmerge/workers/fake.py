@@ -45,7 +45,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -64,7 +64,7 @@ from agentmerge.contracts.worker import (
 from agentmerge.errors import CandidateFailed, RunFailed, WorkerLost
 from agentmerge.evaluation.judged import judged_task
 from agentmerge.evaluation.playing import JudgedTask
-from agentmerge.evaluation.splitting import choose_documents, split, stand_in
+from agentmerge.evaluation.splitting import numbered, stand_in
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 from agentmerge.methods import PASSTHROUGH, RECIPE_METHODS
 from agentmerge.recipe import Recipe, length
@@ -117,11 +117,7 @@ def fake_tasks(
         leaves = [entry.name] if count == 1 else [f"{entry.name}_{n}" for n in range(count)]
         for n, leaf in enumerate(leaves):
             size = max(1, documents // (n + 1))
-            refs = [ItemRef(leaf, i, _key("item", leaf, i)) for i in range(size)]
-            chosen = choose_documents(size, config, leaf)
-            items, search, sealed, note = split(
-                [refs[n] for n in chosen.search], [refs[n] for n in chosen.beyond], config
-            )
+            items, search, sealed, note = numbered(leaf, size, config, partial(_key, "item", leaf))
             notes += [note] if note else []
             metric, _, filter_name = entry.metric.partition(",")
             kind = _METRICS.get(metric, _Metric())

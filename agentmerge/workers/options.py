@@ -25,8 +25,9 @@ from pydantic import (
 )
 
 from agentmerge import plugins
-from agentmerge.config import MOST_S, WorkerSettings, said_of
+from agentmerge.config import MOST_S, WorkerSettings
 from agentmerge.errors import ConfigError, UserError
+from agentmerge.system.value_faults import said_of
 
 
 def _one_of_the_models(value: str, info: ValidationInfo) -> str:
