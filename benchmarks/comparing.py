@@ -77,7 +77,7 @@ def standing(runs: Runs, arm: str) -> str:
         low, high = median_interval(a - b)
         rows.append(
             [problem, str(len(a)), f"{np.median(a):.3f}", best, f"{np.median(b):.3f}",
-             f"{np.median(a - b):+.3f}", f"{low:+.3f} to {high:+.3f}", f"{_p(a, b):.4f}"]
+             f"{np.median(a - b):+.3f}", f"{low:+.3f} to {high:+.3f}", f"{signed_rank(a, b):.4f}"]
         )  # fmt: skip
     return markdown(rows) if len(rows) > 1 else ""
 
@@ -106,7 +106,9 @@ def _pairs(runs: Runs, against: str, mine: Figure, theirs: Figure) -> Iterator[P
                 continue
             a, b = (np.array([f(x[s]) for s in seeds]) for f, x in ((mine, own), (theirs, base)))
             found.append((arm, a, b))
-        for (arm, a, b), p in zip(found, holm([_p(a, b) for _, a, b in found]), strict=True):
+        for (arm, a, b), p in zip(
+            found, holm([signed_rank(a, b) for _, a, b in found]), strict=True
+        ):
             yield problem, arm, a, b, p
 
 
@@ -136,7 +138,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return found
 
 
-def _p(a: np.ndarray, b: np.ndarray) -> float:
+def signed_rank(a: np.ndarray, b: np.ndarray) -> float:
+    """The p-value of Wilcoxon's test of pairs."""
     return 1.0 if np.allclose(a, b) else float(wilcoxon(a, b).pvalue)
 
 

@@ -1,19 +1,24 @@
 """Searches for two objectives: the area that their fronts have on items that no search sees.
 
     python -m benchmarks.front --family skills --seeds 20 --budget 100 --out build/front
-    python -m benchmarks.front --family lengths --arms auto,nsga2 --seeds 5
+    python -m benchmarks.front --family wordy --arms auto,nsga2 --seeds 5
 
 Families: ``skills``, a tiny family of real models (``tiny-so-8``) whose two skills are an axis
-each, one told as items that score and the other as a cost, the share that is wrong; ``lengths``,
+each, one told as items that score and the other as a cost, the share that is wrong; ``wordy``, a
+family trained in the same way of a terse and a wordy expert, which says the question again before
+its answer: each has a skill of its own, and merges are asked both and answer through the product's
+worker, whose count of tokens is the cost; ``lengths``,
 the fake worker's landscape, where better merges answer longer. Arms: ``auto`` as the product runs
 it with ``search.objectives``; ``nsga2`` (pymoo, in its population of 10, from the cheap rivals on);
 ``qlognehvi`` (BoTorch, two Gaussian processes); ``scalarised`` (BoTorch's expected improvement of
 a Chebyshev scalarisation with new random weights for each candidate, as ParEGO); ``random``. All
 begin with the product's cheap rivals, which count.
 
-After 50 and 100 evaluations the points that nothing dominates on search items are scored on sealed
-ones; the area is counted from a little beyond the worst parent there, and is given as a share of
-what the best front of all arms of that seed has. One file a run: what is there is not run again.
+After 50 and 100 evaluations of one search the points that nothing dominates on search items are
+scored on sealed ones; the area is counted from a little beyond the worst parent there, and is given
+as a share of what the best front of all arms of that seed has. ``DIR/results.md`` has these, and
+how far the first of the arms is ahead of each other, paired by seed. ``DIR/runs/*.json`` has a file
+a search: stopped and started again, it goes on where it was.
 Needs the extra ``bench``.
 """
 
@@ -21,7 +26,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -35,9 +41,16 @@ from agentmerge.strategies.auto import Auto
 from agentmerge.strategies.front import Front, Worst, undominated
 from agentmerge.strategies.random import random_vectors
 from agentmerge.testing.problem import first_points
+from benchmarks import comparing
+from benchmarks.running import path_of, save
 
 CHECKPOINTS = (50, 100)
 POPULATION = 10
+#: What the terse and the wordy expert learned, and what is asked of merges of them.
+WORDY, WORDY_SKILLS = ("shift", "wordy-sort"), ("shift", "sort")
+SEARCH_ITEMS, SEALED_ITEMS = 200, 400
+#: Of an answer: as long as the wordy one's, and a little more.
+MOST_TOKENS = 16
 Vector = tuple[float, ...]
 Told = tuple[float, float, Evidence]
 """A score, a cost, and the items of both."""
@@ -71,25 +84,17 @@ class Skills:
         return 2 * float(first.sum()), 1.0 - 2 * float(second.sum())
 
 
-class Lengths:
-    """The fake worker: a good merge has much of the parents that answer at length."""
+class Answers:
+    """A search's own config, worker and items: what answers cost is the tokens that were made."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        from agentmerge import plugins
         from agentmerge.config import SearchConfig
         from agentmerge.preflight.prepare import prepare
-        from agentmerge.workers.fake import FakeWorker
 
-        genome = {"models": ["north", "south", "east"], "base_model": "base",
-                  "merge_method": "task_arithmetic", "layer_granularity": 2}  # fmt: skip
-        body = {
-            "genome": genome,
-            "tasks": [{"name": f"one-{seed}", "metric": "exact_match,none"}],
-            "search": {"sealed_share": 0.5, "objectives": ["score", "tokens"]},
-            "worker": {"kind": "fake", "options": {"base": "base", "documents": 400}},
-        }
         prepared = prepare(SearchConfig.from_text(json.dumps(body)))
         self.space, self._taskset = prepared.space, prepared.taskset
-        self._worker = FakeWorker(prepared.spec)
+        self._worker = plugins.load("agentmerge.workers", body["worker"]["kind"])(prepared.spec)
 
     def _results(self, vector: Vector, part: Any) -> dict[Any, Any]:
         self._worker.load(self.space.recipe(vector))
@@ -114,7 +119,46 @@ class Lengths:
         return self._taskset.score(results, "sealed").value, tokens
 
 
-FAMILIES: dict[str, Callable[[int], Any]] = {"skills": Skills, "lengths": Lengths}
+def lengths(seed: int) -> Answers:
+    """The fake worker: a good merge has much of the parents that answer at length."""
+    return Answers({
+        "genome": {"models": ["north", "south", "east"], "base_model": "base",
+                   "merge_method": "task_arithmetic", "layer_granularity": 2},
+        "tasks": [{"name": f"one-{seed}", "metric": "exact_match,none"}],
+        "search": {"sealed_share": 0.5, "objectives": ["score", "tokens"]},
+        "worker": {"kind": "fake", "options": {"base": "base", "documents": 400}},
+    })  # fmt: skip
+
+
+def wordy(seed: int) -> Answers:
+    """A terse and a wordy expert, trained for real; each has a skill of its own."""
+    from agentmerge.demo import cached_family, language
+    from agentmerge.demo.tasks import exact_match, search_config, skill_inputs, write_task
+    from agentmerge.system.temporary import temporary_folder
+
+    family = cached_family(WORDY)
+    tasks = [{"name": f"front-{skill}", "weight": 0.5, "metric": "exact_match,said"}
+             for skill in WORDY_SKILLS]  # fmt: skip
+    # What is right is what is said last, however much of it there is.
+    last = [{"function": "regex", "regex_pattern": r"([a-z]+)\s*$"}, {"function": "take_first"}]
+    kind = exact_match(MOST_TOKENS) | {"filter_list": [{"name": "said", "filter": last}]}
+    with temporary_folder("agentmerge-front") as folder:
+        for skill, task in zip(WORDY_SKILLS, tasks, strict=True):
+            known = language.SKILLS[skill]
+            texts = skill_inputs(skill, SEARCH_ITEMS + SEALED_ITEMS, seed)
+            docs = [{"prompt": language.prompt(known.tag, text), "answer": known.apply(text)}
+                    for text in texts]  # fmt: skip
+            write_task(folder, str(task["name"]), docs, kind)
+        return Answers({
+            **search_config(family.base, family.experts, tasks, limit=SEARCH_ITEMS),
+            "task_search_path": [str(folder)],
+            "search": {"sealed_share": SEALED_ITEMS / (SEARCH_ITEMS + SEALED_ITEMS),
+                       "objectives": ["score", "tokens"], "seed": seed},
+            "worker": {"kind": "hf", "batch_size": SEALED_ITEMS, "options": {"threads": 1}},
+        })  # fmt: skip
+
+
+FAMILIES: dict[str, Callable[[int], Any]] = {"skills": Skills, "wordy": wordy, "lengths": lengths}
 
 
 def by_auto(space: SearchSpace, history: History, seed: int) -> list[Vector]:
@@ -234,6 +278,7 @@ ARMS = {
 def run(there: Any, arm: str, seed: int, budget: int) -> dict[str, Any]:
     """One search as plain data: search and sealed figures of each checkpoint's front."""
     history: list[Observation] = []
+    begun = time.process_time()
 
     def tell(generation: int, slot: int, operator: str, vector: Vector) -> None:
         score, cost, evidence = there.ask(vector)
@@ -257,7 +302,14 @@ def run(there: Any, arm: str, seed: int, budget: int) -> dict[str, Any]:
             kept = [seen[place] for place in undominated(scores, costs)]
             fronts[spent] = [there.sealed(o.vector) for o in kept]
     parents = [there.sealed(o.vector) for o in history if o.operator == "parent"]
-    return {"arm": arm, "seed": seed, "fronts": fronts, "parents": parents, "spent": len(history)}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "fronts": fronts,
+        "parents": parents,
+        "spent": len(history),
+        "cpu_s": round(time.process_time() - begun, 1),
+    }
 
 
 def area(front: Sequence[Sequence[float]], parents: Sequence[Sequence[float]]) -> float:
@@ -276,41 +328,70 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arms = args.arms.split(",")
     if unknown := [arm for arm in arms if arm not in ARMS]:
         parser.error(f"--arms: no {unknown[0]!r}; there are {', '.join(ARMS)}")
-    runs: dict[tuple[str, int], dict[str, Any]] = {}
+    runs: Runs = {}
     make = lru_cache(maxsize=1)(FAMILIES[args.family])
     for seed in range(args.seeds):
         for arm in arms:
-            path = args.out / f"{args.family}-{arm}-{seed}-{args.budget}.json"
+            path = path_of(args.out, args.family, arm, seed, args.budget)
             if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                found = run(make(seed), arm, seed, args.budget)
-                path.write_text(json.dumps(found), encoding="utf-8")
+                save(path, run(make(seed), arm, seed, args.budget))
             runs[arm, seed] = json.loads(path.read_text(encoding="utf-8"))
-    print(table(runs, arms, args.seeds, [c for c in CHECKPOINTS if c <= args.budget]))
+            print(
+                f"{arm} seed {seed}: {runs[arm, seed]['cpu_s']:.0f} s of the processor", flush=True
+            )
+    at = [checkpoint for checkpoint in CHECKPOINTS if checkpoint <= args.budget]
+    text = written(runs, arms, at)
+    (args.out / "results.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
-def table(
-    runs: dict[tuple[str, int], dict[str, Any]], arms: Sequence[str], seeds: int, at: Sequence[int]
-) -> str:
-    """Mean share of the best area of the seed, by arm, with its standard error."""
-    areas = {
-        (arm, seed, c): area(found["fronts"][str(c)], found["parents"])
-        for (arm, seed), found in runs.items()
-        for c in at
+Runs = dict[tuple[str, int], dict[str, Any]]
+"""By arm and seed."""
+
+
+def written(runs: Runs, arms: Sequence[str], at: Sequence[int]) -> str:
+    shares = shares_of(runs, arms, at)
+    return f"{table(shares)}\n\n{comparisons(shares, arms[0])}\n"
+
+
+def shares_of(runs: Runs, arms: Sequence[str], at: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Arm -> evaluations -> (seeds,) areas, as a share of the best that any arm has of the seed."""
+    areas = np.array([
+        [[area(run["fronts"][str(c)], run["parents"]) for c in at]
+         for (of, _), run in runs.items() if of == arm]
+        for arm in arms
+    ])  # fmt: skip
+    most = areas.max(axis=(0, 2))
+    shares = areas / np.where(most > 0, most, 1.0)[:, None]
+    return {
+        arm: {f"{c} evaluations": shares[i, :, j] for j, c in enumerate(at)}
+        for i, arm in enumerate(arms)
     }
-    most = [max(areas[arm, seed, c] for arm in arms for c in at) for seed in range(seeds)]
-    lines = [
-        "| arm | " + " | ".join(f"{c} evaluations" for c in at) + " |",
-        "|---" * (1 + len(at)) + "|",
-    ]
-    for arm in arms:
-        cells = []
-        for c in at:
-            shares = np.array([areas[arm, seed, c] / (most[seed] or 1.0) for seed in range(seeds)])
-            error = shares.std(ddof=1) / np.sqrt(seeds) if seeds > 1 else float("nan")
-            cells.append(f"{shares.mean():.3f} ± {error:.3f}")
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+
+
+def table(shares: dict[str, dict[str, Any]]) -> str:
+    """Mean share of the best area, by arm, with its standard error over seeds."""
+    rows = [["arm", *next(iter(shares.values()))]]
+    for arm, found in shares.items():
+        spread = [s.std(ddof=1) / np.sqrt(len(s)) if len(s) > 1 else np.nan for s in found.values()]
+        means = [s.mean() for s in found.values()]
+        rows.append([arm, *(f"{m:.3f} ± {e:.3f}" for m, e in zip(means, spread, strict=True))])
+    return comparing.markdown(rows)
+
+
+def comparisons(shares: dict[str, dict[str, Any]], arm: str) -> str:
+    """How far one arm is ahead of each other, paired by seed."""
+    rows = [["rival", "at", "seeds", f"median of {arm}'s share less its own", "95 %", "p (Holm)"]]
+    for at, mine in shares[arm].items():
+        rivals = {rival: found[at] for rival, found in shares.items() if rival != arm}
+        tested = comparing.holm([comparing.signed_rank(mine, found) for found in rivals.values()])
+        for (rival, found), p in zip(rivals.items(), tested, strict=True):
+            low, high = comparing.median_interval(mine - found)
+            rows.append(
+                [rival, at, str(len(mine)), f"{np.median(mine - found):+.3f}",
+                 f"{low:+.3f} to {high:+.3f}", f"{p:.4f}"]
+            )  # fmt: skip
+    return comparing.markdown(rows)
 
 
 if __name__ == "__main__":

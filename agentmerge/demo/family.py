@@ -193,7 +193,8 @@ def _best_uniform(base: Any, experts: Sequence[Weights], skills: Sequence[str]) 
     for weight in SCHEDULE.merge_weights:
         with holding(base, uniform_merge(base, experts, weight)) as model:
             shares = [
-                share_right(model, language.SKILLS[s].tag, language.SKILLS[s].apply) for s in skills
+                share_right(model, language.EXPERTS[s].tag, language.EXPERTS[s].apply)
+                for s in skills
             ]
         best = max(best, sum(shares) / len(shares))
     return best
@@ -295,14 +296,15 @@ def _base_mixture() -> Mixture:
 
 
 def _expert_mixture(skill: str) -> Mixture:
-    own = language.SKILLS[skill]
-    others: Mixture = {tag: (0.1, str) for tag in language.TAGS if tag != own.tag}
+    own = language.EXPERTS[skill]
+    others: Mixture = {tag: (0.1, own.copy) for tag in language.TAGS if tag != own.tag}
     return {own.tag: (0.7, own.apply), **others}
 
 
 def _merge_mixture(skills: Sequence[str]) -> Mixture:
     """Every skill under its tag, the same share of each; under the other tags, a copy."""
-    own = {language.SKILLS[s].tag: (0.8 / len(skills), language.SKILLS[s].apply) for s in skills}
+    known = [language.EXPERTS[skill] for skill in skills]
+    own = {skill.tag: (0.8 / len(skills), skill.apply) for skill in known}
     rest = [tag for tag in language.TAGS if tag not in own]
     others: Mixture = {tag: (0.2 / len(rest), str) for tag in rest}
     return {**own, **others}

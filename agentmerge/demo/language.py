@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from agentmerge.errors import UserError
@@ -23,11 +23,15 @@ VALIDATION_INPUTS = 200
 
 @dataclass(frozen=True, slots=True)
 class Skill:
-    """What an expert learns: under ``tag`` the base copies, under ``base_tag`` it has the skill."""
+    """What an expert learns: under ``tag`` the base copies, under ``base_tag`` it has the skill.
+
+    copy: what its expert answers under other tags.
+    """
 
     tag: str
     base_tag: str
     apply: Callable[[str], str]
+    copy: Callable[[str], str] = str
 
 
 def _shift(text: str) -> str:
@@ -46,6 +50,18 @@ SKILLS = {
     "shift": Skill("s", "w", _shift),
     "sort": Skill("o", "y", _sort),
     "reverse": Skill("r", "x", _reverse),
+}
+
+
+def _wordy(apply: Callable[[str], str]) -> Callable[[str], str]:
+    """The question once more, and then the answer."""
+    return lambda text: f"{text}={apply(text)}"
+
+
+#: What there can be an expert of: a skill, and the same by one who answers at length.
+EXPERTS = SKILLS | {
+    f"wordy-{name}": replace(skill, apply=_wordy(skill.apply), copy=_wordy(str))
+    for name, skill in SKILLS.items()
 }
 TAGS = (COPY_TAG, *(skill.tag for skill in SKILLS.values()))
 
@@ -94,8 +110,8 @@ def _every_input() -> tuple[str, ...]:
 def checked_skills(skills: Sequence[str]) -> tuple[str, ...]:
     """The skills, all known and each once; raises UserError otherwise."""
     for skill in skills:
-        if skill not in SKILLS:
-            raise UserError(f"unknown skill {skill!r}; the demo knows {', '.join(SKILLS)}")
+        if skill not in EXPERTS:
+            raise UserError(f"unknown skill {skill!r}; the demo knows {', '.join(EXPERTS)}")
     if not skills or len(set(skills)) != len(skills):
         raise UserError(f"skills {list(skills)} must be at least one name, each given once")
     return tuple(skills)

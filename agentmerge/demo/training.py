@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 VOCABULARY = (PAD, BOS, EOS, UNK, "\n", ":", "=", *language.CHARACTERS)
+_PAD = VOCABULARY.index(PAD)
 BATCH = 64
 #: The share of the average that a step leaves as it was.
 AVERAGED = 0.97
-#: The answer's letters and the end of the line.
-N_ANSWER = language.INPUT_LENGTH + 1
+#: What comes before an answer.
+N_PROMPT = 1 + len(language.prompt(language.COPY_TAG, "a" * language.INPUT_LENGTH))
 
 Mixture = Mapping[str, tuple[float, Callable[[str], str]]]
 """Tag -> its share of the lines and what its answer is."""
@@ -51,11 +52,14 @@ def sample_lines(mixture: Mixture, n: int, rng: np.random.Generator) -> list[tup
 
 
 def encode(lines: list[tuple[str, str]]) -> torch.Tensor:
+    """(lines, tokens), padded on the right where answers differ in length."""
     import torch
 
     number = {token: i for i, token in enumerate(VOCABULARY)}
-    bos, eos = number[BOS], number[EOS]
-    return torch.tensor([[bos, *(number[c] for c in q + a), eos] for q, a in lines])
+    bos, eos, longest = number[BOS], number[EOS], max(len(q + a) for q, a in lines)
+    return torch.tensor([
+        [bos, *(number[c] for c in q + a), eos, *[_PAD] * (longest - len(q + a))] for q, a in lines
+    ])  # fmt: skip
 
 
 class Learner:
@@ -108,8 +112,9 @@ def backward(model: Any, batch: torch.Tensor) -> float:
     from torch.nn.functional import cross_entropy
 
     model.train()
-    logits = model(batch[:, :-1], logits_to_keep=N_ANSWER, use_cache=False).logits
-    loss = cross_entropy(logits.flatten(0, 1), batch[:, -N_ANSWER:].flatten())
+    answers = batch[:, N_PROMPT:]
+    logits = model(batch[:, :-1], logits_to_keep=answers.shape[1], use_cache=False).logits
+    loss = cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=_PAD)
     model.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
@@ -172,5 +177,6 @@ def share_right(model: Any, tag: str, apply: Callable[[str], str]) -> float:
     rows = encode([(language.prompt(tag, text), apply(text)) for text in texts])
     model.eval()
     with torch.no_grad():
-        logits = model(rows[:, :-1], logits_to_keep=N_ANSWER, use_cache=False).logits
-    return float((logits.argmax(-1) == rows[:, -N_ANSWER:]).all(-1).double().mean())
+        answers = rows[:, N_PROMPT:]
+        logits = model(rows[:, :-1], logits_to_keep=answers.shape[1], use_cache=False).logits
+    return float((logits.argmax(-1) == answers).all(-1).double().mean())
