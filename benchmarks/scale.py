@@ -4,9 +4,11 @@
     python -m benchmarks.scale driver [--evaluations 10000] [--workers 64]
     python -m benchmarks.scale proposal [--evaluations 1000] [--items 1000] [--workers 1 8]
     python -m benchmarks.scale quality [--evaluations 100] [--workers 1 4 8 16] [--seeds 5]
+    python -m benchmarks.scale real [--evaluations 60] [--seeds 3]
 
 Candidates are scored by the fake worker; how long each takes is drawn (lognormal) and
 passes on a virtual clock, so that 64 workers need no machine. All else is the search as it runs.
+``real`` is of two workers that merge and answer (``real_workers.py``).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from unittest import mock
 from agentmerge.config import SearchConfig
 from agentmerge.session import opening
 from agentmerge.workers.fake import FakeWorker
-from benchmarks import lagging
+from benchmarks import lagging, real_workers
 from benchmarks.proposing import proposal
 
 CONFIG = """\
@@ -170,7 +172,7 @@ def driver(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["utilisation", "driver", "proposal", "quality"])
+    parser.add_argument("what", choices=["utilisation", "driver", "proposal", "quality", "real"])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 8, 32, 64])
     parser.add_argument("--cv", type=float, nargs="+", default=[0.3, 0.6])
     parser.add_argument("--evaluations", type=int, default=400)
@@ -183,6 +185,7 @@ def main() -> None:
         "driver": driver,
         "proposal": proposal,
         "quality": lagging.quality,
+        "real": real_workers.real,
     }
     kinds[arguments.what](arguments)
 
