@@ -29,6 +29,9 @@ from agentmerge.report.summary import run_summary, trace
 from agentmerge.search.choosing import beyond_noise
 from agentmerge.search.judging import Judges
 from agentmerge.session import driving
+from agentmerge.strategies import margins
+from agentmerge.strategies.front import Worst
+from agentmerge.strategies.table import Table
 from agentmerge.testing import Fault, ScriptedServer, scripted_chat_model
 from tests.session.conftest import config
 
@@ -378,6 +381,38 @@ def test_a_judges_noise_is_measured(tmp_path: Path, chats: Path) -> None:
     assert 0.4 < found["twice"] / asked < 0.6
     assert found["twice"] == sum(count == 2 for count in judge.asked.values())
     assert 0.35 < found["noise"] < 0.6
+
+
+@pytest.mark.parametrize(("algorithm", "noise"), [("margins", 0.0), ("margins", 3), ("auto", 3)])
+def test_where_verdicts_are_mostly_chance_the_search_goes_by_the_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, noise: float
+) -> None:
+    """Noise of a judge is chance in what items show, whoever drew it."""
+    import random
+
+    file, rng = tmp_path / "chats.jsonl", random.Random(5)
+    rows = [{"id": n, "turns": [f"What is {n}?"]} for n in range(24)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def judged(messages: list) -> Any:
+        said = points(messages)["points"] + rng.gauss(0, noise)
+        return {"reason": "", "points": min(10.0, max(1.0, said))}
+
+    models_of_items: list[bool] = []
+    found = margins.prospect_of
+
+    def seen(table: Table, worst: Worst | None = None) -> margins.Prospect:
+        prospect = found(table, worst)
+        models_of_items.append(prospect.by_item)
+        return prospect
+
+    monkeypatch.setattr(margins, "prospect_of", seen)
+    settings = asking(file, 12, at_once=1)
+    search = settings.search.model_copy(update={"algorithm": algorithm, "population": None})
+    settings = settings.model_copy(update={"search": search})
+    driving.run(settings, name="a", runs_dir=tmp_path, models=Judge(judged).models)
+    assert models_of_items
+    assert set(models_of_items) == {noise == 0.0}
 
 
 def test_answers_are_compared_in_both_orders(tmp_path: Path, chats: Path) -> None:
