@@ -20,7 +20,7 @@ BATCH_ROWS = 500_000
 _UNUSED = "recipe_hash NOT IN (SELECT recipe_hash FROM candidates)"
 _OF_A_RUN = (
     "run_items", "run_texts", "run_prompts", "run_limits", "run_recipes", "advice", "model_calls",
-    "probes", "candidates",
+    "probes", "unjudged", "candidates",
 )  # fmt: skip
 
 

@@ -311,6 +311,24 @@ def m016_what_items_say(db: Any) -> None:
     )
 
 
+@migration
+def m017_unjudged(db: Any) -> None:
+    """Which questions of a search no judge gave a valid verdict to, and why. final: whether it was
+    the question or the replies to it, so that nothing is gained by asking it again."""
+    _run(
+        db,
+        """
+        CREATE TABLE unjudged (
+            run_id TEXT NOT NULL REFERENCES runs(id),
+            question TEXT NOT NULL, nonce INTEGER NOT NULL, task TEXT NOT NULL,
+            item TEXT NOT NULL, turn INTEGER NOT NULL, reason TEXT NOT NULL,
+            final INTEGER NOT NULL, created REAL NOT NULL,
+            PRIMARY KEY (run_id, question, nonce)
+        ) WITHOUT ROWID
+        """,
+    )
+
+
 def _run(db: Any, statements: str) -> None:
     for statement in statements.split(";"):
         if statement.strip():

@@ -84,16 +84,25 @@ class Verdicts(Words):
         )  # fmt: skip
         return int(rows[0][0])
 
+    def save_unjudged(
+        self, run_id: str, key: VerdictKey, asked: tuple[str, str, int], reason: str, *, final: bool
+    ) -> None:
+        """A run's question that got no valid verdict; a verdict that comes after all outranks it.
+
+        asked: (task, item, turn). final: it was the question itself, or the replies to it.
+        """
+        with self._writing() as conn:
+            conn.execute(
+                "INSERT OR REPLACE INTO unjudged VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (run_id, key.question, key.nonce, *asked, storable(reason), final, time.time()),
+            )
+
     def refused(self, run_id: str, key: VerdictKey) -> bool:
-        """Whether a run asked a question to the end, and no reply was valid: neither the last nor
-        the one that it was to repair."""
-        rows = self._rows(
-            "SELECT ending FROM model_calls WHERE run_id = ? AND generation = ? AND role = ? "
-            "AND prompt_hash = ? AND ending IN ('answered', 'refused', 'failed') "
-            "ORDER BY attempt DESC LIMIT 2",
-            run_id, NO_GENERATION, JUDGE, f"{key.question}/{key.nonce}",
-        )  # fmt: skip
-        return [row[0] for row in rows] == ["refused", "refused"]
+        """Whether a run asked a question to the end, and nothing is gained by asking again."""
+        where = "run_id = ? AND question = ? AND nonce = ? AND final"
+        return bool(
+            self._rows(f"SELECT 1 FROM unjudged WHERE {where}", run_id, key.question, key.nonce)
+        )
 
     def verdict_costs(self, run_id: str) -> dict[str, int]:
         """What a run's valid verdicts took: {verdicts, tokens, microusd}."""
@@ -121,12 +130,12 @@ class Verdicts(Words):
         noise = (sum(gap * gap for gap in gaps) / len(gaps) / 2) ** 0.5 if gaps else None
         return Agreement(int(asked[0][0]), len(gaps), sum(not gap for gap in gaps), mean, noise)
 
-    def unjudged(self, run_id: str) -> int:
-        """How many of a run's questions no judge gave a valid verdict to."""
+    def unjudged(self, run_id: str) -> dict[str, int]:
+        """Task -> how many of a run's questions no judge gave a valid verdict to."""
         rows = self._rows(
-            "SELECT count(*) FROM (SELECT prompt_hash FROM model_calls WHERE run_id = ? "
-            "AND generation = ? AND role = ? GROUP BY prompt_hash "
-            "HAVING sum(ending = 'answered') = 0)",
-            run_id, NO_GENERATION, JUDGE,
-        )  # fmt: skip
-        return int(rows[0][0])
+            "SELECT task, count(*) FROM unjudged u WHERE run_id = ? AND nonce = 0 AND NOT EXISTS "
+            "(SELECT 1 FROM verdicts v WHERE v.question = u.question AND v.nonce = 0) "
+            "GROUP BY task",
+            run_id,
+        )
+        return {str(task): int(count) for task, count in rows}

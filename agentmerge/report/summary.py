@@ -80,19 +80,18 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
 
 def judge_rows(ledger: Ledger, row: RunRow) -> dict[str, dict[str, Any]]:
     """Judged task -> {verdicts, twice, same, apart, noise, unjudged}: how far its judge agrees with
-    itself, over all that this ledger has of it, and how many of this search's questions to any
-    judge had no valid verdict."""
+    itself, over all that this ledger has of it, and how many of this search's questions had no
+    valid verdict."""
+    unjudged = ledger.unjudged(row.id)
     return {
-        task: asdict(ledger.agreement([judge])) | {"unjudged": ledger.unjudged(row.id)}
+        task: asdict(ledger.agreement([judge])) | {"unjudged": unjudged.get(task, 0)}
         for task, judge in row.facts.get("judges", {}).items()
     }
 
 
 def judge_sentences(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """``judge_rows`` in words; how many answers have no verdict is known of all tasks together."""
-    told = [_judge_sentence(task, found) for task, found in rows.items()]
-    unjudged = max((found["unjudged"] for found in rows.values()), default=0)
-    return [*told, f"{unjudged} answers without a valid verdict"] if unjudged else told
+    """``judge_rows`` in words."""
+    return [_judge_sentence(task, found) for task, found in rows.items()]
 
 
 def _judge_sentence(task: str, found: Mapping[str, Any]) -> str:
@@ -103,6 +102,8 @@ def _judge_sentence(task: str, found: Mapping[str, Any]) -> str:
             f"{found['apart']:.2f} apart on average, so one is {found['noise']:.2f} off "
             "(standard deviation)"
         )
+    if found["unjudged"]:
+        told += f"; {found['unjudged']} answers without a valid verdict"
     return told
 
 

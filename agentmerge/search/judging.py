@@ -172,7 +172,7 @@ class Judges:
     def _given_up(
         self, questions: Sequence[_Question], again: Sequence[_Question]
     ) -> frozenset[VerdictKey]:
-        """What this search asked before, in whatever life, without a valid verdict. Where that is
+        """What this search asked before, in whatever life, and will get no verdict on. Where that is
         most of a task's items, the judge may have been mended since: they are asked anew."""
         found = {
             q.key
@@ -203,7 +203,7 @@ class Judges:
                 value = self._verdict(question)
             if _is_open(value):
                 value = None
-                self._tell(question, self._why[question.key])
+                self._without_verdict(question, self._why[question.key], final=False)
             values.append(value)
         return values
 
@@ -214,7 +214,10 @@ class Judges:
                 return True
         return False
 
-    def _tell(self, question: _Question, why: str) -> None:
+    def _without_verdict(self, question: _Question, why: str, *, final: bool) -> None:
+        if self.run_id:
+            asked = (question.task, question.ref.key, question.turn)
+            self.ledger.save_unjudged(self.run_id, question.key, asked, why, final=final)
         told = f"no verdict on turn {question.turn + 1} of item {question.ref.index}"
         self.emit(Note(text=f"task {question.task!r}: {told}: {why}"))
 
@@ -274,7 +277,8 @@ class Judges:
             if error.unanswered:
                 self._why[question.key] = str(error)
                 return math.nan
-            self._tell(question, str(error))
+            # The same again would be refused again, whether it was too long or not to be judged.
+            self._without_verdict(question, str(error), final=True)
             return None
         self._silence[question.task] = 0
         return reply.parsed.value

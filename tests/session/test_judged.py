@@ -480,6 +480,53 @@ def test_a_real_server_judges(tmp_path: Path, chats: Path) -> None:
     assert not any(r.missing for rows in results_of(tmp_path, "a").values() for r in rows)
 
 
+@pytest.mark.parametrize("refused", [Fault("400"), "I will not judge that."])
+def test_what_a_server_refuses_for_good_is_missing_with_a_reason_in_every_life(
+    tmp_path: Path, chats: Path, refused: Any
+) -> None:
+    """Of two judged tasks, one has a question that its server turns down; the other has not."""
+    asked, down = Counter[str](), False
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"turns": ["Who are you?"]}\n{"turns": ["Who am I?"]}\n')
+
+    def answer(body: dict) -> Any:
+        said = body["messages"][1]["content"]
+        asked[said] += 1
+        if down or sum(asked.values()) == 30:
+            return Fault("503")
+        if "What is 3?" in said:
+            return refused
+        return {"reason": "", "points": round(1 + 9 * level(said), 2)}
+
+    with ScriptedServer(answer) as server:
+        judge = {"model": "openai:scripted", "base_url": server.base_url, "twice": 0}
+        more = [{"name": "other", "judge": judge | {"conversations": str(other)}}]
+        settings = asking(chats, 5, more, **judge, max_retries=0, at_once=1)
+        kept = Ledger.save_unjudged
+
+        def then_down(*args: Any, **kwargs: Any) -> None:
+            nonlocal down
+            kept(*args, **kwargs)
+            down = True
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Ledger, "save_unjudged", then_down)
+            with pytest.raises(RunFailed, match="does not answer"):
+                driving.run(settings, name="a", runs_dir=tmp_path)
+        [said] = [said for said in asked if "What is 3?" in said and "And twice" not in said]
+        before, down = asked[said], False
+        assert driving.resume("a", runs_dir=tmp_path).status == "done"
+    assert asked[said] == before
+    with Ledger(tmp_path / LEDGER) as ledger:
+        found = run_summary(ledger, ledger.run("a"))["judges"]
+        reasons = {row["reason"] for row in ledger.records("SELECT * FROM unjudged WHERE final")}
+    assert found["other"]["unjudged"] == 0
+    assert found["chats"]["unjudged"] == sum("What is 3?" in said for said in asked)
+    assert any(
+        ("HTTP 400" if refused != "I will not judge that." else "JSON") in r for r in reasons
+    )
+
+
 @pytest.mark.parametrize(
     ("lines", "judge", "words"),
     [
