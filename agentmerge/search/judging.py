@@ -172,7 +172,7 @@ class Judges:
     def _given_up(
         self, questions: Sequence[_Question], again: Sequence[_Question]
     ) -> frozenset[VerdictKey]:
-        """What this search asked before, in whatever life, and will get no verdict on. Where that is
+        """What this search asked before, in whatever life, and gets no verdict on. Where that is
         most of a task's items, the judge may have been mended since: they are asked anew."""
         found = {
             q.key

@@ -46,6 +46,9 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
             run_id, VerdictKey("question", 0, "judge"), 0, call, model="m", prompt_file="f",
             verdict=("chats", "item", 0, 7.5, "why"),
         )  # fmt: skip
+        ledger.save_unjudged(
+            run_id, VerdictKey("other", 0, "judge"), ("chats", "item", 0), "why", final=True
+        )
         assert ledger.first_time("news")
         assert not ledger.first_time("news")
     return folder
