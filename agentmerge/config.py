@@ -618,7 +618,9 @@ class RoleSettings(_Frozen):
 class AgentSettings(_Frozen):
     """Who advises: ``llm`` is "none" or "provider:model"; each role may have its own.
 
-    ahead: models think while a generation is scored, of what was known before it.
+    ahead: models think while a generation is scored, of what was known before it. read_items: how
+    many search items that the best merge fails the critic and the proposer are shown, with the
+    answers.
     """
 
     llm: ModelName = "none"
@@ -632,6 +634,7 @@ class AgentSettings(_Frozen):
     max_retries: int = Field(3, ge=0, le=MOST_RETRIES)
     max_tokens: int | None = Field(None, gt=0)
     probes: int = Field(0, ge=0)
+    read_items: int = Field(0, ge=0)
     ahead: bool = False
     key_file: str | None = None
     prompts: str | None = None

@@ -19,7 +19,7 @@ REPLY = CriticReply
 
 def messages(view: HistoryView, prompts: Prompts, guidance: Guidance) -> list[Message]:
     """The critic speaks first: `guidance` has nothing for it yet."""
-    return prompts.critic.render(**variables(view))
+    return prompts.critic.render(failing=view.failing, **variables(view))
 
 
 def by_model(reply: CriticReply, guidance: Guidance) -> Guidance:

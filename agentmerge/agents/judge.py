@@ -6,8 +6,6 @@ hash of them all; each answer is cut to a length. Knows no task, no search and n
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from pydantic import (
 )
 
 from agentmerge.agents.prompts import Message, Prompt
+from agentmerge.agents.quoting import mark_of, quoted
 from agentmerge.agents.schemas import clean_text, closed, parse_reply
 
 _MAX_REASON = 500
@@ -109,7 +108,7 @@ def points_messages(
         "least": f"{scale[0]:g}",
         "most": f"{scale[1]:g}",
         "conversation": _conversation(shown, mark, most_chars),
-        "answer": _fenced("answer", shown.answer, mark, most_chars),
+        "answer": quoted("answer", shown.answer, mark, most_chars),
     }
     return prompt.render(**values)
 
@@ -120,24 +119,15 @@ def pair_messages(prompt: Prompt, one: Exhibit, other: Exhibit, most_chars: int)
     values = _shared(one, mark, most_chars)
     for name, shown in (("a", one), ("b", other)):
         values[f"conversation_{name}"] = _conversation(shown, mark, most_chars)
-        values[f"answer_{name}"] = _fenced("answer", shown.answer, mark, most_chars)
+        values[f"answer_{name}"] = quoted("answer", shown.answer, mark, most_chars)
     return prompt.render(**values)
-
-
-def cut(text: str, most: int) -> str:
-    """A text within a length: its beginning and its end, with how much is left out between."""
-    if len(text) <= most:
-        return text
-    head = most * 2 // 3
-    tail = text[len(text) - most + head :]
-    return f"{text[:head]}\n[... {len(text) - most} characters left out ...]\n{tail}"
 
 
 def _shared(shown: Exhibit, mark: str, most_chars: int) -> dict[str, str]:
     return {
         "category": f"Category: {clean_text(shown.category, 100)}" if shown.category else "",
-        "question": _fenced("user", shown.question, mark, most_chars),
-        "reference": _fenced("reference", shown.reference, mark, most_chars),
+        "question": quoted("user", shown.question, mark, most_chars),
+        "reference": _reference(shown.reference, mark, most_chars),
     }
 
 
@@ -145,21 +135,15 @@ def _conversation(shown: Exhibit, mark: str, most_chars: int) -> str:
     if not shown.before:
         return "(this is the first turn)"
     return "\n".join(
-        _fenced(who, text, mark, most_chars)
+        quoted(who, text, mark, most_chars)
         for turn in shown.before
         for who, text in zip(("user", "assistant"), turn, strict=True)
     )
 
 
-def _fenced(what: str, text: str, mark: str, most_chars: int) -> str:
-    if not text.strip():
-        return _NONE if what == "reference" else f"<{what} {mark}>\n</{what} {mark}>"
-    # A lone surrogate or a control character is no text that a server takes.
-    kept = clean_text(text.replace("\t", "    "), len(text) + 1)
-    return f"<{what} {mark}>\n{cut(kept, most_chars)}\n</{what} {mark}>"
+def _reference(text: str, mark: str, most_chars: int) -> str:
+    return quoted("reference", text, mark, most_chars) if text.strip() else _NONE
 
 
 def _mark(shown: Sequence[Exhibit]) -> str:
-    """What ends the material: nobody can write a hash of what they are writing."""
-    body = [[e.question, e.reference, e.before, e.answer] for e in shown]
-    return hashlib.sha256(json.dumps(body).encode()).hexdigest()[:12]
+    return mark_of([[e.question, e.reference, e.before, e.answer] for e in shown])

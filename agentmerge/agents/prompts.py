@@ -58,13 +58,13 @@ class Variables:
 
 
 VARIABLES: Mapping[str, Variables] = {
-    "critic": Variables(frozenset({"history"}), COMMON),
+    "critic": Variables(frozenset({"history"}), COMMON | {"failing"}),
     "controller": Variables(
         frozenset({"history", "sigma_low", "sigma_high"}), COMMON | {"critique"}
     ),
     "proposer": Variables(
         frozenset({"history", "axes", "dimensions"}),
-        COMMON | {"critique", "next_sigma", "max_candidates"},
+        COMMON | {"critique", "next_sigma", "max_candidates", "failing"},
     ),
 }
 

@@ -23,6 +23,7 @@ def messages(view: HistoryView, prompts: Prompts, guidance: Guidance) -> list[Me
         critique=guidance.critique or "none",
         next_sigma="not set" if guidance.sigma is None else f"{guidance.sigma:g}",
         max_candidates=str(MAX_CANDIDATES),
+        failing=view.failing,
         **variables(view),
     )
 

@@ -57,6 +57,8 @@ class HistoryView:
     moves: what became of structural moves so far, a sentence each. deeper: how many layers a move
     to layers may add; 0 where there is none. absent: experts of a pool that are not merged; room:
     whether one more may be.
+    failing: items that the best candidate fails, quoted (``agents.failing``). faults: what is wrong
+    with its answers to all of them, a sentence.
     """
 
     space: Space
@@ -75,6 +77,8 @@ class HistoryView:
     deeper: int = 0
     absent: tuple[str, ...] = ()
     room: bool = False
+    failing: str = ""
+    faults: str = ""
 
     def released(self) -> HistoryView:
         """The view as it may be shown to a model."""
@@ -196,6 +200,8 @@ def observations(view: HistoryView) -> list[str]:
         lines += _elites(view)
     if (line := _moved(view)) is not None:
         lines.append(line)
+    if view.faults:
+        lines.append(view.faults)
     failed = [entry for entry in view.last if entry.score is None]
     if failed:
         lines.append(f"{len(failed)} of {len(view.last)} candidates of the last generation failed.")

@@ -25,7 +25,7 @@ from agentmerge.contracts.space import Space
 from agentmerge.contracts.worker import Loss
 
 #: Purpose codes of random generators; part of every stored search, so never renumber.
-PURPOSES = {"sample": 0, "mutate": 1, "cma": 2, "seed": 3, "items": 4}
+PURPOSES = {"sample": 0, "mutate": 1, "cma": 2, "seed": 3, "items": 4, "failing": 5}
 
 #: What a gradient costs, in scores of as many items: one forward pass, and a backward pass of two.
 GRADIENT_COST = 3

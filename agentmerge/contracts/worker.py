@@ -47,9 +47,10 @@ class ItemResult:
         that metric of this item alone, 0 where it has none.
     tokens: how many the model generated for it, 0 where nothing is generated; None where nobody
         counted (results of before they were kept).
-    answers: what was said, turn by turn, where a judge is still to say what it is worth; the value
-        is NaN until then. missing: the judge gave no verdict; the value stays NaN, and the item
-        counts for nothing.
+    answers: what was said, turn by turn, or which choice was made; where a judge is still to say
+        what it is worth, the value is NaN until then. Of few items they are kept (see
+        ``evaluation.failing``). reasons: a judge's, turn by turn, "" where it gave none.
+    missing: the judge gave no verdict; the value stays NaN, and the item counts for nothing.
     """
 
     value: float
@@ -61,6 +62,7 @@ class ItemResult:
     answers: tuple[str, ...] = ()
     missing: bool = False
     whole: str = ""
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -243,9 +243,20 @@ def _judged(
                 )
         results[ref] = ItemResult(
             value, log_likelihood, margin, item.truncated, answer.cut_off,
-            tokens=round(answer.tokens), whole=gave,
+            tokens=round(answer.tokens), whole=gave, answers=_said(item, answer),
         )  # fmt: skip
     return results
+
+
+def _said(item: PreparedItem, answer: _Answer) -> tuple[str, ...]:
+    """What the model said, or the choice that it made; nothing where it only weighed a text."""
+    if item.task.output_type == "generate_until":
+        return (str(answer.responses[0][0]),)
+    if item.task.margin_kind != "choice" or item.task.metric == "acc_mutual_info":
+        return ()
+    lls = [responses[0][0] / (scale or math.inf)
+           for responses, scale in zip(answer.responses, item.scales, strict=False)]  # fmt: skip
+    return (str(item.instances[lls.index(max(lls))].args[1]).strip(),) if lls else ()
 
 
 def _by_script(

@@ -21,11 +21,16 @@ def pack(results: Sequence[ItemResult]) -> bytes:
     Values are float64 (a metric is stored exactly), log-likelihoods float32 (what torch summed),
     margins float16 (three digits; they are clipped where they are used), flags one byte. Generated
     tokens, int32, are a fifth column only where some were counted: older versions read no further.
-    What metrics of whole answers are made of is a sixth, as a JSON list of texts.
+    What metrics of whole answers are made of is a sixth, as a JSON list of texts, and the answers
+    and reasons that are kept a seventh.
     """
     missing = float("nan")
-    whole = any(r.whole for r in results)
+    said = any(r.answers for r in results)
+    whole = said or any(r.whole for r in results)
     counted = whole or any(r.tokens is not None for r in results)
+
+    def words(found: Any) -> bytes:
+        return column("u1", np.frombuffer(json.dumps(found).encode(), "u1"))
 
     def column(kind: str, values: Any) -> bytes:
         body = zlib.compress(np.asarray(values, dtype=kind).tobytes(), 6)
@@ -41,8 +46,8 @@ def pack(results: Sequence[ItemResult]) -> bytes:
             column("u1", [r.truncated + 2 * r.cut_off + 4 * r.missing for r in results]),
             column("<i4", [-1 if r.tokens is None else r.tokens for r in results])
             if counted else b"",
-            column("u1", np.frombuffer(json.dumps([r.whole for r in results]).encode(), "u1"))
-            if whole else b"",
+            words([r.whole for r in results]) if whole else b"",
+            words([[r.answers, r.reasons] if r.answers else 0 for r in results]) if said else b"",
         )
     )  # fmt: skip
 
@@ -58,9 +63,12 @@ def unpack(block: bytes) -> list[ItemResult]:
         raw = zlib.decompress(block[place + 4 : place + 4 + size])
         columns.append(np.frombuffer(raw, dtype=kind, count=count))
         place += 4 + size
-    texts = [""] * count
-    if place < len(block):
-        texts = json.loads(zlib.decompress(block[place + 4 :]))
+    texts: list[list[Any]] = [[""] * count, [0] * count]
+    for column in texts:
+        if place < len(block):
+            size = int.from_bytes(block[place : place + 4], "little")
+            column[:] = json.loads(zlib.decompress(block[place + 4 : place + 4 + size]))
+            place += 4 + size
     return [
         ItemResult(
             float(value),
@@ -71,8 +79,10 @@ def unpack(block: bytes) -> list[ItemResult]:
             tokens=None if made < 0 else int(made),
             missing=bool(flag & 4),
             whole=text,
+            answers=tuple(words[0]) if words else (),
+            reasons=tuple(words[1]) if words else (),
         )
-        for value, ll, margin, flag, made, text in zip(*columns, texts, strict=True)
+        for value, ll, margin, flag, made, text, words in zip(*columns, *texts, strict=True)
     ]
 
 

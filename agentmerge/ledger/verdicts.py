@@ -75,6 +75,12 @@ class Verdicts(Words):
         rows = self._rows(f"SELECT value FROM verdicts WHERE {where}", key.question, key.nonce)
         return float(rows[0][0]) if rows else None
 
+    def reason(self, key: VerdictKey) -> str:
+        """Why a judge said what it said to a question; "" where it gave none."""
+        where = "question = ? AND nonce = ?"
+        rows = self._rows(f"SELECT reason FROM verdicts WHERE {where}", key.question, key.nonce)
+        return str(rows[0][0]) if rows else ""
+
     def judge_attempts(self, run_id: str, key: VerdictKey) -> int:
         """How many requests of a question a run has kept: the next one's number."""
         rows = self._rows(

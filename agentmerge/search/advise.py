@@ -27,6 +27,7 @@ from agentmerge.errors import BudgetReached, ModelReplyError, ReplyMissing
 from agentmerge.ledger.words import Opening, guidance_of, openings, spoken
 from agentmerge.recipe.names import short_name
 from agentmerge.search import budget
+from agentmerge.search.failing import reading
 from agentmerge.search.propose import population
 from agentmerge.search.search import Search
 from agentmerge.search.trials import Trials, verdicts
@@ -133,6 +134,7 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
         absent=_absent(search, now),
         room=(most := now.leader.genome.pool) is not None and len(now.leader.models) < most.most,
     )
+    found = reading(search, found, generation)
     search.views.clear()
     search.views[asked] = found  # one that tried nothing itself is told what the last one was
     return found

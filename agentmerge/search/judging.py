@@ -106,13 +106,17 @@ class Judges:
             RunFailed: a judge does not answer any more.
             TaskError: a judge gave no valid verdict on most of a task's items.
         """
-        judged = [(ref, row) for ref, row in zip(refs, rows, strict=True) if row.answers]
+        own = self.taskset.judged
+        judged = [(r, row) for r, row in zip(refs, rows, strict=True) if r.task in own]
         questions = [q for ref, row in judged for q in self._questions(ref, row.answers)]
         values = self._all(questions)
         by_item: dict[ItemRef, list[float | None]] = {}
+        reasons: dict[ItemRef, list[str]] = {}
         for question, value in zip(questions, values, strict=True):
             by_item.setdefault(question.ref, []).append(value)
-        found = {ref: _result(row, by_item[ref]) for ref, row in judged}
+            if not question.swapped:
+                reasons.setdefault(question.ref, []).append(self.ledger.reason(question.key))
+        found = {ref: _result(row, by_item[ref], reasons[ref]) for ref, row in judged}
         self._refuse_most_missing(found)
         return [found.get(ref, row) for ref, row in zip(refs, rows, strict=True)]
 
@@ -430,9 +434,9 @@ def _hashed(task: JudgedTask, messages: Sequence[Message], turn: int) -> str:
     return hashlib.sha256(json.dumps(body).encode()).hexdigest()[:32]
 
 
-def _result(row: ItemResult, values: Sequence[float | None]) -> ItemResult:
-    """The mean over turns, and over both orders of a comparison."""
+def _result(row: ItemResult, values: Sequence[float | None], reasons: Sequence[str]) -> ItemResult:
+    """The mean over turns, and over both orders of a comparison. reasons: of the first order."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
-        return replace(row, value=math.nan, answers=(), missing=True)
-    return replace(row, value=sum(known) / len(known), answers=())
+        return replace(row, value=math.nan, missing=True)
+    return replace(row, value=sum(known) / len(known), reasons=tuple(reasons))

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from agentmerge.contracts.worker import EngineInfo, Fingerprint, ItemRef, ItemResult
 from agentmerge.errors import RunFailed
+from agentmerge.evaluation.failing import keep_failing, unsaid
 from agentmerge.evaluation.tasks import Part, TaskSet
 from agentmerge.ledger import Ledger, ResultKey
 from agentmerge.recipe import Recipe
@@ -104,6 +105,10 @@ class Scoring:
         if self.judge is not None:
             rows = self.judge(missing, rows)
         fresh = dict(zip(missing, rows, strict=True))
+        if part == "search":
+            fresh = keep_failing(self.taskset, fresh)
+        else:  # nobody reads what was said to a sealed item
+            fresh = {ref: unsaid(row) for ref, row in fresh.items()}
         paid = []
         for task in self.taskset.tasks:
             refs = [ref for ref in task.part(part) if ref in fresh]

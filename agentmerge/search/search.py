@@ -30,6 +30,7 @@ from agentmerge.contracts.operators import STRUCTURE
 from agentmerge.contracts.strategy import Observation, Proposal, Strategy
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import AgentmergeError, LedgerError, UserError
+from agentmerge.evaluation.failing import texts
 from agentmerge.evaluation.leads import PairedNoise
 from agentmerge.evaluation.racing import Course
 from agentmerge.evaluation.tasks import Part, Score, TaskSet
@@ -192,6 +193,13 @@ class Search:
     def item_table(self) -> ItemTable:
         settings = self.config.search
         return ItemTable(self.taskset, self.item_results, settings.counted, settings.traded)
+
+    @cached_property
+    def texts(self) -> dict[str, dict[str, tuple[str, str]]]:
+        """Task -> key of a search item -> what it asks and what is right, where that is known."""
+        found = {task.name: texts(self.taskset, task, task.part("search"))
+                 for task in self.taskset.tasks}  # fmt: skip
+        return {name: own for name, own in found.items() if own}
 
     @cached_property
     def noise(self) -> PairedNoise:

@@ -22,7 +22,7 @@ from agentmerge import plugins
 from agentmerge.config import Role, SearchConfig
 from agentmerge.contracts.events import Begun, Emit, Event, Note
 from agentmerge.errors import UserError
-from agentmerge.evaluation.rendering import said
+from agentmerge.evaluation.failing import texts
 from agentmerge.ledger import Ledger, RunRow
 from agentmerge.ledger.folder import CHECKPOINTS, LEDGER
 from agentmerge.ledger.lease import Lease
@@ -335,8 +335,7 @@ def _begun(
     for task in prepared.taskset.tasks:
         ledger.save_items(row.id, task.name, "search", task.part("search"))
         ledger.save_items(row.id, task.name, "sealed", task.part("sealed"))
-        if asked := prepared.taskset.asked.get(task.name):
-            ledger.save_texts(row.id, task.name, said(asked, task.part("search")))
+        ledger.save_texts(row.id, task.name, texts(prepared.taskset, task, task.part("search")))
     refuse_odd_file(folder / "log.jsonl", UserError)
     with (folder / "log.jsonl").open("a") as log:
         tell = _telling(emit, log)

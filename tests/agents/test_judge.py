@@ -9,13 +9,13 @@ import pytest
 
 from agentmerge.agents.judge import (
     Exhibit,
-    cut,
     pair_messages,
     points_messages,
     read_better,
     read_points,
 )
 from agentmerge.agents.prompts import judge_prompt
+from agentmerge.agents.quoting import cut
 from agentmerge.errors import ModelReplyError, PromptError
 from agentmerge.system.bundled import bundled
 
