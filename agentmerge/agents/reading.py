@@ -10,8 +10,8 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 #: Fault -> how a sentence counts it.
 FAULTS: dict[str, str] = {
@@ -29,24 +29,26 @@ FAULTS: dict[str, str] = {
 }
 
 
-class Answered(Protocol):
-    """What is read of an item; ``failing.FailingItem`` says what each is."""
+@dataclass(frozen=True, slots=True)
+class FailingItem:
+    """One item and the answer to it. Each text is as an agent may see it: cut.
 
-    @property
-    def task(self) -> str: ...
-    @property
-    def index(self) -> int: ...
-    @property
-    def asks(self) -> str: ...
-    @property
-    def right(self) -> str: ...
-    @property
-    def answer(self) -> str: ...
-    @property
-    def cut_off(self) -> bool: ...
+    right: "" where nobody said. answer: of a conversation every turn's. reason: a judge's, why it
+    took points off. cut_off: the answer ended at its length limit. generated: it is words of the
+    model, not a choice of given ones.
+    """
+
+    task: str
+    index: int
+    asks: str
+    right: str
+    answer: str
+    reason: str = ""
+    cut_off: bool = False
+    generated: bool = True
 
 
-def fault_of(item: Answered, rights: Mapping[tuple[str, int], str]) -> str:
+def fault_of(item: FailingItem, rights: Mapping[tuple[str, int], str]) -> str:
     """A key of ``FAULTS``. rights: (task, number) -> what is right, of items beside it."""
     text, gold = item.answer, _core(item.right)
     if not re.search(r"\w", text):
@@ -147,7 +149,7 @@ def _repeats(text: str) -> bool:
     return False
 
 
-def _another_language(item: Answered) -> bool:
+def _another_language(item: FailingItem) -> bool:
     expected = item.right if len(item.right) >= 20 else f"{item.asks} {item.right}"
     said = _scripts(item.answer)
     if said.total() < 3:

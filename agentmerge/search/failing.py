@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from agentmerge.agents.failing import FailingItem, counted, item_of, section
+from agentmerge.agents.failing import counted, item_of, section
+from agentmerge.agents.reading import FailingItem
 from agentmerge.agents.view import HistoryView
 from agentmerge.search.propose import rng_of
 from agentmerge.search.search import Search
