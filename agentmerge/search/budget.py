@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import statistics
 
+from agentmerge.config import SearchConfig
 from agentmerge.contracts.operators import STRUCTURE
 from agentmerge.ledger.words import openings
 from agentmerge.search.search import Search
+from agentmerge.space.grouped import SearchSpace
 from agentmerge.strategies.front import SHOWN
 
 
@@ -52,15 +54,15 @@ def ending_items(search: Search) -> int:
     """The sealed items that the end asks, at most, where each merge has a finite answer: of the
     parents, the best cheap merge, the answer, the stacks under it, the other arm's best, and the
     front."""
-    return ending_merges(search) * len(
+    return ending_merges(search.config, search.space) * len(
         set(search.taskset.refs("sealed")) - set(search.taskset.refs("search"))
     )
 
 
-def ending_merges(search: Search) -> int:
-    merges = len(search.space.genome.parents) + 2 + bool(search.config.search.shadow)
-    merges += SHOWN if search.config.search.traded else 0
-    return merges + search.space.deeper
+def ending_merges(config: SearchConfig, space: SearchSpace) -> int:
+    merges = len(space.genome.parents) + 2 + bool(config.search.shadow)
+    merges += SHOWN if config.search.traded else 0
+    return merges + space.deeper
 
 
 def ending_s(search: Search) -> float:

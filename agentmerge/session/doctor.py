@@ -15,7 +15,11 @@ from agentmerge.ledger.folder import CHECKPOINTS, LEDGER
 from agentmerge.session.checkpoints import open_saver, readable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from agentmerge.config import SearchConfig
     from agentmerge.merging.placement import MemoryPlan
+    from agentmerge.space.grouped import SearchSpace
 
 #: Distribution -> the least version this code was written against.
 NEEDED = {
@@ -73,7 +77,7 @@ def selftest_findings() -> list[dict[str, Any]]:
 
 def forecast(config: Path) -> tuple[MemoryPlan | None, list[dict[str, Any]]]:
     """What a config's search needs in each placement (None where its worker reads no models), and
-    what is found of the nodes on which its workers would live.
+    what is found of its judges' cost and of the nodes on which its workers would live.
 
     Raises:
         ConfigError: the config or its models are at fault.
@@ -88,7 +92,25 @@ def forecast(config: Path) -> tuple[MemoryPlan | None, list[dict[str, Any]]]:
     worker = prepared.config.worker
     host = plugins.load("agentmerge.hosts", worker.host) if worker.host else None
     look = getattr(host, "findings", None)
-    return prepared.memory, look(worker, prepared.spec.device) if look else []
+    found = [*_judges(settings, prepared.space)]
+    return prepared.memory, [*found, *(look(worker, prepared.spec.device) if look else ())]
+
+
+def _judges(config: SearchConfig, space: SearchSpace) -> Iterator[dict[str, Any]]:
+    from agentmerge.preflight.judges import judge_forecast
+    from agentmerge.search.budget import ending_merges
+    from agentmerge.search.judging import judge_faults
+
+    for fault in judge_faults(config):
+        yield _finding("judge", False, fault)
+    for entry in config.tasks.tasks:
+        if entry.judge is not None:
+            what = f"judge of {entry.name}"
+            try:
+                told = judge_forecast(config, entry, ending_merges(config, space))
+                yield _finding(what, True, told)
+            except UserError as error:
+                yield _finding(what, False, str(error))
 
 
 def forecast_finding(memory: MemoryPlan) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def opened_search(
                 purse=purse,
                 emit=tell,
                 seconds_left=seconds_left,
-                merges=lambda: ending_merges(search),
+                merges=lambda: ending_merges(search.config, search.space),
                 ready=_ready_judge(models),
             )
         search = Search(

@@ -29,6 +29,7 @@ from agentmerge.report.summary import run_summary, trace
 from agentmerge.search.choosing import beyond_noise
 from agentmerge.search.judging import Judges
 from agentmerge.session import driving
+from agentmerge.session.doctor import forecast
 from agentmerge.strategies import margins
 from agentmerge.strategies.front import Worst
 from agentmerge.strategies.table import Table
@@ -478,6 +479,48 @@ def test_a_real_server_judges(tmp_path: Path, chats: Path) -> None:
         "type": "number", "minimum": 1.0, "maximum": 10.0,
     }  # fmt: skip
     assert not any(r.missing for rows in results_of(tmp_path, "a").values() for r in rows)
+
+
+def test_doctor_says_what_a_judge_will_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
+    chats, count = tmp_path / "chats.jsonl", 120
+    chats.write_text("".join(json.dumps({"turns": [f"What is {n}?"]}) + "\n" for n in range(count)))
+    server = {"model": "openai:own", "base_url": "http://127.0.0.1:9/v1"}
+
+    def told(judge: dict[str, Any], budget: dict[str, Any]) -> dict[str, Any]:
+        body = {
+            "genome": {"models": ["a", "b"], "base_model": "base", "merge_method": "linear"},
+            "tasks": [{"name": "chats", "judge": {"conversations": str(chats), **judge}}],
+            "search": {"sealed_share": 0.5},
+            "worker": {"kind": "fake"},
+            "budget": {"max_evaluations": 10, **budget},
+        }
+        file = tmp_path / "config.yml"
+        file.write_text(json.dumps(body))
+        _, (found,) = forecast(file)
+        return found
+
+    found = told({"model": "openai:gpt-4o-mini", "twice": 0}, {"max_tokens": 10**6})
+    assert found["ok"]
+    [each] = re.findall(r"is asked (\d+) questions a candidate \(0% of them twice", found["detail"])
+    assert re.search(r"up to \d+ tokens, up to [\d.e-]+ dollars", found["detail"])
+    merges, tokens = map(int, re.findall(r"(\d+) merges.* (\d+) tokens are", found["detail"])[0])
+    assert f"the end asks up to {merges * (count - int(each))} more" in found["detail"]
+    assert f"kept back: {tokens / 10**6:.0%} of budget.max_tokens" in found["detail"]
+    found = told({**server, "twice": 0.5}, {})
+    assert (
+        f"is asked {round(int(each) * 1.5)} questions a candidate (50% of them twice)"
+        in found["detail"]
+    )
+    assert "at a price that is not known" in found["detail"]
+    assert "kept back: nothing, since no limit" in found["detail"]
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(ValueError, match="too many values"):  # the key that is missing, too
+        told({"model": "openai:gpt-4o-mini"}, {})
+    with pytest.raises(ConfigError, match="there is no /no/such.jsonl"):
+        told({**server, "conversations": "/no/such.jsonl"}, {})
 
 
 @pytest.mark.parametrize("refused", [Fault("400"), "I will not judge that."])
