@@ -519,7 +519,7 @@ def test_doctor_says_what_a_judge_will_cost(
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(ValueError, match="too many values"):  # the key that is missing, too
         told({"model": "openai:gpt-4o-mini"}, {})
-    with pytest.raises(ConfigError, match="there is no /no/such.jsonl"):
+    with pytest.raises(ConfigError, match=r"there is no /no/such\.jsonl"):
         told({**server, "conversations": "/no/such.jsonl"}, {})
 
 
