@@ -123,7 +123,14 @@ def worst_of(history: History) -> Worst | None:
     parents = [o for o in history if o.operator == PARENT and _placed(o)]
     if not parents:
         return None
-    return Worst.of([o.score or 0.0 for o in parents], [o.tokens or 0.0 for o in parents])
+    return Worst.of(list(map(_unpunished, parents)), [o.tokens or 0.0 for o in parents])
+
+
+def _unpunished(o: Observation) -> float:
+    """A score without what a broken constraint took from the one that strategies are told: each
+    expert is below a floor that another sets, and most of the area would lie below them all."""
+    bounds = () if o.evidence is None else o.evidence.items.bounds
+    return (o.score or 0.0) + (o.violation * bounds[0].steep if bounds else 0.0)
 
 
 def by_area(history: History) -> list[Observation]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agentmerge.contracts.strategy import Evidence, Items, Observation
+from agentmerge.contracts.strategy import Bound, Evidence, Items, Observation
 from agentmerge.search.trials import seen_from
 from agentmerge.strategies.front import Front, Worst, by_area, undominated, worst_of
 from agentmerge.strategies.margins import LITTLE, Prospect, least_gain_of, prospect_of
@@ -133,6 +133,28 @@ def test_narrow_margins_leave_the_front_what_it_has(noisy: bool, breaks: bool) -
     assert found.front.worst.score < worst.score - 0.1, "soft scores are lower"
     assert len(found.front.scores) > 1
     assert found.gains(np.random.default_rng(0).random((40, 2))).max() > 0
+
+
+def test_parents_that_break_a_constraint_set_the_front_with_their_true_score() -> None:
+    """Two experts of two skills, each to be kept: every parent lacks what another one has."""
+    plain = history(noisy=False)
+    evidence = plain[0].evidence
+    assert evidence is not None
+    steep, lacking = 10.0, (0.6, 0.0, 0.3)
+    bounds = (Bound(evidence.items.weight, 1.0, 0.5, steep),)
+    told = [
+        replace(
+            o, score=(o.score or 0.0) - steep * lack, violation=lack,
+            evidence=replace(o.evidence, items=replace(evidence.items, bounds=bounds)),
+        )
+        for o, lack in zip(plain, [*lacking, *[0.0] * len(plain)], strict=False)
+        if o.evidence is not None
+    ]  # fmt: skip
+    worst, true = worst_of(told), worst_of(plain)
+    assert worst is not None
+    assert true is not None
+    assert (worst.score, worst.tokens) == pytest.approx((true.score, true.tokens))
+    assert 0 < max(o.score or 0.0 for o in by_area(told)) < 2, "in scores, not in penalties"
 
 
 def test_lengths_are_no_documents() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import cma
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 
 from agentmerge.contracts.operators import INIT, PARENT
 from agentmerge.contracts.strategy import Observation, default_population, rng_factory
+from agentmerge.search.trials import seen_from
 from agentmerge.strategies import cma_es
 from tests.strategies.test_population import SPACE, strategy
 
@@ -85,6 +88,22 @@ def test_a_search_that_began_at_a_parent_goes_on_as_it_did(name: str, count: int
                 continue
             rest = [o.vector for o in history if o.generation == history[place].generation]
             assert asked(name, history[:place], count) == rest
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_in_another_space_of_a_branch_it_begins_at_a_merge_too(name: str) -> None:
+    """A branch that asks something else scores parents anew, later than generation 0; what was made
+    in the other space is named otherwise there, parents are not."""
+    past = [replace(o, score=None, prior=True) for o in known(PARENT)]
+    anew = [replace(o, generation=4) for o in known(PARENT)]
+    begun = [replace(o, space="first") for o in (*past, *anew)]
+    here: Any = SimpleNamespace(key="second")
+    seen = seen_from(begun, here, lambda o: o.vector)
+    assert {o.operator for o in seen if o.generation == 4} == {PARENT, "carried"}
+    without = [replace(o, score=None) if o.operator == PARENT else o for o in seen]
+    assert asked(name, seen, 3) == asked(name, without, 3)
+    only = [o for o in seen if o.operator == PARENT]
+    assert asked(name, only, 3) != asked(name, without, 3), "where there is nothing else, there"
 
 
 @pytest.mark.parametrize("name", RIVALS)
