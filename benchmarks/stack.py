@@ -11,10 +11,13 @@ begin with, each with the same budget of evaluations (a gradient with its score 
     genetic_path, catcma_path  a genetic algorithm there, and CatCMA (package ``cmaes``)
 
 No stack has more than ``--most`` layers beyond the models' depth: of more, the weakest are left
-out, for every arm alike. The answer of an arm is chosen as the product does it: by repeated splits,
-and the weight answer unless it is ahead of that beyond the noise of the search items, all tries
-counted, and on sealed items at all. Writes ``DIR/runs/*.json`` (one a search: stopped and started
-again, it goes on where it was), ``results.json``, ``results.md`` and ``PROBLEM.png``.
+out, for every arm alike. The answer of an arm is settled as the product settles it
+(``agentmerge.search.depths``): the best stack seen is asked without its weakest layer, its two
+weakest, and so on (at most ``--most`` evaluations, beside the budget, of every arm alike); of these
+the shallowest that is no worse than the best beyond the noise of the search items, if sealed items
+put it ahead of the weight answer beyond theirs; else the weight answer. Writes
+``DIR/runs/*.json`` (one a search: stopped and started again, it goes on where it was),
+``results.json``, ``results.md`` and ``PROBLEM.png``.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from agentmerge.contracts.strategy import Strategy
 from agentmerge.strategies.auto import Auto
 from agentmerge.testing.tiny import TINY, TinyProblem
 from benchmarks import comparing, plots
+from benchmarks.choosing import Asked
 from benchmarks.machine import machine
 from benchmarks.running import Arm, best_at, path_of, run_search, save
 from benchmarks.smollm2 import SmolLM2Problem
@@ -147,6 +151,7 @@ def _searched(
         "dimensions": problem.space.dimensions,
         "processor_s": round(time.process_time() - before, 1),
     }
+    run |= settled(problem, run)
     chosen = run["answers"]["chosen"]
     print(
         f"{problem.name} {arm.name} seed {seed}: search {best_at(run, budget):.3f} from "
@@ -155,6 +160,47 @@ def _searched(
         flush=True,
     )
     return run
+
+
+def settled(problem: StackProblem, run: dict[str, Any]) -> dict[str, Any]:
+    """The answer as the product settles it, and the ladder that it was taken from, the weight
+    answer first."""
+    best, under = run["answers"]["best"], problem.neutral()
+    ladder, point = [], tuple(best["vector"])
+    while problem.depth(point) > problem.space.num_layers:
+        ladder.insert(0, point)
+        fewer = problem.space.shallower(point)
+        if fewer is None:
+            break
+        point = fewer
+    rungs = [(vector, problem.evaluate(vector)) for vector in (under, *ladder)]
+    highest = max(rungs, key=lambda rung: rung[1].score or 0.0)
+    items = highest[1].evidence.items
+    asked = Asked(items.task, items.weight)
+
+    def no_better(rung: tuple[Any, Any]) -> bool:
+        mine, theirs = (shown.evidence.values for _, shown in (highest, rung))
+        found = asked.leads(mine[:, None], theirs, run["seed"]).interval()
+        return found is None or found.low <= 0
+
+    chosen = next(rung for rung in rungs if rung is highest or no_better(rung))
+    gap = problem.sealed(chosen[0]) - (weights := problem.sealed(under))
+    if chosen[0] != under:
+        even = Asked(np.zeros(len(gap), int), np.ones(len(gap)))
+        ahead = even.leads(gap[:, None], np.zeros(len(gap)), run["seed"]).interval()
+        if ahead is None or ahead.low <= 0:
+            chosen, gap = rungs[0], np.zeros(len(gap))
+    vector, shown = chosen
+    answer = {
+        "search": shown.score,
+        "sealed": float((weights + gap).sum()),
+        "vector": vector,
+        "layers": problem.depth(vector),
+        "over_rival": float(gap.sum()),
+        "over_rival_se": float(gap.std() * np.sqrt(len(gap))),
+    }
+    told = [{"layers": problem.depth(v), "search": shown.score} for v, shown in rungs]
+    return {"answers": run["answers"] | {"chosen": answer}, "ladder": told}
 
 
 def written(runs: Sequence[dict[str, Any]], against: str, out: Path) -> str:

@@ -97,6 +97,10 @@ def test_an_arm_goes_on_where_it_was_and_never_deeper_than_allowed(
         if "weights--" not in name:
             assert max(answer["layers"] for answer in run["answers"].values()) <= 6
             assert run["answers"]["best"]["search"] >= run["weights"]["search"]
+            ladder, chosen = run["ladder"], run["answers"]["chosen"]
+            assert ladder[0] == {"layers": 4, "search": run["weights"]["search"]}
+            assert [rung["layers"] for rung in ladder] == list(range(4, 4 + len(ladder)))
+            assert {key: chosen[key] for key in ladder[0]} in ladder
     (tmp_path / "runs" / "tiny-so-8+2--genetic_path--0--12.json").unlink()
     stack.main(line)
     for name, body in files.items():
