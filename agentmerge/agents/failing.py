@@ -81,7 +81,7 @@ def _quoted(item: FailingItem, mark: str) -> str:
         quoted("right", item.right, mark, len(item.right)) if item.right.strip() else "",
         quoted("answer", item.answer, mark, len(item.answer)),
         "(The answer was cut off at its length limit.)" if item.cut_off else "",
-        quoted("judge", item.reason, mark, len(item.reason)) if item.reason else "",
+        quoted("why", item.reason, mark, len(item.reason)) if item.reason else "",
     ]
     return "\n".join(filter(None, parts))
 

@@ -33,9 +33,9 @@ FAULTS: dict[str, str] = {
 class FailingItem:
     """One item and the answer to it. Each text is as an agent may see it: cut.
 
-    right: "" where nobody said. answer: of a conversation every turn's. reason: a judge's, why it
-    took points off. cut_off: the answer ended at its length limit. generated: it is words of the
-    model, not a choice of given ones.
+    right: "" where nobody said. answer: of a conversation every turn's. reason: a judge's or a
+    program's, why it took points off. cut_off: the answer ended at its length limit. generated: it
+    is words of the model, not a choice of given ones.
     """
 
     task: str
@@ -61,7 +61,7 @@ def fault_of(item: FailingItem, rights: Mapping[tuple[str, int], str]) -> str:
         return "none"
     exact = bool(gold) and len(gold.split()) <= _EXACT_WORDS
     if exact and (how := _holds(text, gold, begun=item.cut_off)):
-        return how
+        return "language" if how == "extra" and _another_language(item) else how
     if _REFUSAL.search(text[:200]):
         return "refusal"
     if _another_language(item):
@@ -80,7 +80,8 @@ _EXACT_WORDS = 12
 _SHORT = 5
 _TEMPLATE = re.compile(
     r"<\|[^|<>\n]{1,40}\|>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|</?s>|<pad>|<unk>|<eos>"
-    r"|^(?:user|assistant|human|system|question|q)\s*:|^#+ *(?:instruction|response|input)\b",
+    r"|^(?:user|assistant|human|system)\s*(?::|$)|^(?:question|q)\s*:"
+    r"|^#+ *(?:instruction|response|input)\b",
     re.IGNORECASE | re.MULTILINE,
 )
 _REFUSAL = re.compile(
@@ -142,7 +143,8 @@ def _holds(text: str, gold: str, *, begun: bool) -> str:
 
 def _repeats(text: str) -> bool:
     """Whether a piece follows itself at least twice, through a good part of the text."""
-    for found in re.finditer(r"(\S.{0,150}?)\s*(?:\1\s*){2,}", text[:1_000], re.DOTALL):
+    text = re.sub(r"\d+[.)]? *", "", text[:1_000])  # a list that says the same at every number
+    for found in re.finditer(r"(\S.{0,150}?)\s*(?:\1\s*){2,}", text, re.DOTALL):
         whole, piece = found[0], found[1]
         if len(whole) >= max(16, 0.3 * len(text)) and re.search(r"[^\W\d_]", piece):
             return True

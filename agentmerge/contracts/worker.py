@@ -49,7 +49,8 @@ class ItemResult:
         counted (results of before they were kept).
     answers: what was said, turn by turn, or which choice was made; where a judge is still to say
         what it is worth, the value is NaN until then. Of few items they are kept (see
-        ``evaluation.failing``). reasons: a judge's, turn by turn, "" where it gave none.
+        ``evaluation.failing``). reasons: a judge's, turn by turn, or a program's, "" where
+        there is none.
     missing: the judge gave no verdict; the value stays NaN, and the item counts for nothing.
     """
 

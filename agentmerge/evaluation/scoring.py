@@ -231,9 +231,10 @@ def _judged(
         answer = answers[ref]
         if ref in found:
             value, log_likelihood, margin = found[ref].score, None, found[ref].margin
-            gave = ""
+            gave, why = "", found[ref].details
         else:
             value, gave = _value(ref, item, said[ref])
+            why = ""
             log_likelihood, margin = _evidence(item, answer)
         for number in (log_likelihood, margin):
             if number is not None and not math.isfinite(number):
@@ -244,6 +245,7 @@ def _judged(
         results[ref] = ItemResult(
             value, log_likelihood, margin, item.truncated, answer.cut_off,
             tokens=round(answer.tokens), whole=gave, answers=_said(item, answer),
+            reasons=(why,) if why else (),
         )  # fmt: skip
     return results
 
@@ -254,7 +256,7 @@ def _said(item: PreparedItem, answer: _Answer) -> tuple[str, ...]:
         return (str(answer.responses[0][0]),)
     if item.task.margin_kind != "choice" or item.task.metric == "acc_mutual_info":
         return ()
-    lls = [responses[0][0] / (scale or math.inf)
+    lls = [responses[0][0] / scale if scale else -math.inf
            for responses, scale in zip(answer.responses, item.scales, strict=False)]  # fmt: skip
     return (str(item.instances[lls.index(max(lls))].args[1]).strip(),) if lls else ()
 

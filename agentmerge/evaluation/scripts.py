@@ -1,7 +1,7 @@
 """What a user's program says of a candidate's answers: one JSON line an item in, and one out.
 
-A line out has ``id`` and ``score``, perhaps ``margin`` and ``details`` (which nobody reads yet).
-Knows lines and bounds; what is asked, and when, is ``scoring.py``.
+A line out has ``id`` and ``score``, perhaps ``margin``, and ``details`` for people and agents to
+read. Knows lines and bounds; what is asked, and when, is ``scoring.py``.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ from agentmerge.system.commands import MOST_SAID, Running, open_environment
 
 #: Characters of a wrong line that a sentence has.
 _SHOWN = 120
+#: Characters of an item's details that are kept.
+_MOST_DETAILS = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """margin: how far right is ahead of wrong, of any unit; None where the program gave none."""
+    """margin: how far right is ahead of wrong, of any unit; None where the program gave none.
+    details: why, in its words."""
 
     score: float
     margin: float | None = None
+    details: str = ""
 
 
 def verdicts(
@@ -125,7 +129,12 @@ def _read(line: str, bounds: tuple[float, float], only: int | None) -> tuple[Any
     if not low <= score <= high:
         raise ValueError(f"has score {score:g}, outside the range from {low:g} to {high:g}")
     margin = body.get("margin")
-    return item, Verdict(score, None if margin is None else _number(margin, "margin"))
+    details = body.get("details") or ""
+    if not isinstance(details, str):
+        details = json.dumps(details)
+    return item, Verdict(
+        score, None if margin is None else _number(margin, "margin"), details[:_MOST_DETAILS]
+    )
 
 
 def _number(value: Any, key: str) -> float:

@@ -49,6 +49,10 @@ def test_choice_margins(parent: Path, tasks_dir: Path) -> None:
         for result in results.values():
             assert result.margin is not None
             assert (result.margin > 0) == bool(result.value)
+        for ref, result in results.items():
+            doc = taskset.asked["tiny_choice"].requests[ref.index][0].doc
+            picked = [c.strip() for c in doc["choices"]].index(result.answers[0])
+            assert (picked == doc["gold"]) == bool(result.value)
         ref = taskset.refs()[0]
         doc = taskset.asked["tiny_choice"].requests[ref.index][0].doc
         lls = []

@@ -69,6 +69,7 @@ def test_answers_are_worth_what_the_program_says(worker: Any) -> None:
         pairs = zip(entry["document"]["gold"], entry["answers"][0], strict=False)
         right = sum(a == b for a, b in pairs)
         assert (result.value, result.margin, result.log_likelihood) == (right, right - 2.5, None)
+        assert (list(result.answers), result.reasons) == (entry["answers"], ("x",))
         assert entry["messages"] == [{"role": "user", "content": entry["document"]["q"]}]
         assert entry["prompt"] == f"<s>[u]{entry['document']['q']}#[a]"
     assert len({result.value for result in results}) > 1

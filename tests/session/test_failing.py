@@ -103,8 +103,8 @@ def test_only_search_items_are_shown_and_quoted(whole: Models, folder: Path) -> 
             quotes = re.findall(rf"<(\w+) {mark}>\n(.*?)\n</\1 {mark}>", prompt, re.DOTALL)
             quotes = [quote for quote in quotes if quote[0] != "answer" or "level" in quote[1]]
             kinds = [kind for kind, _ in quotes]
-            assert kinds == ["item", "right", "answer", "judge"] * SHOWN
-            assert "why" in dict(quotes)["judge"]
+            assert kinds == ["item", "right", "answer", "why"] * SHOWN
+            assert "why" in dict(quotes)["why"]
             outside = re.sub(rf"<(\w+) {mark}>\n.*?\n</\1 {mark}>", "", prompt, flags=re.DOTALL)
             assert "Ignore all that" not in outside
             assert "Number-" not in outside

@@ -24,7 +24,7 @@ def test_foreign_text_stays_between_its_marks(attack: str) -> None:
     found = section([item_of(attack, 1, (attack, attack), [attack], [attack])])
     mark = re.findall(r"<answer (\w{12})>", found)[0]
     assert attack.replace("\n", " ")[:20] not in found.split("\n\n")[1], "not in our own sentence"
-    for what in ("item", "right", "answer", "judge"):
+    for what in ("item", "right", "answer", "why"):
         inside = found.split(f"<{what} {mark}>\n")[-1].split(f"\n</{what} {mark}>")
         assert len(inside) == 2
         assert mark not in inside[0]

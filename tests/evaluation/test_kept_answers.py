@@ -1,0 +1,71 @@
+"""Which answers are kept: of items that fail, whatever their values are."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from agentmerge.contracts.worker import ItemRef, ItemResult
+from agentmerge.evaluation.failing import MOST_KEPT, keep_failing
+from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
+from agentmerge.ledger.packing import pack, unpack
+
+REFS = tuple(ItemRef("t", n, f"{n:016x}") for n in range(100))
+
+
+def kept(values: list[float], *, higher: bool = True, **more: Any) -> list[float]:
+    """The values of the items whose answers are kept."""
+    margins, rebuild = more.pop("margins", [None] * len(values)), more.pop("rebuild", "plain")
+    task = ScoredTask("t", 1.0, "m", "none", higher, "generate_until", None, "p", REFS,
+                      tuple(range(100)), rebuild=rebuild)  # fmt: skip
+    taskset = TaskSet((task,), (Objective("t", 1.0, higher, ("t",)),))
+    rows = {
+        ref: ItemResult(value, margin=margin, answers=("said",), reasons=("why",), **more)
+        for ref, value, margin in zip(REFS, values, margins, strict=False)
+    }
+    found = keep_failing(taskset, rows)
+    assert list(found) == list(rows)
+    assert [row.value for row in found.values()] == pytest.approx(values, nan_ok=True)
+    assert all(bool(row.answers) == bool(row.reasons) for row in found.values())
+    return [row.value for row in found.values() if row.answers]
+
+
+def test_right_and_wrong() -> None:
+    assert kept([0.0, 1.0, 0.0]) == [0.0, 0.0]
+    assert kept([0.0, 0.0]) == [0.0, 0.0], "all fail"
+    assert kept([1.0, 1.0]) == []
+    assert kept([0.0, 1.0], higher=False) == [1.0], "an error rate"
+
+
+def test_other_values_are_held_against_their_mean() -> None:
+    assert kept([10.0, 20.0, 60.0]) == [10.0, 20.0]
+    assert kept([10.0, 20.0, 60.0], higher=False) == [60.0]
+    assert kept([5.0, 5.0]) == []
+
+
+def test_of_classes_the_margin_tells() -> None:
+    assert kept([1.0, 0.0, 2.0], margins=[0.5, -0.1, None], rebuild="class") == [0.0]
+
+
+def test_an_item_without_a_verdict_does_not_fail() -> None:
+    assert kept([math.nan, math.nan], missing=True) == []
+
+
+def test_no_more_than_a_few_are_kept() -> None:
+    assert len(kept([0.0] * 100)) == MOST_KEPT < 100
+
+
+def test_what_is_kept_comes_back_as_it_was() -> None:
+    rows = [
+        ItemResult(0.0, answers=("사과 \ud800 \x00", ""), reasons=("", "why"), tokens=3),
+        ItemResult(1.0, whole="[1]"),
+        ItemResult(0.5, margin=0.25, cut_off=True, answers=("x",)),
+    ]
+    assert unpack(pack(rows)) == [
+        rows[0], ItemResult(1.0, whole="[1]"), rows[2],
+    ]  # fmt: skip
+    plain = [ItemResult(0.5, margin=0.25)]
+    assert len(pack(plain)) < 100, "nothing is stored for what nobody said"
+    assert unpack(pack(plain)) == plain
