@@ -92,20 +92,20 @@ def about_tokens(text: str) -> float:
     return plain / 4 + len(text) - plain
 
 
-def counted(items: Sequence[FailingItem], rights: Mapping[tuple[str, int], str]) -> str:
-    """What is wrong with the answers, by rules: a sentence; "" where none was generated.
+def faults(items: Sequence[FailingItem], rights: Mapping[tuple[str, int], str]) -> dict[str, int]:
+    """What is wrong with the answers, by rules: in words -> how many; empty where none was
+    generated.
 
     items: all that failed. rights: (task, number) -> what is right, of other items too.
     """
-    own = [item for item in items if item.generated]
-    if not own:
+    found = Counter(fault_of(item, rights) for item in items if item.generated)
+    found["wrong"] += found.pop("none", 0)
+    return {words: found[fault] for fault, words in FAULTS.items() if found[fault]}
+
+
+def counted(found: Mapping[str, int]) -> str:
+    """``faults`` as a sentence; "" where there are none."""
+    if not found:
         return ""
-    found = Counter(fault_of(item, rights) for item in own)
-    named = [
-        f"{found[fault]} {words}"
-        for fault, words in FAULTS.items()
-        if found[fault] and fault not in ("wrong", "none")
-    ]
-    if rest := found["wrong"] + found["none"]:
-        named.append(f"{rest} {FAULTS['wrong']}")
-    return f"Of {len(own)} answers to items that the best candidate fails: {', '.join(named)}."
+    named = ", ".join(f"{count} {words}" for words, count in found.items())
+    return f"Of {sum(found.values())} answers to items that the best candidate fails: {named}."

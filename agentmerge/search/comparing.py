@@ -28,7 +28,7 @@ def compare(search: Search, a: str, b: str, release: Release | None = None) -> d
     Raises:
         NotFound: no such candidate, or it was not scored.
     """
-    one, other = _named(search, a), _named(search, b)
+    one, other = named(search, a), named(search, b)
     if release is not None and not release.apart(one, other):
         shown = (shown_to(release, candidate) for candidate in (one, other))
         both = {name: row_of(candidate) for name, candidate in zip("ab", shown, strict=True)}
@@ -65,7 +65,12 @@ def inspect_parents(search: Search) -> dict[str, Any]:
     }
 
 
-def _named(search: Search, name: str) -> Candidate:
+def named(search: Search, name: str) -> Candidate:
+    """A scored candidate by its place, its label or the start of its recipe's hash.
+
+    Raises:
+        NotFound: there is none.
+    """
     found = [
         c
         for c in search.book.candidates()

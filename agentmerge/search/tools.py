@@ -16,13 +16,15 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from agentmerge.agents.ladder import Noise
 from agentmerge.errors import CandidateFailed, NotBegun, UserError
-from agentmerge.search import comparing, probes
+from agentmerge.search import comparing, failing, probes
 from agentmerge.search.search import Search
 from agentmerge.search.untrusted import MAX_RECIPE_CHARS
 
 #: Characters of what goes wrong, as a caller is told it.
 _MAX_SAID = 1_000
 _MAX_NAME = 200
+#: Items of one answer of ``failing_items``.
+MOST_ITEMS = 20
 Name = Annotated[str, Field(max_length=_MAX_NAME)]
 
 
@@ -63,10 +65,18 @@ class CompareArguments(BaseModel):
     b: Name = Field(description="the other one, in the same way")
 
 
+class FailingArguments(BaseModel):
+    """What ``failing_items`` takes."""
+
+    candidate: Name = Field(description="a candidate's id such as \"3.1\", or a parent's name")
+    count: int = Field(5, ge=1, le=MOST_ITEMS, description="how many items")
+
+
 class NoArguments(BaseModel):
     """What ``inspect_parents`` takes."""
 
 
+_FAILING = "failing_items"
 _OFFERED: dict[str, tuple[Callable[..., dict[str, Any]], type[BaseModel], str]] = {
     "merge_and_evaluate": (
         probes.merge_and_evaluate,
@@ -93,6 +103,12 @@ _OFFERED: dict[str, tuple[Callable[..., dict[str, Any]], type[BaseModel], str]] 
         "Show how the parents differ: lengths and cosines of their task vectors by layer group, "
         "and which items only one of them solves. Costs nothing once the parents are scored.",
     ),
+    _FAILING: (
+        failing.failing_items,
+        FailingArguments,
+        "Show items that a scored candidate fails: what is asked, what is right, what it answered, "
+        "a judge's reason; and count what is wrong with such answers. Free.",
+    ),
 }
 
 
@@ -106,7 +122,10 @@ def tools_of(
     (the search's own agents are told no more by tools than by their prompts).
     """
     release = None if noise is None else probes.Release(search, noise)
-    return [_tool(name, search, generation, who, release) for name in _OFFERED]
+    # What items say goes to a search's own models where the config lets it.
+    hidden = {_FAILING} if release is not None and not search.config.agents.read_items else set()
+    names = [name for name in _OFFERED if name not in hidden]
+    return [_tool(name, search, generation, who, release) for name in names]
 
 
 def _tool(

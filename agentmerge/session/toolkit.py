@@ -67,7 +67,8 @@ class MergeToolkit:
         ledger.update_run(row.id, **ended)
 
     def get_tools(self) -> list[BaseTool]:
-        """merge_and_evaluate, list_candidates, compare and inspect_parents, each also async."""
+        """merge_and_evaluate, list_candidates, compare, inspect_parents, failing_items; all also
+        async."""
         return tools_of(self.search)
 
     def stop(self) -> None:

@@ -111,6 +111,7 @@ def tools(reply: dict[str, Any], rng: random.Random) -> Said:
         "list_candidates": [{"count": rng.choice((3, *ABSURD))}],
         "compare": [{"a": rng.choice(("0.0", *WORDS)), "b": rng.choice(("1.0", *ABSURD))}],
         "inspect_parents": [{}, {"x": rng.choice(ABSURD)}],
+        "failing_items": [{"candidate": rng.choice(("0.0", *WORDS)), "count": rng.choice(ABSURD)}],
         rng.choice(WORDS)[:5_000]: [{}],
     }
     calls: list[tuple[str, Any]] = []

@@ -7,7 +7,14 @@ import re
 
 import pytest
 
-from agentmerge.agents.failing import MOST_TOKENS, about_tokens, counted, item_of, section
+from agentmerge.agents.failing import (
+    MOST_TOKENS,
+    about_tokens,
+    counted,
+    faults,
+    item_of,
+    section,
+)
 from agentmerge.agents.reading import FAULTS, fault_of
 
 ATTACKS = [
@@ -94,8 +101,8 @@ def test_the_language_is_the_right_answers_where_there_is_enough_of_it() -> None
 def test_the_count_is_of_answers_and_not_of_choices() -> None:
     items = [item_of("t", n, (ASKS, "42"), ["half a sen"], cut_off=n < 3) for n in range(5)]
     chosen = [item_of("c", n, (ASKS, "yes"), ["no"], generated=False) for n in range(9)]
-    assert counted([*items, *chosen], {}) == (
+    assert counted(faults([*items, *chosen], {})) == (
         "Of 5 answers to items that the best candidate fails: 3 cut off, 2 just another answer."
     )
-    assert counted(chosen, {}) == ""
+    assert counted(faults(chosen, {})) == ""
     assert set(FAULTS) >= {"wrong", "none"}

@@ -46,7 +46,7 @@ def test_the_client_lists_and_calls(server: StdioServerParameters) -> None:
 
     listed, scored, refused, unknown = asyncio.run(talk())
     assert {tool.name for tool in listed} == {
-        "merge_and_evaluate", "list_candidates", "compare", "inspect_parents"
+        "merge_and_evaluate", "list_candidates", "compare", "inspect_parents", "failing_items"
     }  # fmt: skip
     schema = next(t for t in listed if t.name == "merge_and_evaluate").input_schema
     assert schema["required"] == ["recipe"]

@@ -14,6 +14,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "list_candidates": {"count": 3},
     "compare": {"a": "north", "b": "south"},
     "inspect_parents": {},
+    "failing_items": {"candidate": "north"},
 }
 
 
@@ -67,6 +68,14 @@ class TestInspectUnit(_One, ToolsUnitTests):
 
 class TestInspectIntegration(_One, ToolsIntegrationTests):
     name = "inspect_parents"
+
+
+class TestFailingUnit(_One, ToolsUnitTests):
+    name = "failing_items"
+
+
+class TestFailingIntegration(_One, ToolsIntegrationTests):
+    name = "failing_items"
 
 
 def test_every_tool_is_tried(toolkit) -> None:

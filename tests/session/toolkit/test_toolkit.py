@@ -169,11 +169,19 @@ def test_parents_of_real_weights(real_config: Path, tmp_path: Path) -> None:
         tools = {tool.name: tool for tool in kit.get_tools()}
         found = json.loads(tools["inspect_parents"].invoke({}))
         again = json.loads(tools["inspect_parents"].invoke({}))
+        failed = json.loads(tools["failing_items"].invoke({"candidate": "expert-sort", "count": 4}))
+        limited = tools_of(kit.search, 0, "critic", kit.search.noise)
     assert found["parts"] == again["parts"], "what was measured once is remembered"
     assert [part["part"] for part in found["parts"]][-1] == "outside the layers"
     for part in found["parts"]:
         assert all(0 < length < 1 for length in part["length"].values())
         assert all(-1 <= cosine <= 1 for cosine in part["cosine"].values())
+    assert len(failed["items"]) == 4 < failed["kept"]
+    assert 0 < sum(failed["faults"].values()) < failed["kept"], "a choice has no such fault"
+    for item in failed["items"]:
+        assert item["asks"]
+        assert item["answer"] != item["right"]
+    assert "failing_items" not in {tool.name for tool in limited}, "texts only where one lets them"
     only = {row["task"]: row["only"] for row in found["items"]}
     assert only["agentmerge_demo_shift"]["expert-shift"]["count"] > 10
     assert only["agentmerge_demo_shift"]["expert-sort"]["count"] == 0
