@@ -65,7 +65,7 @@ FIRST = "first"
 JUDGED = ("points,none", "win_rate,none")
 
 
-#: Models of a pool, and how many of them a merge may have: more lose the fast kernels.
+#: Models of a pool, and how many of them a merge may have.
 MOST_EXPERTS, MOST_AT_ONCE = 64, 16
 
 

@@ -142,6 +142,37 @@ def test_some_rows_of_a_larger_tensor_are_a_target(method: str) -> None:
     assert bool((sideways[:, :4] == 5).all() and (sideways[:, 11:] == 5).all())
 
 
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [
+        *((method, 17) for method in ("linear", "ties", "dare_ties", "dare_linear")),
+        ("dare_linear", 33),
+        ("linear", MOST_EXPERTS),
+        *(
+            pytest.param(method, count, marks=pytest.mark.slow)  # compiling takes seconds
+            for method in ("ties", "dare_ties", "breadcrumbs_ties")
+            for count in (33, MOST_EXPERTS)
+        ),
+    ],
+)
+def test_as_many_experts_as_a_pool_has(
+    method: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(count)
+    base = torch.randn(301, generator=draw).bfloat16()
+    operands = [
+        Operand((base + 0.1 * torch.randn(301, generator=draw)).bfloat16(), w, 0.5, str(k))
+        for k, w in enumerate(torch.randn(count, generator=draw).tolist())
+    ]
+    shared = {"normalize": 1.0, "lambda": 0.8, "rescale": 0.0}
+    called = []
+    for name, loop in FUSED.items():
+        monkeypatch.setitem(FUSED, name, lambda merge, loop=loop: called.append(1) or loop(merge))
+    got = merged(method, base, operands, shared, torch.bfloat16, fused=True)
+    assert torch.equal(got, merged(method, base, operands, shared, torch.bfloat16, fused=False))
+    assert called
+
+
 def test_tensors_that_loops_do_not_take_are_merged_all_the_same() -> None:
     shared = {"normalize": 1.0, "lambda": 1.0, "rescale": 0.0}
     base = torch.randn(5, 4)

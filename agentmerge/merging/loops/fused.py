@@ -34,8 +34,9 @@ from agentmerge.merging.loops.orders import NOTHING, Cut, dtype_names, working_n
 from agentmerge.merging.loops.remembered import Statistics
 from agentmerge.merging.sparse import crumbs_window
 
-#: Experts beyond which the registers no longer do, and the torch path serves.
-MOST_EXPERTS = 16
+#: As many as a genome may name of a pool. Beyond 16 some are out of the registers, which costs little
+#: beside the torch path, and compiling takes seconds; beyond these the torch path serves.
+MOST_EXPERTS = 64
 
 
 @dataclass(frozen=True, slots=True)
