@@ -244,6 +244,11 @@ class GenomeConfig(_Frozen):
             yield f"filters is not possible with {name}; remove it"
 
     @property
+    def at_a_time(self) -> int | None:
+        """How many parents a merge of a pool has at most, the base among them; None without one."""
+        return None if self.pool is None else self.pool.most + (self.base_model is not None)
+
+    @property
     def recipe_template(self) -> str | None:
         """The chat template as a recipe may say it: by mergekit's name or as a text."""
         asked = self.chat_template

@@ -16,8 +16,8 @@ def memory_text(memory: MemoryPlan) -> str:
     hosts = [f.host for f in memory.forecasts]
     devices = [f.device for f in memory.forecasts if f.device is not None]
     heads = [memory.name_of(f.placement) for f in memory.forecasts]
-    tables = [_table("device memory", devices, heads, memory.workers)] if devices else []
-    tables.append(_table("memory", hosts, heads, memory.workers))
+    tables = [_table("device memory", devices, heads, memory)] if devices else []
+    tables.append(_table("memory", hosts, heads, memory))
     limits = [memory.host] if memory.device is None else [memory.device, memory.host]
     there = ", ".join(f"{limit.size_bytes / 1e9:.2f} GB {limit.source}" for limit in limits)
     chosen = "none" if memory.chosen is None else memory.name_of(memory.chosen)
@@ -41,7 +41,8 @@ def memory_text(memory: MemoryPlan) -> str:
     )
 
 
-def _table(head: str, shares: Sequence[Share], names: Sequence[str], workers: int) -> str:
+def _table(head: str, shares: Sequence[Share], names: Sequence[str], memory: MemoryPlan) -> str:
+    some = f"{memory.at_a_time} of {memory.parents} " if memory.at_a_time < memory.parents else ""
     unit, one = ("GB", 1e9) if max(share.total for share in shares) >= 2e9 else ("MB", 1e6)
 
     def row(name: str, values: Sequence[int]) -> list[str]:
@@ -49,7 +50,7 @@ def _table(head: str, shares: Sequence[Share], names: Sequence[str], workers: in
 
     rows = [[f"{head}, {unit}", *names]]
     for name, values in (
-        ("parents", [share.parents for share in shares]),
+        (f"{some}parents", [share.parents for share in shares]),
         ("live model", [share.live for share in shares]),
         ("statistics of the parents", [share.statistics for share in shares]),
         ("merging the largest tensor", [share.scratch for share in shares]),
@@ -59,7 +60,7 @@ def _table(head: str, shares: Sequence[Share], names: Sequence[str], workers: in
         if any(values):
             rows.append(row(name, values))
     rows.append(row("a worker", [share.total for share in shares]))
-    if workers > 1:
-        totals = [share.total * workers + share.runtime for share in shares]
-        rows.append(row(f"{workers} workers and this process", totals))
+    if memory.workers > 1:
+        totals = [share.total * memory.workers + share.runtime for share in shares]
+        rows.append(row(f"{memory.workers} workers and this process", totals))
     return table(rows)

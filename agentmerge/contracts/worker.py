@@ -160,6 +160,8 @@ class WorkerSpec:
         worker that finds others refuses to work.
     matmul_precision: torch's ``float32_matmul_precision`` while the worker computes; processes of
         its own do not inherit what the caller has set.
+    resident: so many parents are merged at a time (of a pool, with the base), so that no more stay
+        in memory; None for all.
     sources: what its parents are, for a machine that has them elsewhere; None where they are names.
     options: the worker's own settings from the config's ``worker`` section.
     """
@@ -180,6 +182,7 @@ class WorkerSpec:
     crowd: int = 1
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     sources: Sources | None = None
+    resident: int | None = None
 
     @property
     def ranks(self) -> int:

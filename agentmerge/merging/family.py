@@ -6,7 +6,7 @@ It knows nothing of live models, tasks or scores, and it writes no files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from agentmerge.merging.kernels import Operand
 from agentmerge.merging.loops.remembered import Statistics
 from agentmerge.merging.placement import Placement, plan_memory
 from agentmerge.merging.plan import MergePlan, TensorPlan, plan
-from agentmerge.merging.weights import ParentFiles, ParentSource, Resident, TensorSource
+from agentmerge.merging.weights import FamilySource, ParentFiles, Resident, TensorSource
 from agentmerge.methods import RECIPE_METHODS
 from agentmerge.parents.layout import Layout, read_layout
 from agentmerge.recipe import Recipe
@@ -30,16 +30,24 @@ class Family:
 
     placement: "device" or "host" (all in memory, on the device or copied there tensor by tensor),
         or "stream" (read from the files for every merge). The bits of a merge are the same in all.
+    most: so many parents are in memory at a time, those of the merges before; None for all.
     """
 
     def __init__(
-        self, layout: Layout, source: ParentSource, placement: Placement, dtype: str | None
+        self,
+        layout: Layout,
+        source: FamilySource,
+        placement: Placement,
+        dtype: str | None,
+        most: int | None = None,
     ) -> None:
         self.layout = layout
         self.placement = placement
         self.identities = dict(source.identities)
         self._source = source
         self._dtype = dtype
+        self._most = most
+        self._present: list[str] = []  # of some, the last merged last
         self.statistics = Statistics()
 
     @classmethod
@@ -51,6 +59,7 @@ class Family:
         dtype: str | None = None,
         device: str = "cpu",
         placement: Placement | Literal["auto"] = "auto",
+        most: int | None = None,
     ) -> Family:
         """Read every parent once; keep them in memory unless they are to be streamed.
 
@@ -58,6 +67,7 @@ class Family:
             with. dtype: of merged tensors where a recipe names none; by default as stored.
         placement: "auto" takes the first of device, host and stream that fits beside one live
             model in the memory that is free now.
+        most: keep only so many of them, those that were merged last.
 
         Raises:
             ParentError: the models cannot be merged with each other (every reason), or a model
@@ -66,27 +76,53 @@ class Family:
         """
         layout = read_layout(paths, base)
         if placement == "auto":
-            placement = plan_memory(layout, dtype=dtype, device=device).placement
-        source: ParentSource = ParentFiles(paths, device)
+            placement = plan_memory(layout, dtype=dtype, device=device, most=most).placement
+        if most is not None and most >= len(layout.parents):
+            most = None
+        source: FamilySource = ParentFiles(paths, device)
         if placement != "stream":
             home = device if placement == "device" else "cpu"
-            source = Resident(ParentFiles(paths), layout, device=device, home=home)
+            at_first = layout.parents if most is None else ()
+            source = Resident(ParentFiles(paths), layout, device=device, home=home, models=at_first)
         for model in layout.parents:
             _refuse_broken(model, layout, source)
-        return cls(layout, source, placement, dtype)
+        return cls(layout, source, placement, dtype, most)
 
     @property
-    def is_resident(self) -> bool:
-        """Whether ``tensor`` gives the same memory every time."""
-        return isinstance(self._source, Resident) and self._source.is_at_home
+    def size_bytes(self) -> int:
+        """What is in memory of the parents."""
+        return self._source.size_bytes
+
+    def keeps(self, model: str, name: str) -> bool:
+        """Whether ``tensor`` gives the same memory every time, until the next plan."""
+        return self._source.keeps(model, name)
 
     def tensor(self, model: str, name: str) -> torch.Tensor:
         """A parent's own tensor, as stored; it must not be changed."""
         return self._source.tensor(model, name)
 
     def plan(self, recipe: Recipe) -> MergePlan:
-        """How ``recipe`` (canonical) makes each tensor; errors are ``merging.plan.plan``'s."""
-        return plan(recipe, self.layout, dtype=self._dtype)
+        """How ``recipe`` (canonical) makes each tensor; errors are ``merging.plan.plan``'s.
+
+        Where only some parents stay in memory, its own are among them from here on. One that is a
+        model by itself is read from its files: it says nothing of what is merged next.
+
+        Raises:
+            RunFailed: a parent's file was removed or changed.
+        """
+        made = plan(recipe, self.layout, dtype=self._dtype)
+        if self._most is not None and len(recipe.models) > 1:
+            self._keep(recipe.models)
+        return made
+
+    def _keep(self, models: Sequence[str]) -> None:
+        assert self._most is not None
+        there = [name for name in self._present if name not in models]
+        present = [*there, *models][-self._most :]
+        if not set(self._present).issubset(present):
+            self.statistics.forget(lambda pair: not _models_of(pair).issubset(present))
+        self._present = present
+        self._source.keep(present)
 
     def merge(self, recipe: Recipe) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor of the merge once, in the layout's order, each a fresh tensor.
@@ -187,6 +223,12 @@ def operands_of(
         pair = f"{ground}\n{model}\n{name}" if made is None else ""  # another with each recipe
         operands.append(Operand(tensor, key=key, pair=pair, **given))
     return base, operands
+
+
+def _models_of(pair: str) -> set[str]:
+    """Of ``Operand.pair``."""
+    base, _, model, _ = pair.split("\n")
+    return {base, model}
 
 
 def mask_key(merge_seed: int, fingerprint: str, tensor: str) -> str:

@@ -119,7 +119,8 @@ class LiveWeights:
         """Whether merging it leaves torch's own threads idle."""
         steps = (item, *(made[0] for made in item.first if made))
         fused = all(has_fused(step.effective.method) for step in steps)
-        return fused and has_loops(self._targets[item.spec.name])
+        kept = all(self._family.keeps(*given) for step in steps for given in step.inputs)
+        return fused and kept and has_loops(self._targets[item.spec.name])
 
 
 def _made(item: TensorPlan, merge_plan: MergePlan) -> _Made:

@@ -91,6 +91,7 @@ class MemoryPlan:
     host, device: what the workers may use in all, with what this process has already.
     token_bytes, gradient_token_bytes: what scoring adds for each token of a batch, and what a
         gradient does (0 where the worker has none); not in the forecast.
+    at_a_time: how many of the ``parents`` the forecasts are of.
     """
 
     forecasts: tuple[MemoryForecast, ...]
@@ -102,6 +103,8 @@ class MemoryPlan:
     token_bytes: int
     gradient_token_bytes: int = 0
     crowd: int = 1
+    at_a_time: int = 0
+    parents: int = 0
 
     @property
     def tokens_of_a_gradient(self) -> int | None:
@@ -163,14 +166,18 @@ def plan_memory(
     memory_gb: float | None = None,
     token_bytes: int = 0,
     gradient_token_bytes: int = 0,
+    most: int | None = None,
 ) -> MemoryPlan:
     """Forecast every placement, and choose.
 
     dtype: of the live model; by default as stored. method: the merge method, for what its kernel
         needs besides. workers: how many there are, each with a family, spread evenly over so many
         ``devices``. apart: even one has a process of its own. memory_gb: at most so much is used
-        in all (of each device, where there are any), even if there is more.
+        in all (of each device, where there are any), even if there is more. most: so many parents
+        are in memory at a time; None for all.
     """
+    parents = len(layout.parents)
+    layout = layout.of_most(most)
     cuda = device.startswith("cuda")
     forecasts = tuple(
         _forecast(placement, layout, dtype, method, demand, cuda)
@@ -201,6 +208,8 @@ def plan_memory(
         token_bytes,
         gradient_token_bytes,
         crowd,
+        len(layout.parents),
+        parents,
     )
 
 

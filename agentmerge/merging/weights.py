@@ -1,6 +1,7 @@
 """Where a family's weights are while it merges: in their files, or in memory.
 
-``ParentFiles`` maps one tensor at a time; ``Resident`` holds all of them. Both give the same bits.
+``ParentFiles`` maps one tensor at a time; ``Resident`` holds those of the parents that it is told
+to keep. Both give the same bits.
 It knows files, devices and tensors; it knows no recipe, no method, and not which of the two fits.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -41,10 +42,31 @@ class TensorSource(Protocol):
 
 
 class ParentSource(TensorSource, Protocol):
-    """A source that a family is made of."""
+    """A source that knows whether it was changed."""
 
     def verify(self) -> None:
         """Raises RunFailed where what was read may not be what ``identities`` are of."""
+        ...
+
+
+class FamilySource(ParentSource, Protocol):
+    """A source that a family is made of."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What is in memory of the parents."""
+        ...
+
+    def keep(self, models: Collection[str]) -> None:
+        """These are merged next: what is in memory of others goes.
+
+        Raises:
+            RunFailed: a file was removed or changed.
+        """
+        ...
+
+    def keeps(self, model: str, name: str) -> bool:
+        """Whether ``tensor`` gives the same memory until the next ``keep``."""
         ...
 
 
@@ -78,6 +100,16 @@ class ParentFiles:
             RunFailed: the file is gone, or is another one than when this was opened.
         """
         return self._mapped(self._headers[model][name]).to(self.device)
+
+    @property
+    def size_bytes(self) -> int:
+        return 0
+
+    def keep(self, models: Collection[str]) -> None:
+        """Nothing of any model is in memory."""
+
+    def keeps(self, model: str, name: str) -> bool:
+        return False
 
     def verify(self) -> None:
         """Raises RunFailed where a file was removed or changed since this was opened."""
@@ -118,29 +150,55 @@ class ParentFiles:
 
 
 class Resident:
-    """Every tensor of a layout, copied once out of ``source``.
+    """Every tensor of a layout of the parents that are kept, copied out of ``source``; the others'
+    are given out of ``source`` as they are.
 
-    Where ``source`` reads files, what happens to them later changes nothing.
+    What happens later to files that ``source`` reads changes nothing as long as their models are
+    kept.
 
     device: where tensors are given. home: where they are kept, ``device`` or "cpu"; from there they
         are copied over one by one, out of page-locked memory where the system has enough of it.
+    models: those that are kept at first; by default all.
     """
 
     def __init__(
-        self, source: ParentSource, layout: Layout, *, device: str = "cpu", home: str = "cpu"
+        self,
+        source: ParentSource,
+        layout: Layout,
+        *,
+        device: str = "cpu",
+        home: str = "cpu",
+        models: Collection[str] | None = None,
     ) -> None:
         self.identities = dict(source.identities)
-        self._device = device
-        self.is_at_home = torch.device(home).type == torch.device(device).type
-        keep = _kept if self.is_at_home else _kept_in_slabs
-        self._weights = {model: keep(source, model, layout, home) for model in layout.parents}
-        source.verify()
+        self._source, self._layout, self._device, self._home = source, layout, device, home
+        self._is_at_home = torch.device(home).type == torch.device(device).type
+        self._weights: dict[str, dict[str, torch.Tensor]] = {}
+        self.keep(layout.parents if models is None else models)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(t.nbytes for weights in self._weights.values() for t in weights.values())
+
+    def keep(self, models: Collection[str]) -> None:
+        self._weights = {name: held for name, held in self._weights.items() if name in models}
+        take = _kept if self._is_at_home else _kept_in_slabs
+        new = [model for model in models if model not in self._weights]
+        taken = {model: take(self._source, model, self._layout, self._home) for model in new}
+        if new:
+            self._source.verify()
+        self._weights |= taken
+
+    def keeps(self, model: str, name: str) -> bool:
+        return self._is_at_home and model in self._weights
 
     def tensor(self, model: str, name: str) -> torch.Tensor:
-        return self._weights[model][name].to(self._device, non_blocking=True)
+        held = self._weights.get(model)
+        found = self._source.tensor(model, name) if held is None else held[name]
+        return found.to(self._device, non_blocking=held is not None)
 
     def verify(self) -> None:
-        """Nothing to look at: files are no longer read."""
+        """Nothing to look at: a file that is read is looked at then."""
 
 
 def _kept(source: TensorSource, model: str, layout: Layout, home: str) -> dict[str, torch.Tensor]:

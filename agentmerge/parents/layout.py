@@ -63,6 +63,10 @@ class Layout:
     def by_name(self) -> dict[str, TensorSpec]:
         return {spec.name: spec for spec in self.tensors}
 
+    def of_most(self, most: int | None) -> Layout:
+        """Of so many parents, where only so many are merged at a time; None for all."""
+        return replace(self, parents=self.parents[:most])
+
     @property
     def parameters(self) -> int:
         """How many numbers a merged model has."""

@@ -58,6 +58,7 @@ def spec_of(
         options={"base": config.genome.base_model} | _engine(config) | given(config.worker.options),
         method=config.genome.merge_method,
         methods={name: own.plain for name, own in (config.worker.methods or {}).items()},
+        resident=config.genome.at_a_time,
     )
     return replace(spec, crowd=crowd_of(spec, config.worker.number, host_for(config)))
 
@@ -186,6 +187,7 @@ def memory_of(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryP
         demand=wanted,
         asked=worker.placement,
         memory_gb=worker.memory_gb,
+        most=spec.resident,
         token_bytes=bytes_per_token(text, spec.dtype),
         gradient_token_bytes=gradient_bytes_per_token(text, spec.dtype) if has_gradient else 0,
     )

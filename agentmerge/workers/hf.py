@@ -80,6 +80,7 @@ class HfWorker:
             dtype=spec.dtype,
             device=spec.device,
             placement=spec.placement,
+            most=spec.resident,
         )
         layout = self._family.layout
         opened = live_parent(spec)
@@ -129,6 +130,7 @@ class HfWorker:
         self._ready = False
         self._scorer.recipe = recipe.hash()
         with self._guarded(), torch.no_grad():
+            self._stack.restore()  # its parents need not stay
             plan = self._family.plan(recipe)
             if plan.layers is not None:
                 loaded = self._stack.load(plan)

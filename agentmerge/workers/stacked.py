@@ -119,7 +119,7 @@ class LiveStack:
                 model's layers otherwise than in a list.
             RunFailed: what is live afterwards is not what the parents were.
         """
-        self._restore()
+        self.restore()
         try:
             return self._load(merge_plan, merge_plan.layers or ())
         except BaseException:
@@ -128,7 +128,7 @@ class LiveStack:
 
     def clear(self) -> None:
         """Give the model its own layers back, and free what was copied."""
-        self._restore()
+        self.restore()
         self._copies = {}
 
     def parts(self) -> list[tuple[torch.nn.Parameter, dict[str, tuple[Any, ...]]]]:
@@ -142,7 +142,8 @@ class LiveStack:
                 parts[placed.name] = part.size, part.stride, part.offset
         return list(found.values())
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Give the model its own layers back; what was copied is kept for the next stack."""
         self._placed = []
         while self._undo:
             self._undo.pop()()
@@ -243,7 +244,7 @@ class _Filling:
     def _own(self, item: TensorPlan, like: torch.Tensor) -> torch.Tensor | None:
         """The parent's tensor, where it is what the plan says."""
         source = _copied_from(item)
-        if source is None or not self._family.is_resident:
+        if source is None or not self._family.keeps(*source):
             return None
         own = self._family.tensor(*source)
         if own.device != like.device or not (

@@ -34,8 +34,8 @@ from agentmerge.merging.loops.orders import NOTHING, Cut, dtype_names, working_n
 from agentmerge.merging.loops.remembered import Statistics
 from agentmerge.merging.sparse import crumbs_window
 
-#: As many as a genome may name of a pool. Beyond 16 some are out of the registers, which costs little
-#: beside the torch path, and compiling takes seconds; beyond these the torch path serves.
+#: As many as a pool may have. Beyond 16 some are out of the registers, which costs little beside
+#: the torch path, and compiling takes a second or more; beyond these the torch path serves.
 MOST_EXPERTS = 64
 
 

@@ -8,7 +8,7 @@ its first use.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -36,6 +36,13 @@ class Statistics:
     def size_bytes(self) -> int:
         """What the orders take, which is nearly all."""
         return sum(order.size_bytes for order in self._orders.values())
+
+    def forget(self, is_gone: Callable[[str], bool]) -> None:
+        """What is known of pairs that are gone."""
+        tables: tuple[dict[str, Any], ...] = (self._orders, self._cosines, self._norms, self._cuts)
+        for table in tables:
+            for pair in [pair for pair in table if is_gone(pair)]:
+                del table[pair]
 
     def cosine(self, base: torch.Tensor, operand: Operand) -> float:
         return _remembered(

@@ -150,6 +150,7 @@ class Engine:
             "dtype": spec.dtype,
             "way": spec.options.get("way"),
             "placement": placement(spec),
+            "most": spec.resident,
             "extra_layers": extra_layers(spec),
             "methods": spec.methods,
         }

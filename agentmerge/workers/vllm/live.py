@@ -38,8 +38,8 @@ class LiveModel:
     """See the module's head.
 
     worker: vLLM's own. options: ``parents`` (name -> directory), ``base``, ``dtype``,
-    ``placement``, ``methods`` (the config's own), ``extra_layers`` (how many this model has beyond
-    its parents', or None) and ``way`` ("reload", or None for the fastest that it allows).
+    ``placement``, ``most`` (parents that stay), ``methods`` (the config's own), ``extra_layers``
+    (how many this model has beyond its parents', or None) and ``way`` ("reload", or None for the fastest that it allows).
 
     Raises:
         ParentError: the parents cannot be merged with each other.
@@ -59,6 +59,7 @@ class LiveModel:
             dtype=options["dtype"],
             device=str(worker.device),
             placement=options["placement"],
+            most=options.get("most"),
         )
         self._depth = Depth(self._family, options.get("extra_layers"))
         self._own = {item.spec.name: item.inputs[0] for item in self._depth.tensors}

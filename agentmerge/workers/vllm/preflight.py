@@ -182,7 +182,7 @@ def share_of(spec: WorkerSpec, layout: Layout) -> MemoryShare:
     args = spec.options.get("engine_args") or {}
     tokens = int(args.get("max_num_batched_tokens") or batched_tokens(vocabulary))
     return gpu_share(
-        layout,
+        layout.of_most(spec.resident),
         spec.dtype,
         vocabulary,
         tokens,
