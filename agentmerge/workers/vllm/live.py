@@ -39,7 +39,8 @@ class LiveModel:
 
     worker: vLLM's own. options: ``parents`` (name -> directory), ``base``, ``dtype``,
     ``placement``, ``most`` (parents that stay), ``methods`` (the config's own), ``extra_layers``
-    (how many this model has beyond its parents', or None) and ``way`` ("reload", or None for the fastest that it allows).
+    (how many this model has beyond its parents', or None) and ``way`` ("reload", or None for the
+    fastest that it allows).
 
     Raises:
         ParentError: the parents cannot be merged with each other.
