@@ -103,9 +103,9 @@ def faults(items: Sequence[FailingItem], rights: Mapping[tuple[str, int], str]) 
     return {words: found[fault] for fault, words in FAULTS.items() if found[fault]}
 
 
-def counted(found: Mapping[str, int]) -> str:
+def counted(found: Mapping[str, int], whose: str = "the best candidate") -> str:
     """``faults`` as a sentence; "" where there are none."""
     if not found:
         return ""
     named = ", ".join(f"{count} {words}" for words, count in found.items())
-    return f"Of {sum(found.values())} answers to items that the best candidate fails: {named}."
+    return f"Of {sum(found.values())} answers to items that {whose} fails: {named}."

@@ -192,6 +192,7 @@ def observations(view: HistoryView) -> list[str]:
     """Statistics of the history as sentences: all that the rule-based critic has to say."""
     lines = [_progress(view)]
     lines += [line for task in view.tasks if (line := _task_standing(view, task))]
+    lines += [view.faults] if view.faults else []
     scored = [e for e in view.entries if e.score is not None and e.vector is not None]
     scored = scored[-MOST_CORRELATED:]
     if len(scored) >= _MIN_FOR_CORRELATION:
@@ -200,8 +201,6 @@ def observations(view: HistoryView) -> list[str]:
         lines += _elites(view)
     if (line := _moved(view)) is not None:
         lines.append(line)
-    if view.faults:
-        lines.append(view.faults)
     failed = [entry for entry in view.last if entry.score is None]
     if failed:
         lines.append(f"{len(failed)} of {len(view.last)} candidates of the last generation failed.")

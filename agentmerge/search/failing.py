@@ -11,12 +11,16 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from agentmerge.agents.failing import counted, faults, item_of, section
-from agentmerge.agents.reading import FailingItem
+from agentmerge.agents.reading import FAULTS, FailingItem
 from agentmerge.agents.view import HistoryView
+from agentmerge.ledger import Candidate
 from agentmerge.search.comparing import named
 from agentmerge.search.probes import Release, row_of, shown_to
 from agentmerge.search.propose import rng_of
 from agentmerge.search.search import Search
+
+#: Of answers to failing items, the share with a fault of form that people should hear of.
+_WORTH_A_NOTE = 0.1
 
 
 def reading(search: Search, view: HistoryView, generation: int) -> HistoryView:
@@ -27,6 +31,13 @@ def reading(search: Search, view: HistoryView, generation: int) -> HistoryView:
         return view
     shown = _drawn(search, items, search.config.agents.read_items, generation, 0)
     return replace(view, failing=section(shown), faults=counted(_faults(search, items)))
+
+
+def misanswered(search: Search, answer: Candidate) -> list[str]:
+    """A note where it is form, and not knowledge, that many of the answer's failing items lack."""
+    found = _faults(search, _items(search, answer.recipe_hash))
+    of_form = sum(found.values()) - found.get(FAULTS["wrong"], 0)
+    return [counted(found, "the answer")] if of_form > _WORTH_A_NOTE * sum(found.values()) else []
 
 
 def failing_items(
@@ -74,6 +85,8 @@ def _drawn(
 
 
 def _faults(search: Search, items: Sequence[FailingItem]) -> dict[str, int]:
+    if not items:
+        return {}
     rights = {
         (ref.task, ref.index): search.texts[ref.task][ref.key][1]
         for ref in search.taskset.refs("search")

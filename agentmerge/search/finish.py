@@ -34,6 +34,7 @@ from agentmerge.search.choosing import (
 from agentmerge.search.constraints import kept
 from agentmerge.search.depths import settled
 from agentmerge.search.evaluate import collect, judged
+from agentmerge.search.failing import misanswered
 from agentmerge.search.front import front_rows, untraded
 from agentmerge.search.past import best_within, charges
 from agentmerge.search.search import Search
@@ -167,6 +168,7 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> Card:
             *(_RESUMED if lost and not found.lost else []),
             *search.taskset.notes,
             *unfair(rows.values(), chosen, len(search.taskset.refs("search"))),
+            *misanswered(search, answer),
             *(broken if answer.violation else []),
             *untraded(search),
             *_at_bounds(search, answer),

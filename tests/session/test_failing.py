@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.ledger import Ledger
 from agentmerge.ledger.folder import LEDGER
+from agentmerge.search.failing import misanswered
 from agentmerge.session import driving
 from agentmerge.session.replay import replay
 from agentmerge.testing import scripted_chat_model
@@ -70,6 +73,26 @@ def asking(chats: Path, read_items: int) -> Any:
         agents={"llm": "openai:adviser", "api_key_env": "none", "read_items": read_items},
         budget={"max_evaluations": 20},
     )
+
+
+@pytest.mark.parametrize(
+    ("cut", "says"),
+    [
+        (3, "Of 9 answers to items that the answer fails: 3 cut off, 6 just another answer."),
+        (0, ""),
+    ],
+)
+def test_a_note_says_where_form_is_what_is_lacking(cut: int, says: str) -> None:
+    refs = [ItemRef("t", n, str(n)) for n in range(9)]
+    rows = {ref: ItemResult(0.0, answers=("half",), cut_off=ref.index < cut, tokens=4)
+            for ref in refs}  # fmt: skip
+    search: Any = SimpleNamespace(
+        texts={"t": {ref.key: ("What is it?", "whole") for ref in refs}},
+        taskset=SimpleNamespace(refs=lambda part: refs),
+        item_results=lambda recipe_hash: rows,
+    )
+    answer: Any = SimpleNamespace(recipe_hash="r")
+    assert misanswered(search, answer) == ([says] if says else [])
 
 
 class PowerCut(BaseException):
