@@ -8,6 +8,7 @@ import sqlite3
 import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 
 from agentmerge.contracts.worker import EngineInfo, ItemRef, ItemResult
@@ -59,6 +60,8 @@ class ItemResults(Store):
             where = "recipe_hash = ? AND engine_id = ? AND protocol_id = ? AND item_set_id = ?"
             old = conn.execute(f"SELECT block FROM results WHERE {where}", place).fetchone()
             if all(result.tokens is None for result in unpack(old[0])):  # asked again for them
+                # What was not said to the agents of older searches stays so, or no replay is one.
+                block = pack([replace(result, answers=(), reasons=()) for result in results])
                 conn.execute(f"UPDATE results SET block = ? WHERE {where}", (block, *place))
 
     def results(self, key: ResultKey) -> dict[str, ItemResult]:

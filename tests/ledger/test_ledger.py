@@ -69,7 +69,8 @@ def test_answers_are_asked_again_for_their_length_alone(tmp_path: Path) -> None:
     with Ledger(tmp_path / "l.sqlite") as ledger:
         ledger.save_results(key, "task", items, [ItemResult(1.0)] * 3)
         counted = [ItemResult(1.0, tokens=i) for i in range(3)]
-        ledger.save_results(key, "task", items, counted)
+        said = [replace(result, answers=("so",), reasons=("why",)) for result in counted]
+        ledger.save_results(key, "task", items, said)  # older searches' agents never read it
         ledger.save_results(key, "task", items, [ItemResult(0.0, tokens=9)] * 3)
         ledger.save_results(key, "task", items[:2], [ItemResult(0.0)] * 2)
         assert list(ledger.results(key).values()) == counted
