@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -42,8 +42,8 @@ from agentmerge.system.redaction import PREFIX, hidden, references
 from agentmerge.system.value_faults import said_of
 from agentmerge.system.yaml_text import misspelt, read_yaml, twice_text
 
-Role = Literal["critic", "controller", "proposer"]
-ROLES: tuple[Role, ...] = ("critic", "controller", "proposer")
+Role = Literal["critic", "controller", "proposer", "curator"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 #: Candidates from one asking of the models to the next, at least.
@@ -632,6 +632,7 @@ class AgentSettings(_Frozen):
     proposer: RoleSettings | None = None
     critic: RoleSettings | None = None
     controller: RoleSettings | None = None
+    curator: RoleSettings | None = None
     base_url: BaseUrl = None
     api_key_env: KeyVariable = None
     temperature: float | None = Field(None, ge=0)
@@ -643,6 +644,7 @@ class AgentSettings(_Frozen):
     ahead: bool = False
     key_file: str | None = None
     prompts: str | None = None
+    younger = ("curator",)
 
     @model_validator(mode="after")
     def _no_tools_ahead(self) -> AgentSettings:
@@ -832,6 +834,11 @@ class SearchConfig(_Frozen):
         unless a window keeps them at work."""
         least = 1 if self.search.lag else self.worker.number
         return self.search.population or max(own, least)
+
+    @property
+    def curated(self) -> bool:
+        """Whether there are experts of which a curator may choose."""
+        return self.genome.pool is not None and self.search.structure != "fixed"
 
     @property
     def graph_steps(self) -> int:

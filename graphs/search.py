@@ -24,6 +24,7 @@ from langgraph.types import Command, interrupt
 from langgraph_sdk.runtime import ServerRuntime
 
 from agentmerge.search.advise import advise, think_ahead
+from agentmerge.search.curating import curate
 from agentmerge.search.evaluate import collect, dispatch
 from agentmerge.search.finish import finish
 from agentmerge.search.propose import propose
@@ -90,9 +91,11 @@ def _controller(
 def _proposer(
     state: SearchState, runtime: Runtime[Context]
 ) -> Command[Literal["dispatch", "structure", "finish"]]:
-    """Suggest where to look; the strategy turns all advice into the next generation."""
+    """Suggest where to look; the strategy turns all advice into the next generation. Of a pool
+    the curator says once who is worth trying."""
     search = search_of(runtime)
     limit = advise(search, "proposer", state["generation"])
+    limit = limit or curate(search, state["generation"])
     if limit:
         return _advised(limit, "dispatch")
     if wanted_move(search, state["generation"]) is not None:

@@ -1,1 +1,1 @@
-"""The three agents: they read the history and write a typed Guidance; strategies decide."""
+"""The agents: they read the history and write a typed Guidance; strategies decide."""

@@ -1,8 +1,9 @@
-"""What the proposer expected, against what came: whether its forecasts are worth anything.
+"""What proposer and curator expected, against what came: whether forecasts are worth anything.
 
 A forecast is of a candidate that was tried as it was proposed, or of a mean, which is held against
 its own score where it was tried, else against the median of what ``llm_evo`` drew around it. Where
-neither came, nothing is held against it. Pure functions of advice and history.
+neither came, nothing is held against it. Of a subset it is the best that came in its space. Pure
+functions of advice and history.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agentmerge.contracts.advice import Guidance
+from agentmerge.contracts.advice import Guidance, subsets_of
 from agentmerge.contracts.operators import LLM_EVO
 from agentmerge.contracts.strategy import History, Observation
 
@@ -21,7 +22,7 @@ _SAME = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """generation: in which it was tried. of: "candidate" or "mean"."""
+    """generation: in which it was tried first. of: "candidate", "mean" or "subset"."""
 
     generation: int
     of: str
@@ -74,6 +75,23 @@ def forecasts(advice: Iterable[Mapping[str, Any]], history: History) -> list[For
             score = next((e.score for e in tried if _same(e.vector, vector)), None)
             if expected is not None and score is not None:
                 found.append(Forecast(where, "candidate", expected, score))
+    return found
+
+
+def subset_forecasts(advice: Sequence[Mapping[str, Any]], history: History) -> list[Forecast]:
+    """What a curator expected of subsets of a pool that were tried, in the order of its word."""
+    spaces = {
+        frozenset(word["guidance"]["structural_move"]["value"].split(", ")): word["space"]
+        for word in advice
+        if word.get("space")
+    }
+    found = []
+    for subset in subsets_of(advice):
+        space = spaces.get(frozenset(subset.models))
+        came = [o for o in history if o.space == space and o.score is not None and not o.prior]
+        if space is not None and came and subset.expected_score is not None:
+            best = max(o.score or 0.0 for o in came)
+            found.append(Forecast(came[0].generation, "subset", subset.expected_score, best))
     return found
 
 

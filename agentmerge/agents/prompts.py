@@ -66,6 +66,9 @@ VARIABLES: Mapping[str, Variables] = {
         frozenset({"history", "axes", "dimensions"}),
         COMMON | {"critique", "next_sigma", "max_candidates", "failing"},
     ),
+    "curator": Variables(
+        frozenset({"experts", "most"}), COMMON | {"experts", "most", "max_subsets"}
+    ),
 }
 
 _JUDGED = frozenset({"question", "reference", "category"})
@@ -142,6 +145,7 @@ class Prompts:
     proposer: Prompt
     critic: Prompt
     controller: Prompt
+    curator: Prompt
 
 
 def judge_prompt(text: str, path: Path, *, paired: bool) -> Prompt:

@@ -16,7 +16,8 @@ from agentmerge.system.redaction import revealed
 def models_for(
     config: SearchConfig, ready: Mapping[Role, Any]
 ) -> Iterator[tuple[Role, AgentModel]]:
-    """Each role with its model; roles without one are left out. Equal settings share a model.
+    """Each role with its model; roles without one are left out, and the curator where no pool is
+    to be chosen from. Equal settings share a model.
 
     ready: chat models by role, instead of what the config names.
 
@@ -25,6 +26,8 @@ def models_for(
     """
     shared: dict[str, AgentModel] = {}
     for role in ROLES:
+        if role == "curator" and not config.curated:
+            continue
         own = config.agents.settings_for(role)
         if ready.get(role) is not None:
             yield role, model_for(config, own, "", f"the {role}", ready[role])

@@ -201,6 +201,9 @@ def summary_text(summary: Mapping[str, Any]) -> str:
             f"{agents['tokens_in']} tokens in, {agents['tokens_out']} out, {_cost(agents)}"
         )
         lines.append(f"forecasts: {Track(**agents['forecasts']).sentence()}")
+        if "curator_forecasts" in agents:
+            told = Track(**agents["curator_forecasts"]).sentence()
+            lines.append(f"the curator's forecasts: {told}")
     lines += judge_sentences(summary.get("judges", {}))
     for opening in summary["structure"]:
         end = f"not opened: {opening['refusal']}" if opening["refusal"] else "opened, on trial"

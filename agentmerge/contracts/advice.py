@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -37,6 +38,16 @@ class StructuralMove:
             "layers": f"layers beside those of {self.value or 'the best'}",
         }[self.change]
         return f"{what} ({self.why})" if self.why else what
+
+
+@dataclass(frozen=True, slots=True)
+class Subset:
+    """Experts of a pool, by short name, that a curator would merge. expected_score: of the best
+    merge of them, None where none was given."""
+
+    models: tuple[str, ...]
+    why: str = ""
+    expected_score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +98,15 @@ class Guidance:
                 ),
             }
         )
+
+
+def subsets_of(words: Iterable[Mapping[str, Any]]) -> list[Subset]:
+    """The subsets of a pool that a curator named, best first. words: its rows of advice."""
+    return [
+        Subset(tuple(s["models"]), s["why"], bounded_score(s["expected_score"]))
+        for word in words
+        for s in word.get("subsets", ())
+    ]
 
 
 def bounded_score(value: Any) -> float | None:

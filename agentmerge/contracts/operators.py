@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 #: Of generation 0: each parent alone, and the cheap merges that need no search.
 PARENT, UNIFORM, SCALE, DEPTH = "parent", "uniform", "scale", "depth"
 #: Where layers are searched: those of two experts, and a model with its middle once more.
@@ -21,6 +23,8 @@ PROBE = "probe"
 LLM_EVO = "llm_evo"
 #: What a new search space begins with; also whose word it is that one was opened, or why not.
 STRUCTURE = "structure"
+#: Whose word it is which experts of a pool are worth trying.
+CURATOR: Final = "curator"
 #: Of the arm that hears no model (``agentmerge.search.past``).
 SHADOW = "shadow"
 #: Of the end: the best stack of layers without its weakest ones (``agentmerge.search.depths``).

@@ -231,7 +231,7 @@ def own_words(word: Mapping[str, Any]) -> str:
     if word["role"] == "controller":
         sigma = guidance.get("sigma")
         return "" if sigma is None else f"step size {sigma:.3f}"
-    part = "thought" if word["role"] in ("proposer", STRUCTURE) else "critique"
+    part = "critique" if word["role"] == "critic" else "thought"
     return str(guidance.get(part) or "")
 
 

@@ -22,6 +22,16 @@ from agentmerge.system.yaml_text import read_yaml
 #: Of a value and of a list in the metadata.
 _LONGEST, _MOST = 60, 6
 _ODD = re.compile(r"[^\w.+:/@ -]+")
+#: Of a card's text: what is no sentence -> what stands in its place.
+_MARKUP = (
+    (re.compile(r"(?s)```.*?(```|\Z)|<!--.*?(-->|\Z)"), " "),
+    (re.compile(r"!\[[^\]]{0,300}\]\([^)]{0,300}\)|<[^<>]{0,300}>|https?://\S+"), " "),
+    (re.compile(r"\[([^\]]{0,300})\]\([^)]{0,300}\)"), r"\1"),
+    (re.compile(r"[^\w.,:;+%/()'\" -]+"), " "),
+)
+_WORD = re.compile(r"\w")
+#: Characters of a card's text that are looked at.
+_READ = 20_000
 #: Names of the Hub that name no licence.
 _UNSAID = ("unknown", "none", "null", "other", "")
 #: What is in a licence's name -> what its terms ask of whoever publishes a merge.
@@ -80,6 +90,22 @@ def card_of(folder: Path) -> CardFacts:
         _words(body.get("base_model")),
         _words(body.get("datasets")),
     )
+
+
+def card_text(folder: Path, most: int) -> str:
+    """The beginning of what the card says below its metadata, as one plain line: no markup, no
+    links, no code, and nothing that a chat template takes for a turn of its own."""
+    try:
+        text = read_text(folder / CARD, ParentError)
+    except ParentError:
+        return ""
+    if text.startswith("---\n"):
+        text = text.partition("\n---")[2]
+    text = text[:_READ]
+    for pattern, instead in _MARKUP:
+        text = pattern.sub(instead, text)
+    text = " ".join(word for word in text.split() if _WORD.search(word))
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
 def cards_of(parent: Parent) -> CardFacts:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agentmerge.config import SearchConfig
+from agentmerge.config import ROLES, SearchConfig
 from agentmerge.contracts import events
 from agentmerge.contracts.events import Event
 from agentmerge.contracts.operators import PARENT, RIVALS, STRUCTURE
@@ -223,6 +223,6 @@ class Follower:
             if self._unsaid(role, prompt, attempt):
                 yield call.event(role, self._generation, attempt)
         said = {word["role"]: word for word in self.ledger.advice(self.row.id, self._generation)}
-        for role in ("critic", "controller", "proposer", STRUCTURE):
+        for role in (*ROLES, STRUCTURE):
             if role in said and self._unsaid(role):
                 yield spoken(said[role])

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from agentmerge.agents.forecasts import forecasts, track
+from agentmerge.agents.forecasts import forecasts, subset_forecasts, track
+from agentmerge.contracts.advice import subsets_of
 from agentmerge.contracts.operators import PARENT, STRUCTURE, UNIFORM
 from agentmerge.errors import NotFound, UserError
 from agentmerge.evaluation.statistics import figure
@@ -56,7 +57,7 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
             candidate_summary(c) for c in ledger.seeds(row.id) if c.operator in (PARENT, UNIFORM)
         ],
         "seconds": tally.seconds,
-        "agents": ledger.call_totals(row.id) | {"forecasts": _forecasts(ledger, row)},
+        "agents": ledger.call_totals(row.id) | _forecasts(ledger, row),
         "failures": [
             {"candidate": [generation, slot], "failure": failure}
             for generation, slot, failure in ledger.failures(row.id, MAX_FAILURES)
@@ -141,11 +142,15 @@ def run_status(ledger: Ledger, row: RunRow) -> str:
 
 
 def _forecasts(ledger: Ledger, row: RunRow) -> dict[str, Any]:
-    """How good the proposer's forecasts were: {count, rank_correlation, bias}."""
+    """How good the proposer's forecasts were, and a curator's: {count, rank_correlation, bias}."""
     advice = ledger.advice(row.id)
     foretold = any(word["guidance"].get("expected_score") is not None for word in advice)
-    history = ledger.history(row.id) if foretold else []  # all candidates: only where it is needed
-    return asdict(track(forecasts(advice, history)))
+    curated = bool(subsets_of(advice))
+    # All candidates: only where they are needed.
+    history = ledger.history(row.id) if foretold or curated else []
+    found = {"forecasts": asdict(track(forecasts(advice, history)))}
+    of_subsets = {"curator_forecasts": asdict(track(subset_forecasts(advice, history)))}
+    return found | (of_subsets if curated else {})
 
 
 def candidate_summary(candidate: Candidate) -> dict[str, Any]:

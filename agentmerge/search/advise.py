@@ -1,6 +1,7 @@
 """How the agents are asked: what they see, what they may spend, and where their words are kept.
 
-Knows the three roles and a search's ledger and budget. A question that was answered before is read
+Knows the three roles of every generation and a search's ledger and budget; the curator, asked once
+of a pool, is ``curating``'s. A question that was answered before is read
 from the ledger, request by request, so that a node may run twice and a whole search be replayed.
 """
 
@@ -164,7 +165,7 @@ def _forecasts(search: Search, generation: int) -> list[Forecast]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class Kept:
     """The requests of one question, in the ledger."""
 
     search: Search
@@ -235,7 +236,7 @@ def _asked(
         messages,
         json_schema(agent.REPLY, view.bounds),
         parse,
-        log=_Kept(search, role, asked_at, prompt_hash(messages)),
+        log=Kept(search, role, asked_at, prompt_hash(messages)),
         tools=tools,
         probes=probes,
         limit_s=search.seconds_left(),

@@ -2,6 +2,7 @@
 
 By what each one scored on the search's own items, task by task, and by what their weights show:
 near-duplicates of a chosen one and damaged ones are out. Reads weights once (``merging/experts``).
+What a curator named is only tried against that choice.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from functools import lru_cache
 from statistics import median
 from typing import TYPE_CHECKING
 
-from agentmerge.contracts.advice import StructuralMove
-from agentmerge.contracts.operators import PARENT, STRUCTURE
+from agentmerge.contracts.advice import StructuralMove, subsets_of
+from agentmerge.contracts.operators import CURATOR, PARENT, STRUCTURE
 from agentmerge.ledger.words import openings
 from agentmerge.recipe.names import short_name
 from agentmerge.search.search import Search
+from agentmerge.space.grouped import SearchSpace
 from agentmerge.workers.kinds import reads_models
 
 if TYPE_CHECKING:
@@ -31,40 +33,68 @@ class OwnScore:
     parts: tuple[float, ...]
 
 
-def chosen_models(search: Search) -> StructuralMove | None:
-    """The move to the space of a pool's best few; None while experts are still to be scored.
+def choices(search: Search) -> list[StructuralMove]:
+    """The moves to the space of a pool's best few, the rule's first; none while experts are still
+    to be scored. The others are for where that cannot be merged: what a curator named, and what
+    the rule takes without one of its first.
 
     A replay takes what was chosen: it has no weights.
     """
     if search.replies_of is not None:
         said = openings(search.ledger.advice(search.replies_of, role=STRUCTURE))
-        return next((o.move for o in said if o.move.change == "models"), None)
-    pool, settings, alone = search.space.pool, search.space.genome.pool, _alone(search)
-    if settings is None or alone is None:
-        return None
-    base = alone.get(search.space.genome.base_model or "")
-    shown = {name: alone[name] for name in pool if name in alone}
+        return [o.move for o in said if o.move.change == "models"][:1]
+    pool, settings, known = search.space.pool, search.space.genome.pool, alone(search)
+    if settings is None or known is None:
+        return []
+    base = known.get(search.space.genome.base_model or "")
+    shown = {name: known[name] for name in pool if name in known}
     if len(shown) < 2:
-        return None  # the search ends
+        return []  # the search ends
     damaged, alike = _weights(search, list(shown))
     noise = _noise(search, shown)
-    names = chosen(shown, base, settings.most, damaged, alike, noise)
-    if len(names) < 2:  # then the damaged and the twins are what there is
-        names = chosen(shown, None, settings.most, {}, {}, noise)
-    why = f"the best of {len(pool)} by what each scored alone"
-    out = [f"{short_name(name)} {said}" for name, said in damaged.items() if name not in names]
-    return StructuralMove(
-        "models", ", ".join(map(short_name, names)), "; ".join([why, *out])[:_LONGEST]
-    )
+
+    def of(left: Mapping[str, OwnScore]) -> StructuralMove:
+        names = chosen(left, base, settings.most, damaged, alike, noise)
+        if len(names) < 2:  # then the damaged and the twins are what there is
+            names = chosen(left, None, settings.most, {}, {}, noise)
+        why = f"the best of {len(pool)} by what each scored alone"
+        out = [f"{short_name(name)} {said}" for name, said in damaged.items() if name not in names]
+        value = ", ".join(map(short_name, names))
+        return StructuralMove("models", value, "; ".join([why, *out])[:LONGEST])
+
+    first = of(shown)
+    taken = [name for name in shown if short_name(name) in first.value.split(", ")]
+    rest = [{n: one for n, one in shown.items() if n != name} for name in reversed(taken)]
+    return [first, *_named(search), *(of(left) for left in rest if len(left) > 1)]
 
 
-def nothing_to_choose(search: Search) -> bool:
-    """Whether so few experts of a pool have a score that there is nothing to merge."""
-    alone = _alone(search) if search.space.pool else None
-    return alone is not None and len(alone.keys() & set(search.space.pool)) < 2
+def challenger(search: Search, spaces: Sequence[SearchSpace]) -> StructuralMove | None:
+    """The move to the next subset that a curator named and nobody tried. spaces: all so far."""
+    tried = [frozenset(map(short_name, space.models)) for space in spaces]
+    before = openings(search.book.advice(role=STRUCTURE))
+    tried += [frozenset(o.move.value.split(", ")) for o in before if o.move.change == "models"]
+    return next((m for m in _named(search) if frozenset(m.value.split(", ")) not in tried), None)
 
 
-def _alone(search: Search) -> dict[str, OwnScore] | None:
+def _named(search: Search) -> list[StructuralMove]:
+    return [
+        StructuralMove("models", ", ".join(subset.models), f"the curator: {subset.why}"[:LONGEST])
+        for subset in subsets_of(search.book.advice(role=CURATOR))
+    ]
+
+
+def nothing_to_choose(search: Search) -> str:
+    """Why there is nothing of a pool to merge, or ""."""
+    pool, known = search.space.pool, alone(search) if search.space.pool else None
+    if known is not None and len(known.keys() & set(pool)) < 2:
+        return "fewer than two experts of the pool have a score"
+    before = openings(search.book.advice(role=STRUCTURE)) if pool else []
+    if before and all(o.refusal for o in before):
+        return f"no few of the pool can be merged: {before[0].refusal}"[:LONGEST]
+    return ""
+
+
+def alone(search: Search) -> dict[str, OwnScore] | None:
     """What the parents showed by themselves, as far as they have a score; None while one is still
     to be scored."""
     weights = {o.name: o.signed_weight for o in search.taskset.objectives}
@@ -81,7 +111,7 @@ def _alone(search: Search) -> dict[str, OwnScore] | None:
 
 
 #: Of the reason that is kept with a choice.
-_LONGEST = 400
+LONGEST = 400
 
 
 def chosen(
@@ -127,20 +157,28 @@ def _weights(
     search: Search, names: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, frozenset[str]]]:
     """What the weights say: who is damaged and how, and who is whose near-duplicate."""
-    if not reads_models(search.config.worker.kind):
+    found, named = surveyed(search, names)
+    if found is None:
         return {}, {}
-    paths = {str(search.paths[name]): name for name in names}
-    base = search.paths.get(search.space.genome.base_model or "")
-    identities = tuple(search.identities.items())
-    found = _surveyed(tuple(paths), str(base) if base else None, identities)
     damaged = {
-        paths[one.model]: one.damage[0] for one in found.experts if one.damage and not one.misfit
+        named[one.model]: one.damage[0] for one in found.experts if one.damage and not one.misfit
     }
     alike: dict[str, frozenset[str]] = {}
     for one, other, _ in found.duplicates:
         for mine, theirs in ((one, other), (other, one)):
-            alike[paths[mine]] = alike.get(paths[mine], frozenset()) | {paths[theirs]}
+            alike[named[mine]] = alike.get(named[mine], frozenset()) | {named[theirs]}
     return damaged, alike
+
+
+def surveyed(search: Search, names: Sequence[str]) -> tuple[ExpertSurvey | None, dict[str, str]]:
+    """What the weights of two experts or more show, and the name of each that it calls by its
+    path; None where the worker reads no models."""
+    if not reads_models(search.config.worker.kind):
+        return None, {}
+    named = {str(search.paths[name]): name for name in names}
+    base = search.paths.get(search.space.genome.base_model or "")
+    identities = tuple(search.identities.items())
+    return _surveyed(tuple(named), str(base) if base else None, identities), named
 
 
 @lru_cache(maxsize=1)

@@ -44,7 +44,9 @@ def _found(search: Search, generation: int) -> list[Proposal]:
     left = budget.evaluations_left(search)
     own_share = max(1, round(left * (1 - search.config.search.shadow))) if left else 0
     mine: list[Proposal] = []
-    for space in search.trials(generation).turn:
+    now = search.trials(generation)
+    # A pool whose choice is refused is not searched whole.
+    for space in () if search.space.pool and not now.chosen else now.turn:
         mine = mine or asked(search, space, generation, own_share)
     return [*mine, *_shadow(search, mine, left - sum(p.cost for p in mine))]
 
@@ -64,8 +66,8 @@ def _asked(search: Search, space: SearchSpace, generation: int, left: int) -> li
     history = search.history(generation, space=space)
     # What a branch knows of before is no rival: of a pool nothing else asks for them once more.
     own = any(o.space == space.key and not (space.pool and o.prior) for o in history)
-    rivals = bool(space.pool) and len(search.trials(generation).spaces) == 2
-    found = [] if own else first_points(space, history, search.recipe_of, rivals)
+    chosen = search.trials(generation).chosen
+    found = [] if own else first_points(space, history, search.recipe_of, chosen)
     if not found:
         if getattr(search.strategy, "uses_items", False):
             bound = search.config.search.constraints

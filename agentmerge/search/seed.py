@@ -142,9 +142,10 @@ def _complete_pool(
     moves = openings(search.book.advice(role=STRUCTURE)) if search.space.pool else []
     if not moves or not moves[0].generation + 1 == generation == candidates[-1].generation:
         return False
-    space = search.trials(generation, decided=False).leader
+    now = search.trials(generation, decided=False)
+    space = now.leader
     history = search.history(moves[0].generation, space=space)
-    whole = possible(search, space, first_points(space, history, search.recipe_of, rivals=True))
+    whole = possible(search, space, first_points(space, history, search.recipe_of, now.chosen))
     begun = [c for c in candidates if c.generation == generation]
     if [(c.operator, c.vector) for c in begun] != [(p.operator, p.vector) for p in whole][
         : len(begun)

@@ -20,8 +20,8 @@ def stop_reason(search: Search, generation: int) -> str:
         return "budget"
     if limit is not None and generation >= limit:
         return "generations"
-    if nothing_to_choose(search):
-        return "fewer than two experts of the pool have a score"
+    if reason := nothing_to_choose(search):
+        return reason
     if generation and all(c.score is None or c.prior or c.twin is not None for c in candidates):
         return "every candidate failed"
     if _barren(candidates, generation):

@@ -15,11 +15,11 @@ from agentmerge.errors import RecipeRejected, UserError
 from agentmerge.ledger import incumbent
 from agentmerge.ledger.words import Opening, guidance_of, openings, spoken
 from agentmerge.search import budget
-from agentmerge.search.models import chosen_models
+from agentmerge.search.models import LONGEST, challenger, choices
 from agentmerge.search.past import BARREN_GENERATIONS
 from agentmerge.search.propose import asked
 from agentmerge.search.search import Search
-from agentmerge.search.trials import REFUSED, kept, worth
+from agentmerge.search.trials import REFUSED, Trials, kept, worth
 from agentmerge.search.window import within
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.space.moves import finer, moved
@@ -30,20 +30,21 @@ def wanted_move(
 ) -> StructuralMove | None:
     """The structural move to decide on before the next generation, if there is one.
 
-    An agent's, or with ``search.structure: free`` a finer space once the strategy has nothing
-    more to ask in the present one, which was worth searching; and with ``genome.layers`` the space
-    of layers, once there is neither, or half of the budget is spent, or after one more generation
-    too little would be left. worth: evaluations that must be left for a move.
+    A pool's choice first, then what a curator named; an agent's; with ``search.structure: free`` a
+    finer space once the strategy has nothing more to ask in the present one, which was worth
+    searching; and with ``genome.layers`` the space of layers, once there is neither, or half of the
+    budget is spent, or after one more generation too little would be left. worth: evaluations that
+    must be left for a move.
     """
     search = within(search, generation)
     wish = search.config.search.structure
     before = openings(search.book.advice(role=STRUCTURE))
     if search.space.pool and not before:
-        return chosen_models(search)
+        return next(iter(choices(search)), None)
     if wish == "fixed" or any(opening.generation == generation for opening in before):
         return None
     now = search.trials(generation)
-    if now.trial is not None:
+    if now.trial is not None or (search.space.pool and not now.chosen):
         return None
     known = {(opening.move.change, opening.move.value) for opening in before}
     left = budget.evaluations_left(search)
@@ -55,6 +56,9 @@ def wanted_move(
             and left >= worth(move, search.space)
         )
 
+    named = challenger(search, now.spaces[1:]) if now.leader.stacks is None else None
+    if possible(named):
+        return named
     guidance = guidance_of(search.book.advice(generation))
     move = guidance.structural_move if guidance.source == "model" else None
     rung = finer(now.leader) if wish == "free" else None
@@ -101,10 +105,26 @@ def restructure(search: Search, generation: int, move: StructuralMove, *, approv
     """Open the space of a move, or keep why not."""
     search = within(search, generation)
     now = search.trials(generation)
-    refusal = ""
+    space, refusal = _opened(search, now, move) if approved else (None, REFUSED)
+    if refusal and move.change == "models" and not now.chosen:
+        # A pool is not searched whole because one choice of it cannot be merged.
+        for other in choices(search)[1:]:
+            space, _ = _opened(search, now, other)
+            if space is not None:
+                why = f"{other.why}; {move.value} cannot be merged: {refusal}"
+                move, refusal = replace(other, why=why[:LONGEST]), ""
+                break
+    word = Guidance(structural_move=move, thought=move.sentence)
+    body: dict[str, Any] = {"guidance": word.to_json(), "failure": refusal}
+    if space is not None and move.change == "models":
+        body["space"] = space.key  # what was forecast of it is held against what came there
+    search.book.save_advice(generation, STRUCTURE, body)
+    search.emit(spoken({"generation": generation, "role": STRUCTURE} | body))
+
+
+def _opened(search: Search, now: Trials, move: StructuralMove) -> tuple[SearchSpace | None, str]:
+    """The space that a move opens; or None, and why."""
     try:
-        if not approved:
-            raise UserError(REFUSED)
         space = moved(now.leader, move, kept(move, search.book.candidates(), search.recipe_text))
         if space.key in {known.key for known in now.spaces}:
             raise UserError("that space was open before")
@@ -113,11 +133,8 @@ def restructure(search: Search, generation: int, move: StructuralMove, *, approv
             recipe = space.recipe(point if space.stacks is None else (1.0,) * space.dimensions)
         search.check(recipe)
     except (UserError, RecipeRejected) as error:
-        refusal = str(error)
-    word = Guidance(structural_move=move, thought=move.sentence)
-    body = {"guidance": word.to_json(), "failure": refusal}
-    search.book.save_advice(generation, STRUCTURE, body)
-    search.emit(spoken({"generation": generation, "role": STRUCTURE} | body))
+        return None, str(error)
+    return space, ""
 
 
 def _layers_are_due(

@@ -38,6 +38,8 @@ from agentmerge.space.seeds import depth_line, scale_points
 TRIAL = 16
 #: The same of a space of layers, a dimension: of most layers it has to be learned that they hurt.
 TRIAL_OF_LAYERS = 2
+#: The same of experts that a curator named: as many as the cheap merges of the pool's choice.
+TRIAL_OF_MODELS = 6
 #: Least of the budget that must be left for a move: its trial and as much for the other space.
 WORTH = 2 * TRIAL
 #: The same of the move to layers, which comes when the other space has had its share.
@@ -55,12 +57,15 @@ class Trials:
 
     trial: the space that is on trial against the leader, or None.
     turn: whose generation the next one is; the second only where the first has nothing to ask.
+    chosen: of a pool the spaces of some of its experts that were named as a whole, the rule's
+    choice first.
     """
 
     leader: SearchSpace
     trial: SearchSpace | None
     spaces: tuple[SearchSpace, ...]
     turn: tuple[SearchSpace, ...]
+    chosen: tuple[SearchSpace, ...] = ()
 
     def of(self, key: str) -> SearchSpace:
         """The space with this key; a candidate of before spaces had keys lies in the first."""
@@ -75,7 +80,7 @@ def trials_of(
 ) -> Trials:
     """How all trials so far went. candidates: up to the last finished generation."""
     leader, trial = base, None
-    spaces, turn = [base], [base]
+    spaces, turn, chosen = [base], [base], list[SearchSpace]()
     rows = [c for c in candidates if c.operator != SHADOW and not c.prior]
     scored = [c for c in rows if c.score is not None and c.twin is None]
     for opening in moves:
@@ -83,9 +88,13 @@ def trials_of(
             continue
         trial = moved(leader, opening.move, kept(opening.move, candidates, recipe_of))
         spaces.append(trial)
-        if opening.move.change == "models":  # a pool's first: nothing was searched before
-            leader, turn, trial = trial, [trial], None
-            continue
+        length = trial_length(trial)
+        if opening.move.change == "models":
+            chosen.append(trial)
+            length = TRIAL_OF_MODELS
+            if len(chosen) == 1:  # nothing was searched before
+                leader, turn, trial = trial, [trial], None
+                continue
         asked = {
             space.key: sum(
                 c.cost
@@ -96,7 +105,7 @@ def trials_of(
             )
             for space in (leader, trial)
         }
-        if asked[trial.key] < trial_length(trial):
+        if asked[trial.key] < length:
             ahead = asked[trial.key] > asked[leader.key]
             turn = [leader, trial] if ahead else [trial, leader]
             continue
@@ -107,11 +116,14 @@ def trials_of(
         if mine < others:
             leader = trial
         trial, turn = None, [leader]
-    return Trials(leader, trial, tuple(spaces), tuple(turn))
+    return Trials(leader, trial, tuple(spaces), tuple(turn), tuple(chosen))
 
 
 def worth(move: StructuralMove, space: SearchSpace) -> int:
-    """Evaluations that must be left for a move; those of layers end with a table of depths."""
+    """Evaluations that must be left for a move; those of layers end with a table of depths, and
+    against a curator's experts the choice had its cheap merges."""
+    if move.change == "models":
+        return TRIAL_OF_MODELS
     return WORTH_OF_LAYERS + max(0, space.deeper - 1) if move.change == "layers" else WORTH
 
 
@@ -169,12 +181,13 @@ def first_points(
     space: SearchSpace,
     history: History,
     recipe: Callable[[Observation], Recipe],
-    rivals: bool,
+    chosen: Sequence[SearchSpace] = (),
 ) -> list[Proposal]:
     """What a new space begins with: the best candidates as near as they come, and its uniform
     merge; nothing whose point is known there already.
 
-    history: as it looks from the space. rivals: with its cheap rivals, as a pool's first space.
+    history: as it looks from the space. chosen: as ``Trials`` has it. Those begin with uniform
+    merges along the scale, which are the search's cheap rivals in the first of them.
     """
     scored = [o for o in history if o.score is not None]
     best = sorted(scored, key=lambda o: (-(o.score or 0.0), o.generation, o.slot))[:SEEDS]
@@ -188,10 +201,13 @@ def first_points(
     found: dict[tuple[float, ...], Proposal] = {}
     if uniform is not None:
         points.append((uniform, "uniform"))
-    if rivals and uniform is not None:  # generation 0 had but the experts
+    place = next((i for i, one in enumerate(chosen) if one.key == space.key), None)
+    if place is not None and uniform is not None:  # generation 0 had but the experts
         found[uniform] = Proposal(uniform, UNIFORM, label=UNIFORM)
         for operator, line in ((SCALE, scale_points(space)), (DEPTH, depth_line(space))):
             found |= {p: Proposal(p, operator, label=name) for name, _, p in line if p}
+    if place:  # a trial is as long as this
+        return [replace(p, operator=STRUCTURE) for p in [*found.values()][:TRIAL_OF_MODELS]]
     known = {o.vector for o in history if not (space.pool and o.prior)}
     for point, label in points:
         found.setdefault(point, Proposal(point, STRUCTURE, label=label))

@@ -9,9 +9,11 @@ from typing import Any
 from agentmerge.agents.prompts import load_prompts, prompt_hash, prompt_of
 from agentmerge.agents.replies import tokens_of
 from agentmerge.config import ROLES, SearchConfig
+from agentmerge.contracts.operators import CURATOR
 from agentmerge.errors import NotFound
 from agentmerge.ledger.folder import existing_runs, opened
 from agentmerge.preflight.prepare import prepare
+from agentmerge.search import curating
 from agentmerge.search.advise import question
 from agentmerge.session.opening import opened_search
 
@@ -38,7 +40,9 @@ def preview(
     with opened(folder) as ledger:
         row = ledger.run(run)
         known = sorted({c.generation for c in ledger.candidates(row.id) if c.state != "open"})
-    at = (known[-1] if known else 0) if generation is None else generation
+        words = ledger.advice(row.id, role=CURATOR) if role == CURATOR else []
+    last = words[0]["generation"] if words else known[-1] if known else 0
+    at = last if generation is None else generation
     if at not in known:
         raise NotFound(f"run {row.name!r} has no generation {at}")
     overrides = {} if prompts is None else {"agents.prompts": str(Path(prompts).absolute())}
@@ -48,8 +52,11 @@ def preview(
     prepared = replace(prepared, identities=row.facts["identities"])
     past = opened_search(folder, lambda _: (prepared, row), advised=False, read_only=True)
     with past as (search, _, _):
-        messages, _, _ = question(search, role, at)
-        asked = search.ledger.call(row.id, at, role, prompt_hash(messages))
+        if role == CURATOR:
+            messages, _ = curating.question(search, at)
+        else:
+            messages, _, _ = question(search, role, at)
+        asked = search.ledger.call(row.id, at, name, prompt_hash(messages))
     return {
         "messages": messages,
         "generation": at,

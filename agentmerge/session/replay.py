@@ -135,6 +135,7 @@ def _following(
         for since, limits in ledger.limits(row.id)
     ]
     asked = ledger.called_models(row.id)
+    spoken = asked.keys() | ledger.prompts(row.id).keys()
     never_begun = {c.recipe_hash for c in ledger.candidates(row.id) if c.state == "open"}
     flat = {c.recipe_hash for c in ledger.candidates(row.id) if c.gradient is None}
     lost = row.card.lost
@@ -148,7 +149,8 @@ def _following(
         models={
             role: AgentModel(None, name=asked.get(role, ""))
             for role in ROLES
-            if role in asked or search.config.agents.settings_for(role).model != "none"
+            # Of a model that was handed over the config has no name, and it may not have been asked.
+            if role in spoken or search.config.agents.settings_for(role).model != "none"
         },
         replies_of=row.id,
         pool=_StoredResults(search.pool, prepared, _failures(ledger, row), never_begun, flat, lost),

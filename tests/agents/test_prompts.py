@@ -19,7 +19,7 @@ def folder(tmp_path):
 
 def test_our_own_prompts_load_and_use_what_their_role_has():
     prompts = load_prompts()
-    assert VARIABLES.keys() == {"critic", "controller", "proposer"}
+    assert VARIABLES.keys() == {"critic", "controller", "proposer", "curator"}
     for role in VARIABLES:
         prompt = getattr(prompts, role)
         assert prompt.path == bundled("prompts") / f"{role}.md"

@@ -43,7 +43,7 @@ def test_ejected_prompts_are_changed_and_used(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (["show", "cook"], "no prompt 'cook'; there are critic, controller, proposer"),
+        (["show", "cook"], "no prompt 'cook'; there are critic, controller, proposer, curator"),
         (["try", "critic", "--run", "nobody"], "no runs in"),
         (["eject", "/proc/no"], "cannot be written"),
         (["list", "--prompts", "/nowhere"], "does not exist"),

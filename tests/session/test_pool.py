@@ -48,7 +48,7 @@ def config(**changes: Any) -> SearchConfig:
         "budget": {"max_evaluations": 24},
     }
     for key, value in changes.items():
-        body[key] = {**body[key], **value}
+        body[key] = {**body[key], **value} if isinstance(body.get(key), dict) else value
     return SearchConfig.from_text(yaml.safe_dump(body), "pool")
 
 
