@@ -9,6 +9,7 @@ from agentmerge.agents.models import ASSUMED_MAX_TOKENS, AgentModel
 from agentmerge.agents.prices import price_of
 from agentmerge.agents.providers import resolve_model, split_spec
 from agentmerge.config import ROLES, Role, RoleSettings, SearchConfig
+from agentmerge.contracts.operators import CURATOR
 from agentmerge.errors import UserError
 from agentmerge.system.redaction import revealed
 
@@ -26,7 +27,7 @@ def models_for(
     """
     shared: dict[str, AgentModel] = {}
     for role in ROLES:
-        if role == "curator" and not config.curated:
+        if role == CURATOR and not config.curated:
             continue
         own = config.agents.settings_for(role)
         if ready.get(role) is not None:

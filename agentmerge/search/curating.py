@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentmerge.agents import curator
 from agentmerge.agents.prompts import Message, prompt_hash
@@ -26,6 +26,9 @@ from agentmerge.search.models import alone, surveyed
 from agentmerge.search.search import Search
 from agentmerge.system.redaction import redacted
 from agentmerge.workers.kinds import reads_models
+
+if TYPE_CHECKING:
+    from agentmerge.merging.experts import ExpertSurvey
 
 #: Part of a run's facts: what its curator was told of each expert.
 FACTS = "experts"
@@ -92,9 +95,9 @@ def _due(search: Search) -> bool:
         return False
     if book.advice(role=CURATOR) or openings(book.advice(role=STRUCTURE)):
         return False
-    if (run := search.replies_of) and not search.ledger.advice(run, role=CURATOR):
-        if search.ledger.advice(run, role=STRUCTURE):  # it was chosen before there were curators
-            return False
+    run, words = search.replies_of, search.ledger.advice
+    if run and words(run, role=STRUCTURE) and not words(run, role=CURATOR):
+        return False  # it was chosen before there were curators
     shown = alone(search)
     return shown is not None and len(shown.keys() & set(search.space.pool)) >= 2
 
@@ -114,13 +117,18 @@ def _facts(search: Search) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _weights(search: Search) -> dict[str, dict[str, Any]]:
-    """Of each expert how long its task vector is, who is nearest, and what is damaged."""
     shown = alone(search) or {}
     names = [name for name in search.space.pool if name in shown]
     found, named = surveyed(search, names) if len(names) > 1 else (None, {})
+    return {} if found is None else weight_facts(found, named)
+
+
+def weight_facts(found: ExpertSurvey, named: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Of each expert how long its task vector is, who is nearest, and what is damaged.
+
+    named: what the survey calls an expert -> its name.
+    """
     known: dict[str, dict[str, Any]] = {}
-    if found is None:
-        return known
     for expert, cosines in zip(found.experts, found.cosines, strict=True):
         facts: dict[str, Any] = {"norm": expert.length, "damage": "; ".join(expert.damage)}
         near = [

@@ -149,7 +149,7 @@ def _following(
         models={
             role: AgentModel(None, name=asked.get(role, ""))
             for role in ROLES
-            # Of a model that was handed over the config has no name, and it may not have been asked.
+            # A model that was handed over is not in the config, and may not have been asked.
             if role in spoken or search.config.agents.settings_for(role).model != "none"
         },
         replies_of=row.id,

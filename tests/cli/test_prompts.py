@@ -61,7 +61,7 @@ def test_try_shows_what_was_sent_and_what_it_took(tmp_path, monkeypatch, capsys)
         driving.run(config(**advised(server)), name="a", runs_dir=tmp_path)
     monkeypatch.delenv("OPENAI_API_KEY")
     here = ["--run", "a", "--runs-dir", str(tmp_path)]
-    for role in VARIABLES:
+    for role in VARIABLES.keys() - {"curator"}:  # who needs a pool
         line = ["prompts", "try", role, *here, "--generation", "1", "--json"]
         assert run_app(line) == 0
         found = json.loads(capsys.readouterr().out)
