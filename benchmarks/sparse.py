@@ -2,7 +2,8 @@
 
 One length scale an expert (a whole-model weight each), pulled towards "makes no difference" by a
 Laplace prior on its inverse; an expert whose inverse scale goes to 0 is out. It begins with each
-expert XX
+expert alone, asks for a few uniform merges that promise most, and ends with the few experts whose
+uniform merge it expects most of.
 """
 
 from __future__ import annotations
