@@ -108,11 +108,12 @@ def _known(search: Search) -> dict[str, Any]:
 
 def _facts(search: Search) -> Mapping[str, Mapping[str, Any]]:
     """Expert -> what its weights and its card show, as it was first found."""
-    known = _known(search).get(FACTS)
+    known: Mapping[str, Mapping[str, Any]] | None = _known(search).get(FACTS)
     if known is None:
         weights = _weights(search)
         pool = search.space.pool
-        known = redacted({name: weights.get(name, {}) | _card(search, name) for name in pool})
+        found = {name: weights.get(name, {}) | _card(search, name) for name in pool}
+        known = redacted(found)
     return known
 
 
