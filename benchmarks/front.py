@@ -328,6 +328,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arms = args.arms.split(",")
     if unknown := [arm for arm in arms if arm not in ARMS]:
         parser.error(f"--arms: no {unknown[0]!r}; there are {', '.join(ARMS)}")
+    if args.budget < CHECKPOINTS[0]:
+        parser.error(f"--budget: {args.budget} is less than the first look, at {CHECKPOINTS[0]}")
     runs: Runs = {}
     make = lru_cache(maxsize=1)(FAMILIES[args.family])
     for seed in range(args.seeds):

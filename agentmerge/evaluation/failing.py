@@ -26,7 +26,11 @@ def keep_failing(
     """The same results, with answers and reasons only where they are kept."""
     kept = set()
     for task in taskset.tasks:
-        own = {ref: row for ref, row in results.items() if ref.task == task.name and row.answers}
+        own = {
+            ref: row
+            for ref, row in results.items()
+            if ref.task == task.name and (row.answers or row.reasons)
+        }
         failed = sorted(_failing(taskset, task, own), key=lambda ref: ref.key)
         kept.update(failed[:MOST_KEPT])
     return {
@@ -78,6 +82,8 @@ def _ends(
     """The least and the most that an item's value can be, None where nobody said."""
     if judged := taskset.judged.get(task.name):
         return (0.0, 1.0) if judged.baseline else judged.settings.scale
+    if served := taskset.served.get(task.name):
+        return served.scorer.range
     asked = taskset.asked.get(task.name)
     if asked is not None and asked.script is not None:
         return asked.script.range

@@ -118,7 +118,12 @@ def ask_served(
         also=range(0 if every else scorer.items or 1),
         only=None if scorer.items else 0,
     )
-    return {ref: ItemResult(found[ref.index].score, None, found[ref.index].margin) for ref in refs}
+    results = {}
+    for ref in refs:
+        own = found[ref.index]
+        why = (own.details,) if own.details else ()
+        results[ref] = ItemResult(own.score, None, own.margin, reasons=why)
+    return results
 
 
 def _answer_all(

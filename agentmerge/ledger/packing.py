@@ -25,7 +25,7 @@ def pack(results: Sequence[ItemResult]) -> bytes:
     and reasons that are kept a seventh.
     """
     missing = float("nan")
-    said = any(r.answers for r in results)
+    said = any(r.answers or r.reasons for r in results)
     whole = said or any(r.whole for r in results)
     counted = whole or any(r.tokens is not None for r in results)
 
@@ -47,7 +47,8 @@ def pack(results: Sequence[ItemResult]) -> bytes:
             column("<i4", [-1 if r.tokens is None else r.tokens for r in results])
             if counted else b"",
             words([r.whole for r in results]) if whole else b"",
-            words([[r.answers, r.reasons] if r.answers else 0 for r in results]) if said else b"",
+            words([[r.answers, r.reasons] if r.answers or r.reasons else 0 for r in results])
+            if said else b"",
         )
     )  # fmt: skip
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from agentmerge.config import ScorerCommand
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.evaluation.failing import MOST_KEPT, keep_failing
+from agentmerge.evaluation.rendering import ServedTask
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 from agentmerge.ledger.packing import pack, unpack
 
@@ -43,6 +45,23 @@ def test_other_values_are_held_against_their_mean() -> None:
     assert kept([10.0, 20.0, 60.0]) == [10.0, 20.0]
     assert kept([10.0, 20.0, 60.0], higher=False) == [60.0]
     assert kept([5.0, 5.0]) == []
+
+
+def test_what_a_harness_says_of_items_that_it_asked_itself_is_kept_by_its_range() -> None:
+    """There is no answer to keep, only why; and the middle of the range tells who fails."""
+    task = ScoredTask("t", 1.0, "m", "none", True, "served", None, "p", REFS, tuple(range(100)))
+    scorer = ScorerCommand(command=("x",), serve=True, items=100, range=(0, 10))
+    taskset = TaskSet(
+        (task,), (Objective("t", 1.0, True, ("t",)),), served={"t": ServedTask("t", scorer, None)}
+    )
+    values = [1.0, 2.0, 7.0]
+    rows = {
+        ref: ItemResult(value, reasons=(f"worth {value}",))
+        for ref, value in zip(REFS, values, strict=False)
+    }
+    found = [*keep_failing(taskset, rows).values()]
+    assert [row.reasons for row in found] == [("worth 1.0",), ("worth 2.0",), ()]
+    assert unpack(pack(found)) == found
 
 
 def test_of_classes_the_margin_tells() -> None:

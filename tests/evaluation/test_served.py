@@ -295,10 +295,11 @@ def test_items_of_a_program_are_sealed_and_kept_like_any(talker: Path, file: Pat
 
 def test_one_score_needs_no_id(worker: Any, tmp_path: Path) -> None:
     file = tmp_path / "one.py"
-    file.write_text("print('{\"score\": 0.25}')")
+    file.write_text('print(\'{"score": 0.25, "details": "one of four"}\')')
     task = ServedTask("suite", entry(file, [], items=None).scorer, None)  # type: ignore[arg-type]
     item = worker.tasks(worker._spec).tasks[0].items[0]
-    assert served.ask_served(task, worker._scorer._lm, "0" * 16, [item])[item].value == 0.25
+    found = served.ask_served(task, worker._scorer._lm, "0" * 16, [item])[item]
+    assert (found.value, found.reasons) == (0.25, ("one of four",))
 
 
 # --- other people's harnesses --------------------------------------------------------------------
