@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from agentmerge.agents.prompts import Message, Prompts
 from agentmerge.agents.schemas import ControllerReply
-from agentmerge.agents.view import HistoryView, variables
+from agentmerge.agents.tables import critic_said, variables
+from agentmerge.agents.view import HistoryView
 from agentmerge.contracts.advice import Guidance
 
 REPLY = ControllerReply
@@ -18,7 +19,7 @@ REPLY = ControllerReply
 
 def messages(view: HistoryView, prompts: Prompts, guidance: Guidance) -> list[Message]:
     """`guidance` holds the critic's words."""
-    return prompts.controller.render(critique=guidance.critique or "none", **variables(view))
+    return prompts.controller.render(**variables(view), **critic_said(view, guidance))
 
 
 def by_model(reply: ControllerReply, guidance: Guidance) -> Guidance:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from agentmerge.agents.prompts import Message, Prompts
-from agentmerge.agents.schemas import CriticReply
-from agentmerge.agents.view import HistoryView, observations, variables
+from agentmerge.agents.schemas import CriticReply, bounded_lines
+from agentmerge.agents.tables import variables
+from agentmerge.agents.view import HistoryView, observations
 from agentmerge.contracts.advice import Guidance
 
 MAX_CRITIQUE = 1_500
@@ -25,18 +26,9 @@ def messages(view: HistoryView, prompts: Prompts, guidance: Guidance) -> list[Me
 def by_model(reply: CriticReply, guidance: Guidance) -> Guidance:
     """The guidance with the model's critique in it."""
     lines = [reply.summary, *(f"- {finding}" for finding in reply.findings if finding)]
-    return replace(guidance, critique=_bounded(lines), source="model")
+    return replace(guidance, critique=bounded_lines(lines, MAX_CRITIQUE), source="model")
 
 
 def by_rules(view: HistoryView, guidance: Guidance) -> Guidance:
     """The guidance with the statistics as critique."""
-    return replace(guidance, critique=_bounded(observations(view.released())))
-
-
-def _bounded(lines: list[str]) -> str:
-    kept: list[str] = []
-    for line in lines:
-        if kept and sum(len(k) + 1 for k in kept) + len(line) > MAX_CRITIQUE:
-            break
-        kept.append(line)
-    return "\n".join(kept)
+    return replace(guidance, critique=bounded_lines(observations(view.released()), MAX_CRITIQUE))

@@ -48,23 +48,43 @@ COMMON = frozenset(
     }
 )
 
+#: The same in tables with few digits, as our own prompts say it: ``agents.tables``.
+TABLES = frozenset(
+    {
+        "parents",
+        "objectives",
+        "baselines",
+        "space",
+        "candidates",
+        "scores",
+        "failed",
+        "facts",
+        "last_step",
+        "parameters",
+    }
+)
+#: In place of a variable that a role cannot do without.
+SHORTER: Mapping[str, tuple[str, ...]] = {"history": ("candidates", "scores"), "axes": ("space",)}
+
 
 @dataclass(frozen=True, slots=True)
 class Variables:
-    """The variables of one prompt: those it must use, and all it may use."""
+    """The variables of one prompt: those it must use (or a shorter one of the same), and all it
+    may use."""
 
     required: frozenset[str]
     allowed: frozenset[str]
 
 
 VARIABLES: Mapping[str, Variables] = {
-    "critic": Variables(frozenset({"history"}), COMMON | {"failing"}),
+    "critic": Variables(frozenset({"history"}), COMMON | TABLES | {"failing"}),
     "controller": Variables(
-        frozenset({"history", "sigma_low", "sigma_high"}), COMMON | {"critique"}
+        frozenset({"history", "sigma_low", "sigma_high"}),
+        COMMON | TABLES | {"critique", "critic_said"},
     ),
     "proposer": Variables(
         frozenset({"history", "axes", "dimensions"}),
-        COMMON | {"critique", "next_sigma", "max_candidates", "failing"},
+        COMMON | TABLES | {"critique", "critic_said", "next_sigma", "max_candidates", "failing"},
     ),
     "curator": Variables(
         frozenset({"experts", "most"}), COMMON | {"experts", "most", "max_subsets"}
@@ -113,10 +133,13 @@ class Prompt:
             hint = f"did you mean {{{{{near[0]}}}}}?" if near else _one_of(known.allowed)
             raise PromptError(f"{self.path}: unknown variable {{{{{name}}}}}; {hint}")
         for name in sorted(known.required - self.variables):
-            raise PromptError(
-                f"{self.path}: variable {{{{{name}}}}} is missing; the {self.role} cannot do "
-                "without it, so put it where the model should read it"
-            )
+            shorter = SHORTER.get(name, ())
+            if not self.variables & {*shorter}:
+                named = " or ".join(f"{{{{{variable}}}}}" for variable in (*shorter, name))
+                raise PromptError(
+                    f"{self.path}: variable {named} is missing; the {self.role} cannot do "
+                    "without it, so put it where the model should read it"
+                )
         stray = _VARIABLE.sub("", self.text).find("{{")
         if stray >= 0:
             raise PromptError(

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from agentmerge.agents.prompts import Message, Prompts
 from agentmerge.agents.schemas import MAX_CANDIDATES, ProposedMove, ProposerReply, unit
-from agentmerge.agents.view import ELITES, HistoryView, variables
+from agentmerge.agents.tables import critic_said, variables
+from agentmerge.agents.view import ELITES, HistoryView
 from agentmerge.contracts.advice import Guidance, StructuralMove
 from agentmerge.contracts.strategy import fittest
 
@@ -20,11 +21,11 @@ REPLY = ProposerReply
 def messages(view: HistoryView, prompts: Prompts, guidance: Guidance) -> list[Message]:
     """`guidance` holds the critic's words and the controller's step."""
     return prompts.proposer.render(
-        critique=guidance.critique or "none",
         next_sigma="not set" if guidance.sigma is None else f"{guidance.sigma:g}",
         max_candidates=str(MAX_CANDIDATES),
         failing=view.failing,
         **variables(view),
+        **critic_said(view, guidance),
     )
 
 

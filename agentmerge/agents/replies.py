@@ -6,6 +6,7 @@ And the other way: a conversation as plain data, as the client's messages.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 
 _CHARS_PER_TOKEN = 4
+#: What tokenizers with a token a digit (Qwen's, Gemma's) make of a text, within a few percent of it
+#: for prompts in English and numbers: words are cut at this many letters.
+_PIECE = re.compile(r"[^\W\d_]{1,12}|\d|_|[^\w\s]+|\n+|[ \t](?=\d)")
 #: No tokenizer in use makes fewer tokens of a text than this part of the estimate.
 _LEAST_SHARE = 2
 #: Of one reply: tool calls, characters of all their arguments, and how deep these nest.
@@ -138,6 +142,11 @@ def _usage(message: AIMessage, sent: Sequence[dict[str, Any]], text: str) -> tup
 def tokens_of(sent: Sequence[dict[str, Any]]) -> int:
     """An estimate, at four characters a token."""
     return _tokens("".join(str(m["content"]) for m in sent))
+
+
+def digit_by_digit(sent: Sequence[dict[str, Any]]) -> int:
+    """An estimate for tokenizers with a token a digit, which make most of a table of numbers."""
+    return sum(len(_PIECE.findall(str(m["content"]))) for m in sent)
 
 
 def _tokens(text: str) -> int:

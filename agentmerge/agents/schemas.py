@@ -330,6 +330,16 @@ def clean_text(text: str, limit: int) -> str:
     return kept if len(kept) <= limit else kept[: limit - 1].rstrip() + "…"
 
 
+def bounded_lines(lines: Sequence[str], limit: int) -> str:
+    """As many whole lines as fit, and the first in any case."""
+    kept: list[str] = []
+    for line in lines:
+        if kept and sum(len(k) + 1 for k in kept) + len(line) > limit:
+            break
+        kept.append(line)
+    return "\n".join(kept)
+
+
 def _bounds(info: ValidationInfo) -> Bounds:
     assert isinstance(info.context, Bounds), "replies are validated by parse_reply"
     return info.context

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
@@ -133,14 +133,15 @@ class HistoryView:
 
 
 def variables(view: HistoryView) -> dict[str, str]:
-    """The prompt variables that every role has (prompts.COMMON), as the Ladder releases them."""
+    """The prompt variables that every role has (prompts.COMMON), as the Ladder releases them; what
+    stored searches were asked is said in these very words (``agents.tables`` has shorter ones)."""
     view = view.released()
-    names = public_names(view.space.genome.parents)
-    return {name: _published(text, names) for name, text in _variables(view).items()}
+    return {name: published(view, text) for name, text in _variables(view).items()}
 
 
-def _published(text: str, names: Mapping[str, str]) -> str:
+def published(view: HistoryView, text: str) -> str:
     """Labels and failures name models as the user's machine does; a provider need not know."""
+    names = public_names(view.space.genome.parents)
     for name in sorted(names, key=len, reverse=True):
         if names[name] != name:
             text = text.replace(name, names[name])
@@ -193,12 +194,8 @@ def observations(view: HistoryView) -> list[str]:
     lines = [_progress(view)]
     lines += [line for task in view.tasks if (line := _task_standing(view, task))]
     lines += [view.faults] if view.faults else []
-    scored = [e for e in view.entries if e.score is not None and e.vector is not None]
-    scored = scored[-MOST_CORRELATED:]
-    if len(scored) >= _MIN_FOR_CORRELATION:
-        lines.append(_correlations(view, scored))
-    if len(scored) >= ELITES:
-        lines += _elites(view)
+    lines += _correlations(view)
+    lines += _elites(view)
     if (line := _moved(view)) is not None:
         lines.append(line)
     failed = [entry for entry in view.last if entry.score is None]
@@ -259,10 +256,10 @@ def _method(view: HistoryView) -> str:
 
 
 def _axes(view: HistoryView) -> str:
-    return "\n".join(f"{i}. {axis.name}: {_ends(view, axis)}" for i, axis in enumerate(view.axes))
+    return "\n".join(f"{i}. {axis.name}: {ends(view, axis)}" for i, axis in enumerate(view.axes))
 
 
-def _ends(view: HistoryView, axis: Axis) -> str:
+def ends(view: HistoryView, axis: Axis) -> str:
     """What the ends of 0..100 stand for; slerp's choice of models is no number."""
     names = ", ".join(short_name(model) for model in view.space.models)
     if axis.parameter == "base":
@@ -346,8 +343,9 @@ def _progress(view: HistoryView) -> str:
     return line + "."
 
 
-def _task_standing(view: HistoryView, task: TaskView) -> str | None:
-    """The best candidate on one task beside the parents, in the task's own direction."""
+def standing(view: HistoryView, task: TaskView) -> tuple[str, Observation, float, float] | None:
+    """The best candidate on one task beside the parents, in the task's own direction: (how it
+    stands, the parent that is best there, its own value, the parent's)."""
 
     def value(entry: Observation) -> float | None:
         return dict(entry.tasks).get(task.name)
@@ -361,6 +359,13 @@ def _task_standing(view: HistoryView, task: TaskView) -> str | None:
     reach = value(champion) or 0.0
     gap = sign * (best - reach)
     relation = "level with" if abs(gap) < 5e-4 else "ahead of" if gap > 0 else "behind"
+    return relation, champion, best, reach
+
+
+def _task_standing(view: HistoryView, task: TaskView) -> str | None:
+    if (found := standing(view, task)) is None:
+        return None
+    relation, champion, best, reach = found
     name = champion.label or "the best parent"
     return (
         f"{task.name}: the best candidate has {best:.4f}, {relation} the best parent there "
@@ -379,51 +384,93 @@ def correlations(entries: Sequence[Observation], dimensions: int) -> list[float]
     return [float(r) for r in found]
 
 
-def _correlations(view: HistoryView, scored: Sequence[Observation]) -> str:
+def clear_axes(view: HistoryView) -> tuple[int, list[tuple[str, float]]] | None:
+    """Of so many candidates, the axes that go with the score beyond noise, and Pearson's r; None
+    where they are too few."""
+    scored = _scored(view)[-MOST_CORRELATED:]
+    if len(scored) < _MIN_FOR_CORRELATION:
+        return None
     noise = 2 / math.sqrt(len(scored))
     by_axis = correlations(scored, view.space.dimensions)
     clear = sorted(
         (index for index, r in enumerate(by_axis) if abs(r) > noise),
         key=lambda index: -abs(by_axis[index]),
     )[:ELITES]
+    return len(scored), [(view.axes[i].name, by_axis[i]) for i in clear]
+
+
+def _correlations(view: HistoryView) -> list[str]:
+    if (found := clear_axes(view)) is None:
+        return []
+    count, clear = found
     if not clear:
-        return f"No axis correlates with the score beyond noise ({len(scored)} candidates)."
-    named = ", ".join(f"{view.axes[i].name} (r {by_axis[i]:+.2f})" for i in clear)
-    return f"Axes that go with the score over {len(scored)} candidates: {named}."
+        return [f"No axis correlates with the score beyond noise ({count} candidates)."]
+    named = ", ".join(f"{name} (r {r:+.2f})" for name, r in clear)
+    return [f"Axes that go with the score over {count} candidates: {named}."]
+
+
+def _scored(view: HistoryView) -> list[Observation]:
+    return [e for e in view.entries if e.score is not None and e.vector is not None]
+
+
+def elites(view: HistoryView) -> list[list[int]]:
+    """The best few, as integers; none where there are not so many."""
+    if len(_scored(view)) < ELITES:
+        return []
+    return [integers(entry.vector or ()) for entry in fittest(view.entries, ELITES)]
+
+
+def spread(best: Sequence[Sequence[int]]) -> float:
+    """How far these differ an axis, on average."""
+    return statistics.fmean(max(values) - min(values) for values in zip(*best, strict=True))
+
+
+def pressed(view: HistoryView, best: Sequence[Sequence[int]]) -> list[str]:
+    """The axes that all of these have at the same end, with the value."""
+    at_edge = [
+        f"{axis.name} at {values[0]}"
+        for axis, values in zip(view.axes, zip(*best, strict=True), strict=True)
+        if len(set(values)) == 1 and values[0] in (0, SCALE)
+    ]
+    return at_edge[:ELITES]
 
 
 def _elites(view: HistoryView) -> list[str]:
-    elites = [integers(entry.vector or ()) for entry in fittest(view.entries, ELITES)]
-    by_axis = list(zip(*elites, strict=True))
-    at_edge = [
-        f"{axis.name} at {values[0]}"
-        for axis, values in zip(view.axes, by_axis, strict=True)
-        if len(set(values)) == 1 and values[0] in (0, SCALE)
-    ]
-    spread = statistics.fmean(max(values) - min(values) for values in by_axis)
-    lines = [f"The best {len(elites)} differ by {spread:.0f} of {SCALE} an axis on average."]
+    best = elites(view)
+    if not best:
+        return []
+    lines = [f"The best {len(best)} differ by {spread(best):.0f} of {SCALE} an axis on average."]
     if len(view.axes) <= MAX_NAMED:
         # Small models lose count in a row of integers.
-        pairs = zip(view.axes, elites[0], strict=True)
+        pairs = zip(view.axes, best[0], strict=True)
         named = ", ".join(f"{axis.name} {value}" for axis, value in pairs)
         lines.insert(0, f"The best candidate has {named}.")
-    if at_edge:
-        lines.append(f"They all press against a bound: {', '.join(at_edge[:ELITES])}.")
+    if at_edge := pressed(view, best):
+        lines.append(f"They all press against a bound: {', '.join(at_edge)}.")
     return lines
 
 
-def _moved(view: HistoryView) -> str | None:
-    """How the last generation's best differs from the best before it."""
+def last_move(
+    view: HistoryView,
+) -> tuple[Observation, Observation, list[tuple[str, int, int]]] | None:
+    """How the last generation's best differs from the best before it: both, and the axes on which
+    it moved most, from where to where."""
     before = fittest(view.entries[: len(view.entries) - len(view.last)], 1)
     after = fittest(view.last, 1)
     if not before or not after:
         return None
     old, new = integers(before[0].vector or ()), integers(after[0].vector or ())
-    steps = sorted(range(len(new)), key=lambda i: -abs(new[i] - old[i]))[:ELITES]
-    moved = ", ".join(f"{view.axes[i].name} {old[i]}→{new[i]}" for i in steps if new[i] != old[i])
-    if not moved:
+    widest = sorted(range(len(new)), key=lambda i: -abs(new[i] - old[i]))[:ELITES]
+    steps = [(view.axes[i].name, old[i], new[i]) for i in widest if new[i] != old[i]]
+    return (before[0], after[0], steps) if steps else None
+
+
+def _moved(view: HistoryView) -> str | None:
+    if (found := last_move(view)) is None:
         return None
+    before, after, steps = found
+    moved = ", ".join(f"{name} {old}→{new}" for name, old, new in steps)
     return (
-        f"From the best before it ({_score(before[0])}) to the last generation's best "
-        f"({_score(after[0])}) the widest moves are: {moved}."
+        f"From the best before it ({_score(before)}) to the last generation's best "
+        f"({_score(after)}) the widest moves are: {moved}."
     )

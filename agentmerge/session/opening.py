@@ -13,10 +13,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentmerge import plugins
 from agentmerge.config import Role, SearchConfig
@@ -41,6 +42,9 @@ from agentmerge.search.search import Search
 from agentmerge.system.bounded import refuse_odd_file
 from agentmerge.system.redaction import redacted, revealed
 from agentmerge.system.temporary import write_at_once
+
+if TYPE_CHECKING:
+    from agentmerge.agents.prompts import Prompts
 
 #: The algorithm of a run that tools made: there is no search behind it.
 TOOLS = "tools"
@@ -90,7 +94,6 @@ def opened_search(
         LeaseHeld: another process works on it.
         RunFailed: the file of its checkpoints and lease cannot be used.
     """
-    from agentmerge.agents.prompts import load_prompts
     from agentmerge.agents.tracing import redact_traces
 
     redact_traces()
@@ -138,7 +141,7 @@ def opened_search(
             check=prepared.check,
             paths=prepared.paths,
             models=_models(config, models) if advised else {},
-            prompts=load_prompts(config.agents.prompts),
+            prompts=prompts_of(ledger, row, config.agents.prompts),
             emit=tell,
             seconds_left=seconds_left,
             stopping=stopping,
@@ -149,6 +152,20 @@ def opened_search(
         for role in search.models:
             ledger.save_prompt(row.id, role, getattr(search.prompts, role).text)
         yield search, prepared, row
+
+
+def prompts_of(ledger: Ledger, row: RunRow, folder: Path | str | None) -> Prompts:
+    """What a run's models were told so far, also where ours say it otherwise by now: so it goes on
+    as it began, and replays. A file of the folder is used in its place."""
+    from agentmerge.agents.prompts import Prompt, load_prompts
+
+    found = load_prompts(folder)
+    own = {
+        role: Prompt(role, Path(row.name) / f"{role}.md", text)
+        for role, text in ledger.prompts(row.id).items()
+        if folder is None or not (Path(folder) / f"{role}.md").is_file()
+    }
+    return replace(found, **own)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmerge.agents.prompts import load_prompts, prompt_hash, prompt_of
-from agentmerge.agents.replies import tokens_of
+from agentmerge.agents.replies import digit_by_digit
 from agentmerge.config import ROLES, SearchConfig
 from agentmerge.contracts.operators import CURATOR
 from agentmerge.errors import NotFound
@@ -28,8 +28,8 @@ def preview(
 ) -> dict[str, Any]:
     """{messages, generation, tokens, tokens_measured}.
 
-    tokens: an estimate, at four characters a token. tokens_measured: what this very question took
-    when the search asked it, None where it did not.
+    tokens: an estimate, for a tokenizer with a token a digit. tokens_measured: what this very
+    question took when the search asked it, None where it did not.
 
     Raises:
         NotFound: no such run or generation. PromptError: no such prompt, or a bad one.
@@ -60,6 +60,6 @@ def preview(
     return {
         "messages": messages,
         "generation": at,
-        "tokens": tokens_of(messages),
+        "tokens": digit_by_digit(messages),
         "tokens_measured": asked.tokens_in if asked and asked.tokens_in else None,
     }

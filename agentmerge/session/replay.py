@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from agentmerge.agents.models import AgentModel
-from agentmerge.agents.prompts import Prompt, Prompts, load_prompts
 from agentmerge.config import ROLES, SearchConfig
 from agentmerge.contracts.operators import PROBE
 from agentmerge.contracts.worker import EngineInfo, Fingerprint, Gradient, ItemRef, ItemResult, Loss
@@ -40,7 +39,7 @@ from agentmerge.report.summary import trace
 from agentmerge.search.search import Search
 from agentmerge.search.state import GRAPH_VERSION, SearchState
 from agentmerge.session.context import Context, at_hand
-from agentmerge.session.opening import TOOLS, opened_search, prepared_again
+from agentmerge.session.opening import TOOLS, opened_search, prepared_again, prompts_of
 from agentmerge.system.temporary import temporary_folder
 
 T = TypeVar("T")
@@ -145,7 +144,7 @@ def _following(
         configured=lambda: followed.config,
         entering=followed.follow,
         seconds_left=followed.seconds_left,
-        prompts=_prompts(ledger, row, prompts),
+        prompts=prompts_of(ledger, row, prompts),
         models={
             role: AgentModel(None, name=asked.get(role, ""))
             for role in ROLES
@@ -189,17 +188,6 @@ class _Followed:
         runs = (self.run_id, self.original.id)
         here, there = ((self.ledger.position(run), self.ledger.open_count(run)) for run in runs)
         return here == there
-
-
-def _prompts(ledger: Ledger, row: RunRow, folder: Path | str | None) -> Prompts:
-    """What its models were told; the folder's files in their place."""
-    found = load_prompts(folder)
-    own = {
-        role: Prompt(role, Path(row.name) / f"{role}.md", text)
-        for role, text in ledger.prompts(row.id).items()
-        if folder is None or not (Path(folder) / f"{role}.md").is_file()
-    }
-    return replace(found, **own)
 
 
 def _failures(ledger: Ledger, row: RunRow) -> dict[str, str]:

@@ -35,13 +35,12 @@ def test_every_role_is_told_the_facts(role, view):
     text = told(role, view)
     for fact in (
         "task_arithmetic; normalize is off",
-        "shift: exact_match,none, higher is better, weight 1",
-        "perplexity: word_perplexity,none, lower is better, weight -0.1",
-        "parent expert-shift: score 0.4000 | shift 0.4000, perplexity 9.6000",
-        "uniform 0.5: score 0.3500",
-        "0.8000",
-        "[80, 20, 30, 40]",
-        "60",
+        "exact_match,none, higher: shift 1",
+        "word_perplexity,none, lower: perplexity -.1",
+        ".4 | .4 9.6 | parent expert-shift",
+        ".35 | .35 9.65 | uniform 0.5",
+        "best .8 (generation 1, llm_evo)",
+        "Evaluations left: 60",
     ):
         assert fact in text
     assert "{{" not in text
@@ -49,10 +48,11 @@ def test_every_role_is_told_the_facts(role, view):
 
 def test_proposer_is_told_axes_with_real_ranges_and_what_came_before_it(view):
     text = told(proposer, view)
-    assert "0. layers 0-1 expert-shift weight: 0 is 0, 100 is 1.5" in text
+    assert "layers 0-1, 2-3; in each expert-shift weight, expert-sort weight; 0 is 0, 100" in text
     assert "the critic's words" in text
-    assert "sigma 0.1 of the unit box" in text
-    assert "exactly 4\nintegers" in text
+    assert "sigma: 0.1 of an axis" in text
+    assert "exactly 4 integers" in text
+    assert ".8 | .8 9.2 | 80,20 30,40 | 1 llm_evo" in text
 
 
 def test_history_is_sorted_least_to_most_fit_in_rounded_integers(view):

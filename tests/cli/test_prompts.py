@@ -24,7 +24,7 @@ def test_list_and_show(capsys) -> None:
     assert len(json.loads(capsys.readouterr().out)[0]["sha256"]) == 64
     assert run_app(["prompts", "show", "proposer"]) == 0
     out = capsys.readouterr().out
-    assert "{{axes}}" in out
+    assert "{{space}}" in out
     assert "variables: axes, best_score" in out
 
 
@@ -94,7 +94,7 @@ def test_show_tells_how_good_the_forecasts_were(tmp_path, monkeypatch, capsys) -
     assert run_app(["show", "a", "--runs-dir", str(tmp_path)]) == 0
     assert "rank correlation with what came" in capsys.readouterr().out
     told = [m["content"] for r in server.requests for m in r.body["messages"]]
-    assert any("your forecasts so far: 2 tried, on average" in text for text in told)
+    assert any("Your forecasts: 2 tried, on average" in text for text in told)
 
 
 def test_fake_config_has_nothing_to_forecast(fake_config, tmp_path, capsys) -> None:

@@ -90,7 +90,7 @@ def test_what_the_models_are_told(tmp_path: Path) -> None:
             if role in r.body["messages"][0]["content"]
         }
         assert len(instructions) == 1, "what does not change comes first: servers cache it"
-        for word in ("north", "south", "task_arithmetic", "weight 0.5", "layers 0-1"):
+        for word in ("north", "south", "task_arithmetic", "two .5", "layers 0-1"):
             assert word in prompts[-1]
         assert max(map(len, prompts)) < 2 * min(map(len, prompts)), "the history is not bounded"
 

@@ -16,6 +16,7 @@ from agentmerge.report.summary import run_summary
 from agentmerge.session import driving
 from agentmerge.session.replay import replay
 from agentmerge.testing.scripted import Fault, ScriptedServer, ToolCalls
+from tests.reading import Told
 from tests.session.conftest import config
 from tests.session.test_agents import DIMENSIONS, adviser
 
@@ -25,7 +26,7 @@ GOOD = json.dumps({"thought": "t", "mean_genome": [50] * DIMENSIONS, "candidates
 
 #: Deeper than Python follows.
 NEST = "[" * 5000 + "]" * 5000
-OPENINGS = {"proposer": "You propose", "critic": "You judge", "controller": "You\nchoose sigma"}
+OPENINGS = {"proposer": "You propose", "critic": "You judge", "controller": "You choose sigma"}
 
 
 def role_of(body: dict) -> str:
@@ -40,9 +41,7 @@ def proposing(**values) -> str:
 
 def last_candidate(body: dict) -> str:
     """Once more the last genome of the table."""
-    text = body["messages"][-1]["content"]
-    rows = [line for line in text.splitlines() if line.startswith("score ")]
-    return proposing(mean_genome=json.loads(rows[-1].rpartition("| ")[2]))
+    return proposing(mean_genome=list(Told(body["messages"]).rows[-1].genome))
 
 
 # Servers that fail: no reply is ever of use.

@@ -24,6 +24,7 @@ from agentmerge.session.replay import replay
 from agentmerge.strategies.gradient import GradientSteps
 from agentmerge.testing.scripted import ScriptedServer
 from agentmerge.workers.kinds import refuse_stack
+from tests.reading import Told
 from tests.session.conftest import command, config, config_text, trace_of
 from tests.session.test_agents import advised
 from tests.session.test_faults import role_of
@@ -269,10 +270,9 @@ def test_a_model_asks_for_layers_and_is_told_what_they_are(
     first, *_, last = asked
     assert "up to 4 layers of the models may run beside the 4" in first[0]["content"]
     assert "may run beside" not in last[0]["content"], "it was opened"
-    told = [m[1]["content"] for m in asked if "Merge method: layers beside" in m[1]["content"]]
-    assert told
-    assert "costs 1/4 more time a token. At most 8 layers run" in told[0]
-    assert "place 1: north's layer 0 attention: 0 is -0.5, 100 is 1.5" in told[0]
+    told = [Told(m) for m in asked if "Method: layers beside" in m[1]["content"]]
+    assert "costs 1/4 more time a token. At most 8 layers run" in told[0].user
+    assert ("place 1: north's layer 0 attention", "0 is -0.5, 100 is 1.5") in told[0].axes
     assert replay("a", runs_dir=tmp_path).identical
 
 

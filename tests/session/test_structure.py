@@ -20,6 +20,7 @@ from agentmerge.space.grouped import SearchSpace
 from agentmerge.space.moves import finer, moved
 from agentmerge.strategies.llm_evo import LlmEvo
 from agentmerge.testing.scripted import ScriptedServer
+from tests.reading import Told
 from tests.session.conftest import command, config, config_text, trace_of
 from tests.session.test_agents import advised, adviser
 from tests.session.test_faults import role_of
@@ -35,12 +36,9 @@ def mover(*moves: tuple[str, str]):
         said = adviser(body)
         if role_of(body) != "proposer":
             return said
-        text = body["messages"][1]["content"]
-        at = int(text.split("(the best so far and generation ")[1].split(")")[0])
-        change, value = moves[min(at, len(moves) - 1)]
-        axes = text.split("Axes, with what")[1].split("Candidates, least")[0]
-        dimensions = sum(line[:1].isdigit() for line in axes.splitlines())
-        genome = (said["mean_genome"] * dimensions)[:dimensions]
+        told = Told(body["messages"])
+        change, value = moves[min(told.generation, len(moves) - 1)]
+        genome = (said["mean_genome"] * told.dimensions)[: told.dimensions]
         move = {"change": change, "value": value, "why": "to see"}
         return said | {"mean_genome": genome, "candidates": [], "structural_move": move}
 
