@@ -182,9 +182,8 @@ class Told:
         return sum(int(m[1]) for m in self._fact(r"(\d+) of \d+ of the last generation failed"))
 
     def _critic(self) -> str:
-        return self.user.partition("\nThe critic: ")[2].partition("\nStructural moves so far")[0].partition(
-            "\nNoise of the two best"
-        )[0]  # fmt: skip
+        rest = self.user.partition("\nThe critic: ")[2]
+        return re.split(r"\nStructural moves so far|\nNoise of the two best", rest)[0]
 
     def _moves(self) -> str:
         return self._line("Structural moves so far")

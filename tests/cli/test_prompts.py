@@ -25,7 +25,7 @@ def test_list_and_show(capsys) -> None:
     assert run_app(["prompts", "show", "proposer"]) == 0
     out = capsys.readouterr().out
     assert "{{space}}" in out
-    assert "variables: axes, best_score" in out
+    assert "variables: axes, baselines, best_score" in out
 
 
 def test_ejected_prompts_are_changed_and_used(tmp_path: Path, capsys) -> None:
