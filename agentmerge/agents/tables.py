@@ -238,6 +238,7 @@ class _Tables:
     def facts(self) -> str:
         view = self.view
         lines = [self.progress(), *self.standings()]
+        lines += [view.faults] if view.faults else []
         if (clear := clear_axes(view)) is not None:
             count, found = clear
             named = ", ".join(f"{self.axis(name)} {r:+.2f}" for name, r in found[:_CORRELATED])
@@ -246,8 +247,6 @@ class _Tables:
             lines.append(f"the best {len(best)} differ by {spread(best):.0f} an axis")
             if at_edge := pressed(view, best):
                 lines.append(f"all press: {', '.join(map(self.axis, at_edge))}")
-        if view.faults:
-            lines.append(view.faults)
         return _listed(lines)
 
     def last_step(self) -> str:

@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 
 from agentmerge import MergeToolkit
+from agentmerge.agents import prompts
 from agentmerge.cli.app import run_app
 from agentmerge.errors import UserError
 from agentmerge.ledger import Ledger
 from agentmerge.session import driving
+from agentmerge.session.preview import preview
 from agentmerge.session.replay import replay
 from agentmerge.testing.scripted import Fault, ScriptedServer, ToolCalls
 from tests.session.conftest import config
 from tests.session.test_agents import advised, adviser
 from tests.session.test_faults import role_of
+
+DATA = Path(__file__).parents[1] / "data"
 
 
 def asking_first(body: dict):
@@ -85,6 +89,26 @@ def test_it_asks_with_the_prompts_of_the_time(tmp_path: Path, monkeypatch) -> No
     (prompts / "proposer.md").write_text("You propose. {{history}} {{axes}} {{dimensions}}")
     found = replay("a", runs_dir=tmp_path, prompts=prompts)
     assert found.stopped == "the proposer of generation 0 would be asked something new"
+
+
+def test_a_search_goes_on_with_the_prompts_that_it_began_with(tmp_path: Path, monkeypatch) -> None:
+    """Ours may say it otherwise by then: that makes no other search of it."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
+    with ScriptedServer(adviser) as server, monkeypatch.context() as before:
+        before.setattr(prompts, "bundled", lambda name: DATA / "prompts-1")
+        sections = advised(server, budget={"max_evaluations": 14})
+        driving.run(config(**sections), name="a", runs_dir=tmp_path)
+        before.undo()
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
+        asked = len(server.requests)
+        driving.resume("a", runs_dir=tmp_path, overrides={"budget.max_evaluations": 24})
+        later = [r.body["messages"][1]["content"] for r in server.requests[asked:]]
+    assert later
+    assert all(text.startswith("Merge method: ") for text in later), "as it was said before"
+    found = replay("a", runs_dir=tmp_path)
+    assert (found.identical, found.stopped) == (True, "")
+    own = preview("a", "critic", runs_dir=tmp_path)
+    assert own["messages"][1]["content"].startswith("Merge method: ")
 
 
 @pytest.mark.parametrize("budget", [{"max_tokens": 16_000}, {"max_items": 2000}], ids=str)
