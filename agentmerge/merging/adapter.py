@@ -204,7 +204,8 @@ class _Maker:
             found = self._adapted[model].factors(item.spec.name)
             if found is None:
                 return None
-            factors.append((share * found[0].double(), found[1].double()))
+            b = share * (found.scale * found.b).double()
+            factors.append((b, found.a.double()))
         if not factors:
             shape = self._headers[item.spec.name].shape
             return torch.zeros(shape[0], 0), torch.zeros(0, shape[1])

@@ -19,7 +19,13 @@ from agentmerge.merging.kernels import Operand
 from agentmerge.merging.loops.remembered import Statistics
 from agentmerge.merging.placement import Placement, plan_memory
 from agentmerge.merging.plan import MergePlan, TensorPlan, plan
-from agentmerge.merging.weights import FamilySource, ParentFiles, Resident, TensorSource
+from agentmerge.merging.weights import (
+    FamilySource,
+    ParentFiles,
+    Resident,
+    TensorSource,
+    upon_models,
+)
 from agentmerge.methods import RECIPE_METHODS
 from agentmerge.parents.layout import Layout, read_layout
 from agentmerge.recipe import Recipe
@@ -83,7 +89,9 @@ class Family:
         if placement != "stream":
             home = device if placement == "device" else "cpu"
             at_first = layout.parents if most is None else ()
-            source = Resident(ParentFiles(paths), layout, device=device, home=home, models=at_first)
+            upon, more = upon_models(paths)
+            files = ParentFiles({**paths, **more})
+            source = Resident(files, layout, device=device, home=home, models=at_first, upon=upon)
         for model in layout.parents:
             _refuse_broken(model, layout, source)
         return cls(layout, source, placement, dtype, most)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from agentmerge.errors import RunFailed
+from agentmerge.errors import ParentError, RunFailed
 from agentmerge.merging.scratch import size_bytes, slabs
 from agentmerge.parents.headers import (
     TensorHeader,
@@ -25,6 +26,7 @@ from agentmerge.parents.headers import (
     stamp_of,
 )
 from agentmerge.parents.layout import Layout
+from agentmerge.parents.low_rank import Adaptation, Factors, adaptation_of
 
 
 class TensorSource(Protocol):
@@ -149,16 +151,38 @@ class ParentFiles:
         return raw.view(dtype).reshape(header.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Upon:
+    """A parent that is another model with an adapter: its name in the source, and the factors."""
+
+    model: str
+    factors: Mapping[str, Factors]
+
+
+@dataclass(frozen=True, slots=True)
+class _LowRank:
+    """A tensor that is made whenever it is asked for. ground: in the memory of the model that it
+    is added to."""
+
+    ground: torch.Tensor
+    factors: Factors
+
+
 class Resident:
     """Every tensor of a layout of the parents that are kept, copied out of ``source``; the others'
     are given out of ``source`` as they are.
+
+    Of one that is another model with an adapter, that model is kept once for all of its adapters,
+    and of it only what differs: factors, where they take less than half and give, here and on this
+    device, the very bits that the source has.
 
     What happens later to files that ``source`` reads changes nothing as long as their models are
     kept.
 
     device: where tensors are given. home: where they are kept, ``device`` or "cpu"; from there they
         are copied over one by one, out of page-locked memory where the system has enough of it.
-    models: those that are kept at first; by default all.
+    models: those that are kept at first; by default all. upon: which are other models with
+        adapters.
     """
 
     def __init__(
@@ -169,36 +193,116 @@ class Resident:
         device: str = "cpu",
         home: str = "cpu",
         models: Collection[str] | None = None,
+        upon: Mapping[str, Upon] | None = None,
     ) -> None:
         self.identities = dict(source.identities)
         self._source, self._layout, self._device, self._home = source, layout, device, home
         self._is_at_home = torch.device(home).type == torch.device(device).type
-        self._weights: dict[str, dict[str, torch.Tensor]] = {}
+        self._upon = upon or {}
+        self._weights: dict[str, dict[str, torch.Tensor | _LowRank]] = {}
         self.keep(layout.parents if models is None else models)
 
     @property
     def size_bytes(self) -> int:
-        return sum(t.nbytes for weights in self._weights.values() for t in weights.values())
+        held = [tensor for weights in self._weights.values() for tensor in weights.values()]
+        whole = {t.data_ptr(): t.nbytes for t in held if isinstance(t, torch.Tensor)}
+        made = sum(t.factors.size_bytes for t in held if isinstance(t, _LowRank))
+        return sum(whole.values()) + made
 
     def keep(self, models: Collection[str]) -> None:
-        self._weights = {name: held for name, held in self._weights.items() if name in models}
-        take = _kept if self._is_at_home else _kept_in_slabs
-        new = [model for model in models if model not in self._weights]
-        taken = {model: take(self._source, model, self._layout, self._home) for model in new}
-        if new:
+        grounds = [self._upon[model].model for model in models if model in self._upon]
+        wanted = dict.fromkeys((*grounds, *models))  # what others are upon comes first
+        kept = {name: held for name, held in self._weights.items() if name in wanted}
+        self._weights = dict(kept)
+        for model in wanted:
+            if model not in kept:
+                kept[model] = self._taken(model, kept)
+        if len(kept) > len(self._weights):
             self._source.verify()
-        self._weights |= taken
+        self._weights = kept
+
+    def _taken(
+        self, model: str, kept: Mapping[str, Mapping[str, torch.Tensor | _LowRank]]
+    ) -> dict[str, torch.Tensor | _LowRank]:
+        upon = self._upon.get(model)
+        if upon is None:
+            take = _kept if self._is_at_home else _kept_in_slabs
+            return {**take(self._source, model, self._layout, self._home)}
+        names = [spec.name for spec in self._layout.tensors]
+        return {
+            name: self._differing(
+                self._source.tensor(model, name), kept[upon.model][name], upon.factors.get(name)
+            )
+            for name in names
+        }
+
+    def _differing(
+        self, stored: torch.Tensor, ground: torch.Tensor | _LowRank, factors: Factors | None
+    ) -> torch.Tensor | _LowRank:
+        """What is kept of a tensor of a model with an adapter."""
+        if isinstance(ground, torch.Tensor) and ground.shape == stored.shape:
+            if factors is None and _same_bits(ground, stored.to(self._home)):
+                return ground
+            if factors is not None and 2 * factors.size_bytes < stored.nbytes:
+                low = _LowRank(ground, factors.to(self._home))
+                if _same_bits(self._made(low), stored.to(self._device)):
+                    return low
+        return stored.to(self._home, copy=True)
+
+    def _made(self, low: _LowRank) -> torch.Tensor:
+        return low.factors.to(self._device).added_to(low.ground.to(self._device))
 
     def keeps(self, model: str, name: str) -> bool:
-        return self._is_at_home and model in self._weights
+        held = self._weights.get(model, {}).get(name)
+        return self._is_at_home and isinstance(held, torch.Tensor)
 
     def tensor(self, model: str, name: str) -> torch.Tensor:
-        held = self._weights.get(model)
-        found = self._source.tensor(model, name) if held is None else held[name]
-        return found.to(self._device, non_blocking=held is not None)
+        if model not in self._weights:
+            return self._source.tensor(model, name).to(self._device)
+        held = self._weights[model][name]
+        if isinstance(held, _LowRank):
+            return self._made(held)
+        return held.to(self._device, non_blocking=True)
 
     def verify(self) -> None:
         """Nothing to look at: a file that is read is looked at then."""
+
+
+def upon_models(paths: Mapping[str, Path]) -> tuple[dict[str, Upon], dict[str, Path]]:
+    """Which parents are other models with adapters, and the folders of such models as are no
+    parents themselves, by names that no parent has.
+
+    Raises:
+        ParentError: a model cannot be read.
+    """
+    names = {content_fingerprint(path): name for name, path in paths.items()}
+    upon: dict[str, Upon] = {}
+    more: dict[str, Path] = {}
+    for name, path in paths.items():
+        found = adaptation_of(path)
+        if found is None:
+            continue
+        model = names.get(found.identity)
+        if model is None and _is_still(found):
+            model = names[found.identity] = f"{found.model}\n"
+            more[model] = found.model
+        if model is not None:
+            upon[name] = Upon(model, found.factors)
+    return upon, more
+
+
+def _is_still(found: Adaptation) -> bool:
+    try:
+        return content_fingerprint(found.model) == found.identity
+    except ParentError:
+        return False
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != other.dtype:
+        return False
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return torch.equal(one.contiguous().view(words), other.contiguous().view(words))
 
 
 def _kept(source: TensorSource, model: str, layout: Layout, home: str) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ import torch
 
 from agentmerge.errors import ParentError
 from agentmerge.parents.headers import TensorHeader, read_headers
+from agentmerge.parents.low_rank import Factors, write_factors
 from agentmerge.parents.naming import NameIndex
 from agentmerge.parents.skeleton import skeleton
 from agentmerge.parents.writing import entry_of, refuse_full_disk, stored_tensor, write_weights
@@ -25,7 +26,8 @@ from agentmerge.parents.writing import entry_of, refuse_full_disk, stored_tensor
 def apply_adapter(
     model: Path, adapter: Path, out_dir: Path, *, trust_remote_code: bool = False
 ) -> None:
-    """Write the weights that ``adapter`` makes of ``model``'s into ``out_dir``, which is there.
+    """Write the weights that ``adapter`` makes of ``model``'s into ``out_dir``, which is there,
+    and beside them the factors of what it adds.
 
     Raises:
         ParentError: peft cannot apply it, or it makes numbers that are not finite.
@@ -35,6 +37,8 @@ def apply_adapter(
     entries = [entry_of(name, header) for name, header in headers.items()]
     refuse_full_disk(out_dir, sum(entry.size_bytes for entry in entries), out_dir.parent)
     merged = Adapted(model, adapter, headers, trust_remote_code)
+    found = {name: merged.factors(name) for name in merged.changed}
+    write_factors(out_dir, model, {name: own for name, own in found.items() if own is not None})
     for _ in write_weights(out_dir, entries, merged.tensor):
         pass
     if left := merged.untouched():
@@ -112,17 +116,18 @@ class Adapted:
             return stored
         return value.to(stored.dtype)
 
-    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(B, A) of what is added to a linear module's weight, seen from the module (out by in);
-        None where it is no plain product of two."""
+    def factors(self, name: str) -> Factors | None:
+        """Of what is added to a linear module's weight; None where it is no plain product of two,
+        or the weight itself is the adapter's."""
         _, layer, part = self._layers.get(name, ("", None, ""))
         which = next(iter(getattr(layer, "active_adapters", ())), "")
-        if part != "weight" or which not in getattr(layer, "lora_A", {}):
+        if part != "weight" or name in self._given or which not in getattr(layer, "lora_A", {}):
             return None
         a, b = layer.lora_A[which], layer.lora_B[which]
         if layer.lora_variant or type(a) is not torch.nn.Linear or b.bias is not None:
             return None  # DoRA and the like
-        return layer.scaling[which] * b.weight.detach(), a.weight.detach()
+        turned = bool(getattr(layer, "fan_in_fan_out", False))
+        return Factors(b.weight.detach(), a.weight.detach(), layer.scaling[which], turned)
 
     def untouched(self) -> list[str]:
         """Layers and tensors of the adapter that no tensor of the files has asked for."""

@@ -1,0 +1,155 @@
+"""Adapters are held as adapters: the model that they are of once, factors, and the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from agentmerge.merging.digests import digest
+from agentmerge.merging.family import Family
+from agentmerge.merging.placement import layout_bytes
+from agentmerge.parents.plain import make_plain
+from agentmerge.parents.sources import find_parent
+from agentmerge.recipe import Recipe
+from tests.merging.merge_cases import LAYERS, make_family
+from tests.merging.stack_cases import random_model
+from tests.parents.adapter_cases import CONFIGS, write_adapter
+
+METHODS = ("linear", "task_arithmetic", "ties", "dare_ties", "della")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AGENTMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def adapted(root: Path, model: Path, kinds: dict[str, str]) -> dict[str, Path]:
+    """Plain checkpoints of a model with adapters of those kinds."""
+    names = {
+        name: f"{model}+{write_adapter(model, root / name, kind, seed)}"
+        for seed, (name, kind) in enumerate(kinds.items())
+    }
+    made = make_plain(find_parent(name) for name in names.values())
+    return {name: made[long] for name, long in names.items()}
+
+
+def full(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch, **how: object) -> Family:
+    """All parents held as whole models."""
+    with monkeypatch.context() as patch:
+        patch.setattr("agentmerge.merging.family.upon_models", lambda paths: ({}, {}))
+        return Family.open(paths, **how)  # type: ignore[arg-type]
+
+
+def merge(method: str, *names: str) -> Recipe:
+    own = {"weight": 0.4} | ({} if method == "linear" else {"density": 0.6})
+    if method == "della":
+        own["epsilon"] = 0.1
+    if method == "task_arithmetic":
+        del own["density"]
+    models = [{"model": name, "parameters": own} for name in names]
+    body = {"merge_method": method, "models": models}
+    return Recipe.parse(body if method == "linear" else body | {"base_model": "base"}).canonical(
+        LAYERS
+    )
+
+
+THIN = (CONFIGS["lora"][0], CONFIGS["lora"][1] | {"r": 1, "lora_alpha": 3})
+
+
+@pytest.fixture(autouse=True)
+def _thin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a rank that takes less than half of a model of 16 numbers."""
+    monkeypatch.setitem(CONFIGS, "thin", THIN)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_same_bits_in_less_memory(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_family(tmp_path / "family", tied=True, dtype=dtype)["base"]
+    paths = {"base": base} | adapted(tmp_path, base, dict.fromkeys(("x", "y", "z"), "thin"))
+    low, whole = Family.open(paths, base="base"), full(paths, monkeypatch, base="base")
+    model = layout_bytes(low.layout)
+    assert whole.size_bytes == 4 * model
+    assert low.size_bytes < 2 * model
+    weight = next(s.name for s in low.layout.tensors if "q_proj" in s.name)
+    norm = next(s.name for s in low.layout.tensors if "norm" in s.name)
+    assert low.keeps("x", norm)
+    assert low.tensor("x", norm).data_ptr() == low.tensor("base", norm).data_ptr()
+    assert not low.keeps("x", weight)
+    for spec in low.layout.tensors:
+        assert torch.equal(low.tensor("x", spec.name), whole.tensor("x", spec.name))
+    for method in METHODS:
+        recipe = merge(method, "x", "y", "z")
+        assert digest(low.merge(recipe)) == digest(whole.merge(recipe)), method
+
+
+def test_a_model_that_is_no_parent_is_held_once_for_its_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_family(tmp_path / "family", tied=False, dtype=torch.float32)
+    paths = {"a": made["a"]} | adapted(tmp_path, made["base"], {"x": "thin", "y": "thin"})
+    low, whole = Family.open(paths, base="a"), full(paths, monkeypatch, base="a")
+    few = Family.open(paths, base="a", most=2)
+    model = layout_bytes(low.layout)
+    assert 2 * model < low.size_bytes < 2.5 * model
+    for recipe in (merge("linear", "x", "y"), merge("linear", "a", "x"), merge("linear", "x", "y")):
+        assert digest(low.merge(recipe)) == digest(whole.merge(recipe)) == digest(few.merge(recipe))
+        assert few.size_bytes < 2.5 * model
+    made["base"].rename(tmp_path / "away")
+    moved = Family.open(paths, base="a")  # whole models, then
+    assert moved.size_bytes == 3 * model
+    assert digest(moved.merge(recipe)) == digest(low.merge(recipe))
+
+
+@pytest.mark.parametrize("kind", ["dora", "embedding", "whole modules", "loha", "ranks, rslora"])
+def test_adapters_of_other_kinds_have_the_same_bits(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_family(tmp_path / "family", tied=False, dtype=torch.bfloat16)["base"]
+    paths = {"base": base} | adapted(tmp_path, base, {"x": kind, "y": "thin"})
+    low, whole = Family.open(paths, base="base"), full(paths, monkeypatch, base="base")
+    for spec in low.layout.tensors:
+        assert torch.equal(low.tensor("x", spec.name), whole.tensor("x", spec.name)), spec.name
+    assert low.size_bytes < whole.size_bytes
+
+
+def test_weights_that_are_stored_the_other_way_around(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = {"r": 1, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    monkeypatch.setitem(CONFIGS, "thin", (CONFIGS["lora"][0], lora))
+    base = tmp_path / "base"
+    random_model("gpt2", 0, n_embd=16, n_head=2, n_layer=2).bfloat16().save_pretrained(base)
+    paths = {"base": base} | adapted(tmp_path, base, {"x": "thin"})
+    low, whole = Family.open(paths, base="base"), full(paths, monkeypatch, base="base")
+    names = [spec.name for spec in low.layout.tensors]
+    assert [name for name in names if not low.keeps("x", name)] == [
+        name for name in names if "c_attn.weight" in name or "c_fc.weight" in name
+    ]
+    for name in names:
+        assert torch.equal(low.tensor("x", name), whole.tensor("x", name)), name
+
+
+@pytest.mark.parametrize("damage", ["cut", "other numbers", "gone"])
+def test_factors_that_are_damaged_change_nothing(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_family(tmp_path / "family", tied=False, dtype=torch.float32)["base"]
+    paths = {"base": base} | adapted(tmp_path, base, {"x": "thin"})
+    recipe = merge("ties", "x")
+    want = digest(full(paths, monkeypatch, base="base").merge(recipe))
+    file = paths["x"] / "low_rank" / "factors.safetensors"
+    if damage == "gone":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:100])
+    else:
+        said = file.read_bytes()
+        file.write_bytes(said[:-64] + bytes(64))
+    assert digest(Family.open(paths, base="base").merge(recipe)) == want
