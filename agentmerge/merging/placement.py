@@ -167,6 +167,7 @@ def plan_memory(
     token_bytes: int = 0,
     gradient_token_bytes: int = 0,
     most: int | None = None,
+    low_rank: Mapping[str, tuple[str, int]] | None = None,
 ) -> MemoryPlan:
     """Forecast every placement, and choose.
 
@@ -174,13 +175,15 @@ def plan_memory(
         needs besides. workers: how many there are, each with a family, spread evenly over so many
         ``devices``. apart: even one has a process of its own. memory_gb: at most so much is used
         in all (of each device, where there are any), even if there is more. most: so many parents
-        are in memory at a time; None for all.
+        are in memory at a time; None for all. low_rank: of those that are kept as adapters, the
+        model that each is of (which may be a parent) and what it takes beside it.
     """
     parents = len(layout.parents)
+    held = _held(layout, most, low_rank or {})
     layout = layout.of_most(most)
     cuda = device.startswith("cuda")
     forecasts = tuple(
-        _forecast(placement, layout, dtype, method, demand, cuda)
+        _forecast(placement, layout, held, dtype, method, demand, cuda)
         for placement in demand.possible
         if placement != "host" or cuda
     )
@@ -253,22 +256,42 @@ def gradient_bytes_per_token(config: Mapping[str, Any], dtype: str) -> int:
     return int((config.get("num_hidden_layers") or 0) * layer + logits)
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Parents in memory: whole models, adapters, and what those take besides."""
+
+    whole: int
+    adapters: int
+    beside_bytes: int
+
+
+def _held(layout: Layout, most: int | None, low_rank: Mapping[str, tuple[str, int]]) -> _Held:
+    """At most: whole models first, then the largest adapters."""
+    adapters = [name for name in layout.parents if name in low_rank]
+    number = len(layout.parents) if most is None else min(most, len(layout.parents))
+    whole = min(number, len(layout.parents) - len(adapters))
+    sizes = sorted((low_rank[name][1] for name in adapters), reverse=True)[: number - whole]
+    grounds = {low_rank[name][0] for name in adapters} - {*layout.parents}
+    return _Held(whole + min(len(grounds), len(sizes)), len(sizes), sum(sizes))
+
+
 def _forecast(
     placement: Placement,
     layout: Layout,
+    kept: _Held,
     dtype: str | None,
     method: str | None,
     demand: Demand,
     cuda: bool,
 ) -> MemoryForecast:
     count, ranks = len(layout.parents), demand.ranks
-    parents = layout_bytes(layout) * count
+    parents = layout_bytes(layout) * kept.whole + kept.beside_bytes
     live = layout_bytes(layout, dtype, demand.extra_layers)
     runtime = (resident_bytes() + _LATER_BYTES) * demand.processes
     fused = not cuda and _is_fused(layout, method)
-    inputs = count if placement == "stream" or (cuda and placement == "host") else 0
+    inputs = count if placement == "stream" or (cuda and placement == "host") else kept.adapters
     # Only loops are free of torch's own threads; and where memory is short, one tensor at a time.
-    threads = demand.threads if fused and placement != "stream" else 1
+    threads = demand.threads if fused and placement != "stream" and not kept.adapters else 1
     scratch = scratch_bytes(
         layout, dtype, method, fused=fused, on_device=cuda, inputs=inputs, threads=threads
     )
@@ -278,7 +301,7 @@ def _forecast(
         share = Share(held * ranks, live, known * ranks, scratch * ranks, runtime)
         return MemoryForecast(placement, share)
     sizes = [size_bytes(spec) for spec in layout.tensors]
-    pinned = sum(slabs(sizes)[1]) * count if placement == "host" else 0
+    pinned = sum(slabs(sizes)[1]) * kept.whole + kept.beside_bytes if placement == "host" else 0
     mapped = max(sizes, default=0) if placement == "stream" else 0
     host = Share(pinned * ranks, 0, 0, mapped * ranks, runtime)
     on_device = Share(

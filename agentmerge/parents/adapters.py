@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -106,6 +107,25 @@ def adapter_faults(adapter: Path, tensors: Mapping[str, TensorHeader], tied: boo
             f"the adapter changes {name} by itself, and embedding and head are one tensor in this "
             "model; untie them first"
         )
+
+
+def low_rank_bytes(adapter: Path, tensors: Mapping[str, TensorHeader]) -> int | None:
+    """What an adapter takes beside its model's tensors where both are in memory: its factors, or a
+    weight where that is less than twice as large. None where it has anything but factors.
+
+    Raises:
+        ParentError: the adapter cannot be read.
+    """
+    config, total = read_json(adapter / ADAPTER_CONFIG), 0
+    known = NameIndex(tensors)
+    for module, part in _parts(_headers(adapter)).items():
+        name = known.find(f"{module}.weight")
+        if set(part) != {"lora_A", "lora_B"} or config.get("use_dora") or name is None:
+            return None
+        factors = 4 * sum(math.prod(header.shape) for header in part.values())
+        weight = tensors[name].end - tensors[name].start
+        total += factors if 2 * factors < weight else weight
+    return total
 
 
 def _breaks_the_tie(config: Mapping[str, Any], parts: Mapping[str, Any]) -> str | None:

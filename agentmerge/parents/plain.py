@@ -14,7 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from agentmerge.errors import ParentError
-from agentmerge.parents.adapters import adapter_faults, adapter_fingerprint, adapter_note
+from agentmerge.parents.adapters import (
+    adapter_faults,
+    adapter_fingerprint,
+    adapter_note,
+    low_rank_bytes,
+)
 from agentmerge.parents.aligning import (
     aligned_checkpoint,
     aligned_paths,
@@ -56,6 +61,8 @@ class Survey:
 
     checkpoints: name -> config and headers of the plain checkpoint that it is or will be.
     faults, notes: one sentence each. made_bytes: of the checkpoints that have to be made.
+    low_rank: of adapters that are held as such, the model that each is of (as a parent, else where
+    it is) and the bytes that its factors take.
     """
 
     checkpoints: Mapping[str, Checkpoint]
@@ -63,6 +70,7 @@ class Survey:
     notes: Sequence[str] = ()
     made_bytes: Mapping[str, int] = field(default_factory=dict)
     alignment: Alignment | None = None
+    low_rank: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
     def write_side_files(self, parent: Parent, directory: Path) -> None:
         """All of the checkpoint that ``parent`` will be but its weights."""
@@ -88,6 +96,8 @@ def survey(
     """
     checkpoints: dict[str, Checkpoint] = {}
     faults, notes, made_bytes = [], [], {}
+    low_rank: dict[str, tuple[str, int]] = {}
+    whole = {parent.model: parent.name for parent in parents if parent.adapter is None}
     for parent in parents:
         try:
             checkpoints[parent.name] = checkpoint = _read(parent)
@@ -96,6 +106,10 @@ def survey(
                 faults += [f"{parent.name}: {fault}" for fault in found]
                 note = adapter_note(parent.name, parent.adapter, parent.name.partition("+")[0])
                 notes += [note] if note else []
+                size = None if found else low_rank_bytes(parent.adapter, checkpoint.tensors)
+                if size is not None:
+                    ground = whole.get(parent.model, str(parent.model))
+                    low_rank[parent.name] = ground, size
         except ParentError as error:
             faults.append(f"{parent.name}: {error}")
             continue
@@ -110,6 +124,7 @@ def survey(
         if _other_names(checkpoint, first.text):
             entries = _text_entries(checkpoint, first.text).values()
             made_bytes[name] = made_bytes.get(name, 0) + sum(e.size_bytes for e in entries)
+            low_rank.pop(name, None)
     if first.carried:
         notes.append(
             f"{len(first.carried)} tensors outside the text model are taken over from {owner}: "
@@ -118,7 +133,7 @@ def survey(
     directories = {p.name: p.model for p in parents if p.name in checkpoints}
     if tokenizer_source is None:
         more, said = _token_differences(directories, checkpoints, owner)
-        return Survey(checkpoints, faults + more, notes + said, made_bytes)
+        return Survey(checkpoints, faults + more, notes + said, made_bytes, low_rank=low_rank)
     try:
         alignment = _alignment(
             directories, checkpoints, tokenizer_source, base, trust_remote_code=trust_remote_code
@@ -129,7 +144,8 @@ def survey(
         if alignment.changes(name):
             checkpoints[name] = aligned_checkpoint(checkpoint, alignment)
             made_bytes[name] = made_bytes.get(name, 0) + _size_bytes(checkpoint)
-    return Survey(checkpoints, faults, notes, made_bytes, alignment)
+            low_rank.pop(name, None)
+    return Survey(checkpoints, faults, notes, made_bytes, alignment, low_rank)
 
 
 def _token_differences(

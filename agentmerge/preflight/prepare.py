@@ -181,13 +181,15 @@ def _of_models(look: Look) -> Prepared:
             space = _space(look, layout.num_layers, dtype, checked(layout), outputs)
         if models.found:
             folders = _side_files(models, scratch)
-            config, said = buffered(config, lambda twice: _unbuffered(look, twice, layout, folders))
+            config, said = buffered(
+                config, lambda twice: _unbuffered(look, twice, layout, folders, models)
+            )
             notes += said
             look = replace(look, config=config)
             spec = spec_of(config, folders, dtype)
             taskset, said = _tasks(look, models, spec)
             notes += said + _worker_notes(look, spec, layout)
-            memory = _memory(look, spec, layout)
+            memory = _memory(look, spec, layout, models)
         if look.faults or layout is None or space is None or spec is None:
             raise ConfigError(look.faults)
         if look.weights:  # nothing speaks against it
@@ -333,23 +335,32 @@ def _worker_notes(look: Look, spec: WorkerSpec, layout: Layout | None) -> list[s
     return []
 
 
-def _memory(look: Look, spec: WorkerSpec, layout: Layout | None) -> MemoryPlan | None:
+def _memory(
+    look: Look, spec: WorkerSpec, layout: Layout | None, models: Models
+) -> MemoryPlan | None:
     """Where the parents are kept; None where that cannot be said."""
     if look.kind is None or layout is None:
         return None
-    memory = memory_of(look.config, spec, layout)
+    memory = memory_of(look.config, spec, layout, models.survey.low_rank)
     look.faults.extend([memory.reason] if look.tasks and memory.chosen is None else [])
     return memory
 
 
 def _unbuffered(
-    look: Look, twice: SearchConfig, layout: Layout | None, folders: dict[str, Path]
+    look: Look,
+    twice: SearchConfig,
+    layout: Layout | None,
+    folders: dict[str, Path],
+    models: Models,
 ) -> str:
     """Why two models do not fit on a device; "" where they do, kept as one alone is."""
     if layout is None or look.kind is None:
         return "that cannot be foreseen"
     dtype = look.config.worker.dtype or layout.dtype
-    plans = [memory_of(c, spec_of(c, folders, dtype), layout) for c in (look.config, twice)]
+    plans = [
+        memory_of(c, spec_of(c, folders, dtype), layout, models.survey.low_rank)
+        for c in (look.config, twice)
+    ]
     if plans[1].chosen is None:
         return plans[1].reason
     return (

@@ -157,9 +157,14 @@ def engine_of(spec: WorkerSpec) -> tuple[EngineInfo, dict[str, Any]]:
     return kind.describe(spec), known(spec) if known else {}
 
 
-def memory_of(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryPlan:
+def memory_of(
+    config: SearchConfig,
+    spec: WorkerSpec,
+    layout: Layout,
+    low_rank: Mapping[str, tuple[str, int]],
+) -> MemoryPlan:
     """Where the parents are kept, decided once for all workers: each alone would see what the
-    others have not taken yet."""
+    others have not taken yet. low_rank: as ``plan_memory`` has it."""
     from agentmerge.merging.placement import (
         Demand,
         bytes_per_token,
@@ -188,6 +193,8 @@ def memory_of(config: SearchConfig, spec: WorkerSpec, layout: Layout) -> MemoryP
         asked=worker.placement,
         memory_gb=worker.memory_gb,
         most=spec.resident,
+        # An engine that shares a device's memory out counts whole models.
+        low_rank={} if wanted.beside_bytes else low_rank,
         token_bytes=bytes_per_token(text, spec.dtype),
         gradient_token_bytes=gradient_bytes_per_token(text, spec.dtype) if has_gradient else 0,
     )
