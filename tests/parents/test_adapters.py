@@ -290,7 +290,7 @@ def test_made_parents_are_discarded_unless_they_are_in_use(
     assert made.discard_made(dry_run=False) == (0, 0)
     base = family_of(False)["base"]
     directory = plain(f"{base}+{write_adapter(base, tmp_path / 'adapter')}")
-    size = sum(file.stat().st_size for file in directory.iterdir())
+    size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     left = directory.parent / f".{'0' * 24}-0123abcd"
     left.mkdir()  # what a killed process leaves behind
     assert made.discard_made(dry_run=True) == (1, 0)
