@@ -51,7 +51,6 @@ def real(asked: argparse.Namespace) -> None:
     ]
     print(markdown([list(rows[0]), *([str(value) for value in row.values()] for row in rows)]))
     print(json.dumps(machine(1)))
-    return rows
 
 
 def an_hour(worker: dict[str, Any], evaluations: int, seed: int) -> float:

@@ -11,8 +11,9 @@ begin with, each with the same budget of evaluations (a gradient with its score 
     genetic_path, catcma_path  a genetic algorithm there, and CatCMA (package ``cmaes``)
 
 No stack has more than ``--most`` layers beyond the models' depth: of more, the weakest are left
-out, for every arm alike. The answer of an arm is settled as the product settles it
-(``agentmerge.search.depths``): the best stack seen is asked without its weakest layer, its two
+out, for every arm alike. The answer of an arm is settled as the product settles its own
+(``agentmerge.search.depths``), from the best seen, where the product begins with the winner of most
+halves of the items: the best stack is asked without its weakest layer, its two
 weakest, and so on (at most ``--most`` evaluations, beside the budget, of every arm alike); of these
 the shallowest that is no worse than the best beyond the noise of the search items, if sealed items
 put it ahead of the weight answer beyond theirs; else the weight answer. Writes
@@ -118,7 +119,10 @@ def seed_runs(
                 layers = LayersConfig(most=extra, **form)
                 stacks = StackProblem(problem(), tuple(start["vector"]), layers)
                 save(path, _searched(stacks, Arm(arm, make), seed, budget, start))
-            runs.append(json.loads(path.read_text()))
+            run = json.loads(path.read_text())
+            if "ladder" not in run:
+                raise SystemExit(f"{path} was settled by an earlier rule; give another --out")
+            runs.append(run)
     return runs
 
 
@@ -185,9 +189,10 @@ def settled(problem: StackProblem, run: dict[str, Any]) -> dict[str, Any]:
 
     chosen = next(rung for rung in rungs if rung is highest or no_better(rung))
     gap = problem.sealed(chosen[0]) - (weights := problem.sealed(under))
-    if chosen[0] != under:
-        even = Asked(np.zeros(len(gap), int), np.ones(len(gap)))
-        ahead = even.leads(gap[:, None], np.zeros(len(gap)), run["seed"]).interval()
+    if chosen[0] != under:  # as many sealed items a task
+        tasks = np.arange(len(gap)) * len(problem.tasks) // len(gap)
+        sealed = Asked(tasks, np.ones(len(gap)))
+        ahead = sealed.leads(gap[:, None], np.zeros(len(gap)), run["seed"]).interval()
         if ahead is None or ahead.low <= 0:
             chosen, gap = rungs[0], np.zeros(len(gap))
     vector, shown = chosen

@@ -111,7 +111,7 @@ def make_family(
     ``family.json`` there says how it was made and what was measured. Neither torch's global
     generator nor its thread count is left changed.
     """
-    skills = language.checked_skills(skills)
+    skills = language.checked_skills(skills, language.EXPERTS)
     family = _family_at(directory.absolute(), skills, seed)
     tell = on_progress or (lambda _: None)
     with _one_thread():
@@ -211,7 +211,7 @@ def cached_family(
     `cache_dir` holds one directory a family; by default it is ``$AGENTMERGE_CACHE/families`` or
     ``~/.cache/agentmerge/families``. A family appears there whole or not at all.
     """
-    skills = language.checked_skills(skills)
+    skills = language.checked_skills(skills, language.EXPERTS)
     key = family_key(skills, seed)
     target = (cache_dir or default_cache_dir()).expanduser().absolute() / key
     if not _is_whole(target):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -107,11 +107,13 @@ def _every_input() -> tuple[str, ...]:
     return tuple(map("".join, itertools.product(INPUT_LETTERS, repeat=INPUT_LENGTH)))
 
 
-def checked_skills(skills: Sequence[str]) -> tuple[str, ...]:
+def checked_skills(skills: Sequence[str], known: Mapping[str, Skill] = SKILLS) -> tuple[str, ...]:
     """The skills, all known and each once; raises UserError otherwise."""
     for skill in skills:
-        if skill not in EXPERTS:
-            raise UserError(f"unknown skill {skill!r}; the demo knows {', '.join(EXPERTS)}")
+        if skill not in known:
+            raise UserError(f"unknown skill {skill!r}; the demo knows {', '.join(known)}")
+    if len({known[skill].tag for skill in skills}) != len(set(skills)):
+        raise UserError(f"skills {list(skills)}: two of them answer under the same tag")
     if not skills or len(set(skills)) != len(skills):
         raise UserError(f"skills {list(skills)} must be at least one name, each given once")
     return tuple(skills)

@@ -314,7 +314,8 @@ def m016_what_items_say(db: Any) -> None:
 @migration
 def m017_unjudged(db: Any) -> None:
     """Which questions of a search no judge gave a valid verdict to, and why. final: whether it was
-    the question or the replies to it, so that nothing is gained by asking it again."""
+    the question or the replies to it, so that nothing is gained by asking it again. Of searches
+    from before, requests alone are known, and not their tasks."""
     _run(
         db,
         """
@@ -324,7 +325,18 @@ def m017_unjudged(db: Any) -> None:
             item TEXT NOT NULL, turn INTEGER NOT NULL, reason TEXT NOT NULL,
             final INTEGER NOT NULL, created REAL NOT NULL,
             PRIMARY KEY (run_id, question, nonce)
-        ) WITHOUT ROWID
+        ) WITHOUT ROWID;
+        INSERT INTO unjudged SELECT
+            run_id, substr(prompt_hash, 1, instr(prompt_hash, '/') - 1),
+            CAST(substr(prompt_hash, instr(prompt_hash, '/') + 1) AS INTEGER), '', '', 0,
+            'an earlier version did not keep why', sum(ending = 'refused' AND last <= 2) = 2,
+            max(created)
+        FROM (
+            SELECT *, sum(ending IN ('answered', 'refused', 'failed')) OVER (
+                PARTITION BY run_id, prompt_hash ORDER BY attempt DESC
+            ) AS last FROM model_calls WHERE role = 'judge' AND generation = -1
+        )
+        GROUP BY run_id, prompt_hash HAVING sum(ending = 'answered') = 0
         """,
     )
 

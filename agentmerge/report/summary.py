@@ -82,10 +82,11 @@ def run_summary(ledger: Ledger, row: RunRow) -> dict[str, Any]:
 def judge_rows(ledger: Ledger, row: RunRow) -> dict[str, dict[str, Any]]:
     """Judged task -> {verdicts, twice, same, apart, noise, unjudged}: how far its judge agrees with
     itself, over all that this ledger has of it, and how many of this search's questions had no
-    valid verdict."""
+    valid verdict (of a question asked before tasks were kept, under each)."""
     unjudged = ledger.unjudged(row.id)
+    before = unjudged.get("", 0)
     return {
-        task: asdict(ledger.agreement([judge])) | {"unjudged": unjudged.get(task, 0)}
+        task: asdict(ledger.agreement([judge])) | {"unjudged": unjudged.get(task, 0) + before}
         for task, judge in row.facts.get("judges", {}).items()
     }
 

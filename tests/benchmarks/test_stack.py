@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from agentmerge.demo.family import TinyFamily
 from agentmerge.testing.tiny import TINY, TinyProblem
 from agentmerge.workers.hf import HfWorker
 from benchmarks import stack
+from benchmarks.stack import settled
 from benchmarks.stack_problem import StackProblem
 from benchmarks.stack_rivals import Genetic
 from tests.benchmarks.test_tiny import demo_search
@@ -135,3 +138,40 @@ def test_the_genetic_algorithm_breeds_what_is_good(family: TinyFamily) -> None:
             for slot, p in enumerate(asked)
         ]
     assert max(o.score for o in history) > 0.8 * score(start)
+
+
+@pytest.mark.parametrize(
+    ("search", "sealed", "layers"),
+    [
+        ((0.5, 0.5, 0.5025), (0.5, 0.5, 0.9), 4),  # search items tell none from the weight answer
+        ((0.5, 0.9, 0.91), (0.5, 0.5, 0.9), 4),  # sealed items do not confirm it
+        ((0.5, 0.9, 0.91), (0.5, 0.8, 0.9), 5),  # the shallowest that is no worse
+        ((0.5, 0.6, 0.9), (0.5, 0.6, 0.9), 6),
+    ],
+)
+def test_an_answer_is_settled_by_both_kinds_of_items(
+    search: tuple[float, ...], sealed: tuple[float, ...], layers: int
+) -> None:
+    size, draw = 400, np.random.default_rng(0).permutation(400)
+    items = SimpleNamespace(task=np.arange(size) % 2, weight=np.full(size, 1 / size))
+
+    def shown(vector: tuple[float]) -> Any:
+        values = (draw < size * search[int(vector[0])]).astype(float)
+        return SimpleNamespace(
+            score=values.mean(), evidence=SimpleNamespace(values=values, items=items)
+        )
+
+    problem: Any = SimpleNamespace(
+        tasks=("a", "b"),
+        neutral=lambda: (0.0,),
+        depth=lambda vector: 4 + int(vector[0]),
+        evaluate=shown,
+        sealed=lambda vector: (draw < size * sealed[int(vector[0])]) / size,
+        space=SimpleNamespace(num_layers=4, shallower=lambda vector: (vector[0] - 1,)),
+    )
+    found = settled(problem, {"seed": 0, "answers": {"best": {"vector": [2.0]}}})
+    assert [rung["layers"] for rung in found["ladder"]] == [4, 5, 6]
+    chosen = found["answers"]["chosen"]
+    assert chosen["layers"] == layers
+    assert chosen["sealed"] == pytest.approx(sealed[layers - 4])
+    assert (chosen["over_rival"] > 0) == (layers > 4)

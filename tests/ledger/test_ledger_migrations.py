@@ -173,3 +173,27 @@ def test_a_failed_request_of_an_old_database_is_known_as_failed(older: Any) -> N
         run_id = ledger.run("first").id
         endings = [ledger.call(run_id, 1, "critic", "hash", attempt).ending for attempt in (0, 1)]
     assert endings == ["failed", "answered"]
+
+
+def test_what_no_judge_of_an_older_version_gave_a_verdict_to_is_known(older: Any) -> None:
+    path = older([step.__name__ for step in STEPS].index("m017_unjudged"))
+    conn = sqlite3.connect(path)
+    asked = {
+        "a/0": ["failed", "refused", "refused"],
+        "b/0": ["refused", "refused", "failed"],
+        "c/1": ["refused", "refused"],
+        "d/0": ["refused", "answered"],
+    }
+    names = "run_id, generation, role, prompt_hash, attempt, model, messages, ending"
+    names += ", tokens_in, tokens_out, latency_s, created"
+    (run_id,) = conn.execute("SELECT id FROM runs WHERE name = 'first'").fetchone()
+    for question, endings in asked.items():
+        for attempt, ending in enumerate(endings):
+            row = (run_id, -1, "judge", question, attempt, "m", "[]", ending, 1, 1, 0.1, 1.0)
+            conn.execute(f"INSERT INTO model_calls ({names}) VALUES ({'?, ' * 11}?)", row)
+    conn.commit()
+    conn.close()
+    with Ledger(path) as ledger:
+        keys = [VerdictKey(*question.split("/"), "judge") for question in asked]  # type: ignore[arg-type]
+        assert [ledger.refused(run_id, key) for key in keys] == [True, False, True, False]
+        assert ledger.unjudged(run_id) == {"": 2}  # those that were asked twice for noise are not
