@@ -34,7 +34,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("budget", "reason", "spent"),
     [
-        ({"max_tokens": 16_000}, "tokens", lambda a: a["tokens_in"] + a["tokens_out"] <= 16_000),
+        ({"max_tokens": 8_000}, "tokens", lambda a: a["tokens_in"] + a["tokens_out"] <= 8_000),
         ({"max_cost_usd": 0.15, "prices": PRICES}, "cost", lambda a: 0 < a["cost_usd"] <= 0.15),
     ],
     ids=["tokens", "cost"],

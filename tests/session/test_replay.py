@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -94,8 +95,10 @@ def test_it_asks_with_the_prompts_of_the_time(tmp_path: Path, monkeypatch) -> No
 def test_a_search_goes_on_with_the_prompts_that_it_began_with(tmp_path: Path, monkeypatch) -> None:
     """Ours may say it otherwise by then: that makes no other search of it."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
+    shutil.copytree(prompts.bundled("prompts"), tmp_path / "of-then")
+    shutil.copytree(DATA / "prompts-1", tmp_path / "of-then", dirs_exist_ok=True)
     with ScriptedServer(adviser) as server, monkeypatch.context() as before:
-        before.setattr(prompts, "bundled", lambda name: DATA / "prompts-1")
+        before.setattr(prompts, "bundled", lambda name: tmp_path / "of-then")
         sections = advised(server, budget={"max_evaluations": 14})
         driving.run(config(**sections), name="a", runs_dir=tmp_path)
         before.undo()
@@ -111,7 +114,7 @@ def test_a_search_goes_on_with_the_prompts_that_it_began_with(tmp_path: Path, mo
     assert own["messages"][1]["content"].startswith("Merge method: ")
 
 
-@pytest.mark.parametrize("budget", [{"max_tokens": 16_000}, {"max_items": 2000}], ids=str)
+@pytest.mark.parametrize("budget", [{"max_tokens": 8_000}, {"max_items": 2000}], ids=str)
 def test_a_search_that_a_limit_ended(tmp_path: Path, monkeypatch, budget) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
     with ScriptedServer(adviser) as server:
@@ -123,7 +126,7 @@ def test_a_search_that_a_limit_ended(tmp_path: Path, monkeypatch, budget) -> Non
 RAISED = {
     "evaluations": ({"max_evaluations": 18}, {"max_evaluations": 30}),
     "items": ({"max_items": 17 * 120}, {"max_items": 40 * 120}),
-    "tokens, then more": ({"max_tokens": 16_000}, {"max_tokens": 10**7, "max_evaluations": 40}),
+    "tokens, then more": ({"max_tokens": 8_000}, {"max_tokens": 10**7, "max_evaluations": 40}),
     "generations": ({"max_evaluations": 34}, {"max_evaluations": 40}),
     "a limit that was not there": ({"max_evaluations": 18}, {"max_items": 20 * 120}),
 }
