@@ -1,7 +1,8 @@
 """Items that a merge fails, as agents read them: quoted, cut, and counted by fault.
 
-What is quoted is written by whoever made the task and by the merge, and can give no orders
-(``quoting``). Knows no search: which items, and what was said to them, it is given.
+What is quoted is written by whoever made the task and by the merge: it can give no orders
+(``quoting``), nor end our turn by a chat's special tokens (``unspecial``). Knows no search: which
+items, and what was said to them, it is given.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from agentmerge.agents.quoting import mark_of, quoted
-from agentmerge.agents.reading import FAULTS, FailingItem, fault_of
+from agentmerge.agents.reading import FAULTS, FailingItem, fault_of, unspecial
 from agentmerge.agents.schemas import clean_text
 
-#: Of one item: characters of what it asks (the end), of what is right, of the answer, of a reason.
+#: Of one item: characters of what it asks (the end), of what is right and of the answer (both
+#: ends), of a reason.
 _ASKS, _RIGHT, _ANSWER, _REASON = 400, 150, 400, 250
 #: About how many tokens all items of a prompt may have together.
 MOST_TOKENS = 1_500
@@ -42,7 +44,7 @@ def item_of(
         task,
         index,
         asks if len(asks) <= _ASKS else f"…{asks[-_ASKS:]}",
-        right if len(right) <= _RIGHT else f"{right[:_RIGHT]}…",
+        _ends(right, _RIGHT),
         _ends(said, _ANSWER),
         clean_text(why[: 2 * _REASON], _REASON),
         cut_off,
@@ -83,7 +85,7 @@ def _quoted(item: FailingItem, mark: str) -> str:
         "(The answer was cut off at its length limit.)" if item.cut_off else "",
         quoted("why", item.reason, mark, len(item.reason)) if item.reason else "",
     ]
-    return "\n".join(filter(None, parts))
+    return unspecial("\n".join(filter(None, parts)))  # after what cleans: no token comes back
 
 
 def about_tokens(text: str) -> float:

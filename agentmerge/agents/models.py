@@ -56,7 +56,8 @@ if TYPE_CHECKING:
 ASSUMED_MAX_TOKENS = 8192
 _FIRST_PAUSE_S = 0.5
 _MAX_PAUSE_S = 8.0
-_MAX_TOOL_CHARS = 6_000
+#: Characters of what a tool says that a model is told.
+MAX_TOOL_CHARS = 6_000
 #: Unanswered questions in a row after which a model is spared some, and the most it is spared.
 _PATIENCE, _MOST_SPARED = 3, 24
 
@@ -391,6 +392,6 @@ def _probed(
         else:
             request = {"type": "tool_call", "id": call["id"], "name": tool.name}
             answer = str(tool.invoke(request | {"args": call["args"]}).text)
-        result = {"role": "tool", "content": answer[:_MAX_TOOL_CHARS], "tool_call_id": call["id"]}
+        result = {"role": "tool", "content": answer[:MAX_TOOL_CHARS], "tool_call_id": call["id"]}
         said.append(result)
     return said

@@ -48,6 +48,12 @@ class FailingItem:
     generated: bool = True
 
 
+def unspecial(text: str) -> str:
+    """The text with a blank in each special token of a chat: to a server it is a word as others,
+    and ends nobody's turn."""
+    return _SPECIAL.sub(lambda found: f"{found[0][0]} {found[0][1:].lstrip()}", text)
+
+
 def fault_of(item: FailingItem, rights: Mapping[tuple[str, int], str]) -> str:
     """A key of ``FAULTS``. rights: (task, number) -> what is right, of items beside it."""
     text, gold = item.answer, _core(item.right)
@@ -78,9 +84,15 @@ def fault_of(item: FailingItem, rights: Mapping[tuple[str, int], str]) -> str:
 _EXACT_WORDS = 12
 #: Letters of a right answer, and a space on each side, that may stand in a text by chance.
 _SHORT = 5
+#: What servers read as special tokens wherever it stands; also with the blank of ``unspecial``.
+_TOKEN = (
+    r"< ?[|｜][^|｜<>\n]{1,40}[|｜]>|< ?(?:start|end)_of_turn>|\[ ?/?INST\]"
+    r"|\[ ?/?(?:SYSTEM_PROMPT|TOOL_RESULTS|AVAILABLE_TOOLS)\]|\[ ?TOOL_CALLS\]"
+    r"|< ?</?SYS>>|< ?/?s>|< ?(?:pad|unk|bos|eos)>"
+)
+_SPECIAL = re.compile(_TOKEN, re.IGNORECASE)
 _TEMPLATE = re.compile(
-    r"<\|[^|<>\n]{1,40}\|>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|</?s>|<pad>|<unk>|<eos>"
-    r"|^(?:user|assistant|human|system)\s*(?::|$)|^(?:question|q)\s*:"
+    rf"{_TOKEN}|^(?:user|assistant|human|system)\s*(?::|$)|^(?:question|q)\s*:"
     r"|^#+ *(?:instruction|response|input)\b",
     re.IGNORECASE | re.MULTILINE,
 )

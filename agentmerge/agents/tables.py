@@ -8,6 +8,7 @@ replay by what was asked. Knows no model and no prompt.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -194,15 +195,15 @@ class _Tables:
         lines = [f"{self.score(e)} | {self.tasks(e)} | {_called(e)}" for e in whole]
         rest = [entry for entry in rivals if entry not in whole]
         if rest:
-            found = groupby(rest, lambda entry: _called(entry).rpartition(" ")[0])
+            found = groupby(rest, _kind)
             lines.append("other scores: " + "; ".join(self.alike(h, [*es]) for h, es in found))
         return "\n".join(lines) or "none"
 
     def alike(self, head: str, entries: Sequence[Observation]) -> str:
-        """The scores of some rivals whose names differ in the last word."""
+        """The scores of some rivals of one kind."""
         if len(entries) == 1:
             return f"{_called(entries[0])} {self.score(entries[0])}"
-        values = (f"{_called(e).rpartition(' ')[2]} {self.score(e)}" for e in entries)
+        values = (f"{_called(e)[len(head) :].strip()} {self.score(e)}" for e in entries)
         return f"{head}: {', '.join(values)}"
 
     def candidates(self) -> str:
@@ -292,7 +293,9 @@ class _Tables:
 
     def axis(self, name: str) -> str:
         """Without the word that all of them end with."""
-        return name.replace(f" {self.shared}", "") if self.shared else name
+        if not self.shared:
+            return name
+        return re.sub(rf" {re.escape(self.shared)}(?= at \d+$|$)", "", name)
 
     @property
     def shared(self) -> str:
@@ -312,6 +315,11 @@ def _highest(entries: Sequence[Observation], count: int) -> list[Observation]:
 
 def _called(entry: Observation) -> str:
     return " ".join(part for part in (entry.operator, entry.label) if part)
+
+
+def _kind(entry: Observation) -> str:
+    """What its name begins with; a parent's name stays whole, since a folder's may have blanks."""
+    return PARENT if entry.operator == PARENT else _called(entry).rpartition(" ")[0]
 
 
 def _mark(view: HistoryView, entry: Observation) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from agentmerge.contracts.worker import ItemRef, ItemResult
-from agentmerge.evaluation.rendering import MOST_SAID, said
+from agentmerge.evaluation.rendering import MOST_SAID, cut, said
 from agentmerge.evaluation.tasks import ScoredTask, TaskSet
 
 #: Answers kept of one task's failing items, of one merge.
@@ -21,18 +21,25 @@ _MOST_TURNS = 2 * MOST_SAID
 
 
 def keep_failing(
-    taskset: TaskSet, results: Mapping[ItemRef, ItemResult]
+    taskset: TaskSet,
+    results: Mapping[ItemRef, ItemResult],
+    known: Mapping[ItemRef, ItemResult] | None = None,
 ) -> dict[ItemRef, ItemResult]:
-    """The same results, with answers and reasons only where they are kept."""
+    """The same results, with answers and reasons only where they are kept.
+
+    known: what the merge's other items came to before.
+    """
     kept = set()
+    every = {**(known or {}), **results}
     for task in taskset.tasks:
-        own = {
-            ref: row
-            for ref, row in results.items()
-            if ref.task == task.name and (row.answers or row.reasons)
-        }
-        failed = sorted(_failing(taskset, task, own), key=lambda ref: ref.key)
-        kept.update(failed[:MOST_KEPT])
+        own = {ref: row for ref, row in every.items() if ref.task == task.name}
+        spoken = {ref for ref, row in own.items() if row.answers or row.reasons}
+        fresh = spoken & results.keys()
+        if not fresh:
+            continue
+        failed = [ref for ref in _failing(taskset, task, own) if ref in fresh]
+        room = max(MOST_KEPT - len(spoken - fresh), 0)
+        kept.update(sorted(failed, key=lambda ref: ref.key)[:room])
     return {
         ref: replace(row, answers=_cut(row.answers), reasons=row.reasons)
         if ref in kept
@@ -95,11 +102,3 @@ def _cut(turns: Sequence[str]) -> tuple[str, ...]:
     says as much as how it begins."""
     most = max(MOST_SAID if len(turns) == 1 else _MOST_TURNS // max(len(turns), 1), 40)
     return tuple(cut(turn, most) for turn in turns)
-
-
-def cut(text: str, most: int) -> str:
-    """A text within about a length: its beginning and its end."""
-    if len(text) <= most:
-        return text
-    head = most * 2 // 3
-    return f"{text[:head]} … {text[len(text) - (most - head) :]}"

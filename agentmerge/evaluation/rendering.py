@@ -21,7 +21,7 @@ from agentmerge.evaluation.loading import FEWSHOT_SEED
 
 Render = Callable[..., str]
 
-#: Characters that are kept of what an item asks, its end, and of what is right.
+#: Characters that are kept of what an item asks, its end, and of what is right, both ends.
 MOST_SAID = 600
 
 #: The function by which a chat template asks transformers for the date.
@@ -129,7 +129,15 @@ def _said(task: Any, instances: Sequence[Any]) -> tuple[str, str]:
     except Exception:  # tasks written in Python need not have these
         right = ""
     asks = asks if len(asks) <= MOST_SAID else f"…{asks[-MOST_SAID:]}"
-    return asks, "" if right is None else str(right).strip()[:MOST_SAID]
+    return asks, "" if right is None else cut(str(right).strip(), MOST_SAID)
+
+
+def cut(text: str, most: int) -> str:
+    """A text within about a length: its beginning and its end."""
+    if len(text) <= most:
+        return text
+    head = most * 2 // 3
+    return f"{text[:head]} … {text[len(text) - (most - head) :]}"
 
 
 def chat_renderer(tokenizer: Any, day: date | None = None) -> Render:

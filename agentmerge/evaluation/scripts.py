@@ -15,6 +15,7 @@ from typing import Any
 from agentmerge.config import ScorerCommand
 from agentmerge.errors import AnswerRefused
 from agentmerge.system.commands import MOST_SAID, Running, open_environment
+from agentmerge.system.redaction import redact_json
 
 #: Characters of a wrong line that a sentence has.
 _SHOWN = 120
@@ -132,9 +133,9 @@ def _read(line: str, bounds: tuple[float, float], only: int | None) -> tuple[Any
     details = body.get("details") or ""
     if not isinstance(details, str):
         details = json.dumps(details)
-    return item, Verdict(
-        score, None if margin is None else _number(margin, "margin"), details[:_MOST_DETAILS]
-    )
+    # Before it is cut: half a key is a secret that no pattern knows.
+    why = redact_json(details)[:_MOST_DETAILS]
+    return item, Verdict(score, None if margin is None else _number(margin, "margin"), why)
 
 
 def _number(value: Any, key: str) -> float:

@@ -106,7 +106,7 @@ class Scoring:
             rows = self.judge(missing, rows)
         fresh = dict(zip(missing, rows, strict=True))
         if part == "search":
-            fresh = keep_failing(self.taskset, fresh)
+            fresh = keep_failing(self.taskset, fresh, results)
         else:  # nobody reads what was said to a sealed item
             fresh = {ref: unsaid(row) for ref, row in fresh.items()}
         paid = []

@@ -15,6 +15,7 @@ from langchain_core.tools import BaseTool, StructuredTool, ToolException
 from pydantic import BaseModel, BeforeValidator, Field
 
 from agentmerge.agents.ladder import Noise
+from agentmerge.agents.models import MAX_TOOL_CHARS
 from agentmerge.errors import CandidateFailed, NotBegun, UserError
 from agentmerge.search import comparing, failing, probes
 from agentmerge.search.search import Search
@@ -142,7 +143,8 @@ def _tool(
         given = {key: value for key, value in given.items() if value is not None}
         at = -1 if generation is None else generation
         try:
-            answer = json.dumps(function(search, **given, **fixed))
+            found = function(search, **given, **fixed)
+            answer = _as_json(found) if release is None else _fitted(found)
         except (UserError, CandidateFailed, NotBegun) as error:
             said = shortened(str(error))
             search.book.save_probe(name, given, said, generation=at)
@@ -162,6 +164,24 @@ def _tool(
         handle_tool_error=True,
         handle_validation_error=_invalid,
     )
+
+
+def _as_json(found: dict[str, Any]) -> str:
+    # Every script as it is, for an escape has six characters; a lone surrogate no server takes.
+    return json.dumps(found, ensure_ascii=False).encode("utf-8", "replace").decode()
+
+
+def _fitted(found: dict[str, Any]) -> str:
+    """What the search's own models are told whole: less of the longest list where it is too long,
+    and how much less."""
+    lists = {key: [*value] for key, value in found.items() if isinstance(value, list)}
+    text, left_out = _as_json(found), 0
+    while len(text) > MAX_TOOL_CHARS and any(lists.values()):
+        longest = max(lists, key=lambda key: len(_as_json({key: lists[key]})))
+        lists[longest].pop()
+        left_out += 1
+        text = _as_json({"left_out": left_out, **found, **lists})
+    return text
 
 
 def shortened(text: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 from agentmerge.agents import controller, critic, proposer
 from agentmerge.agents.prompts import load_prompts
 from agentmerge.agents.replies import digit_by_digit
-from agentmerge.agents.tables import number
+from agentmerge.agents.tables import number, variables
 from agentmerge.agents.view import (
     HistoryView,
     TaskView,
@@ -390,6 +390,35 @@ def test_the_rules_words_are_not_said_twice() -> None:
     told = ask("controller", shown, Guidance(critique=f"{endless}\n/models/expert-sort"))
     assert told.critic.startswith("first")
     assert len(told.critic) <= 700
+
+
+def test_no_blank_of_a_folder_shows_it() -> None:
+    folder = "/home/ann/My Models"
+    names = tuple(f"{folder}/expert-{n}" for n in range(9))
+    genome = GenomeConfig(models=names, merge_method="linear", layer_granularity=1)
+    space = SearchSpace(genome, num_layers=4, dtype="float32")
+    entries = [
+        Observation(0, n, None, "parent", n / 10, tuple((t.name, n / 10) for t in ACCURACY),
+                    recipe_hash=str(n), label=name)
+        for n, name in enumerate(names)
+    ]  # fmt: skip
+    found = variables(view(space=space, entries=entries))
+    assert "other scores: parent: expert-0 0, expert-1 .1, expert-2 .2" in found["baselines"]
+    assert not [name for name, text in found.items() if "ann" in text and "home" in text]
+
+
+def test_of_axes_the_shared_word_alone_is_left_out() -> None:
+    names = ("weighted", "weights of maths")
+    genome = GenomeConfig(models=names, merge_method="linear", layer_granularity=4)
+    space = SearchSpace(genome, num_layers=4, dtype="float32")
+    entries = [
+        Observation(1, n, (1.0,) * space.dimensions, "margins", n / 10, recipe_hash=str(n))
+        for n in range(6)
+    ]
+    said = variables(view(space=space, entries=entries))["facts"]
+    pressed_line = next(line for line in said.splitlines() if "all press" in line)
+    assert "weights of maths at 100" in pressed_line
+    assert "weighted at 100" in pressed_line
 
 
 @pytest.mark.parametrize("role", ["controller", "proposer"])

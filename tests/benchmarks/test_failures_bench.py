@@ -9,7 +9,7 @@ import pytest
 
 from agentmerge.agents.failing import section
 from agentmerge.agents.models import AgentModel
-from agentmerge.agents.reading import FAULTS
+from agentmerge.agents.reading import FAULTS, fault_of, unspecial
 from agentmerge.testing import scripted_chat_model
 from benchmarks.failures import INJECTED, by_rules, failed, one, read_back, table
 
@@ -27,7 +27,8 @@ def test_a_prompt_is_read_back_as_it_was_made(name: str) -> None:
             assert (read.index, read.asks, read.right, read.cut_off) == (
                 made.index, made.asks, made.right, made.cut_off,
             )  # fmt: skip
-            assert read.answer.strip() == made.answer.strip()
+            assert read.answer.strip() == unspecial(made.answer).strip()
+            assert fault_of(read, {}) == fault_of(made, {})
 
 
 def test_a_model_is_asked_the_same_prompt() -> None:

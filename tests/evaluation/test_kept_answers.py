@@ -10,7 +10,7 @@ import pytest
 from agentmerge.config import ScorerCommand
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.evaluation.failing import MOST_KEPT, keep_failing
-from agentmerge.evaluation.rendering import ServedTask
+from agentmerge.evaluation.rendering import MOST_SAID, ServedTask, cut
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 from agentmerge.ledger.packing import pack, unpack
 
@@ -74,6 +74,38 @@ def test_an_item_without_a_verdict_does_not_fail() -> None:
 
 def test_no_more_than_a_few_are_kept() -> None:
     assert len(kept([0.0] * 100)) == MOST_KEPT < 100
+
+
+def test_the_bound_and_the_mean_are_of_all_that_a_merge_was_asked() -> None:
+    task = ScoredTask("t", 1.0, "m", "none", True, "generate_until", None, "p", REFS,
+                      tuple(range(100)))  # fmt: skip
+    taskset = TaskSet((task,), (Objective("t", 1.0, True, ("t",)),))
+
+    def asked(start: int, values: list[float], known: dict[ItemRef, ItemResult]) -> list[int]:
+        refs = REFS[start : start + len(values)]
+        rows = {r: ItemResult(v, answers=("x",)) for r, v in zip(refs, values, strict=True)}
+        found = keep_failing(taskset, rows, known)
+        assert list(found) == list(refs)
+        known.update(found)
+        return [ref.index for ref, row in found.items() if row.answers]
+
+    known: dict[ItemRef, ItemResult] = {}
+    for start in range(0, 100, 25):
+        asked(start, [0.0] * 25, known)
+    assert sum(bool(row.answers) for row in known.values()) == MOST_KEPT
+    assert len(asked(0, [0.0] * 25, known)) == 25, "what is asked again makes room for itself"
+    known = {}
+    assert asked(0, [10.0, 20.0], known) == [0]
+    assert asked(2, [20.0, 100.0], known) == [2], "below the mean of all four, not of the two only"
+    assert asked(4, [30.0, 35.0], known) == [4, 5]
+    assert asked(6, [90.0, 80.0], known) == []
+
+
+def test_of_a_long_right_answer_the_end_is_kept() -> None:
+    text = cut(f"{'We count once more. ' * 60}#### 72", MOST_SAID)
+    assert text.startswith("We count")
+    assert text.endswith("#### 72")
+    assert len(text) < MOST_SAID + 10
 
 
 def test_what_is_kept_comes_back_as_it_was() -> None:

@@ -130,6 +130,15 @@ def test_a_wrong_line_is_named(line: str, fault: str) -> None:
         read_verdicts(['{"id": 2, "score": 1}', line], [1, 2], (0.0, 1.0), WHOSE)
 
 
+def test_no_secret_of_its_client_is_kept() -> None:
+    key = "sk-proj-" + "a1B2" * 30
+    for said in (f"401 Incorrect API key provided: {key}", {"error": [f"{'x' * 455}: {key}"]}):
+        line = json.dumps({"id": 1, "score": 0, "details": said})
+        why = read_verdicts([line], [1], (0.0, 1.0), WHOSE)[1].details
+        assert "a1B2" not in why
+        assert "redacted" in why
+
+
 def test_a_missing_line_is_named() -> None:
     with pytest.raises(AnswerRefused, match="gave no line for id 1, and so for 2 of 3 items"):
         read_verdicts(['{"id": 2, "score": 1}', ""], [1, 2, 3], (0.0, 1.0), WHOSE)

@@ -22,6 +22,8 @@ from agentmerge.ledger import Ledger
 from agentmerge.ledger.folder import LEDGER
 from agentmerge.report.summary import best_recipe, run_summary
 from agentmerge.search.budget import items_left
+from agentmerge.search.failing import failing_items
+from agentmerge.search.probes import Release
 from agentmerge.search.tools import tools_of
 from agentmerge.session import driving
 from agentmerge.testing.scripted import scripted_chat_model
@@ -171,6 +173,11 @@ def test_parents_of_real_weights(real_config: Path, tmp_path: Path) -> None:
         again = json.loads(tools["inspect_parents"].invoke({}))
         failed = json.loads(tools["failing_items"].invoke({"candidate": "expert-sort", "count": 4}))
         limited = tools_of(kit.search, 0, "critic", kit.search.noise)
+        coarse, none = (
+            [failing_items(kit.search, parent, 20, Release(kit.search, lambda a, b, at=at: at))
+             for parent in ("expert-shift", "expert-sort")]
+            for at in (0.0, 9.0)
+        )  # fmt: skip
     assert found["parts"] == again["parts"], "what was measured once is remembered"
     assert [part["part"] for part in found["parts"]][-1] == "outside the layers"
     for part in found["parts"]:
@@ -178,6 +185,12 @@ def test_parents_of_real_weights(real_config: Path, tmp_path: Path) -> None:
         assert all(-1 <= cosine <= 1 for cosine in part["cosine"].values())
     assert len(failed["items"]) == 4 < failed["kept"]
     assert 0 < sum(failed["faults"].values()) < failed["kept"], "a choice has no such fault"
+    most = failed["kept"] // 4
+    assert most / 2 < len(coarse[1]["items"]) <= most, "how many come tells not how many fail"
+    assert not coarse[1].keys() & {"kept", "faults"}
+    tied = [found for found in none if "cannot be told apart" in found["note"]]
+    assert tied
+    assert not any(found["items"] for found in tied)
     for item in failed["items"]:
         assert item["asks"]
         assert item["answer"] != item["right"]
