@@ -119,7 +119,7 @@ def number(value: float, decimals: int = 0) -> str:
     three = 2 - math.floor(math.log10(abs(value)))
     if three > _MOST_DECIMALS + 2 or three < -_MOST_DIGITS:
         return f"{value:.3g}"
-    places = max(0, min(max(three, decimals), _MOST_DECIMALS))
+    places = max(0, three, min(decimals, _MOST_DECIMALS))
     text = f"{value:.{places}f}"
     if places:
         text = text.rstrip("0").rstrip(".")
