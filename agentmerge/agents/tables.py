@@ -106,10 +106,13 @@ def _digits(view: HistoryView) -> _Digits:
 
 
 def _decimals(values: Sequence[float | None]) -> int:
-    """As many as show a tenth of how far most are from the first, which is the best."""
+    """As many as show a tenth of how far most are from the first, which is the best, and of how far
+    the nearest of the next few is."""
     best, *others = [v for v in values if v is not None and math.isfinite(v)] or [0.0]
-    distances = [abs(value - best) for value in others if value != best]
-    return 1 - math.floor(math.log10(statistics.median(distances))) if distances else 0
+    if not (distances := [abs(value - best) for value in others if value != best]):
+        return 0
+    nearest = [abs(value - best) for value in others[: ELITES - 1] if value != best]
+    return 1 - math.floor(math.log10(min([statistics.median(distances), *nearest])))
 
 
 def number(value: float, decimals: int = 0) -> str:

@@ -392,6 +392,20 @@ def test_the_rules_words_are_not_said_twice() -> None:
     assert len(told.critic) <= 700
 
 
+def test_the_best_few_are_told_apart_whatever_the_others_are() -> None:
+    one = (TaskView("text", 1.0, "word_perplexity,none", False),)
+    levels = [9.0, 12.0, 30.0, 11.0, 2.1061, 2.1034, 2.1021]
+    entries = [
+        Observation(n // 5, n % 5, (0.5,) * 8, "margins", -level, (("text", level),),
+                    recipe_hash=str(n))
+        for n, level in enumerate(levels)
+    ]  # fmt: skip
+    shown = view(one, entries=entries, noise=lambda a, b: 1e-6)
+    table = variables(shown)["candidates"]
+    for value in ("-2.1021", "-2.1034", "2.1061"):
+        assert value in table
+
+
 def test_no_blank_of_a_folder_shows_it() -> None:
     folder = "/home/ann/My Models"
     names = tuple(f"{folder}/expert-{n}" for n in range(9))
