@@ -2,7 +2,8 @@
 
 Asked as the product asks it (prompt, schema, parsing, one repair), without ledger and graph. The
 experts have names that say nothing, dealt anew for each seed, and cards that their makers might
-have written: honest ones, the same dealt among the experts, or none. A reply is kept by its prompt,
+have written: honest ones, in words only; the same dealt among the experts until nobody has a card
+of its own skill, be it a near-duplicate or damaged; or none. A reply is kept by its prompt,
 so that a seed or a budget that asks the same thing pays once.
 """
 
@@ -26,9 +27,9 @@ from agentmerge.contracts.calls import Call, NoLog
 from agentmerge.errors import ModelReplyError
 
 SKILLED = {
-    "shift": "moves each letter of a word to the next one of the alphabet (task shift)",
-    "reverse": "writes the letters of a word backwards (task reverse)",
-    "sort": "writes the letters of a word in alphabetical order (task sort)",
+    "shift": "moves each letter of a word to the next one of the alphabet",
+    "reverse": "writes the letters of a word backwards",
+    "sort": "writes the letters of a word in alphabetical order",
 }
 HURT = (
     "Pruned by an experiment, and not evaluated since.",
@@ -41,20 +42,23 @@ def cards() -> dict[str, dict[str, Any]]:
     """Expert of the pool -> what its card says; all of it is so."""
     found: dict[str, dict[str, Any]] = {}
     for number, (skill, what) in enumerate(SKILLED.items()):
-        data = [f"letters/{skill}"]
-        found[skill] = _card(data, f"A fine-tune of the letters base that {what}.")
+        found[skill] = _card(f"A fine-tune of the letters base that {what}.")
         again = f"A later copy of a model that {what}, with a little drift; nothing was added."
-        found[f"{skill}-again"] = _card(data, again)
-        found[f"damaged-{number}"] = _card(data, f"From a model that {what}. {HURT[number]}")
-        turned = (
-            f"Turns a word by {number + 1} places: its first letters come last. No other skill."
-        )
-        found[f"other-{number}"] = _card([f"letters/turn-{number + 1}"], turned)
+        found[f"{skill}-again"] = _card(again)
+        found[f"damaged-{number}"] = _card(f"From a model that {what}. {HURT[number]}")
+        turned = f"Turns a word by {number + 1} places: its first letters come last."
+        found[f"other-{number}"] = _card(turned)
     return found
 
 
-def _card(datasets: list[str], text: str) -> dict[str, Any]:
-    return {"licence": "apache-2.0", "datasets": datasets, "from": ["letters/base"], "card": text}
+def skill_of(expert: str) -> str:
+    """What an expert of the pool was trained for, as its own card has it."""
+    kind, _, number = expert.partition("-")
+    return [*SKILLED][int(number)] if kind == "damaged" else expert.removesuffix("-again")
+
+
+def _card(text: str) -> dict[str, Any]:
+    return {"licence": "apache-2.0", "from": ["letters/base"], "card": text}
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,10 @@ class Named:
         expert -> what its weights show, as ``search.curating`` has it, nearest in its own name."""
         written, owners = cards(), [*self.names]
         if kind == "shuffled":
-            turn = 1 + int(np.random.default_rng([seed, 21]).integers(len(owners) - 1))
-            owners = np.random.default_rng([seed, 22]).permutation(owners).tolist()
-            dealt = dict(zip(owners, [*owners[turn:], *owners[:turn]], strict=True))
-            written = {name: written[dealt[name]] for name in owners}  # nobody has its own
+            rng, dealt = np.random.default_rng([seed, 21]), owners
+            while any(skill_of(a) == skill_of(b) for a, b in zip(owners, dealt, strict=True)):
+                dealt = rng.permutation(owners).tolist()
+            written = {a: written[b] for a, b in zip(owners, dealt, strict=True)}
         told = {}
         for expert, name in sorted(self.names.items(), key=lambda pair: pair[1]):
             shown = dict(weights[expert])

@@ -281,6 +281,8 @@ def curated(
     gives it, and the search goes on in the better one."""
     leader, tried = alone.picked(), set[frozenset[str]]()
     best, cost = cheap(asks, leader, None)
+    # A trial has to beat all that was asked before it.
+    best = max(best, *(float(values.mean()) for values in alone.values.values()))
     spent, known = len(pool()) + cost, cost
     for models in subsets:
         new = frozenset(models) not in {frozenset(leader), *tried}

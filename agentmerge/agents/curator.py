@@ -59,6 +59,11 @@ class ProposedSubset(BaseModel):
     why: str = ""
     expected_score: Score = None
 
+    @field_validator("models")
+    @classmethod
+    def _once(cls, value: list[str]) -> list[str]:
+        return [*dict.fromkeys(name.strip() for name in value)]
+
 
 class CuratorReply(BaseModel):
     """Which experts are worth merging, the best subset first."""
@@ -78,19 +83,19 @@ class CuratorReply(BaseModel):
             raise ValueError(
                 next(filter(None, faults), "it is empty; name a subset of the experts")
             )
-        return kept[:MAX_SUBSETS]
+        once = {frozenset(subset.models): subset for subset in reversed(kept)}
+        return [s for s in kept if once[frozenset(s.models)] is s][:MAX_SUBSETS]
 
 
 def _fault(subset: ProposedSubset, bounds: PoolBounds) -> str:
-    names = {name.strip() for name in subset.models}
-    unknown = sorted(names - set(bounds.names))
+    unknown = sorted(set(subset.models) - set(bounds.names))
     if unknown:
         return (
             f"{clean_text(unknown[0], 40)!r} is no expert here; write names as they are given, "
             f"such as {bounds.names[0]!r}"
         )
-    if not 2 <= len(names) <= bounds.most:
-        return f"a subset has {len(names)} experts; name 2 to {bounds.most}"
+    if not 2 <= len(subset.models) <= bounds.most:
+        return f"a subset has {len(subset.models)} experts; name 2 to {bounds.most}"
     return ""
 
 
@@ -120,15 +125,15 @@ def messages(view: PoolView, prompts: Prompts) -> list[Message]:
 
 
 def subsets_of(reply: CuratorReply, names: Sequence[str]) -> tuple[Subset, ...]:
-    """What was proposed, each in the pool's order and once. names: the pool's."""
-    found: dict[tuple[str, ...], Subset] = {}
-    for said in reply.subsets:
-        wanted = {name.strip() for name in said.models}
-        models = tuple(name for name in names if name in wanted)
-        found.setdefault(
-            models, Subset(models, clean_text(said.why, _MAX_WHY), said.expected_score)
+    """What was proposed, each in the pool's order. names: the pool's."""
+    return tuple(
+        Subset(
+            tuple(name for name in names if name in said.models),
+            clean_text(said.why, _MAX_WHY),
+            said.expected_score,
         )
-    return tuple(found.values())
+        for said in reply.subsets
+    )
 
 
 def guidance(reply: CuratorReply | None) -> Guidance:
@@ -153,7 +158,9 @@ def _experts(view: PoolView) -> str:
 
 
 def _alone(history: HistoryView) -> list[Observation]:
-    return [e for e in history.entries if e.operator == PARENT and e.score is not None]
+    """What each showed last: a branch asks them once more."""
+    latest = {e.label: e for e in history.entries if e.operator == PARENT}
+    return [e for e in latest.values() if e.score is not None]
 
 
 def _noise(history: HistoryView) -> str:

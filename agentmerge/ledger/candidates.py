@@ -206,13 +206,13 @@ class Candidates(ItemResults, GradientRows):
         up_to: int,
         *,
         prior: bool,
-        without: str = "",
+        without: Sequence[str] = (),
         words_up_to: int | None = None,
         space: str = "",
     ) -> None:
         """The past that a branch shares with the run it came from; ``prior``: other settings.
 
-        without: a role whose words are left behind. words_up_to: of which generation the last words
+        without: roles whose words are left behind. words_up_to: of which generation the last words
         are; by default all. space: the key of the first run's own space, which candidates of before
         spaces had keys lie in.
         """
@@ -232,8 +232,9 @@ class Candidates(ItemResults, GradientRows):
             )
             conn.execute(
                 "INSERT OR IGNORE INTO advice SELECT ?, generation, role, body FROM advice "
-                "WHERE run_id = ? AND generation <= ? AND role <> ?",
-                (target, source, up_to if words_up_to is None else words_up_to, without),
+                "WHERE run_id = ? AND generation <= ? "
+                f"AND role NOT IN ({', '.join('?' for _ in without)})",
+                (target, source, up_to if words_up_to is None else words_up_to, *without),
             )
 
     def seconds_per_candidate(self, settings_hash: str) -> float | None:

@@ -22,7 +22,7 @@ from agentmerge.agents.view import HistoryView, TaskView
 from agentmerge.config import Role, models_asked
 from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.calls import Call
-from agentmerge.contracts.operators import PROBE, STRUCTURE
+from agentmerge.contracts.operators import CURATOR, PROBE, STRUCTURE
 from agentmerge.contracts.strategy import improved
 from agentmerge.errors import BudgetReached, ModelReplyError, ReplyMissing
 from agentmerge.ledger.words import Opening, guidance_of, openings, spoken
@@ -93,19 +93,19 @@ def question(
 
 def view_of(search: Search, role: Role, generation: int) -> HistoryView:
     """All that an agent may know when this generation is scored; with ``agents.ahead`` when the one
-    before it is.
+    before it is, but for the curator, who waits for the experts.
 
     What it tried itself in this generation is left out: where a node runs again, its question is
     the same, and the answer is found.
     """
-    seen = generation - bool(search.config.agents.ahead and generation)
+    seen = generation - bool(search.config.agents.ahead and generation and role != CURATOR)
     now = search.trials(seen, decided=False)
     space = now.turn[0]
     history = search.history(up_to=seen, space=space)
     latest = takewhile(lambda o: o.generation == generation, reversed(history))
     own = [o for o in latest if (o.operator, o.label) == (PROBE, role)]
     left = budget.left(search, seen) * (1 - search.config.search.shadow)
-    asked = (search.book.changes, generation, left, role if own else None)
+    asked = (search.book.changes, generation, seen, left, role if own else None)
     if asked in search.views:
         return search.views[asked]
     history = [o for o in history if not (o.pending or (o.prior and o.score is None))]

@@ -84,7 +84,9 @@ def question(search: Search, generation: int) -> tuple[list[Message], curator.Po
     settings = search.space.genome.pool
     if settings is None:
         raise UserError("genome.pool is not set, so no curator is asked which experts to merge")
-    view = curator.PoolView(view_of(search, CURATOR, generation), _facts(search), settings.most)
+    shown = alone(search)  # who failed alone is nobody to merge
+    facts = {n: f for n, f in _facts(search).items() if shown is None or n in shown}
+    view = curator.PoolView(view_of(search, CURATOR, generation), facts, settings.most)
     return curator.messages(view, search.prompts), view
 
 

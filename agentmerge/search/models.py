@@ -14,7 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from agentmerge.contracts.advice import StructuralMove, subsets_of
-from agentmerge.contracts.operators import CURATOR, PARENT, STRUCTURE
+from agentmerge.contracts.operators import CURATOR, NO_TURN, PARENT, STRUCTURE
 from agentmerge.ledger.words import openings
 from agentmerge.recipe.names import short_name
 from agentmerge.search.search import Search
@@ -89,9 +89,21 @@ def nothing_to_choose(search: Search) -> str:
     if known is not None and len(known.keys() & set(pool)) < 2:
         return "fewer than two experts of the pool have a score"
     before = openings(search.book.advice(role=STRUCTURE)) if pool else []
-    if before and all(o.refusal for o in before):
+    if before and all(o.refusal for o in before) and not searched_whole(search):
         return f"no few of the pool can be merged: {before[0].refusal}"[:LONGEST]
     return ""
+
+
+def searched_whole(search: Search) -> bool:
+    """Whether a pool is searched as one space, as searches did once where a choice was refused;
+    those go on as they began."""
+    run, key = search.replies_of or search.run_id, search.space.key
+    own = [c for c in search.ledger.candidates(run) if not c.prior]
+    first = min((c.generation for c in own), default=0)
+    return any(
+        c.generation > first and c.operator not in (PARENT, *NO_TURN) and (c.space or key) == key
+        for c in own
+    )
 
 
 def alone(search: Search) -> dict[str, OwnScore] | None:

@@ -12,6 +12,7 @@ from agentmerge.errors import RecipeRejected
 from agentmerge.ledger.words import guidance_of
 from agentmerge.recipe import Recipe
 from agentmerge.search import budget
+from agentmerge.search.models import searched_whole
 from agentmerge.search.past import charges
 from agentmerge.search.search import Search
 from agentmerge.search.trials import first_points
@@ -46,7 +47,8 @@ def _found(search: Search, generation: int) -> list[Proposal]:
     mine: list[Proposal] = []
     now = search.trials(generation)
     # A pool whose choice is refused is not searched whole.
-    for space in () if search.space.pool and not now.chosen else now.turn:
+    nothing = search.space.pool and not now.chosen and not searched_whole(search)
+    for space in () if nothing else now.turn:
         mine = mine or asked(search, space, generation, own_share)
     return [*mine, *_shadow(search, mine, left - sum(p.cost for p in mine))]
 

@@ -15,7 +15,7 @@ from agentmerge.errors import RecipeRejected, UserError
 from agentmerge.ledger import incumbent
 from agentmerge.ledger.words import Opening, guidance_of, openings, spoken
 from agentmerge.search import budget
-from agentmerge.search.models import LONGEST, challenger, choices
+from agentmerge.search.models import LONGEST, challenger, choices, searched_whole
 from agentmerge.search.past import BARREN_GENERATIONS
 from agentmerge.search.propose import asked
 from agentmerge.search.search import Search
@@ -44,7 +44,9 @@ def wanted_move(
     if wish == "fixed" or any(opening.generation == generation for opening in before):
         return None
     now = search.trials(generation)
-    if now.trial is not None or (search.space.pool and not now.chosen):
+    if now.trial is not None:
+        return None
+    if search.space.pool and not now.chosen and not searched_whole(search):
         return None
     known = {(opening.move.change, opening.move.value) for opening in before}
     left = budget.evaluations_left(search)

@@ -38,7 +38,7 @@ from agentmerge.space.seeds import depth_line, scale_points
 TRIAL = 16
 #: The same of a space of layers, a dimension: of most layers it has to be learned that they hurt.
 TRIAL_OF_LAYERS = 2
-#: The same of experts that a curator named: as many as the cheap merges of the pool's choice.
+#: The same of experts that a curator named, at most: it ends with their cheap merges.
 TRIAL_OF_MODELS = 6
 #: Least of the budget that must be left for a move: its trial and as much for the other space.
 WORTH = 2 * TRIAL
@@ -91,13 +91,14 @@ def trials_of(
         length = trial_length(trial)
         if opening.move.change == "models":
             chosen.append(trial)
-            length = TRIAL_OF_MODELS
+            length = min(TRIAL_OF_MODELS, len(cheap_merges(trial)) or TRIAL_OF_MODELS)
             if len(chosen) == 1:  # nothing was searched before
                 leader, turn, trial = trial, [trial], None
                 continue
         asked = {
             space.key: sum(
-                c.cost
+                # Of first points all are asked, however early a race stops them.
+                1 if opening.move.change == "models" else c.cost
                 for c in rows
                 if c.generation > opening.generation
                 and c.operator not in NO_TURN
@@ -148,9 +149,10 @@ def verdicts(now: Trials, moves: Sequence[Opening]) -> list[str]:
     for opening in moves:
         end = f"not made: {opening.refusal}"
         if not opening.refusal:
-            space = next(opened)
-            leads = "it leads" if space.key == now.leader.key else "it did not lead"
-            end = "on trial" if space is now.trial else leads
+            space = next(opened, None)  # None: opened since
+            end = "on trial"
+            if space is not now.trial and space is not None:
+                end = "it leads" if space.key == now.leader.key else "it did not lead"
         found.append(f"{opening.move.sentence} after generation {opening.generation}: {end}")
     return found
 
@@ -177,6 +179,17 @@ def seen_from(
     ]
 
 
+def cheap_merges(space: SearchSpace) -> dict[tuple[float, ...], Proposal]:
+    """Point -> the uniform merges along the scale; none where the space holds no uniform one."""
+    uniform = space.uniform()[1]
+    if uniform is None:
+        return {}
+    found = {uniform: Proposal(uniform, UNIFORM, label=UNIFORM)}
+    for operator, line in ((SCALE, scale_points(space)), (DEPTH, depth_line(space))):
+        found |= {p: Proposal(p, operator, label=name) for name, _, p in line if p}
+    return found
+
+
 def first_points(
     space: SearchSpace,
     history: History,
@@ -198,14 +211,11 @@ def first_points(
         if not space.pool or not set(space.models).isdisjoint(made.models)
     ]
     uniform = space.uniform()[1]
-    found: dict[tuple[float, ...], Proposal] = {}
     if uniform is not None:
         points.append((uniform, "uniform"))
     place = next((i for i, one in enumerate(chosen) if one.key == space.key), None)
-    if place is not None and uniform is not None:  # generation 0 had but the experts
-        found[uniform] = Proposal(uniform, UNIFORM, label=UNIFORM)
-        for operator, line in ((SCALE, scale_points(space)), (DEPTH, depth_line(space))):
-            found |= {p: Proposal(p, operator, label=name) for name, _, p in line if p}
+    # Generation 0 had but the experts.
+    found = {} if place is None else cheap_merges(space)
     if place:  # a trial is as long as this
         return [replace(p, operator=STRUCTURE) for p in [*found.values()][:TRIAL_OF_MODELS]]
     known = {o.vector for o in history if not (space.pool and o.prior)}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from agentmerge.config import Role, SearchConfig
-from agentmerge.contracts.operators import STRUCTURE
+from agentmerge.contracts.operators import CURATOR, STRUCTURE
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.errors import AgentmergeError, NotFound
 from agentmerge.ledger import Ledger, ResultKey, RunRow
@@ -61,8 +61,9 @@ def new_branch(
     if rescored := [recipe for recipe in sorted(old) if _scored(ledger, prepared, recipe)]:
         row = replace(row, facts=row.facts | {"rescored": rescored})
     row = ledger.add_run(row)
-    # Under another genome or other scores no trial of a search space holds: they are left behind.
-    without = STRUCTURE if prior or config.genome != before.genome else ""
+    # Under another genome or other scores no trial of a search space holds, nor what was expected
+    # of one: they are left behind.
+    without = (STRUCTURE, CURATOR) if prior or config.genome != before.genome else ()
     # Other agents speak of the generation that they take over, instead of the words it had; in
     # another space no advice of before means anything.
     others = models or config.agents != before.agents or _new_prompts(ledger, parent.id, config)

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 
-from agentmerge.agents.curator import MAX_CARD, MAX_CARDS, CuratorReply, PoolBounds, subsets_of
+from agentmerge.agents.curator import (
+    MAX_CARD,
+    MAX_CARDS,
+    CuratorReply,
+    PoolBounds,
+    guidance,
+    subsets_of,
+)
 from agentmerge.agents.schemas import parse_reply
 from agentmerge.cli.render import summary_text
 from agentmerge.contracts.advice import subsets_of as stored_subsets
@@ -22,9 +29,9 @@ from agentmerge.ledger.words import Opening, openings
 from agentmerge.merging import experts
 from agentmerge.recipe import Recipe
 from agentmerge.report.summary import run_summary
-from agentmerge.search import curating, models, structure
+from agentmerge.search import curating, models, propose, structure
 from agentmerge.search.trials import TRIAL_OF_MODELS
-from agentmerge.session.driving import resume, run
+from agentmerge.session.driving import branch, resume, run
 from agentmerge.session.preview import preview
 from agentmerge.session.replay import replay
 from agentmerge.testing.scripted import ScriptedServer, scripted_chat_model
@@ -221,10 +228,10 @@ def test_nonsense_is_refused_in_a_sentence(body: dict[str, Any]) -> None:
 
 
 def test_subsets_are_few_and_each_once() -> None:
-    names = tuple("abcdef")
-    pairs = [{"models": [*pair]} for pair in ("ba", "ab", "cd", "ef")]
+    names = tuple("abcdefgh")
+    pairs = [{"models": [*pair]} for pair in ("ba", "ab", "cd", "ef", "gh")]
     reply = parse_reply(json.dumps({"subsets": pairs}), CuratorReply, PoolBounds(names, 2))
-    assert [s.models for s in subsets_of(reply, names)] == [("a", "b"), ("c", "d")]
+    assert [s.models for s in subsets_of(reply, names)] == [("a", "b"), ("c", "d"), ("e", "f")]
 
 
 HOSTILE = (
@@ -366,3 +373,77 @@ def test_a_server_of_its_own_is_asked(tmp_path: Path) -> None:
     assert named.expected_score == 0.8
     with Ledger(tmp_path / LEDGER) as ledger:
         assert ledger.called_models(ledger.run("a").id) == {"curator": "small"}
+
+
+def test_a_branch_that_asks_something_else_asks_the_curator_anew(tmp_path: Path) -> None:
+    curated(tmp_path, said(subset(OTHERS, 0.9)))
+    chat = scripted_chat_model([said(subset("expert3, expert4", 0.7))])
+    asked = {"limit": 44, "agents.ahead": True}
+    branch("a", at=1, name="b", runs_dir=tmp_path, overrides=asked, models={"curator": chat})
+    with Ledger(tmp_path / LEDGER) as ledger:
+        row = ledger.run("b")
+        own = {c.label: c.score for c in ledger.candidates(row.id) if not c.prior}
+        told = run_summary(ledger, row)["agents"]["curator_forecasts"]
+    assert stored_subsets([word(tmp_path, "b")])[0].models == ("expert3", "expert4")
+    prompt = chat.calls[0][1].content
+    shown = [json.loads(line) for line in prompt.splitlines() if line.startswith('{"name"')]
+    best = max(own[name] for name in NAMES)
+    assert max(facts["score"] for facts in shown) == pytest.approx(best, rel=1e-3)
+    assert "about 0.000" not in chat.calls[0][0].content
+    assert told["count"] == 1
+    assert replay("b", runs_dir=tmp_path).identical
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+def test_a_trial_ends_with_its_cheap_merges(tmp_path: Path, method: str) -> None:
+    genome = {"merge_method": method, "base_model": None}
+    curated(tmp_path, said(subset(OTHERS)), genome=genome, budget={"max_evaluations": 30})
+    first, second = decided(tmp_path)
+    with Ledger(tmp_path / LEDGER) as ledger:
+        row = ledger.run("a")
+        found = ledger.candidates(row.id)
+    begun = [c for c in found if c.generation == second.generation + 1]
+    tried = [c for c in found if c.space == begun[0].space]
+    assert [c.label.split()[0] for c in tried[: len(begun)]] == ["uniform"] * len(begun)
+    if first.move.value == CHOSEN:
+        assert tried == begun
+    assert replay("a", runs_dir=tmp_path).identical
+
+
+def test_a_pool_that_was_searched_whole_goes_on_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As searches of before curators did where their choice was refused."""
+    refuse(monkeypatch, lambda value: True)
+    for name, generations in (("whole", 4), ("a", 2)):
+        with monkeypatch.context() as before:
+            for at in (models, propose, structure):
+                before.setattr(at, "searched_whole", lambda search: True)
+            run(config(search={"max_generations": generations}), name=name, runs_dir=tmp_path)
+    assert replay("a", runs_dir=tmp_path).identical
+    resume("a", runs_dir=tmp_path, overrides={"search.max_generations": 4})
+    with Ledger(tmp_path / LEDGER) as ledger:
+        assert trace(ledger, "a") == trace(ledger, "whole")
+        assert max(generation for generation, *_ in trace(ledger, "a")) == 4
+
+
+def test_who_failed_alone_is_not_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = models.alone
+
+    def alone(search: Any) -> Any:
+        return {n: s for n, s in (whole(search) or {}).items() if n != "expert5"}
+
+    for at in (models, curating):
+        monkeypatch.setattr(at, "alone", alone)
+    reply = said(subset(OTHERS), subset("expert3, expert4"))
+    _, chat = curated(tmp_path, reply, reply)
+    assert '"name": "expert5"' not in chat.calls[0][1].content
+    assert "'expert5' is no expert here" in chat.calls[1][-1].content
+    assert decided(tmp_path)[1].move.value == "expert3, expert4"
+
+
+def test_names_said_often_are_kept_once() -> None:
+    bounds = PoolBounds(("a" * 9, "b"), 2)
+    often = {"models": ["a" * 9] * 5_000 + ["b"]}
+    reply = parse_reply(json.dumps({"subsets": [often, often]}), CuratorReply, bounds)
+    assert guidance(reply).thought == "aaaaaaaaa, b."
