@@ -645,6 +645,7 @@ class AgentSettings(_Frozen):
     key_file: str | None = None
     prompts: str | None = None
     younger = ("curator",)
+    only_named: ClassVar[tuple[Role, ...]] = ("curator",)
 
     @model_validator(mode="after")
     def _no_tools_ahead(self) -> AgentSettings:
@@ -656,9 +657,13 @@ class AgentSettings(_Frozen):
         return self
 
     def settings_for(self, role: Role) -> RoleSettings:
-        """A role's settings, whole: its own, else those of all agents; ``model`` may be "none"."""
+        """A role's settings, whole: its own, else those of all agents; ``model`` may be "none".
+
+        Nothing shows that a curator helps, so ``llm`` alone is none.
+        """
+        named = getattr(self, role) or role not in self.only_named
         own: RoleSettings = getattr(self, role) or RoleSettings()
-        everyone = {"model": self.llm} | {
+        everyone = {"model": self.llm if named else "none"} | {
             name: getattr(self, name) for name in RoleSettings.model_fields if name != "model"
         }
         given = {name: value for name, value in own if value is not None}

@@ -447,3 +447,11 @@ def test_names_said_often_are_kept_once() -> None:
     often = {"models": ["a" * 9] * 5_000 + ["b"]}
     reply = parse_reply(json.dumps({"subsets": [often, often]}), CuratorReply, bounds)
     assert guidance(reply).thought == "aaaaaaaaa, b."
+
+
+def test_nobody_is_asked_who_is_not_named() -> None:
+    everyone = {"llm": "openai:large"}
+    for own, asked in ((None, "none"), ({"temperature": 0.2}, "openai:large")):
+        settings = config(agents=everyone | ({"curator": own} if own else {})).agents
+        assert settings.settings_for("curator").model == asked
+        assert settings.settings_for("critic").model == "openai:large"
