@@ -265,7 +265,10 @@ class Resident:
         return held.to(self._device, non_blocking=True)
 
     def verify(self) -> None:
-        """Nothing to look at: a file that is read is looked at then."""
+        """A file that is read whole is looked at then; one of a parent that is not kept may have
+        been changed since."""
+        if not self._weights.keys() >= set(self._layout.parents):
+            self._source.verify()
 
 
 def upon_models(paths: Mapping[str, Path]) -> tuple[dict[str, Upon], dict[str, Path]]:
@@ -288,7 +291,8 @@ def upon_models(paths: Mapping[str, Path]) -> tuple[dict[str, Upon], dict[str, P
             more[model] = found.model
         if model is not None:
             upon[name] = Upon(model, found.factors)
-    return upon, more
+    # A model that is itself held as an adapter is no ground for another.
+    return {name: own for name, own in upon.items() if own.model not in upon}, more
 
 
 def _is_still(found: Adaptation) -> bool:

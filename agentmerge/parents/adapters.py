@@ -33,6 +33,18 @@ _NOT_COVERED = (
     "layer_replication",
     "megatron_config",
 )
+#: Settings by which a LoRA adapter adds something else than the product of its two matrices.
+_NO_FACTORS = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
 #: What the settings that are read here are, where they are there.
 _SETTINGS: dict[str, Any] = {
     "peft_type": str,
@@ -117,10 +129,12 @@ def low_rank_bytes(adapter: Path, tensors: Mapping[str, TensorHeader]) -> int | 
         ParentError: the adapter cannot be read.
     """
     config, total = read_json(adapter / ADAPTER_CONFIG), 0
+    if any(map(config.get, _NO_FACTORS)) or config.get("init_lora_weights") == "mica":
+        return None
     known = NameIndex(tensors)
     for module, part in _parts(_headers(adapter)).items():
         name = known.find(f"{module}.weight")
-        if set(part) != {"lora_A", "lora_B"} or config.get("use_dora") or name is None:
+        if set(part) != {"lora_A", "lora_B"} or name is None:
             return None
         factors = 4 * sum(math.prod(header.shape) for header in part.values())
         weight = tensors[name].end - tensors[name].start

@@ -17,7 +17,7 @@ import torch
 
 from agentmerge.errors import ParentError
 from agentmerge.parents.headers import TensorHeader, read_headers
-from agentmerge.parents.low_rank import Factors, write_factors
+from agentmerge.parents.low_rank import Factors, exact_products, write_factors
 from agentmerge.parents.naming import NameIndex
 from agentmerge.parents.skeleton import skeleton
 from agentmerge.parents.writing import entry_of, refuse_full_disk, stored_tensor, write_weights
@@ -35,10 +35,11 @@ def apply_adapter(
     """
     headers = read_headers(model)
     entries = [entry_of(name, header) for name, header in headers.items()]
-    refuse_full_disk(out_dir, sum(entry.size_bytes for entry in entries), out_dir.parent)
     merged = Adapted(model, adapter, headers, trust_remote_code)
-    found = {name: merged.factors(name) for name in merged.changed}
-    write_factors(out_dir, model, {name: own for name, own in found.items() if own is not None})
+    found = {name: own for name in merged.changed if (own := merged.factors(name)) is not None}
+    size_bytes = sum(e.size_bytes for e in entries) + sum(f.size_bytes for f in found.values())
+    refuse_full_disk(out_dir, size_bytes, out_dir.parent)
+    write_factors(out_dir, model, found)
     for _ in write_weights(out_dir, entries, merged.tensor):
         pass
     if left := merged.untouched():
@@ -145,7 +146,8 @@ class Adapted:
                 stored_tensor(self._headers[name], name).float() if value is None else value.float()
             )
             setattr(base, part, torch.nn.Parameter(value, requires_grad=False))
-        layer.merge(safe_merge=False)
+        with exact_products():
+            layer.merge(safe_merge=False)
         result = {part: getattr(base, part).detach() for part in parts}
         for part in parts:
             setattr(base, part, torch.nn.Parameter(torch.empty(0)))

@@ -8,7 +8,8 @@ what else an adapter changes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,18 @@ from agentmerge.parents.headers import made_from
 _FILE = Path("low_rank") / "factors.safetensors"
 #: Elements worked on at a time: the wide intermediates stay in the cache.
 _BLOCK = 1 << 17
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of matrices in float32 are that, whatever precision this process works at: what is
+    made of an adapter depends on it. Not for two threads at once."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +62,10 @@ class Factors:
         left, right = (self.a.T, self.b.T) if self.turned else (self.b, self.a)
         made = torch.empty_like(weight, memory_format=torch.contiguous_format)
         step = max(1, _BLOCK // max(1, weight.shape[1]))
-        for start in range(0, weight.shape[0], step):
-            rows = slice(start, start + step)
-            made[rows] = (left[rows] @ right).mul_(self.scale).add_(weight[rows].float())
+        with exact_products():
+            for start in range(0, weight.shape[0], step):
+                rows = slice(start, start + step)
+                made[rows] = (left[rows] @ right).mul_(self.scale).add_(weight[rows].float())
         return made
 
 
@@ -66,7 +80,11 @@ class Adaptation:
 
 
 def write_factors(directory: Path, model: Path, factors: Mapping[str, Factors]) -> None:
-    """Into the folder of a checkpoint that is made of ``model``."""
+    """Into the folder of a checkpoint that is made of ``model``.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     if not factors:
         return
     tensors: dict[str, torch.Tensor] = {}
@@ -75,7 +93,11 @@ def write_factors(directory: Path, model: Path, factors: Mapping[str, Factors]) 
         tensors |= {f"{name}.A": own.a.contiguous(), f"{name}.B": own.b.contiguous()}
         how[name] = [own.scale, own.turned]
     (directory / _FILE).parent.mkdir()
-    save_file(tensors, directory / _FILE, {"model": str(model), "factors": json.dumps(how)})
+    said = {"model": str(model), "factors": json.dumps(how)}
+    try:
+        save_file(tensors, directory / _FILE, said)
+    except SafetensorError as error:  # a full disk, too
+        raise OSError(str(error)) from None
 
 
 def adaptation_of(directory: Path) -> Adaptation | None:

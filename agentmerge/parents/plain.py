@@ -266,7 +266,8 @@ def _plain(parent: Parent, trust_remote_code: bool) -> Path:
 
     prints = [content_fingerprint(model), adapter_fingerprint(adapter)]
     identity = identity_of("adapter", prints)
-    return made("adapter", [*prints, _side_digest(parent)], make_applied, identity)
+    # "factors": made anew where it was made before they were kept beside the weights.
+    return made("adapter", [*prints, _side_digest(parent), "factors"], make_applied, identity)
 
 
 def _other_names(checkpoint: Checkpoint, names: Mapping[str, str]) -> bool:

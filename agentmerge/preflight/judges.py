@@ -69,8 +69,9 @@ def judge_notes(taskset: TaskSet, prices: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def judge_forecast(config: SearchConfig, entry: TaskConfig, merges: int) -> str:
-    """What a task's judge will cost, and how much of the budget that leaves.
+def judge_forecast(config: SearchConfig, entry: TaskConfig, merges: int) -> tuple[str, bool]:
+    """What a task's judge will cost and how much of the budget that leaves, and whether the budget
+    is enough for the end.
 
     merges: how many are asked the sealed items, at most.
 
@@ -87,17 +88,19 @@ def judge_forecast(config: SearchConfig, entry: TaskConfig, merges: int) -> str:
         f"({judged.settings.twice:.0%} of them twice), up to {each.tokens} tokens, {each.price}"
     )
     if not sealed:
-        return f"{told}; nothing is kept back for the end, where nothing is sealed"
-    shares = []
+        return f"{told}; nothing is kept back for the end, where nothing is sealed", True
+    shares = {}
     if budget.max_tokens is not None:
-        shares.append(f"{merges * end.tokens / budget.max_tokens:.0%} of budget.max_tokens")
+        shares["max_tokens"] = merges * end.tokens / budget.max_tokens
     if budget.max_cost_usd and end.usd is not None:
-        shares.append(f"{merges * end.usd / budget.max_cost_usd:.0%} of budget.max_cost_usd")
-    kept = " and ".join(shares) or "nothing, since no limit of the budget can be reckoned with"
+        shares["max_cost_usd"] = merges * end.usd / budget.max_cost_usd
+    kept = " and ".join(f"{share:.0%} of budget.{limit}" for limit, share in shares.items())
+    kept = kept or "nothing, since no limit of the budget can be reckoned with"
     return (
         f"{told}; the end asks up to {merges * end.verdicts} more, of {merges} merges, for which "
-        f"up to {merges * end.tokens} tokens are kept back: {kept}"
-    )
+        f"about {merges * end.tokens} tokens are reckoned (fewer once verdicts are known) and kept "
+        f"back: {kept}"
+    ), all(share <= 1 for share in shares.values())
 
 
 def _tokens(judged: JudgedTask, ref: ItemRef) -> int:

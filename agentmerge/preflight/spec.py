@@ -193,8 +193,9 @@ def memory_of(
         asked=worker.placement,
         memory_gb=worker.memory_gb,
         most=spec.resident,
-        # An engine that shares a device's memory out counts whole models.
-        low_rank={} if wanted.beside_bytes else low_rank,
+        # An engine that shares a device's memory out counts whole models, and whether a GPU gives a
+        # checkpoint's bits out of factors is found out when it is opened.
+        low_rank={} if wanted.beside_bytes or spec.device.startswith("cuda") else low_rank,
         token_bytes=bytes_per_token(text, spec.dtype),
         gradient_token_bytes=gradient_bytes_per_token(text, spec.dtype) if has_gradient else 0,
     )

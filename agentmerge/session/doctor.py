@@ -35,6 +35,7 @@ NEEDED = {
     "cma": "4",
     "typer": "0.16",
 }
+_MORE_FOR_THE_END = "raise that limit, or seal fewer conversations (search.sealed_share)"
 KEYS = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY", "GOOGLE_API_KEY", "WANDB_API_KEY")
 
 
@@ -107,8 +108,8 @@ def _judges(config: SearchConfig, space: SearchSpace) -> Iterator[dict[str, Any]
         if entry.judge is not None:
             what = f"judge of {entry.name}"
             try:
-                told = judge_forecast(config, entry, ending_merges(config, space))
-                yield _finding(what, True, told)
+                told, enough = judge_forecast(config, entry, ending_merges(config, space))
+                yield _finding(what, enough, told, "" if enough else _MORE_FOR_THE_END)
             except UserError as error:
                 yield _finding(what, False, str(error))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from agentmerge.errors import RunFailed
 from agentmerge.merging import digests
 from agentmerge.merging.engines import KERNELS, has_fused, merge_tensor
 from agentmerge.merging.kernels import Operand, largest_mask
+from agentmerge.merging.loops import bodies
 from agentmerge.merging.loops.fused import FUSED, MOST_EXPERTS
 from agentmerge.merging.loops.orders import KEPT, Bracket, Cut, Order, cuts, order_bytes
 from agentmerge.merging.loops.remembered import Statistics
@@ -290,3 +292,18 @@ def test_a_tensor_that_was_overwritten_after_it_was_ranked(all_inside: bool) -> 
     tensor.copy_(inside.expand(300_000) if all_inside else torch.zeros(300_000))
     with pytest.raises(RunFailed, match="overwritten while merges were read from it"):
         cuts(base, [tensor], [order], [keeps[0]])
+
+
+def test_threads_that_want_one_loop_compile_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_it, seen = bodies.compiled, []
+
+    def count(*given: Any) -> Any:
+        seen.append(given)
+        return compile_it(*given)
+
+    monkeypatch.setattr(bodies, "compiled", count)
+    how = ("added", ("float32",) * 5, "float32", ("rank", "all", "hash"))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: bodies.loop_for(*how), range(4)))
+    assert len(seen) == 1
+    assert found == found[:1] * 4

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from agentmerge.config import SearchConfig
+from agentmerge.errors import RunFailed, UserError
 from agentmerge.merging.digests import digest
 from agentmerge.merging.family import Family
 from agentmerge.merging.placement import layout_bytes, plan_memory
+from agentmerge.parents import applying
+from agentmerge.parents.headers import content_fingerprint, made_from, read_headers
+from agentmerge.parents.low_rank import Factors, adaptation_of
+from agentmerge.parents.made import made
 from agentmerge.parents.plain import make_plain, survey
 from agentmerge.parents.sources import find_parent
+from agentmerge.preflight.spec import memory_of, spec_of
 from agentmerge.recipe import Recipe
 from tests.merging.merge_cases import LAYERS, make_family
 from tests.merging.stack_cases import random_model
@@ -168,3 +180,120 @@ def test_factors_that_are_damaged_change_nothing(
         said = file.read_bytes()
         file.write_bytes(said[:-64] + bytes(64))
     assert digest(Family.open(paths, base="base").merge(recipe)) == want
+
+
+def test_one_made_before_factors_were_kept_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_family(tmp_path / "family", tied=False, dtype=torch.float32)["base"]
+    monkeypatch.setenv("AGENTMERGE_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(applying, "write_factors", lambda *given: None)
+        patch.setattr(
+            "agentmerge.parents.plain.made", lambda kind, of, *rest: made(kind, of[:3], *rest)
+        )
+        old = adapted(tmp_path, base, {"x": "thin"})["x"]
+    new = make_plain([find_parent(f"{base}+{tmp_path / 'x'}")]).popitem()[1]
+    assert adaptation_of(old) is None
+    assert adaptation_of(new) is not None
+    assert content_fingerprint(old) == content_fingerprint(new)
+    before, after = made_from(old), made_from(new)
+    assert before is not None
+    assert after is not None
+    assert after == before | {"made_from": [*before["made_from"], "factors"]}
+
+
+def test_an_adapter_of_an_adapted_model_is_held_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_family(tmp_path / "family", tied=False, dtype=torch.float32)["base"]
+    paths = {"base": base} | adapted(tmp_path, base, {"x": "thin"})
+    paths |= adapted(tmp_path, paths["x"], {"y": "thin"})
+    recipe = merge("ties", "x", "y")
+    want = digest(full(paths, monkeypatch, base="base").merge(recipe))
+    for most in (None, 2, 3):
+        low = Family.open(paths, base="base", most=most)
+        assert digest(low.merge(recipe)) == want
+    assert 2 * layout_bytes(low.layout) < low.size_bytes < 3 * layout_bytes(low.layout)
+
+
+def test_a_weight_is_made_at_one_precision_whatever_the_process_has() -> None:
+    draw = torch.Generator().manual_seed(0)
+    sizes = (256, 256), (512, 256), (256, 512)  # some processors round smaller ones alike
+    weight, a, b = (torch.randn(size, generator=draw) for size in sizes)
+    factors = Factors(b, a, 0.7)
+    want = factors.added_to(weight)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            assert torch.equal(factors.added_to(weight), want)
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_file_that_changes_while_some_are_kept_is_noticed(tmp_path: Path) -> None:
+    paths = make_family(tmp_path / "family", tied=False, dtype=torch.float32)
+    one, two = Family.open(paths, base="base", most=2), Family.open(paths, base="base")
+    merges = [family.merge(merge("linear", "a")) for family in (one, two)]
+    for merged in merges:
+        for _ in one.layout.tensors:
+            next(merged)
+    os.utime(paths["a"] / "model.safetensors", ns=(1, 1))
+    with pytest.raises(RunFailed, match="was changed while merges were read"):
+        next(merges[0])
+    assert next(merges[1], None) is None  # all were in memory
+
+
+def test_factors_need_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    base = make_family(tmp_path / "family", tied=False, dtype=torch.float32)["base"]
+    monkeypatch.setenv("AGENTMERGE_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr("agentmerge.parents.low_rank.save_file", refuse)
+        with pytest.raises(UserError, match=r"cannot be written: .*No space left"):
+            adapted(tmp_path, base, {"x": "thin"})
+    weights = sum(header.end - header.start for header in read_headers(base).values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=weights))
+    with pytest.raises(UserError, match=r"needs .* GB are free"):
+        adapted(tmp_path, base, {"y": "thin"})
+
+
+def test_variants_of_lora_are_forecast_as_whole_models(tmp_path: Path) -> None:
+    base = make_family(tmp_path / "family", tied=False, dtype=torch.float32)["base"]
+    config = write_adapter(base, tmp_path / "x", "thin") / "adapter_config.json"
+    said = json.loads(config.read_text())
+    parent = find_parent(f"{base}+{tmp_path / 'x'}")
+    assert survey([parent]).low_rank
+    variants: tuple[dict[str, object], ...] = (
+        {"lora_bias": True},
+        {"use_qalora": True},
+        {"use_bdlora": {"target_modules_bd_a": []}},
+        {"kasa_config": {"beta": 1}},
+        {"init_lora_weights": "mica"},
+    )
+    for odd in variants:
+        config.write_text(json.dumps(said | odd))
+        assert not survey([parent]).low_rank, odd
+
+
+def test_a_gpu_is_forecast_to_hold_whole_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "agentmerge.merging.placement.plan_memory",
+        lambda layout, *, low_rank, **rest: seen.append(low_rank),
+    )
+    paths = make_family(tmp_path / "family", tied=False, dtype=torch.float32)
+    models = [str(paths["a"]), str(paths["b"])]
+    body = {"genome": {"models": models, "merge_method": "linear"}, "tasks": {"tasks": ["copa"]}}
+    config = SearchConfig.model_validate(body | {"worker": {"kind": "hf"}})
+    layout = Family.open(paths, base="base", placement="stream").layout
+    for device in ("cpu", "cuda:0"):
+        spec = spec_of(config, {name: Path(name) for name in models}, "float32", device)
+        memory_of(config, spec, layout, {"a": ("base", 1)})
+    assert seen == [{"a": ("base", 1)}, {}]

@@ -509,6 +509,10 @@ def test_doctor_says_what_a_judge_will_cost(
     merges, tokens = map(int, re.findall(r"(\d+) merges.* (\d+) tokens are", found["detail"])[0])
     assert f"the end asks up to {merges * (count - int(each))} more" in found["detail"]
     assert f"kept back: {tokens / 10**6:.0%} of budget.max_tokens" in found["detail"]
+    assert "(fewer once verdicts are known)" in found["detail"]
+    found = told({"model": "openai:gpt-4o-mini", "twice": 0}, {"max_tokens": tokens - 1})
+    assert not found["ok"]
+    assert found["remedy"].startswith("raise that limit")
     found = told({**server, "twice": 0.5}, {})
     assert (
         f"is asked {round(int(each) * 1.5)} questions a candidate (50% of them twice)"

@@ -16,7 +16,8 @@ Masks, one kind for each expert, with four words and two counts each:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import lru_cache, partial
+from threading import Lock
 from typing import Literal
 
 from agentmerge.merging.loops.lanes import Lanes, Loop
@@ -291,10 +292,18 @@ _BODIES: dict[str, Callable[..., Body]] = {
 }
 
 
-@cache
+_MAKING = Lock()
+
+
 def loop_for(name: str, stored: tuple[str, ...], working: str, *how: object) -> Compiled:
-    """The machine code of a loop of this module, made at its first use.
+    """The machine code of a loop of this module, made at its first use, by one thread for all.
 
     stored: the dtypes of the result, the base and the experts. how: the body's own arguments.
     """
+    with _MAKING:
+        return _loop_for(name, stored, working, *how)
+
+
+@lru_cache(256)
+def _loop_for(name: str, stored: tuple[str, ...], working: str, *how: object) -> Compiled:
     return compiled(_BODIES[name](*how), stored, working)

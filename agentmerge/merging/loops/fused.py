@@ -35,7 +35,8 @@ from agentmerge.merging.loops.remembered import Statistics
 from agentmerge.merging.sparse import crumbs_window
 
 #: As many as a pool may have. Beyond 16 some are out of the registers, which costs little beside
-#: the torch path, and compiling takes a second or more; beyond these the torch path serves.
+#: the torch path. Compiling a loop takes up to 1 s for 16 and up to 6 s for these; beyond them the
+#: torch path serves.
 MOST_EXPERTS = 64
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import threading
 from collections.abc import Callable, Sequence
 
 from llvmlite import binding
@@ -15,7 +14,6 @@ from llvmlite import binding
 from agentmerge.merging.loops.lanes import Loop, llvm_text
 
 _CALL = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * 5)
-_LOCK = threading.Lock()
 
 #: What the loops need of an x86 processor; all have it that were made since 2013.
 _NEEDED = ("avx2", "fma", "f16c")
@@ -68,10 +66,8 @@ class Compiled:
 
 
 def compiled(body: Callable[[Loop], None], stored: Sequence[str], working: str) -> Compiled:
-    """``body`` as machine code, in some tens of milliseconds; arguments as in ``Loop``."""
-    text = llvm_text(body, stored, working)
-    with _LOCK:
-        return Compiled(text)
+    """``body`` as machine code; arguments as in ``Loop``. For one thread at a time."""
+    return Compiled(llvm_text(body, stored, working))
 
 
 def fits_processor() -> bool:
