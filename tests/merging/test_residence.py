@@ -104,9 +104,8 @@ def test_a_file_that_changed_before_its_model_came_back(tmp_path: Path) -> None:
     paths |= {"c": make_family(tmp_path / "more", tied=True, dtype=torch.float32)["b"]}
     edit_weights(paths["c"], model__norm__weight=torch.full((16,), 2.0))
     family = Family.open(paths, base="base", most=2)
-    want = digest(family.merge(merge("a")))
+    list(family.merge(merge("a")))
     edit_weights(paths["a"], model__norm__weight=torch.full((16,), 3.0))
-    assert digest(family.merge(merge("a"))) == want  # it is in memory
-    for _ in range(2):
+    for asked in ("a", "b", "b"):  # files are looked at while any parent may yet be read from one
         with pytest.raises(RunFailed, match=r"a/model.safetensors was changed while"):
-            list(family.merge(merge("b")))  # files are looked at whenever one is read
+            list(family.merge(merge(asked)))
