@@ -176,8 +176,8 @@ class Resident:
     and of it only what differs: factors, where they take less than half and give, here and on this
     device, the very bits that the source has.
 
-    What happens later to files that ``source`` reads changes nothing as long as their models are
-    kept.
+    What happens later to files that ``source`` reads changes nothing where all models are kept;
+    where some are, a file that was changed ends the merge.
 
     device: where tensors are given. home: where they are kept, ``device`` or "cpu"; from there they
         are copied over one by one, out of page-locked memory where the system has enough of it.

@@ -29,10 +29,11 @@ class Rulebook(BaseChatModel):
         self, messages: list[BaseMessage], stop: Any = None, run_manager: Any = None, **_: Any
     ) -> ChatResult:
         asked = "\n".join(message.text for message in messages)
-        genomes = re.findall(r"^score .*\| (\[[\d, ]+\])$", asked, re.MULTILINE)
+        genomes = re.findall(r"\| ([\d, ]+) \| \d+ \w+$", asked, re.MULTILINE)
         reply: dict[str, Any]
         if '"mean_genome"' in asked:
-            reply = {"thought": f"{self.mood}: stay", "mean_genome": json.loads(genomes[-1])}
+            best = [int(value) for value in re.findall(r"\d+", genomes[-1])]
+            reply = {"thought": f"{self.mood}: stay", "mean_genome": best}
         elif '"summary"' in asked:
             reply = {"summary": f"{self.mood}: {len(genomes)} rows"}
         else:
