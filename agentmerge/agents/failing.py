@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from agentmerge.agents.quoting import mark_of, quoted
 from agentmerge.agents.reading import FAULTS, FailingItem, fault_of, unspecial
 from agentmerge.agents.schemas import clean_text
+from agentmerge.system.bounded import both_ends
 
 #: Of one item: characters of what it asks (the end), of what is right and of the answer (both
 #: ends), of a reason.
@@ -44,8 +45,8 @@ def item_of(
         task,
         index,
         asks if len(asks) <= _ASKS else f"…{asks[-_ASKS:]}",
-        _ends(right, _RIGHT),
-        _ends(said, _ANSWER),
+        both_ends(right, _RIGHT),
+        both_ends(said, _ANSWER),
         clean_text(why[: 2 * _REASON], _REASON),
         cut_off,
         generated,
@@ -54,10 +55,6 @@ def item_of(
 
 def _by_turn(texts: Sequence[str]) -> str:
     return "\n".join(f"{turn}: {text}" for turn, text in enumerate(texts, 1) if text)
-
-
-def _ends(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-most // 3 :]}"
 
 
 def section(items: Sequence[FailingItem]) -> str:

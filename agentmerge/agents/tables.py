@@ -12,6 +12,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 from agentmerge.agents.schemas import bounded_lines, clean_text
@@ -165,10 +166,14 @@ def rows(view: HistoryView) -> list[Observation]:
     return fittest(chosen, len(chosen))[::-1]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Tables:
     view: HistoryView
     digits: _Digits
+
+    @cached_property
+    def rows(self) -> list[Observation]:
+        return rows(self.view)
 
     def score(self, entry: Observation | None) -> str:
         return "none" if entry is None or entry.score is None else self.scored(entry.score)
@@ -212,7 +217,7 @@ class _Tables:
     def candidates(self) -> str:
         blocks = _blocks(self.view)
         lines = []
-        for entry in rows(self.view):
+        for entry in self.rows:
             mark = _mark(self.view, entry)
             tasks = f" | {self.tasks(entry)}" if mark != TIED else ""
             lines.append(
@@ -223,14 +228,13 @@ class _Tables:
 
     def scores(self) -> str:
         lines = [
-            f"{self.score(e)}{_mark(self.view, e)} {e.generation} {e.operator}"
-            for e in rows(self.view)
+            f"{self.score(e)}{_mark(self.view, e)} {e.generation} {e.operator}" for e in self.rows
         ]
         return "\n".join(lines + self.legend()) or "none"
 
     def legend(self) -> list[str]:
         """Of the marks that the table has."""
-        marks = {_mark(self.view, entry)[:1] for entry in rows(self.view)}
+        marks = {_mark(self.view, entry)[:1] for entry in self.rows}
         said = {
             TIED: "=: no better than the best before it beyond noise, and shown as that",
             "~": "~n%: an estimate, stopped after n % of the items",

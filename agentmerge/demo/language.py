@@ -113,7 +113,9 @@ def checked_skills(skills: Sequence[str], known: Mapping[str, Skill] = SKILLS) -
         if skill not in known:
             raise UserError(f"unknown skill {skill!r}; the demo knows {', '.join(known)}")
     if len({known[skill].tag for skill in skills}) != len(set(skills)):
-        raise UserError(f"skills {list(skills)}: two of them answer under the same tag")
+        raise UserError(
+            f"skills {list(skills)}: two of them answer under the same tag; leave one out"
+        )
     if not skills or len(set(skills)) != len(skills):
         raise UserError(f"skills {list(skills)} must be at least one name, each given once")
     return tuple(skills)

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from agentmerge.contracts.worker import ItemRef, ItemResult
-from agentmerge.evaluation.rendering import MOST_SAID, cut, said
+from agentmerge.evaluation.rendering import MOST_SAID, said
 from agentmerge.evaluation.tasks import ScoredTask, TaskSet
+from agentmerge.system.bounded import both_ends
 
 #: Answers kept of one task's failing items, of one merge.
 MOST_KEPT = 64
@@ -101,4 +102,4 @@ def _cut(turns: Sequence[str]) -> tuple[str, ...]:
     """Each turn with its share of the length, of a long one beginning and end: how an answer ends
     says as much as how it begins."""
     most = max(MOST_SAID if len(turns) == 1 else _MOST_TURNS // max(len(turns), 1), 40)
-    return tuple(cut(turn, most) for turn in turns)
+    return tuple(both_ends(turn, most) for turn in turns)

@@ -18,6 +18,7 @@ from agentmerge.config import ScorerCommand
 from agentmerge.contracts.worker import ItemRef
 from agentmerge.errors import TaskError
 from agentmerge.evaluation.loading import FEWSHOT_SEED
+from agentmerge.system.bounded import both_ends
 
 Render = Callable[..., str]
 
@@ -129,15 +130,7 @@ def _said(task: Any, instances: Sequence[Any]) -> tuple[str, str]:
     except Exception:  # tasks written in Python need not have these
         right = ""
     asks = asks if len(asks) <= MOST_SAID else f"…{asks[-MOST_SAID:]}"
-    return asks, "" if right is None else cut(str(right).strip(), MOST_SAID)
-
-
-def cut(text: str, most: int) -> str:
-    """A text within about a length: its beginning and its end."""
-    if len(text) <= most:
-        return text
-    head = most * 2 // 3
-    return f"{text[:head]} … {text[len(text) - (most - head) :]}"
+    return asks, "" if right is None else both_ends(str(right).strip(), MOST_SAID)
 
 
 def chat_renderer(tokenizer: Any, day: date | None = None) -> Render:

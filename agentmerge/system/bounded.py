@@ -3,6 +3,7 @@
 A file that is no file (a pipe, a device, a folder) would be read for ever or not at all, and a
 short text can stand for a huge value. Whatever opens a config, a recipe, a prompt, a task or a
 model's side files does it here. It knows nothing of what a file means; YAML is ``yaml_text.py``.
+Also how a long text is cut for those who read it.
 """
 
 from __future__ import annotations
@@ -142,3 +143,11 @@ def _kind(mode: int) -> str:
         if test(mode):
             return name
     return "a device"
+
+
+def both_ends(text: str, most: int) -> str:
+    """A text within about a length: its beginning and its end."""
+    if len(text) <= most:
+        return text
+    head = most * 2 // 3
+    return f"{text[:head]} … {text[len(text) - (most - head) :]}"

@@ -10,9 +10,10 @@ import pytest
 from agentmerge.config import ScorerCommand
 from agentmerge.contracts.worker import ItemRef, ItemResult
 from agentmerge.evaluation.failing import MOST_KEPT, keep_failing
-from agentmerge.evaluation.rendering import MOST_SAID, ServedTask, cut
+from agentmerge.evaluation.rendering import MOST_SAID, ServedTask
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 from agentmerge.ledger.packing import pack, unpack
+from agentmerge.system.bounded import both_ends
 
 REFS = tuple(ItemRef("t", n, f"{n:016x}") for n in range(100))
 
@@ -102,7 +103,7 @@ def test_the_bound_and_the_mean_are_of_all_that_a_merge_was_asked() -> None:
 
 
 def test_of_a_long_right_answer_the_end_is_kept() -> None:
-    text = cut(f"{'We count once more. ' * 60}#### 72", MOST_SAID)
+    text = both_ends(f"{'We count once more. ' * 60}#### 72", MOST_SAID)
     assert text.startswith("We count")
     assert text.endswith("#### 72")
     assert len(text) < MOST_SAID + 10
