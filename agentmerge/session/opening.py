@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -370,18 +371,22 @@ def _begun(
 def _telling(emit: Emit, log: Any) -> Callable[[Event], None]:
     """Tell the listener, whoever streams the graph ("custom"), and the run's log.
 
+    Candidates of several workers are told of by as many threads: one at a time, in the log's order.
     No search depends on the log or on the stream.
     """
     from langgraph.config import get_stream_writer
 
+    one_at_a_time = threading.RLock()
+
     def tell(event: Event) -> None:
         named = {"run": event.run} if isinstance(event, Begun) else {}  # a name, and a folder's
         body = redacted(event.to_json()) | named
-        with suppress(OSError, ValueError):
-            log.write(json.dumps({"time": round(time.time(), 3)} | body) + "\n")
-            log.flush()
-        with suppress(RuntimeError, KeyError):  # not inside a graph
-            get_stream_writer()(body)
-        emit(body)
+        with one_at_a_time:
+            with suppress(OSError, ValueError):
+                log.write(json.dumps({"time": round(time.time(), 3)} | body) + "\n")
+                log.flush()
+            with suppress(RuntimeError, KeyError):  # not inside a graph
+                get_stream_writer()(body)
+            emit(body)
 
     return tell

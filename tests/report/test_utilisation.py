@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,26 @@ def test_a_log_of_before_or_torn_or_of_anybody_says_nothing_and_hurts_nobody(
     path.unlink()
     path.mkdir()
     assert WorkersLog(path).read() == Workers()
+
+
+def test_a_listener_is_told_of_one_thing_at_a_time_in_the_logs_order(tmp_path: Path) -> None:
+    body = yaml.safe_load(config_text(search={"algorithm": "random", "population": 8}))
+    body["worker"] |= {"count": 4, "host": "process"}
+    config = SearchConfig.from_text(yaml.safe_dump(body | {"budget": {"max_evaluations": 16}}))
+    told, crowds, listening = list[dict[str, Any]](), list[str](), threading.Lock()
+
+    def emit(body: dict[str, Any]) -> None:
+        if not listening.acquire(blocking=False):
+            crowds.append(body["event"])
+            return
+        told.append(body)
+        time.sleep(0.01)  # a listener that takes its time, as a terminal does
+        listening.release()
+
+    driving.run(config, name="a", runs_dir=tmp_path, emit=emit)
+    assert crowds == []
+    lines = (tmp_path / "a" / LOG).read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines] == [body["event"] for body in told]
 
 
 def test_driver_watcher_show_and_page_say_the_same_of_workers(tmp_path: Path) -> None:
