@@ -1,10 +1,10 @@
 """Real workers side by side: ``scale real``, candidates an hour of two against one.
 
 Searches (``random``, a window of four) of the demo's family, ``hf`` workers of one thread each:
-one in the search's own process, two in processes of their own, two on a Ray cluster of this
-machine. Counted from the end of a search's fourth candidate to that of its last, so that no start
-is in it. The three take turns, ``--seeds`` times. What several cores of a machine share (memory,
-caches, their clock) is in the figures.
+one in the search's own process, where it waits while the search does its own work; one and two in
+processes of their own; two on a Ray cluster of this machine. Counted from the end of a search's
+fourth candidate to that of its last, so that no start is in it. The four take turns, ``--seeds``
+times. What several cores of a machine share (memory, caches, their clock) is in the figures.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from benchmarks.machine import machine
 
 PLACES: dict[str, dict[str, Any]] = {
     "one, here": {"host": "here", "count": 1},
+    "one, process": {"host": "process", "count": 1},
     "two, process": {"host": "process", "count": 2},
     "two, ray": {"host": "ray", "count": 2},
 }
@@ -38,7 +39,7 @@ def real(asked: argparse.Namespace) -> None:
         for place, worker in PLACES.items():
             rates[place].append(an_hour(worker, asked.evaluations, seed))
             print(f"seed {seed}, {place}: {rates[place][-1]:.0f} an hour", flush=True)
-    alone = np.array(rates["one, here"])
+    alone = np.array(rates["one, process"])
     rows = [
         {
             "workers": place,

@@ -102,6 +102,12 @@ def export(
     rank: Annotated[
         int | None, typer.Option("--rank", min=1, help="With --as adapter, the most it may have.")
     ] = None,
+    factors_only: Annotated[
+        bool,
+        typer.Option(
+            "--factors-only", help="With --as adapter: no norm or embedding in it, for vLLM."
+        ),
+    ] = False,
     as_json: options.Json = False,
 ) -> int:
     """Write the best merge as a model, with a model card. Plain transformers loads it."""
@@ -118,6 +124,7 @@ def export(
         prefer=prefer,
         form=as_,
         rank=rank,
+        factors_only=factors_only,
     )
     show_result(report, as_json, exporting.report_text(report))
     return 0 if report["equal"] is not False or "adapter" in report else 1

@@ -3,8 +3,8 @@
 Where experts are LoRA adapters of the base and the method is a weighted sum, their factors are
 concatenated and compressed without loss: nothing of the base's rounding is in them. Elsewhere the
 difference of merge and base is cut to its largest singular values, a weight at a time. Norms, and
-an embedding that is not the head too, are kept whole (peft's ``modules_to_save``); what an adapter
-has no place for is left as in the base, named and counted. Reads weights, knows no scores.
+an embedding that is not the head too, are kept whole (peft's ``modules_to_save``, which vLLM does
+not load) or left: what is left is as in the base, named and counted. Reads weights, no scores.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def export_adapter(
     base: str,
     base_path: Path,
     rank: int | None = None,
+    factors_only: bool = False,
     dtype: str | None = None,
     card: str = "",
     template: str | None = None,
@@ -99,8 +100,8 @@ def export_adapter(
     """Write ``recipe``'s merge as an adapter of ``base`` to ``out_dir``, whole or not at all.
 
     paths: the family's plain checkpoints. parents: as they are named. base_path: the base's
-    directory. rank: the most; None where nothing has to be cut. template: a chat template to go
-    with it.
+    directory. rank: the most; None where nothing has to be cut. factors_only: keep no module whole.
+    template: a chat template to go with it.
 
     Raises:
         UserError: the rank is needed and not given, or layers are added.
@@ -109,7 +110,7 @@ def export_adapter(
     merge_plan = plan(recipe.canonical(layout.num_layers), layout, dtype=dtype)
     if merge_plan.layers is not None:
         raise UserError("this merge has other layers than its base, and an adapter adds none")
-    maker = _Maker(recipe, paths, parents, base, base_path, merge_plan, layout, rank)
+    maker = _Maker(recipe, paths, parents, base, base_path, merge_plan, layout, rank, factors_only)
     for item in merge_plan.tensors:
         maker.take(item)
     tensors, settings = maker.finished()
@@ -143,6 +144,7 @@ class _Maker:
     merge_plan: MergePlan
     layout: Layout
     rank: int | None
+    factors_only: bool
     exact: bool = True
     left: list[str] = field(default_factory=list)
     _norms: list[tuple[float, float]] = field(default_factory=list)  # squared: whole, kept
@@ -179,7 +181,7 @@ class _Maker:
                     "name one with --rank"
                 )
             self._keep(path, kind, *_cut(change.T if kind == "turned" else change, self.rank))
-        elif kind == "whole":
+        elif kind == "whole" and not self.factors_only:
             self._whole[path] = before + change
             self._norms.append((size, size))
         else:

@@ -32,7 +32,7 @@ from agentmerge.search.failing import reading
 from agentmerge.search.propose import population
 from agentmerge.search.search import Search
 from agentmerge.search.trials import Trials, verdicts
-from agentmerge.search.window import lag_of, within
+from agentmerge.search.window import lag_of, told_in, within
 
 _AGENTS: dict[Role, Any] = {"critic": critic, "controller": controller, "proposer": proposer}
 #: Who may call tools before it answers.
@@ -98,8 +98,9 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
     What it tried itself in this generation is left out: where a node runs again, its question is
     the same, and the answer is found.
     """
-    seen = generation - bool(search.config.agents.ahead and generation and role != CURATOR)
-    now = search.trials(seen, decided=False)
+    ahead = search.config.agents.ahead and role != CURATOR
+    seen = generation - bool(ahead and generation)
+    now = told_in(search, generation, ahead=ahead)
     space = now.turn[0]
     history = search.history(up_to=seen, space=space)
     latest = takewhile(lambda o: o.generation == generation, reversed(history))

@@ -16,7 +16,7 @@ from agentmerge.search.models import searched_whole
 from agentmerge.search.past import charges
 from agentmerge.search.search import Search
 from agentmerge.search.trials import first_points
-from agentmerge.search.window import horizon, within
+from agentmerge.search.window import horizon, told_in, within
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.strategies.null_llm import STRATEGY as NULL_LLM
 
@@ -76,7 +76,8 @@ def _asked(search: Search, space: SearchSpace, generation: int, left: int) -> li
             known = search.book.candidates(up_to=generation) if bound else []
             history = search.item_table.of(history, search.floors(known))
         guidance = guidance_of(search.book.advice(generation))
-        if space.key != search.trials(generation, decided=False).turn[0].key:
+        told = told_in(search, generation, ahead=search.config.agents.ahead)
+        if space.key != told.turn[0].key:
             guidance = replace(guidance, mean=None, candidates=(), forecasts=())
         count = min(population(search, space), left)
         found = search.strategy.propose(space, history, guidance, count, rng_of(search))

@@ -21,6 +21,7 @@ from agentmerge.ledger.rows import evaluations
 from agentmerge.search.past import first_generation
 from agentmerge.search.search import Search
 from agentmerge.search.stopping import stop_reason
+from agentmerge.search.trials import Trials
 
 #: A candidate as it is, as it is seen, and what strategies are told of it.
 _Mask = tuple[Candidate, Candidate, Observation]
@@ -70,8 +71,20 @@ def _would_stop(
 def within(search: Search, generation: int, *, whole: bool = True) -> Search:
     """The search as whoever proposes after ``generation`` knows it."""
     known = horizon(search, generation, whole=whole)
-    if known >= generation:
-        return search
+    return search if known >= generation else _pending_after(search, known)
+
+
+def told_in(search: Search, generation: int, *, ahead: bool) -> Trials:
+    """The search spaces as agents know them who speak of a generation: the first turn is theirs.
+
+    ahead: they do while it is scored, and what it shows is pending.
+    """
+    known = _pending_after(search, generation - 1) if ahead and generation else search
+    return known.trials(generation, decided=False)
+
+
+def _pending_after(search: Search, known: int) -> Search:
+    """The search as it is to who knows no result after a generation."""
     book = search.book
     key = (known, book.changes)
     found: Search

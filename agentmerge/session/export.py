@@ -47,6 +47,7 @@ def export_run(
     layers: int | None = None,
     form: str = MODEL,
     rank: int | None = None,
+    factors_only: bool = False,
     point: int | None = None,
     prefer: str | None = None,
 ) -> dict[str, Any]:
@@ -55,8 +56,9 @@ def export_run(
     engine: "agentmerge" or "mergekit". overwrite: in place of an export that is there, which goes
     once the new one is written. layers: the stack of so many layers of the answer's table,
     instead of the answer. point, prefer: a point of its front. form: "model", or
-    "adapter": a LoRA adapter of the base, of at most ``rank``; the report then has its ``adapter``
-    too. ``equal`` is None where ``verify`` is off.
+    "adapter": a LoRA adapter of the base, of at most ``rank``, with ``factors_only`` without
+    modules that are kept whole; the report then has its ``adapter`` too. ``equal`` is None where
+    ``verify`` is off.
 
     Raises:
         UserError: an unknown engine, or a folder that is not empty, or not an export's.
@@ -69,6 +71,8 @@ def export_run(
         raise UserError(f"{engine} writes no adapter of a merge; leave out --with")
     if rank is not None and (form != ADAPTER or rank < 1):
         raise UserError(f"--rank {rank} is of an adapter, and at least 1; write --as adapter")
+    if factors_only and form != ADAPTER:
+        raise UserError("--factors-only is of an adapter; write --as adapter")
     with opened(runs_dir) as ledger:
         row = ledger.run(name)
         found = best_recipe(ledger, row, layers, point, prefer)
@@ -94,7 +98,8 @@ def export_run(
         name, written = str(to.absolute()), to
         if form == ADAPTER:
             card = card.replace("library_name: transformers", "library_name: peft", 1)
-            base, made = _write_adapter(prepared, recipe, to, rank, card, overwrite)
+            asked = {"rank": rank, "factors_only": factors_only, "overwrite": overwrite}
+            base, made = _write_adapter(prepared, recipe, to, card, **asked)
             report["adapter"] = made | {"base": base}
             if verify:
                 name = f"{base}+{name}"
@@ -151,9 +156,12 @@ def report_text(report: dict[str, Any]) -> str:
             f"{adapter['kept']:.2%} of the norm of what the merge adds"
         )
         if adapter["whole"]:
-            lines.append(f"kept whole: {_listed(adapter['whole'])}")
+            lines.append(
+                f"kept whole: {_listed(adapter['whole'])} (vLLM loads no such adapter; "
+                "--factors-only leaves them as in the base)"
+            )
         if adapter["left"]:
-            lines.append(f"left as in the base, no place in an adapter: {_listed(adapter['left'])}")
+            lines.append(f"left as in the base: {_listed(adapter['left'])}")
     if report["warning"]:
         lines.append(f"note: {report['warning']}")
     if report["equal"] is None:
@@ -178,9 +186,9 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _write_adapter(
-    prepared: Prepared, recipe: Recipe, to: Path, rank: int | None, card: str, overwrite: bool
+    prepared: Prepared, recipe: Recipe, to: Path, card: str, **asked: Any
 ) -> tuple[str, dict[str, Any]]:
-    """(the base's name, what was written)."""
+    """(the base's name, what was written). asked: as ``export_adapter`` has it."""
     from agentmerge.merging.adapter import base_of, export_adapter
 
     worker, genome = prepared.config.worker, prepared.config.genome
@@ -202,12 +210,11 @@ def _write_adapter(
         parents=parents,
         base=base,
         base_path=prepared.paths.get(base, plain.model),
-        rank=rank,
         dtype=prepared.spec.dtype,
         card=card,
         template=_asked_template(prepared) or chat_template(prepared.paths[asks]),
-        overwrite=overwrite,
         finish=_publish_recipe,
+        **asked,
     )
     body = asdict(made)
     body.pop("path")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -62,7 +63,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def written(
-    text: str, pool: dict[str, str], to: Path, experts: tuple[str, str], rank: int | None = None
+    text: str, pool: dict[str, str], to: Path, experts: tuple[str, str], **asked: Any
 ) -> tuple[AdapterExport, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(what was said, the merge, what peft makes of the base and the adapter)."""
     names = {"base": pool["base"], "one": pool[experts[0]], "two": pool[experts[1]]}
@@ -71,7 +72,7 @@ def written(
     paths = make_plain(parents.values())
     base = base_of(parents, recipe, recipe.base_model)
     found = export_adapter(
-        recipe, paths, to, parents=parents, base=base, base_path=Path(pool["base"]), rank=rank
+        recipe, paths, to, parents=parents, base=base, base_path=Path(pool["base"]), **asked
     )
     family = Family.open(paths, base=recipe.base_model)
     merged = dict(family.merge(recipe.canonical(family.layout.num_layers)))
@@ -123,6 +124,18 @@ def test_whatever_is_no_plain_sum_is_cut_to_a_rank(
     assert found.kept == pytest.approx(1.0, abs=1e-5)
     whole = {"model.embed_tokens", *(name.removesuffix(".weight") for name in norms)}
     assert set(found.whole) == (whole if experts == ("a", "b") else set())
+
+
+def test_factors_alone_leave_norms_and_the_embedding(pool: dict[str, str], tmp_path: Path) -> None:
+    before = load_file(f"{pool['base']}/model.safetensors")
+    found, merged, made = written(
+        SUM, pool, tmp_path / "out", ("a", "b"), rank=16, factors_only=True
+    )
+    left = {name for name in merged if "norm" in name or "embed_tokens" in name}
+    assert (set(found.left), found.whole) == (left, ())
+    assert 0.5 < found.kept < 0.99
+    for name, tensor in made.items():
+        assert torch.allclose(tensor, (before if name in left else merged)[name], atol=1e-5), name
 
 
 def test_a_tied_embedding_is_left_and_counted(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,10 +12,12 @@ from agentmerge.config import SearchConfig
 from agentmerge.errors import ConfigError
 from agentmerge.session import driving
 from agentmerge.session.replay import replay
+from agentmerge.strategies.llm_evo import LlmEvo
 from agentmerge.testing.scripted import ScriptedServer
 from tests.session.conftest import command, config, config_text, trace_of
 from tests.session.test_agents import advised, adviser, key  # noqa: F401 (a fixture)
 from tests.session.test_resume import events, kill_after
+from tests.session.test_structure import mover
 
 
 def ahead(server: ScriptedServer, **sections: dict) -> dict:
@@ -58,6 +61,31 @@ def test_more_workers_and_kills_change_nothing(tmp_path: Path) -> None:
         assert kills == 4
         assert trace_of(runs, "rough") == trace_of(tmp_path / "calm", "calm")
     assert replay("calm", runs_dir=tmp_path / "calm").identical
+
+
+def test_what_is_said_ahead_is_of_the_space_that_it_is_used_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A move doubles the dimensions; then both spaces take turns. Words of one are none of the
+    other's, and those of the space whose turn it is are heard."""
+    used: list[tuple[int, int, int]] = []
+    propose = LlmEvo.propose
+
+    def seen(self: LlmEvo, space: Any, history: Any, guidance: Any, *rest: Any) -> Any:
+        if guidance is not None and guidance.source == "model":
+            generation = history[-1].generation
+            used.append((generation, space.dimensions, len(guidance.mean or ())))
+        return propose(self, space, history, guidance, *rest)
+
+    monkeypatch.setattr(LlmEvo, "propose", seen)
+    with ScriptedServer(mover(("granularity", "1"))) as server:
+        sections = ahead(server, budget={"max_evaluations": 70})
+        sections["search"] |= {"algorithm": "llm_evo", "sealed_share": 0.0}
+        driving.run(config(**sections), name="a", runs_dir=tmp_path)
+    assert {mean for _, _, mean in used} >= {4, 8}, used
+    assert all(mean in (0, dimensions) for _, dimensions, mean in used), used
+    on_trial = [bool(mean) for _, dimensions, mean in used if dimensions == 8]
+    assert sum(on_trial) > len(on_trial) / 2, used
 
 
 def test_tools_wait_for_workers() -> None:

