@@ -31,4 +31,4 @@ def by_model(reply: CriticReply, guidance: Guidance) -> Guidance:
 
 def by_rules(view: HistoryView, guidance: Guidance) -> Guidance:
     """The guidance with the statistics as critique."""
-    return replace(guidance, critique=bounded_lines(observations(view.released()), MAX_CRITIQUE))
+    return replace(guidance, critique=bounded_lines(observations(view.released), MAX_CRITIQUE))

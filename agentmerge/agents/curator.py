@@ -145,7 +145,7 @@ def guidance(reply: CuratorReply | None) -> Guidance:
 
 def _experts(view: PoolView) -> str:
     """A line of JSON an expert: in it no text can end its own quotes."""
-    scores = {short_name(e.label): e for e in _alone(view.history.released())}
+    scores = {short_name(e.label): e for e in _alone(view.history.released)}
     most = min(MAX_CARD, MAX_CARDS // max(len(view.facts), 1))
     lines = []
     for name, facts in view.facts.items():

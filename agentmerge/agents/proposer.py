@@ -11,9 +11,8 @@ from dataclasses import replace
 from agentmerge.agents.prompts import Message, Prompts
 from agentmerge.agents.schemas import MAX_CANDIDATES, ProposedMove, ProposerReply, unit
 from agentmerge.agents.tables import critic_said, variables
-from agentmerge.agents.view import ELITES, HistoryView
+from agentmerge.agents.view import HistoryView
 from agentmerge.contracts.advice import Guidance, StructuralMove
-from agentmerge.contracts.strategy import fittest
 
 REPLY = ProposerReply
 
@@ -50,10 +49,10 @@ def _move(said: ProposedMove | None) -> StructuralMove | None:
 
 def by_rules(view: HistoryView, guidance: Guidance) -> Guidance:
     """The four best, each weighted by how far its score is above the worst one seen."""
-    elites = fittest(view.entries, ELITES)
+    elites = view.elites
     if not elites:
         return replace(guidance, thought="Nothing has been scored yet: no mean to propose.")
-    floor = min(entry.score for entry in view.entries if entry.score is not None)
+    floor = min(view.scores)
     weights = [(entry.score or 0.0) - floor for entry in elites]
     if sum(weights) <= 0:
         weights = [1.0] * len(elites)

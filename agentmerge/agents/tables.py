@@ -61,7 +61,7 @@ TIED = "="
 def variables(view: HistoryView) -> dict[str, str]:
     """The prompt variables of the three roles that advise (prompts.COMMON and prompts.TABLES), as
     the Ladder releases them."""
-    shown = view.released()
+    shown = view.released
     tables = _Tables(shown, _digits(shown))
     found = {
         "parents": _parents(shown),
@@ -82,7 +82,7 @@ def critic_said(view: HistoryView, guidance: Guidance) -> dict[str, str]:
     """The variables of what the critic said: all of it, and without what the facts say already."""
     critique = published(view, guidance.critique) or "none"
     lines = critique.splitlines()
-    facts = [published(view, line) for line in observations(view.released())]
+    facts = [published(view, line) for line in observations(view.released)]
     said = bounded_lines(lines, _CRITIQUE)
     if lines == facts[: len(lines)]:
         said = "nothing beyond the facts"

@@ -80,6 +80,7 @@ class HistoryView:
     failing: str = ""
     faults: str = ""
 
+    @cached_property
     def released(self) -> HistoryView:
         """The view as it may be shown to a model."""
         released = (self.ladder or Ladder(self.noise)).release(self.entries)
@@ -116,8 +117,22 @@ class HistoryView:
         )
 
     @cached_property
+    def scores(self) -> list[float]:
+        return [e.score for e in self.entries if e.score is not None]
+
+    @cached_property
+    def scored(self) -> list[Observation]:
+        """What has a score and a point in this space."""
+        return [e for e in self.entries if e.score is not None and e.vector is not None]
+
+    @cached_property
+    def elites(self) -> list[Observation]:
+        """The best few of these, best first."""
+        return fittest(self.scored, ELITES)
+
+    @cached_property
     def best(self) -> Observation | None:
-        top = max((e.score for e in self.entries if e.score is not None), default=None)
+        top = max(self.scores, default=None)
         return next((e for e in self.entries if e.score is not None and e.score == top), None)
 
     @cached_property
@@ -135,7 +150,7 @@ class HistoryView:
 def variables(view: HistoryView) -> dict[str, str]:
     """The prompt variables that every role has (prompts.COMMON), as the Ladder releases them; what
     stored searches were asked is said in these very words (``agents.tables`` has shorter ones)."""
-    view = view.released()
+    view = view.released
     return {name: published(view, text) for name, text in _variables(view).items()}
 
 
@@ -387,7 +402,7 @@ def correlations(entries: Sequence[Observation], dimensions: int) -> list[float]
 def clear_axes(view: HistoryView) -> tuple[int, list[tuple[str, float]]] | None:
     """Of so many candidates, the axes that go with the score beyond noise, and Pearson's r; None
     where they are too few."""
-    scored = _scored(view)[-MOST_CORRELATED:]
+    scored = view.scored[-MOST_CORRELATED:]
     if len(scored) < _MIN_FOR_CORRELATION:
         return None
     noise = 2 / math.sqrt(len(scored))
@@ -409,15 +424,11 @@ def _correlations(view: HistoryView) -> list[str]:
     return [f"Axes that go with the score over {count} candidates: {named}."]
 
 
-def _scored(view: HistoryView) -> list[Observation]:
-    return [e for e in view.entries if e.score is not None and e.vector is not None]
-
-
 def elites(view: HistoryView) -> list[list[int]]:
     """The best few, as integers; none where there are not so many."""
-    if len(_scored(view)) < ELITES:
+    if len(view.scored) < ELITES:
         return []
-    return [integers(entry.vector or ()) for entry in fittest(view.entries, ELITES)]
+    return [integers(entry.vector or ()) for entry in view.elites]
 
 
 def spread(best: Sequence[Sequence[int]]) -> float:

@@ -302,7 +302,7 @@ EXACTLY = {
 @pytest.mark.parametrize("case", VIEWS)
 @pytest.mark.parametrize("role", ROLES)
 def test_every_fact_of_a_role_is_read_back(role: str, case: str) -> None:
-    told, known = ask(role, VIEWS[case]), VIEWS[case].released()
+    told, known = ask(role, VIEWS[case]), VIEWS[case].released
     for fact in FACTS[role]:
         found = getattr(told, fact)
         if fact in ABOUT:
