@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "agentmerge"
 ROOMS = runpy.run_path(str(ROOT / ".ci" / "rooms.py"))
 
+
 def test_every_module_can_be_imported() -> None:
     """In whatever order, since none leads back to itself."""
     optional = "vllm"  # the workers' room for it needs the extra

@@ -133,12 +133,12 @@ class HistoryView:
     @cached_property
     def best(self) -> Observation | None:
         top = max(self.scores, default=None)
-        return next((e for e in self.entries if e.score is not None and e.score == top), None)
+        return None if top is None else next(e for e in self.entries if e.score == top)
 
     @cached_property
     def rivals(self) -> tuple[Observation, ...]:
         """The parents and the cheap merges: what a searched merge has to beat."""
-        return tuple(entry for entry in self.entries if entry.operator in CHEAP)
+        return tuple([entry for entry in self.entries if entry.operator in CHEAP])
 
     @cached_property
     def last(self) -> tuple[Observation, ...]:
@@ -466,7 +466,9 @@ def last_move(
 ) -> tuple[Observation, Observation, list[tuple[str, int, int]]] | None:
     """How the last generation's best differs from the best before it: both, and the axes on which
     it moved most, from where to where."""
-    before = fittest(view.entries[: len(view.entries) - len(view.last)], 1)
+    before = [e for e in view.elites if e.generation < view.generation] or fittest(
+        view.entries[: len(view.entries) - len(view.last)], 1
+    )
     after = fittest(view.last, 1)
     if not before or not after:
         return None

@@ -10,7 +10,7 @@ PARENT, UNIFORM, SCALE, DEPTH = "parent", "uniform", "scale", "depth"
 SANDWICH, STACK = "sandwich", "stack"
 #: With the parents, all that a searched merge has to beat.
 RIVALS = (UNIFORM, SCALE, DEPTH, SANDWICH, STACK)
-CHEAP = (PARENT, *RIVALS)
+CHEAP = frozenset((PARENT, *RIVALS))
 #: A warm start (``search.init``).
 INIT = "init"
 #: The best of the search that a branch goes on from, scored again.
