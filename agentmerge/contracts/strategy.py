@@ -250,5 +250,5 @@ def improved(history: History) -> bool:
     last = history[-1].generation
     latest = list(takewhile(lambda o: o.generation == last, reversed(history)))
     best = max((o.score for o in latest if o.score is not None), default=None)
-    before = history[: len(history) - len(latest)]
-    return best is not None and all(o.score is None or o.score < best for o in before)
+    before = [o.score for o in history[: len(history) - len(latest)] if o.score is not None]
+    return best is not None and (not before or max(before) < best)
