@@ -90,7 +90,7 @@ class LayersConfig(_Frozen):
         the models' depth. scales: the range of each layer's two outputs; at 0 it is absent. skip:
         the merge's own layers, but the first and the last, have scales too and may be left out.
     path: the layers of all of these one after another instead, ``repeats`` times, each with a
-        switch and one scale (arXiv 2403.13187).
+        switch and one scale (arXiv 2403.13187); any of them may go, with ``skip`` or without.
     """
 
     insert: tuple[str, ...] = Field(("experts",), min_length=1)
@@ -835,10 +835,9 @@ class SearchConfig(_Frozen):
         return self.search.algorithm or "auto"
 
     def generation_size(self, own: int) -> int:
-        """Candidates a generation: as asked, else the strategy's own, and one a worker at least
-        unless a window keeps them at work."""
-        least = 1 if self.search.lag else self.worker.number
-        return self.search.population or max(own, least)
+        """Candidates a generation: as asked, else one where a window keeps workers at work, else
+        the strategy's own, and one a worker at least."""
+        return self.search.population or (1 if self.search.lag else max(own, self.worker.number))
 
     @property
     def curated(self) -> bool:

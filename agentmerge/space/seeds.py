@@ -69,12 +69,13 @@ def sandwiches(space: SearchSpace) -> list[Rival]:
     if len(experts) > FEW:
         pairs = list(zip(experts, (*experts[1:], experts[0]), strict=True))
     outer = max(1, space.num_layers // 4)
+    steps = min(TRANSITION + 1, last // 2 - outer + 1)  # the innermost layers are of one expert
     found = []
     for inside, around in pairs:
         slices = []
         for layer in range(space.num_layers):
             within = min(layer, last - layer) - outer + 1
-            share = min(1.0, max(0.0, within / (TRANSITION + 1)))
+            share = min(1.0, max(0.0, within / steps))
             weights = dict.fromkeys(experts, 0.0) | {around: 1.0 - share, inside: share}
             slices.append(_slice(layer, layer + 1, weights))
         switch = (("normalize", Setting.scalar(float(space.genome.normalizes))),)

@@ -290,6 +290,7 @@ def test_a_window_follows_from_the_workers_and_agents_that_would_wait_are_refuse
     auto = config(fake_config, search__lag="auto", worker__count=3)
     assert prepare(auto).config.search.lag == 6
     assert auto.generation_size(1) == 1
+    assert auto.generation_size(8) == 1  # a strategy's own number, which would fill the window
     for key, value in (("probes", 3), ("ahead", True)):
         with pytest.raises(ConfigError, match=rf"agents\.{key} {value} is not possible with"):
             prepare(config(fake_config, **{f"agents__{key}": value, "agents__llm": "openai:x"}))

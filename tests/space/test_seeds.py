@@ -34,6 +34,21 @@ def test_a_sandwich_goes_from_one_expert_to_the_other_and_back() -> None:
         assert one.get("a", 0.0) == pytest.approx(other.get("b", 0.0))
 
 
+@pytest.mark.parametrize(
+    ("depth", "inside"),
+    [
+        (3, [0, 1, 0]),
+        (4, [0, 1, 1, 0]),
+        (5, [0, 0.5, 1, 0.5, 0]),
+        (8, [0, 0, 0.5, 1, 1, 0.5, 0, 0]),
+        (10, [0, 0, 1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3, 0, 0]),
+    ],
+)
+def test_a_shallow_sandwich_too_has_the_others_middle(depth: int, inside: list[float]) -> None:
+    found = weights(sandwiches(space(depth))[0][1], depth)
+    assert [layer.get("a", 0.0) for layer in found] == pytest.approx(inside)
+
+
 def test_of_many_experts_each_has_its_neighbour_inside() -> None:
     assert len(sandwiches(space(12, ("a", "b", "c")))) == 6
     many = sandwiches(space(12, ("a", "b", "c", "d")))
