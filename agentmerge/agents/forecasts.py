@@ -63,7 +63,10 @@ def forecasts(advice: Iterable[Mapping[str, Any]], history: History) -> list[For
         if not foretells(word):
             continue
         guidance = Guidance.from_json(word["guidance"])
-        tried = by_generation.get(word["generation"] + 1, [])
+        space = word.get("of_space")
+        tried = [
+            e for e in by_generation.get(word["generation"] + 1, []) if space in (None, e.space)
+        ]
         itself = [e.score for e in tried if _same(e.vector, guidance.mean or ())]
         around = [e.score for e in tried if e.operator == LLM_EVO]
         drawn = [score for score in itself or around if score is not None]

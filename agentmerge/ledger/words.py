@@ -32,13 +32,19 @@ _COUNTED = f"""
 """
 
 
+#: Of a word, what follows from the moves before it: no part of what is said.
+PLACES = ("leader", "of_space")
+
+
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """A move that was decided after a generation; refusal: why it opened nothing, or ""."""
+    """A move that was decided after a generation. refusal: why it opened nothing, or "". leader:
+    key of the space that it was a move from; "" where an older version did not keep it."""
 
     generation: int
     move: StructuralMove
     refusal: str = ""
+    leader: str = ""
 
 
 class Words(Store):
@@ -207,10 +213,16 @@ def openings(words: Iterable[Mapping[str, Any]]) -> list[Opening]:
             word["generation"],
             StructuralMove(**word["guidance"]["structural_move"]),
             word["failure"],
+            word.get("leader", ""),
         )
         for word in words
         if word["role"] == STRUCTURE
     ]
+
+
+def said_of(words: Iterable[Mapping[str, Any]]) -> str | None:
+    """Key of the space that a generation's points were said of; None where none was kept."""
+    return next((word.get("of_space") for word in words if word["role"] == "proposer"), None)
 
 
 def spoken(word: Mapping[str, Any]) -> Advised:

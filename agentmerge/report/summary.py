@@ -14,7 +14,7 @@ from agentmerge.evaluation.statistics import figure
 from agentmerge.ledger import Candidate, Ledger, RunRow
 from agentmerge.ledger.folder import CHECKPOINTS
 from agentmerge.ledger.lease import Lease
-from agentmerge.ledger.words import openings
+from agentmerge.ledger.words import PLACES, openings
 from agentmerge.recipe.names import short_name
 from agentmerge.report.front import front_points, picked
 
@@ -207,7 +207,10 @@ def trace(ledger: Ledger, row: RunRow) -> dict[str, Any]:
             }
             for c in ledger.candidates(row.id)
         ],
-        "advice": ledger.advice(row.id),
+        "advice": [
+            {name: said for name, said in word.items() if name not in PLACES}
+            for word in ledger.advice(row.id)
+        ],
         "result": row.result,
     }
 

@@ -76,7 +76,7 @@ def _advised(search: Search, role: Role, generation: int) -> str:
             failure = str(error)
         except BudgetReached as reached:
             return reached.limit
-    body = {"guidance": advised.to_json(), "failure": failure}
+    body = {"guidance": advised.to_json(), "failure": failure, "of_space": view.space.key}
     book.save_advice(generation, role, body)
     search.emit(spoken({"generation": generation, "role": role} | body))
     return ""

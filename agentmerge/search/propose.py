@@ -9,14 +9,14 @@ from agentmerge.contracts.operators import ADVICE, SHADOW
 from agentmerge.contracts.space import Space
 from agentmerge.contracts.strategy import GRADIENT_COST, Proposal, RngFor, rng_factory
 from agentmerge.errors import RecipeRejected
-from agentmerge.ledger.words import guidance_of
+from agentmerge.ledger.words import guidance_of, said_of
 from agentmerge.recipe import Recipe
 from agentmerge.search import budget
 from agentmerge.search.models import searched_whole
 from agentmerge.search.past import charges
 from agentmerge.search.search import Search
 from agentmerge.search.trials import first_points
-from agentmerge.search.window import horizon, told_in, within
+from agentmerge.search.window import horizon, within
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.strategies.null_llm import STRATEGY as NULL_LLM
 
@@ -75,9 +75,9 @@ def _asked(search: Search, space: SearchSpace, generation: int, left: int) -> li
             bound = search.config.search.constraints
             known = search.book.candidates(up_to=generation) if bound else []
             history = search.item_table.of(history, search.floors(known))
-        guidance = guidance_of(search.book.advice(generation))
-        told = told_in(search, generation, ahead=search.config.agents.ahead)
-        if space.key != told.turn[0].key:
+        words = search.book.advice(generation)
+        guidance = guidance_of(words)
+        if space.key != (said_of(words) or search.space.key):
             guidance = replace(guidance, mean=None, candidates=(), forecasts=())
         count = min(population(search, space), left)
         found = search.strategy.propose(space, history, guidance, count, rng_of(search))

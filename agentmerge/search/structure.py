@@ -20,7 +20,7 @@ from agentmerge.search.past import BARREN_GENERATIONS
 from agentmerge.search.propose import asked
 from agentmerge.search.search import Search
 from agentmerge.search.trials import REFUSED, Trials, kept, worth
-from agentmerge.search.window import within
+from agentmerge.search.window import told_in, within
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.space.moves import finer, moved
 
@@ -62,7 +62,9 @@ def wanted_move(
     if possible(named):
         return named
     guidance = guidance_of(search.book.advice(generation))
-    move = guidance.structural_move if guidance.source == "model" else None
+    ahead = search.config.agents.ahead
+    heard = not ahead or told_in(search, generation, ahead=True).leader.key == now.leader.key
+    move = guidance.structural_move if guidance.source == "model" and heard else None
     rung = finer(now.leader) if wish == "free" else None
     if move is None and possible(rung) and _worth_refining(search, generation, now.leader):
         move = rung
@@ -118,6 +120,7 @@ def restructure(search: Search, generation: int, move: StructuralMove, *, approv
                 break
     word = Guidance(structural_move=move, thought=move.sentence)
     body: dict[str, Any] = {"guidance": word.to_json(), "failure": refusal}
+    body["leader"] = now.leader.key
     if space is not None and move.change == "models":
         body["space"] = space.key  # what was forecast of it is held against what came there
     search.book.save_advice(generation, STRUCTURE, body)

@@ -86,6 +86,8 @@ def trials_of(
     for opening in moves:
         if opening.refusal:
             continue
+        # What followed decides nothing anew.
+        leader = next((space for space in spaces if space.key == opening.leader), leader)
         trial = moved(leader, opening.move, kept(opening.move, candidates, recipe_of))
         spaces.append(trial)
         length = trial_length(trial)
@@ -110,9 +112,10 @@ def trials_of(
             ahead = asked[trial.key] > asked[leader.key]
             turn = [leader, trial] if ahead else [trial, leader]
             continue
+        before = {space.key for space in spaces[:-1]}
         mine, others = (
-            min((c.rank[:2] for c in scored if (c.space == trial.key) == own), default=_NOTHING)
-            for own in (True, False)
+            min((c.rank[:2] for c in scored if (c.space or base.key) in keys), default=_NOTHING)
+            for keys in ({trial.key}, before)
         )
         if mine < others:
             leader = trial

@@ -273,6 +273,36 @@ def test_the_better_of_two_spaces_leads(space: SearchSpace) -> None:
     assert ahead.turn == (other, space), "who was asked less has the next turn"
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "an older ledger"])
+def test_a_trial_that_ended_is_not_decided_anew_by_the_next(space: SearchSpace, kept: bool) -> None:
+    moves = [StructuralMove("method", "ties"), StructuralMove("granularity", "1")]
+    ties = moved(space, moves[0])
+    fine = moved(ties, moves[1])
+    scores = [(0.6, space.key), (0.7, ties.key)] * TRIAL
+    rows = [
+        Candidate(g, 0, "cma_es", "", None, f"{g}", "scored", score, space=key)
+        for g, (score, key) in enumerate(scores, 1)
+    ]
+    openings = [Opening(0, moves[0]), Opening(len(rows), moves[1], leader=ties.key * kept)]
+    assert trials_of(space, openings, rows).turn == (fine, ties)
+    better = Candidate(len(rows) + 1, 0, "cma_es", "", None, "b", "scored", 0.8, space=fine.key)
+    found = trials_of(space, openings, [*rows, better])
+    assert (found.leader, found.trial, found.spaces) == (ties, fine, (space, ties, fine))
+
+
+def test_a_move_is_from_the_space_that_led_when_it_was_made(space: SearchSpace) -> None:
+    """In a window the last of a trial were pending; what they showed comes too late for it."""
+    moves = [StructuralMove("method", "ties"), StructuralMove("granularity", "1")]
+    ties, fine = (moved(space, move) for move in moves)
+    scores = [(0.6, space.key), (0.5, ties.key)] * (TRIAL - 1) + [(0.6, space.key), (0.7, ties.key)]
+    rows = [
+        Candidate(g, 0, "cma_es", "", None, f"{g}", "scored", score, space=key)
+        for g, (score, key) in enumerate(scores, 1)
+    ]
+    openings = [Opening(0, moves[0]), Opening(len(rows), moves[1], leader=space.key)]
+    assert trials_of(space, openings, rows).spaces == (space, ties, fine)
+
+
 def test_recipes_keep_what_both_spaces_know(space: SearchSpace) -> None:
     recipe = space.recipe((0.2, 0.4, 0.6, 0.8))
     fine = moved(space, StructuralMove("granularity", "1"))
