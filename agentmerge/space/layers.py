@@ -34,6 +34,18 @@ DEAD = 0.05
 #: Digits of a scale, fewer than a recipe's: what was multiplied by a weight is found again.
 DIGITS = 6
 
+#: Names of tensors of models whose layers can be scaled (``merging.stack``), around an output.
+_NAMES = tuple(
+    f"{layers}.{{}}.{{}}.{ending}"
+    for layers in (
+        "language_model.model.layers",
+        "model.language_model.layers",
+        "transformer.h",
+        "gpt_neox.layers",
+    )
+    for ending in ("weight", "bias")
+)
+
 #: How much of what its attention and its mlp add a layer adds.
 Strength = tuple[float, float]
 ABSENT, AS_IT_IS = (0.0, 0.0), (1.0, 1.0)
@@ -303,16 +315,27 @@ class LayersForm:
             for scope in (self.under.parameters, piece.parameters, *_own(piece))
             for _, setting in scope
         ]
-        alike = len({filters for filters in given if filters != (None,)}) <= 1
+        own = {filters for filters in given if filters != (None,)}
         if (
             method.engine == "agentmerge"
             and [p.name for p in method.source] == ["weight"]
-            and alike
+            and len(own) <= 1
+            and all(self._tells_outputs(filters) for filters in own)
         ):
             return None
         while name in self.on.genome.parents:
             name += "_"
         return name
+
+    def _tells_outputs(self, filters: Sequence[str | None]) -> bool:
+        """Whether what is in an output's whole name is what is in the output: filters that go by
+        the rest of a name weigh some tensors of it by other values than ``_at`` finds."""
+        return all(
+            _first(filters, name.format(layer, output)) == _first(filters, output)
+            for output in self.outputs
+            for layer in range(self.on.num_layers)
+            for name in _NAMES
+        )
 
     @cached_property
     def merged(self) -> tuple[tuple[tuple[str, Setting], ...], ...]:
@@ -415,6 +438,10 @@ def _own(piece: Slice) -> list[Parameters]:
 
 def _clean(scale: float) -> float:
     return 0.0 if abs(scale) < DEAD else round(scale, DIGITS)
+
+
+def _first(filters: Sequence[str | None], name: str) -> str | None:
+    return next((part for part in filters if part is None or part in name), None)
 
 
 def _at(setting: Setting, name: str) -> tuple[float, ...]:

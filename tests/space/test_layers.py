@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from agentmerge.config import GenomeConfig, LayersConfig
 from agentmerge.contracts.worker import Gradient, TensorSlope
 from agentmerge.errors import UserError
+from agentmerge.merging.family import Family
 from agentmerge.methods import RECIPE_METHODS
 from agentmerge.recipe import Recipe
 from agentmerge.space.chain_rule import differentiable_axes, unit_gradient
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.space.layers import DEAD
 from agentmerge.testing.space_suite import SpaceSuite, drawn
+from tests.merging.stack_cases import write_family
 
 OUTPUTS = ("self_attn.o_proj", "mlp.down_proj")
 
@@ -45,6 +49,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"skip": True, "insert": "merge"},
         {"filters": ("self_attn", "mlp"), "layer_granularity": 2, "normalize": True},
     ),
+    "filter of whole layers": ({"skip": True, "insert": "merge"}, {"filters": ("layers",)}),
+    "filter of an ending": ({"insert": "merge"}, {"filters": ("proj.weight", "mlp")}),
     "smooth": ({"insert": ("merge", "b")}, {"smooth": True, "layer_granularity": 1}),
     "lambda": ({}, {"evolve": ("lambda",)}),
     "ties": ({"skip": True, "insert": ("merge", "a")}, {"merge_method": "ties"}),
@@ -85,9 +91,9 @@ class TestLayers(SpaceSuite):
                 for name in ("embed_tokens", "self_attn.q_proj", "mlp.down_proj"):
                     at = None if name == "embed_tokens" else ours
                     under = None if name == "embed_tokens" else theirs
-                    assert weights(recipe, name, at, after) == pytest.approx(
-                        weights(space.under, name, under, after), abs=1e-9
-                    )
+                    own = weights(space.under, name, under, after)
+                    want = {"a merge": 1.0} if recipe.merges else own
+                    assert weights(recipe, name, at, after) == pytest.approx(want, abs=1e-9)
 
     def test_a_vector_comes_back(self, space: SearchSpace) -> None:
         for point in drawn(space):
@@ -274,3 +280,37 @@ def present(space: SearchSpace, point: Sequence[float]) -> tuple[bool, ...]:
     assert space.stacks is not None
     values = [axis.value(x) for axis, x in zip(space.axes, point, strict=True)]
     return tuple(map(bool, space.stacks.projected(values)))
+
+
+@pytest.mark.parametrize("filters", ["layers", "proj.weight", "layers.1.self_attn", "mlp"])
+@pytest.mark.parametrize(
+    "layers", [{"skip": True}, {"insert": "merge"}, {"path": True, "insert": "merge"}]
+)
+def test_scaled_outputs_are_the_merges_own_scaled(
+    tmp_path: Path, layers: dict[str, Any], filters: str
+) -> None:
+    """Whatever its filters go by: the rest of a name too, which an output's has not."""
+    body = {"models": ("a", "b"), "base_model": "base", "merge_method": "task_arithmetic"}
+    genome = GenomeConfig(**body, filters=(filters,), layers=LayersConfig(**layers))
+    weights = SearchSpace(genome, 3, "float32", outputs=OUTPUTS)
+    rng = np.random.default_rng(1)
+    under = weights.recipe(tuple(rng.random(weights.dimensions)))
+    space = SearchSpace(genome, 3, "float32", outputs=OUTPUTS, under=under)
+    assert space.stacks is not None
+    values = list(space.stacks.projected([0.0] * space.dimensions))
+    place = next(
+        i
+        for i, p in enumerate(space.stacks.positions)
+        if (p.model, p.layer) == (None, 1) and not p.fixed
+    )
+    for i, axis in enumerate(space.axes):
+        if axis.group == place:
+            values[i] = 1.0 if axis.parameter == "runs" else 0.5
+    recipe = space.recipe(tuple(axis.unit(v) for axis, v in zip(space.axes, values, strict=True)))
+    family = Family.open(write_family(tmp_path, "llama", names=("base", "a", "b")))
+    merged, plain = dict(family.merge(recipe)), dict(family.merge(under))
+    at = next(i for i, row in enumerate(layers_of(recipe)) if row[1] != layers_of(recipe)[0][1])
+    for name in (*OUTPUTS, "self_attn.q_proj", "input_layernorm"):
+        scale = 0.5 if name in OUTPUTS else 1.0
+        want = plain[f"model.layers.1.{name}.weight"] * scale
+        torch.testing.assert_close(merged[f"model.layers.{at}.{name}.weight"], want)
