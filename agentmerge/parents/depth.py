@@ -11,21 +11,47 @@ from typing import Any
 from agentmerge.parents.configs import LAYER_COUNT_KEYS, class_config
 
 #: Lists with an entry a layer.
-_BY_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers")
+_BY_LAYER = (
+    "layer_types",
+    "layers_block_type",
+    "mlp_layer_types",
+    "no_rope_layers",
+    "layer_rope_theta",
+)
+#: Lists of something else, however many layers there are.
+_NOT_BY_LAYER = ("architectures", "full_attn_idxs", "languages", "time_step_limit")
 #: Settings that tell a layer's kind by its number, and the values that say nothing.
 _BY_NUMBER: Mapping[str, tuple[Any, ...]] = {
     "attention_types": (None, []),
+    "attn_layer_indices": (None, []),
     "attn_layer_period": (None,),
     "block_configs": (None, []),
+    "block_types": (None, []),
     "cross_attention_layers": (None, []),
     "decoder_sparse_step": (None, 1),
     "expert_layer_period": (None,),
     "first_k_dense_replace": (None, 0),
+    "hidden_size_per_layer_input": (None, 0),
+    "hybrid_layer_ids": (None, []),
     "hybrid_override_pattern": (None, ""),
     "interleave_moe_layer_step": (None, 1),
     "mlp_only_layers": (None, []),
+    "moe_layer_end_index": (None, -1),
     "moe_layer_freq": (None, 1),
+    "moe_layer_interval": (None, 1),
+    "moe_layer_start_index": (None, 0),
     "moe_layers": (None, []),
+    "num_dense_layers": (None, 0),
+    "ple_layer_ids": (None, []),
+}
+#: Classes that make something of a layer's number whatever the config says, by ``model_type``.
+_BY_CLASS: Mapping[str, str] = {
+    "diffllama": "what its attention subtracts",
+    "gpt_neox_japanese": "a bias in the last",
+    "minimax": "how its linear attention decays",
+    "modernbert-decoder": "no norm in the first",
+    "rwkv": "a norm in the first",
+    "zaya": "its router, which goes by the layer before",
 }
 
 
@@ -36,8 +62,13 @@ def why_fixed(config: Mapping[str, Any], depth: int) -> str:
         return "some of its layers use the keys and values of others (num_kv_shared_layers)"
     if text.get("scale_attn_by_inverse_layer_idx"):
         return "a layer's attention depends on its number (scale_attn_by_inverse_layer_idx)"
+    if why := _BY_CLASS.get(str(text.get("model_type"))):
+        return f"what a layer is depends on its number ({why})"
     for key, nothing in _BY_NUMBER.items():
-        if text.get(key) not in nothing and not _listed(text, key, depth):
+        if text.get(key) not in nothing:
+            return f"what a layer is depends on its number ({key})"
+    for key in _lists(text, depth):
+        if key not in _BY_LAYER and not _even(text[key]):
             return f"what a layer is depends on its number ({key})"
     counts = set(class_config(config).layer_counts)
     return "" if counts == {depth} else "its config counts layers in several ways"
@@ -60,8 +91,8 @@ def followed(text: Mapping[str, Any], depth: int, layers: Sequence[int]) -> dict
     of ``depth``."""
     found: dict[str, Any] = {
         key: [text[key][layer] for layer in layers]
-        for key in _BY_LAYER
-        if _listed(text, key, depth)
+        for key in _lists(text, depth)
+        if key in _BY_LAYER or _even(text[key])
     }
     kinds = found.get("layer_types")
     if "max_window_layers" in text and kinds:  # for whoever goes by it: how many see everything
@@ -70,6 +101,15 @@ def followed(text: Mapping[str, Any], depth: int, layers: Sequence[int]) -> dict
     return found
 
 
-def _listed(text: Mapping[str, Any], key: str, depth: int) -> bool:
-    value = text.get(key)
-    return key in _BY_LAYER and isinstance(value, list | tuple) and len(value) == depth
+def _lists(text: Mapping[str, Any], depth: int) -> list[str]:
+    """Settings of which there are as many as layers."""
+    return [
+        key
+        for key, value in text.items()
+        if isinstance(value, list | tuple) and len(value) == depth > 0
+        if key not in _NOT_BY_LAYER and not key.endswith(("_token_id", "_tokens"))
+    ]
+
+
+def _even(values: Sequence[Any]) -> bool:
+    return all(value == values[0] for value in values)

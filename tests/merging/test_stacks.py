@@ -15,6 +15,7 @@ from agentmerge.merging.digests import digest
 from agentmerge.merging.export import export_checkpoint
 from agentmerge.merging.family import Family
 from agentmerge.merging.reference import mergekit_merge
+from agentmerge.parents.depth import at_layers, why_fixed
 from agentmerge.parents.layout import read_layout
 from agentmerge.recipe import Recipe, length
 from tests.merging.merge_cases import edit_config, load_all
@@ -189,6 +190,53 @@ def test_layers_that_hang_on_their_place_are_refused(
     with pytest.raises(RecipeRejected, match=words):
         Family.open(paths).plan(pieces(("a", 0, 3), ("b", 0, 1)))
     Family.open(paths).plan(Recipe.of_model("b", 3).canonical(3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("bamba", {"attn_layer_indices": [1]}, "attn_layer_indices"),
+        ("recurrent_gemma", {}, "block_types"),
+        ("ernie4_5_moe", {}, "moe_layer_end_index"),
+        ("afmoe", {}, "num_dense_layers"),
+        ("lfm2_moe", {}, "num_dense_layers"),
+        ("zamba2", {"layers_block_type": ["mamba", "hybrid", "mamba"]}, "hybrid_layer_ids"),
+        ("diffllama", {}, "what its attention subtracts"),
+        ("hy_v4", {"indexer_types": ["full", "shared", "full"]}, "indexer_types"),
+        ("a kind of its own", {"some_kinds": [0, 1, 1]}, "some_kinds"),
+        ("a kind of its own", {"some_kinds": [1, 1, 1], "eos_token_id": [2, 3, 4]}, ""),
+        ("gemma3n_text", {"num_kv_shared_layers": 0}, "hidden_size_per_layer_input"),
+        (
+            "gemma3n_text",
+            {
+                "num_kv_shared_layers": 0,
+                "hidden_size_per_layer_input": 0,
+                "intermediate_size": [8, 8, 16],
+            },
+            "intermediate_size",
+        ),
+        ("gemma4_text", {}, "hidden_size_per_layer_input"),
+        ("gemma4_text", {"hidden_size_per_layer_input": 0}, ""),
+        ("lfm2_moe", {"num_dense_layers": 0}, ""),
+        ("bamba", {}, ""),
+        ("qwen3_moe", {}, ""),
+    ],
+)
+def test_settings_by_number_are_known(kind: str, changes: dict[str, Any], words: str) -> None:
+    layers = {"num_hidden_layers": 3}
+    why = why_fixed({"model_type": kind, **layers, **changes}, 3)
+    assert words in why
+    assert bool(why) == bool(words), why
+
+
+def test_lists_by_layer_follow_their_layers() -> None:
+    own = {"model_type": "granite_swa", "num_hidden_layers": 3, "layer_rope_theta": [1e4, 0.0, 1e5]}
+    made = at_layers(own, (0, 2, 1, 2))
+    assert made["layer_rope_theta"] == [1e4, 1e5, 0.0, 1e5]
+    config = transformers.AutoConfig.for_model(**made)
+    assert config.num_hidden_layers == len(config.layer_types) == 4
+    even = {"model_type": "hunyuan_v1_moe", "num_hidden_layers": 2, "moe_topk": [8, 8]}
+    assert at_layers(even, (0, 1, 1))["moe_topk"] == [8, 8, 8]
 
 
 def test_a_layout_at_another_depth(tmp_path: Path) -> None:
