@@ -18,6 +18,7 @@ from agentmerge.contracts.worker import EngineInfo, Host, WorkerSpec
 from agentmerge.errors import UserError
 from agentmerge.parents.headers import chat_template, read_config, text_config
 from agentmerge.preflight.faults import waits_for_all
+from agentmerge.space.grouped import SearchSpace
 from agentmerge.workers.kinds import worker_class
 from agentmerge.workers.options import given
 from agentmerge.workers.sharing import crowd_of, devices_for, host_class
@@ -176,10 +177,9 @@ def memory_of(
     demand = getattr(kind, "demand", None)
     text = text_config(read_config(Path(dict(spec.parents)[spec.template_model])))
     wanted = demand(spec, layout) if demand else Demand()
-    if config.genome.layers:  # of the deepest stack, as if none of its layers were a parent's own
-        wanted = replace(wanted, extra_layers=config.genome.layers.most)
-        if "num_hidden_layers" in text:
-            text["num_hidden_layers"] += config.genome.layers.most
+    extra, learning = _extra_layers(config, kind, layout.num_layers)
+    if extra:  # of the deepest stack, as if none of its layers were a parent's own
+        wanted = replace(wanted, extra_layers=extra)
     has_gradient = hasattr(kind, "gradient")
     return plan_memory(
         layout,
@@ -196,6 +196,31 @@ def memory_of(
         # An engine that shares a device's memory out counts whole models, and whether a GPU gives a
         # checkpoint's bits out of factors is found out when it is opened.
         low_rank={} if wanted.beside_bytes or spec.device.startswith("cuda") else low_rank,
-        token_bytes=bytes_per_token(text, spec.dtype),
-        gradient_token_bytes=gradient_bytes_per_token(text, spec.dtype) if has_gradient else 0,
+        token_bytes=bytes_per_token(_deeper(text, extra), spec.dtype),
+        gradient_token_bytes=gradient_bytes_per_token(_deeper(text, learning), spec.dtype)
+        if has_gradient
+        else 0,
     )
+
+
+def _extra_layers(config: SearchConfig, kind: Any, num_layers: int) -> tuple[int, int]:
+    """How many more than the models' (the deepest stack has, a gradient's pass runs): of layers
+    that stand beside the merge's, absent ones too."""
+    layers, genome = config.genome.layers, config.genome
+    if layers is None:
+        return 0, 0
+    most = learning = layers.most
+    with suppress(UserError):  # which is a fault by itself
+        pool = genome.experts if genome.pool else ()
+        space = SearchSpace(genome, num_layers, outputs=("attention", "mlp"), pool=pool)
+        stacks = replace(space, under=space.uniform()[0]).stacks
+        assert stacks is not None
+        most = space.deeper
+        learning = most if layers.path else len(stacks.positions) - num_layers
+    # An engine of one depth is built for what a recipe may have, whatever is searched.
+    return layers.most if getattr(kind, "fixed_depth", False) else most, learning
+
+
+def _deeper(text: Mapping[str, Any], extra: int) -> dict[str, Any]:
+    own = text.get("num_hidden_layers")
+    return {**text, "num_hidden_layers": own + extra} if own else {**text}

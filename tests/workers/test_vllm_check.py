@@ -459,3 +459,33 @@ worker: {{kind: vllm}}
             SearchConfig.from_text(asked.replace("kind: vllm", f"kind: {kind}"))
         ).spec.options
         assert ("extra_layers" in own) is has
+
+
+@pytest.mark.parametrize("layers", ["3", "99", "{most: 3, path: true}"])
+def test_a_gradients_pass_counts_every_place(
+    tied: dict[str, Path], tasks_dir: Path, layers: str
+) -> None:
+    """Absent ones too, which it runs at a scale of 0; no stack is deeper than there are places."""
+    from agentmerge.merging.placement import gradient_bytes_per_token
+    from agentmerge.parents.headers import read_config
+    from agentmerge.preflight.prepare import prepare
+
+    text = f"""\
+genome: {{models: [{tied["b"]}, {tied["c"]}], base_model: {tied["base"]},
+  merge_method: task_arithmetic, layers: {layers}}}
+tasks: [tiny_choice]
+task_search_path: {tasks_dir}
+"""
+    made = prepare(SearchConfig.from_text(text))
+    memory, config = made.memory, read_config(tied["b"])
+    space = replace(made.space, outputs=("one", "two"), under=made.space.uniform()[0])
+    assert space.stacks is not None
+    assert memory is not None
+    places = len(space.stacks.positions)
+    run = places if "path" not in layers else space.stacks.depth
+    deep = config | {"num_hidden_layers": run}
+    assert memory.gradient_token_bytes == gradient_bytes_per_token(deep, made.spec.dtype)
+    plain = prepare(SearchConfig.from_text(text.replace(f", layers: {layers}", ""))).memory
+    assert plain is not None
+    added = memory.token_bytes - plain.token_bytes
+    assert added == (space.stacks.depth - made.space.num_layers) * 2 * 32 * 4
