@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentmerge.errors import UserError
 from agentmerge.methods import PASSTHROUGH, RECIPE_METHODS
+from agentmerge.parents.naming import layer_of
 from agentmerge.recipe import MOST_LAYERS, Effective, Recipe
 from agentmerge.recipe.cancelling import cancelling_notes
 from agentmerge.recipe.copying import stacked_layers
@@ -16,8 +18,13 @@ if TYPE_CHECKING:
     from agentmerge.parents.layout import Layout
 
 #: Stand-ins where no model says what its tensors are called.
-_KINDS = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight")
-#: What scales of stacked layers are of.
+_KINDS: tuple[str, ...] = (
+    "self_attn.q_proj.weight",
+    "mlp.up_proj.weight",
+    "input_layernorm.weight",
+)
+_OUTSIDE = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+#: What scales of stacked layers are of, beside what a recipe's own filters name.
 _OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
@@ -58,7 +65,7 @@ def explain_recipe(recipe: Recipe, model: Path | None, layers: int | None) -> di
             f"its models are taken to have {depth} layers; --layers N or --model DIR says how many "
             "they have"
         )
-    names, carried = _tensors(shown, depth, stacked)
+    names, carried = _tensors(shown, depth, stacked, _filters(canonical))
     rows = [["where", "tensors", "source", "values"], *_rows(canonical, names)]
     for name, merge in canonical.merges:
         told = _rows(merge, _tensors(shown, depth, None)[0])
@@ -127,10 +134,25 @@ def _depth(recipe: Recipe) -> int:
     return depth
 
 
+def _filters(recipe: Recipe) -> list[str]:
+    parameters = [*recipe.parameters]
+    for piece in recipe.slices:
+        parameters += piece.parameters
+        parameters += (own for source in piece.sources for own in source.parameters)
+    found = dict.fromkeys(name for _, setting in parameters for name in setting.filters)
+    return [name for name in found if name is not None]
+
+
 def _tensors(
-    layout: Layout | None, depth: int, stacked: tuple[int, ...] | None
+    layout: Layout | None,
+    depth: int,
+    stacked: tuple[int, ...] | None,
+    filters: Sequence[str] = (),
 ) -> tuple[list[tuple[str, int | None, bool]], str]:
-    """Tensors (name, layer, whether after the layers), and what no recipe touches."""
+    """Tensors (name, layer, whether after the layers), and what no recipe touches.
+
+    filters: a stack's own, which say what its outputs are called where no model does.
+    """
     if layout is not None:
         from agentmerge.parents.checkpoint import parts_of
 
@@ -141,8 +163,13 @@ def _tensors(
             f"{depth:,} layers are more than any model has: {MOST_LAYERS:,} are shown at most"
         )
     names: list[tuple[str, int | None, bool]] = [("model.embed_tokens.weight", None, False)]
+    kinds = _KINDS
+    if stacked is not None:
+        kinds = (*_KINDS, *_OUTPUTS)
+        known = (*(f"model.layers.{kind}" for kind in kinds), *_OUTSIDE)
+        of_a_layer = (name for name in filters if layer_of(f"{name}.") is None)
+        kinds += tuple(name for name in of_a_layer if not any(name in other for other in known))
     for layer in range(depth if stacked is None else len(stacked)):
-        kinds = _KINDS if stacked is None else (*_KINDS, *_OUTPUTS)
         names += [(f"model.layers.{layer}.{kind}", layer, False) for kind in kinds]
     return [*names, ("model.norm.weight", None, True)], ""
 

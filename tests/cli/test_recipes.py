@@ -226,6 +226,30 @@ def test_a_stack_of_layers_is_explained_scored_and_begun_with(
         ] == ["merge: layer 2", "north", "t 0.5 away"]
 
 
+@pytest.mark.parametrize(
+    "outputs",
+    [("self_attn.dense", "mlp.fc2"), ("attention.dense", "mlp.dense_4h_to_h"), ("attn.c_proj",)],
+)
+def test_scales_of_a_stack_are_explained_whatever_its_outputs_are_called(
+    outputs: tuple[str, ...],
+) -> None:
+    from agentmerge.recipe import Recipe
+    from agentmerge.report.explain import explain_recipe
+
+    filters = [{"filter": name, "value": 0.5 / k} for k, name in enumerate(outputs, 1)]
+    away = [{"filter": "lm_head", "value": 0.7}, {"filter": "layers.2.mlp", "value": 0.9}]
+    again = {"scale": [*filters, *away, {"value": 1.0}]}
+    sources = [{"model": "a", "layer_range": [0, 3]}, {"model": "a", "layer_range": [1, 4]}]
+    slices = [{"sources": [sources[0]]}, {"sources": [sources[1] | {"parameters": again}]}]
+    recipe = Recipe.parse({"merge_method": "passthrough", "slices": slices})
+    said = {tuple(row[1:]) for row in explain_recipe(recipe, None, None)["rows"]}
+    for place in (3, 4, 5):
+        for k, name in enumerate(outputs, 1):
+            row = f"model.layers.{place}.{name}", f"a, layer {place - 2}", f"scale {0.5 / k:g}"
+            assert row in said
+    assert not any("lm_head" in row[0] or ".layers.2.mlp" in row[0][14:] for row in said)
+
+
 def test_comparing_a_stack_with_a_merge_of_weights_shows_both_layer_by_layer() -> None:
     from agentmerge.config import GenomeConfig
     from agentmerge.recipe import Recipe
