@@ -92,6 +92,11 @@ def prepare(
     faults += window_faults(config) + pool_faults(config)
     notes = window_notes(config)
     faults += init_faults(config) if fresh else []
+    if fresh and config.genome.layers and config.genome.tokenizer_source:
+        faults.append(
+            "genome.layers is not possible with genome.tokenizer_source: a stack of layers names "
+            "no base, and mergekit would align its models to whichever comes first; remove one"
+        )
     misread, readable = option_faults(config.worker, config.genome.parents)
     faults += misread
     spoiled: dict[str, Any] = {**readable}

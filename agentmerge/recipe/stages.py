@@ -50,9 +50,11 @@ def as_mapping(documents: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def as_documents(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The documents of one mapping, the last of them without a name."""
+    """The documents of one mapping, the last of them without a name; each with the tokenizer that
+    the parents are aligned to, since mergekit merges them one by one."""
     last = {key: value for key, value in body.items() if key != MERGES}
-    return [*body.get(MERGES, ()), last]
+    source = {key: last[key] for key in ("tokenizer_source",) if key in last}
+    return [*(merge | source for merge in body.get(MERGES, ())), last]
 
 
 def read_merges(raw: Any, parse: Callable[[Mapping[str, Any]], B]) -> tuple[tuple[str, B], ...]:

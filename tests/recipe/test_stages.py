@@ -50,6 +50,16 @@ def test_one_form_and_back() -> None:
     assert found.sources == (("merge", 1, (("weight", 1.0),)),)
 
 
+def test_both_stages_are_written_with_the_tokenizer_that_both_are_of() -> None:
+    made = Recipe.parse(f"{FIRST}tokenizer_source: union\n---\n{LAST}").canonical(4)
+    assert made.tokenizer_source == "union"
+    text = made.to_yaml()
+    assert text.count("tokenizer_source: union") == 2
+    assert Recipe.parse(text).canonical(4) == made
+    assert Recipe.parse(text).canonical(4).hash() == made.hash()
+    assert made.hash() == Recipe.parse(made.to_dict()).canonical(4).hash()
+
+
 def test_names_and_order_and_what_nothing_is_made_of_change_no_merge() -> None:
     want = Recipe.parse(BOTH).canonical(4)
     other = BOTH.replace("weights", "merge_1")

@@ -245,6 +245,7 @@ def test_layers_open_for_a_worker_that_is_built_as_deep_as_a_candidate_may_be(
     ("sections", "words"),
     [
         ({"genome": {"layers": 4}, "search": {"structure": "fixed"}}, "structure to advised or"),
+        ({"genome": {"layers": 4, "tokenizer_source": "union"}}, "with genome.tokenizer_source"),
     ],
 )
 def test_layers_that_cannot_be_searched_are_a_fault(
