@@ -93,7 +93,7 @@ def map_options(old: Legacy) -> Mapped:
         "agents.max_retries": old.max_retries,
         "search.sigma0": old.sigma0,
         "search.population": old.force_population_size,
-        "worker.count": old.num_gpus if old.num_gpus != 1 else None,
+        "worker.count": old.num_gpus,
         "worker.buffered": True if old.strategy == "buffered" else None,
         "agents.llm": _llm(old.llm_model),
     }

@@ -239,11 +239,24 @@ def device_faults(config: SearchConfig) -> list[str]:
         wanted = torch.device(device)
     except RuntimeError:
         return [f"worker.device {device!r} is not a device; use cpu or cuda"]
+    if wanted.index is not None and _places(config):
+        return [
+            f"worker.device {device!r} is not possible with worker.host {config.worker.host!r}, "
+            "which gives each worker devices of its own; use cuda"
+        ]
     there = cuda_devices()
     if wanted.type == "cuda" and (wanted.index or 0) >= there:
         other = f"one of the {there} that are (cuda:0, ...)" if there else "cpu"
         return [f"worker.device {device!r} is not on this machine; use {other}"]
     return []
+
+
+def _places(config: SearchConfig) -> bool:
+    """Whether the config's host shares out devices itself."""
+    with suppress(UserError):
+        host = config.worker.host
+        return host is not None and getattr(plugins.load("agentmerge.hosts", host), "places", False)
+    return False
 
 
 def plugin_faults(config: SearchConfig) -> list[str]:

@@ -47,6 +47,7 @@ from agentmerge.preflight.spec import (
     known_class,
     memory_of,
     spec_of,
+    windowed,
 )
 from agentmerge.recipe import Recipe
 from agentmerge.space.grouped import SearchSpace
@@ -129,14 +130,19 @@ def prepare(
     if is_own(config.search.graph) and not run_code:
         graph = config.search.graph
         notes.append(f"search.graph {graph!r} is code, and was not run; check --run-code runs it")
-    return replace(prepared, warnings=(*config.warnings, *warm), notes=(*prepared.notes, *notes))
+    return replace(
+        prepared,
+        config=windowed(prepared.config),
+        warnings=(*config.warnings, *warm),
+        notes=(*prepared.notes, *notes),
+    )
 
 
 def _of_names(look: Look) -> Prepared:
     """For a worker that reads no model: parents are names, and it says itself how deep they are."""
     config, kind = look.config, look.kind
     names = config.genome.parents
-    config, _ = buffered(config, lambda twice: "")
+    config, said = buffered(config, lambda twice: "")
     look = replace(look, config=config)
     spec = spec_of(config, {name: Path(name) for name in names}, "float32", device="cpu")
     outputs = outputs_of_names(look)
@@ -154,6 +160,7 @@ def _of_names(look: Look) -> Prepared:
         {name: f"{spec.kind}:{name}" for name in names},
         lambda recipe: recipe.effective("model.layers.0.weight", 0),
         *engine_of(spec),
+        notes=tuple(said),
         layers=layers_plan(space),
     )
 

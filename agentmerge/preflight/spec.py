@@ -65,25 +65,19 @@ def spec_of(
 
 
 def counted(config: SearchConfig) -> SearchConfig:
-    """The config with so many workers as its host has devices for, where they are to be counted,
-    and a window of twice as many candidates, where that follows from them; without one where it
-    can have none.
+    """The config with so many workers as its host has devices for, where they are to be counted.
 
     Raises:
         UserError: they cannot be.
     """
-    worker, search = config.worker, config.search
+    worker = config.worker
     if worker.count == "auto":
         device = worker.device or _device()
         host = plugins.load("agentmerge.hosts", worker.host or "process")
         found = getattr(host, "room", None)
         number = max(1, min(MOST_WORKERS, found(worker, device))) if found else 1
         worker = worker.model_copy(update={"count": number})
-    if search.lag and waits_for_all(config):
-        search = search.model_copy(update={"lag": None})
-    elif search.lag == "auto":
-        search = search.model_copy(update={"lag": LAG_A_WORKER * worker.number})
-    return config.model_copy(update={"worker": worker, "search": search})
+    return config.model_copy(update={"worker": worker})
 
 
 def buffered(
@@ -97,9 +91,27 @@ def buffered(
     single = config.model_copy(update={"worker": worker.model_copy(update={"buffered": False})})
     twice = {"buffered": False, "count": min(MOST_WORKERS, 2 * worker.number)}
     double = config.model_copy(update={"worker": worker.model_copy(update=twice)})
-    if why := unfit(double):
+    host, name = host_for(double), repr(worker.host)
+    if getattr(host, "places", False):
+        why = f"worker.host {name} gives each worker devices of its own"
+    elif not host.apart:
+        why = f"with worker.host {name} one worker lives in this process; use process"
+    else:
+        why = unfit(double)
+    if why:
         return single, [f"worker.buffered: one model a device, since {why}"]
     return double, []
+
+
+def windowed(config: SearchConfig) -> SearchConfig:
+    """The config, its workers counted and doubled, with a window of twice as many candidates where
+    that follows from them; without one where it can have none."""
+    search = config.search
+    if search.lag and waits_for_all(config):
+        search = search.model_copy(update={"lag": None})
+    elif search.lag == "auto":
+        search = search.model_copy(update={"lag": LAG_A_WORKER * config.worker.number})
+    return config.model_copy(update={"search": search})
 
 
 def host_for(config: SearchConfig) -> type[Host]:

@@ -137,6 +137,7 @@ def test_our_option_wins_over_the_old_one_of_the_same_meaning(
             {"worker.kind": "disk", "worker.options": {"evaluate_with": "vllm"}},
         ),
         ({"num_gpus": 8}, {"worker.count": 8}),
+        ({"num_gpus": 1}, {"worker.count": 1}),
         ({"strategy": "buffered"}, {"worker.buffered": True}),
         ({"strategy": "serial"}, {"worker.host": "ray_serial"}),
         ({"load_in_8bit": False, "load_in_4bit": False}, {}),
@@ -173,9 +174,7 @@ def test_what_has_none_is_said_in_one_line(
     assert "\n" not in mapped.notices[0]
 
 
-@pytest.mark.parametrize(
-    "given", [{"strategy": "pool"}, {"num_gpus": 1}, {"vllm": False}, {"allow_crimes": False}]
-)
+@pytest.mark.parametrize("given", [{"strategy": "pool"}, {"vllm": False}, {"allow_crimes": False}])
 def test_what_is_so_already_needs_no_word(given: dict[str, Any]) -> None:
     mapped = map_options(Legacy(**given))
     assert (mapped.overrides, mapped.notices) == ({}, [])

@@ -12,7 +12,7 @@ import yaml
 from agentmerge.config import SearchConfig, TasksConfig
 from agentmerge.contracts.worker import Host, WorkerSpec
 from agentmerge.errors import WorkerLost
-from agentmerge.preflight.faults import host_faults
+from agentmerge.preflight.faults import device_faults, host_faults
 from agentmerge.preflight.prepare import prepare
 from agentmerge.preflight.spec import counted
 from agentmerge.testing import HostSuite
@@ -118,3 +118,39 @@ def test_a_host_without_a_way_to_end_workers_has_one_and_no_deadline() -> None:
         "worker.timeout_s 3.0",
     ]
     assert "did you mean 'process'" in host_faults(config(host="proces"))[0]
+
+
+def test_no_device_is_named_where_the_host_gives_each_worker_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("agentmerge.merging.memory.cuda_devices", lambda: 2)
+    assert device_faults(config(host="process", device="cuda:1")) == []
+    assert device_faults(config(host="ray", device="cuda")) == []
+    for host in ("ray", "ray_serial"):
+        (fault,) = device_faults(config(host=host, device="cuda:1"))
+        assert fault.startswith(f"worker.device 'cuda:1' is not possible with worker.host '{host}'")
+
+
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [("here", "one worker lives in this process"), ("ray", "gives each worker devices of its own")],
+)
+def test_where_no_two_share_a_device_there_is_no_buffer_and_that_is_said(
+    host: str, why: str, fake_config: str
+) -> None:
+    count, lag, notes = buffered(fake_config, {"host": host, "count": 1})
+    assert (count, lag, len(notes)) == (1, 2, 1)
+    assert notes[0].startswith("worker.buffered: one model a device, since ")
+    assert why in notes[0]
+
+
+def test_a_window_follows_from_the_workers_that_a_buffer_makes(fake_config: str) -> None:
+    assert buffered(fake_config, {"count": 2}) == (4, 8, [])
+
+
+def buffered(text: str, worker: dict[str, object]) -> tuple[object, object, list[str]]:
+    over = {f"worker.{key}": value for key, value in (worker | {"buffered": True}).items()}
+    over |= {"search.algorithm": "auto", "search.lag": "auto"}
+    prepared = prepare(SearchConfig.from_text(text, overrides=over))
+    notes = [note for note in prepared.notes if note.startswith("worker.buffered")]
+    return prepared.config.worker.count, prepared.config.search.lag, notes
