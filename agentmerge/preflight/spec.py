@@ -21,7 +21,7 @@ from agentmerge.preflight.faults import waits_for_all
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.workers.kinds import worker_class
 from agentmerge.workers.options import given
-from agentmerge.workers.sharing import crowd_of, devices_for, host_class
+from agentmerge.workers.sharing import crowd_of, devices_for, fitting, host_class
 
 if TYPE_CHECKING:  # read only where models are
     from agentmerge.merging.placement import MemoryPlan
@@ -185,7 +185,10 @@ def memory_of(
         plan_memory,
     )
 
-    kind, worker = worker_class(spec), config.worker
+    kind, worker, host = worker_class(spec), config.worker, host_for(config)
+    number = worker.number
+    if getattr(host, "places", False) and spec.device != "cpu":  # each node as if it were this one
+        number = min(number, fitting(spec))
     demand = getattr(kind, "demand", None)
     text = text_config(read_config(Path(dict(spec.parents)[spec.template_model])))
     wanted = demand(spec, layout) if demand else Demand()
@@ -198,9 +201,9 @@ def memory_of(
         dtype=spec.dtype,
         device=spec.device,
         method=spec.method,
-        workers=worker.number,
-        apart=host_for(config).apart,
-        devices=worker.number if spec.crowd == 1 else len(set(devices_for(spec, worker.number))),
+        workers=number,
+        apart=host.apart,
+        devices=number if spec.crowd == 1 else len(set(devices_for(spec, number))),
         demand=wanted,
         asked=worker.placement,
         memory_gb=worker.memory_gb,

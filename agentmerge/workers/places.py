@@ -131,13 +131,22 @@ class Place:
 
     def give_up(self) -> threading.Thread | None:
         """Wait no more for what was asked; its thread closes the worker once it is through."""
-        hosted = self.taken()
-        thread, self._thread = self._thread, None
+        with self._lock:
+            hosted = self.taken()
+            thread, self._thread = self._thread, None
         if thread is not None and self._todo is not None:
             thread.name = GIVEN_UP
             self._todo.put(lambda: close_quietly(hosted))
         self.leave()
         return thread
+
+    def lodge(self, hosted: Hosted, worker: Worker | None = None) -> bool:
+        """Whether it lives here from now on: not where the thread that asks was given up."""
+        with self._lock:
+            if threading.current_thread() is not self._thread:
+                return False
+            self.hosted, self.worker = hosted, worker
+            return True
 
     def taken(self) -> Hosted | None:
         """Who lived here; nobody does from now on."""

@@ -448,9 +448,13 @@ class Pool:
         if self._host.apart:
             spec = replace(spec, device=place.device, crowd=self._crowd)
             build = Building(self._make, None, remembered())
-        place.hosted = self._host.start(spec, build)
-        place.worker = place.hosted.ready()
-        place.barren = False
+        hosted = self._host.start(spec, build)
+        if not place.lodge(hosted):
+            if self._host.apart:
+                hosted.end()
+            close_quietly(hosted)
+        elif place.lodge(hosted, hosted.ready()):
+            place.barren = False
 
 
 def _stopped() -> NotBegun:

@@ -18,11 +18,15 @@ def devices_for(spec: WorkerSpec, count: int, host: type[Host] | None = None) ->
     (each as many in a row as its engine has ranks), unless their host gives each its own."""
     if spec.device != "cuda" or count == 1 or getattr(host, "places", False):
         return [spec.device] * count
+    places = fitting(spec)
+    return [f"cuda:{worker % places * spec.ranks}" for worker in range(count)]
+
+
+def fitting(spec: WorkerSpec) -> int:
+    """For how many such workers this machine has GPUs, one at least."""
     from agentmerge.merging.memory import cuda_devices
 
-    ranks = spec.ranks
-    places = max(1, cuda_devices() // ranks)
-    return [f"cuda:{worker % places * ranks}" for worker in range(count)]
+    return max(1, cuda_devices() // spec.ranks)
 
 
 def host_class(name: str | None, count: int, timeout_s: float | None) -> type[Host]:

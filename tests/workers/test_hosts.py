@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,9 +13,10 @@ import yaml
 from agentmerge.config import SearchConfig, TasksConfig
 from agentmerge.contracts.worker import Host, WorkerSpec
 from agentmerge.errors import WorkerLost
+from agentmerge.parents.layout import read_layout
 from agentmerge.preflight.faults import device_faults, host_faults
 from agentmerge.preflight.prepare import prepare
-from agentmerge.preflight.spec import counted
+from agentmerge.preflight.spec import counted, memory_of, spec_of
 from agentmerge.testing import HostSuite
 from agentmerge.workers.hosts.process import with_own_devices
 
@@ -154,3 +156,28 @@ def buffered(text: str, worker: dict[str, object]) -> tuple[object, object, list
     prepared = prepare(SearchConfig.from_text(text, overrides=over))
     notes = [note for note in prepared.notes if note.startswith("worker.buffered")]
     return prepared.config.worker.count, prepared.config.search.lag, notes
+
+
+@pytest.mark.parametrize(
+    ("host", "device", "workers"), [("ray", "cuda", 4), ("ray", "cpu", 16), ("process", "cuda", 16)]
+)
+def test_memory_is_foreseen_of_the_workers_that_a_node_like_this_one_has_room_for(
+    host: str,
+    device: str,
+    workers: int,
+    parents: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("agentmerge.merging.memory.cuda_devices", lambda: 8)
+    monkeypatch.setattr("agentmerge.merging.placement.plan_memory", lambda layout, **asked: asked)
+    body = {
+        "genome": {"models": ["b", "c"], "merge_method": "linear"},
+        "tasks": [{"name": "one"}],
+        "worker": {"host": host, "count": 16, "engine_args": {"tensor_parallel_size": 2}},
+    }
+    given = SearchConfig.from_text(yaml.safe_dump(body))
+    paths = {name: parents[name] for name in ("b", "c")}
+    spec = spec_of(given, paths, "float32", device)
+    found: Any = memory_of(given, spec, read_layout(paths, None), {})
+    assert found["workers"] == workers
+    assert found["devices"] == (4 if device == "cuda" else 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,11 @@ from tiny import recipe
 
 from agentmerge.config import TasksConfig
 from agentmerge.contracts.worker import WorkerSpec
-from agentmerge.errors import CandidateFailed, NotBegun, UserError, WorkerLost
+from agentmerge.errors import CandidateFailed, NotBegun, NoWorker, UserError, WorkerLost
 from agentmerge.workers.fake import FakeWorker
 from agentmerge.workers.hosts.here import Here
+from agentmerge.workers.hosts.nodes import refuse_other_versions
+from agentmerge.workers.places import Deadlines
 from agentmerge.workers.pool import Pool
 from agentmerge.workers.sharing import crowd_of, devices_for
 
@@ -316,3 +319,66 @@ def test_a_device_out_of_memory_is_left_out_with_the_reason(
     assert len(told) == 1
     assert told[0].startswith("a worker on cuda:0 is left out")
     assert "out of memory" in told[0]
+
+
+def test_a_node_that_refuses_is_left_out_and_told_once_and_only_where_all_do_is_it_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a_machine(monkeypatch, 2)
+    monkeypatch.setattr("agentmerge.workers.pool.REST_S", 0.0)
+    other, told = {"cuda:0"}, list[str]()
+
+    def make(given: WorkerSpec, taskset: Any) -> FakeWorker:
+        if given.device in other:
+            refuse_other_versions({"Python": "1.5"})
+        return FakeWorker(replace(given, device="cpu"), taskset)
+
+    given = replace(spec(die_at=2), device="cuda")
+    with Pool(given, 2, make, host=Near, tell=told.append) as pool:
+        for b in (0.1, 0.2, 0.3):
+            assert pool.evaluate(recipe(b, 0.5), REFS)[1] == expected(b, 0.5)[1]
+        assert len(told) == 1
+        assert f"node {socket.gethostname()} has Python" in told[0]
+        other.add("cuda:1")
+        with pytest.raises(NoWorker, match=r"no worker can be started: node .* and not 1\.5"):
+            pool.evaluate(recipe(0.4, 0.5), REFS)
+
+
+class Slow:
+    """A host that takes its time before it has anything that could be ended."""
+
+    apart = True
+    said: list[str]
+    go: threading.Event
+
+    def __init__(self, count: int) -> None:
+        pass
+
+    def start(self, given: WorkerSpec, build: Any) -> Any:
+        self.go.wait(10)
+        return self
+
+    def ready(self) -> Any:
+        raise AssertionError("nobody waits for it")
+
+    def end(self) -> None:
+        self.said.append("ended")
+
+    def close(self) -> None:
+        self.said.append("closed")
+
+
+def test_a_worker_that_was_given_up_before_it_was_there_is_ended_once_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Slow, "said", list[str](), raising=False)
+    monkeypatch.setattr(Slow, "go", threading.Event(), raising=False)
+    with Pool(spec(), host=Slow, deadlines=Deadlines(ends=time.monotonic() + 0.2)) as pool:
+        with pytest.raises(NotBegun):
+            pool.evaluate(recipe(0.1, 0.5), REFS)
+        Slow.go.set()
+        ends = time.monotonic() + 10
+        while len(Slow.said) < 2 and time.monotonic() < ends:
+            time.sleep(0.01)
+        (place,) = pool._places
+        assert (Slow.said, place.hosted, place.worker) == (["ended", "closed"], None, None)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -22,7 +23,7 @@ from tiny import A, B, recipe
 
 from agentmerge.config import SearchConfig, TasksConfig, WorkerSettings
 from agentmerge.contracts.worker import Host, Sources, WorkerSpec
-from agentmerge.errors import NoWorker, RunFailed, UserError, WorkerLost
+from agentmerge.errors import NoRoom, NoWorker, RunFailed, UserError, WorkerLost
 from agentmerge.ledger import Ledger
 from agentmerge.ledger.folder import LEDGER
 from agentmerge.parents.headers import content_fingerprint, stamps_of
@@ -34,6 +35,7 @@ from agentmerge.workers.fake import FakeWorker
 from agentmerge.workers.hf import HfWorker
 from agentmerge.workers.hosts import nodes
 from agentmerge.workers.hosts import ray as hosts
+from agentmerge.workers.hosts.cluster import Node
 from agentmerge.workers.places import Deadlines
 from agentmerge.workers.pool import Pool
 from agentmerge.workers.sharing import host_of
@@ -375,6 +377,90 @@ def alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+class Stub:
+    """A cluster in name: one device, which another job has until ``free_at``; each second that a
+    worker waits for it passes at once."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now, self.free_at, self.groups = 0.0, 0.0, list[Any]()
+        self.refuses: Exception | None = None
+        of_groups = sys.modules["ray.util.placement_group"]
+        patch.setattr(of_groups, "placement_group", self.group)
+        patch.setattr(of_groups, "remove_placement_group", self.groups.remove)
+        patch.setattr(hosts, "_actor_class", lambda: self)
+        patch.setattr(hosts, "Cluster", lambda *_: SimpleNamespace(close=lambda: None))
+        patch.setattr(hosts, "time", SimpleNamespace(monotonic=lambda: self.now))
+        patch.setattr(ray, "get", lambda answer, **_: answer)
+        patch.setattr(ray, "kill", self.kill)
+        self.place = SimpleNamespace(remote=lambda: (True, ("node", 1)))
+        self.open = SimpleNamespace(remote=lambda *_: (True, None))
+
+    def group(self, *_: Any, **__: Any) -> Any:
+        self.groups.append(SimpleNamespace(wait=self.wait))
+        return self.groups[-1]
+
+    def wait(self, seconds: float) -> bool:
+        self.now += seconds
+        return self.now > self.free_at
+
+    def options(self, **_: Any) -> Stub:
+        return self
+
+    def remote(self) -> Stub:
+        if self.refuses is not None:
+            raise self.refuses
+        return self
+
+    def kill(self, actor: Any) -> None:
+        raise ray.exceptions.RayError("it is gone")
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
+    return Stub(monkeypatch)
+
+
+def test_a_short_shortage_is_waited_for_where_no_worker_has_a_place(stub: Stub) -> None:
+    host, given = hosts.RaySerial(1), WorkerSpec("fake", (), "base", TASKS, "float32", 8)
+    given = replace(given, device="cuda")
+    first = host.start(given, Fakes())
+    first.ready()
+    first.end()
+    stub.free_at = stub.now + 100
+    second = host.start(given, Fakes())
+    second.ready()
+    stub.free_at = stub.now + 100
+    with pytest.raises(NoRoom, match="had 1 GPU free within 15 s"):
+        host.start(given, Fakes()).ready()
+    second.end()
+    stub.free_at = stub.now + 1000
+    with pytest.raises(NoRoom, match="had 1 GPU free within 120 s"):
+        host.start(given, Fakes()).ready()
+
+
+def test_no_placement_group_is_left_where_its_actor_cannot_be_had_or_killed(stub: Stub) -> None:
+    host, given = hosts.RayHost(1), WorkerSpec("fake", (), "base", TASKS, "float32", 8)
+    for refused, told in (
+        (ray.exceptions.RayError("no more"), WorkerLost),
+        (TypeError("cannot be pickled"), TypeError),
+    ):
+        stub.refuses = refused
+        with pytest.raises(told):
+            host.start(given, Fakes())
+        assert stub.groups == []
+    stub.refuses = None
+    host.start(given, Fakes()).end()
+    assert stub.groups == []
+
+
+def test_nodes_that_differ_have_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    has, other = {"GPU": 2.0}, nodes.versions() | {"vllm": "0.1"}
+    found = [Node("a", has, nodes.versions()), Node("b", has, other)]
+    monkeypatch.setattr(hosts, "is_named", lambda address: True)
+    monkeypatch.setattr(hosts, "nodes_of", lambda address: found)
+    assert hosts.RayHost.room(WorkerSettings(host="ray"), "cuda") == 2
 
 
 def test_where_workers_are_placed_is_no_part_of_the_question() -> None:

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from agentmerge.contracts.worker import Sources, WorkerSpec
-from agentmerge.errors import ParentError, RunFailed
+from agentmerge.errors import NoRoom, ParentError, RunFailed
 from agentmerge.parents.headers import content_fingerprint, refuse_replaced, stamps_of
 
 #: What computes an answer; another version of it would answer under another key, or otherwise.
@@ -42,9 +42,9 @@ def differing(there: Mapping[str, str], here: Mapping[str, str]) -> str:
 
 
 def refuse_other_versions(here: Mapping[str, str]) -> None:
-    """Raises RunFailed where this machine's versions are not those of the search."""
+    """Raises NoRoom where this machine's versions are not those of the search."""
     if found := differing(versions(), here):
-        raise RunFailed(
+        raise NoRoom(
             f"node {socket.gethostname()} has {found}; install the same there, or leave it out "
             "of the cluster"
         )
@@ -54,7 +54,7 @@ def at_home(spec: WorkerSpec) -> WorkerSpec:
     """The spec with every parent where this machine has it, fetched or made where it must be.
 
     Raises:
-        RunFailed: a parent is not here, or another one than the search's.
+        NoRoom: a parent is not here, or another one than the search's.
     """
     if spec.sources is None or _same_files(spec):
         return spec
@@ -64,7 +64,7 @@ def at_home(spec: WorkerSpec) -> WorkerSpec:
         found = _own_copies(spec, spec.sources)
     for name, path in found.items():
         if (identity := _identity(path)) != identities[name]:
-            raise RunFailed(
+            raise NoRoom(
                 f"node {socket.gethostname()} has another {name!r} than the search: {path} has "
                 f"the fingerprint {identity[:12]}, not {identities[name][:12]}; copy the search's "
                 "there, or name the folder that holds it in worker.paths"
@@ -86,7 +86,7 @@ def _identity(path: Path) -> str:
     try:
         return content_fingerprint(path)
     except ParentError as error:
-        raise RunFailed(f"node {socket.gethostname()}: {error}") from error
+        raise NoRoom(f"node {socket.gethostname()}: {error}") from error
 
 
 def _own_copies(spec: WorkerSpec, sources: Sources) -> dict[str, Path]:
@@ -115,7 +115,7 @@ def _own_copies(spec: WorkerSpec, sources: Sources) -> dict[str, Path]:
             trust_remote_code=trust,
         )
     except ParentError as error:
-        raise RunFailed(
+        raise NoRoom(
             f"node {socket.gethostname()} cannot find the parents: {error}; copy them there, and "
             "name the folder that holds them in worker.paths"
         ) from error

@@ -30,9 +30,9 @@ from agentmerge.workers.hosts.nodes import at_home, differing, refuse_other_vers
 from agentmerge.workers.hosts.process import CLOSING_S, Processes
 from agentmerge.workers.hosts.proxy import Proxy, portable
 
-#: Seconds that the first worker waits for a node with room (one may still be starting), and others.
+#: Seconds that a worker waits for a node with room where none has a place (one may be starting, or
+#: another job have what was given back), and beside others that have.
 FIRST_ROOM_S, ROOM_S = 120.0, 15.0
-
 
 _MISSING = "worker.host 'ray' needs Ray: pip install 'agentmerge[ray]', on every node"
 
@@ -47,7 +47,7 @@ class RayHost:
         self._address = address
         self._lock = threading.Lock()
         self._cluster: Cluster | None = None
-        self.had_room = False
+        self.placed: set[RayWorker] = set()
 
     @staticmethod
     def faults(settings: WorkerSettings) -> list[str]:
@@ -55,11 +55,14 @@ class RayHost:
 
     @staticmethod
     def room(settings: WorkerSettings, device: str) -> int:
-        """As many as the cluster's nodes have devices for; of a CPU, one a node."""
+        """As many as the cluster's nodes of the same versions have devices for; of a CPU, one a
+        node."""
         needs = bundle(device, settings.ranks)
         if not is_named(settings.ray_address):
             return Processes.room(settings, device)
-        found = [taken(node, needs) for node in nodes_of(settings.ray_address)]
+        here = versions()
+        alike = [n for n in nodes_of(settings.ray_address) if not differing(n.versions, here)]
+        found = [taken(node, needs) for node in alike]
         return sum(found) if "GPU" in needs else sum(map(bool, found))
 
     @staticmethod
@@ -126,6 +129,8 @@ class RayWorker(Proxy):
         self._host, self._needs = host, bundle(spec.device, spec.ranks)
         self._ended = threading.Event()
         self._place: tuple[str, int] | None = None  # (machine, process) once it is there
+        self._group: Any = None
+        self._actor: Any = None
         try:
             self._group = placement_group([self._needs], strategy="STRICT_PACK")
             self._actor = (
@@ -138,8 +143,11 @@ class RayWorker(Proxy):
                 .remote()
             )
             self._opened = self._actor.open.remote(spec, build, versions(), count)
-        except ray.exceptions.RayError as error:
-            raise WorkerLost(why(error)) from error
+        except BaseException as error:
+            self.end()
+            if isinstance(error, ray.exceptions.RayError):
+                raise WorkerLost(why(error)) from error
+            raise
 
     def ready(self) -> Worker:
         self._wait_for_room()
@@ -167,14 +175,15 @@ class RayWorker(Proxy):
         from ray.util.placement_group import remove_placement_group
 
         self._ended.set()
-        with suppress(Exception):  # the cluster may be gone
-            ray.kill(self._actor)
-            remove_placement_group(self._group)
+        self._host.placed.discard(self)
+        for let_go, what in ((ray.kill, self._actor), (remove_placement_group, self._group)):
+            with suppress(Exception):  # the cluster may be gone, or it had none yet
+                let_go(what)
 
     def _wait_for_room(self) -> None:
         from ray.exceptions import RayError
 
-        limit_s = ROOM_S if self._host.had_room else FIRST_ROOM_S
+        limit_s = ROOM_S if self._host.placed else FIRST_ROOM_S
         ends = time.monotonic() + limit_s
         try:
             while not self._group.wait(1):
@@ -188,7 +197,7 @@ class RayWorker(Proxy):
                     )
         except RayError as error:
             raise self._lost(why(error)) from None
-        self._host.had_room = True
+        self._host.placed.add(self)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return self._got(self._actor.call.remote(name, arguments))
