@@ -3,13 +3,14 @@
 When a search ends and its best is deeper than its models, the shallower stacks on the way down to
 the merge that lies under it are scored, as a generation of their own. The answer is then the
 shallowest of them that is no worse than the best beyond the noise of the search items, if sealed
-items put it ahead of the merge underneath beyond theirs; else that merge.
+items put it ahead of the merge underneath beyond theirs; else that merge. Under a stack that was
+not searched as one (a cheap rival, a warm start) lies the best merge of the models' own layers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from agentmerge.contracts.card import DepthRow
@@ -18,7 +19,8 @@ from agentmerge.contracts.strategy import Proposal
 from agentmerge.evaluation.statistics import Interval
 from agentmerge.evaluation.tasks import Part
 from agentmerge.ledger import Candidate
-from agentmerge.recipe.copying import layers_read
+from agentmerge.recipe import Recipe
+from agentmerge.recipe.copying import layers_read, stacked_layers
 from agentmerge.search import budget
 from agentmerge.search.choosing import (
     SHORTLIST,
@@ -42,8 +44,8 @@ def ask_shallower(search: Search, candidates: Sequence[Candidate]) -> bool:
         return False
     allowed = entrants(candidates)
     winner = choose(search, allowed[:SHORTLIST]).winner if allowed else None
-    found = None if winner is None else _way_down(search, winner, candidates)
-    if found is None:
+    found = None if winner is None else _way_down(search, winner)
+    if found is None or not found[2]:
         return False
     space, start, points = found
     own = [c for c in candidates if not c.prior]
@@ -62,8 +64,8 @@ def ask_shallower(search: Search, candidates: Sequence[Candidate]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """An answer as deep as it has to be. rows: of the table, shallowest first; none where the
-    answer has its models' depth."""
+    """An answer as deep as it has to be. rows: of the table, from the merge underneath on; none
+    where the answer has its models' layers."""
 
     answer: Candidate
     notes: list[str]
@@ -82,14 +84,16 @@ def settled(
     ladder = _ladder(search, answer, candidates)
     if len(ladder) < 2:
         return Settled(answer, [], [])
-    chosen, notes = _shallowest(search, ladder), list[str]()
+    rows, notes = _rows(search, ladder, part, lost), list[str]()
+    known = [c for c, row in zip(ladder, rows, strict=True) if row.sealed_failure is None]
+    chosen = _shallowest(search, known or [answer])
     if chosen is not answer:
         fewer, all_ = (search.depth_of(candidate) for candidate in (chosen, answer))
+        less = name_of(chosen) if chosen is ladder[0] else f"a stack of {fewer} layers"
         notes.append(
-            f"a stack of {fewer} layers is no worse than {name_of(answer)}, which has {all_}, "
-            "beyond the noise of the search items"
+            f"{less} is no worse than {name_of(answer)}, a stack of {all_}, beyond the noise of "
+            "the search items"
         )
-    rows = _rows(search, ladder, part, lost)
     if part == "sealed" and chosen is not ladder[0]:
         row = rows[ladder.index(chosen)]
         if row.sealed_failure or rows[0].sealed_failure:
@@ -102,28 +106,46 @@ def settled(
             )
             chosen = ladder[0]
         else:
-            notes.append(
-                f"{row.layers - rows[0].layers} layers more than the models' are worth "
-                f"{_span(row)} on sealed items"
-            )
+            more = row.layers - rows[0].layers
+            what = f"{more} layers more than" if more > 0 else "other layers than"
+            notes.append(f"{what} the models' are worth {_span(row)} on sealed items")
     return Settled(chosen, notes, rows)
 
 
-def _way_down(
-    search: Search, stack: Candidate, candidates: Sequence[Candidate]
-) -> tuple[SearchSpace, Point, list[Point]] | None:
-    """The space of a stack, its point there, and those of all between it and the merge under it,
-    deepest first; None of a merge of weights."""
-    if stack.operator in CHEAP or len({c.space for c in candidates}) < 2:
+def plain(search: Search, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+    """Those that are no stacks: of the models' own layers, and not as a search of layers scaled
+    them."""
+    space, layers = _layered(search), search.space.num_layers
+    under = space.under.hash(search.identities) if space is not None and space.under else ""
+    for candidate in candidates:
+        if space is not None and candidate.space == space.key:
+            stacked = candidate.recipe_hash != under
+        else:
+            recipe = Recipe.parse(search.recipe_text(candidate)).canonical(layers)
+            stacked = stacked_layers(recipe, layers) is not None
+        if not stacked:
+            yield candidate
+
+
+def _layered(search: Search) -> SearchSpace | None:
+    """The space of layers that was opened last."""
+    candidates = search.book.candidates()
+    if len({c.space for c in candidates}) < 2:
         return None  # no other space was opened
     opened = search.trials(candidates[-1].generation).spaces
-    space = next((space for space in reversed(opened) if space.stacks is not None), None)
+    return next((space for space in reversed(opened) if space.stacks is not None), None)
+
+
+def _way_down(search: Search, stack: Candidate) -> tuple[SearchSpace, Point, list[Point]] | None:
+    """The space of a stack, its point there, and those of all between it and the merge under it,
+    deepest first; None where it has none."""
+    space = None if stack.operator in CHEAP else _layered(search)
     if space is None:
         return None
     point = stack.vector
     if point is None or stack.space != space.key:
         point = search.point_of(space, stack.observation())
-    if point is None or len(layers_read(space.recipe(point))) <= space.num_layers:
+    if point is None:
         return None
     found, fewer = list[Point](), space.shallower(point)
     while fewer is not None and len(layers_read(space.recipe(fewer))) > space.num_layers:
@@ -133,22 +155,26 @@ def _way_down(
 
 
 def _ladder(search: Search, answer: Candidate, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The merge under a stack, then what is known of the way up to it, then itself."""
-    found = _way_down(search, answer, candidates)
-    if found is None or found[0].under is None:
+    """The merge under a stack, then what is known of the way up to it, then itself; no more than
+    itself where it is no stack, or there is no other merge."""
+    if any(plain(search, [answer])):
         return [answer]
-    space, _, points = found
-    recipes = [space.under, *(space.recipe(point) for point in reversed(points))]
+    recipes, found = list[Recipe | None](), _way_down(search, answer)
+    if found is not None:
+        space, _, points = found
+        recipes = [space.under, *(space.recipe(point) for point in reversed(points))]
     scored = {
         c.recipe_hash: c
         for c in reversed(candidates)
         if c.score is not None and c.twin is None and not c.prior
     }
     rungs = [scored.get(recipe.hash(search.identities)) for recipe in recipes if recipe]
-    if rungs[0] is None:
+    under = rungs[0] if rungs else None
+    if under is None:
+        under = next(plain(search, entrants(candidates)), None)
+    if under is None:
         return [answer]
-    kept = [c for c in rungs if c is not None and (c is rungs[0] or not c.violation)]
-    return [*kept, answer]
+    return [under, *(c for c in rungs[1:] if c is not None and not c.violation), answer]
 
 
 def _shallowest(search: Search, ladder: Sequence[Candidate]) -> Candidate:

@@ -32,7 +32,7 @@ from agentmerge.search.choosing import (
     unjudged,
 )
 from agentmerge.search.constraints import kept
-from agentmerge.search.depths import settled
+from agentmerge.search.depths import plain, settled
 from agentmerge.search.evaluate import collect, judged
 from agentmerge.search.failing import misanswered
 from agentmerge.search.front import front_rows, untraded
@@ -119,19 +119,25 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> Card:
     found = confirmed(search, allowed, tried)
     choice, sealed = found.choice, found.sealed
     part: Part = "sealed" if sealed else "search"
+    cheap = [c for c in allowed if c.operator in CHEAP]
+    own = list(plain(search, cheap))
+    # A cheap stack takes another merge's place only where sealed items put it ahead.
+    cheap.sort(key=lambda c: c not in own)
+    lucky = found.answer in cheap and found.answer not in own
     # Where a stack won and is not ahead of the cheap rivals, the table shows why.
     lost = [found.lost] if found.lost else []
-    deep = settled(search, found.choice.winner, candidates, part, lost)
-    answer, doubts = (found.answer, []) if found.unproven else (deep.answer, deep.notes)
+    deep = settled(search, found.answer if lucky else choice.winner, candidates, part, lost)
+    answer, doubts = deep.answer, deep.notes
+    if found.unproven and not lucky:
+        answer, doubts = found.answer, []
     if answer is not found.answer and answer.operator not in CHEAP:
-        answer, more = beyond_noise(
-            search, answer, [answer, *tried], [c for c in allowed if c.operator in CHEAP]
-        )
+        rivals_of = own if any(plain(search, [answer])) else cheap
+        answer, more = beyond_noise(search, answer, [answer, *tried], rivals_of)
         doubts = [*doubts, *more]
     # Search items are known of all of them; sealed ones are asked of the best cheap merge alone.
     others = [*parents, *(rivals[:1] if sealed else rivals)]
     if sealed:
-        answer, more = undenied(search, answer, [c for c in allowed if c in others])
+        answer, more = undenied(search, answer, [c for c in cheap if c in others])
         doubts = [*doubts, *more]
     rows = {}
     for candidate in dict.fromkeys([answer, *others]):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from agentmerge.ledger import Candidate
 from agentmerge.ledger.folder import opened
 from agentmerge.merging.export import export_checkpoint
 from agentmerge.recipe import Recipe
+from agentmerge.recipe.copying import layers_read
 from agentmerge.report.html import write_report
 from agentmerge.report.model_card import model_card
 from agentmerge.report.summary import best_recipe, depth_rows
@@ -146,6 +149,120 @@ def test_a_stack_within_the_noise_is_not_the_answer(tmp_path: Path) -> None:
     by_space = recipes_of(tmp_path, "a", made.space)
     own = [c for c in candidates if c.space == made.space]
     assert depth(by_space[own.index(made)]) == 4 or made.operator in CHEAP
+
+
+#: A stack of the models' depth, whose middle layers change places.
+SWAPPED = """
+merge_method: passthrough
+slices:
+- sources: [{model: north, layer_range: [0, 1]}]
+- sources: [{model: north, layer_range: [2, 3]}]
+- sources: [{model: south, layer_range: [1, 2]}]
+- sources: [{model: north, layer_range: [3, 4]}]
+"""
+PATH = {"layers": {"most": 1, "path": True, "insert": ["merge"]}}
+SKIP = {"layers": {"most": 0, "skip": True, "insert": ["merge"]}}
+NOTHING: dict[str, Any] = {}
+
+
+def gains(
+    monkeypatch: pytest.MonkeyPatch, of: Callable[[Recipe], bool], search: float, sealed: float
+) -> None:
+    """Merges that are ``of`` answer such shares of the search items and of the sealed ones."""
+    score, load = FakeWorker.score, FakeWorker.load
+
+    def loading(self: Any, recipe: Recipe) -> Any:
+        self.gains = of(recipe.canonical(4))
+        return load(self, recipe)
+
+    def scoring(self: Any, items: Any) -> Any:
+        found = score(self, items)
+        if not self.gains:
+            return found
+        shares = [sealed if item.index >= DEEP["limit"] else search for item in items]
+        right = [
+            int(item.key[:4], 16) / 0xFFFF <= share
+            for item, share in zip(items, shares, strict=True)
+        ]
+        return [
+            replace(one, value=float(yes), margin=1.0 if yes else -1.0)
+            for one, yes in zip(found, right, strict=True)
+        ]
+
+    monkeypatch.setattr(FakeWorker, "load", loading)
+    monkeypatch.setattr(FakeWorker, "score", scoring)
+
+
+def shaped(least: int, most: int, method: str = "linear") -> Callable[[Recipe], bool]:
+    """Stacks of so many layers, by that method."""
+
+    def of(recipe: Recipe) -> bool:
+        layers = layers_read(recipe)
+        own = layers == (0, 1, 2, 3)
+        return recipe.merge_method == method and not own and least <= len(layers) <= most
+
+    return of
+
+
+def scaled(recipe: Recipe) -> bool:
+    """The models' layers in their places, and some at a scale."""
+    return layers_read(recipe) == (0, 1, 2, 3) and "self_attn" in recipe.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("of", "genome", "algorithm", "init"),
+    [
+        pytest.param(shaped(5, 8), NOTHING, "gradient", False, id="deeper"),
+        pytest.param(shaped(2, 4), PATH, "random", False, id="shorter"),
+        pytest.param(scaled, SKIP, "random", False, id="scaled"),
+        pytest.param(shaped(6, 6, "passthrough"), NOTHING, "gradient", False, id="cheap"),
+        pytest.param(shaped(4, 4), {"layers": None}, "random", True, id="init"),
+    ],
+)
+def test_a_stack_that_sealed_items_do_not_confirm_is_not_the_answer(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    of: Any,
+    genome: Any,
+    algorithm: str,
+    init: bool,
+) -> None:
+    """It is ahead of the other cheap rivals there, and not of what weights found."""
+    (tmp_path / "swapped.yml").write_text(SWAPPED)
+    sections = layered(
+        4, algorithm, **(DEEP | {"budget": {"max_evaluations": 100 if of is scaled else 60}})
+    )
+    sections["genome"] |= genome
+    sections["search"] |= {"init": [str(tmp_path / "swapped.yml")]} if init else {}
+    gains(monkeypatch, of, 1.0, 0.85)
+    row = driving.run(config(**sections), name="a", runs_dir=tmp_path)
+    candidates = moves_of(tmp_path, "a")[1]
+    best = min((c for c in candidates if c.score is not None), key=lambda c: c.rank)
+    with opened(tmp_path) as ledger:
+        assert of(Recipe.parse(ledger.recipe(best.recipe_hash, row.id)))
+        answer = Recipe.parse(ledger.recipe(row.card.answer.recipe_hash, row.id))
+    assert layers_read(answer) == (0, 1, 2, 3)
+    assert not of(answer)
+    assert row.card.answer.operator not in CHEAP
+    assert any("that merge is chosen" in note for note in row.card.notes)
+    under, *_, stack = row.card.depths
+    assert under.recipe_hash == row.card.answer.recipe_hash
+    assert stack.ahead is not None
+    assert stack.ahead[1] <= 0
+    assert replay("a", runs_dir=tmp_path).identical
+
+
+def test_of_stacks_that_search_items_cannot_tell_apart_the_shallowest_is_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gains(monkeypatch, shaped(5, 8), 1.0, 1.0)
+    row, _ = searched(tmp_path, budget={"max_evaluations": 60})
+    (note,) = [note for note in row.card.notes if "no worse than" in note]
+    depths = [found.layers for found in row.card.depths]
+    assert note.startswith(f"a stack of {depths[1]} layers is no worse than")
+    assert f"a stack of {depths[-1]}, beyond the noise" in note
+    assert row.card.answer.recipe_hash == row.card.depths[1].recipe_hash
+    assert any("worth" in note for note in row.card.notes)
 
 
 def test_without_layers_nothing_changes(tmp_path: Path) -> None:

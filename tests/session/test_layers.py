@@ -23,6 +23,7 @@ from agentmerge.session import driving
 from agentmerge.session.replay import replay
 from agentmerge.strategies.gradient import GradientSteps
 from agentmerge.testing.scripted import ScriptedServer
+from agentmerge.workers.fake import FakeWorker
 from agentmerge.workers.kinds import refuse_stack
 from tests.reading import Told
 from tests.session.conftest import command, config, config_text, trace_of
@@ -161,6 +162,59 @@ def test_it_keeps_the_layers_of_the_best_so_far(tmp_path: Path) -> None:
         under = Recipe.parse(ledger.recipe(best.recipe_hash, ledger.run("a").id))
     first = recipes_of(tmp_path, "a", layers)[0]
     assert under == first, "a gradient begins where weights ended"
+
+
+#: Of the models' depth, and nothing that layers can stand beside.
+SCALED = """
+merge_method: passthrough
+slices:
+- sources: [{model: north, layer_range: [0, 4], parameters: {scale: 0.9}}]
+"""
+REORDERED = """
+merge_method: passthrough
+slices:
+- sources: [{model: north, layer_range: [0, 1]}]
+- sources: [{model: north, layer_range: [2, 3]}]
+- sources: [{model: north, layer_range: [1, 2]}]
+- sources: [{model: north, layer_range: [3, 4]}]
+"""
+STAGED = """
+name: first
+merge_method: linear
+models: [{model: north, parameters: {weight: 1}}, {model: south, parameters: {weight: 1}}]
+---
+merge_method: linear
+models: [{model: first, parameters: {weight: 2}}, {model: north, parameters: {weight: 1}}]
+"""
+
+
+@pytest.mark.parametrize("text", [SCALED, REORDERED, STAGED], ids=["scaled", "reordered", "staged"])
+def test_a_warm_start_of_other_layers_does_not_keep_layers_shut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """They stand beside those of the best merge that has its models' own."""
+    path = tmp_path / "init.yml"
+    path.write_text(text)
+    score, load = FakeWorker.score, FakeWorker.load
+    first = Recipe.parse(path).at("float32").canonical(4).hash()
+
+    def loading(self: Any, recipe: Recipe) -> Any:
+        self.best = recipe.canonical(4).hash() == first
+        return load(self, recipe)
+
+    def scoring(self: Any, items: Any) -> Any:
+        found = score(self, items)
+        return [replace(one, value=1.0, margin=9.0) for one in found] if self.best else found
+
+    monkeypatch.setattr(FakeWorker, "load", loading)
+    monkeypatch.setattr(FakeWorker, "score", scoring)
+    driving.run(config(**layered(search={"init": [str(path)]})), name="a", runs_dir=tmp_path)
+    (opening,), candidates = moves_of(tmp_path, "a")
+    assert (opening.move.change, opening.refusal) == ("layers", "")
+    before = [c for c in candidates if c.generation <= opening.generation and c.score is not None]
+    best, second, *_ = sorted((c for c in before if c.twin is None), key=lambda c: c.rank)
+    assert best.operator == "init"
+    assert opening.move.value == f"{second.generation}.{second.slot}"
 
 
 @pytest.mark.parametrize("objective", ["accuracy", "perplexity", "loss"], indirect=True)
