@@ -61,7 +61,10 @@ class Given:
         settings = {"seed": self.seed, "traded": self.traded, "counted": self.traded}
         self.config = SimpleNamespace(search=SimpleNamespace(**settings))
         self.strategy = SimpleNamespace(trades=True)
-        self.space = SimpleNamespace(parents=lambda: [(n, None, None) for n in self.all_parents])
+        self.space = SimpleNamespace(
+            parents=lambda: [(n, None, None) for n in self.all_parents], num_layers=2
+        )
+        self.book = SimpleNamespace(candidates=lambda: self.candidates)
         self.run_id = "r"
         self.ledger = SimpleNamespace(run=lambda _: SimpleNamespace(facts={}))
         self.known: dict[str, dict[ItemRef, ItemResult]] = {}
@@ -83,6 +86,9 @@ class Given:
         )  # fmt: skip
         self.candidates.append(found)
         return found
+
+    def recipe_text(self, candidate: Candidate) -> str:
+        return "{merge_method: linear, models: [{model: a, parameters: {weight: 1.0}}]}"
 
     def item_results(self, recipe_hash: str, part: str = "search") -> dict[ItemRef, ItemResult]:
         return {ref: self.known[recipe_hash][ref] for ref in self.taskset.refs(part)}
@@ -316,7 +322,7 @@ def test_an_answer_on_a_bound_of_the_box_says_so() -> None:
     )
     del given.candidates[1]
     axes = [SimpleNamespace(name=name, low=0.0, high=2.0) for name in ("a weight", "b weight")]
-    space = SimpleNamespace(axes=axes, parents=list, key="k")
+    space = SimpleNamespace(axes=axes, parents=list, key="k", num_layers=2)
     given.space = space
     given.trials = lambda generation: SimpleNamespace(of=lambda key: space)  # type: ignore[attr-defined]
     (note,) = given.card()["notes"]
