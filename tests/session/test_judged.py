@@ -539,7 +539,7 @@ def test_what_a_server_refuses_for_good_is_missing_with_a_reason_in_every_life(
     def answer(body: dict) -> Any:
         said = body["messages"][1]["content"]
         asked[said] += 1
-        if down or sum(asked.values()) == 30:
+        if down or (sum(asked.values()) == 30 and "What is 3?" not in said):
             return Fault("503")
         if "What is 3?" in said:
             return refused
@@ -554,7 +554,7 @@ def test_what_a_server_refuses_for_good_is_missing_with_a_reason_in_every_life(
         def then_down(*args: Any, **kwargs: Any) -> None:
             nonlocal down
             kept(*args, **kwargs)
-            down = True
+            down = any("What is 3?" in said for said in asked)  # not for the other task's
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Ledger, "save_unjudged", then_down)
