@@ -539,22 +539,23 @@ def test_what_a_server_refuses_for_good_is_missing_with_a_reason_in_every_life(
     def answer(body: dict) -> Any:
         said = body["messages"][1]["content"]
         asked[said] += 1
-        if down or (sum(asked.values()) == 30 and "What is 3?" not in said):
+        if down or sum(asked.values()) == 30:
             return Fault("503")
         if "What is 3?" in said:
             return refused
         return {"reason": "", "points": round(1 + 9 * level(said), 2)}
 
     with ScriptedServer(answer) as server:
-        judge = {"model": "openai:scripted", "base_url": server.base_url, "twice": 0}
+        # One question at a time, of both tasks: else the second turn may be refused first.
+        judge = {"model": "openai:scripted", "base_url": server.base_url, "twice": 0, "at_once": 1}
         more = [{"name": "other", "judge": judge | {"conversations": str(other)}}]
-        settings = asking(chats, 5, more, **judge, max_retries=0, at_once=1)
+        settings = asking(chats, 5, more, **judge, max_retries=0)
         kept = Ledger.save_unjudged
 
         def then_down(*args: Any, **kwargs: Any) -> None:
             nonlocal down
             kept(*args, **kwargs)
-            down = any("What is 3?" in said for said in asked)  # not for the other task's
+            down = True
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Ledger, "save_unjudged", then_down)
@@ -568,9 +569,9 @@ def test_what_a_server_refuses_for_good_is_missing_with_a_reason_in_every_life(
         found = run_summary(ledger, ledger.run("a"))["judges"]
         reasons = {row["reason"] for row in ledger.records("SELECT * FROM unjudged WHERE final")}
     assert found["other"]["unjudged"] == 0
-    # The server may have counted one more, whose answer was on its way when it went down.
-    refusals = sum("What is 3?" in said for said in asked)
-    assert found["chats"]["unjudged"] in (refusals - 1, refusals)
+    # The first question to a server may be asked again with its schema written out after it.
+    questions = [q for q in asked if not any(q != said and q.startswith(said) for said in asked)]
+    assert found["chats"]["unjudged"] == sum("What is 3?" in said for said in questions)
     assert any(
         ("HTTP 400" if refused != "I will not judge that." else "JSON") in r for r in reasons
     )
