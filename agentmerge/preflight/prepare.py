@@ -95,8 +95,9 @@ def prepare(
     faults += init_faults(config) if fresh else []
     if fresh and config.genome.layers and config.genome.tokenizer_source:
         faults.append(
-            "genome.layers is not possible with genome.tokenizer_source: a stack of layers names "
-            "no base, and mergekit would align its models to whichever comes first; remove one"
+            "genome.layers is not possible with genome.tokenizer_source "
+            f"{config.genome.tokenizer_source!r}: a stack of layers names no base, and mergekit "
+            "would align its models to whichever comes first; remove one"
         )
     misread, readable = option_faults(config.worker, config.genome.parents)
     faults += misread

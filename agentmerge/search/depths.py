@@ -20,7 +20,7 @@ from agentmerge.evaluation.statistics import Interval
 from agentmerge.evaluation.tasks import Part
 from agentmerge.ledger import Candidate
 from agentmerge.recipe import Recipe
-from agentmerge.recipe.copying import layers_read, stacked_layers
+from agentmerge.recipe.copying import layers_read
 from agentmerge.search import budget
 from agentmerge.search.choosing import (
     SHORTLIST,
@@ -115,15 +115,11 @@ def settled(
 def plain(search: Search, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
     """Those that are no stacks: of the models' own layers, and not as a search of layers scaled
     them."""
-    space, layers = _layered(search), search.space.num_layers
+    space = _layered(search)
     under = space.under.hash(search.identities) if space is not None and space.under else ""
     for candidate in candidates:
-        if space is not None and candidate.space == space.key:
-            stacked = candidate.recipe_hash != under
-        else:
-            recipe = Recipe.parse(search.recipe_text(candidate)).canonical(layers)
-            stacked = stacked_layers(recipe, layers) is not None
-        if not stacked:
+        searched = space is not None and candidate.space == space.key
+        if not (candidate.recipe_hash != under if searched else search.is_stack(candidate)):
             yield candidate
 
 

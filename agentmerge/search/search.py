@@ -38,7 +38,7 @@ from agentmerge.ledger import Candidate, Ledger
 from agentmerge.ledger.book import Book
 from agentmerge.ledger.words import openings
 from agentmerge.recipe import Recipe
-from agentmerge.recipe.copying import layers_read
+from agentmerge.recipe.copying import layers_read, stacked_layers
 from agentmerge.search.constraints import Limit, ceilings, floors, penalised
 from agentmerge.search.evidence import ItemTable, comparable
 from agentmerge.search.gradients import Gradients
@@ -162,10 +162,17 @@ class Search:
     def recipe_text(self, candidate: Candidate | Observation) -> str:
         return self.ledger.recipe(candidate.recipe_hash, self.run_id)
 
+    def canonical_of(self, candidate: Candidate) -> Recipe:
+        return Recipe.parse(self.recipe_text(candidate)).canonical(self.space.num_layers)
+
     def depth_of(self, candidate: Candidate) -> int:
         """How many layers a candidate's merge has."""
-        recipe = Recipe.parse(self.recipe_text(candidate))
-        return len(layers_read(recipe.canonical(self.space.num_layers)))
+        return len(layers_read(self.canonical_of(candidate)))
+
+    def is_stack(self, candidate: Candidate) -> bool:
+        """Whether its layers are others than its models', or not in their places."""
+        layers = self.space.num_layers
+        return stacked_layers(self.canonical_of(candidate), layers) is not None
 
     def recipe_of(self, observation: Observation) -> Recipe:
         return Recipe.parse(self.recipe_text(observation))

@@ -12,9 +12,8 @@ from typing import Any
 from agentmerge.contracts.advice import Guidance, StructuralMove
 from agentmerge.contracts.operators import STRUCTURE
 from agentmerge.errors import RecipeRejected, UserError
-from agentmerge.ledger import Candidate, incumbent
+from agentmerge.ledger import incumbent
 from agentmerge.ledger.words import Opening, guidance_of, openings, spoken
-from agentmerge.recipe.copying import stacked_layers
 from agentmerge.search import budget
 from agentmerge.search.models import LONGEST, challenger, choices, searched_whole
 from agentmerge.search.past import BARREN_GENERATIONS
@@ -79,7 +78,8 @@ def wanted_move(
     if move is not None and move.change == "layers":
         scored = [c for c in search.book.candidates() if c.score is not None]
         # The best may have other layers: a cheap rival, a warm start.
-        best = incumbent([c for c in scored if _own_layers(search, c)])
+        in_place = [c for c in scored if not search.is_stack(c)]
+        best = incumbent([c for c in in_place if not search.canonical_of(c).merges])
         move = replace(move, value=f"{best.generation}.{best.slot}" if best else "")
     return move if possible(move) else None
 
@@ -141,14 +141,6 @@ def _opened(search: Search, now: Trials, move: StructuralMove) -> tuple[SearchSp
     except (UserError, RecipeRejected) as error:
         return None, str(error)
     return space, ""
-
-
-def _own_layers(search: Search, candidate: Candidate) -> bool:
-    """Whether a merge has its models' layers in their places and is made in one stage, as a space
-    of layers asks of what lies under it."""
-    layers = search.space.num_layers
-    recipe = search.recipe_of(candidate.observation()).canonical(layers)
-    return stacked_layers(recipe, layers) is None and not recipe.merges
 
 
 def _layers_are_due(

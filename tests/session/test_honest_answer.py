@@ -61,9 +61,7 @@ class Given:
         settings = {"seed": self.seed, "traded": self.traded, "counted": self.traded}
         self.config = SimpleNamespace(search=SimpleNamespace(**settings))
         self.strategy = SimpleNamespace(trades=True)
-        self.space = SimpleNamespace(
-            parents=lambda: [(n, None, None) for n in self.all_parents], num_layers=2
-        )
+        self.space = SimpleNamespace(parents=lambda: [(n, None, None) for n in self.all_parents])
         self.book = SimpleNamespace(candidates=lambda: self.candidates)
         self.run_id = "r"
         self.ledger = SimpleNamespace(run=lambda _: SimpleNamespace(facts={}))
@@ -87,8 +85,8 @@ class Given:
         self.candidates.append(found)
         return found
 
-    def recipe_text(self, candidate: Candidate) -> str:
-        return "{merge_method: linear, models: [{model: a, parameters: {weight: 1.0}}]}"
+    def is_stack(self, candidate: Candidate) -> bool:
+        return False
 
     def item_results(self, recipe_hash: str, part: str = "search") -> dict[ItemRef, ItemResult]:
         return {ref: self.known[recipe_hash][ref] for ref in self.taskset.refs(part)}
@@ -322,7 +320,7 @@ def test_an_answer_on_a_bound_of_the_box_says_so() -> None:
     )
     del given.candidates[1]
     axes = [SimpleNamespace(name=name, low=0.0, high=2.0) for name in ("a weight", "b weight")]
-    space = SimpleNamespace(axes=axes, parents=list, key="k", num_layers=2)
+    space = SimpleNamespace(axes=axes, parents=list, key="k")
     given.space = space
     given.trials = lambda generation: SimpleNamespace(of=lambda key: space)  # type: ignore[attr-defined]
     (note,) = given.card()["notes"]
