@@ -42,15 +42,19 @@ class Cuts:
     diverged: int = 0
 
 
-def snapshots(runs: Path, to: Path, process: Any, count: int, rng: random.Random) -> None:
-    """Copy both databases of a running process at ``count`` moments, spread evenly over its time
-    however long it takes, into folders of ``to``."""
-    first, seen = len([*to.iterdir()]), 0
+def snapshots(
+    runs: Path, to: Path, name: str, process: Any, count: int, rng: random.Random
+) -> None:
+    """Copy both databases of a process that searches at ``count`` moments, spread evenly over the
+    search's time however long it takes, into folders of ``to``. All that the process still does
+    when its search is done is one moment."""
+    first, seen, done = len([*to.iterdir()]), 0, False
     with process:
         while process.poll() is None:
             time.sleep(rng.uniform(0.0, 0.1))
-            if not ((runs / LEDGER).is_file() and (runs / CHECKPOINTS).is_file()):
+            if done or not ((runs / LEDGER).is_file() and (runs / CHECKPOINTS).is_file()):
                 continue
+            done = _is_done(runs / LEDGER, name)
             place = seen if seen < count else rng.randrange(seen + 1)
             seen += 1
             if place < count:
@@ -61,6 +65,15 @@ def snapshots(runs: Path, to: Path, process: Any, count: int, rng: random.Random
                     os.kill(process.pid, signal.SIGCONT)
     if process.returncode:
         raise SystemExit("the search that was copied from failed")
+
+
+def _is_done(ledger: Path, name: str) -> bool:
+    with closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)) as conn:
+        try:
+            row = conn.execute("SELECT status FROM runs WHERE name = ?", (name,)).fetchone()
+        except sqlite3.OperationalError:  # its tables are not there yet
+            return False
+    return row == ("done",)
 
 
 def _copy(runs: Path, to: Path) -> None:
@@ -142,11 +155,11 @@ def cut(
     rng: random.Random,
     moments: int = 20,
 ) -> Cuts:
-    """All of it in a folder. starts: the searches in turn, as processes on ``folder/source``."""
+    """All of it in a folder. starts: ``searches`` in turn, as processes on ``folder/source``."""
     taken = folder / "taken"
     taken.mkdir()
-    for start in starts:
-        snapshots(folder / "source", taken, start(), moments, rng)
+    for name, start in zip(searches, starts, strict=True):
+        snapshots(folder / "source", taken, name, start(), moments, rng)
     cuts = Cuts()
     for number in range(trials):
         trial(taken, folder / f"trial-{number}", searches, reference, cuts, rng)
