@@ -49,10 +49,10 @@ def _move(said: ProposedMove | None) -> StructuralMove | None:
 
 def by_rules(view: HistoryView, guidance: Guidance) -> Guidance:
     """The four best, each weighted by how far its score is above the worst one seen."""
-    elites = view.elites
+    elites = view.standing.elites
     if not elites:
         return replace(guidance, thought="Nothing has been scored yet: no mean to propose.")
-    floor = min(view.scores)
+    floor = view.standing.floor
     weights = [(entry.score or 0.0) - floor for entry in elites]
     if sum(weights) <= 0:
         weights = [1.0] * len(elites)

@@ -16,8 +16,8 @@ from functools import cached_property
 from itertools import groupby
 
 from agentmerge.agents.schemas import bounded_lines, clean_text
+from agentmerge.agents.tally import ELITES
 from agentmerge.agents.view import (
-    ELITES,
     HistoryView,
     TaskView,
     clear_axes,
@@ -98,7 +98,7 @@ class _Digits:
 
 
 def _digits(view: HistoryView) -> _Digits:
-    told = [*fittest(view.entries, ELITES + ELITES), *view.last, *view.rivals]
+    told = [*fittest(view.entries, ELITES + ELITES), *view.last, *view.standing.rivals]
     by_task = {task.name: [dict(e.tasks).get(task.name) for e in told] for task in view.tasks}
     return _Digits(
         _decimals([entry.score for entry in told]),
@@ -193,7 +193,7 @@ class _Tables:
 
     def baselines(self) -> str:
         """Who matters with its tasks, and of the others the score alone."""
-        rivals = self.view.rivals
+        rivals = self.view.standing.rivals
         parents = [entry for entry in rivals if entry.operator == PARENT]
         stand = [standing(self.view, task) for task in self.view.tasks]
         champions = [found[1] for found in stand if found is not None]
@@ -272,7 +272,7 @@ class _Tables:
         return _listed(lines)
 
     def progress(self) -> str:
-        view, best = self.view, self.view.best
+        view, best = self.view, self.view.standing.best
         if best is None:
             return f"last generation {view.generation}; nothing has a score yet"
         line = f"best {self.score(best)} (generation {best.generation}, {best.operator})"

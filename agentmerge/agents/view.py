@@ -17,22 +17,20 @@ import numpy as np
 
 from agentmerge.agents.ladder import Ladder, Noise
 from agentmerge.agents.schemas import SCALE, Bounds, clean_text, percent
-from agentmerge.contracts.operators import CHEAP, PARENT
+from agentmerge.agents.tally import ELITES, Standing, Tally
+from agentmerge.contracts.operators import PARENT
 from agentmerge.contracts.space import Axis, Space
-from agentmerge.contracts.strategy import Observation, fittest, improved
+from agentmerge.contracts.strategy import Observation, fittest
 from agentmerge.methods import METHODS
 from agentmerge.recipe.names import public_names, short_name
 
 BEST_SHOWN = 8
-ELITES = 4
 #: Most integers of genomes in one prompt: a wide space shows fewer rows.
 MAX_INTEGERS = 6_000
 MIN_ROWS = 6
 #: Most axes whose values are said by name as well.
 MAX_NAMED = 24
 _MIN_FOR_CORRELATION = 6
-#: So many of the latest candidates say how axes go with the score.
-MOST_CORRELATED = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ class HistoryView:
     sigma: the step of the last generation, None where the strategy has none.
     budget_left: evaluations. forecasts: how good the proposer's were, in words.
     noise: of a pair of candidates; what is shown is released by the Ladder (``told``).
-    ladder: with that noise, which walked the history as it was before.
+    ladder, tally: with that noise, and what walked the history as it was before.
     tied: (generation, slot) of candidates shown with the score of the best before them.
     moves: what became of structural moves so far, a sentence each. deeper: how many layers a move
     to layers may add; 0 where there is none. absent: experts of a pool that are not merged; room:
@@ -72,6 +70,7 @@ class HistoryView:
     forecasts: str = "no forecast has been tried yet"
     noise: Noise = lambda a, b: 0.0
     ladder: Ladder | None = None
+    tally: Tally | None = None
     tied: frozenset[tuple[int, int]] = frozenset()
     moves: tuple[str, ...] = ()
     deeper: int = 0
@@ -83,14 +82,19 @@ class HistoryView:
     @cached_property
     def released(self) -> HistoryView:
         """The view as it may be shown to a model."""
-        released = (self.ladder or Ladder(self.noise)).release(self.entries)
-        better = improved(released.entries) if released.entries else False
+        ladder = self.ladder or Ladder(self.noise)
+        released = ladder.release(self.entries)
         return replace(
             self,
             entries=released.entries,
+            tally=ladder.tally,
             tied=released.tied,
-            improved_last=self.improved_last and better,
+            improved_last=self.improved_last and ladder.tally.of(released.entries).improved,
         )
+
+    @cached_property
+    def standing(self) -> Standing:
+        return (self.tally or Tally()).of(self.entries)
 
     @cached_property
     def generation(self) -> int:
@@ -115,30 +119,6 @@ class HistoryView:
             absent=self.absent,
             room=self.room,
         )
-
-    @cached_property
-    def scores(self) -> list[float]:
-        return [e.score for e in self.entries if e.score is not None]
-
-    @cached_property
-    def scored(self) -> list[Observation]:
-        """What has a score and a point in this space."""
-        return [e for e in self.entries if e.score is not None and e.vector is not None]
-
-    @cached_property
-    def elites(self) -> list[Observation]:
-        """The best few of these, best first."""
-        return fittest(self.scored, ELITES)
-
-    @cached_property
-    def best(self) -> Observation | None:
-        top = max(self.scores, default=None)
-        return None if top is None else next(e for e in self.entries if e.score == top)
-
-    @cached_property
-    def rivals(self) -> tuple[Observation, ...]:
-        """The parents and the cheap merges: what a searched merge has to beat."""
-        return tuple([entry for entry in self.entries if entry.operator in CHEAP])
 
     @cached_property
     def last(self) -> tuple[Observation, ...]:
@@ -170,7 +150,7 @@ def _variables(view: HistoryView) -> dict[str, str]:
         "axes": _axes(view),
         "dimensions": str(view.space.dimensions),
         "tasks": "\n".join(_task(task) for task in view.tasks),
-        "rivals": "\n".join(_rival(entry) for entry in view.rivals) or "none scored yet",
+        "rivals": "\n".join(_rival(entry) for entry in view.standing.rivals) or "none scored yet",
         "generation": str(view.generation),
         "history": _history(view),
         "failures": _failures(view),
@@ -179,7 +159,7 @@ def _variables(view: HistoryView) -> dict[str, str]:
         "sigma_low": f"{view.bounds.sigma_low:g}",
         "sigma_high": f"{view.bounds.sigma_high:g}",
         "improved_last": "yes" if view.improved_last else "no",
-        "best_score": _score(view.best),
+        "best_score": _score(view.standing.best),
         "budget_left": str(view.budget_left),
         "forecasts": view.forecasts,
         "noise": _noise(view),
@@ -344,7 +324,7 @@ def _failures(view: HistoryView) -> str:
 
 
 def _progress(view: HistoryView) -> str:
-    best = view.best
+    best = view.standing.best
     if best is None:
         return "No candidate has been scored yet."
     verdict = "improved on" if view.improved_last else "did not improve on"
@@ -366,8 +346,8 @@ def standing(view: HistoryView, task: TaskView) -> tuple[str, Observation, float
         return dict(entry.tasks).get(task.name)
 
     sign = 1.0 if task.higher_is_better else -1.0
-    best = None if view.best is None else value(view.best)
-    parents = [e for e in view.rivals if e.operator == PARENT and value(e) is not None]
+    best = None if view.standing.best is None else value(view.standing.best)
+    parents = [e for e in view.standing.rivals if e.operator == PARENT and value(e) is not None]
     if best is None or not parents:
         return None
     champion = max(parents, key=lambda e: sign * (value(e) or 0.0))
@@ -402,7 +382,7 @@ def correlations(entries: Sequence[Observation], dimensions: int) -> list[float]
 def clear_axes(view: HistoryView) -> tuple[int, list[tuple[str, float]]] | None:
     """Of so many candidates, the axes that go with the score beyond noise, and Pearson's r; None
     where they are too few."""
-    scored = view.scored[-MOST_CORRELATED:]
+    scored = view.standing.recent
     if len(scored) < _MIN_FOR_CORRELATION:
         return None
     noise = 2 / math.sqrt(len(scored))
@@ -426,9 +406,9 @@ def _correlations(view: HistoryView) -> list[str]:
 
 def elites(view: HistoryView) -> list[list[int]]:
     """The best few, as integers; none where there are not so many."""
-    if len(view.scored) < ELITES:
+    if len(view.standing.elites) < ELITES:
         return []
-    return [integers(entry.vector or ()) for entry in view.elites]
+    return [integers(entry.vector or ()) for entry in view.standing.elites]
 
 
 def spread(best: Sequence[Sequence[int]]) -> float:
@@ -466,7 +446,7 @@ def last_move(
 ) -> tuple[Observation, Observation, list[tuple[str, int, int]]] | None:
     """How the last generation's best differs from the best before it: both, and the axes on which
     it moved most, from where to where."""
-    before = [e for e in view.elites if e.generation < view.generation] or fittest(
+    before = [e for e in view.standing.elites if e.generation < view.generation] or fittest(
         view.entries[: len(view.entries) - len(view.last)], 1
     )
     after = fittest(view.last, 1)

@@ -23,7 +23,6 @@ from agentmerge.config import Role, models_asked
 from agentmerge.contracts.advice import Guidance
 from agentmerge.contracts.calls import Call
 from agentmerge.contracts.operators import CURATOR, PROBE, STRUCTURE
-from agentmerge.contracts.strategy import improved
 from agentmerge.errors import BudgetReached, ModelReplyError, ReplyMissing
 from agentmerge.ledger.words import Opening, guidance_of, openings, spoken
 from agentmerge.recipe.names import short_name
@@ -126,11 +125,12 @@ def view_of(search: Search, role: Role, generation: int) -> HistoryView:
         sigma=None if before is None else before.sigma,
         sigma_low=settings.sigma_low,
         sigma_high=settings.sigma_high,
-        improved_last=improved(history) if history else False,
+        improved_last=search.tally.of(history).improved,
         budget_left=math.floor(left + 1e-9) + len(own),
         forecasts=track(_forecasts(search, seen)).sentence(),
         noise=search.noise,
         ladder=search.ladder,
+        tally=search.tally,
         moves=tuple(verdicts(now, moves)),
         deeper=_deeper(search, now, moves),
         absent=_absent(search, now),

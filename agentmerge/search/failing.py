@@ -25,7 +25,7 @@ _WORTH_A_NOTE = 0.1
 
 def reading(search: Search, view: HistoryView, generation: int) -> HistoryView:
     """The view with what the best candidate fails; as it was where no answer was kept."""
-    best = view.released.best
+    best = view.released.standing.best
     items = [] if best is None else _items(search, best.recipe_hash)
     if not items:
         return view

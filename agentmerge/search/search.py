@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from agentmerge.agents.ladder import Ladder
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompts
+from agentmerge.agents.tally import Tally
 from agentmerge.agents.view import HistoryView
 from agentmerge.config import Role, SearchConfig
 from agentmerge.contracts.events import Event
@@ -216,6 +217,11 @@ class Search:
     def ladder(self) -> Ladder:
         """What models are told of scores, walked once."""
         return Ladder(self.noise)
+
+    @cached_property
+    def tally(self) -> Tally:
+        """Where the history that agents know stands, walked once."""
+        return Tally()
 
     @property
     def gradients(self) -> Gradients:

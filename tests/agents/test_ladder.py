@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from agentmerge.agents.forecasts import Forecast, Track, forecasts, track
 from agentmerge.agents.ladder import Ladder, release
 from agentmerge.agents.schemas import Bounds, ProposerReply, json_schema, parse_reply
+from agentmerge.agents.tally import Tally
 from agentmerge.agents.view import variables
 from agentmerge.contracts.advice import Guidance, StructuralMove
+from agentmerge.contracts.operators import CHEAP
+from agentmerge.contracts.strategy import Observation, fittest, improved
 from agentmerge.errors import ModelReplyError
 
 
@@ -37,10 +42,37 @@ def test_what_was_walked_is_told_as_if_it_were_walked_anew(observe) -> None:
         assert ladder.release(history) == release(history, lambda a, b: 0.03)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_where_a_history_stands_is_as_defined_however_it_grew(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    every = [
+        Observation(
+            int(g), slot, (0.5,) if rng.random() < 0.8 else None,
+            str(rng.choice(["random", "parent", "depth"])), score,
+        )
+        for slot, g in enumerate(sorted(rng.integers(0, 8, size=30)))
+        for score in [None if rng.random() < 0.2 else float(rng.integers(-3, 3))]
+    ]  # fmt: skip
+    tally = Tally()
+    for end in [0, 1, 2, 7, 12, 11, 30, 30, 25]:
+        told = every[:end]
+        found = tally.of(told)
+        scores = [o.score for o in told if o.score is not None]
+        placed = [o for o in told if o.score is not None and o.vector is not None]
+        top = max(scores, default=math.inf)
+        assert found.best is next((o for o in told if o.score == top), None)
+        assert list(found.elites) == fittest(told, 4)
+        assert list(found.recent) == placed
+        assert [o.operator for o in found.rivals] == [
+            o.operator for o in told if o.operator in CHEAP
+        ]
+        assert found.floor == min(scores, default=math.inf)
+        assert found.improved == bool(told and improved(told))
+    assert tally.of(tuple(every[5:])) == Tally().of(every[5:])
+
+
 def test_many_lucky_candidates_climb_nothing(observe) -> None:
     """A hundred candidates of one true score: what is told does not creep up with their luck."""
-    import numpy as np
-
     rng = np.random.default_rng(3)
     items = rng.random((100, 400)) < 0.6
     history = [
@@ -118,7 +150,7 @@ def test_models_are_told_of_every_cheap_rival(observe, make_view) -> None:
         observe(0, slot, (slot / 10,) * 4, slot / 10, operator)
         for slot, operator in enumerate(("parent", "uniform", "scale", "depth", "margins"))
     ]
-    told = [entry.operator for entry in make_view(history).rivals]
+    told = [entry.operator for entry in make_view(history).standing.rivals]
     assert told == ["parent", "uniform", "scale", "depth"]
 
 

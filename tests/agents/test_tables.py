@@ -169,7 +169,7 @@ def same(told, values) -> bool:
 
 
 def check_baselines(told, known) -> None:
-    rivals = {f"{e.operator} {e.label}".replace("/models/", ""): e for e in known.rivals}
+    rivals = {f"{e.operator} {e.label}".replace("/models/", ""): e for e in known.standing.rivals}
     assert max(told, key=lambda name: told[name][0]) == max(rivals, key=lambda n: rivals[n].score)
     parents = {name for name, entry in rivals.items() if entry.operator == "parent"}
     assert parents < told.keys(), "each parent with its tasks, and the best cheap merge"
@@ -179,7 +179,7 @@ def check_baselines(told, known) -> None:
 
 
 def check_others(told, known) -> None:
-    rivals = {f"{e.operator} {e.label}".replace("/models/", ""): e for e in known.rivals}
+    rivals = {f"{e.operator} {e.label}".replace("/models/", ""): e for e in known.standing.rivals}
     shown = {name for name, entry in rivals.items() if entry.operator not in CHEAP}
     assert told.keys() >= shown
     assert len(told) == len(rivals) - 4
@@ -220,8 +220,11 @@ def check_rows(told, known) -> None:
 
 def check_scores(told, known) -> None:
     assert [score for score, *_ in told] == sorted(score for score, *_ in told)
-    assert near(told[-1][0], known.best.score)
-    assert (told[-1][2], told[-1][3]) == (known.best.generation, known.best.operator)
+    assert near(told[-1][0], known.standing.best.score)
+    assert (told[-1][2], told[-1][3]) == (
+        known.standing.best.generation,
+        known.standing.best.operator,
+    )
 
 
 def failures(known) -> tuple[int, list[tuple]]:
@@ -232,10 +235,13 @@ def failures(known) -> tuple[int, list[tuple]]:
 
 def check_progress(told, known) -> None:
     last = [entry.score for entry in known.last if entry.score is not None]
-    assert (told["at"], told["operator"]) == (known.best.generation, known.best.operator)
+    assert (told["at"], told["operator"]) == (
+        known.standing.best.generation,
+        known.standing.best.operator,
+    )
     assert (told["generation"], told["size"]) == (known.generation, len(known.last))
     assert told["improved"] == known.improved_last
-    assert near(told["best"], known.best.score)
+    assert near(told["best"], known.standing.best.score)
     assert near(told["top"], max(last))
     assert near(told["median"], statistics.median(last))
 
