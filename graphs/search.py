@@ -31,7 +31,7 @@ from agentmerge.search.propose import propose
 from agentmerge.search.seed import first_state, seed
 from agentmerge.search.select import select
 from agentmerge.search.state import SearchState
-from agentmerge.search.structure import approval, question, restructure, wanted_move
+from agentmerge.search.structure import agreed, approval, question, restructure, wanted_move
 from agentmerge.session.context import (
     ClientContext,
     Context,
@@ -109,8 +109,8 @@ def _structure(state: SearchState, runtime: Runtime[Context]) -> SearchState:
     move = wanted_move(search, generation)
     if move is not None:  # else it was decided before a crash
         approved = approval(search, generation)
-        if approved is None:
-            approved = interrupt(question(generation, move)) in (True, "yes")
+        while approved is None:
+            approved = agreed(interrupt(question(generation, move)), move)
         restructure(search, generation, move, approved=approved)
     return SearchState(generation=propose(search, generation))
 

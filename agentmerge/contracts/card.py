@@ -84,9 +84,9 @@ class Difference:
 class Card:
     """sealed: whether sealed items were asked. fallen: recipe hash -> why its sealed items could
     not be scored; lost: why nobody could be asked. uplift: what the agents earned, where an arm
-    without them says so. depths: what each layer of the best stack bought, shallowest first; none
-    of an answer of the models' depth. front: where short answers are an objective too, what nothing
-    dominates on search items, best score first."""
+    without them says so. depths: what each layer of the best stack bought, from the merge under it
+    on; none of an answer of the models' depth. front: where short answers are an objective too,
+    what nothing dominates on search items, best score first."""
 
     answer: Answered = Answered()
     parents: Sequence[Compared] = ()

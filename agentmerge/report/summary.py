@@ -111,8 +111,8 @@ def _judge_sentence(task: str, found: Mapping[str, Any]) -> str:
 
 def depth_rows(ledger: Ledger, row: RunRow) -> list[dict[str, Any]]:
     """What each layer of the answer's table buys and costs: {layers, parameters, seconds_per_item,
-    score, sealed_score, ahead, candidate, is_answer}, shallowest first. What is not known is None:
-    parameters where no model is read, seconds where results were known before."""
+    score, sealed_score, ahead, candidate, is_answer}, from the merge under it on. What is not known
+    is None: parameters where no model is read, seconds where results were known before."""
     found = []
     whole, each = row.facts.get("parameters") or (None, None)
     for depth in row.card.depths:

@@ -31,7 +31,9 @@ def compare(search: Search, a: str, b: str, release: Release | None = None) -> d
     one, other = named(search, a), named(search, b)
     if release is not None and not release.apart(one, other):
         shown = (shown_to(release, candidate) for candidate in (one, other))
-        both = {name: row_of(candidate) for name, candidate in zip("ab", shown, strict=True)}
+        both = {
+            name: row_of(search, candidate) for name, candidate in zip("ab", shown, strict=True)
+        }
         return both | {"note": "these two cannot be told apart on the search's items"}
     mine, theirs = (search.item_results(c.recipe_hash) for c in (one, other))
     rows = []
@@ -43,7 +45,11 @@ def compare(search: Search, a: str, b: str, release: Release | None = None) -> d
                 continue
             rows.append(_task_row(task, search.taskset.item_sign(task), refs, mine, theirs))
     shown_one, shown_other = shown_to(release, one), shown_to(release, other)
-    found: dict[str, Any] = {"a": row_of(shown_one), "b": row_of(shown_other), "tasks": rows}
+    found: dict[str, Any] = {
+        "a": row_of(search, shown_one),
+        "b": row_of(search, shown_other),
+        "tasks": rows,
+    }
     gap = lead(search.taskset, theirs, mine, search.config.search.seed)
     if gap is not None:
         found["b_minus_a"] = {

@@ -52,8 +52,8 @@ def failing_items(
         NotFound: no such candidate, or it was not scored.
     """
     found = named(search, candidate)
-    row, items = row_of(shown_to(release, found)), _items(search, found.recipe_hash)
-    if row != row_of(found):
+    row, items = row_of(search, shown_to(release, found)), _items(search, found.recipe_hash)
+    if row != row_of(search, found):
         return {
             "note": "it cannot be told apart from the best before it on the search's items",
             "candidate": row,

@@ -139,7 +139,7 @@ def list_candidates(
     scored = [c for c in heard if c.score is not None and c.twin is None and not c.prior]
     ranked = sorted(scored if release is None else release.of(scored), key=lambda c: c.rank)
     return {
-        "candidates": [row_of(candidate) for candidate in ranked[:count]],
+        "candidates": [row_of(search, candidate) for candidate in ranked[:count]],
         "scored": len(ranked),
         "failed": sum(c.state == "failed" for c in found),
         "evaluations_left": budget.evaluations_left(search),
@@ -206,7 +206,7 @@ def as_candidate(
         raise NotBegun("the search was told to stop before this candidate's turn")
     if candidate.failure:
         raise CandidateFailed(candidate.failure)
-    return row_of(shown_to(release, candidate)) | {
+    return row_of(search, shown_to(release, candidate)) | {
         "known": known,
         "evaluations_left": budget.evaluations_left(search),
     }
@@ -236,7 +236,8 @@ def _place(
         return (place, slot), False
 
 
-def row_of(candidate: Candidate) -> dict[str, Any]:
+def row_of(search: Search, candidate: Candidate) -> dict[str, Any]:
+    """genome: where it lies in the space whose axes agents know now; none where it does not."""
     row: dict[str, Any] = {
         "id": f"{candidate.generation}.{candidate.slot}",
         "score": None if candidate.score is None else short(candidate.score),
@@ -253,8 +254,11 @@ def row_of(candidate: Candidate) -> dict[str, Any]:
         }
     if candidate.label:
         row["label"] = short_name(candidate.label)
-    if candidate.vector is not None:
-        row["genome"] = [round(value * SCALE) for value in candidate.vector]
+    vector, now = candidate.vector, search.present
+    if vector is not None and (candidate.space or search.space.key) != now.key:
+        vector = search.point_of(now, candidate.observation())
+    if vector is not None:
+        row["genome"] = [round(value * SCALE) for value in vector]
     return row
 
 

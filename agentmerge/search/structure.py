@@ -5,7 +5,7 @@ What a move is and how a new space fares is ``trials.py``; the ledger keeps ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -104,6 +104,16 @@ def question(generation: int, move: StructuralMove) -> dict[str, Any]:
         "value": move.value,
         "why": move.why,
     }
+
+
+def agreed(said: object, move: StructuralMove) -> bool | None:
+    """Whether a person agreed to a move; None: what they were asked was another, since the search
+    was given other limits meanwhile. said: a server's client says "yes" or True alone."""
+    if not isinstance(said, Mapping):
+        return said in (True, "yes")
+    asked = said["asked"]
+    same = (asked["change"], asked["value"]) == (move.change, move.value)
+    return said["approved"] is True if same else None
 
 
 def restructure(search: Search, generation: int, move: StructuralMove, *, approved: bool) -> None:

@@ -369,7 +369,7 @@ def _first_input(graph: Any, thread: Any, row: RunRow, answer: bool | None) -> A
             "ledger"
         )
     if snapshot.interrupts and answer is not None:
-        return Command(resume="yes" if answer else "no")
+        return Command(resume={"approved": answer, "asked": snapshot.interrupts[0].value})
     if answer is not None:
         raise UserError(f"search {row.name!r} asks nothing: leave the answer out")
     return SearchState(run_id=row.id, graph_version=GRAPH_VERSION)

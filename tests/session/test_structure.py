@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,6 +153,31 @@ def test_approval_waits_for_the_user(tmp_path: Path, capsys) -> None:
     assert run_app(["resume", "a", "--answer", "yes", *runs]) == 2
     assert "asks nothing" in capsys.readouterr().err
     assert replay("a", runs_dir=tmp_path).identical
+
+
+def test_an_answer_is_to_the_move_that_was_asked(tmp_path: Path) -> None:
+    """Where another move is due by then, it is asked anew."""
+    with ScriptedServer(mover(("method", "ties"))) as server:
+        sections = advised(server, search={"approve": True})
+        row = driving.run(config(**sections, budget=BUDGET), name="a", runs_dir=tmp_path)
+        assert (row.status, "method ties" in row.stop_reason) == ("waiting", True)
+        with sqlite3.connect(tmp_path / driving.LEDGER) as conn:
+            [at] = conn.execute("SELECT max(generation) FROM advice").fetchone()
+            [body] = conn.execute(
+                "SELECT body FROM advice WHERE role = 'proposer' AND generation = ?", [at]
+            ).fetchone()
+            said = json.loads(body)
+            said["guidance"]["structural_move"] |= {"change": "granularity", "value": "1"}
+            conn.execute(
+                "UPDATE advice SET body = ? WHERE role = 'proposer' AND generation = ?",
+                [json.dumps(said), at],
+            )
+        row = driving.resume("a", runs_dir=tmp_path, answer=True)
+        assert (row.status, "granularity 1" in row.stop_reason) == ("waiting", True)
+        assert moves_of(tmp_path, "a")[0] == [], "nobody agreed to this one"
+        driving.resume("a", runs_dir=tmp_path, answer=True)
+    found, _ = moves_of(tmp_path, "a")
+    assert [(o.move.change, o.refusal) for o in found] == [("granularity", "")]
 
 
 def test_killed_in_a_trial_it_ends_the_same(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from langgraph.prebuilt import ToolNode
 
 from agentmerge import MergeToolkit, SearchConfig
 from agentmerge.agents.ladder import release
+from agentmerge.contracts.advice import StructuralMove
 from agentmerge.errors import LeaseHeld, NotFound, UserError
 from agentmerge.ledger import Ledger
 from agentmerge.ledger.folder import LEDGER
@@ -24,6 +25,7 @@ from agentmerge.report.summary import best_recipe, run_summary
 from agentmerge.search.budget import items_left
 from agentmerge.search.failing import failing_items
 from agentmerge.search.probes import Release
+from agentmerge.search.structure import restructure
 from agentmerge.search.tools import tools_of
 from agentmerge.session import driving
 from agentmerge.testing.scripted import scripted_chat_model
@@ -121,6 +123,21 @@ def test_parts_of_the_items_are_in_the_budget(fake_config: str, tmp_path: Path, 
         first = next(a for a, t in zip(asks, said, strict=True) if t.startswith("{"))
         assert merge.invoke(first).startswith("{"), "what was paid for is there for nothing"
         assert items_left(kit.search) == left
+
+
+def test_genomes_are_points_of_the_space_whose_axes_are_shown(ask, toolkit) -> None:
+    search = toolkit.search
+    even = [50 if axis.model == "north" else 40 for axis in search.present.axes]
+    for genome in (even, [50, 40, 30, 20]):
+        ask("merge_and_evaluate", recipe=genome)
+    restructure(search, 0, StructuralMove("granularity", "4", "to see"), approved=True)
+    ask("merge_and_evaluate", recipe=[60] * search.present.dimensions)
+    listed = json.loads(ask("list_candidates")[1])
+    assert len(listed["axes"]) == search.present.dimensions != 4
+    found = {tuple(row["genome"]) for row in listed["candidates"] if "genome" in row}
+    assert {len(genome) for genome in found} == {len(listed["axes"])}
+    assert len(listed["candidates"]) == 3
+    assert len(found) == 2, "the uneven one is no point of the coarser space"
 
 
 def test_the_searchs_own_agents_see_what_the_ladder_releases(toolkit) -> None:
