@@ -7,6 +7,7 @@ ledger). How a search is opened is ``opening``; what it does, its graph says.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from operator import attrgetter
@@ -277,7 +278,11 @@ def _drive(
     from agentmerge.session.checkpoints import open_saver
 
     drain = drain or Drain()
-    tell = emit or silent
+    heard, one_at_a_time = emit or silent, threading.RLock()
+
+    def tell(body: dict[str, Any]) -> None:
+        with one_at_a_time:  # the search's threads speak, and the lease's
+            heard(body)
 
     def asked() -> None:
         drain.request()

@@ -15,6 +15,7 @@ from agentmerge.cli.render import summary_text
 from agentmerge.config import SearchConfig
 from agentmerge.contracts.events import Begun, Ending, Evaluate, Evaluated, parsed
 from agentmerge.ledger import Ledger
+from agentmerge.ledger.lease import Lease
 from agentmerge.report.board import Board, Follower
 from agentmerge.report.summary import run_summary
 from agentmerge.report.utilisation import LOG, Workers, WorkersLog, workers_of
@@ -111,6 +112,28 @@ def test_a_listener_is_told_of_one_thing_at_a_time_in_the_logs_order(tmp_path: P
     assert crowds == []
     lines = (tmp_path / "a" / LOG).read_text().splitlines()
     assert [json.loads(line)["event"] for line in lines] == [body["event"] for body in told]
+
+
+def test_a_listener_that_is_busy_hears_of_a_stop_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentmerge.ledger.lease._LISTEN_EVERY_S", 0.01)
+    config = SearchConfig.from_text(config_text())
+    heard: list[str] = []
+
+    def emit(body: dict[str, Any]) -> None:
+        heard.append(body.get("text") or body["event"])
+        if body["event"] == "candidate" and "busy" not in heard:
+            heard.append("busy")
+            with Ledger(tmp_path / driving.LEDGER) as ledger:
+                Lease.ask_to_stop(tmp_path / driving.CHECKPOINTS, ledger.run("a").id, "a")
+            time.sleep(0.5)
+            heard.append("free")
+
+    row = driving.run(config, name="a", runs_dir=tmp_path, emit=emit)
+    assert row.status == "interrupted"
+    assert heard.index("free") == heard.index("busy") + 1
+    assert any(text.startswith("asked to stop") for text in heard)
 
 
 def test_driver_watcher_show_and_page_say_the_same_of_workers(tmp_path: Path) -> None:
