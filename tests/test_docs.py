@@ -256,6 +256,17 @@ def test_the_reference_has_everything() -> None:
     assert "def from_file(path: Path | str" in pages["python.md"]
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_rows_of_a_table_have_its_columns(page: Path) -> None:
+    """Else a line of one table went to another, and what stood between is gone."""
+    columns = 0
+    for line in page.read_text().splitlines():
+        row = re.sub(r"`[^`]*`", "", line.strip()).replace(r"\|", "")
+        cells = row.count("|") - 1 if row.startswith("|") and row.endswith("|") else 0
+        assert not (columns and cells) or cells == columns, f"{page.name}: {line}"
+        columns = cells
+
+
 def test_every_page_is_in_the_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text()
     missing = [page.name for page in (ROOT / "docs").glob("*.md") if page.name not in text]
