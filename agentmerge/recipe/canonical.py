@@ -199,9 +199,7 @@ def _default(method: Method, name: str) -> Setting | None:
 def _scaled(sources: list[Source], signed: bool) -> list[Source]:
     """Divide weights by their largest: filter by filter where sources filter alike, else all by
     one. ``signed``: by its sign too, where sums are divided by."""
-    weights = [
-        _collapsed(dict(source.parameters)["weight"]) for source in sources if source.parameters
-    ]
+    weights = [_plain(dict(source.parameters)["weight"]) for source in sources if source.parameters]
     filters = max((weight.filters for weight in weights), key=len)
     alike = all(weight.filters in (filters, (None,)) for weight in weights)
     if alike:  # one value for everything stands for the same value under each filter
@@ -263,18 +261,16 @@ def _joined(first: Slice, second: Slice) -> Slice | None:
 
 
 def _round_setting(setting: Setting) -> Setting:
+    return _plain(setting).map(round12)
+
+
+def _plain(setting: Setting) -> Setting:
+    """The same in the fewest entries that say it, where what is rounded alike is alike."""
     entries = []
     for name, values in setting.entries:
-        rounded = tuple(round12(value) for value in values)
-        entries.append((name, rounded[:1] if len(set(rounded)) == 1 else rounded))
+        entries.append((name, values[:1] if len(set(map(round12, values))) == 1 else values))
         if name is None:
             break
-    return _collapsed(Setting(tuple(entries)))
-
-
-def _collapsed(setting: Setting) -> Setting:
-    """One value where every filter says the same."""
-    last = setting.entries[-1]
-    if last[0] is None and all(values == last[1] for _, values in setting.entries):
-        return Setting((last,))
-    return setting
+    last = entries[-1]
+    said = {tuple(map(round12, values)) for _, values in entries}
+    return Setting((last,) if last[0] is None and len(said) == 1 else tuple(entries))

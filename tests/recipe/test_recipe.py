@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from agentmerge.config import GenomeConfig
@@ -314,7 +314,21 @@ def test_values_of_any_recipe_are_mergekits(body: dict[str, Any]) -> None:
     assert_same_values(body)
 
 
+#: One value for two layers is a list in one slice and a filter's in the other.
+LISTED = sliced(
+    piece(source("a", (0, 2)), source("b", (0, 2))),
+    piece(
+        source("a", (2, 4)),
+        source("b", (2, 4), weight=[{"filter": "mlp", "value": [1.0]}]),
+    )
+    | {"parameters": {"weight": [{"filter": "self_attn", "value": [0.5, 0.5]}]}},
+    method="ties",
+    parameters={"weight": 0.5},
+) | {"base_model": "base"}
+
+
 @given(recipes())
+@example(LISTED)
 @settings(max_examples=100, deadline=None)
 def test_the_canonical_form_is_the_same_merge(body: dict[str, Any]) -> None:
     recipe = Recipe.parse(body)
