@@ -53,8 +53,8 @@ test-objectives: $(DEV_STAMP)  ## Run the tests of searches on a perplexity and 
 	$(TEST_ENV) OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadfile --objective perplexity tests/session
 	$(TEST_ENV) OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n 2 --dist loadfile --objective loss tests/session
 
-test-all: $(DEV_STAMP) $(VLLM_STAMP)  ## Run every test
-	$(TEST_ENV) $(PY) -m pytest
+test-all: $(DEV_STAMP) $(VLLM_STAMP)  ## Run every test, on other cases each time where they are drawn
+	$(TEST_ENV) $(PY) -m pytest --hypothesis-profile=default
 
 docs: $(DEV_STAMP)  ## Build the site into build/site (its reference comes from the code)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict -q -d build/site
