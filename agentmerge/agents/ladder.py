@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from operator import is_
 
-from agentmerge.agents.tally import Tally
+from agentmerge.agents.standings import Standings
 from agentmerge.contracts.strategy import History, Observation
 
 #: One standard error of the paired difference of two candidates' scores, or 0 where there is none.
@@ -37,12 +37,12 @@ class Ladder:
     """Walks histories in their own order, so that the same past is always told the same way.
 
     One that goes on where the last one ended is walked from there. noise: the same for a pair
-    whenever it is asked. tally: of what is shown. Safe to share between threads.
+    whenever it is asked. standings: of what is shown. Safe to share between threads.
     """
 
     def __init__(self, noise: Noise) -> None:
         self._noise = noise
-        self.tally = Tally()
+        self.standings = Standings()
         self._lock = threading.Lock()
         self._begin()
 

@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import groupby
 
 from agentmerge.agents.schemas import bounded_lines, clean_text
-from agentmerge.agents.tally import ELITES
+from agentmerge.agents.standings import ELITES
 from agentmerge.agents.view import (
     HistoryView,
     TaskView,

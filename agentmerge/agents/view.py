@@ -17,7 +17,7 @@ import numpy as np
 
 from agentmerge.agents.ladder import Ladder, Noise
 from agentmerge.agents.schemas import SCALE, Bounds, clean_text, percent
-from agentmerge.agents.tally import ELITES, Standing, Tally
+from agentmerge.agents.standings import ELITES, Standing, Standings
 from agentmerge.contracts.operators import PARENT
 from agentmerge.contracts.space import Axis, Space
 from agentmerge.contracts.strategy import Observation, fittest
@@ -50,7 +50,7 @@ class HistoryView:
     sigma: the step of the last generation, None where the strategy has none.
     budget_left: evaluations. forecasts: how good the proposer's were, in words.
     noise: of a pair of candidates; what is shown is released by the Ladder (``told``).
-    ladder, tally: with that noise, and what walked the history as it was before.
+    ladder, standings: with that noise, and what walked the history as it was before.
     tied: (generation, slot) of candidates shown with the score of the best before them.
     moves: what became of structural moves so far, a sentence each. deeper: how many layers a move
     to layers may add; 0 where there is none. absent: experts of a pool that are not merged; room:
@@ -70,7 +70,7 @@ class HistoryView:
     forecasts: str = "no forecast has been tried yet"
     noise: Noise = lambda a, b: 0.0
     ladder: Ladder | None = None
-    tally: Tally | None = None
+    standings: Standings | None = None
     tied: frozenset[tuple[int, int]] = frozenset()
     moves: tuple[str, ...] = ()
     deeper: int = 0
@@ -87,14 +87,14 @@ class HistoryView:
         return replace(
             self,
             entries=released.entries,
-            tally=ladder.tally,
+            standings=ladder.standings,
             tied=released.tied,
-            improved_last=self.improved_last and ladder.tally.of(released.entries).improved,
+            improved_last=self.improved_last and ladder.standings.of(released.entries).improved,
         )
 
     @cached_property
     def standing(self) -> Standing:
-        return (self.tally or Tally()).of(self.entries)
+        return (self.standings or Standings()).of(self.entries)
 
     @cached_property
     def generation(self) -> int:

@@ -20,7 +20,6 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from agentmerge.evaluation.rendering import Render
-from agentmerge.evaluation.tokens import MAX_GEN_TOKS
 
 #: Bytes of a request, and prompts in one.
 MOST_BODY, MOST_PROMPTS = 16 << 20, 1000
@@ -252,6 +251,8 @@ class _Asked:
         return {"object": kind, "choices": choices, "usage": usage}
 
     def _continued(self, prompt: list[int], model: ServedModel) -> tuple[list[int], bool]:
+        from agentmerge.evaluation.tokens import MAX_GEN_TOKS  # needs lm-eval
+
         room = model.max_length - len(prompt)
         max_new = min(MAX_GEN_TOKS, room) if self.max_new is None else self.max_new
         if not prompt or max_new > room or room < 1:

@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from agentmerge.parents.checkpoint import EMBEDDINGS, HEADS, Checkpoint, is_one_of
 from agentmerge.parents.headers import chat_template, content_fingerprint, read_config, read_json
@@ -29,6 +27,9 @@ from agentmerge.parents.writing import (
     write_json,
     write_weights,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -149,6 +150,8 @@ def _write(directory: Path, name: str, paths: Mapping[str, Path], alignment: Ali
 
 
 def _widest(dtypes: Any) -> str:
+    import torch
+
     found = None
     for dtype in dtypes:
         found = dtype if found is None else torch.promote_types(found, dtype)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from agentmerge.errors import UserError
 from agentmerge.parents.headers import MADE, files_fingerprint, made_dir, safetensors_files
+from agentmerge.parents.writing import directory_at_once, write_json
 from agentmerge.system.temporary import is_believed, size_bytes
 
 #: Part of every key: raise it when the way in which something is made changes its bits.
@@ -52,8 +53,6 @@ def made(
         UserError: the cache directory cannot be written, or the disk is full.
         ParentError: whatever ``make`` raises.
     """
-    from agentmerge.parents.writing import directory_at_once, write_json  # needs torch
-
     key = identity_of(kind, ingredients)
     target = made_dir() / key[:24]
     _lock(target)

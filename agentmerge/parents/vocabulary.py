@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from agentmerge.errors import ParentError
 from agentmerge.parents.configs import quiet_logs
 from agentmerge.system.bounded import read_json
+
+if TYPE_CHECKING:
+    import torch
 
 #: Tokens that a sentence names.
 _NAMED = 8
@@ -116,6 +117,8 @@ class Alignment:
 
     def changes(self, model: str) -> bool:
         """Whether a parent's rows are not what they have to be already."""
+        import torch
+
         place = self.places[model]
         same = bool((place[self.used] == torch.arange(self.rows)[self.used]).all())
         return self.own_rows[model] != self.rows or not same
@@ -125,6 +128,8 @@ class Alignment:
 
         tensor_of: the same tensor of each parent, of shape [its rows, ...].
         """
+        import torch
+
         own = tensor_of(model)
         dtype = own.dtype
         for other in self.places:
@@ -147,6 +152,8 @@ class Alignment:
     ) -> torch.Tensor:
         """Rows for tokens that a parent lacks: the base's where it has them, else the mean of
         those that do (one of one is itself), else zeros."""
+        import torch
+
         shape = tensor_of(self.owner).shape[1:]
         total = torch.zeros(len(rows), *shape, dtype=torch.float32)
         count = torch.zeros(len(rows), *[1] * len(shape))
@@ -178,6 +185,7 @@ def align(
     Raises:
         ParentError: a tokenizer cannot be read, or mergekit cannot build the one asked for.
     """
+    import torch
     from mergekit.common import ModelPath, ModelReference
     from mergekit.tokenizer.build import build_tokenizer
 

@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
 
 from agentmerge.errors import ParentError, UserError
 from agentmerge.parents.headers import COPIED, DTYPES, TensorHeader, read_config
 from agentmerge.system.bounded import refuse_odd_file
 from agentmerge.system.temporary import TemporaryFolder, swap_in
+
+if TYPE_CHECKING:
+    import torch
 
 SHARD_SIZE_BYTES = 2_000_000_000
 
@@ -56,6 +58,8 @@ def write_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Write ``entries`` in order, with an index where they need several files; yields each tensor
     after it is written. Nothing is whole before the iterator has ended."""
+    import torch
+
     shards = _shards(entries, shard_size_bytes)
     names = _shard_names(len(shards))
     for file, part in zip(names, shards, strict=True):

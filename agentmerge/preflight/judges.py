@@ -12,7 +12,6 @@ from agentmerge.config import SearchConfig, TaskConfig
 from agentmerge.evaluation.judged import judged_task
 from agentmerge.evaluation.playing import JudgedTask
 from agentmerge.evaluation.tasks import TaskSet
-from agentmerge.evaluation.tokens import answer_length
 
 if TYPE_CHECKING:
     from agentmerge.contracts.worker import ItemRef
@@ -105,6 +104,8 @@ def judge_forecast(config: SearchConfig, entry: TaskConfig, merges: int) -> tupl
 
 def _tokens(judged: JudgedTask, ref: ItemRef) -> int:
     """Tokens that the verdicts on one conversation have to read, at most, or about."""
+    from agentmerge.evaluation.tokens import answer_length  # needs lm-eval
+
     conversation = judged.conversations[ref.index]
     most = min(judged.settings.answer_chars, answer_length(judged.generation) * _CHARS_PER_TOKEN)
     chars = 0

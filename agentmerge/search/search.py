@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from agentmerge.agents.ladder import Ladder
 from agentmerge.agents.models import AgentModel
 from agentmerge.agents.prompts import Prompts
-from agentmerge.agents.tally import Tally
+from agentmerge.agents.standings import Standings
 from agentmerge.agents.view import HistoryView
 from agentmerge.config import Role, SearchConfig
 from agentmerge.contracts.events import Event
@@ -219,9 +219,9 @@ class Search:
         return Ladder(self.noise)
 
     @cached_property
-    def tally(self) -> Tally:
+    def standings(self) -> Standings:
         """Where the history that agents know stands, walked once."""
-        return Tally()
+        return Standings()
 
     @property
     def gradients(self) -> Gradients:

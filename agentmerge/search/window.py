@@ -92,7 +92,7 @@ def _pending_after(search: Search, known: int) -> Search:
     if last != key:
         masks = getattr(found.book, "masks", {})
         found = replace(search, views={}, _histories={})
-        shared = ("course", "item_table", "noise", "ladder", "tally", "texts", "_rescored")
+        shared = ("course", "item_table", "noise", "ladder", "standings", "texts", "_rescored")
         found.__dict__.update({name: getattr(search, name) for name in shared})
         whole_book = book._book if isinstance(book, _Window) else book
         found.__dict__["book"] = cast(Book, _Window(whole_book, known, masks))

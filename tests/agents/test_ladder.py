@@ -12,7 +12,7 @@ import pytest
 from agentmerge.agents.forecasts import Forecast, Track, forecasts, track
 from agentmerge.agents.ladder import Ladder, release
 from agentmerge.agents.schemas import Bounds, ProposerReply, json_schema, parse_reply
-from agentmerge.agents.tally import Tally
+from agentmerge.agents.standings import Standings
 from agentmerge.agents.view import variables
 from agentmerge.contracts.advice import Guidance, StructuralMove
 from agentmerge.contracts.operators import CHEAP
@@ -53,10 +53,10 @@ def test_where_a_history_stands_is_as_defined_however_it_grew(seed: int) -> None
         for slot, g in enumerate(sorted(rng.integers(0, 8, size=30)))
         for score in [None if rng.random() < 0.2 else float(rng.integers(-3, 3))]
     ]  # fmt: skip
-    tally = Tally()
+    standings = Standings()
     for end in [0, 1, 2, 7, 12, 11, 30, 30, 25]:
         told = every[:end]
-        found = tally.of(told)
+        found = standings.of(told)
         scores = [o.score for o in told if o.score is not None]
         placed = [o for o in told if o.score is not None and o.vector is not None]
         top = max(scores, default=math.inf)
@@ -68,7 +68,7 @@ def test_where_a_history_stands_is_as_defined_however_it_grew(seed: int) -> None
         ]
         assert found.floor == min(scores, default=math.inf)
         assert found.improved == bool(told and improved(told))
-    assert tally.of(tuple(every[5:])) == Tally().of(every[5:])
+    assert standings.of(tuple(every[5:])) == Standings().of(every[5:])
 
 
 def test_many_lucky_candidates_climb_nothing(observe) -> None:

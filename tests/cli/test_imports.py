@@ -73,7 +73,10 @@ def test_looking_at_searches_does_not_import_what_drives_them(
     fake_config: str, tmp_path: Path
 ) -> None:
     (tmp_path / "config.yml").write_text(fake_config)
-    loaded_by(tmp_path, ["run", "config.yml", "--name", "a", "--max-evaluations", "8", "-q"])
+    arguments = ["--name", "a", "--max-evaluations", "8", "-q"]
+    codes, modules = loaded_by(tmp_path, ["run", "config.yml", *arguments])
+    assert codes == [0]
+    assert not {"torch", "transformers", "lm_eval"} & modules, "where no model is read"
     reading = ([verb, "a"] for verb in ("show", "best", "report"))
     codes, modules = loaded_by(tmp_path, ["list"], ["tree"], *reading)
     assert codes == [0] * 5

@@ -36,7 +36,7 @@ class Standing:
     improved: bool
 
 
-class Tally:
+class Standings:
     """Where histories stand; safe to share between threads."""
 
     def __init__(self) -> None:
