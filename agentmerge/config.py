@@ -30,10 +30,12 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 
 from agentmerge.errors import ConfigError, UserError
 from agentmerge.methods import METHODS, Method, Parameter, divides_by_agreeing
@@ -75,6 +77,16 @@ class _Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     younger: ClassVar[tuple[str, ...]] = ()
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Else true is 1 wherever a number may stand."""
+        wanted = str(cls.model_fields[info.field_name or ""].annotation)
+        number = re.search(r"\b(int|float)\b", wanted)
+        if isinstance(value, bool) and number and "bool" not in wanted:
+            raise PydanticKnownError("int_type" if number[1] == "int" else "float_type")
+        return value
 
     @model_serializer(mode="wrap")
     def _as_before(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
