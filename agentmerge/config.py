@@ -1045,6 +1045,9 @@ def _resolve(
     _check_constraints(search, parts["tasks"], out)
     if out.faults:
         whole = {name: part for name, part in parts.items() if part is not None}
+        kind = (raw.get("worker") or {}).get("kind") if "worker" in parts else None
+        if "worker" not in whole and isinstance(kind, str):
+            whole["worker"] = WorkerSettings(kind=kind)  # another would find faults of its own
         readable = {"genome", "tasks"} <= whole.keys()
         raise ConfigError(out.faults, SearchConfig(**whole) if readable else None)
     _note_slerp(parts["genome"], out)

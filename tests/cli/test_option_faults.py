@@ -133,6 +133,16 @@ def test_a_device_that_is_not_there_is_one_of_the_faults(
     assert any("./one" in fault for fault in found)
 
 
+def test_a_fault_of_the_worker_brings_none_of_another_kinds(
+    tmp_path: Path, fake_config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.yml"
+    path.write_text(fake_config.replace("{kind: fake}", "{kind: fake, count: 0}"))
+    assert run_app(["check", str(path)]) == 2
+    [fault] = capsys.readouterr().err.splitlines()
+    assert "worker.count must be at least 1, or 'auto', not 0" in fault
+
+
 def test_check_tells_faults_of_every_kind_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
