@@ -239,7 +239,9 @@ def best_recipe(
     elif layers is None:
         found = answer_of(ledger, row)
     else:
-        rows = {depth.layers: depth.candidate for depth in row.card.depths}
+        rows = {depth.layers: depth.candidate for depth in reversed(row.card.depths)}
+        chosen = row.card.answer.candidate  # of two rows of one depth the answer's
+        rows |= {d.layers: d.candidate for d in row.card.depths if [*d.candidate] == [*chosen]}
         if layers not in rows:
             known = ", ".join(map(str, rows)) or "none, since its answer is no stack"
             raise NotFound(f"run {row.name!r} has no stack of {layers} layers; it has {known}")

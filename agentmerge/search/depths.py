@@ -98,6 +98,11 @@ def settled(
         row = rows[ladder.index(chosen)]
         if row.sealed_failure or rows[0].sealed_failure:
             notes.append("what its layers gain is not confirmed: sealed items could not be asked")
+        elif (row.ahead is None or row.ahead[1] <= 0) and ladder[0].violation > chosen.violation:
+            notes.append(
+                f"the stack of {row.layers} layers is not ahead of the merge under it beyond the "
+                "noise of sealed items; it stays, since that merge breaks the constraints by more"
+            )
         elif row.ahead is None or row.ahead[1] <= 0:
             by = "" if row.ahead is None else f" ({_span(row)})"
             notes.append(
@@ -107,8 +112,9 @@ def settled(
             chosen = ladder[0]
         else:
             more = row.layers - rows[0].layers
-            what = f"{more} layers more than" if more > 0 else "other layers than"
-            notes.append(f"{what} the models' are worth {_span(row)} on sealed items")
+            what = f"{more} layer{'s' * (more > 1)} more than" if more > 0 else "other layers than"
+            verb = "is" if more == 1 else "are"
+            notes.append(f"{what} the models' {verb} worth {_span(row)} on sealed items")
     return Settled(chosen, notes, rows)
 
 
@@ -174,10 +180,13 @@ def _ladder(search: Search, answer: Candidate, candidates: Sequence[Candidate]) 
 
 
 def _shallowest(search: Search, ladder: Sequence[Candidate]) -> Candidate:
-    """The first that is no worse than the best of all beyond the noise of the search items."""
-    best = max(ladder, key=lambda c: c.score or 0.0)
+    """The first that is no worse than the best of all beyond the noise of the search items, and
+    breaks the constraints by no more."""
+    best = min(ladder, key=lambda c: (c.violation, -(c.score or 0.0)))
     mine = search_results(search, best, "search")
     for candidate in ladder[: ladder.index(best)]:
+        if candidate.violation > best.violation:
+            continue
         ahead = lead_of(search, mine, search_results(search, candidate, "search"), "search")
         if ahead is None or ahead.low <= 0:
             return candidate

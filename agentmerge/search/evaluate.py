@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from agentmerge.contracts.events import Evaluate, NoGradient
-from agentmerge.contracts.operators import PARENT, PROBE, SHADOW
+from agentmerge.contracts.operators import PARENT, PROBE, SHADOW, SHALLOWER
 from agentmerge.contracts.worker import Gradient
 from agentmerge.errors import (
     AgentmergeError,
@@ -180,7 +180,8 @@ def _race(search: Search, candidate: Candidate, recipe: Recipe) -> tuple[Lost | 
     course = search.course
     if racing is None or not course.raceable or candidate.want == "gradient":
         return None, 0.0
-    if candidate.operator == PROBE:  # who asks by a tool waits for a score
+    # Who asks by a tool waits for a score; a rung of the table of depths is weaker, and belongs in.
+    if candidate.operator in (PROBE, SHALLOWER):
         return None, 0.0
     best = _best_before(search, candidate)
     if best is None or best.score is None or best.violation:

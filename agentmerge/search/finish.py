@@ -175,7 +175,7 @@ def final_card(search: Search, candidates: Sequence[Candidate]) -> Card:
             *search.taskset.notes,
             *unfair(rows.values(), chosen, len(search.taskset.refs("search"))),
             *misanswered(search, answer),
-            *(broken if answer.violation else []),
+            *(broken if answer.violation and ranked[0].violation else []),
             *untraded(search),
             *_at_bounds(search, answer),
         ],

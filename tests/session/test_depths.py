@@ -241,7 +241,9 @@ def test_a_stack_that_sealed_items_do_not_confirm_is_not_the_answer(
     with opened(tmp_path) as ledger:
         assert of(Recipe.parse(ledger.recipe(best.recipe_hash, row.id)))
         answer = Recipe.parse(ledger.recipe(row.card.answer.recipe_hash, row.id))
+        exported = best_recipe(ledger, row, 4)["recipe_hash"]
     assert layers_read(answer) == (0, 1, 2, 3)
+    assert exported == row.card.answer.recipe_hash, "and no other stack of as many layers"
     assert not of(answer)
     assert row.card.answer.operator not in CHEAP
     assert any("that merge is chosen" in note for note in row.card.notes)
@@ -263,6 +265,62 @@ def test_of_stacks_that_search_items_cannot_tell_apart_the_shallowest_is_the_ans
     assert f"a stack of {depths[-1]}, beyond the noise" in note
     assert row.card.answer.recipe_hash == row.card.depths[1].recipe_hash
     assert any("worth" in note for note in row.card.notes)
+
+
+def test_races_leave_the_tables_rungs_alone(tmp_path: Path) -> None:
+    """They are weaker than the stack that they are asked for."""
+    sections = layered(4, "one_plus_one", **DEEP)
+    sections["genome"]["layers"] = {"path": True, "repeats": 2}
+    sections["search"]["racing"] = True
+    driving.run(config(**sections), name="a", runs_dir=tmp_path)
+    candidates = moves_of(tmp_path, "a")[1]
+    rungs = [c for c in candidates if c.operator == SHALLOWER]
+    assert rungs
+    assert {c.state for c in rungs} == {"scored"}
+    assert any(c.state == "stopped" for c in candidates), "others are raced"
+
+
+def test_a_merge_that_breaks_the_constraints_takes_no_stacks_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights gain on one task what they lose on the other; only stacks keep both."""
+    score, load = FakeWorker.score, FakeWorker.load
+    shares = {
+        "base": (0.4, 0.4), "north": (0.8, 0.4), "south": (0.4, 0.8),
+        "both": (0.99, 0.75), "stack": (0.83, 0.83),
+    }  # fmt: skip
+
+    def loading(self: Any, recipe: Recipe) -> Any:
+        form = recipe.canonical(4)
+        weights = {s.model: dict(s.parameters).get("weight") for s in form.slices[0].sources}
+        live = [
+            model
+            for model, weight in weights.items()
+            if model != "base" and (weight is None or any(any(v) for _, v in weight.entries))
+        ]
+        self.of = "both" if len(live) > 1 else [*live, "base"][0]
+        if layers_read(form) != (0, 1, 2, 3):
+            self.of = "stack" if form.merge_method == "linear" else live[0]
+        return load(self, recipe)
+
+    def scoring(self: Any, items: Any) -> Any:
+        right = [
+            int(item.key[:4], 16) / 0xFFFF <= shares[self.of][item.task != "one"] for item in items
+        ]
+        return [
+            replace(one, value=float(yes), margin=1.0 if yes else -1.0)
+            for one, yes in zip(score(self, items), right, strict=True)
+        ]
+
+    monkeypatch.setattr(FakeWorker, "load", loading)
+    monkeypatch.setattr(FakeWorker, "score", scoring)
+    search = {"sealed_share": 0.5, "constraints": [{"task": "*", "max_drop": 0.0}]}
+    row, candidates = searched(tmp_path, search=search, budget={"max_evaluations": 80})
+    kept = [c for c in candidates if c.score is not None and not c.violation]
+    assert any(c.operator not in CHEAP for c in kept)
+    (answer,) = [c for c in candidates if [c.generation, c.slot] == [*row.card.answer.candidate]]
+    assert answer.violation == 0
+    assert not any("no candidate kept" in note for note in row.card.notes)
 
 
 def test_without_layers_nothing_changes(tmp_path: Path) -> None:
