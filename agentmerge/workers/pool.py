@@ -35,10 +35,12 @@ from agentmerge.contracts.worker import (
 )
 from agentmerge.errors import (
     AgentmergeError,
+    CandidateFailed,
     NoRoom,
     NotBegun,
     NoWorker,
     RunFailed,
+    UserError,
     WorkerLost,
 )
 from agentmerge.merging.memory import ran_out
@@ -102,7 +104,7 @@ class Pool:
         self._deadlines = deadlines or Deadlines()
         if not callable(host):
             host = host_class(host, count, self._deadlines.asked_s)
-        self._host = host(count)
+        self._host = _host(host, count)
         self._make = make
         self._taskset = taskset
         self._crowd = crowd_of(spec, count, type(self._host))
@@ -266,16 +268,42 @@ class Pool:
         Raises:
             NotBegun: it was no longer wanted, the pool's time ended while it ran, or the pool was
                 stopped before it was begun: what stopped the pool is to be told, not this.
-            CandidateFailed: the recipe's fault; the pool goes on.
+            CandidateFailed: the recipe's fault, or what the worker gave is not what its contract
+                says; the pool goes on.
             WorkerLost: two workers were lost over it, whatever their errors.
             NoWorker: none can be started, or ``LOSSES`` candidates in a row lost two each.
         """
 
         def job(worker: Worker) -> tuple[Fingerprint, list[ItemResult]]:
-            return worker.load(recipe), worker.score(refs)
+            proof = self._due("load()", worker.load(recipe), Fingerprint)
+            return proof, self._one_an_item(worker.score(refs), len(refs))
 
         (fingerprint, results), seconds = self._on_a_worker(job, len(refs), wanted)
         return fingerprint, results, seconds
+
+    def _due(self, what: str, given: object, kind: type[T]) -> T:
+        """What a worker gave, where it is of the kind that is due.
+
+        Raises:
+            CandidateFailed: it is not. Its code does so again, on any worker: none is lost.
+        """
+        if isinstance(given, kind):
+            return given
+        said = "None" if given is None else f"a {type(given).__name__}"
+        raise CandidateFailed(
+            f"the {self.spec.kind!r} worker's {what} is {said}, not {kind.__name__}; "
+            "mend the worker"
+        )
+
+    def _one_an_item(self, given: object, items: int) -> list[ItemResult]:
+        """What ``score`` gave; raises as ``_due`` does."""
+        rows = self._due("score()", list(given) if isinstance(given, tuple) else given, list)
+        if len(rows) != items:
+            raise CandidateFailed(
+                f"the {self.spec.kind!r} worker's score() has {len(rows)} results for {items} "
+                "items; mend the worker"
+            )
+        return [self._due(f"score()[{i}]", row, ItemResult) for i, row in enumerate(rows)]
 
     @cached_property
     def differentiates(self) -> bool:
@@ -296,7 +324,8 @@ class Pool:
         """
 
         def job(worker: Worker) -> Gradient:
-            return cast(Differentiator, worker).gradient(recipe, refs, loss, weights)
+            slope = cast(Differentiator, worker).gradient(recipe, refs, loss, weights)
+            return self._due("gradient()", slope, Gradient)
 
         return self._on_a_worker(job, cost_of(with_gradient=True) * len(refs), wanted)
 
@@ -455,6 +484,23 @@ class Pool:
             close_quietly(hosted)
         elif place.lodge(hosted, hosted.ready()):
             place.barren = False
+
+
+def _host(make: Callable[[int], Host], count: int) -> Host:
+    """
+    Raises:
+        UserError: it cannot be built.
+    """
+    try:
+        return make(count)
+    except AgentmergeError:
+        raise
+    except Exception as error:
+        name = f"{make.__module__}.{getattr(make, '__qualname__', make)}"
+        raise UserError(
+            f"the worker host {name} cannot be built: {one_line(error)}; mend it, or set another "
+            "worker.host"
+        ) from error
 
 
 def _stopped() -> NotBegun:

@@ -9,6 +9,7 @@ import random
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,27 @@ def test_a_fake_search_ends_with_an_answer(
         budget={"max_evaluations": 16},
     )
     driven(settings, tmp_path, FakeWorker, seed)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_worker_that_gives_no_results_ends_no_search(
+    tmp_path: Path, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, calls = FakeWorker.score, count(1)
+
+    def scoring(self: Any, items: Any) -> Any:
+        return None if next(calls) % every == 0 else score(self, items)
+
+    monkeypatch.setattr(FakeWorker, "score", scoring)
+    settings = config(search={"algorithm": "random"}, budget={"max_evaluations": 16})
+    row = driving.run(settings, name="a", runs_dir=tmp_path)
+    assert row.status == "done"
+    assert driving.resume("a", runs_dir=tmp_path).status == "done"
+    with Ledger(tmp_path / driving.LEDGER) as ledger:
+        found = ledger.candidates(row.id)
+    failures = {c.failure for c in found if c.state == "failed"}
+    assert failures == {"the 'fake' worker's score() is None, not list; mend the worker"}
+    assert any(c.score is not None for c in found) == (every > 1)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from agentmerge.workers.fake import FakeWorker
 from agentmerge.workers.hosts.here import Here
 from agentmerge.workers.hosts.nodes import refuse_other_versions
 from agentmerge.workers.places import Deadlines
-from agentmerge.workers.pool import Pool
+from agentmerge.workers.pool import LOSSES, Pool
 from agentmerge.workers.sharing import crowd_of, devices_for
 
 TASKS = TasksConfig(tasks=({"name": "code"}, {"name": "reading"}), limit=20)
@@ -69,6 +70,67 @@ def test_a_failed_candidate_is_its_own_fault() -> None:
         with pytest.raises(CandidateFailed):
             pool.evaluate(recipe(0.99, 0.1), REFS)
         assert pool.evaluate(recipe(0.5, 0.1), REFS)[:2] == expected(0.5, 0.1)
+
+
+ODD: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "nothing": ("score", lambda rows: None, "score() is None, not list"),
+    "one too few": ("score", lambda rows: rows[:-1], f"score() has {len(REFS) - 1} results for"),
+    "words": ("score", lambda rows: ["yes"] * len(rows), "score()[0] is a str, not ItemResult"),
+    "one number": ("score", lambda rows: [*rows[:-1], 1.0], f"score()[{len(REFS) - 1}] is a float"),
+    "one word": ("score", lambda rows: "yes", "score() is a str, not list"),
+    "no proof": ("load", lambda proof: None, "load() is None, not Fingerprint"),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_what_no_worker_may_give_fails_the_candidate_and_is_told(what: str) -> None:
+    method, odd, said = ODD[what]
+
+    class Odd(FakeWorker):
+        def load(self, asked: Any) -> Any:
+            self.odd = asked == recipe(0.2, 0.3) and method
+            proof = super().load(asked)
+            return odd(proof) if self.odd == "load" else proof
+
+        def score(self, items: Any) -> Any:
+            rows = super().score(items)
+            return odd(rows) if self.odd == "score" else rows
+
+    with Pool(spec(), make=Odd) as pool:
+        for _ in range(LOSSES + 1):  # it is not the machine
+            with pytest.raises(CandidateFailed) as error:
+                pool.evaluate(recipe(0.2, 0.3), REFS)
+            assert str(error.value).startswith(f"the 'fake' worker's {said}")
+        assert pool.evaluate(recipe(0.5, 0.1), REFS)[:2] == expected(0.5, 0.1)
+
+
+def test_a_gradient_that_is_none_fails_and_a_tuple_of_results_is_taken() -> None:
+    class Odd(FakeWorker):
+        def gradient(self, *asked: Any) -> Any:
+            return None
+
+        def score(self, items: Any) -> Any:
+            return tuple(super().score(items))
+
+    with Pool(spec(), make=Odd) as pool:
+        with pytest.raises(CandidateFailed, match=r"gradient\(\) is None, not Gradient"):
+            pool.gradient(recipe(0.2, 0.3), REFS, "margin", [1.0] * len(REFS))
+        assert pool.evaluate(recipe(0.5, 0.1), REFS)[:2] == expected(0.5, 0.1)
+
+
+def test_a_host_that_cannot_be_built_is_the_users_to_mend() -> None:
+    class Unbuilt(Here):
+        def __init__(self, count: int) -> None:
+            raise LookupError("no cluster")
+
+    class Refuses(Here):
+        def __init__(self, count: int) -> None:
+            raise WorkerLost("the cluster is gone")
+
+    with pytest.raises(UserError, match=r"worker host .*Unbuilt .*LookupError: no cluster"):
+        Pool(spec(), host=Unbuilt)
+    with pytest.raises(WorkerLost, match="the cluster is gone"):
+        Pool(spec(), host=Refuses)
 
 
 def test_a_lost_worker_is_rebuilt_and_the_candidate_tried_again() -> None:
