@@ -24,6 +24,9 @@ BENCHMARK_PREFIXES = (
     "truthfulqa", "bigbench", "piqa", "openbookqa", "leaderboard",
 )  # fmt: skip
 
+#: What the class of a host has (``contracts.worker.Host``).
+_HOST = ("apart", "start", "close")
+
 
 class Faults(list[str]):
     """Sentences in the order in which they were found."""
@@ -151,15 +154,22 @@ def method_notes(config: SearchConfig) -> list[str]:
 
 
 def host_faults(config: SearchConfig) -> list[str]:
-    """A host whose workers share the search's memory has one, and no way to end it."""
+    """A host that is none; one whose workers share the search's memory has one, and no way to end
+    it."""
     worker, faults = config.worker, Faults()
     if worker.host is not None:
         with faults.of(UserError):
             host = plugins.load("agentmerge.hosts", worker.host)
+            if lacking := [name for name in _HOST if not hasattr(host, name)]:
+                point = plugins.named("agentmerge.hosts", worker.host)
+                return [
+                    f"worker.host {worker.host!r} ({point.value}) has no {', '.join(lacking)}: a "
+                    f"host is a class with {', '.join(_HOST)}; mend it, or name another"
+                ]
             faults += getattr(host, "faults", lambda settings: [])(worker)
             if not host.apart:
                 for key, value in (("count", worker.count), ("timeout_s", worker.timeout_s)):
-                    if value not in (None, 1):
+                    if value not in (None, 1, "auto"):  # auto is one there
                         faults.append(
                             f"worker.{key} {value} is not possible with worker.host "
                             f"{worker.host!r}, where one worker lives that nothing can end; "

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from agentmerge import plugins
 from agentmerge.config import SearchConfig, TasksConfig
 from agentmerge.contracts.worker import Host, WorkerSpec
-from agentmerge.errors import WorkerLost
+from agentmerge.errors import ConfigError, WorkerLost
 from agentmerge.parents.layout import read_layout
 from agentmerge.preflight.faults import device_faults, host_faults
 from agentmerge.preflight.prepare import prepare
@@ -120,6 +122,38 @@ def test_a_host_without_a_way_to_end_workers_has_one_and_no_deadline() -> None:
         "worker.timeout_s 3.0",
     ]
     assert "did you mean 'process'" in host_faults(config(host="proces"))[0]
+
+
+def test_auto_is_one_where_one_worker_lives() -> None:
+    asked = config(host="here", count="auto", device="cpu")
+    assert host_faults(asked) == []
+    assert counted(asked).worker.count == 1
+    assert prepare(asked).config.worker.count == 1
+
+
+class NoApart:
+    start = close = lambda *given: None
+
+
+class ApartOnly:
+    apart = False
+
+
+@pytest.mark.parametrize(
+    ("name", "lacks"),
+    [("NoApart", "apart"), ("ApartOnly", "start, close"), ("config", "apart, start, close")],
+)
+def test_a_host_that_lacks_what_a_host_has_is_a_fault_of_the_config(
+    name: str, lacks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = "agentmerge.hosts"
+    point = EntryPoint("mine", f"{__name__}:{name}", group)
+    monkeypatch.setattr(plugins, "_installed", lambda asked, path: [point] * (asked == group))
+    (fault,) = host_faults(config(host="mine", count=4, timeout_s=3))
+    assert fault.startswith(f"worker.host 'mine' ({point.value}) has no {lacks}")
+    with pytest.raises(ConfigError) as error:
+        prepare(config(host="mine"))
+    assert error.value.faults == [fault]
 
 
 def test_no_device_is_named_where_the_host_gives_each_worker_its_own(
