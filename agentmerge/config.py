@@ -54,6 +54,8 @@ ADVISED_EVERY = 4
 MOST_S, MOST_RETRIES, MOST_WORKERS = 1e8, 1000, 1024
 #: Layers that a search may add to a model's, and how often it may run through all of them.
 MOST_EXTRA, MOST_REPEATS = 1000, 16
+#: How strongly a layer of a stack may run, in either direction: beyond it values overflow.
+MOST_SCALE = 10.0
 #: What "today" is in a chat template that prints the date: what one asks may not change overnight.
 #: Llama 3's templates fall back to this day themselves.
 DATE = date(2024, 7, 26)
@@ -125,6 +127,10 @@ class LayersConfig(_Frozen):
             raise ValueError(
                 f"scales {list(self.scales)} must go from 0 or below to 1 or above: at 0 a layer "
                 "is absent, and at 1 as it is"
+            )
+        if max(-low, high) > MOST_SCALE:
+            raise ValueError(
+                f"scales {list(self.scales)} must lie between {-MOST_SCALE:g} and {MOST_SCALE:g}"
             )
         for name in sorted({name for name in self.insert if self.insert.count(name) > 1}):
             raise ValueError(f"insert names {name!r} twice; name each once")
@@ -223,6 +229,11 @@ class GenomeConfig(_Frozen):
                 faults.append(f"layers.insert names {name!r}; use one of {known}")
             if name == "base" and self.base_model is None:
                 faults.append("layers.insert names the base, and there is no base_model")
+            if self.pool is not None and name in self.models and name != self.base_model:
+                faults.append(
+                    f"layers.insert names {name!r}, which a merge of genome.pool may not have; use "
+                    "merge or experts"
+                )
         if faults:
             raise ValueError("; ".join(faults))
         return self

@@ -109,6 +109,8 @@ def test_a_tasks_weight_is_a_finite_number(number: str) -> None:
         ({"layers": {"scales": [0.1, 1.5]}}, "scales [0.1, 1.5] must go from 0 or below to 1 or"),
         ({"layers": {"scales": [-1, float("nan")]}}, "genome.layers.scales.1 must be a finite"),
         ({"layers": {"scales": [-1, 0.5]}}, "to 1 or above: at 0 a layer is absent"),
+        ({"layers": {"scales": [-1, 1e308]}}, "scales [-1.0, 1e+308] must lie between -10 and 10"),
+        ({"layers": {"scales": [-11, 1]}}, "scales [-11.0, 1.0] must lie between -10 and 10"),
         ({"layers": {"repeats": 2}}, "genome.layers: repeats is read with path: true"),
         ({"layers": {"insert": ["c"]}}, "layers.insert names 'c'; use one of merge, experts, base"),
         ({"layers": {"insert": "base"}}, "names the base, and there is no base_model"),
@@ -229,6 +231,18 @@ def test_layers_are_searched_where_they_are_asked_for() -> None:
         insert=("a",), skip=True, most=0
     )
     assert layers("{path: true, repeats: 3}") == LayersConfig(path=True, repeats=3)
+
+
+def test_layers_of_one_expert_of_a_pool_are_refused() -> None:
+    """Which experts a merge has is found out later; the base it always has."""
+    pool = {"genome.models": ["a", "b", "c", "d"], "genome.base_model": "d", "genome.pool": 2}
+    found = faults(BASE, pool | {"genome.layers": {"insert": ["a"]}})
+    assert found == [
+        "c.yml:1: genome: layers.insert names 'a', which a merge of genome.pool may not have; use "
+        "merge or experts"
+    ]
+    for insert in (["experts"], ["merge", "base"], ["d"]):
+        SearchConfig.from_text(BASE, "c.yml", pool | {"genome.layers": {"insert": insert}})
 
 
 def test_a_config_without_layers_is_stored_as_before_there_were_any() -> None:
