@@ -90,7 +90,7 @@ def _among(models: Sequence[str], name: str, what: str = "in the pool") -> str:
 def _with(genome: GenomeConfig, models: Sequence[str]) -> dict[str, Any]:
     body: dict[str, Any] = {"models": tuple(models)}
     if genome.layers is not None:
-        gone = set(genome.models) - set(models)
+        gone = set(genome.models) - set(models) - {genome.base_model}
         named = [m for m in genome.layers.insert if m not in gone]
         body["layers"] = {**genome.layers.model_dump(), "insert": named or ["experts"]}
     return body

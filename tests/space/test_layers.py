@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from agentmerge.config import GenomeConfig, LayersConfig
+from agentmerge.contracts.advice import StructuralMove
 from agentmerge.contracts.worker import Gradient, TensorSlope
 from agentmerge.errors import UserError
 from agentmerge.merging.family import Family
@@ -19,6 +21,7 @@ from agentmerge.recipe import Recipe
 from agentmerge.space.chain_rule import differentiable_axes, unit_gradient
 from agentmerge.space.grouped import SearchSpace
 from agentmerge.space.layers import DEAD
+from agentmerge.space.moves import moved
 from agentmerge.testing.space_suite import SpaceSuite, drawn
 from tests.merging.stack_cases import write_family
 
@@ -314,3 +317,11 @@ def test_scaled_outputs_are_the_merges_own_scaled(
         scale = 0.5 if name in OUTPUTS else 1.0
         want = plain[f"model.layers.1.{name}.weight"] * scale
         torch.testing.assert_close(merged[f"model.layers.{at}.{name}.weight"], want)
+
+
+def test_layers_of_a_base_that_is_no_more_merged_stay_inserted() -> None:
+    merged = {"models": ("a", "b", "c"), "base_model": "c", "merge_method": "linear"}
+    space = replace(layered({"insert": "c"}, **merged), under=None)
+    left = moved(space, StructuralMove("drop_model", "c")).genome
+    assert left.models == ("a", "b")
+    assert left.layers == LayersConfig(insert=("c",))
