@@ -218,11 +218,14 @@ def _at_bounds(search: Search, answer: Candidate) -> list[str]:
     space = search.trials(answer.generation).of(answer.space or search.space.key)
     if answer.space not in ("", space.key):
         return []  # made in the space of the search that this one branched from
+    # A layer that is absent, or as it is, is on no bound; nor has a switch any.
+    neutral = space.stacks.neutral() if space.stacks else [None] * len(space.axes)
     found = [
         f"{axis.name} ({end:g})"
-        for axis, unit in zip(space.axes, answer.vector, strict=True)
+        for axis, unit, usual in zip(space.axes, answer.vector, neutral, strict=True)
         for edge, end in ((0.0, axis.low), (1.0, axis.high))
-        if abs(unit - edge) < 1e-6
+        if axis.kind != "bool"
+        if abs(unit - edge) < 1e-6 and (usual is None or abs(unit - usual) > 1e-6)
     ]
     if not found:
         return []

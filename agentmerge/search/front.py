@@ -16,15 +16,17 @@ from agentmerge.contracts.card import FrontRow, known
 from agentmerge.evaluation.statistics import MIN_ITEMS
 from agentmerge.evaluation.tasks import Part
 from agentmerge.ledger import Candidate
-from agentmerge.search.choosing import Results, compared, entrants, lead_of, search_results
+from agentmerge.search.choosing import Results, compared, lead_of, search_results
 from agentmerge.search.search import Search
 from agentmerge.strategies.front import SHOWN, Front, Worst, undominated
 
 
-def front_of(candidates: Sequence[Candidate], count: int = SHOWN) -> list[Candidate]:
+def front_of(scored: Sequence[Candidate], count: int = SHOWN) -> list[Candidate]:
     """At most so many of what nothing dominates, best score first: its two ends, and then what
-    enlarges the area most."""
-    found = [c for c in entrants(candidates) if c.tokens is not None]
+    enlarges the area most. A stack without its weakest layers may be one: it may be the answer."""
+    ranked = sorted(scored, key=lambda c: c.rank)
+    allowed = [c for c in ranked if not c.violation] or ranked[:1]
+    found = [c for c in allowed if c.tokens is not None]
     if not found:
         return []
     scores = np.array([c.score for c in found], float)
@@ -40,11 +42,11 @@ def front_of(candidates: Sequence[Candidate], count: int = SHOWN) -> list[Candid
 
 
 def front_rows(
-    search: Search, candidates: Sequence[Candidate], part: Part, lost: list[str]
+    search: Search, scored: Sequence[Candidate], part: Part, lost: list[str]
 ) -> list[FrontRow]:
-    """The closing card's. lost: as ``compared`` has it."""
+    """The closing card's. scored: of this search, no twins. lost: as ``compared`` has it."""
     found = []
-    for candidate in front_of(candidates):
+    for candidate in front_of(scored):
         told = known(FrontRow, vars(compared(search, candidate, part, lost)))
         if told.sealed_failure is None:
             results = search_results(search, candidate, part)

@@ -20,6 +20,8 @@ from agentmerge.errors import CandidateFailed
 from agentmerge.evaluation.tasks import Objective, ScoredTask, TaskSet
 from agentmerge.ledger import Candidate
 from agentmerge.search import choosing, finish
+from agentmerge.search.front import front_of
+from tests.space.test_layers import layered
 
 SEARCH, SEALED = 150, 250
 
@@ -319,12 +321,40 @@ def test_an_answer_on_a_bound_of_the_box_says_so() -> None:
         replace(given.add("margins", "", shares(rng, 0.8, 0.8)), vector=(0.5, 1.0))
     )
     del given.candidates[1]
-    axes = [SimpleNamespace(name=name, low=0.0, high=2.0) for name in ("a weight", "b weight")]
-    space = SimpleNamespace(axes=axes, parents=list, key="k")
+    axes = [
+        SimpleNamespace(name=name, low=0.0, high=2.0, kind="float")
+        for name in ("a weight", "b weight")
+    ]
+    space = SimpleNamespace(axes=axes, parents=list, key="k", stacks=None)
     given.space = space
     given.trials = lambda generation: SimpleNamespace(of=lambda key: space)  # type: ignore[attr-defined]
     (note,) = given.card()["notes"]
     assert "on the bound of 1 of 2 values: b weight (2)" in note
+
+
+@pytest.mark.parametrize("form", [{"skip": True}, {"path": True}])
+def test_a_layer_that_is_absent_or_as_it_is_lies_on_no_bound(form: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    layers = layered({"scales": (0.0, 1.0), **form})
+    neutral = layers.uniform()[1]
+    given = Given([one_task()])
+    space = SimpleNamespace(axes=layers.axes, parents=list, key="k", stacks=layers.stacks)
+    given.space = space
+    given.trials = lambda generation: SimpleNamespace(of=lambda key: space)  # type: ignore[attr-defined]
+    given.add("uniform", "uniform", shares(rng, 0.4, 0.4))
+    found = given.add("gradient", "", shares(rng, 0.8, 0.8))
+    given.candidates[1:] = [replace(found, vector=neutral)]
+    assert given.card()["notes"] == []
+    place = next(
+        i for i, axis in enumerate(layers.axes) if axis.parameter == "scale" and axis.model
+    )
+    point = list(neutral)
+    point[place] = 1.0 - neutral[place]
+    if "path" in form:
+        point[place - 1] = 1.0  # its switch
+    given.candidates[1:] = [replace(found, vector=tuple(point))]
+    (note,) = given.card()["notes"]
+    assert f"of 1 of {len(layers.axes)} values: {layers.axes[place].name} (" in note
 
 
 def test_a_point_of_the_front_that_fails_its_sealed_items_is_named_once() -> None:
@@ -341,3 +371,15 @@ def test_a_point_of_the_front_that_fails_its_sealed_items_is_named_once() -> Non
     for name in ("short", "a"):
         said = f"{name} is not compared on sealed items: not finite"
         assert card["notes"].count(said) == 1
+
+
+def test_stacks_without_their_weakest_layers_are_on_the_front_too() -> None:
+    rng = np.random.default_rng(0)
+    given = Given([one_task()])
+    given.add("uniform", "uniform", shares(rng, 0.4, 0.4), tokens=60.0)
+    best = given.add("gradient", "", shares(rng, 0.8, 0.8), tokens=90.0)
+    fewer = given.add("shallower", "5 of 6 layers", shares(rng, 0.8, 0.8), tokens=70.0)
+    assert fewer in front_of(given.candidates)
+    broken = [replace(fewer, violation=0.1), best]
+    assert front_of(broken) == [best]
+    assert front_of(broken[:1]) == broken[:1]
