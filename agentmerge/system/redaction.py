@@ -188,15 +188,18 @@ def references(text: str) -> set[str]:
     return set(_REFERENCE.findall(text))
 
 
-def remembered() -> dict[str, str]:
-    """What references stand for besides the environment, for ``remember`` in another process."""
-    return dict(_named)
+def remembered(value: Any) -> dict[str, str]:
+    """What the references in a value stand for here, and those in the place of secrets, for
+    ``remember`` in another process, whose environment may be another."""
+    named = references(json.dumps(value, default=str))
+    return {name: os.environ[name] for name in named if name in os.environ} | _named
 
 
 def remember(named: Mapping[str, str]) -> None:
     _named.update(named)
     for value in named.values():
-        keep_secret(value)
+        if not os.path.exists(value):  # as in _value_of
+            keep_secret(value)
 
 
 def hidden_config(text: str) -> tuple[str, dict[str, str]]:

@@ -476,7 +476,7 @@ class Pool:
         spec, build = self.spec, Building(self._make, self._taskset, {})
         if self._host.apart:
             spec = replace(spec, device=place.device, crowd=self._crowd)
-            build = Building(self._make, None, remembered())
+            build = Building(self._make, None, remembered(spec.options))
         hosted = self._host.start(spec, build)
         if not place.lodge(hosted):
             if self._host.apart:
