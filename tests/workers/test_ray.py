@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -33,6 +34,7 @@ from agentmerge.testing.host_suite import Fakes
 from agentmerge.workers import pool as pools
 from agentmerge.workers.fake import FakeWorker
 from agentmerge.workers.hf import HfWorker
+from agentmerge.workers.hosts import cluster as clusters
 from agentmerge.workers.hosts import nodes
 from agentmerge.workers.hosts import ray as hosts
 from agentmerge.workers.hosts.cluster import Node
@@ -306,18 +308,60 @@ def test_the_same_files_are_not_read_again(
     assert nodes.at_home(replace(spec, stamps=(), sources=None)).parents == spec.parents
 
 
-def test_a_cluster_that_is_not_there_is_a_users_mistake(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A port of this machine, which is not Ray's; ``ray.init`` is out of reach."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("asked Ray itself"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
 
-    def init(address: str, **_: Any) -> None:
-        raise ConnectionError(f"nothing at {address}\nlong story")
 
-    monkeypatch.setattr(ray, "init", init)
-    host = host_of(WorkerSettings(host="ray", ray_address="10.0.0.1:6379"))(1)
-    with pytest.raises(UserError, match=r"'10\.0\.0\.1:6379': no Ray cluster .*at 10\.0\.0\.1"):
-        host.start(WorkerSpec("fake", (), "base", TASKS, "float32", 8), Fakes())
+def address_of(listener: socket.socket) -> str:
+    return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_cluster_that_is_not_there_is_a_users_mistake_told_at_once(
+    listener: socket.socket,
+) -> None:
+    address = address_of(listener)
+    listener.close()
+    settings = WorkerSettings(host="ray", ray_address=address)
+    host, given = host_of(settings)(2), WorkerSpec("fake", (), "base", TASKS, "float32", 8)
+    told = rf"'{address}': no Ray cluster .*refused.*; start one with `ray start --head`"
+    with pytest.raises(UserError, match=told) as first:
+        host.start(given, Fakes())
+    with pytest.raises(UserError) as second:
+        host.start(given, Fakes())
+    assert second.value is first.value  # the second place does not wait for it again
+    for look in (hosts.RayHost.room, hosts.RayHost.findings):  # worker.count: auto, and doctor
+        with pytest.raises(UserError, match=told):
+            look(settings, "cpu")
+
+
+def test_token_mode_is_taken_from_a_cluster_that_asks_for_it(
+    listener: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, valid = [], True
+
+    def client(address: str) -> None:
+        asked.append((address, os.environ.get("RAY_AUTH_MODE")))
+        if not (valid and asked[-1][1] == "token"):
+            raise ray.exceptions.AuthenticationError("InvalidAuthToken")
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "")  # what it is set to goes with the test
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setattr(ray._raylet, "GcsClient", client)
+    monkeypatch.setattr(ray._raylet, "Config", SimpleNamespace(initialize=lambda _: None))
+    monkeypatch.setattr(ray, "init", lambda *_, **__: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    address = address_of(listener)
+    clusters.Cluster(address, 1).close()
+    assert asked == [(address, None), (address, "token")]
+    valid = False
+    with pytest.raises(UserError, match=r"RAY_AUTH_MODE=token, .*same ~/\.ray/auth_token"):
+        clusters.Cluster(address, 1)
+    assert len(asked) == 3
 
 
 #: A search that starts a cluster of its own, and is busy for an hour; it prints what it started.

@@ -22,7 +22,7 @@ from typing import Any
 
 from agentmerge.config import WorkerSettings
 from agentmerge.contracts.worker import Build, Worker, WorkerSpec
-from agentmerge.errors import AgentmergeError, NoRoom, WorkerLost
+from agentmerge.errors import AgentmergeError, NoRoom, UserError, WorkerLost
 from agentmerge.system.redaction import clean_screen
 from agentmerge.system.temporary import discard_unfinished
 from agentmerge.workers.hosts.cluster import Cluster, is_named, nodes_of, taken, why
@@ -47,6 +47,7 @@ class RayHost:
         self._address = address
         self._lock = threading.Lock()
         self._cluster: Cluster | None = None
+        self._refused: UserError | None = None
         self.placed: set[RayWorker] = set()
 
     @staticmethod
@@ -96,8 +97,14 @@ class RayHost:
 
     def start(self, spec: WorkerSpec, build: Build) -> RayWorker:
         with self._lock:
+            if self._refused is not None:  # no worker waits for it again
+                raise self._refused
             if self._cluster is None:
-                self._cluster = Cluster(self._address, self._count)
+                try:
+                    self._cluster = Cluster(self._address, self._count)
+                except UserError as error:
+                    self._refused = error
+                    raise
         return RayWorker(self, spec, build, self._count)
 
     def close(self) -> None:
