@@ -151,46 +151,24 @@ def _connect(address: str | None, count: int) -> bool:
                 f"Ray cannot be started on this machine ({one_line(error)}); name a running "
                 "cluster in worker.ray_address, or set worker.host: process"
             ) from error
-        fault, remedy = one_line(error), "start one with `ray start --head`, or leave it out"
-        if isinstance(error, ray.exceptions.AuthenticationError):
-            fault = "its authentication token is missing or another here"
-            remedy = "set RAY_AUTH_MODE=token, and have the same ~/.ray/auth_token on every node"
         raise UserError(
             f"worker.ray_address (or RAY_ADDRESS) {redact(address)!r}: no Ray cluster can be "
-            f"joined there ({fault}); {remedy}"
+            f"joined there ({one_line(error)}); start one with `ray start --head`, or leave it "
+            "out; one that asks for a token is joined with RAY_AUTH_MODE=token and its own "
+            "~/.ray/auth_token"
         ) from error
     return True
 
 
 def _reach(address: str) -> None:
-    """Ask the cluster at HOST:PORT for an answer, as ``ray.init`` tries a quarter of an hour, and
-    take token mode from it, as ``ray.init`` does at "auto" alone. Unasked it cannot be taken: in a
-    cluster without, actors of a driver that has it die.
+    """Where nothing listens ``ray.init`` tries for a quarter of an hour.
 
     Raises:
-        OSError: nothing listens there.
-        RayError: what listens is no Ray cluster, or refuses our token.
+        OSError: nothing does at HOST:PORT.
     """
     host, _, port = address.rpartition(":")
-    if "://" in address or not port.isdigit():
-        return
-    socket.create_connection((host.strip("[]"), int(port)), timeout=_REACHING_S).close()
-    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
-    from ray._raylet import Config, GcsClient  # type: ignore[attr-defined]
-    from ray.exceptions import AuthenticationError
-
-    def ask() -> None:
-        ensure_token_if_auth_enabled(create_token_if_missing=False)  # without one Ray aborts
-        GcsClient(address=address)
-
-    try:
-        ask()
-    except AuthenticationError:
-        if "RAY_AUTH_MODE" in os.environ:
-            raise
-        os.environ["RAY_AUTH_MODE"] = "token"
-        Config.initialize("")  # Ray read the environment when it was imported
-        ask()
+    if "://" not in address and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACHING_S).close()
 
 
 def why(error: BaseException) -> str:
