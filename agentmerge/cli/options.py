@@ -94,7 +94,7 @@ _SETTINGS: dict[str, tuple[Any, ...]] = {
     "max_evaluations": ("budget.max_evaluations", int, "Distinct merges to score, seeds included."),
     "timeout": ("budget.timeout_s", float, "Seconds of wall clock."),
     "worker_timeout": ("worker.timeout_s", float, "Seconds that one candidate may take."),
-    "max_items": ("budget.max_items", int, "Items to ask: of candidates, agents' tries and sealed ones."),
+    "max_items": ("budget.max_items", int, "Items to ask, agents' tries and sealed ones too."),
     "max_tokens": ("budget.max_tokens", int, "Tokens of all models."),
     "max_cost": ("budget.max_cost_usd", float, "US dollars for the models."),
     "probes": ("agents.probes", int, "Tool calls of critic and proposer, a generation."),
