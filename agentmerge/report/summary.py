@@ -243,7 +243,7 @@ def best_recipe(
         chosen = row.card.answer.candidate  # of two rows of one depth the answer's
         rows |= {d.layers: d.candidate for d in row.card.depths if [*d.candidate] == [*chosen]}
         if layers not in rows:
-            known = ", ".join(map(str, rows)) or "none, since its answer is no stack"
+            known = ", ".join(map(str, sorted(rows))) or "none, since its answer is no stack"
             raise NotFound(f"run {row.name!r} has no stack of {layers} layers; it has {known}")
         found = ledger.candidate(row.id, *rows[layers])
     if found is None:
