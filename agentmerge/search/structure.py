@@ -108,12 +108,13 @@ def question(generation: int, move: StructuralMove) -> dict[str, Any]:
 
 def agreed(said: object, move: StructuralMove) -> bool | None:
     """Whether a person agreed to a move; None: what they were asked was another, since the search
-    was given other limits meanwhile. said: a server's client says "yes" or True alone."""
-    if not isinstance(said, Mapping):
+    was given other limits meanwhile. said: a server's client says "yes" or True alone, and whatever
+    else it says is a no."""
+    asked = said.get("asked") if isinstance(said, Mapping) else None
+    if not isinstance(said, Mapping) or not isinstance(asked, Mapping):
         return said in (True, "yes")
-    asked = said["asked"]
-    same = (asked["change"], asked["value"]) == (move.change, move.value)
-    return said["approved"] is True if same else None
+    same = (asked.get("change"), asked.get("value")) == (move.change, move.value)
+    return said.get("approved") is True if same else None
 
 
 def restructure(search: Search, generation: int, move: StructuralMove, *, approved: bool) -> None:

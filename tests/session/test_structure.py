@@ -15,6 +15,7 @@ from agentmerge.contracts.advice import StructuralMove
 from agentmerge.errors import UserError
 from agentmerge.ledger import Candidate, Ledger
 from agentmerge.ledger.words import Opening, openings
+from agentmerge.search.structure import agreed
 from agentmerge.search.trials import TRIAL, trials_of
 from agentmerge.session import driving
 from agentmerge.session.replay import replay
@@ -178,6 +179,21 @@ def test_an_answer_is_to_the_move_that_was_asked(tmp_path: Path) -> None:
         driving.resume("a", runs_dir=tmp_path, answer=True)
     found, _ = moves_of(tmp_path, "a")
     assert [(o.move.change, o.refusal) for o in found] == [("granularity", "")]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (True, True), ("yes", True), ("no", False), (None, False), ({}, False), ([{}], False),
+        ({"approved": True}, False), ({"asked": "ties", "approved": True}, False),
+        ({"asked": {}, "approved": True}, None),
+        ({"asked": {"change": "method", "value": "ties"}}, False),
+        ({"asked": {"change": "method", "value": "ties"}, "approved": True}, True),
+        ({"asked": {"change": "method", "value": "linear"}, "approved": True}, None),
+    ],
+)  # fmt: skip
+def test_whatever_a_client_says_is_an_answer(said: object, expected: bool | None) -> None:
+    assert agreed(said, StructuralMove("method", "ties", "to see")) is expected
 
 
 def test_killed_in_a_trial_it_ends_the_same(tmp_path: Path) -> None:
